@@ -1,0 +1,246 @@
+"""Relative position bias, and attention over packed documents or under a dense mask.
+
+A plan is made once per batch (``DocumentAttention`` or ``DenseAttention``); ``plan.layer(table)`` gives the function
+that one layer calls with its queries, keys and values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nai_t5_core.config import T5Config
+from nai_t5_core.packing import DocumentGroup
+
+# Queries, keys and values [tokens, heads, d_kv] to attention output [tokens, heads, d_kv].
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Relative position bias
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def relative_position_bucket(distance: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
+    """Bucket number of each distance (key position − query position); same shape as ``distance``, int64.
+
+    Small distances have buckets of their own, larger ones share buckets of logarithmically growing width, and all
+    beyond ``max_distance`` share the last (Raffel et al. 2020, section 2.1). Without ``bidirectional``, keys ahead of
+    the query count as distance 0, since a causal mask hides them.
+    """
+    offset = torch.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        offset = (distance > 0).long() * num_buckets
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    exact = num_buckets // 2
+    # float32 on purpose: the published models were trained with buckets rounded this way.
+    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    logarithmic = (exact + (growth * (num_buckets - exact)).long()).clamp(max=num_buckets - 1)
+    return offset + torch.where(distance < exact, distance, logarithmic)
+
+
+def distance_table(weight: Tensor, max_distance: int, bidirectional: bool = True) -> Tensor:
+    """Bias by distance: [buckets, heads] to [heads, 2 · max_distance + 1], for distances −max_distance … max_distance.
+
+    Buckets are constant beyond ``max_distance``, so this table serves sequences of any length.
+    """
+    distances = torch.arange(-max_distance, max_distance + 1, device=weight.device)
+    buckets = relative_position_bucket(distances, bidirectional, weight.shape[0], max_distance)
+    return weight[buckets].t()
+
+
+def position_bias(table: Tensor, length: int) -> Tensor:
+    """Bias of every query and key of one document: [heads, 2 · max_distance + 1] to [heads, length, length]."""
+    reach = table.shape[-1] // 2
+    # Row q of the result is the run of the distance line that starts at distance −q: overlapping windows, copied once.
+    distances = torch.arange(1 - length, length, device=table.device).clamp(-reach, reach) + reach
+    windows = table[:, distances].unfold(-1, length, 1)
+    return windows.flip(-2)
+
+
+def scattered_bias(table: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """Bias between arbitrary positions: [queries] and [keys] to [heads, queries, keys]."""
+    reach = table.shape[-1] // 2
+    distance = (keys[None, :] - queries[:, None]).clamp(-reach, reach)
+    return table[:, distance + reach]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans: what attends to what
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class AttentionPlan(Protocol):
+    """Attention of one batch, before a layer's bias is known."""
+
+    def layer(self, table: Tensor) -> Attend:
+        """The attention function of a layer with this [heads, distances] bias table in the compute dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class DocumentAttention:
+    """Every document of a packed row attends to its own keys, through SDPA, one call per group of equal documents."""
+
+    groups: Sequence[DocumentGroup]
+    scale: float
+
+    def layer(self, table: Tensor) -> Attend:
+        if not self.groups:
+            return _attend_to_nothing
+        longest = max((group.queries for group in self.groups if group.positions is None), default=1)
+        bias = position_bias(table, longest)
+        biases = [self._bias_of(group, table, bias) for group in self.groups]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            outputs = [self._attend_group(*item, q, k, v) for item in zip(self.groups, biases, strict=True)]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+        return attend
+
+    @staticmethod
+    def _bias_of(group: DocumentGroup, table: Tensor, bias: Tensor) -> Tensor:
+        """[heads, queries, keys]"""
+        if group.positions is None:
+            return bias[:, : group.queries, group.key_start : group.key_start + group.keys]
+        return scattered_bias(table, group.positions, group.positions[group.key_rows])
+
+    def _attend_group(self, group: DocumentGroup, bias: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shape = (group.count, group.queries)
+        q, k, v = (x[group.start : group.stop].unflatten(0, shape) for x in (q, k, v))
+        if group.keys == 0:
+            return v.mean(dim=1, keepdim=True).expand_as(v).flatten(0, 1)
+        if group.key_rows is None:
+            keys = slice(group.key_start, group.key_start + group.keys)
+            k, v = k[:, keys], v[:, keys]
+        else:
+            k, v = k[:, group.key_rows], v[:, group.key_rows]
+        out = _sdpa(q, k, v, bias.expand(group.count, *bias.shape), self.scale)
+        return out.flatten(0, 1)
+
+
+def _attend_to_nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """For a batch in which every prompt is masked and no pad row is computed: the row is empty."""
+    return q
+
+
+@dataclass(frozen=True)
+class DenseAttention:
+    """A whole padded batch under a mask of any pattern; ``mask`` is bool [batch, 1 or heads, query, key]."""
+
+    mask: Tensor
+    scale: float
+
+    def layer(self, table: Tensor) -> Attend:
+        batch, _, length, _ = self.mask.shape
+        # The lowest finite number and not −∞: a row masked everywhere then attends evenly, as in the reference.
+        hidden = torch.finfo(table.dtype).min
+        bias = position_bias(table, length).masked_fill(~self.mask, hidden)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.unflatten(0, (batch, length)) for x in (q, k, v))
+            return _sdpa(q, k, v, bias, self.scale).flatten(0, 1)
+
+        return attend
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """[batch, tokens, heads, d_kv] each, bias [batch, heads, query, key]; result like q."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
+
+
+def logit_scale(config: T5Config) -> float:
+    """What q·k is multiplied by: 1 for the published models."""
+    return config.d_kv**-0.5 if config.scale_qk else 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modules: projections around the attention function
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with q, k, v and o as modules of their own (the separate layout)."""
+
+    def __init__(self, config: T5Config, ops: Any, has_bias: bool, **factory: Any) -> None:
+        super().__init__()
+        self.heads, self.d_kv = config.num_heads, config.d_kv
+        self.scale_qk = config.scale_qk
+        self.q = ops.Linear(config.d_model, config.inner_dim, bias=False, **factory)
+        self.k = ops.Linear(config.d_model, config.inner_dim, bias=False, **factory)
+        self.v = ops.Linear(config.d_model, config.inner_dim, bias=False, **factory)
+        self.o = ops.Linear(config.inner_dim, config.d_model, bias=False, **factory)
+        if has_bias:
+            self.relative_attention_bias = _bias_embedding(config, ops, **factory)
+
+    def forward(self, hidden: Tensor, attend: Attend) -> Tensor:
+        """[tokens, d_model] to [tokens, d_model]."""
+        q, k, v = (projection(hidden).unflatten(-1, (self.heads, self.d_kv)) for projection in (self.q, self.k, self.v))
+        out: Tensor = self.o(attend(q, k, v).flatten(-2))
+        return out
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        d_model = self.q.in_features
+        nn.init.normal_(self.q.weight, std=_query_std(d_model, self.d_kv, self.scale_qk), generator=generator)
+        nn.init.normal_(self.k.weight, std=d_model**-0.5, generator=generator)
+        nn.init.normal_(self.v.weight, std=d_model**-0.5, generator=generator)
+        nn.init.normal_(self.o.weight, std=self.o.in_features**-0.5, generator=generator)
+
+
+class FusedSelfAttention(nn.Module):
+    """Self-attention with q, k and v in one matrix, one above the other in that order."""
+
+    def __init__(self, config: T5Config, ops: Any, has_bias: bool, **factory: Any) -> None:
+        super().__init__()
+        self.heads, self.d_kv = config.num_heads, config.d_kv
+        self.scale_qk = config.scale_qk
+        self.qkv = ops.Linear(config.d_model, 3 * config.inner_dim, bias=False, **factory)
+        self.o = ops.Linear(config.inner_dim, config.d_model, bias=False, **factory)
+        if has_bias:
+            self.relative_attention_bias = _bias_embedding(config, ops, **factory)
+
+    def forward(self, hidden: Tensor, attend: Attend) -> Tensor:
+        """[tokens, d_model] to [tokens, d_model]."""
+        q, k, v = self.qkv(hidden).unflatten(-1, (3, self.heads, self.d_kv)).unbind(-3)
+        out: Tensor = self.o(attend(q, k, v).flatten(-2))
+        return out
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        d_model = self.qkv.in_features
+        q, kv = self.qkv.weight.detach().split([self.o.in_features, 2 * self.o.in_features])
+        nn.init.normal_(q, std=_query_std(d_model, self.d_kv, self.scale_qk), generator=generator)
+        nn.init.normal_(kv, std=d_model**-0.5, generator=generator)
+        nn.init.normal_(self.o.weight, std=self.o.in_features**-0.5, generator=generator)
+
+
+def _bias_embedding(config: T5Config, ops: Any, **factory: Any) -> nn.Embedding:
+    embedding: nn.Embedding = ops.Embedding(config.relative_attention_num_buckets, config.num_heads, **factory)
+    return embedding
+
+
+def _query_std(d_model: int, d_kv: int, scale_qk: bool) -> float:
+    """T5 puts the 1/√d_kv that others apply to the logits into the initial queries."""
+    return d_model**-0.5 if scale_qk else (d_model * d_kv) ** -0.5
+
+
+class SelfAttentionLayer(nn.Module):
+    """Norm, self-attention, and the sum with the residual: ``block[i].layer[0]``."""
+
+    def __init__(self, norm: nn.Module, attention: nn.Module) -> None:
+        super().__init__()
+        self.SelfAttention = attention
+        self.layer_norm = norm
+
+    def forward(self, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
+        """[tokens, d_model] residual to residual; ``dtype`` is the compute dtype."""
+        return residual + self.SelfAttention(self.layer_norm(residual).to(dtype), attend)

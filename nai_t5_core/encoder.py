@@ -1,0 +1,282 @@
+"""The encoder: ids and mask in, hidden states out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from nai_t5_core.attention import (
+    Attend,
+    AttentionPlan,
+    DenseAttention,
+    DocumentAttention,
+    FusedSelfAttention,
+    SelfAttention,
+    SelfAttentionLayer,
+    distance_table,
+    logit_scale,
+)
+from nai_t5_core.config import T5Config
+from nai_t5_core.layers import (
+    FeedForward,
+    FeedForwardLayer,
+    FoldedRMSNorm,
+    FusedGatedFeedForward,
+    GatedFeedForward,
+    RMSNorm,
+    residual_dtype,
+)
+from nai_t5_core.packing import Packing, PaddingPolicy, pack_batch
+
+Layout = Literal["fused", "separate"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+
+class EncoderBlock(nn.Module):
+    """One layer: self-attention, then feed-forward."""
+
+    def __init__(self, config: T5Config, layout: Layout, has_bias: bool, ops: Any, **factory: Any) -> None:
+        super().__init__()
+        norm = FoldedRMSNorm if layout == "fused" else RMSNorm
+        attention = FusedSelfAttention if layout == "fused" else SelfAttention
+        if not config.gated:
+            feed_forward: type[nn.Module] = FeedForward
+        else:
+            feed_forward = FusedGatedFeedForward if layout == "fused" else GatedFeedForward
+        d_model, eps, device = config.d_model, config.layer_norm_epsilon, factory.get("device")
+        self.layer = nn.ModuleList(
+            [
+                SelfAttentionLayer(norm(d_model, eps, device), attention(config, ops, has_bias, **factory)),
+                FeedForwardLayer(norm(d_model, eps, device), feed_forward(config, ops, **factory)),
+            ]
+        )
+
+    @property
+    def bias(self) -> nn.Embedding | None:
+        """The relative position bias, in the layers that have one: all of UMT5's, the first of the others."""
+        return getattr(self.layer[0].SelfAttention, "relative_attention_bias", None)
+
+    def forward(self, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
+        """[tokens, d_model] residual to residual; ``dtype`` is the compute dtype."""
+        residual = self.layer[0](residual, attend, dtype)
+        out: Tensor = self.layer[-1](residual, dtype)
+        return out
+
+
+class Encoder(nn.Module):
+    """The stack of blocks on a packed row: embeddings in, hidden states out."""
+
+    def __init__(self, config: T5Config, layout: Layout = "fused", ops: Any = nn, **factory: Any) -> None:
+        super().__init__()
+        self.max_distance = config.relative_attention_max_distance
+        self.block = nn.ModuleList(
+            EncoderBlock(config, layout, config.bias_per_layer or index == 0, ops, **factory)
+            for index in range(config.num_layers)
+        )
+        self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, factory.get("device"))
+
+    def forward(self, embeddings: Tensor, plan: AttentionPlan, dtype: torch.dtype) -> Tensor:
+        """[tokens, d_model] in any float dtype to [tokens, d_model] in ``dtype``, after the final norm."""
+        residual = embeddings
+        for state in self.residuals(embeddings, plan, dtype):
+            residual = state
+        return self.finish(residual, dtype)
+
+    def residuals(self, embeddings: Tensor, plan: AttentionPlan, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The residual stream before the first block and after each: layers + 1 tensors [tokens, d_model]."""
+        residual = embeddings.to(residual_dtype(dtype))
+        yield residual
+        attend: Attend | None = None
+        for block in self.block:
+            assert isinstance(block, EncoderBlock)
+            if block.bias is not None:
+                attend = plan.layer(distance_table(block.bias.weight, self.max_distance).to(dtype))
+            assert attend is not None, "the first block has the bias"
+            residual = block(residual, attend, dtype)
+            yield residual
+
+    def finish(self, residual: Tensor, dtype: torch.dtype) -> Tensor:
+        """The final norm: residual to hidden states in ``dtype``."""
+        hidden: Tensor = self.final_layer_norm(residual)
+        return hidden.to(dtype)
+
+
+class T5EncoderStack(nn.Module):
+    """A T5 encoder with its embedding; the padding policy is chosen by the call.
+
+    Module and tensor names are those of Hugging Face checkpoints. ``layout="separate"`` has exactly their tensors;
+    ``layout="fused"`` joins q, k, v and gate, up, with the norm weights multiplied in.
+
+    Args:
+        config: the sizes.
+        layout: ``"fused"`` (the fastest) or ``"separate"``.
+        ops: a namespace with ``Linear`` and ``Embedding`` classes, ``torch.nn`` by default.
+        device, dtype: of the parameters; ``device="meta"`` allocates nothing.
+    """
+
+    def __init__(
+        self,
+        config: T5Config,
+        layout: Layout = "fused",
+        ops: Any = nn,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if layout not in LAYOUTS:
+            raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
+        self.config = config
+        self.layout = layout
+        self.shared = ops.Embedding(config.vocab_size, config.d_model, device=device, dtype=dtype)
+        self.encoder = Encoder(config, layout, ops, device=device, dtype=dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype: that of the embedding table."""
+        dtype: torch.dtype = self.shared.weight.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.shared.weight.device
+        return device
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        padding: PaddingPolicy = "exact",
+        extra_pad: int = 0,
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: [batch, length] integers below ``config.vocab_size``.
+            attention_mask: None, [batch, length] (non-zero at real tokens), [batch, query, key], or 4-dim and
+                broadcastable to [batch, heads, query, key]; the latter two are bool or integer, non-zero where a query
+                may see a key, and leave nothing to a padding policy.
+            inputs_embeds: [batch, length, d_model] in place of ``input_ids``.
+            padding, extra_pad: see :func:`nai_t5_core.packing.pack_batch`.
+
+        Returns:
+            [batch, length, d_model] in the compute dtype; with ``padding="trim"`` the longest prompt gives the length.
+
+        Raises:
+            ValueError: ids outside the vocabulary, both or neither of ids and embeddings, a mask of the wrong shape, an
+                unknown padding policy.
+        """
+        batch = self._prepare(input_ids, attention_mask, inputs_embeds, padding, extra_pad)
+        embeddings, plan, packing = batch
+        return packing.unpack(self.encoder(embeddings, plan, self.dtype))
+
+    def hidden_states(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        padding: PaddingPolicy = "exact",
+        extra_pad: int = 0,
+        final_norm: bool = True,
+    ) -> list[Tensor]:
+        """Hidden states of every layer: layers + 1 tensors, the embeddings first. Arguments as for a call.
+
+        The last one has passed the final norm unless ``final_norm=False``. All but that one are the residual stream and
+        come in its precision (float32, or float64 in a float64 model), since their range exceeds float16's.
+        """
+        embeddings, plan, packing = self._prepare(input_ids, attention_mask, inputs_embeds, padding, extra_pad)
+        states = list(self.encoder.residuals(embeddings, plan, self.dtype))
+        if final_norm:
+            states[-1] = self.encoder.finish(states[-1], self.dtype)
+        return [packing.unpack(state) for state in states]
+
+    def _prepare(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None,
+        padding: PaddingPolicy,
+        extra_pad: int,
+    ) -> tuple[Tensor, AttentionPlan, Packing]:
+        """Packed embeddings, what attends to what, and the way back to the padded batch."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        assert inputs is not None
+        batch, length = self._check_inputs(inputs, is_ids=inputs_embeds is None)
+        inputs = inputs.to(self.device)
+        scale = logit_scale(self.config)
+        plan: AttentionPlan
+        if attention_mask is None or attention_mask.ndim == 2:
+            mask = None if attention_mask is None else attention_mask != 0
+            packing = pack_batch(mask, batch, length, padding, extra_pad, self.device)
+            plan = DocumentAttention(packing.groups, scale)
+        else:
+            mask = _dense_mask(attention_mask, batch, self.config.num_heads, length)
+            packing = pack_batch(None, batch, length)
+            plan = DenseAttention(mask.to(self.device), scale)
+        packed = packing.pack(inputs)
+        return (packed if inputs_embeds is not None else self.shared(packed)), plan, packing
+
+    def _check_inputs(self, inputs: Tensor, is_ids: bool) -> tuple[int, int]:
+        expected = "input_ids must be [batch, length]" if is_ids else "inputs_embeds must be [batch, length, d_model]"
+        if inputs.ndim != (2 if is_ids else 3):
+            raise ValueError(f"{expected}; got shape {list(inputs.shape)}")
+        if not is_ids and inputs.shape[-1] != self.config.d_model:
+            raise ValueError(f"{expected} with d_model={self.config.d_model}; got shape {list(inputs.shape)}")
+        # On a device the check would wait for it; there the embedding's own assertion speaks.
+        if is_ids and inputs.device.type == "cpu" and inputs.numel():
+            low, high = int(inputs.min()), int(inputs.max())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"token id {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size} tokens "
+                    "(ids start at 0); the tokenizer belongs to another model"
+                )
+        return inputs.shape[0], inputs.shape[1]
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Random weights for training from scratch, drawn by T5's own scheme (mesh-tensorflow's initialisers).
+
+        Every projection has variance 1 / fan-in, the queries another factor of 1 / d_kv unless ``scale_qk``; embeddings
+        have variance 1 and norms are ones. The same generator state gives the same weights.
+        """
+        nn.init.normal_(self.shared.weight, std=1.0, generator=generator)
+        for module in self.encoder.modules():
+            if isinstance(module, SelfAttention | FusedSelfAttention):
+                module.init_weights(generator)
+                if hasattr(module, "relative_attention_bias"):
+                    nn.init.normal_(
+                        module.relative_attention_bias.weight, std=self.config.d_model**-0.5, generator=generator
+                    )
+            elif isinstance(module, FeedForward | GatedFeedForward | FusedGatedFeedForward):
+                module.init_weights(generator)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, FoldedRMSNorm):
+                nn.init.ones_(module.folded_weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.config.kind}, {self.layout}, {self.dtype}, attention=sdpa"
+
+
+def _dense_mask(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:
+    """A 3- or 4-dim mask as bool [batch, 1 or heads, length, length]."""
+    full = (batch, heads, length, length)
+    if mask.is_floating_point():
+        raise ValueError(
+            f"the {mask.ndim}-dim mask has dtype {mask.dtype}; masks of 3 and 4 dimensions must be bool or integer, "
+            "non-zero where a query may see a key"
+        )
+    if mask.ndim == 3 and mask.shape == (batch, length, length):
+        mask = mask[:, None]
+    elif mask.ndim != 4 or any(size not in (1, limit) for size, limit in zip(mask.shape, full, strict=True)):
+        raise ValueError(
+            f"the mask has shape {list(mask.shape)}; allowed: {[batch, length]}, {[batch, length, length]}, "
+            f"or broadcastable to {list(full)}"
+        )
+    return (mask != 0).expand(batch, mask.shape[1], length, length)

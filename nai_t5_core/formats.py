@@ -1,0 +1,328 @@
+"""Checkpoints as named lazy tensors, recognised by their content and not by their file name.
+
+Nothing here knows T5: names, shapes, dtypes and bytes only. Reading one tensor maps its file for as long as the tensor
+lives, so that a whole checkpoint is never in memory twice.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nai_t5_core.config import Shape
+
+_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
+# Tensors start at multiples of this many bytes in the files we write, so that a mapped tensor suits vector loads.
+_ALIGNMENT = 64
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or is not what it should be; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before it is read."""
+
+    shape: Shape
+    dtype: torch.dtype
+    file: Path
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint. ``read`` gives one tensor on the CPU, in the dtype of the file."""
+
+    source: str
+    format: str
+    tensors: dict[str, TensorInfo]
+    read: Callable[[str], Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+    """The folder that may hold config.json and a tokenizer; None for a lone file."""
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def hf_config(self) -> dict[str, Any] | None:
+        """The config.json beside the weights, or None where there is none."""
+        path = self.folder / "config.json" if self.folder else None
+        return _read_json(path) if path and path.is_file() else None
+
+
+def open_checkpoint(path: str | Path, subfolder: str = "") -> Checkpoint:
+    """Opens a file or folder: safetensors or PyTorch, single or sharded.
+
+    Raises:
+        CheckpointError: nothing at the path, no weights in the folder, or a file that is damaged or of another kind.
+    """
+    path = Path(path).expanduser() / subfolder
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        if path.is_file():
+            return _open_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    raise CheckpointError(
+        f"{path} does not exist; give a weight file, a folder, or a hub id such as google/t5-v1_1-xxl"
+    )
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    weights = _weights_in(folder)
+    if weights is None:
+        pipeline = folder / "model_index.json"
+        hint = "it is a whole pipeline: give the subfolder of its text encoder" if pipeline.is_file() else ""
+        raise CheckpointError(
+            f"{folder} holds no weights (looked for *.safetensors, pytorch_model.bin and their index files)"
+            + (f"; {hint}" if hint else "")
+        )
+    checkpoint = _open_file(weights)
+    checkpoint.source = str(folder)
+    checkpoint.folder = folder
+    return checkpoint
+
+
+def _weights_in(folder: Path) -> Path | None:
+    indexes = [folder / name for name in _INDEX_FILES if (folder / name).is_file()]
+    indexes += sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        return indexes[0]
+    for pattern in ("model.safetensors", "*.safetensors", "pytorch_model.bin"):
+        found = sorted(folder.glob(pattern))
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found[:5])
+            raise CheckpointError(f"{folder} holds {len(found)} weight files and no index ({names}…); name one of them")
+        if found:
+            return found[0]
+    return None
+
+
+def _open_file(path: Path) -> Checkpoint:
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head[8:9] == b"{":
+        return _open_safetensors(path)
+    if head[:2] in (b"PK", b"\x80\x02"):
+        return _open_pytorch(path)
+    if head.lstrip()[:1] == b"{":
+        return _open_index(path)
+    if head[:4] == b"GGUF":
+        raise CheckpointError(
+            f"{path} is a GGUF file, which is not supported; use a safetensors file of the same model"
+        )
+    raise CheckpointError(
+        f"{path} is neither safetensors, nor a PyTorch file, nor a shard index (it begins with {head[:8]!r}); "
+        "it may be damaged or still downloading"
+    )
+
+
+def _open_safetensors(path: Path) -> Checkpoint:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {}
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                piece = file.get_slice(name)
+                tensors[name] = TensorInfo(tuple(piece.get_shape()), _dtype_named(piece.get_dtype(), path), path)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is a damaged safetensors file ({path.stat().st_size:,} bytes: {error}); fetch it again"
+        ) from error
+
+    def read(name: str) -> Tensor:
+        # A handle for each tensor: its mapping ends with the tensor, and memory holds only what is in use.
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    return Checkpoint(str(path), "safetensors", tensors, read, metadata)
+
+
+def _dtype_named(name: str, path: Path) -> torch.dtype:
+    if name not in _SAFETENSORS_DTYPES:
+        raise CheckpointError(f"{path} holds tensors of type {name}; known are {', '.join(_SAFETENSORS_DTYPES)}")
+    return _SAFETENSORS_DTYPES[name]
+
+
+def _open_pytorch(path: Path) -> Checkpoint:
+    try:
+        # weights_only: a pickle may otherwise run code. mmap works for the zip form, which is all files since 2020.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is not a readable PyTorch weight file ({reason}); fetch it again") from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} is a PyTorch file but no dictionary of tensors; save the model's state_dict")
+    tensors = {name: TensorInfo(tuple(value.shape), value.dtype, path) for name, value in state.items()}
+    return Checkpoint(str(path), "PyTorch", tensors, state.__getitem__)
+
+
+def _open_index(path: Path) -> Checkpoint:
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{path} is a JSON file without a weight_map; give the weight file or its index")
+    names = sorted(set(weight_map.values()))
+    absent = [name for name in names if not (path.parent / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{path} lists {len(names)} shards, of which {len(absent)} are absent: {', '.join(absent)}"
+        )
+    shards = {name: _open_file(path.parent / name) for name in names}
+    lost = [name for name, shard in weight_map.items() if name not in shards[shard].tensors]
+    if lost:
+        raise CheckpointError(f"{path} promises tensors that its shards do not hold: {', '.join(lost[:5])}")
+
+    def read(name: str) -> Tensor:
+        return shards[weight_map[name]].read(name)
+
+    tensors = {name: shards[shard].tensors[name] for name, shard in weight_map.items()}
+    kind = shards[names[0]].format
+    return Checkpoint(str(path), f"sharded {kind}, {len(names)} files", tensors, read, folder=path.parent)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}; an object is needed")
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside ``path`` to write to, and renames it in the end; after a fault nothing remains."""
+    partial = path.with_name(path.name + ".part")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_safetensors(
+    path: str | Path,
+    layout: Mapping[str, tuple[torch.dtype, Shape]],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | Callable[[], Mapping[str, str]],
+) -> None:
+    """Writes a safetensors file tensor by tensor, so that memory holds one of them at a time.
+
+    Args:
+        path: the file; it appears when it is complete.
+        layout: dtype and shape of every tensor, known before any is made.
+        tensors: the tensors in the order of ``layout``.
+        metadata: strings for the header; a function is called after the last tensor, and its result must be as long as
+            :data:`METADATA_ROOM` allows.
+
+    Raises:
+        CheckpointError: the disk has too little room, or the file cannot be written. No file is left behind.
+    """
+    path = Path(path)
+    header, total = _header(layout)
+    _check_room(path, total)
+    try:
+        with replacing(path) as partial, partial.open("wb") as file:
+            room = _encoded({**header, "__metadata__": {}}, room=METADATA_ROOM)
+            file.write(room)
+            _write_tensors(file, layout, tensors)
+            texts = metadata() if callable(metadata) else metadata
+            file.seek(0)
+            file.write(_encoded({**header, "__metadata__": dict(texts)}, length=len(room)))
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written: {error.strerror or error}; nothing was kept") from error
+
+
+# Bytes set aside in the header for metadata, which is complete only after the last tensor was hashed.
+METADATA_ROOM = 16_384
+
+
+def _header(layout: Mapping[str, tuple[torch.dtype, Shape]]) -> tuple[dict[str, Any], int]:
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, (dtype, shape) in layout.items():
+        size = dtype.itemsize * int(torch.Size(shape).numel())
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    return header, offset
+
+
+def _encoded(header: dict[str, Any], room: int = 0, length: int | None = None) -> bytes:
+    """The header as the format has it: its length as 8 bytes, then JSON, padded with spaces."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    if length is None:
+        length = -(-(8 + len(text) + room) // _ALIGNMENT) * _ALIGNMENT
+    assert 8 + len(text) <= length, "the metadata exceeds the room set aside for it"
+    return struct.pack("<Q", length - 8) + text.ljust(length - 8)
+
+
+def _write_tensors(
+    file: Any, layout: Mapping[str, tuple[torch.dtype, Shape]], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    for (name, (dtype, shape)), (given, tensor) in zip(layout.items(), tensors, strict=True):
+        assert (given, tensor.dtype, tuple(tensor.shape)) == (name, dtype, shape), f"{given} does not fit its place"
+        file.write(tensor_bytes(tensor))
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw bytes of a tensor in row-major order; a view where the tensor is contiguous and on the CPU."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _check_room(path: Path, needed: int) -> None:
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise CheckpointError(f"{path} cannot be written: the folder {folder} does not exist")
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{path} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
+            "make room or write elsewhere"
+        )

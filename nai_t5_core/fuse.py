@@ -1,0 +1,129 @@
+"""How the tensors of a model are made from those of a Hugging Face checkpoint: as they are, or fused.
+
+A recipe names the originals that are stacked on top of each other and the norm whose weight is multiplied into their
+columns. Pure functions on tensors; what is read from where is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.config import Shape, T5Config, decoder_tensors, encoder_tensors
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One tensor of the model.
+
+    ``parts`` are the originals, stacked along the rows; ``norm`` the norm weight that multiplies their columns, or
+    None. ``in_float32`` tensors keep that precision whatever the model's dtype.
+    """
+
+    target: str
+    parts: tuple[str, ...]
+    shape: Shape
+    norm: str | None = None
+    in_float32: bool = False
+
+    def dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if self.in_float32 else model_dtype
+
+    @property
+    def originals(self) -> tuple[str, ...]:
+        return self.parts if self.norm is None else (*self.parts, self.norm)
+
+
+def separate_recipes(config: T5Config) -> list[Recipe]:
+    """Every tensor as it is in the checkpoint."""
+    shapes = encoder_tensors(config) | decoder_tensors(config)
+    return [Recipe(name, (name,), shape, in_float32="layer_norm" in name) for name, shape in shapes.items()]
+
+
+def fused_recipes(config: T5Config) -> list[Recipe]:
+    """q, k, v (k, v in cross-attention) and gate, up joined, each with the norm before it multiplied in."""
+    shapes = encoder_tensors(config) | decoder_tensors(config)
+    return list(_fused(shapes))
+
+
+def _fused(shapes: dict[str, Shape]) -> Iterator[Recipe]:
+    taken: set[str] = set()
+    for name, shape in shapes.items():
+        if name in taken:
+            continue
+        parts: tuple[str, ...] = (name,)
+        target, norm = name, None
+        module, _, projection = name.removesuffix(".weight").rpartition(".")
+        sublayer = module.rpartition(".")[0]
+        before = f"{sublayer}.layer_norm.weight"
+        match projection:
+            case "q" if "EncDecAttention" in module:
+                norm = before
+            case "q":
+                parts, norm = _siblings(module, "q", "k", "v"), before
+                target = f"{module}.qkv.weight"
+            case "k":
+                # Cross-attention reads the encoder's final hidden states, which no norm of the decoder touches.
+                parts, target = _siblings(module, "k", "v"), f"{module}.kv.weight"
+            case "wi_0":
+                parts, norm = _siblings(module, "wi_0", "wi_1"), before
+                target = f"{module}.wi.weight"
+            case "wi":
+                norm = before
+            case "layer_norm":
+                target = f"{module}.layer_norm.folded_weight"
+        taken.update(parts)
+        rows = sum(shapes[part][0] for part in parts)
+        yield Recipe(target, parts, (rows, *shape[1:]), norm, in_float32="layer_norm" in name)
+
+
+def _siblings(module: str, *projections: str) -> tuple[str, ...]:
+    return tuple(f"{module}.{projection}.weight" for projection in projections)
+
+
+def cook(recipe: Recipe, read: Callable[[str], Tensor], model_dtype: torch.dtype) -> Tensor:
+    """Makes one tensor of the model; the product with the norm is taken in float32 (float64 in a float64 model).
+
+    Where nothing is to be joined, multiplied or cast, the original itself is returned (perhaps a view of its file).
+    """
+    dtype = recipe.dtype(model_dtype)
+    if len(recipe.parts) == 1 and recipe.norm is None:
+        return read(recipe.parts[0]).to(dtype)
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    norm = None if recipe.norm is None else read(recipe.norm).to(precision)
+    out = torch.empty(recipe.shape, dtype=dtype)
+    row = 0
+    for name in recipe.parts:
+        part = read(name)
+        rows = out[row : row + part.shape[0]]
+        rows.copy_(part if norm is None else part.to(precision) * norm)
+        row += part.shape[0]
+    return out
+
+
+def uncook(recipe: Recipe, read: Callable[[str], Tensor], shapes: dict[str, Shape]) -> Iterator[tuple[str, Tensor]]:
+    """The inverse: the originals of one fused tensor, by name, in float32 (float64 where the model is).
+
+    ``read`` gives tensors of the fused model by name, ``shapes`` the shapes of the originals. Exact to the rounding of
+    one multiplication and one division; columns that a norm weight of zero has wiped out come back as zeros.
+    """
+    fused = read(recipe.target)
+    fused = fused.to(torch.float64 if fused.dtype == torch.float64 else torch.float32)
+    if recipe.norm is not None:
+        norm = read(recipe.norm.replace("layer_norm.weight", "layer_norm.folded_weight")).to(fused.dtype)
+        fused = torch.where(norm == 0, 0, fused / norm)
+    row = 0
+    for name in recipe.parts:
+        rows = shapes[name][0]
+        yield name, fused[row : row + rows]
+        row += rows
+
+
+def unfuse(config: T5Config, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Every original tensor of a fused model, under its Hugging Face name."""
+    shapes = encoder_tensors(config) | decoder_tensors(config)
+    for recipe in fused_recipes(config):
+        yield from uncook(recipe, read, shapes)

@@ -1,0 +1,121 @@
+"""Tensor names of the files that people have, to the Hugging Face names that everything here speaks.
+
+Tables and pure functions; nothing is read. An unknown name is an error and an ignored one has a reason, so that a load
+never drops a tensor in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from nai_t5_core.formats import CheckpointError
+
+_ANCHOR = "encoder.block.0.layer.0.SelfAttention.q.weight"
+
+# Every tensor a T5 has, in Hugging Face's spelling.
+_T5_TENSOR = re.compile(
+    r"shared\.weight|lm_head\.weight|(en|de)coder\.final_layer_norm\.weight"
+    r"|(en|de)coder\.block\.\d+\.layer\.\d\.("
+    r"SelfAttention\.(q|k|v|o|relative_attention_bias)|EncDecAttention\.(q|k|v|o)"
+    r"|DenseReluDense\.(wi|wi_0|wi_1|wo)|layer_norm)\.weight"
+)
+
+# The stacks' own names for the embedding, which is stored as shared.weight as well; some files have only one of them.
+_EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+# Names that carry no weight, and why they may be left out.
+_IGNORED = (
+    (re.compile(r"(spiece_model|tokenizer_json)"), "the tokenizer, read from here when there is no other"),
+    (re.compile(r"scaled_fp8"), "marks a file with scaled float8 weights"),
+    (re.compile(r".*\.(scale_input|input_scale)"), "scale of float8 activations, which are not used"),
+    (
+        re.compile(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"),
+        "left in the published v1.0 files; no model reads it",
+    ),
+)
+
+# A scaled float8 weight is its values times this one number; ComfyUI has spelled it in two ways.
+_SCALE = re.compile(r"(?P<module>.*)\.(scale_weight|weight_scale)")
+
+# What other models' files are known by, to say what was given instead of a T5.
+_OTHER_MODELS = (
+    ("text_model.encoder.layers.", "a CLIP text encoder"),
+    ("transformer.resblocks.", "an OpenCLIP text encoder"),
+    ("down_blocks.", "a UNet or VAE"),
+    ("input_blocks.", "a UNet"),
+    ("double_blocks.", "a diffusion transformer"),
+    ("joint_blocks.", "a diffusion transformer"),
+    ("transformer_blocks.", "a diffusion transformer"),
+    ("decoder.up.", "a VAE"),
+    ("model.layers.", "a decoder-only language model"),
+    ("encoder.layer.", "a BERT-like encoder"),
+    ("lora", "a LoRA"),
+)
+
+
+@dataclass
+class KeyMap:
+    """Where each tensor of the T5 is in the file."""
+
+    names: dict[str, str] = field(default_factory=dict)
+    """Hugging Face name to the file's name."""
+    scales: dict[str, str] = field(default_factory=dict)
+    """Hugging Face name of a float8 weight to the file's name of its scale."""
+    ignored: dict[str, str] = field(default_factory=dict)
+    """The file's name to the reason why it is not used."""
+    prefix: str = ""
+    """What stands before every Hugging Face name in the file."""
+
+
+def map_names(names: Iterable[str], source: str) -> KeyMap:
+    """Finds the T5 among the tensor names of a file.
+
+    Raises:
+        CheckpointError: no T5 or several in the file, or a name that no T5 has.
+    """
+    names = list(names)
+    prefix = _find_prefix(names, source)
+    keymap = KeyMap(prefix=prefix)
+    unknown = []
+    for full in names:
+        if not full.startswith(prefix):
+            keymap.ignored[full] = f"not under {prefix!r}: another part of the file"
+            continue
+        name = full.removeprefix(prefix)
+        scale = _SCALE.fullmatch(name)
+        if _T5_TENSOR.fullmatch(name):
+            keymap.names[name] = full
+        elif scale:
+            keymap.scales[f"{scale['module']}.weight"] = full
+        elif name not in _EMBEDDING_COPIES:
+            reason = next((reason for pattern, reason in _IGNORED if pattern.fullmatch(name)), None)
+            if reason is None:
+                unknown.append(full)
+            else:
+                keymap.ignored[full] = reason
+    if unknown:
+        shown = ", ".join(unknown[:8]) + ("…" if len(unknown) > 8 else "")
+        raise CheckpointError(f"{source} holds {len(unknown)} tensors that no T5 has: {shown}")
+    _place_embedding_copies(keymap, [prefix + name for name in _EMBEDDING_COPIES if prefix + name in set(names)])
+    return keymap
+
+
+def _place_embedding_copies(keymap: KeyMap, copies: list[str]) -> None:
+    for full in copies:
+        if "shared.weight" not in keymap.names:
+            keymap.names["shared.weight"] = full
+        else:
+            keymap.ignored[full] = "a copy of the embedding, shared.weight"
+
+
+def _find_prefix(names: list[str], source: str) -> str:
+    prefixes = sorted(name.removesuffix(_ANCHOR) for name in names if name.endswith(_ANCHOR))
+    if len(prefixes) == 1:
+        return prefixes[0]
+    if prefixes:
+        raise CheckpointError(f"{source} holds {len(prefixes)} T5 encoders, under {', '.join(map(repr, prefixes))}")
+    guess = next((kind for mark, kind in _OTHER_MODELS if any(mark in name for name in names)), None)
+    looks = f"looks like {guess}" if guess else f"begins with {', '.join(sorted(names)[:3]) or 'nothing'}"
+    raise CheckpointError(f"{source} is no T5: it {looks}, and has no {_ANCHOR}; give the file of the T5 text encoder")

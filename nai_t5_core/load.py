@@ -1,0 +1,295 @@
+"""From a model argument to a ready encoder: open, map names, check everything, build.
+
+All faults of a checkpoint are found before a tensor is read, and told at once. The model is built on the meta device
+and its tensors are assigned one by one, so that the weights are never in memory twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nai_t5_core import native
+from nai_t5_core.config import T5Config, config_from_hf, decoder_tensors, encoder_tensors, infer_config
+from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
+from nai_t5_core.formats import Checkpoint, CheckpointError, open_checkpoint
+from nai_t5_core.fuse import Recipe, cook, fused_recipes, separate_recipes
+from nai_t5_core.hub import find_model
+from nai_t5_core.keymaps import KeyMap, map_names
+from nai_t5_core.layers import NoInit
+from nai_t5_core.precision import resolve_device, resolve_dtype
+from nai_t5_core.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_bytes
+
+ModelSource = str | Path | None
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass
+class Examination:
+    """What a checkpoint holds and what is wrong with it, before any tensor was read."""
+
+    checkpoint: Checkpoint
+    config: T5Config
+    config_source: str
+    keymap: KeyMap
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def is_native(self) -> bool:
+        return native.is_native(self.checkpoint)
+
+    @property
+    def dtypes(self) -> dict[torch.dtype, int]:
+        """Number of weights of each dtype among the tensors that belong to the T5."""
+        counts: dict[torch.dtype, int] = {}
+        for name in self.keymap.names.values():
+            info = self.checkpoint.tensors[name]
+            counts[info.dtype] = counts.get(info.dtype, 0) + int(torch.Size(info.shape).numel())
+        return counts
+
+    def refuse_faults(self) -> None:
+        """Raises a CheckpointError that lists every fault, if there is any."""
+        if self.faults:
+            listed = "\n".join(f"  - {fault}" for fault in self.faults)
+            raise CheckpointError(f"{self.checkpoint.source} cannot be loaded, {len(self.faults)} faults:\n{listed}")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by its Hugging Face name; a scaled float8 weight comes multiplied by its scale, in float32."""
+        tensor = self.checkpoint.read(self.keymap.names[name])
+        scale = self.keymap.scales.get(name)
+        return tensor if scale is None else tensor.float() * self.checkpoint.read(scale).float()
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did."""
+
+    source: str
+    format: str
+    kind: str
+    dtype: torch.dtype
+    device: torch.device
+    layout: Layout
+    used: tuple[str, ...]
+    ignored: dict[str, str]
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.kind} from {self.source} ({self.format}): {len(self.used)} tensors used, "
+            f"{len(self.ignored)} ignored, none missing; {self.layout} layout, {self.dtype}, {self.device}, "
+            f"{self.seconds:.2f} s"
+        ]
+        for reason, names in by_reason(self.ignored).items():
+            lines.append(f"  ignored {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "") + f": {reason}")
+        return "\n".join(lines)
+
+
+def by_reason(ignored: dict[str, str]) -> dict[str, list[str]]:
+    """The ignored names under each reason for ignoring them."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in ignored.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """A ready encoder with what came along with it."""
+
+    stack: T5EncoderStack
+    tokenizer: Tokenizer | None
+    report: LoadReport
+
+
+def load_encoder(
+    source: ModelSource = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    layout: Layout = "fused",
+    subfolder: str = "",
+) -> T5EncoderStack:
+    """Loads the encoder of a T5 from a hub id, a folder or a file; ``None`` is the tiny embedded model.
+
+    Args:
+        source: Hugging Face folder or id, safetensors (single or sharded), ``pytorch_model.bin``, a ComfyUI
+            text-encoder file, a full encoder-decoder checkpoint, or a file made by ``nai-t5 convert``.
+        dtype: ``"auto"``, a name or a torch dtype; see :func:`nai_t5_core.precision.resolve_dtype`.
+        device: ``"auto"`` or anything torch takes.
+        layout: ``"fused"`` or ``"separate"``; see :class:`nai_t5_core.encoder.T5EncoderStack`.
+        subfolder: the text encoder's folder in a diffusers pipeline.
+
+    Returns:
+        The encoder in evaluation mode.
+
+    Raises:
+        CheckpointError: a ValueError that says what is wrong with the checkpoint, all faults at once.
+        ValueError: an unknown dtype, device or layout.
+    """
+    return load(source, dtype, device, layout, subfolder).stack
+
+
+def load(
+    source: ModelSource = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    layout: Layout = "fused",
+    subfolder: str = "",
+) -> LoadedEncoder:
+    """As :func:`load_encoder`, with the tokenizer found beside or inside the weights, and a report."""
+    started = time.perf_counter()
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
+    place = resolve_device(device)
+    model_dtype = resolve_dtype(dtype, place)
+    examination = examine(source, subfolder)
+    examination.refuse_faults()
+    if examination.is_native and layout == "separate":
+        raise CheckpointError(
+            f"{examination.checkpoint.source} holds fused tensors, from which the separate layout cannot be built; "
+            "load the checkpoint that it was converted from"
+        )
+    stack = T5EncoderStack(examination.config.encoder_only(), layout, NoInit, device="meta", dtype=model_dtype)
+    state = {
+        recipe.target: cook(recipe, examination.read, model_dtype).to(place)
+        for recipe in encoder_recipes(examination, layout)
+    }
+    stack.load_state_dict(state, assign=True)
+    report = LoadReport(
+        source=examination.checkpoint.source,
+        format=examination.checkpoint.format,
+        kind=examination.config.kind,
+        dtype=model_dtype,
+        device=place,
+        layout=layout,
+        used=tuple(name for recipe in encoder_recipes(examination, layout) for name in recipe.originals),
+        ignored=_ignored_by_encoder(examination),
+        seconds=time.perf_counter() - started,
+    )
+    return LoadedEncoder(stack.eval(), find_tokenizer(examination), report)
+
+
+def examine(source: ModelSource = None, subfolder: str = "") -> Examination:
+    """Opens a checkpoint and checks names, sizes and shapes against each other, without reading a weight.
+
+    Raises:
+        CheckpointError: there is no readable checkpoint, or no T5 in it.
+    """
+    checkpoint = open_checkpoint(find_model(source, subfolder))
+    if native.is_native(checkpoint):
+        config = native.read_config(checkpoint)
+        keymap = KeyMap(names={name: name for name in checkpoint.tensors if name not in native.TOKENIZER_TENSORS})
+        expected = {recipe.target: recipe.shape for recipe in fused_recipes(config)}
+        examination = Examination(checkpoint, config, "its own header", keymap)
+        examination.faults += _shape_faults(examination, expected, "its own header")
+        return examination
+
+    keymap = map_names(checkpoint.tensors, checkpoint.source)
+    shapes = {name: checkpoint.tensors[full].shape for name, full in keymap.names.items()}
+    hf_config = checkpoint.hf_config()
+    try:
+        config = infer_config(shapes) if hf_config is None else config_from_hf(hf_config)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.source}: {error}") from error
+    if not any(name.startswith("decoder.") for name in keymap.names):
+        config = config.encoder_only()
+    config_source = "the tensors" if hf_config is None else "config.json"
+    examination = Examination(checkpoint, config, config_source, keymap)
+    examination.faults += _shape_faults(examination, encoder_tensors(config), config_source)
+    examination.faults += _surplus_faults(examination)
+    return examination
+
+
+def decoder_faults(examination: Examination) -> list[str]:
+    """What is wrong with the decoder's tensors, which :func:`examine` leaves aside unless the file is our own."""
+    if examination.is_native:
+        return []
+    return list(_shape_faults(examination, decoder_tensors(examination.config), examination.config_source))
+
+
+def _shape_faults(examination: Examination, expected: dict[str, tuple[int, ...]], config_source: str) -> Iterator[str]:
+    for name, shape in expected.items():
+        if name not in examination.keymap.names:
+            yield f"{name} is missing (expected {list(shape)} according to {config_source})"
+            continue
+        found = examination.checkpoint.tensors[examination.keymap.names[name]].shape
+        if found != shape:
+            yield f"{name} has shape {list(found)}, but {config_source} asks for {list(shape)}"
+
+
+def _surplus_faults(examination: Examination) -> Iterator[str]:
+    known = encoder_tensors(examination.config)
+    for name in examination.keymap.names:
+        if name.startswith("encoder.") and name not in known:
+            yield f"{name} is in the file, but {examination.config_source} describes a model without it"
+
+
+def encoder_recipes(examination: Examination, layout: Layout) -> list[Recipe]:
+    """How each tensor of the encoder is made from this checkpoint."""
+    config = examination.config.encoder_only()
+    if layout == "separate":
+        return separate_recipes(config)
+    recipes = fused_recipes(config)
+    return native.stored(recipes) if examination.is_native else recipes
+
+
+def _ignored_by_encoder(examination: Examination) -> dict[str, str]:
+    unused = {
+        full: "belongs to the decoder"
+        for name, full in examination.keymap.names.items()
+        if name.startswith(("decoder.", "lm_head."))
+    }
+    return examination.keymap.ignored | unused
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer that belongs to the weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_tokenizer(examination: Examination) -> Tokenizer | None:
+    """The tokenizer inside the weight file, in its folder, or in the pipeline's folder for it; None without one."""
+    checkpoint = examination.checkpoint
+    for name, kind in native.TOKENIZER_TENSORS.items():
+        found = next((full for full in checkpoint.tensors if full == name or full.endswith(f".{name}")), None)
+        if found is not None:
+            return tokenizer_from_bytes(kind, bytes(checkpoint.read(found).numpy()))
+    folders = _tokenizer_folders(checkpoint.folder)
+    if folders:
+        return load_tokenizer(folders[0])
+    return ByteTokenizer() if examination.config.kind == "ByT5" else None
+
+
+def find_tokenizer_for(source: ModelSource, subfolder: str = "", tokenizer: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of a model argument, or the one given.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = load_tokenizer(tokenizer) if tokenizer is not None else find_tokenizer(examine(source, subfolder))
+    if found is None:
+        raise ValueError(NO_TOKENIZER.format(source=source))
+    return found
+
+
+NO_TOKENIZER = (
+    "{source} comes without a tokenizer; give a spiece.model or tokenizer.json, or the folder of one, as tokenizer "
+    "(every T5 v1.0, v1.1 and FLAN model has the same)"
+)
+
+
+def _tokenizer_folders(folder: Path | None) -> list[Path]:
+    if folder is None:
+        return []
+    # In a diffusers pipeline, text_encoder_2 goes with tokenizer_2.
+    beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
+    return [path for path in (folder, beside) if path.is_dir() and _has_tokenizer(path)]
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(folder.glob("*.model")) or any(folder.glob("tokenizer*.json"))

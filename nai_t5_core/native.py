@@ -1,0 +1,59 @@
+"""Our own checkpoint: one safetensors file with fused tensors, config and tokenizer. Loading it is a map and an assign.
+
+Header metadata: ``format`` = "nai-t5", ``format_version``, ``config`` (JSON), ``source`` and ``source_sha256`` (of the
+originals' names, dtypes, shapes and bytes). The tokenizer is a uint8 tensor.
+"""
+
+from __future__ import annotations
+
+import json
+
+from pydantic import ValidationError
+
+from nai_t5_core.config import T5Config
+from nai_t5_core.formats import Checkpoint, CheckpointError
+from nai_t5_core.fuse import Recipe
+
+FORMAT = "nai-t5"
+FORMAT_VERSION = 1
+
+# Tensor that holds a tokenizer to the tokenizer's kind. The first name is the one ComfyUI's single files use.
+TOKENIZER_TENSORS = {"spiece_model": "sentencepiece", "tokenizer_json": "tokenizer.json"}
+
+
+def is_native(checkpoint: Checkpoint) -> bool:
+    return checkpoint.metadata.get("format") == FORMAT
+
+
+def read_config(checkpoint: Checkpoint) -> T5Config:
+    """The config in the header.
+
+    Raises:
+        CheckpointError: the file was written by a newer version, or its header is damaged.
+    """
+    version = checkpoint.metadata.get("format_version", "")
+    if version != str(FORMAT_VERSION):
+        raise CheckpointError(
+            f"{checkpoint.source} has format version {version or 'none'}, this program reads {FORMAT_VERSION}; "
+            "update the program or convert the original again"
+        )
+    try:
+        return T5Config.model_validate_json(checkpoint.metadata.get("config", ""))
+    except ValidationError as error:
+        raise CheckpointError(f"{checkpoint.source} has a damaged header: {error.errors()[0]['msg']}") from error
+
+
+def header(config: T5Config, source: str, source_sha256: str) -> dict[str, str]:
+    """The metadata that :func:`read_config` and ``inspect`` read."""
+    return {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "config": json.dumps(config.model_dump()),
+        "source": source,
+        "source_sha256": source_sha256,
+    }
+
+
+def stored(recipes: list[Recipe]) -> list[Recipe]:
+    """Recipes for tensors that are fused already: each is read as it is."""
+    return [Recipe(recipe.target, (recipe.target,), recipe.shape, in_float32=recipe.in_float32) for recipe in recipes]

@@ -1,0 +1,63 @@
+"""Making a finished model faster, from outside: functions that take a model and give it back changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nai_t5_core.encoder import T5EncoderStack
+from nai_t5_core.layers import NoInit
+
+# Not their subclasses: what those do beyond a product (adapters, quantisation, offloading) packing would lose.
+_PLAIN_LINEARS = (nn.Linear, NoInit.Linear)
+
+
+class PackedLinear(nn.Module):
+    """A Linear without bias whose weight lies in oneDNN's own blocked order, which saves reordering it in every call.
+
+    For inference on the CPU only: the weight is no parameter, and can neither be moved nor saved.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, in_features] to [..., out_features] in the dtype of the weight."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        return out
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.packed.dtype}"
+
+
+def can_prepack(stack: T5EncoderStack) -> bool:
+    """Whether this machine's oneDNN takes this model's weights."""
+    if stack.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if stack.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return stack.dtype == torch.float32
+
+
+def prepack(stack: T5EncoderStack) -> T5EncoderStack:
+    """Packs every projection for fast inference on this CPU; each original is let go as soon as its copy is made.
+
+    Returns:
+        The same stack, changed. It can no longer be moved, cast, saved or trained.
+
+    Raises:
+        ValueError: the model is not on the CPU, or not in float32 or a bfloat16 that this processor's oneDNN supports.
+    """
+    if not can_prepack(stack):
+        raise ValueError(
+            f"cannot prepack a model in {stack.dtype} on {stack.device}: oneDNN packs float32, and bfloat16 where the "
+            "processor supports it, on the CPU"
+        )
+    with torch.no_grad():
+        for module in list(stack.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear) and type(child) in _PLAIN_LINEARS:
+                    setattr(module, name, PackedLinear(child))
+    return stack

@@ -1,0 +1,185 @@
+"""Padded batch to packed row and back, and which rows attend to which.
+
+A batch ``[batch, length]`` becomes one row of the positions worth computing, prompt behind prompt ("documents"). All of
+the encoder outside attention sees only that row; attention is restricted to each document's own keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+PaddingPolicy = Literal["attend", "exact", "skip", "trim"]
+PADDING_POLICIES: tuple[PaddingPolicy, ...] = get_args(PaddingPolicy)
+
+
+@dataclass(frozen=True)
+class DocumentGroup:
+    """Documents of one shape that lie one behind the other in the packed row.
+
+    Each of the ``count`` documents has ``queries`` rows; its keys are the rows ``key_start … key_start + keys`` of
+    itself. ``keys = 0`` stands for a prompt whose mask is all zero: its rows attend evenly to every row of the
+    document, which is what a softmax over equally masked logits gives.
+
+    A prompt with holes in its mask has no contiguous keys: then ``count`` is 1, ``key_rows`` lists the keys' rows
+    within the document, and ``positions`` the true position of every row in the prompt.
+    """
+
+    start: int
+    count: int
+    queries: int
+    key_start: int
+    keys: int
+    key_rows: Tensor | None = None
+    positions: Tensor | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count * self.queries
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How one batch is laid out as a packed row.
+
+    ``index`` holds, for every row of the packed row, its place in the flattened batch; None where the packed row is the
+    flattened batch itself. ``output_length`` is the length of the unpacked result.
+    """
+
+    batch: int
+    length: int
+    output_length: int
+    groups: tuple[DocumentGroup, ...]
+    index: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        """Rows that are computed."""
+        return self.groups[-1].stop if self.groups else 0
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """[batch, length, …] to [tokens, …]."""
+        flat = padded.flatten(0, 1)
+        return flat if self.index is None else flat.index_select(0, self.index)
+
+    def unpack(self, row: Tensor) -> Tensor:
+        """[tokens, …] to [batch, output_length, …]; rows that were never computed are zeros."""
+        if self.index is None:
+            return row.unflatten(0, (self.batch, self.length))
+        padded = row.new_zeros(self.batch * self.length, *row.shape[1:])
+        padded = padded.index_copy(0, self.index, row).unflatten(0, (self.batch, self.length))
+        return padded[:, : self.output_length]
+
+
+@dataclass(frozen=True)
+class _Document:
+    """One prompt of the batch: the positions that are computed and those that are attended to."""
+
+    prompt: int
+    queries: Tensor
+    keys: Tensor
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Queries are a run of positions and so are the keys: then distances follow from places in the row."""
+        return _is_run(self.queries) and _is_run(self.keys)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(queries, first key relative to the first query, keys)."""
+        first_key = int(self.keys[0] - self.queries[0]) if len(self.keys) else 0
+        return len(self.queries), first_key, len(self.keys)
+
+
+def _is_run(positions: Tensor) -> bool:
+    return len(positions) == 0 or int(positions[-1] - positions[0]) + 1 == len(positions)
+
+
+def pack_batch(
+    mask: Tensor | None,
+    batch: int,
+    length: int,
+    padding: PaddingPolicy = "exact",
+    extra_pad: int = 0,
+    device: torch.device | str = "cpu",
+) -> Packing:
+    """Decides which positions of a padded batch are computed, and in which order.
+
+    Args:
+        mask: [batch, length] bool, True at real tokens; None where everything is real.
+        padding: ``attend`` treats pad tokens as real, ``exact`` computes pad rows but hides their keys, ``skip`` never
+            computes a pad row (it comes back as zeros), ``trim`` is ``skip`` with the result cut to its longest prompt.
+        extra_pad: with ``skip`` and ``trim``, that many pad positions after the last real token are computed as well.
+        device: where ``index`` and the other tensors are put.
+
+    Raises:
+        ValueError: unknown policy, negative ``extra_pad``, or a mask of another shape.
+    """
+    if padding not in PADDING_POLICIES:
+        raise ValueError(f"unknown padding policy {padding!r}; allowed: {', '.join(PADDING_POLICIES)}")
+    if extra_pad < 0:
+        raise ValueError(f"extra_pad={extra_pad}; it must be 0 or more pad positions")
+    if mask is not None and mask.shape != (batch, length):
+        raise ValueError(
+            f"the mask has shape {list(mask.shape)}, the tokens have {[batch, length]}; they must be equal"
+        )
+    if mask is None or padding == "attend":
+        group = DocumentGroup(start=0, count=batch, queries=length, key_start=0, keys=length)
+        return Packing(batch, length, length, (group,), index=None)
+
+    documents = list(_documents(mask.cpu(), padding, extra_pad))
+    if padding == "exact":
+        return Packing(batch, length, length, tuple(_groups(documents, device)), index=None)
+
+    longest = max((int(document.queries[-1]) + 1 for document in documents), default=0)
+    # Equal lengths side by side make one attention call of them.
+    documents.sort(key=lambda document: document.shape)
+    places = [document.queries + document.prompt * length for document in documents]
+    index = torch.cat(places).to(device) if places else torch.zeros(0, dtype=torch.long, device=device)
+    output_length = longest if padding == "trim" else length
+    return Packing(batch, length, output_length, tuple(_groups(documents, device)), index)
+
+
+def _documents(mask: Tensor, padding: PaddingPolicy, extra_pad: int) -> Iterator[_Document]:
+    length = mask.shape[1]
+    everything = torch.arange(length)
+    for prompt, row in enumerate(mask):
+        real = row.nonzero().squeeze(1)
+        if padding == "exact":
+            yield _Document(prompt, everything, real)
+        elif len(real):
+            end = int(real[-1]) + 1
+            yield _Document(prompt, torch.cat([real, everything[end : end + extra_pad]]), real)
+
+
+def _groups(documents: list[_Document], device: torch.device | str) -> Iterator[DocumentGroup]:
+    """Joins neighbours of one shape; a document with holes stays alone."""
+    start = 0
+    for is_contiguous, neighbours in groupby(documents, key=lambda document: document.is_contiguous):
+        if not is_contiguous:
+            for document in neighbours:
+                group = _group_with_holes(document, start, device)
+                yield group
+                start = group.stop
+            continue
+        for (queries, key_start, keys), alike in groupby(neighbours, key=lambda document: document.shape):
+            group = DocumentGroup(start, len(list(alike)), queries, key_start, keys)
+            yield group
+            start = group.stop
+
+
+def _group_with_holes(document: _Document, start: int, device: torch.device | str) -> DocumentGroup:
+    return DocumentGroup(
+        start=start,
+        count=1,
+        queries=len(document.queries),
+        key_start=0,
+        keys=len(document.keys),
+        key_rows=torch.isin(document.queries, document.keys).nonzero().squeeze(1).to(device),
+        positions=document.queries.to(device),
+    )

@@ -1,0 +1,280 @@
+"""Other T5 encoders built from the same weights as ours, to compare with: transformers and nai-t5.
+
+Both packages are optional and imported on first use. Tensors are shared with the given state wherever a peer keeps
+them as they are, so that several implementations fit in memory side by side.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nai_t5_core.config import Shape, T5Config, config_to_hf, encoder_tensors
+from nai_t5_core.encoder import Layout, T5EncoderStack
+from nai_t5_core.fuse import cook, fused_recipes, separate_recipes, unfuse
+from nai_t5_core.load import Examination
+
+State = Mapping[str, Tensor]
+
+# In random_state(outliers=True): how much larger the few large channels of the residual stream are, and how many.
+_OUTLIER_GAIN = 1000.0
+_CHANNELS_PER_OUTLIER = 64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def random_state(
+    config: T5Config, seed: int = 0, outliers: bool = False, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Random encoder weights under Hugging Face names that exercise every part of the model.
+
+    Projections have variance 1 / fan-in, and queries less, so that attention logits have a standard deviation of about
+    1.4. Bias tables and embeddings have variance 1, norm weights lie in 0.5 … 1.5. So attention, bias and both
+    sublayers matter, and outputs are of order one.
+
+    Args:
+        seed: the same seed gives the same weights.
+        outliers: one channel in 64 of the residual stream is 1000 times larger than the others, and the norm weights
+            take that back, as in trained T5 models. Float16 then comes near its limits.
+        dtype: drawn in float32 and cast tensor by tensor.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    gains = _channel_gains(config.d_model, outliers, generator)
+    state = {}
+    for name, shape in encoder_tensors(config).items():
+        tensor = _random_tensor(name, shape, config, generator)
+        if name == "shared.weight":
+            tensor *= gains
+        elif name.endswith((".o.weight", ".wo.weight")):
+            tensor *= gains[:, None]
+        elif "layer_norm" in name:
+            # The norm divides by the root mean square, which the large channels dominate.
+            tensor *= gains.square().mean().sqrt() / gains
+        state[name] = tensor.to(dtype)
+    return state
+
+
+def _channel_gains(d_model: int, outliers: bool, generator: torch.Generator) -> Tensor:
+    """What every channel of the residual stream is multiplied by: [d_model]."""
+    gains = torch.ones(d_model)
+    if outliers:
+        count = max(1, d_model // _CHANNELS_PER_OUTLIER)
+        gains[torch.randperm(d_model, generator=generator)[:count]] = _OUTLIER_GAIN
+    return gains
+
+
+def _random_tensor(name: str, shape: Shape, config: T5Config, generator: torch.Generator) -> Tensor:
+    if "layer_norm" in name:
+        return torch.rand(shape, generator=generator) + 0.5
+    tensor = torch.randn(shape, generator=generator)
+    if name == "shared.weight" or "relative_attention_bias" in name:
+        return tensor
+    tensor *= shape[1] ** -0.5
+    # q·k sums d_kv products.
+    return tensor * (1.3 * config.d_kv**-0.5) if name.endswith(".q.weight") and not config.scale_qk else tensor
+
+
+def hf_state(examination: Examination) -> dict[str, Tensor]:
+    """The encoder's tensors of an examined checkpoint under their Hugging Face names, in the file's precision.
+
+    Those of a file made by ``nai-t5 convert`` are taken apart again, in float32 and exact to a rounding or two.
+    """
+    config = examination.config.encoder_only()
+    if examination.is_native:
+        return dict(unfuse(config, examination.read))
+    return {name: examination.read(name) for name in encoder_tensors(config)}
+
+
+def own_encoder(config: T5Config, state: State, dtype: torch.dtype, layout: Layout = "fused") -> T5EncoderStack:
+    """Our own encoder from tensors in memory, made by the same recipes as at load; in evaluation mode on the CPU."""
+    config = config.encoder_only()
+    recipes = fused_recipes(config) if layout == "fused" else separate_recipes(config)
+    stack = T5EncoderStack(config, layout, device="meta", dtype=dtype)
+    stack.load_state_dict({recipe.target: cook(recipe, state.__getitem__, dtype) for recipe in recipes}, assign=True)
+    return stack.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Peers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A built peer. A call takes [batch, length] ids, and a mask or None, to [batch, length, d_model]."""
+
+    name: str
+    version: str
+    model: nn.Module
+    forward: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.forward(self.model, ids, mask)
+
+
+def build_peer(name: str, config: T5Config, state: State, dtype: torch.dtype) -> Peer:
+    """A peer by name, on the CPU.
+
+    Raises:
+        ValueError: no such peer, its package is not installed, or it cannot run this config or dtype; the message says
+            which.
+    """
+    if name not in _PEERS:
+        raise ValueError(f"unknown peer {name!r}; allowed: {', '.join(_PEERS)}")
+    build, forward = _PEERS[name]
+    model = build(config, state, dtype)
+    return Peer(name, importlib.metadata.version(name), model, forward)
+
+
+def transformers_encoder(config: T5Config, state: State, dtype: torch.dtype) -> nn.Module:
+    """transformers' encoder class for this config, with SDPA attention where it has that, in evaluation mode.
+
+    It is built on the meta device and shares the tensors of ``state`` that have the right dtype already. As its own
+    ``from_pretrained`` does, a float16 model keeps ``wo`` in float32. Its norms compute the variance in float32 even in
+    a float64 model, which alone makes an error of about 4e-7 of the largest value; see :func:`exact_norms`.
+
+    Raises:
+        ValueError: transformers is absent, or lacks what the config has (``scale_qk``, a gate with exact GELU).
+    """
+    transformers = _require("transformers")
+    if config.scale_qk:
+        raise ValueError("transformers has no scale_qk=True: its T5 never divides the logits by √d_kv")
+    values = config_to_hf(config.encoder_only())
+    model_class = getattr(transformers, values.pop("architectures")[0])
+    values.pop("model_type")
+    hf_config = model_class.config_class(**values)
+    hf_config._attn_implementation = "sdpa" if model_class._supports_sdpa else "eager"
+    with torch.device("meta"):
+        model: nn.Module = model_class(hf_config)
+    kept = model_class._keep_in_fp32_modules or () if dtype == torch.float16 else ()
+    tensors = {
+        name: state[name].to(torch.float32 if any(f".{part}." in name for part in kept) else dtype)
+        for name in encoder_tensors(config)
+    }
+    model.load_state_dict({**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"]}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def exact_norms(model: nn.Module) -> nn.Module:
+    """Replaces the norms of a transformers T5 by :class:`torch.nn.RMSNorm` with the same weight and epsilon.
+
+    transformers takes the variance in float32 whatever the model's dtype, so even its float64 model is exact to float32
+    only. After this, a float64 model is exact to float64, and serves as the reference. Changes and returns ``model``.
+
+    Raises:
+        ValueError: there is no such norm in the model.
+    """
+    places: list[tuple[nn.Module, str, Any]] = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if hasattr(child, "variance_epsilon") and isinstance(getattr(child, "weight", None), Tensor)
+    ]
+    if not places:
+        raise ValueError(f"{type(model).__name__} has no norm with a variance_epsilon; it is no T5 of transformers")
+    for parent, name, child in places:
+        norm = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, device="meta")
+        norm.weight = child.weight
+        setattr(parent, name, norm)
+    return model
+
+
+def nai_t5_encoder(config: T5Config, state: State, dtype: torch.dtype) -> nn.Module:
+    """The encoder of the nai-t5 package with SDPA attention and fused norms, as its README recommends and measures.
+
+    Weights go through that package's own conversion, and through its norm fusion in float32. What it keeps in float32
+    (norms, residual) stays so; the rest is in ``dtype``.
+
+    Raises:
+        ValueError: nai-t5 or einops is not installed, or it cannot do the config or dtype: no float64, ReLU or gated
+            tanh-GELU only, and always a largest distance of 128.
+    """
+    _refuse_for_nai_t5(config, dtype)
+    common, encoder, hf, fusing = (
+        _require(f"nai_t5.{part}") for part in ("t5_common", "t5_encoder", "t5_hf", "fuse_norm_scales")
+    )
+    based = common.T5Config(
+        vocab_size=config.vocab_size,
+        hidden_dim=config.d_model,
+        num_layers=config.num_layers,
+        n_head=config.num_heads,
+        kv_heads=config.num_heads,
+        head_dim=config.d_kv,
+        ff_dim=config.d_ff,
+        dropout=config.dropout_rate,
+        eps=config.layer_norm_epsilon,
+        emb_weight_dtype=dtype,
+        linear_weight_dtype=dtype,
+        ffn_type=common.T5FFNType.GEGLU if config.gated else common.T5FFNType.ReLU,
+        gelu_approx=common.GELUApprox.Tanh,
+        attn_impl=common.T5AttnImpl.SDPA,
+        relative_attention_num_buckets=config.relative_attention_num_buckets,
+        relative_attention_max_distance=config.relative_attention_max_distance,
+        scale_qk=config.scale_qk,
+        pad_token_id=config.pad_token_id,
+        pos_emb_per_layer=config.bias_per_layer,
+    )
+    with torch.device("meta"):
+        model: nn.Module = encoder.T5EncoderStack(based)
+    model.load_state_dict(dict(_nai_t5_tensors(hf, based, state, model.state_dict())), assign=True)
+    model.eval().requires_grad_(False)
+    fusing.fuse_norm_scales_enc(model, fuse_via_f32=True)
+    return model
+
+
+def _nai_t5_tensors(hf: Any, based: Any, state: State, wanted: State) -> Iterator[tuple[str, Tensor]]:
+    """The converted tensors in the dtypes of the ``wanted`` ones."""
+    for name, tensor in hf.hf_to_based_t5_enc_state(state, based).items():
+        cast = tensor.to(wanted[name].dtype)
+        # The norm fusion writes into its projections, so a tensor of the given state must not be one.
+        is_given = name.endswith("ff_in.weight") and cast is tensor
+        yield name, cast.clone() if is_given else cast
+
+
+def _refuse_for_nai_t5(config: T5Config, dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"nai-t5 has no {str(dtype).removeprefix('torch.')}: its norms and residual are float32")
+    if (config.gated, config.activation) not in ((False, "relu"), (True, "gelu_new")):
+        kind = f"{'gated ' if config.gated else ''}{config.activation}"
+        raise ValueError(f"nai-t5 has no {kind} feed-forward; it has relu and gated gelu_new")
+    if config.relative_attention_max_distance != 128:
+        raise ValueError(
+            f"nai-t5 ignores relative_attention_max_distance={config.relative_attention_max_distance}: it is always 128"
+        )
+
+
+def _require(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"{module.partition('.')[0].replace('_', '-')} cannot be imported ({error}); "
+            'comparisons with other implementations need: pip install "comfy-nai-t5[bench]"'
+        ) from error
+
+
+def _call_transformers(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
+    hidden: Tensor = model(input_ids=ids, attention_mask=None if mask is None else mask.long()).last_hidden_state
+    return hidden
+
+
+def _call_nai_t5(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
+    hidden: Tensor = model(ids, input_mask=None if mask is None else mask.bool())
+    return hidden
+
+
+_PEERS: dict[str, tuple[Callable[[T5Config, State, torch.dtype], nn.Module], Callable[..., Tensor]]] = {
+    "transformers": (transformers_encoder, _call_transformers),
+    "nai-t5": (nai_t5_encoder, _call_nai_t5),
+}
+PEERS = tuple(_PEERS)

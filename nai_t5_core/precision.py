@@ -1,0 +1,53 @@
+"""Which dtype and device a model runs in when the user leaves the choice to us."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """``"auto"`` is the first accelerator, else the CPU.
+
+    Raises:
+        ValueError: no such device, or it is not available here.
+    """
+    if device != "auto":
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {str(device)!r} cannot be used here ({reason}); try 'auto' or 'cpu'") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """``"auto"`` is bfloat16 where the device multiplies matrices in it natively, else float32.
+
+    Raises:
+        ValueError: a name or dtype that a T5 cannot run in.
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if _has_native_bfloat16(device) else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _has_native_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # Without these instructions a bfloat16 product on a CPU is emulated, and slower than a float32 one.
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)

@@ -1,0 +1,63 @@
+"""What the pipelines of some families do to a prompt before they count its tokens."""
+
+import html
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
+from typing import Literal
+
+TextCleaning = Literal["none", "lower-strip", "wan", "quoted", "double-quoted"]
+
+
+def clean_text(text: str, kind: TextCleaning) -> str:
+    """Clean a prompt as a family's pipeline does.
+
+    Args:
+        text: the prompt.
+        kind: `none` leaves it alone; `lower-strip` lower-cases and strips; `wan` mends broken unicode (if ftfy is
+            installed), resolves HTML entities twice and collapses whitespace; `quoted` keeps the quoted parts only,
+            each as `Text "...". `; `double-quoted` does so without single quotes and without repetitions.
+
+    Returns:
+        The cleaned text; empty where the two last kinds find nothing in quotes.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    if kind not in _CLEANERS:
+        raise ValueError(f"Unknown text cleaning {kind!r}; known: {', '.join(_CLEANERS)}.")
+    return _CLEANERS[kind](text)
+
+
+def _lower_strip(text: str) -> str:
+    return text.lower().strip()
+
+
+def _wan(text: str) -> str:
+    with suppress(ImportError):  # the reference goes on without it, too
+        text = import_module("ftfy").fix_text(text)
+    return " ".join(html.unescape(html.unescape(text)).split())
+
+
+def _quoted(text: str) -> str:
+    # one kind of quote after the other, not in the order of the text
+    return _as_glyphs([part for a, b in ("''", '""', "‘’", "“”") for part in re.findall(f"{a}(.*?){b}", text)])
+
+
+def _double_quoted(text: str) -> str:
+    parts = [straight or curly for straight, curly in re.findall('"(.*?)"|“(.*?)”', text)]
+    return _as_glyphs(list(dict.fromkeys(parts)))
+
+
+def _as_glyphs(parts: list[str]) -> str:
+    return "".join(f'Text "{part}". ' for part in parts)
+
+
+_CLEANERS: dict[str, Callable[[str], str]] = {
+    "none": str,
+    "lower-strip": _lower_strip,
+    "wan": _wan,
+    "quoted": _quoted,
+    "double-quoted": _double_quoted,
+}

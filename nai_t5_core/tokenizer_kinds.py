@@ -1,0 +1,265 @@
+"""The three kinds of tokenizer: a SentencePiece model, a tokenizer.json file, and the bytes of ByT5."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from nai_t5_core.sentencepiece_format import extend_sentencepiece, missing_extra_ids, read_fields
+from nai_t5_core.tokenizer_base import Tokenizer, split_at_tokens
+from nai_t5_core.tokenizer_convert import Normalization
+
+# Unicode's White_Space characters: the places where the fast tokenizer splits words.
+_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model file: T5's and UMT5's spiece.model, Pile-T5's tokenizer.model.
+
+    Special tokens written in a prompt (`</s>`, `<pad>`, `<unk>`, `<extra_id_0>`) become their ids, as in transformers.
+    `<extra_id_N>` that a T5 file leaves out follow its pieces in reverse order: T5's `<extra_id_0>` is 32099. A model
+    without a pad piece pads with its begin token, or with its end token if it has none.
+
+    Raises ValueError where `content` is no SentencePiece model or has no end token.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, content: bytes) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._content = content
+        self._model = SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(content)
+        except RuntimeError as error:
+            raise ValueError(f"these {len(content)} bytes are no SentencePiece model: {error}") from None
+        if self._model.eos_id() < 0:
+            raise ValueError("this SentencePiece model has no end token (eos_id is -1), and every T5 tokenizer has one")
+        self.eos_token_id = self._model.eos_id()
+        self.unk_token_id = self._model.unk_id()
+        candidates = (self._model.pad_id(), self._model.bos_id(), self.eos_token_id)
+        self.pad_token_id = next(candidate for candidate in candidates if candidate >= 0)
+        self.file_size = len(self._model)
+        has_extra_ids = any(self.token_id(token) is not None for token in ("<extra_id_0>", "▁<extra_id_0>"))
+        missing = missing_extra_ids(self.file_size, self._model.pad_id(), has_extra_ids)
+        self.lacks_extra_ids = missing > 0
+        self.vocab_size = self.file_size + missing
+        self._names = self._special_tokens()
+        self._specials = {token: i for i, token in self._names.items()}
+        by_length = sorted(self._specials, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, by_length)))
+        self._blanks = self._unmapped_blanks()
+
+    def _special_tokens(self) -> dict[int, str]:
+        """Id to text of every token that is recognised in a prompt before SentencePiece sees it."""
+        model = self._model
+        names = {i: model.id_to_piece(i) for i in range(self.file_size) if model.is_control(i)}
+        names[model.unk_id()] = model.id_to_piece(model.unk_id())
+        number = 0
+        while (found := self.token_id(f"<extra_id_{number}>")) is not None:
+            names[found] = f"<extra_id_{number}>"
+            number += 1
+        if self.lacks_extra_ids:
+            names |= {self.vocab_size - 1 - i: f"<extra_id_{i}>" for i in range(self.vocab_size - self.file_size)}
+        return names
+
+    def _unmapped_blanks(self) -> dict[int, str]:
+        """White space that the model's own normalisation leaves alone but that splits words in the reference."""
+        normalize = self._model.normalize
+        if normalize("a  b") != normalize("a b"):
+            return {}
+        return {ord(blank): " " for blank in _WHITE_SPACE if blank != " " and blank in normalize(f"a{blank}a")}
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a piece of the model file; None for a text that is no piece."""
+        found = self._model.piece_to_id(token)
+        return found if self._model.id_to_piece(found) == token else None
+
+    def extended(self, tokens: Sequence[str], pad_token: str | None = None) -> SentencePieceTokenizer:
+        """The same tokenizer with further tokens behind the model file's pieces and, where given, another pad token."""
+        return SentencePieceTokenizer(extend_sentencepiece(self._content, tokens, pad_token))
+
+    def _parts(self, text: str) -> Iterator[tuple[int, str, int | None]]:
+        for start, part, special in split_at_tokens(text, self._pattern, self._specials):
+            yield start, part.translate(self._blanks) if self._blanks else part, special
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for _, part, special in self._parts(text):
+            ids += self._model.encode(part) if special is None else [special]
+        return ids
+
+    def _begin(self, text: str, index: int) -> int:
+        for start, part, special in self._parts(text):
+            begins = [0] if special is not None else self._piece_begins(part)
+            if index < len(begins):
+                return start + len(part.encode()[: begins[index]].decode(errors="ignore"))
+            index -= len(begins)
+        return len(text)
+
+    def _piece_begins(self, text: str) -> list[int]:
+        """The byte of `text` where each piece begins: field 4 of the pieces, field 2 of a SentencePieceText message."""
+        message = self._model.encode(text, out_type="serialized_proto")
+        pieces = (value for number, value in read_fields(message) if number == 2 and isinstance(value, bytes))
+        return [int(dict(read_fields(piece)).get(4, 0)) for piece in pieces]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        out = bytearray()
+        for i in ids:
+            if i in self._names:
+                out += b"" if skip_special_tokens else self._names[i].encode()
+            elif 0 <= i < self.file_size:
+                piece = self._model.id_to_piece(i)
+                out += bytes([int(piece[3:5], 16)]) if self._model.is_byte(i) else piece.replace("▁", " ").encode()
+        return out.decode(errors="replace").removeprefix(" ")
+
+    def serialized(self) -> tuple[str, bytes]:
+        return self.kind, self._content
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json file, run by the `tokenizers` library.
+
+    A Unigram file that collapses white space, as all of T5's do, runs the steps that transformers 5 builds for it
+    whatever the file says: its character map, a split at white space, and a "▁" in front of every word. Other files run
+    as they are, but without their post-processor: no token is added in front, and the end token always behind.
+
+    Raises ValueError where `content` is no tokenizer.json or has no `</s>`.
+    """
+
+    kind = "tokenizer.json"
+    lacks_extra_ids = False
+
+    def __init__(self, content: bytes) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        self._content = content
+        try:
+            self._backend = Backend.from_buffer(content)
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"these {len(content)} bytes are no tokenizer.json: {error}") from None
+        eos = self._backend.token_to_id("</s>")
+        if eos is None:
+            raise ValueError("this tokenizer.json has no token '</s>', and every T5 tokenizer ends its prompts with it")
+        padding = self._backend.padding or {}
+        candidates = [self._backend.token_to_id(token) for token in (padding.get("pad_token", ""), "<pad>", "<s>")]
+        self.pad_token_id = next((candidate for candidate in candidates if candidate is not None), eos)
+        self.eos_token_id = eos
+        self.unk_token_id = self._backend.token_to_id("<unk>")
+        self.vocab_size = self.file_size = self._backend.get_vocab_size()
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._use_reference_steps()
+
+    def _use_reference_steps(self) -> None:
+        from tokenizers import models, normalizers, pre_tokenizers
+
+        if not isinstance(self._backend.model, models.Unigram):
+            return
+        parts = {"normalizer": self._backend.normalizer, "pre_tokenizer": self._backend.pre_tokenizer}
+        try:
+            steps = Normalization.from_json(
+                {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}
+            )
+        except ValueError:  # steps of its own: run them
+            return
+        if steps.escape_whitespaces and steps.remove_extra_whitespaces and steps.add_dummy_prefix:
+            charsmap = [normalizers.Precompiled(steps.charsmap)] if steps.charsmap else []
+            self._backend.normalizer = normalizers.Sequence(charsmap)
+            self._backend.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace("▁", prepend_scheme="always")]
+            )
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token; None for a text that is no token."""
+        return self._backend.token_to_id(token)
+
+    def extended(self, tokens: Sequence[str], pad_token: str | None = None) -> JsonTokenizer:
+        """The same tokenizer with further special tokens at its end and, where given, another pad token."""
+        data = json.loads(self._content)
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for i, token in enumerate(tokens, start=self.vocab_size):
+            data.setdefault("added_tokens", []).append({"id": i, "content": token, **flags, "special": True})
+        if pad_token is not None:
+            data["padding"] = {
+                "strategy": "BatchLongest",
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": self.vocab_size + list(tokens).index(pad_token)
+                if pad_token in tokens
+                else self.token_id(pad_token),
+                "pad_type_id": 0,
+                "pad_token": pad_token,
+            }
+        return JsonTokenizer(json.dumps(data, ensure_ascii=False).encode())
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def _begin(self, text: str, index: int) -> int:
+        return int(self._backend.encode(text, add_special_tokens=False).offsets[index][0])
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        known = [i for i in ids if 0 <= i < self.vocab_size]
+        return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
+
+    def serialized(self) -> tuple[str, bytes]:
+        return self.kind, self._content
+
+
+class ByteTokenizer(Tokenizer):
+    """ByT5's tokenizer, which needs no file: a token is a byte of UTF-8, its id the byte plus 3.
+
+    0, 1 and 2 are `<pad>`, `</s>` and `<unk>`, and 259 to 383 are `<extra_id_0>` to `<extra_id_124>`. As in
+    transformers, the first three swallow the white space around them when they are written in a prompt, and a prompt
+    that ends with `</s>` gets no second one.
+    """
+
+    kind = "bytes"
+    pad_token_id = 0
+    eos_token_id = 1
+    unk_token_id = 2
+    vocab_size = 384
+
+    _first_byte = 3
+    _specials: Mapping[str, int] = {
+        "<pad>": 0,
+        "</s>": 1,
+        "<unk>": 2,
+        **{f"<extra_id_{i}>": 259 + i for i in range(125)},
+    }
+    _pattern = re.compile(r"\s*(?:<pad>|</s>|<unk>)\s*|<extra_id_(?:\d|[1-9]\d|1[01]\d|12[0-4])>")
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for _, part, special in split_at_tokens(text, self._pattern, self._specials):
+            ids += [byte + self._first_byte for byte in part.encode()] if special is None else [special]
+        return ids
+
+    def _begin(self, text: str, index: int) -> int:
+        for start, part, special in split_at_tokens(text, self._pattern, self._specials):
+            encoded = part.encode()
+            size = len(encoded) if special is None else 1
+            if index < size:
+                return start + len(encoded[:index].decode(errors="ignore"))
+            index -= size
+        return len(text)
+
+    def _with_end(self, ids: list[int]) -> list[int]:
+        return ids if ids and ids[-1] == self.eos_token_id else super()._with_end(ids)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of some ids; ids outside the vocabulary and bytes that are no UTF-8 are left out."""
+        names = {i: token.encode() for token, i in self._specials.items()}
+        out = bytearray()
+        for i in ids:
+            if i in names:
+                out += b"" if skip_special_tokens else names[i]
+            elif self._first_byte <= i < 256 + self._first_byte:
+                out.append(i - self._first_byte)
+        return out.decode(errors="ignore")
+
+    def serialized(self) -> tuple[str, bytes]:
+        return self.kind, b""

@@ -1,0 +1,85 @@
+"""Toy models of every kind, and where the shared test data is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nai_t5_core.config import T5Config, config_to_hf, decoder_tensors, encoder_tensors
+from nai_t5_core.encoder import Layout, T5EncoderStack
+from nai_t5_core.fuse import cook, fused_recipes, separate_recipes
+from nai_t5_core.layers import NoInit
+
+_TOY = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 80, "num_heads": 4, "num_layers": 3}
+
+# One toy of each kind that the encoder has to be right for.
+TOY_CONFIGS = {
+    "v1.0": T5Config(
+        **_TOY, gated=False, activation="relu", num_decoder_layers=3, tie_word_embeddings=True, dropout_rate=0.0
+    ),
+    "v1.1": T5Config(**_TOY, num_decoder_layers=3),
+    "umt5": T5Config(**_TOY, num_decoder_layers=3, bias_per_layer=True),
+    "byt5": T5Config(**{**_TOY, "vocab_size": 384, "num_layers": 4}, num_decoder_layers=2),
+    "ul2": T5Config(**{**_TOY, "d_kv": 32}, num_decoder_layers=3, activation="silu"),
+}
+
+
+def random_state(config: T5Config, seed: int = 0) -> dict[str, Tensor]:
+    """Weights under Hugging Face names, float32, drawn so that norms, bias and attention all matter to the output."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in (encoder_tensors(config) | decoder_tensors(config)).items():
+        if "layer_norm" in name:
+            state[name] = 0.5 + torch.rand(shape, generator=generator)
+        elif "bias" in name or name == "shared.weight":
+            state[name] = torch.randn(shape, generator=generator)
+        else:
+            spread = config.d_kv**-0.25 if name.endswith((".q.weight", ".k.weight")) else 1.0
+            state[name] = torch.randn(shape, generator=generator) * spread * shape[1] ** -0.5
+    return state
+
+
+def build_stack(
+    config: T5Config, state: dict[str, Tensor], dtype: torch.dtype = torch.float32, layout: Layout = "fused"
+) -> T5EncoderStack:
+    """Our encoder from Hugging Face tensors, by the recipes that loading uses."""
+    config = config.encoder_only()
+    recipes = fused_recipes(config) if layout == "fused" else separate_recipes(config)
+    stack = T5EncoderStack(config, layout, NoInit, device="meta", dtype=dtype)
+    stack.load_state_dict({recipe.target: cook(recipe, state.__getitem__, dtype) for recipe in recipes}, assign=True)
+    return stack.eval()
+
+
+def write_hf_folder(folder: Path, config: T5Config, state: dict[str, Tensor]) -> Path:
+    """A Hugging Face folder with config.json and model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config_to_hf(config)))
+    return folder
+
+
+def padding_mask(lengths: list[int], length: int) -> Tensor:
+    """[batch, length] int64, ones at the first ``lengths[i]`` places of row i."""
+    return (torch.arange(length)[None, :] < torch.tensor(lengths)[:, None]).long()
+
+
+@pytest.fixture(params=list(TOY_CONFIGS))
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def config(kind: str) -> T5Config:
+    return TOY_CONFIGS[kind]
+
+
+@pytest.fixture
+def v1_1_folder(tmp_path: Path) -> Path:
+    """A complete v1.1 model in the Hugging Face layout, without a tokenizer."""
+    config = TOY_CONFIGS["v1.1"]
+    return write_hf_folder(tmp_path / "v1_1", config, random_state(config))

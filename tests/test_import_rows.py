@@ -1,0 +1,67 @@
+"""Imports point one way: a file imports only from its own row of the design, or from a lower one."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "nai_t5_core"
+
+ROWS = [
+    # 0: no torch
+    "config families text_cleaning tokenizer tokenizer_base tokenizer_kinds tokenizer_convert sentencepiece_format",
+    # 1: mathematics
+    "layers attention packing encoder",
+    # 2: weights
+    "formats keymaps fuse precision hub native load convert",
+    # 3: use
+    "optimize text_encoder peers parity bench bench_load cli",
+]
+ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
+
+
+def _modules() -> list[Path]:
+    return [path for path in PACKAGE.glob("*.py") if path.stem != "__init__"]
+
+
+def _imports_of(path: Path) -> set[str]:
+    """Modules of the package that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
+            parts = (node.module or "").split(".")
+            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    return names
+
+
+def test_every_module_has_a_row() -> None:
+    assert {path.stem for path in _modules()} == set(ROW_OF)
+
+
+def test_imports_point_down() -> None:
+    wrong = [
+        f"{path.stem} imports {name}"
+        for path in _modules()
+        for name in _imports_of(path)
+        if ROW_OF[name] > ROW_OF[path.stem]
+    ]
+    assert wrong == []
+
+
+def test_model_files_hold_mathematics_only() -> None:
+    forbidden = {"os", "pathlib", "json", "logging", "safetensors", "huggingface_hub", "warnings"}
+    for name in ROWS[1].split():
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+        imported = {
+            alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+        }
+        imported |= {(node.module or "").split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not imported & forbidden, name
+
+
+def test_the_ground_and_the_command_need_no_torch() -> None:
+    modules = [f"nai_t5_core.{name}" for name in ROWS[0].split()] + ["nai_t5_core", "nai_t5_core.cli"]
+    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
