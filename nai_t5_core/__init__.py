@@ -1,1 +1,67 @@
-"""The T5 text encoder for image and video diffusion models: faster, more exact and easier."""
+"""The T5 text encoder for image and video diffusion models: faster, more exact and easier.
+
+Everything a user needs is here; all else in the package may change. Names are imported when they are first used, so
+that ``import nai_t5_core`` costs nothing and needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nai_t5_core.config import T5Config, named_config
+    from nai_t5_core.convert import convert
+    from nai_t5_core.encoder import T5EncoderStack
+    from nai_t5_core.families import Family, family, family_names
+    from nai_t5_core.formats import CheckpointError
+    from nai_t5_core.load import load_encoder
+    from nai_t5_core.optimize import prepack
+    from nai_t5_core.text_encoder import PromptEmbeddings, TextEncoder
+    from nai_t5_core.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "CheckpointError",
+    "Family",
+    "PromptEmbeddings",
+    "T5Config",
+    "T5EncoderStack",
+    "TextEncoder",
+    "Tokenizer",
+    "convert",
+    "family",
+    "family_names",
+    "load_encoder",
+    "load_tokenizer",
+    "named_config",
+    "prepack",
+]
+
+_HOME = {
+    "CheckpointError": "formats",
+    "Family": "families",
+    "PromptEmbeddings": "text_encoder",
+    "T5Config": "config",
+    "T5EncoderStack": "encoder",
+    "TextEncoder": "text_encoder",
+    "Tokenizer": "tokenizer",
+    "convert": "convert",
+    "family": "families",
+    "family_names": "families",
+    "load_encoder": "load",
+    "load_tokenizer": "tokenizer",
+    "named_config": "config",
+    "prepack": "optimize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

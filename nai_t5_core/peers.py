@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from nai_t5_core.config import Shape, T5Config, config_to_hf, encoder_tensors
 from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.fuse import cook, fused_recipes, separate_recipes, unfuse
+from nai_t5_core.layers import NoInit
 from nai_t5_core.load import Examination
 
 State = Mapping[str, Tensor]
 
-# In random_state(outliers=True): how much larger the few large channels of the residual stream are, and how many.
-_OUTLIER_GAIN = 1000.0
+# In random_state(outliers=True): how many channels share one large one, its factor, and its mean in embeddings (in
+# standard deviations; a steady offset, as in trained models, so that the norm does not hang on a value near zero).
 _CHANNELS_PER_OUTLIER = 64
+_OUTLIER_GAIN = 100.0
+_OUTLIER_OFFSET = 8.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,8 +46,8 @@ def random_state(
 
     Args:
         seed: the same seed gives the same weights.
-        outliers: one channel in 64 of the residual stream is 1000 times larger than the others, and the norm weights
-            take that back, as in trained T5 models. Float16 then comes near its limits.
+        outliers: one channel in 64 of the residual stream is several hundred times larger than the others, and the norm
+            weights take that back, as in trained T5 models.
         dtype: drawn in float32 and cast tensor by tensor.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -53,12 +56,14 @@ def random_state(
     for name, shape in encoder_tensors(config).items():
         tensor = _random_tensor(name, shape, config, generator)
         if name == "shared.weight":
-            tensor *= gains
+            tensor = (tensor + _OUTLIER_OFFSET * (gains > 1)) * gains
         elif name.endswith((".o.weight", ".wo.weight")):
-            tensor *= gains[:, None]
+            # Since the large channels hold the norm's divisor still, it no longer bounds what the layers add up to.
+            tensor *= gains[:, None] * (0.5 * config.num_layers**-0.5 if outliers else 1.0)
         elif "layer_norm" in name:
             # The norm divides by the root mean square, which the large channels dominate.
-            tensor *= gains.square().mean().sqrt() / gains
+            sizes = torch.where(gains > 1, gains * _OUTLIER_OFFSET, gains)
+            tensor *= sizes.square().mean().sqrt() / sizes
         state[name] = tensor.to(dtype)
     return state
 
@@ -98,7 +103,7 @@ def own_encoder(config: T5Config, state: State, dtype: torch.dtype, layout: Layo
     """Our own encoder from tensors in memory, made by the same recipes as at load; in evaluation mode on the CPU."""
     config = config.encoder_only()
     recipes = fused_recipes(config) if layout == "fused" else separate_recipes(config)
-    stack = T5EncoderStack(config, layout, device="meta", dtype=dtype)
+    stack = T5EncoderStack(config, layout, NoInit, device="meta", dtype=dtype)
     stack.load_state_dict({recipe.target: cook(recipe, state.__getitem__, dtype) for recipe in recipes}, assign=True)
     return stack.eval().requires_grad_(False)
 

@@ -119,7 +119,7 @@ def test_padding_mask_of_any_dtype(dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def test_packing_mask_of_three_dimensions(config: T5Config) -> None:
-    """Two prompts in one row, told apart by a [batch, query, key] mask; the reference takes it with a head dimension."""
+    """Two prompts in one row, told apart by a [batch, query, key] mask; the reference wants a head dimension in it."""
     state = random_state(config)
     document = torch.tensor([[0] * 9 + [1] * 15, [0] * 20 + [1] * 4])
     mask = document[:, :, None] == document[:, None, :]

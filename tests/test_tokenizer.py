@@ -15,7 +15,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nai_t5_core.sentencepiece_format import (
+from nai_t5_core.tokenizer import (
+    ByteTokenizer,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    sentencepiece_to_tokenizer_json,
+    tokenizer_from_bytes,
+    tokenizer_json_to_sentencepiece,
+)
+from nai_t5_core.tokenizer.sentencepiece_format import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -27,16 +37,6 @@ from nai_t5_core.sentencepiece_format import (
     read_fields,
     write_field,
     write_piece,
-)
-from nai_t5_core.tokenizer import (
-    ByteTokenizer,
-    JsonTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    sentencepiece_to_tokenizer_json,
-    tokenizer_from_bytes,
-    tokenizer_json_to_sentencepiece,
 )
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -738,6 +738,25 @@ def test_disagreement_marks_on_a_character_that_is_replaced(
     text = "the\u00a0\u0363cat"
     assert toy_json.encode(text) == toy_json.encode("the cat")
     assert toy.encode(text) == [*toy.encode("the", False), *toy.encode("\u0363cat")] != toy.encode("the cat")
+
+
+@pytest.mark.parametrize(
+    ("text", "tokenizers_library", "sentencepiece"),
+    [
+        ("\u3000\u0363", " ", " \u0363"),  # the mark is lost
+        ("e\u0302\u0301", "ê", "ế"),  # the second accent is lost
+        ("\u1112\u1161\u11ab", "\u1112\u1161\u11ab", "한"),  # not composed: the cluster has more than 5 bytes
+    ],
+)
+def test_disagreement_normalized_clusters(
+    text: str, tokenizers_library: str, sentencepiece: str, toy_model: bytes, toy: SentencePieceTokenizer
+) -> None:
+    """Class 1, seen from the normalized text."""
+    from tokenizers.normalizers import Precompiled
+
+    charsmap = Precompiled(SentencePieceModel.parse(toy_model).charsmap)
+    assert charsmap.normalize_str(f"a{text}" if text[0] == "\u3000" else text).removeprefix("a") == tokenizers_library
+    assert toy._model.normalize(f"a{text}").removeprefix("▁a").replace("▁", " ") == sentencepiece
 
 
 @needs_data

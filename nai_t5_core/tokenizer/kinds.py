@@ -6,9 +6,9 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from nai_t5_core.sentencepiece_format import extend_sentencepiece, missing_extra_ids, read_fields
-from nai_t5_core.tokenizer_base import Tokenizer, split_at_tokens
-from nai_t5_core.tokenizer_convert import Normalization
+from nai_t5_core.tokenizer.base import Tokenizer, split_at_tokens
+from nai_t5_core.tokenizer.convert import Normalization
+from nai_t5_core.tokenizer.sentencepiece_format import extend_sentencepiece, missing_extra_ids, read_fields
 
 # Unicode's White_Space characters: the places where the fast tokenizer splits words.
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))

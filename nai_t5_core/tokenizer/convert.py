@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nai_t5_core import sentencepiece_format as spm
-from nai_t5_core.sentencepiece_format import SentencePieceModel, write_field, write_piece
+from nai_t5_core.tokenizer import sentencepiece_format as spm
+from nai_t5_core.tokenizer.sentencepiece_format import SentencePieceModel, write_field, write_piece
 
 _SPACE = "▁"
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")

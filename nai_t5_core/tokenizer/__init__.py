@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nai_t5_core.tokenizer_base import TokenBatch, Tokenizer
-from nai_t5_core.tokenizer_convert import sentencepiece_to_tokenizer_json, tokenizer_json_to_sentencepiece
-from nai_t5_core.tokenizer_kinds import ByteTokenizer, JsonTokenizer, SentencePieceTokenizer
+from nai_t5_core.tokenizer.base import TokenBatch, Tokenizer
+from nai_t5_core.tokenizer.convert import sentencepiece_to_tokenizer_json, tokenizer_json_to_sentencepiece
+from nai_t5_core.tokenizer.kinds import ByteTokenizer, JsonTokenizer, SentencePieceTokenizer
 
 __all__ = [
     "ByteTokenizer",
@@ -66,11 +66,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _recognise(content: bytes, path: Path) -> Tokenizer:
-    if content.lstrip()[:1] == b"{":
+    is_json = content.lstrip()[:1] == b"{"
+    if is_json and b"ByT5Tokenizer" in content:
         with suppress(ValueError):
             if _is_byte_config(json.loads(content)):
                 return ByteTokenizer()
-    kind = JsonTokenizer.kind if content.lstrip()[:1] == b"{" else SentencePieceTokenizer.kind
+    kind = JsonTokenizer.kind if is_json else SentencePieceTokenizer.kind
     try:
         return tokenizer_from_bytes(kind, content)
     except ValueError as error:

@@ -1,0 +1,297 @@
+"""How exact our encoder is: against a float64 reference, and beside other implementations on the same weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nai_t5_core.config import T5Config
+from nai_t5_core.encoder import LAYOUTS, T5EncoderStack
+from nai_t5_core.optimize import can_prepack, prepack
+from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
+from nai_t5_core.peers import PEERS, State, build_peer, exact_norms, own_encoder, transformers_encoder
+from nai_t5_core.precision import DTYPES
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+OWN = "comfy-nai-t5"
+QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 0.9999)
+PROMPT_LENGTHS = (150, 1, 77, 30)
+
+# Largest difference allowed, relative to the reference's largest value. The first two are rounding with room to spare.
+# In half precision rounding grows with depth, so that those limits find gross faults only, such as a wrong mask.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one implementation is from the reference at real positions.
+
+    Attributes:
+        quantiles: of the absolute difference over all values, by name such as ``"0.99"``.
+        largest: the largest absolute difference; not finite where the output is not, and some quantiles with it.
+        relative: ``largest`` divided by the largest absolute value of the reference.
+    """
+
+    name: str
+    dtype: str
+    quantiles: dict[str, float]
+    largest: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class PolicyCheck:
+    """One padding policy of one of our layouts against what it must give, with the largest relative difference."""
+
+    name: str
+    dtype: str
+    padding: PaddingPolicy
+    relative: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.relative <= self.tolerance
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What :func:`measure_parity` found.
+
+    Attributes:
+        reference: what the reference is, in words; ``largest_value`` its largest absolute value.
+        skipped: peers that could not run in a dtype, and why.
+    """
+
+    kind: str
+    reference: str
+    prompt_lengths: tuple[int, ...]
+    largest_value: float
+    differences: tuple[Difference, ...]
+    policies: tuple[PolicyCheck, ...]
+    skipped: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every padding policy of ours is within its tolerance."""
+        return all(check.passed for check in self.policies)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; differences that are not finite are None."""
+        report = {**asdict(self), "passed": self.passed}
+        report["policies"] = [{**asdict(check), "passed": check.passed} for check in self.policies]
+        return dict(without_nan(report))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The token ids with their reference output; ``masked`` with pad keys hidden, ``unmasked`` with pads as tokens."""
+
+    ids: Tensor
+    mask: Tensor
+    masked: Tensor
+    unmasked: Tensor
+
+    @property
+    def largest(self) -> float:
+        return float(self.masked[self.mask].abs().max())
+
+
+@torch.no_grad()
+def measure_parity(
+    config: T5Config,
+    state: State,
+    dtypes: Sequence[torch.dtype | str] = ("float32",),
+    against: Sequence[str] = ("transformers",),
+    prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
+    seed: int = 0,
+    reference_dtype: torch.dtype = torch.float64,
+    reference_state: State | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> ParityReport:
+    """Compares our encoder, and others, with a reference on one right-padded batch of random token ids.
+
+    The reference is transformers in float64 with exact norms. Ours is measured in both layouts, and prepacked as
+    ``TextEncoder`` runs it where this machine can; each with every padding policy. Everything runs on the CPU, one
+    model after the other; the reference needs 8 bytes a weight.
+
+    Args:
+        state: encoder weights under Hugging Face names, such as :func:`nai_t5_core.peers.hf_state` gives.
+        dtypes: compute dtypes, by name or as torch dtypes.
+        against: names of peers to measure beside ours; see :data:`nai_t5_core.peers.PEERS`.
+        prompt_lengths: tokens of each prompt, at least 1; the longest gives the batch its length.
+        reference_dtype: float32 halves the reference's memory, and limits what can be seen to about 1e-6.
+        reference_state: weights of the reference and the peers, where they are others than ours: the original of a
+            converted checkpoint.
+        progress: called with what is being done, in words.
+
+    Raises:
+        ValueError: transformers is not installed, an unknown dtype or peer, or no usable prompt lengths.
+    """
+    tell = progress or (lambda _: None)
+    names = [_dtype_name(dtype) for dtype in dtypes]
+    if unknown := set(against) - set(PEERS):
+        raise ValueError(f"unknown peers {sorted(unknown)}; allowed: {', '.join(PEERS)}")
+    original = state if reference_state is None else reference_state
+    tell(f"reference in {_dtype_name(reference_dtype)}")
+    batch = _reference_batch(config, original, reference_dtype, prompt_lengths, seed)
+    differences: list[Difference] = []
+    policies: list[PolicyCheck] = []
+    skipped: list[str] = []
+    for name in names:
+        for variant, stack in _own_variants(config, state, DTYPES[name]):
+            tell(f"{variant} in {name}")
+            outputs = {padding: _policy_run(stack, batch, padding) for padding in PADDING_POLICIES}
+            differences.append(_difference(variant, name, outputs["exact"][0], batch))
+            policies += [
+                PolicyCheck(variant, name, padding, _relative(found, wanted, batch), TOLERANCES[DTYPES[name]])
+                for padding, (found, wanted) in outputs.items()
+            ]
+        for peer in against:
+            tell(f"{peer} in {name}")
+            try:
+                hidden = build_peer(peer, config, original, DTYPES[name])(batch.ids, batch.mask)
+            except ValueError as error:
+                skipped.append(f"{peer} in {name}: {error}")
+                continue
+            differences.append(_difference(peer, name, hidden, batch))
+    return ParityReport(
+        kind=config.kind,
+        reference=f"transformers in {_dtype_name(reference_dtype)} with exact norms",
+        prompt_lengths=tuple(prompt_lengths),
+        largest_value=batch.largest,
+        differences=tuple(differences),
+        policies=tuple(policies),
+        skipped=tuple(skipped),
+    )
+
+
+def random_batch(config: T5Config, prompt_lengths: Sequence[int], length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random ids, pads behind them, and their mask: [batch, length] int64 and bool.
+
+    Raises:
+        ValueError: no prompts, or one that is empty or longer than ``length``.
+    """
+    if not prompt_lengths or min(prompt_lengths) < 1 or max(prompt_lengths) > length:
+        raise ValueError(f"prompt lengths {list(prompt_lengths)}; each must be 1 … {length}, and there must be one")
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(config.vocab_size, (len(prompt_lengths), length), generator=generator)
+    mask = torch.arange(length)[None, :] < torch.tensor(prompt_lengths)[:, None]
+    return ids.masked_fill(~mask, config.pad_token_id), mask
+
+
+def _reference_batch(
+    config: T5Config, state: State, dtype: torch.dtype, prompt_lengths: Sequence[int], seed: int
+) -> _Batch:
+    ids, mask = random_batch(config, prompt_lengths, max(prompt_lengths, default=0), seed)
+    model = exact_norms(transformers_encoder(config, state, dtype))
+    masked = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    return _Batch(ids, mask, masked, model(input_ids=ids).last_hidden_state)
+
+
+def _own_variants(config: T5Config, state: State, dtype: torch.dtype) -> Iterator[tuple[str, T5EncoderStack]]:
+    """Ours as users run it; each is made when the one before is done with."""
+    for layout in LAYOUTS:
+        stack = own_encoder(config, state, dtype, layout)
+        yield f"{OWN} {layout}", stack
+        if layout == "fused" and can_prepack(stack):
+            yield f"{OWN} prepacked", prepack(stack)
+
+
+def _policy_run(stack: T5EncoderStack, batch: _Batch, padding: PaddingPolicy) -> tuple[Tensor, Tensor]:
+    """What a policy gives, and what the reference says that it must give, both [batch, length, d_model]."""
+    ids, mask, wanted = batch.ids, batch.mask, batch.masked
+    if padding == "attend":
+        wanted = batch.unmasked
+    elif padding == "skip":
+        wanted = wanted.masked_fill(~mask[..., None], 0)
+    elif padding == "trim":
+        # Without the longest prompts, so that there is something to trim.
+        counts = mask.sum(dim=1)
+        shorter = counts < counts.max() if int(counts.min()) < int(counts.max()) else counts > 0
+        ids, mask = ids[shorter], mask[shorter]
+        length = int(counts[shorter].max())
+        wanted = wanted[shorter].masked_fill(~mask[..., None], 0)[:, :length]
+    return stack(ids, mask, padding=padding), wanted
+
+
+def _relative(found: Tensor, wanted: Tensor, batch: _Batch) -> float:
+    """Largest difference relative to the reference's largest value; infinite where the shapes differ."""
+    if found.shape != wanted.shape:
+        return math.inf
+    return float((found.to(wanted.dtype) - wanted).abs().max()) / batch.largest
+
+
+def _difference(name: str, dtype: str, hidden: Tensor, batch: _Batch) -> Difference:
+    expected = batch.masked[batch.mask]
+    errors = (hidden[batch.mask].to(expected.dtype) - expected).abs().flatten().numpy()
+    quantiles = dict(zip(map(str, QUANTILES), np.quantile(errors, QUANTILES).tolist(), strict=True))
+    largest = float(errors.max())
+    return Difference(name, dtype, quantiles, largest, largest / batch.largest)
+
+
+def _dtype_name(dtype: torch.dtype | str) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    return name
+
+
+def without_nan(value: Any) -> Any:
+    """Nested lists and dictionaries with None for NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def render(report: ParityReport) -> RenderableType:
+    """The report as tables for a terminal."""
+    from rich.console import Group
+    from rich.text import Text
+
+    title = (
+        f"{report.kind} against {report.reference}; prompts of {', '.join(map(str, report.prompt_lengths))} tokens; "
+        f"largest value {report.largest_value:.3g}"
+    )
+    verdict = Text("every padding policy is within its tolerance", style="green")
+    if not report.passed:
+        failed = [f"{check.name} {check.dtype} {check.padding}" for check in report.policies if not check.passed]
+        verdict = Text(f"outside the tolerance: {', '.join(failed)}", style="red")
+    notes = [Text(f"skipped {reason}") for reason in report.skipped]
+    return Group(Text(title), _difference_table(report), _policy_table(report), *notes, verdict)
+
+
+def _difference_table(report: ParityReport) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(title="absolute difference at real positions, quantiles", title_justify="left")
+    for heading in ("dtype", "implementation", *map(str, QUANTILES), "max", "max, relative"):
+        table.add_column(heading, justify="left" if heading in ("dtype", "implementation") else "right")
+    for item in report.differences:
+        values = (*item.quantiles.values(), item.largest, item.relative)
+        table.add_row(item.dtype, item.name, *(f"{value:.1e}" for value in values))
+    return table
+
+
+def _policy_table(report: ParityReport) -> RenderableType:
+    from rich.table import Table
+
+    headings = ("dtype", "layout", *PADDING_POLICIES, "tolerance")
+    table = Table(*headings, title="padding policies, relative", title_justify="left")
+    rows: dict[tuple[str, str], list[PolicyCheck]] = {}
+    for check in report.policies:
+        rows.setdefault((check.dtype, check.name), []).append(check)
+    for (dtype, name), checks in rows.items():
+        cells = [f"[{'green' if check.passed else 'red'}]{check.relative:.1e}[/]" for check in checks]
+        table.add_row(dtype, name.removeprefix(f"{OWN} "), *cells, f"{checks[0].tolerance:.0e}")
+    return table
