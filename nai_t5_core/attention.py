@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nai_t5_core.config import T5Config
+from nai_t5_core.layers import scaled
 from nai_t5_core.packing import DocumentGroup
 
 # Queries, keys and values [tokens, heads, d_kv] to attention output [tokens, heads, d_kv].
@@ -170,10 +171,14 @@ def logit_scale(config: T5Config) -> float:
 
 
 class SelfAttention(nn.Module):
-    """Self-attention with q, k, v and o as modules of their own (the separate layout)."""
+    """Self-attention with q, k, v and o as modules of their own (the separate layout).
 
-    def __init__(self, config: T5Config, ops: Any, has_bias: bool, **factory: Any) -> None:
+    ``scale`` multiplies the input of o, and so the output.
+    """
+
+    def __init__(self, config: T5Config, ops: Any, has_bias: bool, scale: float = 1.0, **factory: Any) -> None:
         super().__init__()
+        self.scale = scale
         self.heads, self.d_kv = config.num_heads, config.d_kv
         self.scale_qk = config.scale_qk
         self.q = ops.Linear(config.d_model, config.inner_dim, bias=False, **factory)
@@ -186,7 +191,7 @@ class SelfAttention(nn.Module):
     def forward(self, hidden: Tensor, attend: Attend) -> Tensor:
         """[tokens, d_model] to [tokens, d_model]."""
         q, k, v = (projection(hidden).unflatten(-1, (self.heads, self.d_kv)) for projection in (self.q, self.k, self.v))
-        out: Tensor = self.o(attend(q, k, v).flatten(-2))
+        out: Tensor = self.o(scaled(attend(q, k, v).flatten(-2), self.scale))
         return out
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -234,13 +239,18 @@ def _query_std(d_model: int, d_kv: int, scale_qk: bool) -> float:
 
 
 class SelfAttentionLayer(nn.Module):
-    """Norm, self-attention, and the sum with the residual: ``block[i].layer[0]``."""
+    """Norm, self-attention, and the sum with the residual: ``block[i].layer[0]``.
 
-    def __init__(self, norm: nn.Module, attention: nn.Module) -> None:
+    The attention's output comes multiplied by ``out_scale``, which the sum takes back.
+    """
+
+    def __init__(self, norm: nn.Module, attention: nn.Module, out_scale: float = 1.0) -> None:
         super().__init__()
         self.SelfAttention = attention
         self.layer_norm = norm
+        self.out_scale = out_scale
 
     def forward(self, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
         """[tokens, d_model] residual to residual; ``dtype`` is the compute dtype."""
-        return residual + self.SelfAttention(self.layer_norm(residual).to(dtype), attend)
+        out = self.SelfAttention(self.layer_norm(residual).to(dtype), attend)
+        return torch.add(residual, out, alpha=1 / self.out_scale)

@@ -92,6 +92,11 @@ class T5Config(BaseModel):
         dims = _dimensions(self)
         return next((name for name, config in NAMED_CONFIGS.items() if _dimensions(config) == dims), None)
 
+    @property
+    def can_scale_hidden(self) -> bool:
+        """Whether a factor on the feed-forward's in-projection comes out of it unchanged."""
+        return self.gated or self.activation == "relu"
+
     def encoder_only(self) -> T5Config:
         return self.model_copy(update={"num_decoder_layers": 0})
 

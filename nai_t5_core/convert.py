@@ -63,6 +63,8 @@ def convert(
     config = examination.config.encoder_only() if encoder_only else examination.config
     examination.faults += [] if encoder_only else decoder_faults(examination)
     examination.refuse_faults()
+    if out.resolve() in {info.file.resolve() for info in examination.checkpoint.tensors.values()}:
+        raise CheckpointError(f"{out} is the source itself; write to another file")
 
     model_dtype = _main_dtype(examination) if dtype == "auto" else DTYPES[dtype]
     recipes = fused_recipes(config)
@@ -95,7 +97,10 @@ def convert(
 
 
 class _HashingReader:
-    """Reads tensors and hashes names, dtypes, shapes and bytes on the way, each tensor once."""
+    """Reads tensors and hashes their names, dtypes, shapes and bytes on the way.
+
+    A norm counts twice, as it is read twice: for the product with its projection and for itself.
+    """
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
         self._read = read

@@ -28,8 +28,10 @@ from nai_t5_core.layers import (
     GatedFeedForward,
     RMSNorm,
     residual_dtype,
+    scaled,
 )
 from nai_t5_core.packing import Packing, PaddingPolicy, pack_batch
+from nai_t5_core.scales import LayerScales, StackScales, unscaled
 
 Layout = Literal["fused", "separate"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -38,26 +40,50 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 class EncoderBlock(nn.Module):
     """One layer: self-attention, then feed-forward."""
 
-    def __init__(self, config: T5Config, layout: Layout, has_bias: bool, ops: Any, **factory: Any) -> None:
-        super().__init__()
-        norm = FoldedRMSNorm if layout == "fused" else RMSNorm
-        attention = FusedSelfAttention if layout == "fused" else SelfAttention
-        if not config.gated:
-            feed_forward: type[nn.Module] = FeedForward
-        else:
-            feed_forward = FusedGatedFeedForward if layout == "fused" else GatedFeedForward
-        d_model, eps, device = config.d_model, config.layer_norm_epsilon, factory.get("device")
-        self.layer = nn.ModuleList(
-            [
-                SelfAttentionLayer(norm(d_model, eps, device), attention(config, ops, has_bias, **factory)),
-                FeedForwardLayer(norm(d_model, eps, device), feed_forward(config, ops, **factory)),
-            ]
+    layer: nn.ModuleList
+
+    @classmethod
+    def fused(
+        cls, config: T5Config, has_bias: bool, scales: LayerScales, ops: Any = nn, **factory: Any
+    ) -> EncoderBlock:
+        """Joined projections with the norm weights and the scales multiplied into them."""
+        feed_forward = FusedGatedFeedForward if config.gated else FeedForward
+        return cls(
+            SelfAttentionLayer(
+                FoldedRMSNorm(config.d_model, config.layer_norm_epsilon, factory.get("device")),
+                FusedSelfAttention(config, ops, has_bias, **factory),
+                scales.attention_out,
+            ),
+            FeedForwardLayer(
+                FoldedRMSNorm(config.d_model, config.layer_norm_epsilon, factory.get("device")),
+                feed_forward(config, ops, **factory),
+                scales.feed_forward_out,
+            ),
         )
 
-    @property
-    def bias(self) -> nn.Embedding | None:
-        """The relative position bias, in the layers that have one: all of UMT5's, the first of the others."""
-        return getattr(self.layer[0].SelfAttention, "relative_attention_bias", None)
+    @classmethod
+    def separate(
+        cls, config: T5Config, has_bias: bool, scales: LayerScales, ops: Any = nn, **factory: Any
+    ) -> EncoderBlock:
+        """The original tensors; what the scales do to weights in the fused layout is done to activations."""
+        feed_forward = GatedFeedForward if config.gated else FeedForward
+        inner_scale = scales.hidden * scales.feed_forward_out
+        return cls(
+            SelfAttentionLayer(
+                RMSNorm(config.d_model, config.layer_norm_epsilon, factory.get("device")),
+                SelfAttention(config, ops, has_bias, scales.attention_out, **factory),
+                scales.attention_out,
+            ),
+            FeedForwardLayer(
+                RMSNorm(config.d_model, config.layer_norm_epsilon, factory.get("device")),
+                feed_forward(config, ops, inner_scale, **factory),
+                inner_scale,
+            ),
+        )
+
+    def __init__(self, attention: SelfAttentionLayer, feed_forward: FeedForwardLayer) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList([attention, feed_forward])
 
     def forward(self, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
         """[tokens, d_model] residual to residual; ``dtype`` is the compute dtype."""
@@ -69,12 +95,14 @@ class EncoderBlock(nn.Module):
 class Encoder(nn.Module):
     """The stack of blocks on a packed row: embeddings in, hidden states out."""
 
-    def __init__(self, config: T5Config, layout: Layout = "fused", ops: Any = nn, **factory: Any) -> None:
+    def __init__(self, config: T5Config, layout: Layout, scales: StackScales, ops: Any = nn, **factory: Any) -> None:
         super().__init__()
         self.max_distance = config.relative_attention_max_distance
+        self.bias_per_layer = config.bias_per_layer
+        make_block = EncoderBlock.fused if layout == "fused" else EncoderBlock.separate
         self.block = nn.ModuleList(
-            EncoderBlock(config, layout, config.bias_per_layer or index == 0, ops, **factory)
-            for index in range(config.num_layers)
+            make_block(config, config.bias_per_layer or index == 0, layer_scales, ops, **factory)
+            for index, layer_scales in enumerate(scales.layers)
         )
         self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, factory.get("device"))
 
@@ -90,13 +118,16 @@ class Encoder(nn.Module):
         residual = embeddings.to(residual_dtype(dtype))
         yield residual
         attend: Attend | None = None
-        for block in self.block:
-            assert isinstance(block, EncoderBlock)
-            if block.bias is not None:
-                attend = plan.layer(distance_table(block.bias.weight, self.max_distance).to(dtype))
-            assert attend is not None, "the first block has the bias"
+        for index, block in enumerate(self.block):
+            if attend is None or self.bias_per_layer:
+                attend = plan.layer(self.bias_table(index).to(dtype))
             residual = block(residual, attend, dtype)
             yield residual
+
+    def bias_table(self, index: int) -> Tensor:
+        """The bias by distance that a layer uses, its own or the first layer's: [heads, 2 · max_distance + 1]."""
+        block: Any = self.block[index if self.bias_per_layer else 0]
+        return distance_table(block.layer[0].SelfAttention.relative_attention_bias.weight, self.max_distance)
 
     def finish(self, residual: Tensor, dtype: torch.dtype) -> Tensor:
         """The final norm: residual to hidden states in ``dtype``."""
@@ -114,6 +145,8 @@ class T5EncoderStack(nn.Module):
         config: the sizes.
         layout: ``"fused"`` (the fastest) or ``"separate"``.
         ops: a namespace with ``Linear`` and ``Embedding`` classes, ``torch.nn`` by default.
+        scales: powers of two that keep a float16 model in range; by default nothing is scaled. In the fused layout the
+            weights hold them, so they belong to the weights that will be loaded.
         device, dtype: of the parameters; ``device="meta"`` allocates nothing.
     """
 
@@ -122,6 +155,7 @@ class T5EncoderStack(nn.Module):
         config: T5Config,
         layout: Layout = "fused",
         ops: Any = nn,
+        scales: StackScales | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -130,8 +164,11 @@ class T5EncoderStack(nn.Module):
             raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
         self.config = config
         self.layout = layout
+        self.scales = scales or unscaled(config.num_layers)
+        if len(self.scales.layers) != config.num_layers:
+            raise ValueError(f"scales of {len(self.scales.layers)} layers for a model of {config.num_layers} layers")
         self.shared = ops.Embedding(config.vocab_size, config.d_model, device=device, dtype=dtype)
-        self.encoder = Encoder(config, layout, ops, device=device, dtype=dtype)
+        self.encoder = Encoder(config, layout, self.scales, ops, device=device, dtype=dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -170,7 +207,7 @@ class T5EncoderStack(nn.Module):
             ValueError: ids outside the vocabulary, both or neither of ids and embeddings, a mask of the wrong shape, an
                 unknown padding policy.
         """
-        batch = self._prepare(input_ids, attention_mask, inputs_embeds, padding, extra_pad)
+        batch = self.prepare(input_ids, attention_mask, inputs_embeds, padding, extra_pad)
         embeddings, plan, packing = batch
         return packing.unpack(self.encoder(embeddings, plan, self.dtype))
 
@@ -189,13 +226,13 @@ class T5EncoderStack(nn.Module):
         The last one has passed the final norm unless ``final_norm=False``. All but that one are the residual stream and
         come in its precision (float32, or float64 in a float64 model), since their range exceeds float16's.
         """
-        embeddings, plan, packing = self._prepare(input_ids, attention_mask, inputs_embeds, padding, extra_pad)
+        embeddings, plan, packing = self.prepare(input_ids, attention_mask, inputs_embeds, padding, extra_pad)
         states = list(self.encoder.residuals(embeddings, plan, self.dtype))
         if final_norm:
             states[-1] = self.encoder.finish(states[-1], self.dtype)
         return [packing.unpack(state) for state in states]
 
-    def _prepare(
+    def prepare(
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
@@ -221,7 +258,12 @@ class T5EncoderStack(nn.Module):
             packing = pack_batch(None, batch, length)
             plan = DenseAttention(mask.to(self.device), scale)
         packed = packing.pack(inputs)
-        return (packed if inputs_embeds is not None else self.shared(packed)), plan, packing
+        return (packed if inputs_embeds is not None else self.embed(packed)), plan, packing
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Ids of any shape to embeddings [..., d_model] in the residual's precision."""
+        embeddings: Tensor = self.shared(input_ids).to(residual_dtype(self.dtype))
+        return scaled(embeddings, 1 / self.scales.embedding)
 
     def _check_inputs(self, inputs: Tensor, is_ids: bool) -> tuple[int, int]:
         expected = "input_ids must be [batch, length]" if is_ids else "inputs_embeds must be [batch, length, d_model]"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,18 @@ from torch import Tensor
 
 from nai_t5_core.config import Shape
 
-_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# What a folder's weights are called, the preferred first. A single file goes before an index: the hub's folders often
+# have the index of a second, sharded form that was never downloaded.
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "*.safetensors.index*.json",
+    "*.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# A file of such a name is a whole model of the Hugging Face layout: config.json and tokenizer beside it belong to it.
+_WHOLE_MODELS = ("model.safetensors", "pytorch_model.bin")
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -105,13 +116,16 @@ def open_checkpoint(path: str | Path, subfolder: str = "") -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
+    if (folder / "model_index.json").is_file():
+        encoders = sorted(path.name for path in folder.glob("text_encoder*"))
+        raise CheckpointError(
+            f"{folder} is a whole pipeline; give the subfolder of its T5 text encoder ({', '.join(encoders) or 'none'})"
+        )
     weights = _weights_in(folder)
     if weights is None:
-        pipeline = folder / "model_index.json"
-        hint = "it is a whole pipeline: give the subfolder of its text encoder" if pipeline.is_file() else ""
         raise CheckpointError(
-            f"{folder} holds no weights (looked for *.safetensors, pytorch_model.bin and their index files)"
-            + (f"; {hint}" if hint else "")
+            f"{folder} holds no weights (looked for *.safetensors, pytorch_model.bin and their index files); "
+            "give the folder or the file that has them"
         )
     checkpoint = _open_file(weights)
     checkpoint.source = str(folder)
@@ -120,29 +134,35 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 
 def _weights_in(folder: Path) -> Path | None:
-    indexes = [folder / name for name in _INDEX_FILES if (folder / name).is_file()]
-    indexes += sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        return indexes[0]
-    for pattern in ("model.safetensors", "*.safetensors", "pytorch_model.bin"):
-        found = sorted(folder.glob(pattern))
+    for pattern in _WEIGHT_FILES:
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
         if len(found) > 1:
             names = ", ".join(file.name for file in found[:5])
-            raise CheckpointError(f"{folder} holds {len(found)} weight files and no index ({names}…); name one of them")
+            more = f" and {len(found) - 5} more" if found[5:] else ""
+            raise CheckpointError(
+                f"{folder} holds {len(found)} weight files and no model.safetensors ({names}{more}); name one of them"
+            )
         if found:
             return found[0]
     return None
 
 
 def _open_file(path: Path) -> Checkpoint:
-    with path.open("rb") as file:
-        head = file.read(16)
-    if head[8:9] == b"{":
+    head = _head(path)
+    if head.lstrip()[:1] == b"{" and not _is_safetensors(head):
+        return _open_index(path)
+    checkpoint = _open_weights(path)
+    if path.name in _WHOLE_MODELS:
+        checkpoint.folder = path.parent
+    return checkpoint
+
+
+def _open_weights(path: Path) -> Checkpoint:
+    head = _head(path)
+    if _is_safetensors(head):
         return _open_safetensors(path)
     if head[:2] in (b"PK", b"\x80\x02"):
         return _open_pytorch(path)
-    if head.lstrip()[:1] == b"{":
-        return _open_index(path)
     if head[:4] == b"GGUF":
         raise CheckpointError(
             f"{path} is a GGUF file, which is not supported; use a safetensors file of the same model"
@@ -151,6 +171,15 @@ def _open_file(path: Path) -> Checkpoint:
         f"{path} is neither safetensors, nor a PyTorch file, nor a shard index (it begins with {head[:8]!r}); "
         "it may be damaged or still downloading"
     )
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(16)
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return head[8:9] == b"{"
 
 
 def _open_safetensors(path: Path) -> Checkpoint:
@@ -183,33 +212,52 @@ def _dtype_named(name: str, path: Path) -> torch.dtype:
 
 def _open_pytorch(path: Path) -> Checkpoint:
     try:
-        # weights_only: a pickle may otherwise run code. mmap works for the zip form, which is all files since 2020.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = _unpickle(path)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is not a readable PyTorch weight file ({reason}); fetch it again") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not _is_state_dict(state):
         raise CheckpointError(f"{path} is a PyTorch file but no dictionary of tensors; save the model's state_dict")
     tensors = {name: TensorInfo(tuple(value.shape), value.dtype, path) for name, value in state.items()}
     return Checkpoint(str(path), "PyTorch", tensors, state.__getitem__)
 
 
+def _unpickle(path: Path) -> Any:
+    # weights_only: a pickle may otherwise run code. mmap works for the zip form, which is all files since 2020.
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    # torch.load goes by this suffix and not by the content, unless it is given no name.
+    with path.open("rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _is_state_dict(state: object) -> TypeGuard[Mapping[str, Tensor]]:
+    return isinstance(state, Mapping) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    )
+
+
 def _open_index(path: Path) -> Checkpoint:
     weight_map = _read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} is a JSON file without a weight_map; give the weight file or its index")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{path} is damaged: its weight_map gives something else than file names; fetch it again")
     names = sorted(set(weight_map.values()))
     absent = [name for name in names if not (path.parent / name).is_file()]
     if absent:
         raise CheckpointError(
-            f"{path} lists {len(names)} shards, of which {len(absent)} are absent: {', '.join(absent)}"
+            f"{path} lists {len(names)} shards, of which {len(absent)} are absent: {', '.join(absent[:5])}; "
+            "fetch them again"
         )
-    shards = {name: _open_file(path.parent / name) for name in names}
+    shards = {name: _open_weights(path.parent / name) for name in names}
     lost = [name for name, shard in weight_map.items() if name not in shards[shard].tensors]
     if lost:
-        raise CheckpointError(f"{path} promises tensors that its shards do not hold: {', '.join(lost[:5])}")
+        raise CheckpointError(
+            f"{path} promises tensors that its shards do not hold: {', '.join(lost[:5])}; fetch both again"
+        )
 
     def read(name: str) -> Tensor:
         return shards[weight_map[name]].read(name)
@@ -258,23 +306,24 @@ def write_safetensors(
         path: the file; it appears when it is complete.
         layout: dtype and shape of every tensor, known before any is made.
         tensors: the tensors in the order of ``layout``.
-        metadata: strings for the header; a function is called after the last tensor, and its result must be as long as
-            :data:`METADATA_ROOM` allows.
+        metadata: strings for the header; a function is called after the last tensor, and its result must be no longer
+            than :data:`METADATA_ROOM` allows.
 
     Raises:
         CheckpointError: the disk has too little room, or the file cannot be written. No file is left behind.
     """
     path = Path(path)
     header, total = _header(layout)
-    _check_room(path, total)
+    begin = {} if callable(metadata) else dict(metadata)
     try:
+        _check_room(path, total)
         with replacing(path) as partial, partial.open("wb") as file:
-            room = _encoded({**header, "__metadata__": {}}, room=METADATA_ROOM)
+            room = _encoded({**header, "__metadata__": begin}, room=METADATA_ROOM if callable(metadata) else 0)
             file.write(room)
             _write_tensors(file, layout, tensors)
-            texts = metadata() if callable(metadata) else metadata
-            file.seek(0)
-            file.write(_encoded({**header, "__metadata__": dict(texts)}, length=len(room)))
+            if callable(metadata):
+                file.seek(0)
+                file.write(_encoded({**header, "__metadata__": dict(metadata())}, length=len(room)))
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error.strerror or error}; nothing was kept") from error
 
@@ -318,6 +367,8 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def _check_room(path: Path, needed: int) -> None:
     folder = path.absolute().parent
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; give the name of the file to write in it")
     if not folder.is_dir():
         raise CheckpointError(f"{path} cannot be written: the folder {folder} does not exist")
     free = shutil.disk_usage(folder).free

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 from nai_t5_core.formats import CheckpointError
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded" / "tiny.safetensors"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SMALL_FILES = ("*.json", "*.model")
+# The weights of a hub folder, the preferred form first: the same order as in a local folder.
+_WEIGHTS = ("model.safetensors", "model-*.safetensors", "*.safetensors", "pytorch_model*.bin")
 
 
 def find_model(source: str | Path | None, subfolder: str = "", revision: str | None = None) -> Path:
@@ -23,41 +26,72 @@ def find_model(source: str | Path | None, subfolder: str = "", revision: str | N
     if source is None:
         return EMBEDDED_MODEL
     path = Path(source).expanduser()
-    if path.exists() or not _HUB_ID.fullmatch(str(source)):
+    if _is_local(path) or not _HUB_ID.fullmatch(str(source)):
         return path / subfolder
     return _download(str(source), subfolder, revision) / subfolder
 
 
+def _is_local(path: Path) -> bool:
+    """Whether the path leads to something, or names a file: a model on the hub is not called x.safetensors."""
+    try:
+        return path.exists() or path.suffix in (".safetensors", ".bin", ".json")
+    except OSError:  # something is there, and opening it will tell what is wrong with it
+        return True
+
+
 def _download(repo: str, subfolder: str, revision: str | None) -> Path:
     from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        files = list_repo_files(repo, revision=revision)
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_wanted(files, subfolder)))
-    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+        wanted = _wanted(list_repo_files(repo, revision=revision), repo, subfolder)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise CheckpointError(
-            f"the hub has no model {repo!r} that you may read ({str(error).splitlines()[0]}); "
+            f"{repo!r} is no local path, and the hub has no such model that you may read ({_first_line(error)}); "
             "check the name, accept its licence on its page, or log in with 'hf auth login'"
         ) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # every transport has its own exceptions
         try:
             return Path(snapshot_download(repo, revision=revision, local_files_only=True))
         except Exception:
             raise CheckpointError(
                 f"{repo!r} is neither a local path nor in the hub's cache, and the hub cannot be reached "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}); give a local file or folder, or go online"
+                f"({_first_line(error)}); give a local file or folder, or go online"
             ) from error
 
 
-def _wanted(files: list[str], subfolder: str) -> list[str]:
-    """Patterns for the config, the tokenizer, and one form of the weights: safetensors where there are any."""
-    folder = f"{subfolder}/" if subfolder else ""
-    here = [name for name in files if name.startswith(folder) and "/" not in name.removeprefix(folder)]
-    weights = next(
-        (pattern for pattern in (".safetensors", ".bin") if any(name.endswith(pattern) for name in here)),
-        ".safetensors",
-    )
-    # A pipeline keeps its tokenizers in folders beside the encoder's.
-    beside = [f"tokenizer*/{pattern}" for pattern in _SMALL_FILES] if subfolder else []
-    return [*(f"{folder}{pattern}" for pattern in (*_SMALL_FILES, f"*{weights}")), *beside]
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0].removesuffix(": ")
+
+
+def _wanted(files: list[str], repo: str, subfolder: str) -> list[str]:
+    """The config, the tokenizer, and one form of the weights.
+
+    Raises:
+        CheckpointError: a whole pipeline without a subfolder, or several models side by side: tens of gigabytes.
+    """
+    if "model_index.json" in files and not subfolder:
+        encoders = sorted({name.partition("/")[0] for name in files if name.startswith("text_encoder")})
+        raise CheckpointError(
+            f"{repo!r} is a whole pipeline; give the subfolder of its T5 text encoder ({', '.join(encoders) or 'none'})"
+        )
+    here = _files_in(files, subfolder)
+    weights = next((found for form in _WEIGHTS if (found := _matching(here, form))), [])
+    if len(weights) > 1 and not _matching(here, "*.index*.json"):
+        names = ", ".join(weights[:5])
+        raise CheckpointError(f"{repo!r} holds {len(weights)} weight files ({names}); download one and give its path")
+    # In a pipeline, the tokenizer has a folder beside the encoder's.
+    beside = _files_in(files, subfolder.replace("text_encoder", "tokenizer")) if subfolder else []
+    small = [name for pattern in _SMALL_FILES for name in _matching([*here, *beside], pattern)]
+    return [*dict.fromkeys(small), *weights]
+
+
+def _files_in(files: list[str], folder: str) -> list[str]:
+    return [name for name in files if name.rpartition("/")[0] == folder.strip("/")]
+
+
+def _matching(files: list[str], pattern: str) -> list[str]:
+    return [name for name in files if fnmatch(name.rpartition("/")[2], pattern)]

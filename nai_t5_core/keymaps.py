@@ -1,6 +1,6 @@
 """Tensor names of the files that people have, to the Hugging Face names that everything here speaks.
 
-Tables and pure functions; nothing is read. An unknown name is an error and an ignored one has a reason, so that a load
+Tables and pure functions; nothing is read. Unknown names are listed and ignored ones have a reason, so that a load
 never drops a tensor in silence.
 """
 
@@ -25,10 +25,14 @@ _T5_TENSOR = re.compile(
 # The stacks' own names for the embedding, which is stored as shared.weight as well; some files have only one of them.
 _EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
+# The tokenizer of ComfyUI's single files, which stands before the weights' prefix or under it.
+_TOKENIZER = re.compile(r"(.*\.)?(spiece_model|tokenizer_json)")
+
 # Names that carry no weight, and why they may be left out.
 _IGNORED = (
-    (re.compile(r"(spiece_model|tokenizer_json)"), "the tokenizer, read from here when there is no other"),
+    (_TOKENIZER, "a tokenizer"),
     (re.compile(r"scaled_fp8"), "marks a file with scaled float8 weights"),
+    (re.compile(r".*\.comfy_quant"), "says how a weight is quantised, which its dtype says as well"),
     (re.compile(r".*\.(scale_input|input_scale)"), "scale of float8 activations, which are not used"),
     (
         re.compile(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"),
@@ -39,8 +43,9 @@ _IGNORED = (
 # A scaled float8 weight is its values times this one number; ComfyUI has spelled it in two ways.
 _SCALE = re.compile(r"(?P<module>.*)\.(scale_weight|weight_scale)")
 
-# What other models' files are known by, to say what was given instead of a T5.
+# What other models' files are known by, to say what was given instead of a T5. A LoRA has the names of what it is for.
 _OTHER_MODELS = (
+    ("lora", "a LoRA"),
     ("text_model.encoder.layers.", "a CLIP text encoder"),
     ("transformer.resblocks.", "an OpenCLIP text encoder"),
     ("down_blocks.", "a UNet or VAE"),
@@ -51,7 +56,6 @@ _OTHER_MODELS = (
     ("decoder.up.", "a VAE"),
     ("model.layers.", "a decoder-only language model"),
     ("encoder.layer.", "a BERT-like encoder"),
-    ("lora", "a LoRA"),
 )
 
 
@@ -65,6 +69,10 @@ class KeyMap:
     """Hugging Face name of a float8 weight to the file's name of its scale."""
     ignored: dict[str, str] = field(default_factory=dict)
     """The file's name to the reason why it is not used."""
+    unknown: list[str] = field(default_factory=list)
+    """The file's names that no T5 has, though they stand among its tensors."""
+    tokenizer: str | None = None
+    """The file's name for the tokenizer of this T5."""
     prefix: str = ""
     """What stands before every Hugging Face name in the file."""
 
@@ -73,41 +81,52 @@ def map_names(names: Iterable[str], source: str) -> KeyMap:
     """Finds the T5 among the tensor names of a file.
 
     Raises:
-        CheckpointError: no T5 or several in the file, or a name that no T5 has.
+        CheckpointError: no T5 or several in the file.
     """
     names = list(names)
     prefix = _find_prefix(names, source)
-    keymap = KeyMap(prefix=prefix)
-    unknown = []
+    keymap = KeyMap(prefix=prefix, tokenizer=_nearest_tokenizer(names, prefix))
+    copies = []
     for full in names:
-        if not full.startswith(prefix):
-            keymap.ignored[full] = f"not under {prefix!r}: another part of the file"
-            continue
         name = full.removeprefix(prefix)
         scale = _SCALE.fullmatch(name)
-        if _T5_TENSOR.fullmatch(name):
+        reason = next((reason for pattern, reason in _IGNORED if pattern.fullmatch(name)), None)
+        if not full.startswith(prefix):
+            is_tokenizer = _TOKENIZER.fullmatch(full)
+            keymap.ignored[full] = "a tokenizer" if is_tokenizer else f"not under {prefix!r}: another part of the file"
+        elif name in _EMBEDDING_COPIES:
+            copies.append(name)
+        elif _T5_TENSOR.fullmatch(name):
             keymap.names[name] = full
         elif scale:
             keymap.scales[f"{scale['module']}.weight"] = full
-        elif name not in _EMBEDDING_COPIES:
-            reason = next((reason for pattern, reason in _IGNORED if pattern.fullmatch(name)), None)
-            if reason is None:
-                unknown.append(full)
-            else:
-                keymap.ignored[full] = reason
-    if unknown:
-        shown = ", ".join(unknown[:8]) + ("…" if len(unknown) > 8 else "")
-        raise CheckpointError(f"{source} holds {len(unknown)} tensors that no T5 has: {shown}")
-    _place_embedding_copies(keymap, [prefix + name for name in _EMBEDDING_COPIES if prefix + name in set(names)])
+        elif reason:
+            keymap.ignored[full] = reason
+        else:
+            keymap.unknown.append(full)
+    for name in sorted(copies, key=_EMBEDDING_COPIES.index):
+        _place_embedding_copy(keymap, name)
     return keymap
 
 
-def _place_embedding_copies(keymap: KeyMap, copies: list[str]) -> None:
-    for full in copies:
-        if "shared.weight" not in keymap.names:
-            keymap.names["shared.weight"] = full
-        else:
-            keymap.ignored[full] = "a copy of the embedding, shared.weight"
+def _place_embedding_copy(keymap: KeyMap, name: str) -> None:
+    scale = keymap.scales.pop(name, None)
+    if "shared.weight" in keymap.names:
+        keymap.ignored[keymap.prefix + name] = "a copy of the embedding, shared.weight"
+        keymap.ignored |= {scale: "the scale of that copy"} if scale else {}
+    else:
+        keymap.names["shared.weight"] = keymap.prefix + name
+        keymap.scales |= {"shared.weight": scale} if scale else {}
+
+
+def _nearest_tokenizer(names: list[str], prefix: str) -> str | None:
+    """The tokenizer that stands nearest before the weights; one beside that way belongs to another model.
+
+    A whole pipeline in one file has ``text_encoders.spiece_model`` for ``text_encoders.umt5xxl.transformer.…``.
+    """
+    before = {full: match[1] or "" for full in names if (match := _TOKENIZER.fullmatch(full))}
+    on_the_way = [full for full in before if prefix.startswith(before[full])]
+    return max(on_the_way, key=len, default=None)
 
 
 def _find_prefix(names: list[str], source: str) -> str:

@@ -34,6 +34,11 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
+def scaled(x: Tensor, scale: float) -> Tensor:
+    """x · scale, or x itself where the scale is 1."""
+    return x if scale == 1 else x * scale
+
+
 class NoInit:
     """``ops`` for models whose weights come from a file: torch's own classes without their random initialisation.
 
@@ -88,17 +93,23 @@ class FoldedRMSNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """wo(act(wi(x))) of T5 v1.0, and of the fused layout where it is all one in-projection."""
+    """wo(act(wi(x))) of T5 v1.0.
 
-    def __init__(self, config: T5Config, ops: Any, **factory: Any) -> None:
+    ``scale`` multiplies the input, and so the output, which is true of ReLU and of no other activation.
+    """
+
+    def __init__(self, config: T5Config, ops: Any, scale: float = 1.0, **factory: Any) -> None:
         super().__init__()
+        if scale != 1 and config.activation != "relu":
+            raise ValueError(f"a feed-forward with {config.activation} and no gate cannot be scaled by {scale}")
         self.activation = config.activation
+        self.scale = scale
         self.wi = ops.Linear(config.d_model, config.d_ff, bias=False, **factory)
         self.wo = ops.Linear(config.d_ff, config.d_model, bias=False, **factory)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[tokens, d_model] to [tokens, d_model]."""
-        out: Tensor = self.wo(ACTIVATIONS[self.activation](self.wi(hidden)))
+        out: Tensor = self.wo(ACTIVATIONS[self.activation](self.wi(scaled(hidden, self.scale))))
         return out
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -107,18 +118,23 @@ class FeedForward(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """wo(act(wi_0(x)) · wi_1(x)), every projection a module of its own (Shazeer, 2020)."""
+    """wo(act(wi_0(x)) · wi_1(x)), every projection a module of its own (Shazeer, 2020).
 
-    def __init__(self, config: T5Config, ops: Any, **factory: Any) -> None:
+    ``scale`` multiplies the input of wi_1, and so the output.
+    """
+
+    def __init__(self, config: T5Config, ops: Any, scale: float = 1.0, **factory: Any) -> None:
         super().__init__()
         self.activation = config.activation
+        self.scale = scale
         self.wi_0 = ops.Linear(config.d_model, config.d_ff, bias=False, **factory)
         self.wi_1 = ops.Linear(config.d_model, config.d_ff, bias=False, **factory)
         self.wo = ops.Linear(config.d_ff, config.d_model, bias=False, **factory)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[tokens, d_model] to [tokens, d_model]."""
-        out: Tensor = self.wo(ACTIVATIONS[self.activation](self.wi_0(hidden)) * self.wi_1(hidden))
+        gate, up = self.wi_0(hidden), self.wi_1(scaled(hidden, self.scale))
+        out: Tensor = self.wo(ACTIVATIONS[self.activation](gate) * up)
         return out
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -147,13 +163,18 @@ class FusedGatedFeedForward(nn.Module):
 
 
 class FeedForwardLayer(nn.Module):
-    """Norm, feed-forward, and the sum with the residual: ``block[i].layer[-1]``."""
+    """Norm, feed-forward, and the sum with the residual: ``block[i].layer[-1]``.
 
-    def __init__(self, norm: nn.Module, feed_forward: nn.Module) -> None:
+    The feed-forward's output comes multiplied by ``out_scale``, which the sum takes back.
+    """
+
+    def __init__(self, norm: nn.Module, feed_forward: nn.Module, out_scale: float = 1.0) -> None:
         super().__init__()
         self.DenseReluDense = feed_forward
         self.layer_norm = norm
+        self.out_scale = out_scale
 
     def forward(self, residual: Tensor, dtype: torch.dtype) -> Tensor:
         """[tokens, d_model] residual to residual; ``dtype`` is the compute dtype."""
-        return residual + self.DenseReluDense(self.layer_norm(residual).to(dtype))
+        out = self.DenseReluDense(self.layer_norm(residual).to(dtype))
+        return torch.add(residual, out, alpha=1 / self.out_scale)

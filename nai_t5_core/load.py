@@ -9,9 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from nai_t5_core import native
@@ -56,7 +58,8 @@ class Examination:
         """Raises a CheckpointError that lists every fault, if there is any."""
         if self.faults:
             listed = "\n".join(f"  - {fault}" for fault in self.faults)
-            raise CheckpointError(f"{self.checkpoint.source} cannot be loaded, {len(self.faults)} faults:\n{listed}")
+            number = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+            raise CheckpointError(f"{self.checkpoint.source} cannot be loaded, {number}:\n{listed}")
 
     def read(self, name: str) -> Tensor:
         """One tensor by its Hugging Face name; a scaled float8 weight comes multiplied by its scale, in float32."""
@@ -103,8 +106,13 @@ class LoadedEncoder:
     """A ready encoder with what came along with it."""
 
     stack: T5EncoderStack
-    tokenizer: Tokenizer | None
     report: LoadReport
+    examination: Examination
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer found beside or inside the weights. Read when it is asked for: that takes up to a second."""
+        return find_tokenizer(self.examination)
 
 
 def load_encoder(
@@ -155,10 +163,8 @@ def load(
             "load the checkpoint that it was converted from"
         )
     stack = T5EncoderStack(examination.config.encoder_only(), layout, NoInit, device="meta", dtype=model_dtype)
-    state = {
-        recipe.target: cook(recipe, examination.read, model_dtype).to(place)
-        for recipe in encoder_recipes(examination, layout)
-    }
+    recipes = encoder_recipes(examination, layout)
+    state = {recipe.target: cook(recipe, examination.read, model_dtype).to(place) for recipe in recipes}
     stack.load_state_dict(state, assign=True)
     report = LoadReport(
         source=examination.checkpoint.source,
@@ -167,11 +173,11 @@ def load(
         dtype=model_dtype,
         device=place,
         layout=layout,
-        used=tuple(name for recipe in encoder_recipes(examination, layout) for name in recipe.originals),
+        used=_used_by(recipes, examination.keymap),
         ignored=_ignored_by_encoder(examination),
         seconds=time.perf_counter() - started,
     )
-    return LoadedEncoder(stack.eval(), find_tokenizer(examination), report)
+    return LoadedEncoder(stack.eval(), report, examination)
 
 
 def examine(source: ModelSource = None, subfolder: str = "") -> Examination:
@@ -183,10 +189,10 @@ def examine(source: ModelSource = None, subfolder: str = "") -> Examination:
     checkpoint = open_checkpoint(find_model(source, subfolder))
     if native.is_native(checkpoint):
         config = native.read_config(checkpoint)
-        keymap = KeyMap(names={name: name for name in checkpoint.tensors if name not in native.TOKENIZER_TENSORS})
         expected = {recipe.target: recipe.shape for recipe in fused_recipes(config)}
-        examination = Examination(checkpoint, config, "its own header", keymap)
+        examination = Examination(checkpoint, config, "its own header", native.keymap(checkpoint, expected))
         examination.faults += _shape_faults(examination, expected, "its own header")
+        examination.faults += _unknown_faults(examination)
         return examination
 
     keymap = map_names(checkpoint.tensors, checkpoint.source)
@@ -194,14 +200,21 @@ def examine(source: ModelSource = None, subfolder: str = "") -> Examination:
     hf_config = checkpoint.hf_config()
     try:
         config = infer_config(shapes) if hf_config is None else config_from_hf(hf_config)
+    except ValidationError as error:
+        raise CheckpointError(f"{checkpoint.source}: {error.errors()[0]['msg']}") from error
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.source}: {error}") from error
     if not any(name.startswith("decoder.") for name in keymap.names):
         config = config.encoder_only()
+    elif config.gated and "lm_head.weight" in keymap.names:
+        # transformers 5 writes tie_word_embeddings=true into every config.json; only v1.0, without a gate, is tied.
+        config = config.model_copy(update={"tie_word_embeddings": False})
     config_source = "the tensors" if hf_config is None else "config.json"
     examination = Examination(checkpoint, config, config_source, keymap)
     examination.faults += _shape_faults(examination, encoder_tensors(config), config_source)
     examination.faults += _surplus_faults(examination)
+    examination.faults += _unknown_faults(examination)
+    examination.faults += _number_faults(examination)
     return examination
 
 
@@ -229,6 +242,28 @@ def _surplus_faults(examination: Examination) -> Iterator[str]:
             yield f"{name} is in the file, but {examination.config_source} describes a model without it"
 
 
+def _unknown_faults(examination: Examination) -> Iterator[str]:
+    unknown = examination.keymap.unknown
+    if unknown:
+        shown = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if unknown[8:] else "")
+        yield f"tensors that no T5 has: {shown}"
+
+
+def _number_faults(examination: Examination) -> Iterator[str]:
+    """Weights whose numbers mean something else than what they say, and scales that fit no weight."""
+    tensors, names = examination.checkpoint.tensors, examination.keymap.names
+    for name, full in names.items():
+        dtype = tensors[full].dtype
+        if not dtype.is_floating_point:
+            yield f"{name} is {dtype}: quantised weights other than float8 cannot be read"
+    for name, full in examination.keymap.scales.items():
+        shape = tensors[full].shape
+        if name not in names:
+            yield f"{full} is the scale of {name}, which is not in the file"
+        elif shape not in ((), (1,), (tensors[names[name]].shape[0], 1)):
+            yield f"{full} has shape {list(shape)}; only one scale for a whole weight, or one for each row, can be read"
+
+
 def encoder_recipes(examination: Examination, layout: Layout) -> list[Recipe]:
     """How each tensor of the encoder is made from this checkpoint."""
     config = examination.config.encoder_only()
@@ -238,13 +273,19 @@ def encoder_recipes(examination: Examination, layout: Layout) -> list[Recipe]:
     return native.stored(recipes) if examination.is_native else recipes
 
 
+def _used_by(recipes: list[Recipe], keymap: KeyMap) -> tuple[str, ...]:
+    names = [name for recipe in recipes for name in recipe.originals]
+    return tuple(dict.fromkeys([*names, *(keymap.scales[name] for name in names if name in keymap.scales)]))
+
+
 def _ignored_by_encoder(examination: Examination) -> dict[str, str]:
+    keymap = examination.keymap
     unused = {
         full: "belongs to the decoder"
-        for name, full in examination.keymap.names.items()
+        for name, full in [*keymap.names.items(), *keymap.scales.items()]
         if name.startswith(("decoder.", "lm_head."))
     }
-    return examination.keymap.ignored | unused
+    return keymap.ignored | unused
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,11 +295,11 @@ def _ignored_by_encoder(examination: Examination) -> dict[str, str]:
 
 def find_tokenizer(examination: Examination) -> Tokenizer | None:
     """The tokenizer inside the weight file, in its folder, or in the pipeline's folder for it; None without one."""
-    checkpoint = examination.checkpoint
-    for name, kind in native.TOKENIZER_TENSORS.items():
-        found = next((full for full in checkpoint.tensors if full == name or full.endswith(f".{name}")), None)
-        if found is not None:
-            return tokenizer_from_bytes(kind, bytes(checkpoint.read(found).numpy()))
+    checkpoint, inside = examination.checkpoint, examination.keymap.tokenizer
+    # Tools that cast every tensor of a file to float16 make the tokenizer in it useless.
+    if inside is not None and checkpoint.tensors[inside].dtype == torch.uint8:
+        kind = native.TOKENIZER_TENSORS[inside.rpartition(".")[2]]
+        return tokenizer_from_bytes(kind, bytes(checkpoint.read(inside).numpy()))
     folders = _tokenizer_folders(checkpoint.folder)
     if folders:
         return load_tokenizer(folders[0])

@@ -7,12 +7,14 @@ originals' names, dtypes, shapes and bytes). The tokenizer is a uint8 tensor.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 
 from pydantic import ValidationError
 
 from nai_t5_core.config import T5Config
 from nai_t5_core.formats import Checkpoint, CheckpointError
 from nai_t5_core.fuse import Recipe
+from nai_t5_core.keymaps import KeyMap
 
 FORMAT = "nai-t5"
 FORMAT_VERSION = 1
@@ -41,6 +43,18 @@ def read_config(checkpoint: Checkpoint) -> T5Config:
         return T5Config.model_validate_json(checkpoint.metadata.get("config", ""))
     except ValidationError as error:
         raise CheckpointError(f"{checkpoint.source} has a damaged header: {error.errors()[0]['msg']}") from error
+
+
+def keymap(checkpoint: Checkpoint, expected: Collection[str]) -> KeyMap:
+    """Every tensor under its own name."""
+    tokenizer = next((name for name in TOKENIZER_TENSORS if name in checkpoint.tensors), None)
+    names = {name: name for name in checkpoint.tensors if name not in TOKENIZER_TENSORS}
+    return KeyMap(
+        names=names,
+        ignored={} if tokenizer is None else {tokenizer: "a tokenizer"},
+        unknown=[name for name in names if name not in expected],
+        tokenizer=tokenizer,
+    )
 
 
 def header(config: T5Config, source: str, source_sha256: str) -> dict[str, str]:

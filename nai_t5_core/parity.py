@@ -140,6 +140,8 @@ def measure_parity(
     names = [_dtype_name(dtype) for dtype in dtypes]
     if unknown := set(against) - set(PEERS):
         raise ValueError(f"unknown peers {sorted(unknown)}; allowed: {', '.join(PEERS)}")
+    if reference_dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"reference_dtype={reference_dtype}; a reference must be float64 or float32")
     original = state if reference_state is None else reference_state
     tell(f"reference in {_dtype_name(reference_dtype)}")
     batch = _reference_batch(config, original, reference_dtype, prompt_lengths, seed)
@@ -147,22 +149,22 @@ def measure_parity(
     policies: list[PolicyCheck] = []
     skipped: list[str] = []
     for name in names:
+        tolerance = max(TOLERANCES[DTYPES[name]], TOLERANCES[reference_dtype])
         for variant, stack in _own_variants(config, state, DTYPES[name]):
             tell(f"{variant} in {name}")
             outputs = {padding: _policy_run(stack, batch, padding) for padding in PADDING_POLICIES}
             differences.append(_difference(variant, name, outputs["exact"][0], batch))
-            policies += [
-                PolicyCheck(variant, name, padding, _relative(found, wanted, batch), TOLERANCES[DTYPES[name]])
-                for padding, (found, wanted) in outputs.items()
-            ]
+            for padding, (found, wanted) in outputs.items():
+                relative = _relative(found, wanted, batch)
+                policies.append(PolicyCheck(variant, name, padding, relative, tolerance))
         for peer in against:
             tell(f"{peer} in {name}")
             try:
                 hidden = build_peer(peer, config, original, DTYPES[name])(batch.ids, batch.mask)
             except ValueError as error:
                 skipped.append(f"{peer} in {name}: {error}")
-                continue
-            differences.append(_difference(peer, name, hidden, batch))
+            else:
+                differences.append(_difference(peer, name, hidden, batch))
     return ParityReport(
         kind=config.kind,
         reference=f"transformers in {_dtype_name(reference_dtype)} with exact norms",

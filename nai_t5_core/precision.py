@@ -21,7 +21,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device != "auto":
         try:
             return torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {str(device)!r} cannot be used here ({reason}); try 'auto' or 'cpu'") from error
     if torch.cuda.is_available():

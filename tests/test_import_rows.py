@@ -11,13 +11,13 @@ PACKAGE = Path(__file__).parent.parent / "nai_t5_core"
 
 ROWS = [
     # 0: no torch
-    "config families text_cleaning tokenizer",
+    "config families scales text_cleaning tokenizer",
     # 1: mathematics
     "layers attention packing encoder",
     # 2: weights
-    "formats keymaps fuse precision hub native load convert",
+    "formats keymaps fuse precision hub native load convert maxima",
     # 3: use
-    "optimize text_encoder peers parity bench bench_load cli",
+    "optimize guard text_encoder peers parity bench bench_load bench_report cli",
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 

@@ -1,0 +1,40 @@
+"""The command ``nai-t5``. Every command takes ``--json`` for one machine-readable object on stdout.
+
+torch is imported by the commands when they run and not by these modules, so that ``nai-t5 --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.markup import escape
+
+from nai_t5_core.cli.checkpoints import convert, inspect
+from nai_t5_core.cli.measure import bench, parity
+from nai_t5_core.cli.prompts import count, encode
+from nai_t5_core.cli.terminal import err, say
+
+app = typer.Typer(
+    help="A fast and exact T5 text encoder. Without --model, commands use a tiny embedded model and need no download.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (encode, count, inspect, convert, parity, bench):
+    app.command()(command)
+
+
+def main() -> None:
+    """The entry point: faults of the input become one line on stderr and exit status 2."""
+    try:
+        app(prog_name="nai-t5")
+    except (ValueError, OSError) as error:
+        say(f"[red]error:[/red] {escape(_in_one_line(error))}", err)
+        sys.exit(2)
+
+
+def _in_one_line(error: Exception) -> str:
+    """A list of faults, which has a line for each, comes joined by semicolons."""
+    listed = str(error).replace(":\n  - ", ": ").replace("\n  - ", "; ")
+    return " ".join(listed.split())

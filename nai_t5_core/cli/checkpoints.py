@@ -1,0 +1,111 @@
+"""``inspect`` and ``convert``: what is done with weight files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from nai_t5_core.cli.options import Dtype, Json, ModelArgument, Subfolder, TokenizerOption
+from nai_t5_core.cli.terminal import bytes_bar, out, print_json, say, size
+
+if TYPE_CHECKING:
+    from nai_t5_core.load import Examination
+
+
+def inspect(model: ModelArgument = None, subfolder: Subfolder = "", as_json: Json = False) -> None:
+    """Say what a checkpoint is: kind, sizes, dtypes, format, memory needed, and its faults (exit status 1)."""
+    from nai_t5_core.load import examine
+
+    report = _inspection(examine(model, subfolder))
+    if as_json:
+        print_json(report)
+    else:
+        _print_inspection(report)
+    if report["faults"]:
+        raise typer.Exit(1)
+
+
+def _print_inspection(report: dict[str, Any]) -> None:
+    from nai_t5_core.load import by_reason
+
+    table = Table(show_header=False, title=escape(report["source"]), title_justify="left")
+    for key, value in report.items():
+        if key not in ("source", "faults", "ignored"):
+            table.add_row(key.replace("_", " "), _cell(value))
+    out.print(table)
+    for reason, names in by_reason(report["ignored"]).items():
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        say(f"ignored [bold]{escape(names[0])}[/bold]{more}: {escape(reason)}")
+    for fault in report["faults"]:
+        say(f"[red]fault[/red] {escape(fault)}")
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Hub id, folder or file.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write.")],
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights; auto keeps the source's.")] = Dtype.auto,
+    encoder_only: Annotated[bool, typer.Option("--encoder-only", help="Leave the decoder out.")] = False,
+    subfolder: Subfolder = "",
+    tokenizer: TokenizerOption = None,
+    as_json: Json = False,
+) -> None:
+    """Write one file with fused tensors, config and tokenizer, which loads in an instant."""
+    from nai_t5_core.convert import convert as convert_checkpoint
+
+    with bytes_bar(f"converting to {target}") as progress:
+        done = convert_checkpoint(source, target, dtype.value, encoder_only, subfolder, tokenizer, progress)
+    report = {
+        "out": str(done.out),
+        "dtype": str(done.dtype).removeprefix("torch."),
+        "tensors": done.tensors,
+        "bytes": done.nbytes,
+        "tokenizer": done.tokenizer,
+        "source_sha256": done.source_sha256,
+    }
+    if as_json:
+        print_json(report)
+        return
+    say(f"{escape(str(done.out))}: {done.tensors} tensors, {size(done.nbytes)}, {report['dtype']}")
+    say(f"tokenizer: {done.tokenizer or 'none found; give one with --tokenizer'}")
+
+
+def _inspection(examination: Examination) -> dict[str, Any]:
+    import torch
+
+    from nai_t5_core.config import decoder_tensors, encoder_tensors
+    from nai_t5_core.load import decoder_faults, find_tokenizer
+
+    config, checkpoint = examination.config, examination.checkpoint
+    encoder = sum(torch.Size(shape).numel() for shape in encoder_tensors(config).values())
+    decoder = sum(torch.Size(shape).numel() for shape in decoder_tensors(config).values())
+    try:
+        tokenizer = find_tokenizer(examination)
+        vocabulary = f"{tokenizer.kind}, {tokenizer.vocab_size} tokens" if tokenizer else "none"
+    except ValueError as error:
+        vocabulary = f"unreadable: {error}"
+    return {
+        "source": checkpoint.source,
+        "format": "nai-t5, fused" if examination.is_native else checkpoint.format,
+        "kind": config.kind,
+        "size": config.size_name or "not a published size",
+        "prefix": examination.keymap.prefix or "none",
+        "sizes_from": examination.config_source,
+        "config": config.model_dump(),
+        "dtypes": {str(dtype).removeprefix("torch."): number for dtype, number in examination.dtypes.items()},
+        "encoder_parameters": encoder,
+        "decoder_parameters": decoder,
+        "tokenizer": vocabulary,
+        "encoder_memory": {name: size(encoder * width) for name, width in (("float32", 4), ("bfloat16/float16", 2))},
+        "ignored": examination.keymap.ignored,
+        "faults": [*examination.faults, *decoder_faults(examination)],
+    }
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {item:,}" if type(item) is int else f"{key}: {item}" for key, item in value.items())
+    return f"{value:,}" if type(value) is int else escape(str(value))

@@ -1,0 +1,43 @@
+"""The arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Dtype(str, Enum):
+    """Names of compute dtypes, and the choice by device."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+class Padding(str, Enum):
+    """Padding policies; see nai_t5_core.packing."""
+
+    attend = "attend"
+    exact = "exact"
+    skip = "skip"
+    trim = "trim"
+
+
+Prompts = Annotated[list[str] | None, typer.Argument(help="One or more prompts.")]
+PromptFile = Annotated[Path | None, typer.Option("--file", help="Text file with one prompt per line.")]
+ModelArgument = Annotated[str | None, typer.Argument(help="Hub id, folder or file; the embedded model by default.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Hub id, folder or file; the embedded one by default.")
+]
+Subfolder = Annotated[str, typer.Option(help="The text encoder's folder in a diffusers pipeline.")]
+TokenizerOption = Annotated[
+    str | None, typer.Option("--tokenizer", help="Tokenizer file or folder, if the model has none.")
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Compute dtype.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps…")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -1,0 +1,169 @@
+"""``encode`` and ``count``: what is done with prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from nai_t5_core.cli.options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    Json,
+    ModelOption,
+    Padding,
+    PromptFile,
+    Prompts,
+    Subfolder,
+    TokenizerOption,
+)
+from nai_t5_core.cli.terminal import err, out, print_json, say, short, working
+
+if TYPE_CHECKING:
+    from nai_t5_core.packing import PaddingPolicy
+    from nai_t5_core.text_encoder import PromptEmbeddings, TextEncoder
+
+
+def encode(
+    prompts: Prompts = None,
+    file: PromptFile = None,
+    model: ModelOption = None,
+    family: Annotated[str | None, typer.Option(help="Diffusion model family: gives length and padding.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Cut prompts to this many tokens.")] = None,
+    padding: Annotated[Padding | None, typer.Option(help="What is done with pad tokens.")] = None,
+    truncate: Annotated[bool, typer.Option(help="Cut prompts that are too long, or refuse them.")] = True,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    subfolder: Subfolder = "",
+    tokenizer: TokenizerOption = None,
+    write: Annotated[Path | None, typer.Option("--out", help="Safetensors file to write.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Encode prompts: prints a summary of the embeddings and writes them to a file."""
+    texts = _texts(prompts, file)
+    with working("loading the model"):
+        from nai_t5_core.text_encoder import TextEncoder
+
+        encoder = TextEncoder.from_pretrained(model, dtype.value, device, tokenizer=tokenizer, subfolder=subfolder)
+    policy: PaddingPolicy | None = padding.value if padding else None
+    with working(f"encoding {len(texts)} prompts"):
+        embeddings = encoder.encode(
+            texts, family, max_length=max_length, padding=policy, truncate=truncate, output_device="cpu"
+        )
+    summary = _embedding_summary(encoder, texts, embeddings)
+    if write is not None:
+        _write_embeddings(write, embeddings, texts, encoder, family)
+        summary["out"] = str(write)
+    if as_json:
+        print_json(summary)
+    else:
+        _print_embeddings(summary)
+
+
+def count(
+    prompts: Prompts = None,
+    file: PromptFile = None,
+    model: ModelOption = None,
+    family: Annotated[
+        str | None, typer.Option(help="Diffusion model family: gives the limit and text cleaning.")
+    ] = None,
+    subfolder: Subfolder = "",
+    tokenizer: TokenizerOption = None,
+    as_json: Json = False,
+) -> None:
+    """Count tokens, the end token included, and show what a family's limit would cut off."""
+    texts = _texts(prompts, file)
+    from nai_t5_core.families import family as family_named
+    from nai_t5_core.load import find_tokenizer_for
+    from nai_t5_core.text_cleaning import clean_text
+
+    row = family_named(family) if family else None
+    limit = (row.call_length or row.max_length) if row else None
+    cleaned = [clean_text(text, row.text_cleaning) for text in texts] if row else texts
+    batch = find_tokenizer_for(model, subfolder, tokenizer)(cleaned, limit, pad_to=None)
+    rows = [
+        {"prompt": text, "tokens": tokens, "cut_text": cut}
+        for text, tokens, cut in zip(texts, batch.full_counts, batch.cut_text, strict=True)
+    ]
+    if as_json:
+        print_json({"limit": limit, "prompts": rows})
+        return
+    table = Table("prompt", "tokens", *(["cut off"] if row else []), title=f"limit {limit}" if row else None)
+    for item in rows:
+        cells = [short(item["prompt"]), str(item["tokens"])]
+        table.add_row(*cells, *([short(item["cut_text"])] if row else []))
+    out.print(table)
+
+
+def _texts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    texts = list(prompts or [])
+    if file is not None:
+        try:
+            # Not splitlines(), which also splits at characters that are no line ends in a text file.
+            lines = file.read_text(encoding="utf-8-sig").removesuffix("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} cannot be read as UTF-8 text: {error}; give a text file") from error
+        texts += lines.split("\n") if lines else []
+    if not texts:
+        raise ValueError("no prompts; give one or more in quotes, or --file with one per line")
+    return texts
+
+
+def _embedding_summary(encoder: TextEncoder, texts: list[str], embeddings: PromptEmbeddings) -> dict[str, Any]:
+    limit = embeddings.attention_mask.shape[1]
+    prompts = []
+    for index, (text, states) in enumerate(zip(texts, embeddings.unpadded(), strict=True)):
+        values = states.float()
+        prompts.append(
+            {
+                "prompt": text,
+                "tokens": embeddings.token_counts[index],
+                "truncated": embeddings.truncated[index],
+                "cut_text": embeddings.cut_text[index],
+                "mean": values.mean().item(),
+                "std": values.std(correction=0).item(),
+                "first_values": values[0, :4].tolist(),
+            }
+        )
+    return {
+        "model": repr(encoder),
+        "source": encoder.report.source if encoder.report else None,
+        "shape": list(embeddings.hidden_states.shape),
+        "dtype": str(embeddings.hidden_states.dtype).removeprefix("torch."),
+        "length": limit,
+        "prompts": prompts,
+    }
+
+
+def _print_embeddings(summary: dict[str, Any]) -> None:
+    say(f"{escape(summary['model'])} → {summary['dtype']} {escape(str(summary['shape']))}")
+    table = Table("prompt", "tokens", "mean", "std", "first values")
+    for row in summary["prompts"]:
+        first = " ".join(f"{value:+.3f}" for value in row["first_values"])
+        table.add_row(short(row["prompt"]), str(row["tokens"]), f"{row['mean']:+.4f}", f"{row['std']:.4f}", first)
+    out.print(table)
+    for row in summary["prompts"]:
+        if row["truncated"]:
+            lost = f"{short(row['prompt'])}; lost: {short(row['cut_text'])}"
+            say(f"[yellow]cut to {row['tokens']} tokens:[/yellow] {lost}", err)
+    if "out" in summary:
+        say(f"wrote {escape(summary['out'])}")
+
+
+def _write_embeddings(
+    path: Path, embeddings: PromptEmbeddings, texts: list[str], encoder: TextEncoder, family: str | None
+) -> None:
+    from nai_t5_core.formats import write_safetensors
+
+    tensors = {
+        "hidden_states": embeddings.hidden_states.contiguous(),
+        "attention_mask": embeddings.attention_mask.contiguous(),
+    }
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    metadata = {"prompts": json.dumps(texts), "model": repr(encoder), "family": family or ""}
+    write_safetensors(path, layout, tensors.items(), metadata)
