@@ -12,9 +12,10 @@ from torch import Tensor
 
 from nai_t5_core import native
 from nai_t5_core.config import Shape
+from nai_t5_core.examine import Examination, ModelSource, decoder_faults, examine, find_tokenizer
 from nai_t5_core.formats import CheckpointError, tensor_bytes, write_safetensors
 from nai_t5_core.fuse import cook, fused_recipes
-from nai_t5_core.load import Examination, ModelSource, decoder_faults, examine, find_tokenizer
+from nai_t5_core.load import ScalesChoice, choose_scales
 from nai_t5_core.precision import DTYPES
 from nai_t5_core.tokenizer import load_tokenizer
 
@@ -38,6 +39,7 @@ def convert(
     encoder_only: bool = False,
     subfolder: str = "",
     tokenizer: str | Path | None = None,
+    scales: ScalesChoice = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Writes a checkpoint as one file with fused tensors, config and tokenizer.
@@ -48,6 +50,7 @@ def convert(
         dtype: of the weights; ``"auto"`` keeps the source's (bfloat16 for float8).
         encoder_only: leave the decoder out.
         tokenizer: a tokenizer file or folder to put in, where the source has none.
+        scales: as for :func:`nai_t5_core.load.load_encoder`; they are kept in the file.
         progress: called with (bytes written, bytes in all) after every tensor.
 
     Raises:
@@ -58,8 +61,6 @@ def convert(
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     examination = examine(source, subfolder)
-    if examination.is_native:
-        raise CheckpointError(f"{examination.checkpoint.source} is converted already; convert the original again")
     config = examination.config.encoder_only() if encoder_only else examination.config
     examination.faults += [] if encoder_only else decoder_faults(examination)
     examination.refuse_faults()
@@ -67,7 +68,8 @@ def convert(
         raise CheckpointError(f"{out} is the source itself; write to another file")
 
     model_dtype = _main_dtype(examination) if dtype == "auto" else DTYPES[dtype]
-    recipes = fused_recipes(config)
+    chosen = choose_scales(examination, model_dtype, scales)
+    recipes = fused_recipes(config, chosen)
     layout: dict[str, tuple[torch.dtype, Shape]] = {
         recipe.target: (recipe.dtype(model_dtype), recipe.shape) for recipe in recipes
     }
@@ -90,7 +92,7 @@ def convert(
         yield from vocabulary.items()
 
     def metadata() -> dict[str, str]:
-        return native.header(config, examination.checkpoint.source, read.hexdigest())
+        return native.header(config, examination.checkpoint.source, read.hexdigest(), chosen)
 
     write_safetensors(out, layout, tensors(), metadata)
     return Conversion(out, model_dtype, len(layout), total, read.hexdigest(), found.kind if found else None)

@@ -207,8 +207,9 @@ class T5EncoderStack(nn.Module):
             ValueError: ids outside the vocabulary, both or neither of ids and embeddings, a mask of the wrong shape, an
                 unknown padding policy.
         """
-        batch = self.prepare(input_ids, attention_mask, inputs_embeds, padding, extra_pad)
-        embeddings, plan, packing = batch
+        embeddings, plan, packing = self.prepare(
+            input_ids, attention_mask, inputs_embeds=inputs_embeds, padding=padding, extra_pad=extra_pad
+        )
         return packing.unpack(self.encoder(embeddings, plan, self.dtype))
 
     def hidden_states(
@@ -226,7 +227,9 @@ class T5EncoderStack(nn.Module):
         The last one has passed the final norm unless ``final_norm=False``. All but that one are the residual stream and
         come in its precision (float32, or float64 in a float64 model), since their range exceeds float16's.
         """
-        embeddings, plan, packing = self.prepare(input_ids, attention_mask, inputs_embeds, padding, extra_pad)
+        embeddings, plan, packing = self.prepare(
+            input_ids, attention_mask, inputs_embeds=inputs_embeds, padding=padding, extra_pad=extra_pad
+        )
         states = list(self.encoder.residuals(embeddings, plan, self.dtype))
         if final_norm:
             states[-1] = self.encoder.finish(states[-1], self.dtype)
@@ -234,13 +237,14 @@ class T5EncoderStack(nn.Module):
 
     def prepare(
         self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        inputs_embeds: Tensor | None,
-        padding: PaddingPolicy,
-        extra_pad: int,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        padding: PaddingPolicy = "exact",
+        extra_pad: int = 0,
     ) -> tuple[Tensor, AttentionPlan, Packing]:
-        """Packed embeddings, what attends to what, and the way back to the padded batch."""
+        """What the blocks need for a batch: packed embeddings, what attends to what, and the way back to the batch."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         inputs = input_ids if inputs_embeds is None else inputs_embeds

@@ -6,6 +6,7 @@ columns. Pure functions on tensors; what is read from where is the caller's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.config import Shape, T5Config, decoder_tensors, encoder_tensors
+from nai_t5_core.scales import StackScales
+
+_ENCODER_WEIGHT = re.compile(r"encoder\.block\.(?P<layer>\d+)\..*\.(?P<projection>\w+)\.weight")
 
 
 @dataclass(frozen=True)
@@ -20,13 +24,15 @@ class Recipe:
     """One tensor of the model.
 
     ``parts`` are the originals, stacked along the rows; ``norm`` the norm weight that multiplies their columns, or
-    None. ``in_float32`` tensors keep that precision whatever the model's dtype.
+    None; ``scales`` the power of two that multiplies each part. ``in_float32`` tensors keep that precision whatever the
+    model's dtype.
     """
 
     target: str
     parts: tuple[str, ...]
     shape: Shape
     norm: str | None = None
+    scales: tuple[float, ...] = (1.0,)
     in_float32: bool = False
 
     def dtype(self, model_dtype: torch.dtype) -> torch.dtype:
@@ -36,20 +42,37 @@ class Recipe:
     def originals(self) -> tuple[str, ...]:
         return self.parts if self.norm is None else (*self.parts, self.norm)
 
+    @property
+    def is_plain(self) -> bool:
+        """The original itself, at most cast."""
+        return len(self.parts) == 1 and self.norm is None and self.scales == (1.0,)
 
-def separate_recipes(config: T5Config) -> list[Recipe]:
-    """Every tensor as it is in the checkpoint."""
+
+def separate_recipes(config: T5Config, scales: StackScales | None = None) -> list[Recipe]:
+    """Every tensor as it is in the checkpoint; of the scales, only the embedding's touches a weight."""
     shapes = encoder_tensors(config) | decoder_tensors(config)
-    return [Recipe(name, (name,), shape, in_float32="layer_norm" in name) for name, shape in shapes.items()]
+    embedding = scales.embedding if scales else 1.0
+    return [
+        Recipe(
+            name,
+            (name,),
+            shape,
+            scales=(embedding if name == "shared.weight" else 1.0,),
+            in_float32="layer_norm" in name,
+        )
+        for name, shape in shapes.items()
+    ]
 
 
-def fused_recipes(config: T5Config) -> list[Recipe]:
-    """q, k, v (k, v in cross-attention) and gate, up joined, each with the norm before it multiplied in."""
-    shapes = encoder_tensors(config) | decoder_tensors(config)
-    return list(_fused(shapes))
+def fused_recipes(config: T5Config, scales: StackScales | None = None) -> list[Recipe]:
+    """q, k, v (k, v in cross-attention) and gate, up joined, each with the norm before it multiplied in.
+
+    ``scales`` are those of the encoder, and are multiplied into its weights as :mod:`nai_t5_core.scales` says.
+    """
+    return list(_fused(encoder_tensors(config) | decoder_tensors(config), scales))
 
 
-def _fused(shapes: dict[str, Shape]) -> Iterator[Recipe]:
+def _fused(shapes: dict[str, Shape], scales: StackScales | None) -> Iterator[Recipe]:
     taken: set[str] = set()
     for name, shape in shapes.items():
         if name in taken:
@@ -77,7 +100,25 @@ def _fused(shapes: dict[str, Shape]) -> Iterator[Recipe]:
                 target = f"{module}.layer_norm.folded_weight"
         taken.update(parts)
         rows = sum(shapes[part][0] for part in parts)
-        yield Recipe(target, parts, (rows, *shape[1:]), norm, in_float32="layer_norm" in name)
+        factors = tuple(1.0 if scales is None else _factor(part, scales) for part in parts)
+        yield Recipe(target, parts, (rows, *shape[1:]), norm, factors, in_float32="layer_norm" in name)
+
+
+def _factor(name: str, scales: StackScales) -> float:
+    """What an original tensor is multiplied by."""
+    if name == "shared.weight":
+        return scales.embedding
+    match = _ENCODER_WEIGHT.match(name)
+    if match is None:
+        return 1.0
+    layer = scales.layers[int(match["layer"])]
+    factors = {
+        "o": layer.attention_out,
+        "wi": layer.hidden,
+        "wi_1": layer.hidden,
+        "wo": layer.feed_forward_out / layer.hidden,
+    }
+    return factors.get(match["projection"], 1.0)
 
 
 def _siblings(module: str, *projections: str) -> tuple[str, ...]:
@@ -85,21 +126,25 @@ def _siblings(module: str, *projections: str) -> tuple[str, ...]:
 
 
 def cook(recipe: Recipe, read: Callable[[str], Tensor], model_dtype: torch.dtype) -> Tensor:
-    """Makes one tensor of the model; the product with the norm is taken in float32 (float64 in a float64 model).
+    """Makes one tensor of the model; products are taken in float32 (float64 in a float64 model) and rounded once.
 
     Where nothing is to be joined, multiplied or cast, the original itself is returned (perhaps a view of its file).
     """
     dtype = recipe.dtype(model_dtype)
-    if len(recipe.parts) == 1 and recipe.norm is None:
+    if recipe.is_plain:
         return read(recipe.parts[0]).to(dtype)
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     norm = None if recipe.norm is None else read(recipe.norm).to(precision)
     out = torch.empty(recipe.shape, dtype=dtype)
     row = 0
-    for name in recipe.parts:
+    for name, scale in zip(recipe.parts, recipe.scales, strict=True):
         part = read(name)
         rows = out[row : row + part.shape[0]]
-        rows.copy_(part if norm is None else part.to(precision) * norm)
+        if norm is not None:
+            part = part.to(precision) * (norm * scale)
+        elif scale != 1:
+            part = part.to(precision) * scale
+        rows.copy_(part)
         row += part.shape[0]
     return out
 
@@ -116,14 +161,16 @@ def uncook(recipe: Recipe, read: Callable[[str], Tensor], shapes: dict[str, Shap
         norm = read(recipe.norm.replace("layer_norm.weight", "layer_norm.folded_weight")).to(fused.dtype)
         fused = torch.where(norm == 0, 0, fused / norm)
     row = 0
-    for name in recipe.parts:
+    for name, scale in zip(recipe.parts, recipe.scales, strict=True):
         rows = shapes[name][0]
-        yield name, fused[row : row + rows]
+        yield name, fused[row : row + rows] / scale
         row += rows
 
 
-def unfuse(config: T5Config, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Every original tensor of a fused model, under its Hugging Face name."""
+def unfuse(
+    config: T5Config, read: Callable[[str], Tensor], scales: StackScales | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every original tensor of a fused model with these scales, under its Hugging Face name."""
     shapes = encoder_tensors(config) | decoder_tensors(config)
-    for recipe in fused_recipes(config):
+    for recipe in fused_recipes(config, scales):
         yield from uncook(recipe, read, shapes)

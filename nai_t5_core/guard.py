@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nai_t5_core.encoder import EncoderBlock, T5EncoderStack
 from nai_t5_core.layers import FusedGatedFeedForward, residual_dtype
-from nai_t5_core.maxima import FLOAT16_MAX, LayerMaxima, observe, scales_for
-from nai_t5_core.scales import LayerScales
+from nai_t5_core.maxima import LayerMaxima, observe, scales_for
+from nai_t5_core.scales import FLOAT16_MAX, LayerScales
 
 # What a tightened scale leaves between the largest value seen and float16's largest number.
 HEADROOM = 4.0
@@ -89,9 +89,10 @@ def _tighten(stack: T5EncoderStack, index: int, residual: Tensor, plan: Any) -> 
     wanted = scales_for(seen, HEADROOM, can_scale_hidden=stack.config.can_scale_hidden)
     new = LayerScales(**{name: min(scale, getattr(wanted, name)) for name, scale in asdict(old).items()})
     if stack.dtype != torch.float16 or new == old:
-        largest = max(seen.maxima, key=lambda quantity: seen.maxima[quantity])
+        limit = torch.finfo(stack.dtype).max
+        beyond = [f"{name} reaches {largest:.3g}" for name, largest in seen.maxima.items() if not largest <= limit]
         raise NotFiniteError(
-            f"layer {index} exceeds {stack.dtype} (its {largest} reaches {seen.maxima[largest]:.3g}), and no scale can "
+            f"layer {index} exceeds {stack.dtype} (its {', its '.join(beyond) or 'logits overflow'}), and no scale can "
             "mend that; use bfloat16 or float32"
         )
     rescale(stack, index, new)
@@ -115,20 +116,28 @@ def _observe_in_float32(stack: T5EncoderStack, index: int, residual: Tensor, pla
 
 @torch.no_grad()
 def rescale(stack: T5EncoderStack, index: int, scales: LayerScales) -> None:
-    """Gives a layer other scales, in place. In the fused layout its weights are multiplied by what has changed."""
+    """Gives a layer other scales. In the fused layout its weights are replaced by multiples of them."""
     old = stack.scales.layers[index]
     block: Any = stack.encoder.block[index]
     attention, feed_forward = block.layer[0], block.layer[-1]
     dense = feed_forward.DenseReluDense
     if stack.layout == "fused":
-        attention.SelfAttention.o.weight *= scales.attention_out / old.attention_out
         hidden_change = scales.hidden / old.hidden
-        up = dense.wi.weight.chunk(2)[1] if isinstance(dense, FusedGatedFeedForward) else dense.wi.weight
-        up *= hidden_change
-        dense.wo.weight *= scales.feed_forward_out / old.feed_forward_out / hidden_change
+        first_row = dense.wi.out_features // 2 if isinstance(dense, FusedGatedFeedForward) else 0
+        _multiply(attention.SelfAttention.o, scales.attention_out / old.attention_out)
+        _multiply(dense.wi, hidden_change, first_row)
+        _multiply(dense.wo, scales.feed_forward_out / old.feed_forward_out / hidden_change)
         feed_forward.out_scale = scales.feed_forward_out
     else:
         attention.SelfAttention.scale = scales.attention_out
         dense.scale = feed_forward.out_scale = scales.hidden * scales.feed_forward_out
     attention.out_scale = scales.attention_out
     stack.scales = stack.scales.with_layer(index, scales)
+
+
+def _multiply(linear: Any, factor: float, first_row: int = 0) -> None:
+    """Multiplies a weight from a row on; into a new tensor, since the old one may be shared with others."""
+    if factor != 1:
+        weight = linear.weight.detach().clone()
+        weight[first_row:] *= factor
+        linear.weight = torch.nn.Parameter(weight, requires_grad=linear.weight.requires_grad)

@@ -1,71 +1,33 @@
-"""From a model argument to a ready encoder: open, map names, check everything, build.
+"""From a model argument to a ready encoder.
 
-All faults of a checkpoint are found before a tensor is read, and told at once. The model is built on the meta device
-and its tensors are assigned one by one, so that the weights are never in memory twice.
+The model is built on the meta device and its tensors are assigned one by one, so that the weights are never in memory
+twice.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from typing import Literal
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from nai_t5_core import native
-from nai_t5_core.config import T5Config, config_from_hf, decoder_tensors, encoder_tensors, infer_config
+from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
-from nai_t5_core.formats import Checkpoint, CheckpointError, open_checkpoint
+from nai_t5_core.examine import Examination, ModelSource, examine, find_tokenizer
+from nai_t5_core.formats import CheckpointError
 from nai_t5_core.fuse import Recipe, cook, fused_recipes, separate_recipes
-from nai_t5_core.hub import find_model
-from nai_t5_core.keymaps import KeyMap, map_names
+from nai_t5_core.keymaps import KeyMap
 from nai_t5_core.layers import NoInit
 from nai_t5_core.precision import resolve_device, resolve_dtype
-from nai_t5_core.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_bytes
+from nai_t5_core.scales import StackScales, published_scales, scale_for, unscaled
+from nai_t5_core.tokenizer import Tokenizer
 
-ModelSource = str | Path | None
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-@dataclass
-class Examination:
-    """What a checkpoint holds and what is wrong with it, before any tensor was read."""
-
-    checkpoint: Checkpoint
-    config: T5Config
-    config_source: str
-    keymap: KeyMap
-    faults: list[str] = field(default_factory=list)
-
-    @property
-    def is_native(self) -> bool:
-        return native.is_native(self.checkpoint)
-
-    @property
-    def dtypes(self) -> dict[torch.dtype, int]:
-        """Number of weights of each dtype among the tensors that belong to the T5."""
-        counts: dict[torch.dtype, int] = {}
-        for name in self.keymap.names.values():
-            info = self.checkpoint.tensors[name]
-            counts[info.dtype] = counts.get(info.dtype, 0) + int(torch.Size(info.shape).numel())
-        return counts
-
-    def refuse_faults(self) -> None:
-        """Raises a CheckpointError that lists every fault, if there is any."""
-        if self.faults:
-            listed = "\n".join(f"  - {fault}" for fault in self.faults)
-            number = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
-            raise CheckpointError(f"{self.checkpoint.source} cannot be loaded, {number}:\n{listed}")
-
-    def read(self, name: str) -> Tensor:
-        """One tensor by its Hugging Face name; a scaled float8 weight comes multiplied by its scale, in float32."""
-        tensor = self.checkpoint.read(self.keymap.names[name])
-        scale = self.keymap.scales.get(name)
-        return tensor if scale is None else tensor.float() * self.checkpoint.read(scale).float()
+ScalesChoice = StackScales | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +83,7 @@ def load_encoder(
     device: str | torch.device = "auto",
     layout: Layout = "fused",
     subfolder: str = "",
+    scales: ScalesChoice = "auto",
 ) -> T5EncoderStack:
     """Loads the encoder of a T5 from a hub id, a folder or a file; ``None`` is the tiny embedded model.
 
@@ -131,15 +94,17 @@ def load_encoder(
         device: ``"auto"`` or anything torch takes.
         layout: ``"fused"`` or ``"separate"``; see :class:`nai_t5_core.encoder.T5EncoderStack`.
         subfolder: the text encoder's folder in a diffusers pipeline.
+        scales: powers of two that keep float16 in range, see :mod:`nai_t5_core.scales`. ``"auto"``: those in the
+            checkpoint; else, in float16, those published for a model of this size, or none.
 
     Returns:
         The encoder in evaluation mode.
 
     Raises:
         CheckpointError: a ValueError that says what is wrong with the checkpoint, all faults at once.
-        ValueError: an unknown dtype, device or layout.
+        ValueError: an unknown dtype, device or layout, or scales for another number of layers.
     """
-    return load(source, dtype, device, layout, subfolder).stack
+    return load(source, dtype, device, layout, subfolder, scales).stack
 
 
 def load(
@@ -148,6 +113,7 @@ def load(
     device: str | torch.device = "auto",
     layout: Layout = "fused",
     subfolder: str = "",
+    scales: ScalesChoice = "auto",
 ) -> LoadedEncoder:
     """As :func:`load_encoder`, with the tokenizer found beside or inside the weights, and a report."""
     started = time.perf_counter()
@@ -157,19 +123,17 @@ def load(
     model_dtype = resolve_dtype(dtype, place)
     examination = examine(source, subfolder)
     examination.refuse_faults()
-    if examination.is_native and layout == "separate":
-        raise CheckpointError(
-            f"{examination.checkpoint.source} holds fused tensors, from which the separate layout cannot be built; "
-            "load the checkpoint that it was converted from"
-        )
-    stack = T5EncoderStack(examination.config.encoder_only(), layout, NoInit, device="meta", dtype=model_dtype)
-    recipes = encoder_recipes(examination, layout)
-    state = {recipe.target: cook(recipe, examination.read, model_dtype).to(place) for recipe in recipes}
-    stack.load_state_dict(state, assign=True)
+    config = examination.config.encoder_only()
+    chosen = choose_scales(examination, model_dtype, scales)
+    stack = T5EncoderStack(config, layout, NoInit, chosen, device="meta", dtype=model_dtype)
+    recipes, read = _recipes(examination, config, layout, chosen)
+    stack.load_state_dict(
+        {recipe.target: _checked(recipe, cook(recipe, read, model_dtype)).to(place) for recipe in recipes}, assign=True
+    )
     report = LoadReport(
         source=examination.checkpoint.source,
         format=examination.checkpoint.format,
-        kind=examination.config.kind,
+        kind=config.kind,
         dtype=model_dtype,
         device=place,
         layout=layout,
@@ -180,97 +144,45 @@ def load(
     return LoadedEncoder(stack.eval(), report, examination)
 
 
-def examine(source: ModelSource = None, subfolder: str = "") -> Examination:
-    """Opens a checkpoint and checks names, sizes and shapes against each other, without reading a weight.
+def choose_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesChoice = "auto") -> StackScales | None:
+    """The encoder's scales for a model in ``dtype``; None where nothing is to be scaled.
 
-    Raises:
-        CheckpointError: there is no readable checkpoint, or no T5 in it.
+    An embedding table beyond float16's range gets a scale of its own, since its largest value is known.
     """
-    checkpoint = open_checkpoint(find_model(source, subfolder))
-    if native.is_native(checkpoint):
-        config = native.read_config(checkpoint)
-        expected = {recipe.target: recipe.shape for recipe in fused_recipes(config)}
-        examination = Examination(checkpoint, config, "its own header", native.keymap(checkpoint, expected))
-        examination.faults += _shape_faults(examination, expected, "its own header")
-        examination.faults += _unknown_faults(examination)
-        return examination
-
-    keymap = map_names(checkpoint.tensors, checkpoint.source)
-    shapes = {name: checkpoint.tensors[full].shape for name, full in keymap.names.items()}
-    hf_config = checkpoint.hf_config()
-    try:
-        config = infer_config(shapes) if hf_config is None else config_from_hf(hf_config)
-    except ValidationError as error:
-        raise CheckpointError(f"{checkpoint.source}: {error.errors()[0]['msg']}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint.source}: {error}") from error
-    if not any(name.startswith("decoder.") for name in keymap.names):
-        config = config.encoder_only()
-    elif config.gated and "lm_head.weight" in keymap.names:
-        # transformers 5 writes tie_word_embeddings=true into every config.json; only v1.0, without a gate, is tied.
-        config = config.model_copy(update={"tie_word_embeddings": False})
-    config_source = "the tensors" if hf_config is None else "config.json"
-    examination = Examination(checkpoint, config, config_source, keymap)
-    examination.faults += _shape_faults(examination, encoder_tensors(config), config_source)
-    examination.faults += _surplus_faults(examination)
-    examination.faults += _unknown_faults(examination)
-    examination.faults += _number_faults(examination)
-    return examination
+    config = examination.config
+    scales = examination.scales if wanted == "auto" else wanted
+    if scales is None and dtype == torch.float16:
+        scales = published_scales(config)
+    if dtype != torch.float16 or (scales is not None and scales.embedding < 1):
+        return scales
+    info = examination.checkpoint.tensors[examination.keymap.names["shared.weight"]]
+    if info.dtype in (torch.float32, torch.float64, torch.bfloat16):
+        embedding = scale_for(float(examination.read("shared.weight").abs().max()), headroom=1)
+        if embedding < 1:
+            return replace(scales or unscaled(config.num_layers), embedding=embedding)
+    return scales
 
 
-def decoder_faults(examination: Examination) -> list[str]:
-    """What is wrong with the decoder's tensors, which :func:`examine` leaves aside unless the file is our own."""
-    if examination.is_native:
-        return []
-    return list(_shape_faults(examination, decoder_tensors(examination.config), examination.config_source))
-
-
-def _shape_faults(examination: Examination, expected: dict[str, tuple[int, ...]], config_source: str) -> Iterator[str]:
-    for name, shape in expected.items():
-        if name not in examination.keymap.names:
-            yield f"{name} is missing (expected {list(shape)} according to {config_source})"
-            continue
-        found = examination.checkpoint.tensors[examination.keymap.names[name]].shape
-        if found != shape:
-            yield f"{name} has shape {list(found)}, but {config_source} asks for {list(shape)}"
-
-
-def _surplus_faults(examination: Examination) -> Iterator[str]:
-    known = encoder_tensors(examination.config)
-    for name in examination.keymap.names:
-        if name.startswith("encoder.") and name not in known:
-            yield f"{name} is in the file, but {examination.config_source} describes a model without it"
-
-
-def _unknown_faults(examination: Examination) -> Iterator[str]:
-    unknown = examination.keymap.unknown
-    if unknown:
-        shown = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if unknown[8:] else "")
-        yield f"tensors that no T5 has: {shown}"
-
-
-def _number_faults(examination: Examination) -> Iterator[str]:
-    """Weights whose numbers mean something else than what they say, and scales that fit no weight."""
-    tensors, names = examination.checkpoint.tensors, examination.keymap.names
-    for name, full in names.items():
-        dtype = tensors[full].dtype
-        if not dtype.is_floating_point:
-            yield f"{name} is {dtype}: quantised weights other than float8 cannot be read"
-    for name, full in examination.keymap.scales.items():
-        shape = tensors[full].shape
-        if name not in names:
-            yield f"{full} is the scale of {name}, which is not in the file"
-        elif shape not in ((), (1,), (tensors[names[name]].shape[0], 1)):
-            yield f"{full} has shape {list(shape)}; only one scale for a whole weight, or one for each row, can be read"
-
-
-def encoder_recipes(examination: Examination, layout: Layout) -> list[Recipe]:
-    """How each tensor of the encoder is made from this checkpoint."""
-    config = examination.config.encoder_only()
+def _recipes(
+    examination: Examination, config: T5Config, layout: Layout, scales: StackScales | None
+) -> tuple[list[Recipe], Callable[[str], Tensor]]:
+    """How each tensor of the encoder is made from this checkpoint, and what reads its ingredients."""
     if layout == "separate":
-        return separate_recipes(config)
-    recipes = fused_recipes(config)
-    return native.stored(recipes) if examination.is_native else recipes
+        return separate_recipes(config, scales), examination.read
+    recipes = fused_recipes(config, scales)
+    if examination.is_native and scales == examination.scales:
+        return native.stored(recipes), examination.checkpoint.read
+    return recipes, examination.read
+
+
+def _checked(recipe: Recipe, tensor: Tensor) -> Tensor:
+    """Refuses a weight that float16 has made infinite; what the guard would find later, it could not mend."""
+    if tensor.dtype == torch.float16 and not recipe.is_plain and not tensor.isfinite().all():
+        raise CheckpointError(
+            f"{recipe.target} has values that are not finite in {tensor.dtype}: the weights are damaged, or exceed its "
+            "range; use bfloat16 or float32"
+        )
+    return tensor
 
 
 def _used_by(recipes: list[Recipe], keymap: KeyMap) -> tuple[str, ...]:
@@ -286,51 +198,3 @@ def _ignored_by_encoder(examination: Examination) -> dict[str, str]:
         if name.startswith(("decoder.", "lm_head."))
     }
     return keymap.ignored | unused
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tokenizer that belongs to the weights
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def find_tokenizer(examination: Examination) -> Tokenizer | None:
-    """The tokenizer inside the weight file, in its folder, or in the pipeline's folder for it; None without one."""
-    checkpoint, inside = examination.checkpoint, examination.keymap.tokenizer
-    # Tools that cast every tensor of a file to float16 make the tokenizer in it useless.
-    if inside is not None and checkpoint.tensors[inside].dtype == torch.uint8:
-        kind = native.TOKENIZER_TENSORS[inside.rpartition(".")[2]]
-        return tokenizer_from_bytes(kind, bytes(checkpoint.read(inside).numpy()))
-    folders = _tokenizer_folders(checkpoint.folder)
-    if folders:
-        return load_tokenizer(folders[0])
-    return ByteTokenizer() if examination.config.kind == "ByT5" else None
-
-
-def find_tokenizer_for(source: ModelSource, subfolder: str = "", tokenizer: str | Path | None = None) -> Tokenizer:
-    """The tokenizer of a model argument, or the one given.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = load_tokenizer(tokenizer) if tokenizer is not None else find_tokenizer(examine(source, subfolder))
-    if found is None:
-        raise ValueError(NO_TOKENIZER.format(source=source))
-    return found
-
-
-NO_TOKENIZER = (
-    "{source} comes without a tokenizer; give a spiece.model or tokenizer.json, or the folder of one, as tokenizer "
-    "(every T5 v1.0, v1.1 and FLAN model has the same)"
-)
-
-
-def _tokenizer_folders(folder: Path | None) -> list[Path]:
-    if folder is None:
-        return []
-    # In a diffusers pipeline, text_encoder_2 goes with tokenizer_2.
-    beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
-    return [path for path in (folder, beside) if path.is_dir() and _has_tokenizer(path)]
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any(folder.glob("*.model")) or any(folder.glob("tokenizer*.json"))

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from nai_t5_core.attention import Attend, FusedSelfAttention
 from nai_t5_core.encoder import EncoderBlock
 from nai_t5_core.layers import FusedGatedFeedForward, GatedFeedForward
-from nai_t5_core.scales import LayerScales
+from nai_t5_core.scales import LayerScales, scale_for
 
-FLOAT16_MAX = torch.finfo(torch.float16).max
 # Below this exponent float16 numbers lose bits (subnormal), and below the second they are zero.
 _NORMAL_EXPONENT, _LEAST_EXPONENT = -14, -25
 _EXPONENTS = 160
@@ -119,13 +118,6 @@ def _hidden_of(wo: nn.Module, inner: float, into: LayerMaxima) -> Iterator[None]
         yield
     finally:
         handle.remove()
-
-
-def scale_for(maximum: float, headroom: float) -> float:
-    """The largest power of two, at most 1, that leaves ``headroom`` between ``maximum`` and float16's limit."""
-    if maximum * headroom <= FLOAT16_MAX:
-        return 1.0
-    return 2.0 ** math.floor(math.log2(FLOAT16_MAX / (maximum * headroom)))
 
 
 def scales_for(maxima: LayerMaxima, headroom: float, can_scale_hidden: bool = True) -> LayerScales:

@@ -1,7 +1,8 @@
 """Our own checkpoint: one safetensors file with fused tensors, config and tokenizer. Loading it is a map and an assign.
 
 Header metadata: ``format`` = "nai-t5", ``format_version``, ``config`` (JSON), ``source`` and ``source_sha256`` (of the
-originals' names, dtypes, shapes and bytes). The tokenizer is a uint8 tensor.
+originals' names, dtypes, shapes and bytes), and ``encoder_scales`` (JSON) if the weights are scaled. The tokenizer is a
+uint8 tensor.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from nai_t5_core.config import T5Config
 from nai_t5_core.formats import Checkpoint, CheckpointError
 from nai_t5_core.fuse import Recipe
 from nai_t5_core.keymaps import KeyMap
+from nai_t5_core.scales import StackScales
 
 FORMAT = "nai-t5"
 FORMAT_VERSION = 1
@@ -57,9 +59,23 @@ def keymap(checkpoint: Checkpoint, expected: Collection[str]) -> KeyMap:
     )
 
 
-def header(config: T5Config, source: str, source_sha256: str) -> dict[str, str]:
-    """The metadata that :func:`read_config` and ``inspect`` read."""
+def read_scales(checkpoint: Checkpoint) -> StackScales | None:
+    """The encoder's scales that the file's weights hold; None where nothing is scaled.
+
+    Raises:
+        CheckpointError: the header is damaged.
+    """
+    text = checkpoint.metadata.get("encoder_scales")
+    try:
+        return None if text is None else StackScales.from_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.source} has a damaged header: {error}") from error
+
+
+def header(config: T5Config, source: str, source_sha256: str, scales: StackScales | None) -> dict[str, str]:
+    """The metadata that this module and ``inspect`` read."""
     return {
+        **({"encoder_scales": scales.to_json()} if scales else {}),
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "config": json.dumps(config.model_dump()),

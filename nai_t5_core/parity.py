@@ -17,6 +17,7 @@ from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
 from nai_t5_core.peers import PEERS, State, build_peer, exact_norms, own_encoder, transformers_encoder
 from nai_t5_core.precision import DTYPES
+from nai_t5_core.scales import StackScales
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -66,9 +67,8 @@ class PolicyCheck:
 class ParityReport:
     """What :func:`measure_parity` found.
 
-    Attributes:
-        reference: what the reference is, in words; ``largest_value`` its largest absolute value.
-        skipped: peers that could not run in a dtype, and why.
+    ``reference`` says what that is, ``largest_value`` is its largest absolute value, and ``skipped`` names the peers that
+    could not run in a dtype, and why.
     """
 
     kind: str
@@ -115,6 +115,7 @@ def measure_parity(
     seed: int = 0,
     reference_dtype: torch.dtype = torch.float64,
     reference_state: State | None = None,
+    scales: StackScales | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Compares our encoder, and others, with a reference on one right-padded batch of random token ids.
@@ -131,6 +132,7 @@ def measure_parity(
         reference_dtype: float32 halves the reference's memory, and limits what can be seen to about 1e-6.
         reference_state: weights of the reference and the peers, where they are others than ours: the original of a
             converted checkpoint.
+        scales: of our encoder in float16, as :func:`nai_t5_core.load.choose_scales` finds them.
         progress: called with what is being done, in words.
 
     Raises:
@@ -145,12 +147,10 @@ def measure_parity(
     original = state if reference_state is None else reference_state
     tell(f"reference in {_dtype_name(reference_dtype)}")
     batch = _reference_batch(config, original, reference_dtype, prompt_lengths, seed)
-    differences: list[Difference] = []
-    policies: list[PolicyCheck] = []
-    skipped: list[str] = []
+    differences, policies, skipped = list[Difference](), list[PolicyCheck](), list[str]()
     for name in names:
         tolerance = max(TOLERANCES[DTYPES[name]], TOLERANCES[reference_dtype])
-        for variant, stack in _own_variants(config, state, DTYPES[name]):
+        for variant, stack in _own_variants(config, state, DTYPES[name], scales if name == "float16" else None):
             tell(f"{variant} in {name}")
             outputs = {padding: _policy_run(stack, batch, padding) for padding in PADDING_POLICIES}
             differences.append(_difference(variant, name, outputs["exact"][0], batch))
@@ -199,10 +199,12 @@ def _reference_batch(
     return _Batch(ids, mask, masked, model(input_ids=ids).last_hidden_state)
 
 
-def _own_variants(config: T5Config, state: State, dtype: torch.dtype) -> Iterator[tuple[str, T5EncoderStack]]:
+def _own_variants(
+    config: T5Config, state: State, dtype: torch.dtype, scales: StackScales | None
+) -> Iterator[tuple[str, T5EncoderStack]]:
     """Ours as users run it; each is made when the one before is done with."""
     for layout in LAYOUTS:
-        stack = own_encoder(config, state, dtype, layout)
+        stack = own_encoder(config, state, dtype, layout, scales)
         yield f"{OWN} {layout}", stack
         if layout == "fused" and can_prepack(stack):
             yield f"{OWN} prepacked", prepack(stack)
@@ -276,12 +278,11 @@ def render(report: ParityReport) -> RenderableType:
 def _difference_table(report: ParityReport) -> RenderableType:
     from rich.table import Table
 
-    table = Table(title="absolute difference at real positions, quantiles", title_justify="left")
-    for heading in ("dtype", "implementation", *map(str, QUANTILES), "max", "max, relative"):
-        table.add_column(heading, justify="left" if heading in ("dtype", "implementation") else "right")
+    headings = ("dtype", "implementation", *map(str, QUANTILES), "max", "max, relative")
+    table = Table(*headings, title="absolute difference at real positions, quantiles", title_justify="left")
     for item in report.differences:
-        values = (*item.quantiles.values(), item.largest, item.relative)
-        table.add_row(item.dtype, item.name, *(f"{value:.1e}" for value in values))
+        values = (f"{value:.1e}" for value in (*item.quantiles.values(), item.largest, item.relative))
+        table.add_row(item.dtype, item.name, *values)
     return table
 
 

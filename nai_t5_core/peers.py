@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from nai_t5_core.config import Shape, T5Config, config_to_hf, encoder_tensors
 from nai_t5_core.encoder import Layout, T5EncoderStack
-from nai_t5_core.fuse import cook, fused_recipes, separate_recipes, unfuse
+from nai_t5_core.examine import Examination
+from nai_t5_core.fuse import cook, fused_recipes, separate_recipes
 from nai_t5_core.layers import NoInit
-from nai_t5_core.load import Examination
+from nai_t5_core.scales import StackScales
 
 State = Mapping[str, Tensor]
 
@@ -93,17 +94,23 @@ def hf_state(examination: Examination) -> dict[str, Tensor]:
 
     Those of a file made by ``nai-t5 convert`` are taken apart again, in float32 and exact to a rounding or two.
     """
-    config = examination.config.encoder_only()
-    if examination.is_native:
-        return dict(unfuse(config, examination.read))
-    return {name: examination.read(name) for name in encoder_tensors(config)}
+    return {name: examination.read(name) for name in encoder_tensors(examination.config)}
 
 
-def own_encoder(config: T5Config, state: State, dtype: torch.dtype, layout: Layout = "fused") -> T5EncoderStack:
-    """Our own encoder from tensors in memory, made by the same recipes as at load; in evaluation mode on the CPU."""
+def own_encoder(
+    config: T5Config,
+    state: State,
+    dtype: torch.dtype,
+    layout: Layout = "fused",
+    scales: StackScales | None = None,
+) -> T5EncoderStack:
+    """Our own encoder from tensors in memory, made by the same recipes as at load; in evaluation mode on the CPU.
+
+    ``scales`` are for float16, see :mod:`nai_t5_core.scales`.
+    """
     config = config.encoder_only()
-    recipes = fused_recipes(config) if layout == "fused" else separate_recipes(config)
-    stack = T5EncoderStack(config, layout, NoInit, device="meta", dtype=dtype)
+    recipes = (fused_recipes if layout == "fused" else separate_recipes)(config, scales)
+    stack = T5EncoderStack(config, layout, NoInit, scales, device="meta", dtype=dtype)
     stack.load_state_dict({recipe.target: cook(recipe, state.__getitem__, dtype) for recipe in recipes}, assign=True)
     return stack.eval().requires_grad_(False)
 

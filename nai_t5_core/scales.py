@@ -24,6 +24,8 @@ from typing import Literal
 
 from nai_t5_core.config import T5Config
 
+FLOAT16_MAX = 65504.0
+
 
 @dataclass(frozen=True)
 class LayerScales:
@@ -74,6 +76,13 @@ class StackScales:
             return cls(tuple(LayerScales(**layer) for layer in values["layers"]), values["embedding"])
         except (TypeError, KeyError) as error:
             raise ValueError(f"these are no scales: {error}") from error
+
+
+def scale_for(maximum: float, headroom: float) -> float:
+    """The largest power of two, at most 1, that leaves ``headroom`` between ``maximum`` and float16's limit."""
+    if maximum * headroom <= FLOAT16_MAX:
+        return 1.0
+    return float(2.0 ** math.floor(math.log2(FLOAT16_MAX / (maximum * headroom))))
 
 
 def unscaled(layers: int) -> StackScales:

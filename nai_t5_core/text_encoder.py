@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.encoder import Layout, T5EncoderStack
+from nai_t5_core.examine import NO_TOKENIZER, ModelSource
 from nai_t5_core.families import Family
 from nai_t5_core.families import family as family_named
-from nai_t5_core.load import NO_TOKENIZER, LoadReport, ModelSource, load
+from nai_t5_core.guard import encode_guarded
+from nai_t5_core.load import LoadReport, ScalesChoice, load
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
 from nai_t5_core.text_cleaning import clean_text
@@ -80,6 +82,7 @@ class TextEncoder:
         layout: Layout = "fused",
         tokenizer: str | Path | None = None,
         subfolder: str = "",
+        scales: ScalesChoice = "auto",
         optimize: bool = True,
         token_budget: int = DEFAULT_TOKEN_BUDGET,
     ) -> TextEncoder:
@@ -94,7 +97,7 @@ class TextEncoder:
             CheckpointError: the checkpoint is unusable, or there is no tokenizer.
         """
         own = load_tokenizer(tokenizer) if tokenizer is not None else None
-        loaded = load(source, dtype, device, layout, subfolder)
+        loaded = load(source, dtype, device, layout, subfolder, scales)
         found = own or loaded.tokenizer
         if found is None:
             raise ValueError(NO_TOKENIZER.format(source=loaded.report.source))
@@ -159,9 +162,9 @@ class TextEncoder:
     ) -> Tensor:
         """[batch, length, d_model], computed in parts of at most ``token_budget`` rows."""
         parts = []
+        policy = {"padding": settings.padding, "extra_pad": settings.extra_pad}
         for part in self._parts(mask, settings):
-            # Only a part of several is trimmed afterwards, to the longest prompt of them all.
-            states = self.stack(ids[part], mask[part], padding=settings.padding, extra_pad=settings.extra_pad)
+            states = encode_guarded(self.stack, ids[part], mask[part], **policy)
             parts.append(states if output_device is None else states.to(output_device))
         if len(parts) == 1:
             return parts[0]

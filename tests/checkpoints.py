@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nai_t5_core.load import examine, find_tokenizer
+from nai_t5_core.examine import examine, find_tokenizer
 
 State = Mapping[str, Tensor]
 

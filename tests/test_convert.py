@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from nai_t5_core import formats
 from nai_t5_core.config import T5Config, decoder_tensors
 from nai_t5_core.convert import convert
+from nai_t5_core.examine import examine
 from nai_t5_core.formats import CheckpointError
 from nai_t5_core.fuse import fused_recipes, unfuse
-from nai_t5_core.load import examine, load
+from nai_t5_core.load import load
 from nai_t5_core.text_encoder import TextEncoder
 
 V1_1 = TOY_CONFIGS["v1.1"]
@@ -294,9 +295,13 @@ def test_overflow_of_the_product_with_a_norm(tmp_path: Path, out: Path) -> None:
     refuse(folder, out, r"encoder.block.1.layer.1.DenseReluDense.wi.weight has values", dtype="float16")
 
 
-def test_converted_file_is_not_converted_again(tmp_path: Path, out: Path, v1_1_folder: Path) -> None:
-    done = convert(v1_1_folder, tmp_path / "own.safetensors")
-    refuse(done.out, out, r"own.safetensors is converted already; convert the original again")
+def test_converted_file_can_be_converted_again(tmp_path: Path, out: Path, v1_1_folder: Path) -> None:
+    """To another dtype, and to the same bytes in the same."""
+    first = convert(v1_1_folder, tmp_path / "own.safetensors")
+    again = convert(first.out, out)
+    for name, tensor in load_file(first.out).items():
+        assert torch.allclose(load_file(again.out)[name], tensor, rtol=1e-6, atol=0), name
+    assert convert(first.out, tmp_path / "half.safetensors", "bfloat16").dtype == torch.bfloat16
 
 
 def test_source_is_not_overwritten(v1_1_folder: Path) -> None:

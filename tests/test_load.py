@@ -26,9 +26,10 @@ from torch import Tensor
 from nai_t5_core.config import T5Config, config_to_hf
 from nai_t5_core.convert import convert
 from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
+from nai_t5_core.examine import ModelSource, examine, find_tokenizer, find_tokenizer_for
 from nai_t5_core.formats import Checkpoint, CheckpointError, open_checkpoint
 from nai_t5_core.hub import find_model
-from nai_t5_core.load import ModelSource, examine, find_tokenizer, find_tokenizer_for, load, load_encoder
+from nai_t5_core.load import load, load_encoder
 from nai_t5_core.tokenizer import ByteTokenizer, SentencePieceTokenizer
 
 V1_1 = TOY_CONFIGS["v1.1"]
@@ -303,7 +304,12 @@ PIPELINE_REPO = [
 ]
 DOWNLOADED = {
     "one form of the weights": (FLAT_REPO, "", FLAT_REPO[:3]),
-    "PyTorch where there is nothing else": (["config.json", "pytorch_model.bin"], "", None),
+    "PyTorch where there is nothing else": (
+        ["config.json", "pytorch_model.bin"],
+        "",
+        ["config.json", "pytorch_model.bin"],
+    ),
+    "safetensors of any name before PyTorch": (["t5.safetensors", "pytorch_model.bin"], "", ["t5.safetensors"]),
     "the encoder of a pipeline": (
         PIPELINE_REPO,
         "text_encoder_2",
@@ -324,7 +330,7 @@ def test_what_is_downloaded(case: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo, revision: files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert find_model("someone/model", subfolder) == tmp_path / subfolder
-    assert sorted(asked) == sorted(expected or files)
+    assert sorted(asked) == sorted(expected)
 
 
 @pytest.mark.parametrize(
@@ -418,7 +424,7 @@ def test_all_faults_at_once_and_before_a_tensor_is_read(tmp_path: Path, monkeypa
         checkpoint.read = lambda name: pytest.fail(f"{name} was read")
         return checkpoint
 
-    monkeypatch.setattr("nai_t5_core.load.open_checkpoint", opened)
+    monkeypatch.setattr("nai_t5_core.examine.open_checkpoint", opened)
     with pytest.raises(CheckpointError) as caught:
         on_cpu(folder)
     first, *listed = str(caught.value).splitlines()
@@ -439,10 +445,12 @@ def test_faults_of_our_own_format(tmp_path: Path, v1_1_folder: Path) -> None:
         on_cpu(tmp_path / "faulty.safetensors")
 
 
-def test_separate_layout_of_our_own_format_is_refused(tmp_path: Path, v1_1_folder: Path) -> None:
+def test_separate_layout_of_our_own_format(tmp_path: Path, v1_1_folder: Path) -> None:
     done = convert(v1_1_folder, tmp_path / "own.safetensors")
-    with pytest.raises(CheckpointError, match="holds fused tensors, from which the separate layout cannot be built"):
-        on_cpu(done.out, "separate")
+    ids = torch.tensor([[5, 6, 7, 1]])
+    fused, separate = on_cpu(done.out), on_cpu(done.out, "separate")
+    with torch.no_grad():
+        assert torch.allclose(fused(ids), separate(ids), atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.packing import PADDING_POLICIES
 from nai_t5_core.parity import OWN, QUANTILES, measure_parity, random_batch, render
 from nai_t5_core.peers import random_state
+from nai_t5_core.scales import LayerScales, StackScales
 
 pytest.importorskip("transformers", reason="transformers is the reference")
 
@@ -92,6 +93,20 @@ def test_a_wrong_padding_policy_fails_alone(padding: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(T5EncoderStack, "forward", wrong)
     report = measure_parity(V1_1, random_state(V1_1), ["float32"], (), LENGTHS)
     assert {check.padding for check in report.policies if not check.passed} == {padding}
+
+
+def test_scales_keep_float16_in_range() -> None:
+    """A feed-forward output beyond 65504 in one layer, which its scale brings back."""
+    name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    state = random_state(V1_1)
+    state[name] = state[name] * 2.0**16
+    layers = [LayerScales()] * V1_1.num_layers
+    layers[1] = LayerScales(feed_forward_out=2.0**-8)
+    scales = StackScales(tuple(layers))
+    bare = measure_parity(V1_1, state, ["float16"], (), LENGTHS)
+    scaled = measure_parity(V1_1, state, ["float16"], (), LENGTHS, scales=scales)
+    assert not bare.passed
+    assert scaled.passed, scaled.policies
 
 
 def test_what_is_not_finite_fails_and_stays_json() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import TOY_CONFIGS, build_stack, random_state, write_hf_folder
 
+from nai_t5_core.examine import find_tokenizer_for
 from nai_t5_core.families import family, family_names
-from nai_t5_core.load import find_tokenizer_for, load_encoder
+from nai_t5_core.load import load_encoder
 from nai_t5_core.optimize import PackedLinear, can_prepack
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
 from nai_t5_core.text_cleaning import clean_text

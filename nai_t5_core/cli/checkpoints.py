@@ -13,12 +13,12 @@ from nai_t5_core.cli.options import Dtype, Json, ModelArgument, Subfolder, Token
 from nai_t5_core.cli.terminal import bytes_bar, out, print_json, say, size
 
 if TYPE_CHECKING:
-    from nai_t5_core.load import Examination
+    from nai_t5_core.examine import Examination
 
 
 def inspect(model: ModelArgument = None, subfolder: Subfolder = "", as_json: Json = False) -> None:
     """Say what a checkpoint is: kind, sizes, dtypes, format, memory needed, and its faults (exit status 1)."""
-    from nai_t5_core.load import examine
+    from nai_t5_core.examine import examine
 
     report = _inspection(examine(model, subfolder))
     if as_json:
@@ -57,7 +57,7 @@ def convert(
     from nai_t5_core.convert import convert as convert_checkpoint
 
     with bytes_bar(f"converting to {target}") as progress:
-        done = convert_checkpoint(source, target, dtype.value, encoder_only, subfolder, tokenizer, progress)
+        done = convert_checkpoint(source, target, dtype.value, encoder_only, subfolder, tokenizer, progress=progress)
     report = {
         "out": str(done.out),
         "dtype": str(done.dtype).removeprefix("torch."),
@@ -77,7 +77,7 @@ def _inspection(examination: Examination) -> dict[str, Any]:
     import torch
 
     from nai_t5_core.config import decoder_tensors, encoder_tensors
-    from nai_t5_core.load import decoder_faults, find_tokenizer
+    from nai_t5_core.examine import decoder_faults, find_tokenizer
 
     config, checkpoint = examination.config, examination.checkpoint
     encoder = sum(torch.Size(shape).numel() for shape in encoder_tensors(config).values())

@@ -28,7 +28,7 @@ def parity(
 ) -> None:
     """Measure the difference from transformers in float64, in quantiles; exit status 1 if a tolerance is exceeded."""
     from nai_t5_core import parity as measuring
-    from nai_t5_core.load import examine
+    from nai_t5_core.examine import examine
     from nai_t5_core.peers import hf_state, random_state
 
     if random is not None:

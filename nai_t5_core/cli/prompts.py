@@ -78,8 +78,8 @@ def count(
 ) -> None:
     """Count tokens, the end token included, and show what a family's limit would cut off."""
     texts = _texts(prompts, file)
+    from nai_t5_core.examine import find_tokenizer_for
     from nai_t5_core.families import family as family_named
-    from nai_t5_core.load import find_tokenizer_for
     from nai_t5_core.text_cleaning import clean_text
 
     row = family_named(family) if family else None
