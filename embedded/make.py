@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embedded.vocabulary import SIZE, train_vocabulary
 from nai_t5_core.config import Shape, T5Config, config_to_hf, decoder_tensors, encoder_tensors
-from nai_t5_core.convert import Conversion, convert
+from nai_t5_core.conversion import Conversion, convert
 from nai_t5_core.hub import EMBEDDED_MODEL
 
 SEED = 0
@@ -53,7 +53,8 @@ def _random_tensor(name: str, shape: Shape, config: T5Config, generator: torch.G
 def make(out: Path = EMBEDDED_MODEL) -> Conversion:
     """Writes the model through a Hugging Face folder and the project's own converter."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder = Path(scratch) / "tiny"
+        folder.mkdir()
         save_file(random_weights(CONFIG, SEED), folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config_to_hf(CONFIG)))
         (folder / "spiece.model").write_bytes(train_vocabulary())

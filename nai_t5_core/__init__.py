@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nai_t5_core.config import T5Config, named_config
-    from nai_t5_core.convert import convert
+    from nai_t5_core.conversion import convert
     from nai_t5_core.encoder import T5EncoderStack
     from nai_t5_core.families import Family, family, family_names
     from nai_t5_core.formats import CheckpointError
@@ -45,7 +45,7 @@ _HOME = {
     "T5EncoderStack": "encoder",
     "TextEncoder": "text_encoder",
     "Tokenizer": "tokenizer",
-    "convert": "convert",
+    "convert": "conversion",
     "family": "families",
     "family_names": "families",
     "load_encoder": "load",

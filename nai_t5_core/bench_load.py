@@ -24,7 +24,7 @@ import torch
 
 from nai_t5_core.bench_report import ColdStart, LoadingReport, LoadMemory, Spread
 from nai_t5_core.config import T5Config, config_to_hf
-from nai_t5_core.convert import convert
+from nai_t5_core.conversion import convert
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.formats import write_safetensors
 from nai_t5_core.fuse import fused_recipes

@@ -181,8 +181,8 @@ def named_config(name: str) -> T5Config:
     if name in NAMED_CONFIGS:
         return NAMED_CONFIGS[name]
     close = difflib.get_close_matches(name, NAMED_CONFIGS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"unknown model size {name!r}{hint} Known: {', '.join(NAMED_CONFIGS)}")
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(f"unknown model size {name!r}; {hint}known: {', '.join(NAMED_CONFIGS)}")
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> T5Config:
@@ -368,7 +368,7 @@ def infer_config(shapes: Mapping[str, Shape]) -> T5Config:
         bias_per_layer=bias_per_layer,
         relative_attention_num_buckets=buckets,
         # v1.0 is the only kind without a gate, and ties its embeddings.
-        tie_word_embeddings=not gated and "lm_head.weight" not in shapes,
+        tie_word_embeddings=not gated,
         # Pile-T5 was trained with the Llama vocabulary, whose pad and end tokens are others than T5's.
         pad_token_id=1 if is_pile_t5 else 0,
         eos_token_id=2 if is_pile_t5 else 1,

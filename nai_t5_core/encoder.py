@@ -313,7 +313,7 @@ class T5EncoderStack(nn.Module):
 def _dense_mask(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:
     """A 3- or 4-dim mask as bool [batch, 1 or heads, length, length]."""
     full = (batch, heads, length, length)
-    if mask.is_floating_point():
+    if mask.ndim in (3, 4) and mask.is_floating_point():
         raise ValueError(
             f"the {mask.ndim}-dim mask has dtype {mask.dtype}; masks of 3 and 4 dimensions must be bool or integer, "
             "non-zero where a query may see a key"

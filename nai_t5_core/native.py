@@ -1,14 +1,15 @@
 """Our own checkpoint: one safetensors file with fused tensors, config and tokenizer. Loading it is a map and an assign.
 
-Header metadata: ``format`` = "nai-t5", ``format_version``, ``config`` (JSON), ``source`` and ``source_sha256`` (of the
-originals' names, dtypes, shapes and bytes), and ``encoder_scales`` (JSON) if the weights are scaled. The tokenizer is a
-uint8 tensor.
+Header metadata: ``format`` = "nai-t5", ``format_version``, ``config`` (JSON), ``source`` (its name) and
+``source_sha256`` (of the originals' names, dtypes, shapes and bytes), and ``encoder_scales`` (JSON) if the weights are
+scaled. The tokenizer is a uint8 tensor.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from pathlib import PurePath
 
 from pydantic import ValidationError
 
@@ -79,7 +80,8 @@ def header(config: T5Config, source: str, source_sha256: str, scales: StackScale
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "config": json.dumps(config.model_dump()),
-        "source": source,
+        # Not the whole path: such files are passed on, and the folders of a machine are nobody's business.
+        "source": PurePath(source).name,
         "source_sha256": source_sha256,
     }
 

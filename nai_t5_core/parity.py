@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,8 +68,8 @@ class PolicyCheck:
 class ParityReport:
     """What :func:`measure_parity` found.
 
-    ``reference`` says what that is, ``largest_value`` is its largest absolute value, and ``skipped`` names the peers that
-    could not run in a dtype, and why.
+    ``reference`` says what that is, ``largest_value`` is its largest absolute value, and ``skipped`` names the peers
+    that could not run in a dtype, and why.
     """
 
     kind: str
@@ -86,9 +87,8 @@ class ParityReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; differences that are not finite are None."""
-        report = {**asdict(self), "passed": self.passed}
-        report["policies"] = [{**asdict(check), "passed": check.passed} for check in self.policies]
-        return dict(without_nan(report))
+        policies = [{**asdict(check), "passed": check.passed} for check in self.policies]
+        return dict(without_nan({**asdict(self), "policies": policies, "passed": self.passed}))
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def measure_parity(
     if reference_dtype not in (torch.float64, torch.float32):
         raise ValueError(f"reference_dtype={reference_dtype}; a reference must be float64 or float32")
     original = state if reference_state is None else reference_state
-    tell(f"reference in {_dtype_name(reference_dtype)}")
+    tell("reference")
     batch = _reference_batch(config, original, reference_dtype, prompt_lengths, seed)
     differences, policies, skipped = list[Difference](), list[PolicyCheck](), list[str]()
     for name in names:
@@ -229,9 +229,8 @@ def _policy_run(stack: T5EncoderStack, batch: _Batch, padding: PaddingPolicy) ->
 
 def _relative(found: Tensor, wanted: Tensor, batch: _Batch) -> float:
     """Largest difference relative to the reference's largest value; infinite where the shapes differ."""
-    if found.shape != wanted.shape:
-        return math.inf
-    return float((found.to(wanted.dtype) - wanted).abs().max()) / batch.largest
+    is_alike = found.shape == wanted.shape
+    return float((found.to(wanted.dtype) - wanted).abs().max()) / batch.largest if is_alike else math.inf
 
 
 def _difference(name: str, dtype: str, hidden: Tensor, batch: _Batch) -> Difference:
@@ -267,22 +266,24 @@ def render(report: ParityReport) -> RenderableType:
         f"{report.kind} against {report.reference}; prompts of {', '.join(map(str, report.prompt_lengths))} tokens; "
         f"largest value {report.largest_value:.3g}"
     )
-    verdict = Text("every padding policy is within its tolerance", style="green")
-    if not report.passed:
-        failed = [f"{check.name} {check.dtype} {check.padding}" for check in report.policies if not check.passed]
-        verdict = Text(f"outside the tolerance: {', '.join(failed)}", style="red")
+    failed = [f"{check.name} {check.dtype} {check.padding}" for check in report.policies if not check.passed]
+    good, bad = "every padding policy is within its tolerance", f"outside the tolerance: {', '.join(failed)}"
+    verdict = Text(bad, style="red") if failed else Text(good, style="green")
     notes = [Text(f"skipped {reason}") for reason in report.skipped]
-    return Group(Text(title), _difference_table(report), _policy_table(report), *notes, verdict)
+    tables = [_difference_table(report, dtype) for dtype in dict.fromkeys(item.dtype for item in report.differences)]
+    return Group(Text(title), *tables, _policy_table(report), *notes, verdict)
 
 
-def _difference_table(report: ParityReport) -> RenderableType:
+def _difference_table(report: ParityReport, dtype: str) -> RenderableType:
     from rich.table import Table
 
-    headings = ("dtype", "implementation", *map(str, QUANTILES), "max", "max, relative")
-    table = Table(*headings, title="absolute difference at real positions, quantiles", title_justify="left")
-    for item in report.differences:
-        values = (f"{value:.1e}" for value in (*item.quantiles.values(), item.largest, item.relative))
-        table.add_row(item.dtype, item.name, *values)
+    items = [item for item in report.differences if item.dtype == dtype]
+    names = (item.name.replace(f"{OWN} ", "ours\n") for item in items)
+    table = Table("quantile", *names, title=f"{dtype}: absolute difference at real positions", title_justify="left")
+    for quantile in items[0].quantiles:
+        table.add_row(quantile, *(f"{item.quantiles[quantile]:.1e}" for item in items))
+    table.add_row("max", *(f"{item.largest:.1e}" for item in items))
+    table.add_row("max, relative", *(f"{item.relative:.1e}" for item in items))
     return table
 
 
@@ -291,10 +292,8 @@ def _policy_table(report: ParityReport) -> RenderableType:
 
     headings = ("dtype", "layout", *PADDING_POLICIES, "tolerance")
     table = Table(*headings, title="padding policies, relative", title_justify="left")
-    rows: dict[tuple[str, str], list[PolicyCheck]] = {}
-    for check in report.policies:
-        rows.setdefault((check.dtype, check.name), []).append(check)
-    for (dtype, name), checks in rows.items():
+    for (dtype, name), group in groupby(report.policies, key=lambda check: (check.dtype, check.name)):
+        checks = list(group)
         cells = [f"[{'green' if check.passed else 'red'}]{check.relative:.1e}[/]" for check in checks]
         table.add_row(dtype, name.removeprefix(f"{OWN} "), *cells, f"{checks[0].tolerance:.0e}")
     return table

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.examine import NO_TOKENIZER, ModelSource
@@ -145,17 +146,27 @@ class TextEncoder:
             _refuse_truncated(tokens, settings.max_length)
         ids = torch.tensor(tokens.input_ids)
         mask = torch.tensor(tokens.attention_mask, dtype=torch.bool)
+        ids, mask = self._with_room(ids, mask, settings)
         hidden = self._encode_ids(ids, mask, settings, output_device)
         mask = _with_extra_pad(mask, tokens.token_counts, settings.extra_pad)[:, : hidden.shape[1]]
         return PromptEmbeddings(hidden, mask.to(hidden.device), tokens.token_counts, tokens.truncated, tokens.cut_text)
 
     def _tokenize(self, prompts: Sequence[str], row: Family | None, settings: _Settings) -> TokenBatch:
-        if row is not None and not isinstance(prompts, str):
+        if row is not None and isinstance(prompts, Sequence) and not isinstance(prompts, str):
             # What is no text passes unchanged, for the tokenizer to refuse it with its place in the list.
             prompts = [clean_text(text, row.text_cleaning) if isinstance(text, str) else text for text in prompts]
         if settings.pad_to == "max_length" and settings.padding != "trim":
             return self.tokenizer(prompts, settings.max_length, pad_to=settings.max_length)
         return self.tokenizer(prompts, settings.max_length, pad_to="longest")
+
+    def _with_room(self, ids: Tensor, mask: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
+        """Ids and mask with as many pads behind the longest prompt as are to be computed, within the limit."""
+        room = settings.extra_pad - (ids.shape[1] - int(mask.sum(dim=1).max()))
+        if settings.max_length is not None:
+            room = min(room, settings.max_length - ids.shape[1])
+        if room <= 0:
+            return ids, mask
+        return pad(ids, (0, room), value=self.tokenizer.pad_token_id), pad(mask, (0, room))
 
     def _encode_ids(
         self, ids: Tensor, mask: Tensor, settings: _Settings, output_device: str | torch.device | None

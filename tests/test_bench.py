@@ -173,7 +173,9 @@ def test_whole_loading_report(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pages_for_people(report: BenchReport) -> None:
     from rich.console import Console
 
-    page = io.StringIO()
+    narrow, page = io.StringIO(), io.StringIO()
+    Console(file=narrow, width=80).print(render(report))
+    assert "…" not in narrow.getvalue()
     Console(file=page, width=250).print(render(report))
     for text in (OWN, "transformers", "nai-t5", *(case.name for case in CASES)):
         assert text in page.getvalue()

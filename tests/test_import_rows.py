@@ -15,7 +15,7 @@ ROWS = [
     # 1: mathematics
     "layers attention packing encoder",
     # 2: weights
-    "formats keymaps fuse precision hub native examine load convert maxima",
+    "formats keymaps fuse precision hub native examine load conversion maxima",
     # 3: use
     "optimize guard text_encoder peers parity bench bench_load bench_report cli",
 ]

@@ -24,7 +24,7 @@ from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state, write
 from torch import Tensor
 
 from nai_t5_core.config import T5Config, config_to_hf
-from nai_t5_core.convert import convert
+from nai_t5_core.conversion import convert
 from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
 from nai_t5_core.examine import ModelSource, examine, find_tokenizer, find_tokenizer_for
 from nai_t5_core.formats import Checkpoint, CheckpointError, open_checkpoint

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import T5EncoderStack
+from nai_t5_core.optimize import can_prepack
 from nai_t5_core.packing import PADDING_POLICIES
 from nai_t5_core.parity import OWN, QUANTILES, measure_parity, random_batch, render
 from nai_t5_core.peers import random_state
@@ -22,6 +23,7 @@ from nai_t5_core.scales import LayerScales, StackScales
 pytest.importorskip("transformers", reason="transformers is the reference")
 
 V1_1 = TOY_CONFIGS["v1.1"].encoder_only()
+CAN_PREPACK = can_prepack(T5EncoderStack(V1_1, dtype=torch.float32))
 LENGTHS = (140, 1, 20, 7)
 
 
@@ -127,10 +129,18 @@ def test_report_for_people_and_programs() -> None:
     values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert values["passed"] is True
     assert values["prompt_lengths"] == [5, 5]
-    assert messages[0] == "reference in float64"
+    assert messages[0] == "reference"
     page = io.StringIO()
-    Console(file=page, width=200).print(render(report))
-    for text in (OWN, "transformers", "0.9999", "trim", "every padding policy is within its tolerance"):
+    Console(file=page, width=80).print(render(report))
+    assert "…" not in page.getvalue()
+    for text in (
+        "T5 v1.1",
+        "prepacked" if CAN_PREPACK else "separate",
+        "transformers",
+        "0.9999",
+        "trim",
+        "every padding policy is within its tolerance",
+    ):
         assert text in page.getvalue()
 
 

@@ -11,7 +11,7 @@ import torch
 from conftest import TOY_CONFIGS, padding_mask, write_hf_folder
 
 from nai_t5_core.config import T5Config, encoder_tensors
-from nai_t5_core.convert import convert
+from nai_t5_core.conversion import convert
 from nai_t5_core.examine import examine
 from nai_t5_core.peers import (
     PEERS,

@@ -219,3 +219,18 @@ def test_from_parts() -> None:
 def test_report_comes_along(encoder: TextEncoder) -> None:
     assert encoder.report is not None and encoder.report.layout == "fused"
     assert find_tokenizer_for(None).serialized() == encoder.tokenizer.serialized()
+
+
+@pytest.mark.parametrize("pad_to", ["longest", "max_length"])
+def test_extra_pad_has_room_behind_the_longest_prompt(pad_to: str) -> None:
+    """Its row is the same in any batch, and no prompt exceeds the limit for it."""
+    encoder = TextEncoder.from_pretrained(dtype="float32", device="cpu")
+    long, short = "a red fox on a green hill", "a cat"
+    settings = {"max_length": 12, "padding": "skip", "pad_to": pad_to, "extra_pad": 1}
+    both, alone = encoder.encode([short, long], **settings), encoder.encode([long], **settings)
+    count = both.token_counts[1]
+    assert both.attention_mask.sum(dim=1).tolist() == [tokens + 1 for tokens in both.token_counts]
+    assert torch.allclose(both.hidden_states[1, : count + 1], alone.hidden_states[0, : count + 1], atol=1e-5)
+    assert both.hidden_states[1, count].abs().max() > 0
+    full = encoder.encode([long * 9], **settings)
+    assert full.hidden_states.shape[1] == 12

@@ -54,7 +54,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write one file with fused tensors, config and tokenizer, which loads in an instant."""
-    from nai_t5_core.convert import convert as convert_checkpoint
+    from nai_t5_core.conversion import convert as convert_checkpoint
 
     with bytes_bar(f"converting to {target}") as progress:
         done = convert_checkpoint(source, target, dtype.value, encoder_only, subfolder, tokenizer, progress=progress)

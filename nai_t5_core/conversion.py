@@ -91,11 +91,13 @@ def convert(
                 progress(written, total)
         yield from vocabulary.items()
 
-    def metadata() -> dict[str, str]:
-        return native.header(config, examination.checkpoint.source, read.hexdigest(), chosen)
+    def provenance() -> tuple[str, str]:
+        """Name and hash of the original, also where it is converted a second time."""
+        kept = examination.checkpoint.metadata if examination.is_native else {}
+        return kept.get("source", examination.checkpoint.source), kept.get("source_sha256", read.hexdigest())
 
-    write_safetensors(out, layout, tensors(), metadata)
-    return Conversion(out, model_dtype, len(layout), total, read.hexdigest(), found.kind if found else None)
+    write_safetensors(out, layout, tensors(), lambda: native.header(config, *provenance(), chosen))
+    return Conversion(out, model_dtype, len(layout), total, provenance()[1], found.kind if found else None)
 
 
 class _HashingReader:
