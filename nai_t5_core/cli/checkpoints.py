@@ -1,4 +1,4 @@
-"""``inspect`` and ``convert``: what is done with weight files."""
+"""``inspect``, ``convert`` and ``calibrate``: what is done with weight files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nai_t5_core.cli.options import Dtype, Json, ModelArgument, Subfolder, TokenizerOption
-from nai_t5_core.cli.terminal import bytes_bar, out, print_json, say, size
+from nai_t5_core.cli.terminal import bytes_bar, counting, out, print_json, read_prompts, say, size
 
 if TYPE_CHECKING:
     from nai_t5_core.examine import Examination
@@ -71,6 +71,40 @@ def convert(
         return
     say(f"{escape(str(done.out))}: {done.tensors} tensors, {size(done.nbytes)}, {report['dtype']}")
     say(f"tokenizer: {done.tokenizer or 'none found; give one with --tokenizer'}")
+
+
+def calibrate(
+    model: ModelArgument = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line; else a built-in set.")] = None,
+    headroom: Annotated[float, typer.Option(help="How many times larger than seen a value may become.")] = 4.0,
+    write: Annotated[Path | None, typer.Option("--out", help="Converted float16 checkpoint with the scales.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file with the maxima of every layer.")] = None,
+    subfolder: Subfolder = "",
+    tokenizer: TokenizerOption = None,
+    as_json: Json = False,
+) -> None:
+    """Find the scales that keep float16 from overflowing, one layer in memory at a time."""
+    from nai_t5_core import calibrate as calibrating
+    from nai_t5_core.conversion import convert as convert_checkpoint
+
+    texts = read_prompts(prompts) if prompts else calibrating.PROMPTS
+    with counting("calibrating layers") as progress:
+        found = calibrating.calibrate(model, texts, headroom, subfolder, tokenizer, progress)
+    report = found.to_dict()
+    if plot is not None:
+        calibrating.plot(found, plot)
+        report["plot"] = str(plot)
+    if write is not None:
+        with bytes_bar(f"converting to {write}") as progress:
+            convert_checkpoint(model, write, "float16", True, subfolder, tokenizer, found.scales, progress)
+        report["out"] = str(write)
+    if as_json:
+        print_json(report)
+        return
+    out.print(calibrating.render(found))
+    for name in ("plot", "out"):
+        if name in report:
+            say(f"wrote {escape(report[name])}")
 
 
 def _inspection(examination: Examination) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from nai_t5_core.cli.options import (
     Subfolder,
     TokenizerOption,
 )
-from nai_t5_core.cli.terminal import err, out, print_json, say, short, working
+from nai_t5_core.cli.terminal import err, out, print_json, read_prompts, say, short, working
 
 if TYPE_CHECKING:
     from nai_t5_core.packing import PaddingPolicy
@@ -101,14 +101,7 @@ def count(
 
 
 def _texts(prompts: list[str] | None, file: Path | None) -> list[str]:
-    texts = list(prompts or [])
-    if file is not None:
-        try:
-            # Not splitlines(), which also splits at characters that are no line ends in a text file.
-            lines = file.read_text(encoding="utf-8-sig").removesuffix("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} cannot be read as UTF-8 text: {error}; give a text file") from error
-        texts += lines.split("\n") if lines else []
+    texts = [*(prompts or []), *(read_prompts(file) if file is not None else [])]
     if not texts:
         raise ValueError("no prompts; give one or more in quotes, or --file with one per line")
     return texts

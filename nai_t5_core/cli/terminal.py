@@ -1,14 +1,18 @@
-"""How commands speak: results on stdout, everything else on stderr."""
+"""How commands hear and speak: prompts from files, results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
 
 out = Console()
 err = Console(stderr=True)
@@ -42,10 +46,42 @@ def working(what: str) -> Iterator[None]:
 
 @contextmanager
 def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    """A bar on stderr for work measured in bytes; gives the function to call with (done, total)."""
+    from rich.progress import DownloadColumn
 
-    columns = (TextColumn(escape(what)), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with _bar(what, DownloadColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for work that is counted; gives the function to call with (done, total)."""
+    from rich.progress import MofNCompleteColumn
+
+    with _bar(what, MofNCompleteColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(what: str, amount: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(escape(what)), BarColumn(), amount, TimeRemainingColumn())
     # Where stderr is no terminal, even a bar that was never drawn leaves an empty line.
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The lines of a text file.
+
+    Raises:
+        ValueError: it cannot be read as UTF-8 text.
+    """
+    try:
+        # Not splitlines(), which also splits at characters that are no line ends in a text file.
+        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as UTF-8 text: {error}; give a text file") from error
+    return lines.split("\n") if lines else []

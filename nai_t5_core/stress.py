@@ -1,0 +1,68 @@
+"""Random models that overflow plain float16 in chosen places, as trained T5s do.
+
+The weights of real T5-XXL checkpoints make some activations exceed 65504. These stand in for them: everywhere of order
+one, except for the chosen outliers in one or two layers.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.config import T5Config
+from nai_t5_core.peers import random_state
+
+Outlier = Literal["feed_forward_out", "hidden", "attention_out", "embedding", "large_norm", "small_norm"]
+OUTLIERS: tuple[Outlier, ...] = get_args(Outlier)
+
+
+def stress_state(config: T5Config, outlier: Outlier, layer: int = 1, seed: int = 0) -> dict[str, Tensor]:
+    """Encoder weights under Hugging Face names, float32, with one kind of outlier in one layer.
+
+    - ``feed_forward_out``, ``attention_out``: the sublayer's output exceeds float16 in one channel; every weight fits.
+    - ``hidden``: the feed-forward's inner product exceeds float16; gate, up and output do not.
+    - ``embedding``: the embedding table exceeds float16 in one channel.
+    - ``large_norm``, ``small_norm``: norm weights of the layer are a thousand times larger, or smaller, than the
+      projections behind them make up for.
+
+    Raises:
+        ValueError: an unknown outlier, or a layer that the model has not.
+    """
+    if outlier not in OUTLIERS:
+        raise ValueError(f"unknown outlier {outlier!r}; allowed: {', '.join(OUTLIERS)}")
+    if not 0 <= layer < config.num_layers:
+        raise ValueError(f"layer={layer}; the model has layers 0 to {config.num_layers - 1}")
+    state = random_state(config, seed)
+    attention, dense = f"encoder.block.{layer}.layer.0.SelfAttention", f"encoder.block.{layer}.layer.1.DenseReluDense"
+    inputs = ("wi_0", "wi_1") if config.gated else ("wi",)
+    match outlier:
+        case "feed_forward_out":
+            state[f"{dense}.wo.weight"][3] *= 1e5
+        case "attention_out":
+            state[f"{attention}.v.weight"] *= 100
+            state[f"{attention}.o.weight"][3] *= 1e4
+        case "hidden":
+            _make_hidden_large(state, dense, inputs, config)
+        case "embedding":
+            state["shared.weight"][:, 3] = 1e5 + torch.randn(config.vocab_size, generator=_generator(seed)) * 1e3
+        case "large_norm" | "small_norm":
+            factor = 1e3 if outlier == "large_norm" else 1e-3
+            for norm, names in ((0, [f"{attention}.{part}" for part in "qkv"]), (1, [f"{dense}.{i}" for i in inputs])):
+                state[f"encoder.block.{layer}.layer.{norm}.layer_norm.weight"] *= factor
+                for name in names:
+                    state[f"{name}.weight"] /= factor
+    return state
+
+
+def _make_hidden_large(state: dict[str, Tensor], dense: str, inputs: tuple[str, ...], config: T5Config) -> None:
+    """A few inner channels whose gate and up are both large, and an out-projection that takes that back."""
+    channels = slice(0, max(1, config.d_ff // 64))
+    for name in inputs:
+        state[f"{dense}.{name}.weight"][channels] *= 1e3 if config.gated else 1e5
+    state[f"{dense}.wo.weight"][:, channels] *= 1e-4
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
