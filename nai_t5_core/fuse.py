@@ -16,6 +16,8 @@ from torch import Tensor
 from nai_t5_core.config import Shape, T5Config, decoder_tensors, encoder_tensors
 from nai_t5_core.scales import StackScales
 
+# Numbers that are multiplied at a time.
+_SLICE = 1 << 18
 _ENCODER_WEIGHT = re.compile(r"encoder\.block\.(?P<layer>\d+)\..*\.(?P<projection>\w+)\.weight")
 
 
@@ -139,13 +141,12 @@ def cook(recipe: Recipe, read: Callable[[str], Tensor], model_dtype: torch.dtype
     row = 0
     for name, scale in zip(recipe.parts, recipe.scales, strict=True):
         part = read(name)
-        rows = out[row : row + part.shape[0]]
-        if norm is not None:
-            part = part.to(precision) * (norm * scale)
-        elif scale != 1:
-            part = part.to(precision) * scale
-        rows.copy_(part)
-        row += part.shape[0]
+        factor = scale if norm is None else norm * scale
+        # In slices: large temporaries between the results would leave memory in holes that nothing fits into.
+        for rows in part.split(max(1, _SLICE // max(1, part[0].numel()))):
+            target = out[row : row + rows.shape[0]]
+            target.copy_(rows if norm is None and scale == 1 else rows.to(precision) * factor)
+            row += rows.shape[0]
     return out
 
 

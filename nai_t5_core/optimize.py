@@ -12,6 +12,10 @@ from nai_t5_core.layers import NoInit
 _PLAIN_LINEARS = (nn.Linear, NoInit.Linear)
 
 
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) in _PLAIN_LINEARS
+
+
 class PackedLinear(nn.Module):
     """A Linear without bias whose weight lies in oneDNN's own blocked order, which saves reordering it in every call.
 
@@ -56,8 +60,8 @@ def prepack(stack: T5EncoderStack) -> T5EncoderStack:
             "processor supports it, on the CPU"
         )
     with torch.no_grad():
-        for module in list(stack.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.Linear) and type(child) in _PLAIN_LINEARS:
-                    setattr(module, name, PackedLinear(child))
+        # The parents alone are listed: a list of every module would keep the originals alive to the end.
+        for parent in [module for module in stack.modules() if any(_is_plain(child) for child in module.children())]:
+            for name in [name for name, child in parent.named_children() if _is_plain(child)]:
+                setattr(parent, name, PackedLinear(getattr(parent, name)))
     return stack
