@@ -22,6 +22,7 @@ from nai_t5_core.formats import replacing
 from nai_t5_core.layers import NoInit
 from nai_t5_core.maxima import QUANTITIES, LayerMaxima, observe, scales_for
 from nai_t5_core.packing import pack_batch
+from nai_t5_core.precision import largest_absolute
 from nai_t5_core.scales import FLOAT16_MAX, LayerScales, StackScales, scale_for
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def calibrate(
 
     table = examination.read("shared.weight")
     residual = table[packing.pack(ids)].float()
-    largest_embedding = max(float(rows.abs().max()) for rows in table.split(4096))
+    largest_embedding = largest_absolute(table)
     del table
     layers, attend = [], None
     for index in range(config.num_layers):

@@ -16,7 +16,7 @@ from nai_t5_core.examine import Examination, ModelSource, decoder_faults, examin
 from nai_t5_core.formats import CheckpointError, tensor_bytes, write_safetensors
 from nai_t5_core.fuse import cook, fused_recipes
 from nai_t5_core.load import ScalesChoice, choose_scales
-from nai_t5_core.precision import DTYPES
+from nai_t5_core.precision import DTYPES, is_finite
 from nai_t5_core.tokenizer import load_tokenizer
 
 
@@ -134,7 +134,7 @@ def _vocabulary_tensor(serialized: tuple[str, bytes]) -> dict[str, Tensor]:
 
 
 def _refuse_overflow(name: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    if tensor.is_floating_point() and not is_finite(tensor):
         raise CheckpointError(
             f"{name} has values that are not finite in {tensor.dtype}: the weights are damaged, or exceed its range; "
             "use bfloat16 or float32"

@@ -23,7 +23,7 @@ from nai_t5_core.formats import CheckpointError
 from nai_t5_core.fuse import Recipe, cook, fused_recipes, separate_recipes
 from nai_t5_core.keymaps import KeyMap
 from nai_t5_core.layers import NoInit
-from nai_t5_core.precision import resolve_device, resolve_dtype
+from nai_t5_core.precision import is_finite, largest_absolute, resolve_device, resolve_dtype
 from nai_t5_core.scales import StackScales, published_scales, scale_for, unscaled
 from nai_t5_core.tokenizer import Tokenizer
 
@@ -157,7 +157,7 @@ def choose_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesCh
         return scales
     info = examination.checkpoint.tensors[examination.keymap.names["shared.weight"]]
     if info.dtype in (torch.float32, torch.float64, torch.bfloat16):
-        embedding = scale_for(float(examination.read("shared.weight").abs().max()), headroom=1)
+        embedding = scale_for(largest_absolute(examination.read("shared.weight")), headroom=1)
         if embedding < 1:
             return replace(scales or unscaled(config.num_layers), embedding=embedding)
     return scales
@@ -177,7 +177,7 @@ def _recipes(
 
 def _checked(recipe: Recipe, tensor: Tensor) -> Tensor:
     """Refuses a weight that float16 has made infinite; what the guard would find later, it could not mend."""
-    if tensor.dtype == torch.float16 and not recipe.is_plain and not tensor.isfinite().all():
+    if tensor.dtype == torch.float16 and not recipe.is_plain and not is_finite(tensor):
         raise CheckpointError(
             f"{recipe.target} has values that are not finite in {tensor.dtype}: the weights are damaged, or exceed its "
             "range; use bfloat16 or float32"

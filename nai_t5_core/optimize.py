@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nai_t5_core.encoder import T5EncoderStack
@@ -19,21 +20,32 @@ def _is_plain(module: nn.Module) -> bool:
 class PackedLinear(nn.Module):
     """A Linear without bias whose weight lies in oneDNN's own blocked order, which saves reordering it in every call.
 
-    For inference on the CPU only: the weight is no parameter, and can neither be moved nor saved.
+    It is packed by the second call: a process that encodes once never pays for it. For inference on the CPU only: the
+    weight is no parameter, and can neither be moved nor saved.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.plain: Tensor | None = linear.weight.detach()
+        self.packed: Tensor | None = None
+        self.called = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, in_features] to [..., out_features] in the dtype of the weight."""
+        plain = self.plain
+        if plain is not None and not self.called:
+            self.called = True
+            return F.linear(x, plain)
+        if plain is not None:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(plain)
+            self.plain = None
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
         return out
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.packed.dtype}"
+        state = "to be packed" if self.packed is None else "packed"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {state}"
 
 
 def can_prepack(stack: T5EncoderStack) -> bool:
@@ -46,7 +58,7 @@ def can_prepack(stack: T5EncoderStack) -> bool:
 
 
 def prepack(stack: T5EncoderStack) -> T5EncoderStack:
-    """Packs every projection for fast inference on this CPU; each original is let go as soon as its copy is made.
+    """Has every projection packed for fast inference on this CPU; each original is let go when its copy is made.
 
     Returns:
         The same stack, changed. It can no longer be moved, cast, saved or trained.

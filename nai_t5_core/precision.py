@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+from torch import Tensor
 
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -51,3 +54,14 @@ def _has_native_bfloat16(device: torch.device) -> bool:
     # Without these instructions a bfloat16 product on a CPU is emulated, and slower than a float32 one.
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether a weight is without NaN and infinity; takes no memory beside it."""
+    return math.isfinite(largest_absolute(weight))
+
+
+def largest_absolute(weight: Tensor) -> float:
+    """The largest absolute value; NaN if there is one."""
+    low, high = weight.aminmax()
+    return float(torch.stack((low.float(), high.float())).abs().max())

@@ -27,21 +27,30 @@ def parity(
     as_json: Json = False,
 ) -> None:
     """Measure the difference from transformers in float64, in quantiles; exit status 1 if a tolerance is exceeded."""
+    import torch
+
     from nai_t5_core import parity as measuring
     from nai_t5_core.examine import examine
+    from nai_t5_core.load import choose_scales
     from nai_t5_core.peers import hf_state, random_state
 
     if random is not None:
         config = named_config(random).encoder_only()
         config = config.model_copy(update={"num_layers": layers}) if layers else config
-        state = random_state(config)
+        state, scales = random_state(config), None
     else:
         examination = examine(model, subfolder)
         examination.refuse_faults()
         config, state = examination.config.encoder_only(), hf_state(examination)
+        scales = choose_scales(examination, torch.float16)
     with err.status("measuring") as status:
         report = measuring.measure_parity(
-            config, state, dtypes.split(","), against.split(",") if against else (), progress=status.update
+            config,
+            state,
+            dtypes.split(","),
+            against.split(",") if against else (),
+            scales=scales,
+            progress=status.update,
         )
     if as_json:
         print_json(report.to_dict())
