@@ -179,8 +179,8 @@ def render(calibration: Calibration) -> RenderableType:
     table = Table(
         title=f"largest absolute values over {calibration.tokens:,} tokens", title_justify="left", box=box.SIMPLE
     )
-    headings = ("q", "k", "v", "attn out", "gate", "up", "hidden", "ff out")
-    for heading in ("layer", *headings, "attn out, hidden, ff out ×", "lost"):
+    headings = ("q", "k", "v", "attn", "gate", "up", "hidden", "ff")
+    for heading in ("", *headings, "scales", "lost"):
         table.add_column(heading, justify="right")
     for row in calibration.to_dict()["layers"]:
         maxima = [_number(value) for value in row["maxima"].values()]
@@ -188,7 +188,9 @@ def render(calibration: Calibration) -> RenderableType:
         lost = row["hidden_subnormal_share"] + row["hidden_zero_share"]
         table.add_row(str(row["layer"]), *maxima, scales, f"{lost:.2%}")
     notes = [
-        f"scales for headroom {calibration.headroom:g}; embedding × {_fraction(calibration.scales.embedding)}",
+        "attn, ff: what attention and feed-forward add to the residual",
+        f"scales of attn, hidden, ff for headroom {calibration.headroom:g}; "
+        f"of the embedding {_fraction(calibration.scales.embedding)}",
         "lost: share of the hidden values that are subnormal or zero in float16, after scaling",
         *(f"[red]exceeds float16 whatever the scales:[/red] {fault}" for fault in calibration.beyond()),
     ]
@@ -196,7 +198,7 @@ def render(calibration: Calibration) -> RenderableType:
 
 
 def _number(value: float) -> str:
-    return f"[red]{value:,.0f}[/red]" if value > FLOAT16_MAX else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"[red]{value:,.0f}[/red]" if value > FLOAT16_MAX else f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _fraction(scale: float) -> str:
@@ -228,6 +230,6 @@ def plot(calibration: Calibration, path: Path) -> None:
     axes.annotate("float16 ends here: 65504", (0, FLOAT16_MAX), (0, 4), textcoords="offset points", color="tab:red")
     axes.set(yscale="log", xlabel="layer", ylabel="largest absolute value", title="Activations against float16's range")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=3)
+    figure.legend(fontsize="small", ncols=3, loc="outside lower center")
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
