@@ -19,7 +19,8 @@ from nai_t5_core.bench_report import BenchReport, Case, CaseResult, Spread, mark
 from nai_t5_core.config import T5Config, named_config
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.optimize import can_prepack, prepack
-from nai_t5_core.parity import OWN, random_batch
+from nai_t5_core.parity import random_batch
+from nai_t5_core.parity_report import OWN
 from nai_t5_core.peers import PEERS, Peer, State, build_peer, own_encoder, random_state
 from nai_t5_core.precision import resolve_device, resolve_dtype
 

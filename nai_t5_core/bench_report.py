@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nai_t5_core.packing import PaddingPolicy
-from nai_t5_core.parity import OWN, without_nan
+from nai_t5_core.parity_report import OWN, without_nan
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -47,7 +47,8 @@ def encode_guarded(stack: T5EncoderStack, *inputs: Any, **options: Any) -> Tenso
         changes.append(_tighten_first_fault(stack, *inputs, **options))
         out = stack(*inputs, **options)
     if changes:
-        warnings.warn("float16 overflowed; " + "; ".join(changes), ScaleTightenedWarning, stacklevel=2)
+        text = f"float16 overflowed; {'; '.join(changes)}. These scales hold from now on; save them with save_scales()"
+        warnings.warn(text, ScaleTightenedWarning, stacklevel=2)
     return out
 
 

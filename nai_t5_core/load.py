@@ -7,10 +7,11 @@ twice.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,9 +26,17 @@ from nai_t5_core.keymaps import KeyMap
 from nai_t5_core.layers import NoInit
 from nai_t5_core.precision import is_finite, largest_absolute, resolve_device, resolve_dtype
 from nai_t5_core.scales import StackScales, published_scales, scale_for, unscaled
+from nai_t5_core.scales_file import read_scales
 from nai_t5_core.tokenizer import Tokenizer
 
-ScalesChoice = StackScales | Literal["auto"]
+SLOW_FLOAT16 = "float16 is exact enough on a CPU but slow there; dtype='auto' picks what is fastest"
+
+
+class SlowDtypeWarning(UserWarning):
+    """The chosen dtype gives right results on this device, and another would give them sooner."""
+
+
+ScalesChoice = StackScales | Path | str
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,8 @@ def load_encoder(
         layout: ``"fused"`` or ``"separate"``; see :class:`nai_t5_core.encoder.T5EncoderStack`.
         subfolder: the text encoder's folder in a diffusers pipeline.
         scales: powers of two that keep float16 in range, see :mod:`nai_t5_core.scales`. ``"auto"``: those in the
-            checkpoint; else, in float16, those published for a model of this size, or none.
+            checkpoint; else, in float16, those published for a model of this size, or none. A path: those in a file
+            that ``save_scales`` wrote.
 
     Returns:
         The encoder in evaluation mode.
@@ -121,6 +131,8 @@ def load(
         raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
     place = resolve_device(device)
     model_dtype = resolve_dtype(dtype, place)
+    if model_dtype == torch.float16 and place.type == "cpu":
+        warnings.warn(SLOW_FLOAT16, SlowDtypeWarning, stacklevel=3)
     examination = examine(source, subfolder)
     examination.refuse_faults()
     config = examination.config.encoder_only()
@@ -150,7 +162,10 @@ def choose_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesCh
     An embedding table beyond float16's range gets a scale of its own, since its largest value is known.
     """
     config = examination.config
-    scales = examination.scales if wanted == "auto" else wanted
+    if isinstance(wanted, StackScales):
+        scales: StackScales | None = wanted
+    else:
+        scales = examination.scales if wanted == "auto" else read_scales(wanted)
     if scales is None and dtype == torch.float16:
         scales = published_scales(config)
     if dtype != torch.float16 or (scales is not None and scales.embedding < 1):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,14 +14,11 @@ from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import LAYOUTS, T5EncoderStack
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
-from nai_t5_core.peers import PEERS, State, build_peer, exact_norms, own_encoder, transformers_encoder
+from nai_t5_core.parity_report import OWN, Difference, LayerDifferences, ParityReport, PolicyCheck
+from nai_t5_core.peers import PEERS, State, build_peer, exact_norms, own_encoder
 from nai_t5_core.precision import DTYPES
 from nai_t5_core.scales import StackScales
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-OWN = "comfy-nai-t5"
 QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 0.9999)
 PROMPT_LENGTHS = (150, 1, 77, 30)
 
@@ -33,72 +28,17 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 3e-2, to
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How far one implementation is from the reference at real positions.
-
-    Attributes:
-        quantiles: of the absolute difference over all values, by name such as ``"0.99"``.
-        largest: the largest absolute difference; not finite where the output is not, and some quantiles with it.
-        relative: ``largest`` divided by the largest absolute value of the reference.
-    """
-
-    name: str
-    dtype: str
-    quantiles: dict[str, float]
-    largest: float
-    relative: float
-
-
-@dataclass(frozen=True)
-class PolicyCheck:
-    """One padding policy of one of our layouts against what it must give, with the largest relative difference."""
-
-    name: str
-    dtype: str
-    padding: PaddingPolicy
-    relative: float
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        return self.relative <= self.tolerance
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """What :func:`measure_parity` found.
-
-    ``reference`` says what that is, ``largest_value`` is its largest absolute value, and ``skipped`` names the peers
-    that could not run in a dtype, and why.
-    """
-
-    kind: str
-    reference: str
-    prompt_lengths: tuple[int, ...]
-    largest_value: float
-    differences: tuple[Difference, ...]
-    policies: tuple[PolicyCheck, ...]
-    skipped: tuple[str, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every padding policy of ours is within its tolerance."""
-        return all(check.passed for check in self.policies)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; differences that are not finite are None."""
-        policies = [{**asdict(check), "passed": check.passed} for check in self.policies]
-        return dict(without_nan({**asdict(self), "policies": policies, "passed": self.passed}))
-
-
-@dataclass(frozen=True)
 class _Batch:
-    """The token ids with their reference output; ``masked`` with pad keys hidden, ``unmasked`` with pads as tokens."""
+    """The token ids with their reference output: ``masked`` with pad keys hidden, ``unmasked`` with pads as tokens.
+
+    ``residuals`` are the reference's at real positions with pad keys hidden, [tokens, d_model]; empty unless needed.
+    """
 
     ids: Tensor
     mask: Tensor
     masked: Tensor
     unmasked: Tensor
+    residuals: list[Tensor]
 
     @property
     def largest(self) -> float:
@@ -116,6 +56,7 @@ def measure_parity(
     reference_dtype: torch.dtype = torch.float64,
     reference_state: State | None = None,
     scales: StackScales | None = None,
+    per_layer: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Compares our encoder, and others, with a reference on one right-padded batch of random token ids.
@@ -133,6 +74,7 @@ def measure_parity(
         reference_state: weights of the reference and the peers, where they are others than ours: the original of a
             converted checkpoint.
         scales: of our encoder in float16, as :func:`nai_t5_core.load.choose_scales` finds them.
+        per_layer: also compare the residual stream after every layer.
         progress: called with what is being done, in words.
 
     Raises:
@@ -146,31 +88,38 @@ def measure_parity(
         raise ValueError(f"reference_dtype={reference_dtype}; a reference must be float64 or float32")
     original = state if reference_state is None else reference_state
     tell("reference")
-    batch = _reference_batch(config, original, reference_dtype, prompt_lengths, seed)
-    differences, policies, skipped = list[Difference](), list[PolicyCheck](), list[str]()
+    batch = _reference_batch(config, original, reference_dtype, prompt_lengths, seed, per_layer)
+    differences, layers = list[Difference](), list[LayerDifferences]()
+    policies, skipped = list[PolicyCheck](), list[str]()
     for name in names:
         tolerance = max(TOLERANCES[DTYPES[name]], TOLERANCES[reference_dtype])
         for variant, stack in _own_variants(config, state, DTYPES[name], scales if name == "float16" else None):
             tell(f"{variant} in {name}")
             outputs = {padding: _policy_run(stack, batch, padding) for padding in PADDING_POLICIES}
             differences.append(_difference(variant, name, outputs["exact"][0], batch))
+            if per_layer:
+                states = stack.hidden_states(batch.ids, batch.mask, padding="exact", final_norm=False)
+                layers.append(_layer_differences(variant, name, states, batch))
             for padding, (found, wanted) in outputs.items():
                 relative = _relative(found, wanted, batch)
                 policies.append(PolicyCheck(variant, name, padding, relative, tolerance))
-        for peer in against:
-            tell(f"{peer} in {name}")
+        for peer_name in against:
+            tell(f"{peer_name} in {name}")
             try:
-                hidden = build_peer(peer, config, original, DTYPES[name])(batch.ids, batch.mask)
+                peer = build_peer(peer_name, config, original, DTYPES[name])
             except ValueError as error:
-                skipped.append(f"{peer} in {name}: {error}")
-            else:
-                differences.append(_difference(peer, name, hidden, batch))
+                skipped.append(f"{peer_name} in {name}: {error}")
+                continue
+            differences.append(_difference(peer_name, name, peer(batch.ids, batch.mask), batch))
+            if per_layer:
+                layers.append(_layer_differences(peer_name, name, peer.residuals(batch.ids, batch.mask), batch))
     return ParityReport(
         kind=config.kind,
         reference=f"transformers in {_dtype_name(reference_dtype)} with exact norms",
         prompt_lengths=tuple(prompt_lengths),
         largest_value=batch.largest,
         differences=tuple(differences),
+        layers=tuple(layers),
         policies=tuple(policies),
         skipped=tuple(skipped),
     )
@@ -191,12 +140,13 @@ def random_batch(config: T5Config, prompt_lengths: Sequence[int], length: int, s
 
 
 def _reference_batch(
-    config: T5Config, state: State, dtype: torch.dtype, prompt_lengths: Sequence[int], seed: int
+    config: T5Config, state: State, dtype: torch.dtype, prompt_lengths: Sequence[int], seed: int, per_layer: bool
 ) -> _Batch:
     ids, mask = random_batch(config, prompt_lengths, max(prompt_lengths, default=0), seed)
-    model = exact_norms(transformers_encoder(config, state, dtype))
-    masked = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-    return _Batch(ids, mask, masked, model(input_ids=ids).last_hidden_state)
+    reference = build_peer("transformers", config, state, dtype)
+    exact_norms(reference.model)
+    residuals = [residual[mask] for residual in reference.residuals(ids, mask)] if per_layer else []
+    return _Batch(ids, mask, reference(ids, mask), reference(ids), residuals)
 
 
 def _own_variants(
@@ -241,59 +191,17 @@ def _difference(name: str, dtype: str, hidden: Tensor, batch: _Batch) -> Differe
     return Difference(name, dtype, quantiles, largest, largest / batch.largest)
 
 
+def _layer_differences(name: str, dtype: str, states: Sequence[Tensor], batch: _Batch) -> LayerDifferences:
+    medians, largest = list[float](), list[float]()
+    for state, expected in zip(states, batch.residuals, strict=True):
+        errors = (state[batch.mask].to(expected.dtype) - expected).abs() / expected.square().mean().sqrt()
+        medians.append(float(errors.median()))
+        largest.append(float(errors.max()))
+    return LayerDifferences(name, dtype, tuple(medians), tuple(largest))
+
+
 def _dtype_name(dtype: torch.dtype | str) -> str:
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
     return name
-
-
-def without_nan(value: Any) -> Any:
-    """Nested lists and dictionaries with None for NaN and infinity, which JSON has not."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def render(report: ParityReport) -> RenderableType:
-    """The report as tables for a terminal."""
-    from rich.console import Group
-    from rich.text import Text
-
-    title = (
-        f"{report.kind} against {report.reference}; prompts of {', '.join(map(str, report.prompt_lengths))} tokens; "
-        f"largest value {report.largest_value:.3g}"
-    )
-    failed = [f"{check.name} {check.dtype} {check.padding}" for check in report.policies if not check.passed]
-    good, bad = "every padding policy is within its tolerance", f"outside the tolerance: {', '.join(failed)}"
-    verdict = Text(bad, style="red") if failed else Text(good, style="green")
-    notes = [Text(f"skipped {reason}") for reason in report.skipped]
-    tables = [_difference_table(report, dtype) for dtype in dict.fromkeys(item.dtype for item in report.differences)]
-    return Group(Text(title), *tables, _policy_table(report), *notes, verdict)
-
-
-def _difference_table(report: ParityReport, dtype: str) -> RenderableType:
-    from rich.table import Table
-
-    items = [item for item in report.differences if item.dtype == dtype]
-    names = (item.name.replace(f"{OWN} ", "ours\n") for item in items)
-    table = Table("quantile", *names, title=f"{dtype}: absolute difference at real positions", title_justify="left")
-    for quantile in items[0].quantiles:
-        table.add_row(quantile, *(f"{item.quantiles[quantile]:.1e}" for item in items))
-    table.add_row("max", *(f"{item.largest:.1e}" for item in items))
-    table.add_row("max, relative", *(f"{item.relative:.1e}" for item in items))
-    return table
-
-
-def _policy_table(report: ParityReport) -> RenderableType:
-    from rich.table import Table
-
-    headings = ("dtype", "layout", *PADDING_POLICIES, "tolerance")
-    table = Table(*headings, title="padding policies, relative", title_justify="left")
-    for (dtype, name), group in groupby(report.policies, key=lambda check: (check.dtype, check.name)):
-        checks = list(group)
-        cells = [f"[{'green' if check.passed else 'red'}]{check.relative:.1e}[/]" for check in checks]
-        table.add_row(dtype, name.removeprefix(f"{OWN} "), *cells, f"{checks[0].tolerance:.0e}")
-    return table

@@ -121,17 +121,40 @@ def own_encoder(
 
 
 @dataclass(frozen=True)
+class _Implementation:
+    """How a package's encoder is built and called, where its layers are, and what passes between them."""
+
+    build: Callable[[T5Config, State, torch.dtype], nn.Module]
+    forward: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+    layers: Callable[[Any], nn.ModuleList]
+    residual: Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
 class Peer:
     """A built peer. A call takes [batch, length] ids, and a mask or None, to [batch, length, d_model]."""
 
     name: str
     version: str
     model: nn.Module
-    forward: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+    implementation: _Implementation
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.forward(self.model, ids, mask)
+        return self.implementation.forward(self.model, ids, mask)
+
+    def residuals(self, ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """The residual stream before the first layer and after each: layers + 1 tensors [batch, length, d_model]."""
+        layers, residual = self.implementation.layers(self.model), self.implementation.residual
+        states: list[Tensor] = []
+        hooks = [layers[0].register_forward_pre_hook(lambda _, inputs: states.append(residual(inputs[0])))]
+        hooks += [layer.register_forward_hook(lambda _, __, out: states.append(residual(out))) for layer in layers]
+        try:
+            self(ids, mask)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return states
 
 
 def build_peer(name: str, config: T5Config, state: State, dtype: torch.dtype) -> Peer:
@@ -143,9 +166,8 @@ def build_peer(name: str, config: T5Config, state: State, dtype: torch.dtype) ->
     """
     if name not in _PEERS:
         raise ValueError(f"unknown peer {name!r}; allowed: {', '.join(_PEERS)}")
-    build, forward = _PEERS[name]
-    model = build(config, state, dtype)
-    return Peer(name, importlib.metadata.version(name), model, forward)
+    model = _PEERS[name].build(config, state, dtype)
+    return Peer(name, importlib.metadata.version(name), model, _PEERS[name])
 
 
 def transformers_encoder(config: T5Config, state: State, dtype: torch.dtype) -> nn.Module:
@@ -285,8 +307,22 @@ def _call_nai_t5(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
     return hidden
 
 
-_PEERS: dict[str, tuple[Callable[[T5Config, State, torch.dtype], nn.Module], Callable[..., Tensor]]] = {
-    "transformers": (transformers_encoder, _call_transformers),
-    "nai-t5": (nai_t5_encoder, _call_nai_t5),
+def _residual_of_transformers(value: Any) -> Tensor:
+    residual: Tensor = value[0] if isinstance(value, tuple) else value
+    return residual
+
+
+def _residual_of_nai_t5(value: Any) -> Tensor:
+    """What a layer adds to the residual, and the residual, travel side by side; the first layer gets no residual."""
+    added, residual = value
+    total: Tensor = added if residual is None else added.to(residual.dtype) + residual
+    return total
+
+
+_PEERS = {
+    "transformers": _Implementation(
+        transformers_encoder, _call_transformers, lambda model: model.encoder.block, _residual_of_transformers
+    ),
+    "nai-t5": _Implementation(nai_t5_encoder, _call_nai_t5, lambda model: model.layers, _residual_of_nai_t5),
 }
 PEERS = tuple(_PEERS)

@@ -19,6 +19,7 @@ from nai_t5_core.guard import encode_guarded
 from nai_t5_core.load import LoadReport, ScalesChoice, load
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
+from nai_t5_core.scales_file import write_scales
 from nai_t5_core.text_cleaning import clean_text
 from nai_t5_core.tokenizer import TokenBatch, Tokenizer, load_tokenizer
 
@@ -104,6 +105,13 @@ class TextEncoder:
             raise ValueError(NO_TOKENIZER.format(source=loaded.report.source))
         stack = prepack(loaded.stack) if optimize and can_prepack(loaded.stack) else loaded.stack
         return cls(stack, found, loaded.report, token_budget)
+
+    def save_scales(self, path: str | Path) -> None:
+        """Writes the float16 scales in use, those that a warning said were tightened included, to a JSON file.
+
+        ``from_pretrained(…, scales=path)`` and ``convert(…, scales=path)`` read it.
+        """
+        write_scales(path, self.stack.scales)
 
     def count(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt, the end token included, before any truncation."""

@@ -17,7 +17,7 @@ from nai_t5_core.bench import CASES, EAGER, Case, markdown, render, run_bench
 from nai_t5_core.bench_report import BenchReport
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.optimize import can_prepack
-from nai_t5_core.parity import OWN
+from nai_t5_core.parity_report import OWN
 from nai_t5_core.peers import random_state
 
 V1_1 = TOY_CONFIGS["v1.1"].encoder_only()

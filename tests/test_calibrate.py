@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,16 @@ from conftest import TOY_CONFIGS, build_stack, write_hf_folder
 from nai_t5_core.calibrate import Calibration, calibrate, plot
 from nai_t5_core.cli import app
 from nai_t5_core.config import T5Config
+from nai_t5_core.conversion import convert
 from nai_t5_core.examine import find_tokenizer_for
-from nai_t5_core.guard import encode_guarded
-from nai_t5_core.load import load_encoder
+from nai_t5_core.guard import ScaleTightenedWarning, encode_guarded
+from nai_t5_core.load import SlowDtypeWarning, load_encoder
 from nai_t5_core.maxima import LayerMaxima
-from nai_t5_core.scales import FLOAT16_MAX
+from nai_t5_core.peers import build_peer
+from nai_t5_core.scales import FLOAT16_MAX, StackScales
+from nai_t5_core.scales_file import write_scales
 from nai_t5_core.stress import OUTLIERS, Outlier, stress_state
+from nai_t5_core.text_encoder import TextEncoder
 
 PROMPTS = ["a cat", "two dogs and a red house on the hill", "", "one one one one one one"]
 
@@ -57,6 +62,27 @@ def test_calibrated_float16_is_finite_and_plain_float16_is_not(tmp_path: Path, k
     if outlier not in ("large_norm", "small_norm"):
         plain = build_stack(config.encoder_only(), state, torch.float16)
         assert not torch.isfinite(plain(ids)).all()
+
+
+@pytest.mark.parametrize("outlier", ["feed_forward_out", "attention_out", "hidden", "embedding"])
+@torch.no_grad()
+def test_peers_in_plain_float16_fail_where_ours_does_not(
+    tmp_path: Path, outlier: Outlier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers without its clamps and its one product in float32, and nai-t5 without scales."""
+    pytest.importorskip("transformers", reason="a peer")
+    pytest.importorskip("nai_t5", reason="a peer")
+    config = config_of("v1.1").encoder_only()
+    state = stress_state(config, outlier)
+    ids = torch.randint(3, config.vocab_size, (2, 11), generator=torch.Generator().manual_seed(9))
+
+    folder, found = calibrated(tmp_path, outlier)
+    assert torch.isfinite(load_encoder(folder, "float16", "cpu", scales=found.scales)(ids)).all()
+    assert not torch.isfinite(build_peer("nai-t5", config, state, torch.float16)(ids)).all()
+    theirs = build_peer("transformers", config, state, torch.float16)
+    theirs.model.half()
+    monkeypatch.setattr(torch, "clamp", lambda values, **_: values)
+    assert not torch.isfinite(theirs(ids)).all()
 
 
 def test_scales_leave_the_headroom_and_no_more(tmp_path: Path) -> None:
@@ -103,6 +129,47 @@ def test_a_prompt_beyond_the_calibration_is_mended_by_the_guard(tmp_path: Path) 
     with pytest.warns(UserWarning, match=r"layer 1: feed_forward_out reaches .*scale 1 tightened to"):
         out = encode_guarded(stack, ids)
     assert torch.isfinite(out).all()
+
+
+def test_tightened_scales_are_saved_and_read_again(tmp_path: Path) -> None:
+    """Loose scales, one warning, a file; with that file the same prompts warn no more and give the same values."""
+    folder, found = calibrated(tmp_path, "feed_forward_out")
+    loose = found.scales.with_layer(1, found.scales.layers[0])
+    saved = tmp_path / "scales.json"
+    encoder = TextEncoder.from_pretrained(folder, "float16", "cpu", scales=loose)
+    with pytest.warns(ScaleTightenedWarning, match=r"save them with save_scales"):
+        first = encoder.encode(PROMPTS).hidden_states
+    encoder.save_scales(saved)
+    again = TextEncoder.from_pretrained(folder, "float16", "cpu", scales=saved)
+    assert again.stack.scales.layers[1].feed_forward_out < 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(again.encode(PROMPTS).hidden_states, first)
+    written = tmp_path / "own.safetensors"
+    convert(folder, written, "float16", encoder_only=True, scales=saved)
+    assert load_encoder(written, "float16", "cpu").scales == encoder.stack.scales
+
+
+def test_a_file_that_holds_no_scales_is_named(tmp_path: Path) -> None:
+    folder, found = calibrated(tmp_path, "hidden")
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"layers": 3}')
+    for path in (wrong, tmp_path / "absent.json"):
+        with pytest.raises(ValueError, match=rf"{path.name} cannot be read as float16 scales"):
+            load_encoder(folder, "float16", "cpu", scales=path)
+    short = tmp_path / "short.json"
+    write_scales(short, StackScales(found.scales.layers[:1]))
+    with pytest.raises(ValueError, match=r"scales of 1 layers for a model of 3 layers"):
+        load_encoder(folder, "float16", "cpu", scales=short)
+
+
+def test_float16_on_a_cpu_says_once_that_others_are_faster(tmp_path: Path) -> None:
+    folder, _ = calibrated(tmp_path, "hidden")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for dtype in ("float16", "float16", "float32", "auto"):
+            load_encoder(folder, dtype, "cpu")
+    assert [item.category for item in seen] == [SlowDtypeWarning]
 
 
 def test_command_writes_scales_and_plot(tmp_path: Path) -> None:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import io
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import TOY_CONFIGS
+from rich.console import Console
 from torch import Tensor
 
 from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.optimize import can_prepack
 from nai_t5_core.packing import PADDING_POLICIES
-from nai_t5_core.parity import OWN, QUANTILES, measure_parity, random_batch, render
+from nai_t5_core.parity import QUANTILES, measure_parity, random_batch
+from nai_t5_core.parity_report import OWN, plot, render
 from nai_t5_core.peers import random_state
 from nai_t5_core.scales import LayerScales, StackScales
+from nai_t5_core.stress import stress_state
 
 pytest.importorskip("transformers", reason="transformers is the reference")
 
@@ -122,8 +126,6 @@ def test_what_is_not_finite_fails_and_stays_json() -> None:
 
 
 def test_report_for_people_and_programs() -> None:
-    from rich.console import Console
-
     messages: list[str] = []
     report = measure_parity(V1_1, random_state(V1_1), ["float32"], prompt_lengths=(5, 5), progress=messages.append)
     values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
@@ -142,6 +144,34 @@ def test_report_for_people_and_programs() -> None:
         "every padding policy is within its tolerance",
     ):
         assert text in page.getvalue()
+
+
+def test_layers_show_where_errors_grow_and_where_float16_ends(tmp_path: Path) -> None:
+    pytest.importorskip("nai_t5", reason="a peer to measure")
+    pytest.importorskip("matplotlib", reason="the plot needs it")
+    peers = ("transformers", "nai-t5")
+    fine = measure_parity(V1_1, random_state(V1_1), ["float32", "bfloat16"], peers, LENGTHS, per_layer=True)
+    assert len(fine.layers) == len(fine.differences)
+    for item in fine.layers:
+        assert len(item.medians) == len(item.largest) == V1_1.num_layers + 1
+        assert item.first_not_finite is None
+        assert item.medians[0] < 1e-2 if item.dtype == "bfloat16" else item.medians[0] < 1e-6
+        assert max(item.largest) < (0.1 if item.dtype == "bfloat16" else 1e-4)
+    picture = tmp_path / "errors.png"
+    plot(fine, picture)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+    over = measure_parity(
+        V1_1, stress_state(V1_1, "feed_forward_out", layer=1), ["float16"], peers, LENGTHS, per_layer=True
+    )
+    places = {item.name: item.first_not_finite for item in over.layers}
+    # transformers clamps, and keeps this product in float32.
+    assert places["transformers"] is None
+    assert places[f"{OWN} fused"] == places["nai-t5"] == "layer 1"
+    assert json.loads(json.dumps(over.to_dict(), allow_nan=False))["layers"][0]["first_not_finite"] == "layer 1"
+    page = io.StringIO()
+    Console(file=page, width=120).print(render(over))
+    assert "first not finite" in page.getvalue()
 
 
 def test_arguments_are_checked() -> None:

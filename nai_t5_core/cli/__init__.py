@@ -6,6 +6,8 @@ torch is imported by the commands when they run and not by these modules, so tha
 from __future__ import annotations
 
 import sys
+import warnings
+from typing import Any
 
 import typer
 from rich.markup import escape
@@ -26,12 +28,17 @@ for command in (encode, count, inspect, convert, calibrate, parity, bench):
 
 
 def main() -> None:
-    """The entry point: faults of the input become one line on stderr and exit status 2."""
+    """The entry point: faults of the input become one line on stderr and exit status 2; a warning is one line."""
+    warnings.showwarning = _say_warning
     try:
         app(prog_name="nai-t5")
     except (ValueError, OSError) as error:
         say(f"[red]error:[/red] {escape(_in_one_line(error))}", err)
         sys.exit(2)
+
+
+def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    say(f"[yellow]warning:[/yellow] {escape(str(message))}", err)
 
 
 def _in_one_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from nai_t5_core.cli.options import Dtype, Json, ModelArgument, Subfolder, TokenizerOption
+from nai_t5_core.cli.options import Dtype, Json, ModelArgument, SaveScales, ScalesOption, Subfolder, TokenizerOption
 from nai_t5_core.cli.terminal import bytes_bar, counting, out, print_json, read_prompts, say, size
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def convert(
     target: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write.")],
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights; auto keeps the source's.")] = Dtype.auto,
     encoder_only: Annotated[bool, typer.Option("--encoder-only", help="Leave the decoder out.")] = False,
+    scales: ScalesOption = None,
     subfolder: Subfolder = "",
     tokenizer: TokenizerOption = None,
     as_json: Json = False,
@@ -57,7 +58,9 @@ def convert(
     from nai_t5_core.conversion import convert as convert_checkpoint
 
     with bytes_bar(f"converting to {target}") as progress:
-        done = convert_checkpoint(source, target, dtype.value, encoder_only, subfolder, tokenizer, progress=progress)
+        done = convert_checkpoint(
+            source, target, dtype.value, encoder_only, subfolder, tokenizer, scales or "auto", progress
+        )
     report = {
         "out": str(done.out),
         "dtype": str(done.dtype).removeprefix("torch."),
@@ -79,6 +82,7 @@ def calibrate(
     headroom: Annotated[float, typer.Option(help="How many times larger than seen a value may become.")] = 4.0,
     write: Annotated[Path | None, typer.Option("--out", help="Converted float16 checkpoint with the scales.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file with the maxima of every layer.")] = None,
+    save_scales: SaveScales = None,
     subfolder: Subfolder = "",
     tokenizer: TokenizerOption = None,
     as_json: Json = False,
@@ -86,6 +90,7 @@ def calibrate(
     """Find the scales that keep float16 from overflowing, one layer in memory at a time."""
     from nai_t5_core import calibrate as calibrating
     from nai_t5_core.conversion import convert as convert_checkpoint
+    from nai_t5_core.scales_file import write_scales
 
     texts = read_prompts(prompts) if prompts else calibrating.PROMPTS
     with counting("calibrating layers") as progress:
@@ -94,6 +99,9 @@ def calibrate(
     if plot is not None:
         calibrating.plot(found, plot)
         report["plot"] = str(plot)
+    if save_scales is not None:
+        write_scales(save_scales, found.scales)
+        report["scales"] = str(save_scales)
     if write is not None:
         with bytes_bar(f"converting to {write}") as progress:
             convert_checkpoint(model, write, "float16", True, subfolder, tokenizer, found.scales, progress)
@@ -102,7 +110,7 @@ def calibrate(
         print_json(report)
         return
     out.print(calibrating.render(found))
-    for name in ("plot", "out"):
+    for name in ("plot", "scales", "out"):
         if name in report:
             say(f"wrote {escape(report[name])}")
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nai_t5_core.cli.options import DeviceOption, Dtype, DtypeOption, Json, ModelArgument, Subfolder
+from nai_t5_core.cli.options import DeviceOption, Dtype, DtypeOption, Json, ModelArgument, ScalesOption, Subfolder
 from nai_t5_core.cli.terminal import err, out, print_json, say
 from nai_t5_core.config import named_config
 
@@ -21,41 +21,54 @@ def parity(
     model: ModelArgument = None,
     random: Random = None,
     layers: Annotated[int | None, typer.Option(help="With --random: only this many layers.")] = None,
+    outliers: Annotated[
+        bool, typer.Option("--outliers", help="With --random: large channels, as trained models have them.")
+    ] = False,
     dtypes: Annotated[str, typer.Option(help="Compute dtypes, joined by commas.")] = "float32,float64",
     against: Against = "transformers",
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Also compare the residual after each layer.")] = False,
+    scales: ScalesOption = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file with the errors of all.")] = None,
     subfolder: Subfolder = "",
     as_json: Json = False,
 ) -> None:
     """Measure the difference from transformers in float64, in quantiles; exit status 1 if a tolerance is exceeded."""
     import torch
 
-    from nai_t5_core import parity as measuring
+    from nai_t5_core import parity_report
     from nai_t5_core.examine import examine
     from nai_t5_core.load import choose_scales
+    from nai_t5_core.parity import measure_parity
     from nai_t5_core.peers import hf_state, random_state
+    from nai_t5_core.scales_file import read_scales
 
     if random is not None:
         config = named_config(random).encoder_only()
         config = config.model_copy(update={"num_layers": layers}) if layers else config
-        state, scales = random_state(config), None
+        state, chosen = random_state(config, outliers=outliers), read_scales(scales) if scales else None
     else:
         examination = examine(model, subfolder)
         examination.refuse_faults()
         config, state = examination.config.encoder_only(), hf_state(examination)
-        scales = choose_scales(examination, torch.float16)
+        chosen = choose_scales(examination, torch.float16, scales or "auto")
     with err.status("measuring") as status:
-        report = measuring.measure_parity(
+        report = measure_parity(
             config,
             state,
             dtypes.split(","),
             against.split(",") if against else (),
-            scales=scales,
+            scales=chosen,
+            per_layer=per_layer,
             progress=status.update,
         )
+    if plot is not None:
+        parity_report.plot(report, plot)
     if as_json:
         print_json(report.to_dict())
     else:
-        out.print(measuring.render(report))
+        out.print(parity_report.render(report))
+        if plot is not None:
+            say(f"wrote {plot}")
     if not report.passed:
         raise typer.Exit(1)
 

@@ -19,6 +19,8 @@ from nai_t5_core.cli.options import (
     Padding,
     PromptFile,
     Prompts,
+    SaveScales,
+    ScalesOption,
     Subfolder,
     TokenizerOption,
 )
@@ -41,6 +43,8 @@ def encode(
     device: DeviceOption = "auto",
     subfolder: Subfolder = "",
     tokenizer: TokenizerOption = None,
+    scales: ScalesOption = None,
+    save_scales: SaveScales = None,
     write: Annotated[Path | None, typer.Option("--out", help="Safetensors file to write.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -49,7 +53,9 @@ def encode(
     with working("loading the model"):
         from nai_t5_core.text_encoder import TextEncoder
 
-        encoder = TextEncoder.from_pretrained(model, dtype.value, device, tokenizer=tokenizer, subfolder=subfolder)
+        encoder = TextEncoder.from_pretrained(
+            model, dtype.value, device, tokenizer=tokenizer, subfolder=subfolder, scales=scales or "auto"
+        )
     policy: PaddingPolicy | None = padding.value if padding else None
     with working(f"encoding {len(texts)} prompts"):
         embeddings = encoder.encode(
@@ -59,6 +65,9 @@ def encode(
     if write is not None:
         _write_embeddings(write, embeddings, texts, encoder, family)
         summary["out"] = str(write)
+    if save_scales is not None:
+        encoder.save_scales(save_scales)
+        summary["scales"] = str(save_scales)
     if as_json:
         print_json(summary)
     else:
@@ -144,8 +153,9 @@ def _print_embeddings(summary: dict[str, Any]) -> None:
         if row["truncated"]:
             lost = f"{short(row['prompt'])}; lost: {short(row['cut_text'])}"
             say(f"[yellow]cut to {row['tokens']} tokens:[/yellow] {lost}", err)
-    if "out" in summary:
-        say(f"wrote {escape(summary['out'])}")
+    for name in ("out", "scales"):
+        if name in summary:
+            say(f"wrote {escape(summary[name])}")
 
 
 def _write_embeddings(
