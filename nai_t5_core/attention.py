@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nai_t5_core.config import T5Config
-from nai_t5_core.layers import scaled
+from nai_t5_core.layers import add_sublayer, scaled
 from nai_t5_core.packing import DocumentGroup
 
 # Queries, keys and values [tokens, heads, d_kv] to attention output [tokens, heads, d_kv].
@@ -54,9 +55,14 @@ def distance_table(weight: Tensor, max_distance: int, bidirectional: bool = True
 
     Buckets are constant beyond ``max_distance``, so this table serves sequences of any length.
     """
-    distances = torch.arange(-max_distance, max_distance + 1, device=weight.device)
-    buckets = relative_position_bucket(distances, bidirectional, weight.shape[0], max_distance)
-    return weight[buckets].t()
+    return weight[_buckets_by_distance(max_distance, bidirectional, weight.shape[0], weight.device)].t()
+
+
+@lru_cache
+def _buckets_by_distance(max_distance: int, bidirectional: bool, num_buckets: int, device: torch.device) -> Tensor:
+    # A dozen small operations whose result never changes.
+    distances = torch.arange(-max_distance, max_distance + 1, device=device)
+    return relative_position_bucket(distances, bidirectional, num_buckets, max_distance)
 
 
 def position_bias(table: Tensor, length: int) -> Tensor:
@@ -251,6 +257,6 @@ class SelfAttentionLayer(nn.Module):
         self.out_scale = out_scale
 
     def forward(self, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
-        """[tokens, d_model] residual to residual; ``dtype`` is the compute dtype."""
+        """[tokens, d_model] residual to residual, changed in place in inference; ``dtype`` is the compute dtype."""
         out = self.SelfAttention(self.layer_norm(residual).to(dtype), attend)
-        return torch.add(residual, out, alpha=1 / self.out_scale)
+        return add_sublayer(residual, out, self.out_scale)

@@ -108,21 +108,31 @@ class Encoder(nn.Module):
 
     def forward(self, embeddings: Tensor, plan: AttentionPlan, dtype: torch.dtype) -> Tensor:
         """[tokens, d_model] in any float dtype to [tokens, d_model] in ``dtype``, after the final norm."""
-        residual = embeddings
-        for state in self.residuals(embeddings, plan, dtype):
-            residual = state
+        residual = self._own_residual(embeddings, dtype)
+        for block, attend in self._layers(plan, dtype):
+            residual = block(residual, attend, dtype)
         return self.finish(residual, dtype)
 
     def residuals(self, embeddings: Tensor, plan: AttentionPlan, dtype: torch.dtype) -> Iterator[Tensor]:
         """The residual stream before the first block and after each: layers + 1 tensors [tokens, d_model]."""
-        residual = embeddings.to(residual_dtype(dtype))
-        yield residual
+        residual = self._own_residual(embeddings, dtype)
+        yield residual.clone()
+        for block, attend in self._layers(plan, dtype):
+            residual = block(residual, attend, dtype)
+            yield residual.clone()
+
+    @staticmethod
+    def _own_residual(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy in the residual's precision, since blocks change it in place; the caller's tensor stays as it is."""
+        return embeddings.to(residual_dtype(dtype), copy=True)
+
+    def _layers(self, plan: AttentionPlan, dtype: torch.dtype) -> Iterator[tuple[nn.Module, Attend]]:
+        """Every block with its attention function."""
         attend: Attend | None = None
         for index, block in enumerate(self.block):
             if attend is None or self.bias_per_layer:
                 attend = plan.layer(self.bias_table(index).to(dtype))
-            residual = block(residual, attend, dtype)
-            yield residual
+            yield block, attend
 
     def bias_table(self, index: int) -> Tensor:
         """The bias by distance that a layer uses, its own or the first layer's: [heads, 2 · max_distance + 1]."""

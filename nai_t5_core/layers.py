@@ -39,6 +39,17 @@ def scaled(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1 else x * scale
 
 
+def add_sublayer(residual: Tensor, out: Tensor, out_scale: float) -> Tensor:
+    """residual + out / out_scale, in the residual's precision.
+
+    In inference the sum is written into ``residual``, so that the stream stays in one place in memory; the encoder
+    owns that tensor. Under autograd the norm before still needs the old values.
+    """
+    if torch.is_grad_enabled():
+        return torch.add(residual, out, alpha=1 / out_scale)
+    return residual.add_(out, alpha=1 / out_scale)
+
+
 class NoInit:
     """``ops`` for models whose weights come from a file: torch's own classes without their random initialisation.
 
@@ -175,6 +186,6 @@ class FeedForwardLayer(nn.Module):
         self.out_scale = out_scale
 
     def forward(self, residual: Tensor, dtype: torch.dtype) -> Tensor:
-        """[tokens, d_model] residual to residual; ``dtype`` is the compute dtype."""
+        """[tokens, d_model] residual to residual, changed in place in inference; ``dtype`` is the compute dtype."""
         out = self.DenseReluDense(self.layer_norm(residual).to(dtype))
-        return torch.add(residual, out, alpha=1 / self.out_scale)
+        return add_sublayer(residual, out, self.out_scale)

@@ -2,50 +2,107 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nai_t5_core.config import Activation
 from nai_t5_core.encoder import T5EncoderStack
-from nai_t5_core.layers import NoInit
+from nai_t5_core.layers import ACTIVATIONS, FeedForward, FusedGatedFeedForward, GatedFeedForward, NoInit, scaled
 
 # Not their subclasses: what those do beyond a product (adapters, quantisation, offloading) packing would lose.
 _PLAIN_LINEARS = (nn.Linear, NoInit.Linear)
 
-
-def _is_plain(module: nn.Module) -> bool:
-    return type(module) in _PLAIN_LINEARS
+# How oneDNN names what it does to a product before rounding it.
+_POST_OPERATIONS: dict[Activation | None, tuple[str, list[Any], str]] = {
+    None: ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "gelu_new": ("gelu", [], "tanh"),
+    "gelu": ("gelu", [], "none"),
+    "silu": ("swish", [], ""),
+}
 
 
 class PackedLinear(nn.Module):
-    """A Linear without bias whose weight lies in oneDNN's own blocked order, which saves reordering it in every call.
+    """A product with a weight that lies in oneDNN's own blocked order, which saves reordering it in every call.
 
     It is packed by the second call: a process that encodes once never pays for it. For inference on the CPU only: the
     weight is no parameter, and can neither be moved nor saved.
+
+    Args:
+        weight: [out_features, in_features].
+        activation: applied to the product before it is rounded.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight: Tensor, activation: Activation | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.plain: Tensor | None = linear.weight.detach()
+        self.out_features, self.in_features = weight.shape
+        self.activation = activation
+        self.plain: Tensor | None = weight.detach()
         self.packed: Tensor | None = None
         self.called = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[…, in_features] to [..., out_features] in the dtype of the weight."""
-        plain = self.plain
-        if plain is not None and not self.called:
-            self.called = True
-            return F.linear(x, plain)
-        if plain is not None:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(plain)
+    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        """act(x · weightᵀ) · factor: […, in_features] to […, out_features] in the dtype of the weight.
+
+        ``factor`` is [..., out_features], and only for products without activation.
+        """
+        if self.plain is not None:
+            if not self.called:
+                self.called = True
+                return self._unpacked(x, self.plain, factor)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.plain)
             self.plain = None
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        out: Tensor
+        if factor is not None:
+            out = torch.ops.mkldnn._linear_pointwise.binary(x, factor, self.packed, None, "mul")
+        else:
+            out = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, *_POST_OPERATIONS[self.activation])
         return out
+
+    def _unpacked(self, x: Tensor, weight: Tensor, factor: Tensor | None) -> Tensor:
+        product = F.linear(x, weight)
+        if self.activation is not None:
+            product = ACTIVATIONS[self.activation](product)
+        return product if factor is None else product * factor
 
     def extra_repr(self) -> str:
         state = "to be packed" if self.packed is None else "packed"
-        return f"in_features={self.in_features}, out_features={self.out_features}, {state}"
+        activation = f", {self.activation}" if self.activation else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}{activation}, {state}"
+
+
+class PackedFeedForward(nn.Module):
+    """wo(act(wi(x))), with the activation inside the first product."""
+
+    def __init__(self, dense: FeedForward) -> None:
+        super().__init__()
+        self.scale = dense.scale
+        self.wi = PackedLinear(dense.wi.weight, dense.activation)
+        self.wo = PackedLinear(dense.wo.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[tokens, d_model] to [tokens, d_model]."""
+        out: Tensor = self.wo(self.wi(scaled(hidden, self.scale)))
+        return out
+
+
+class PackedGatedFeedForward(nn.Module):
+    """wo(act(gate(x)) · up(x)), with activation and gating inside the products: each is rounded once, not twice."""
+
+    def __init__(self, gate: Tensor, up: Tensor, wo: Tensor, activation: Activation, up_scale: float = 1.0) -> None:
+        super().__init__()
+        self.up_scale = up_scale
+        self.gate = PackedLinear(gate, activation)
+        self.up = PackedLinear(up)
+        self.wo = PackedLinear(wo)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[tokens, d_model] to [tokens, d_model]."""
+        out: Tensor = self.wo(self.up(scaled(hidden, self.up_scale), self.gate(hidden)))
+        return out
 
 
 def can_prepack(stack: T5EncoderStack) -> bool:
@@ -71,9 +128,31 @@ def prepack(stack: T5EncoderStack) -> T5EncoderStack:
             f"cannot prepack a model in {stack.dtype} on {stack.device}: oneDNN packs float32, and bfloat16 where the "
             "processor supports it, on the CPU"
         )
-    with torch.no_grad():
-        # The parents alone are listed: a list of every module would keep the originals alive to the end.
-        for parent in [module for module in stack.modules() if any(_is_plain(child) for child in module.children())]:
-            for name in [name for name, child in parent.named_children() if _is_plain(child)]:
-                setattr(parent, name, PackedLinear(getattr(parent, name)))
+    _replace_children(stack)
     return stack
+
+
+def _replace_children(parent: nn.Module) -> None:
+    for name, child in parent.named_children():
+        packed = _packed(child)
+        if packed is None:
+            _replace_children(child)
+        else:
+            setattr(parent, name, packed)
+
+
+def _packed(module: nn.Module) -> nn.Module | None:
+    """The packed form of a projection or feed-forward; None for everything else."""
+    if isinstance(module, nn.Linear) and type(module) in _PLAIN_LINEARS:
+        return PackedLinear(module.weight)
+    if not all(type(child) in _PLAIN_LINEARS for child in module.children()):
+        return None
+    if isinstance(module, FeedForward):
+        return PackedFeedForward(module)
+    if isinstance(module, GatedFeedForward):
+        gate, up, wo = module.wi_0.weight, module.wi_1.weight, module.wo.weight
+        return PackedGatedFeedForward(gate, up, wo, module.activation, module.scale)
+    if isinstance(module, FusedGatedFeedForward):
+        gate, up = module.wi.weight.detach().chunk(2)
+        return PackedGatedFeedForward(gate, up, module.wo.weight, module.activation)
+    return None

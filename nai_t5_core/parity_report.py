@@ -145,14 +145,14 @@ def _difference_table(report: ParityReport, dtype: str) -> RenderableType:
 
 
 def _layer_table(report: ParityReport, dtype: str) -> RenderableType:
-    """Median and largest difference after every layer, and the first that is not finite."""
+    """The median difference after every layer, and the first layer that is not finite."""
     from rich.table import Table
 
     items = [item for item in report.layers if item.dtype == dtype]
-    title = f"{dtype}: residual after each layer, difference relative to its root mean square: median, largest"
+    title = f"{dtype}: residual after each layer, median difference / its root mean square"
     table = Table("", *(_heading(item.name) for item in items), title=title, title_justify="left")
     for index in range(len(items[0].medians)):
-        cells = (f"{_cell(item.medians[index])}  {_cell(item.largest[index])}" for item in items)
+        cells = (_cell(item.medians[index]) for item in items)
         table.add_row("embedding" if index == 0 else f"layer {index - 1}", *cells)
     if any(item.first_not_finite for item in items):
         table.add_section()
@@ -215,7 +215,7 @@ def _plotted(name: str) -> bool:
 def _plot_quantiles(axes: Any, report: ParityReport) -> None:
     for item in filter(lambda item: _plotted(item.name), report.differences):
         name = item.name.removesuffix(" fused")
-        labels = [f"{float(quantile):.2%}".replace(".00%", "%") for quantile in item.quantiles]
+        labels = [f"{float(quantile) * 100:g}%" for quantile in item.quantiles]
         axes.plot(
             [*labels, "max"],
             [*item.quantiles.values(), item.largest],
