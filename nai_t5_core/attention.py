@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nai_t5_core.config import T5Config
 from nai_t5_core.layers import scaled
@@ -21,6 +23,10 @@ from nai_t5_core.packing import DocumentGroup
 
 # Queries, keys and values [tokens, heads, d_kv] to attention output [tokens, heads, d_kv].
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# Left to itself, torch may take cuDNN's kernel on CUDA. With a mask, that one has read float32 values as something else
+# without a word, and has given NaN gradients; flash attention takes no mask at all.
+_CUDA_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,9 +161,10 @@ class DenseAttention:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """[batch, tokens, heads, d_kv] each, bias [batch, heads, query, key]; result like q."""
+    """[batch, tokens, heads, d_kv] each, bias [batch, heads, query, key] in their dtype; result like q."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
+    with sdpa_kernel(_CUDA_KERNELS) if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
 
 
 def logit_scale(config: T5Config) -> float:
