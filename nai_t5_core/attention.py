@@ -104,7 +104,7 @@ class DocumentAttention:
     def layer(self, table: Tensor) -> Attend:
         if not self.groups:
             return _attend_to_nothing
-        longest = max((group.queries for group in self.groups if group.positions is None), default=1)
+        longest = max([1, *(group.queries for group in self.groups if group.positions is None)])
         bias = position_bias(table, longest)
         biases = [self._bias_of(group, table, bias) for group in self.groups]
 

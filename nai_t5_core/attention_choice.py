@@ -132,12 +132,12 @@ def unsupported_by_flex(device: torch.device, dtype: torch.dtype, d_kv: int) -> 
 
 def missing_for_flex(device: torch.device) -> str | None:
     """What this installation lacks to compile flex for a device; None if nothing."""
+    if torch.__version__ < (2, 6):
+        return f"torch {torch.__version__} is too old for it; it needs 2.6"
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
         return None if has_triton() else "Triton is not installed, or does not support this GPU"
-    if torch.__version__ < (2, 6):
-        return f"torch {torch.__version__} has no flex attention for the CPU; 2.6 is the first that has"
     if sys.platform == "darwin" or not torch.cpu._is_avx2_supported():
         return "torch compiles it for x86 processors with AVX2 only, and not on macOS"
     return _missing_compiler()

@@ -28,9 +28,9 @@ LEAST_BLOCKS = 2
 # The document of a row that is no key.
 _NO_KEY = -1
 
-# Keys in blocks that need the mask, then in blocks that are visible as a whole: number of blocks [1, 1, blocks] and
-# their places [1, 1, blocks, blocks], for every block of queries.
-Blocks = tuple[Tensor, Tensor, Tensor, Tensor]
+# For every block of queries: how many blocks of keys need the mask [1, 1, blocks] and which [1, 1, blocks, blocks], then
+# how many are visible as a whole and which; and all four again for every block of keys, which the backward needs.
+Blocks = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,12 +132,11 @@ def packed_attention(
     def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query_document[query] == key_document[key]
 
-    mask = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, mask_mod=is_visible)
-    tokens = q.shape[0]
+    tokens, length = q.shape[0], blocks[0].shape[-1] * BLOCK
+    mask = BlockMask((length, length), *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=is_visible)
     # All logits of a masked prompt are equal: it has no queries, and 0 for every position, so one bias for all.
     q = q.masked_fill(is_even[:tokens, None, None] != 0, 0)
-    fill = blocks[0].shape[-1] * BLOCK - tokens
-    q, k, v = (F.pad(x[None], (0, 0, 0, 0, 0, fill)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (F.pad(x[None], (0, 0, 0, 0, 0, length - tokens)).transpose(1, 2) for x in (q, k, v))
     out = flex_attention(q, k, v, score_mod=biased, block_mask=mask, scale=scale, kernel_options=kernel_options)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2)[0, :tokens]
@@ -201,7 +200,8 @@ def visible_blocks(rows: Tensor) -> Blocks:
     key_last = key_document.amax(dim=1)
     some = (first <= key_last) & (key_first <= last)
     whole = (first == last) & (key_document.amin(dim=1) == first) & (key_last == first)
-    return *_in_order(some & ~whole), *_in_order(whole)
+    part = some & ~whole
+    return *_in_order(part), *_in_order(whole), *_in_order(part.t()), *_in_order(whole.t())
 
 
 def _in_order(chosen: Tensor) -> tuple[Tensor, Tensor]:
