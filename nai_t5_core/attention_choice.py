@@ -132,7 +132,7 @@ def unsupported_by_flex(device: torch.device, dtype: torch.dtype, d_kv: int) -> 
 
 def missing_for_flex(device: torch.device) -> str | None:
     """What this installation lacks to compile flex for a device; None if nothing."""
-    if torch.__version__ < (2, 6):
+    if torch.__version__ < "2.6":
         return f"torch {torch.__version__} is too old for it; it needs 2.6"
     if device.type == "cuda":
         from torch.utils._triton import has_triton

@@ -274,8 +274,8 @@ class T5EncoderStack(nn.Module):
         else:
             if self.attention == "flex":
                 raise ValueError(
-                    f"the mask has {attention_mask.ndim} dimensions; attention='flex' takes [batch, length] masks only, "
-                    "use attention='sdpa' or 'auto'"
+                    f"the mask has {attention_mask.ndim} dimensions; attention='flex' takes [batch, length] masks, "
+                    "others need attention='sdpa' or 'auto'"
                 )
             mask = _dense_mask(attention_mask, batch, self.config.num_heads, length)
             packing = pack_batch(None, batch, length)

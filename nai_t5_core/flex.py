@@ -28,9 +28,9 @@ LEAST_BLOCKS = 2
 # The document of a row that is no key.
 _NO_KEY = -1
 
-# For every block of queries: how many blocks of keys need the mask [1, 1, blocks] and which [1, 1, blocks, blocks], then
-# how many are visible as a whole and which; and all four again for every block of keys, which the backward needs.
-Blocks = tuple[Tensor, ...]
+# For every block of queries: how many blocks of keys need the mask [1, 1, blocks], and which [1, 1, blocks, blocks];
+# then how many are visible as a whole, and which; and all four again for every block of keys, which the backward needs.
+Blocks = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,8 @@ class FlexAttention:
     def layer(self, table: Tensor) -> Attend:
         if self.tokens < 2:
             return _attend_to_itself
-        table = table.contiguous()
+        # A view by strides is never merged into what reads it: torch's C++ kernel takes no table yet to be computed.
+        table = table.contiguous().as_strided(table.shape, (table.shape[1], 1))
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if torch.compiler.is_compiling():
@@ -110,7 +111,7 @@ def packed_attention(
     rows: Tensor,
     blocks: Blocks,
     scale: float,
-    kernel_options: dict[str, Any] | None,
+    kernel_options: Any,
 ) -> Tensor:
     """[tokens, heads, d_kv] each, and a [heads, distances] bias table, to [tokens, heads, d_kv].
 
@@ -133,7 +134,7 @@ def packed_attention(
         return query_document[query] == key_document[key]
 
     tokens, length = q.shape[0], blocks[0].shape[-1] * BLOCK
-    mask = BlockMask((length, length), *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=is_visible)
+    mask = BlockMask((length, length), *blocks, (BLOCK, BLOCK), is_visible)
     # All logits of a masked prompt are equal: it has no queries, and 0 for every position, so one bias for all.
     q = q.masked_fill(is_even[:tokens, None, None] != 0, 0)
     q, k, v = (F.pad(x[None], (0, 0, 0, 0, 0, length - tokens)).transpose(1, 2) for x in (q, k, v))
@@ -176,13 +177,14 @@ def _number_rows(groups: Sequence[DocumentGroup], length: int, device: torch.dev
         documents += group.count
     query_document[groups[-1].stop if groups else 0 :] = documents
     rows = rows.to(device, non_blocking=True)
+    documents = 0
     for group in groups:
         # These tensors are on the device already; bringing them back would wait for it.
         if group.positions is not None and group.key_rows is not None:
-            document = rows[0, group.start].clone()
-            rows[1, group.start : group.stop] = _NO_KEY
-            rows[1, group.start + group.key_rows] = document
-            rows[2, group.start : group.stop] = group.positions.int()
+            _, key_document, position, _ = rows[:, group.start : group.stop]
+            key_document.fill_(_NO_KEY).index_fill_(0, group.key_rows, documents)
+            position.copy_(group.positions)
+        documents += group.count
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 
 from nai_t5_core import TextEncoder, load_encoder
@@ -20,6 +22,7 @@ from nai_t5_core.attention_choice import (
     AttentionChoice,
     FlexUnavailableError,
     choose_attention,
+    document_plan,
     missing_for_flex,
 )
 from nai_t5_core.encoder import Layout, T5EncoderStack
@@ -266,6 +269,22 @@ def test_scale_and_kernel_options_reach_the_kernel(captured: Any) -> None:
     assert options[0]["BLOCK_M"] == 64
 
 
+@torch.no_grad()
+def test_everything_lies_on_the_device(captured: Any) -> None:
+    """Tensors without memory: neither the plan, holes included, nor the kernel's graph mixes devices."""
+    graphs, backend = captured
+    holes = pack_batch(masks()["holes"].bool(), 4, 150, device="meta").groups
+    plan = FlexAttention.over(holes, 1.0, "meta")
+    assert {tensor.device.type for tensor in (plan.rows, *plan.blocks)} == {"meta"}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        blocks: Any = tuple(torch.empty_like(tensor, device="cuda") for tensor in plan.blocks)
+        plan = replace(plan, rows=torch.empty_like(plan.rows, device="cuda"), blocks=blocks)
+        q, k, v = torch.zeros(3, 600, 4, 16, device="cuda").unbind()
+        attend = plan.layer(torch.zeros(4, 257, device="cuda"))
+        out = torch.compile(attend, fullgraph=True, backend=backend)(q, k, v)
+    assert (out.shape, out.device.type) == ((600, 4, 16), "cuda") and _calls(graphs[0], "flex_attention")
+
+
 @compiled
 @torch.no_grad()
 def test_stack_hands_its_kernel_options_on() -> None:
@@ -285,7 +304,7 @@ def test_uncompiled_is_an_error() -> None:
     plan = FlexAttention.over(pack_batch(None, 2, 20).groups, 1.0)
     q, k, v = torch.randn(3, 40, 4, 16).unbind()
     table = torch.randn(4, 257)
-    with pytest.raises(RuntimeError, match="torch did not compile it.*attention='sdpa'"):
+    with pytest.raises(RuntimeError, match=r"torch did not compile it.*attention='sdpa'"):
         packed_attention(q, k, v, table, plan.rows, plan.blocks, 1.0, None)
     with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="torch did not compile it"):
         plan.layer(table)(q, k, v)
@@ -330,7 +349,9 @@ def test_what_flex_cannot_do_is_refused(stacks: Stacks) -> None:
     ids = torch.ones(1, 9, dtype=torch.long)
     with pytest.raises(ValueError, match=r"unknown attention 'flash'; allowed: auto, flex, sdpa"):
         T5EncoderStack(V1_1, attention="flash")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"in torch.float64; allowed: float32, bfloat16, float16; use attention='sdpa'"):
+    with pytest.raises(
+        ValueError, match=r"in torch.float64; allowed: float32, bfloat16, float16; use attention='sdpa'"
+    ):
         load_encoder(dtype="float64", device="cpu", attention="flex")
     stack = with_attention(stacks("v1.1", torch.float64, "fused"), "flex")
     with pytest.raises(ValueError, match=r"in torch.float64"):
@@ -385,6 +406,19 @@ def test_the_choice_reaches_the_stack() -> None:
     assert "attention=flex" in repr(encoder) and "attention=flex" in repr(encoder.stack)
     with torch.no_grad():
         assert isinstance(encoder.stack.prepare(torch.ones(1, 9, dtype=torch.long))[1], FlexAttention)
+
+
+@torch.no_grad()
+def test_auto_takes_sdpa_without_a_word_where_flex_cannot_be_compiled() -> None:
+    """It chooses among what is there; only who asks for flex is told."""
+    cuda, packing = torch.device("cuda"), pack_batch(None, 4, 4 * FLEX_FROM_TOKENS)
+    if missing_for_flex(cuda) is None:
+        pytest.skip("this machine has a GPU with Triton")
+    assert isinstance(document_plan("auto", packing, 1.0, cuda, torch.bfloat16, 64), DocumentAttention)
+    with pytest.raises(FlexUnavailableError, match="Triton is not installed, or does not support this GPU"):
+        document_plan("flex", packing, 1.0, cuda, torch.bfloat16, 64)
+    with pytest.raises(ValueError, match="heads of size 8; on CUDA they need a d_kv of at least 16"):
+        document_plan("flex", packing, 1.0, cuda, torch.bfloat16, 8)
 
 
 @torch.no_grad()
