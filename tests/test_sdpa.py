@@ -57,24 +57,24 @@ def test_bias_and_mask_have_the_dtype_of_the_queries(kind: str, dtype: torch.dty
     assert calls.dtypes == [{dtype}] * (3 * config.num_layers + config.num_layers)
 
 
-def inputs(device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """Queries, keys, values and bias of two documents of three tokens."""
-    heads = torch.zeros(3, 2, 3, 4, 16, device=device, dtype=dtype)
-    return *heads.unbind(), torch.zeros(2, 4, 3, 3, device=device, dtype=dtype)
+def attend(device: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """SDPA of two documents of three tokens."""
+    q, k, v = (torch.zeros(2, 3, 4, 16, device=device, dtype=dtype) for _ in range(3))
+    return _sdpa(q, k, v, torch.zeros(2, 4, 3, 3, device=device, dtype=dtype), scale=1.0)
 
 
 def test_on_cuda_the_kernel_is_never_cudnn_or_flash() -> None:
     """Tensors without memory suffice: what is asked is which kernels torch may choose from."""
     before = allowed_kernels()
     with FakeTensorMode(), Calls() as calls:
-        assert _sdpa(*inputs("cuda", torch.float16), scale=1.0).device.type == "cuda"
+        assert attend("cuda", torch.float16).device.type == "cuda"
     assert calls.kernels == [{"efficient", "math"}]
     assert allowed_kernels() == before
 
 
 def test_on_the_cpu_nothing_is_chosen() -> None:
     with Calls() as calls:
-        _sdpa(*inputs("cpu"), scale=1.0)
+        attend("cpu")
     assert calls.kernels == [allowed_kernels()]
 
 
@@ -88,7 +88,7 @@ def test_it_compiles_as_one_graph(device: str) -> None:
 
     torch._dynamo.reset()
     with FakeTensorMode():
-        out = torch.compile(_sdpa, fullgraph=True, backend=keep)(*inputs(device), scale=1.0)
+        out = torch.compile(attend, fullgraph=True, backend=keep)(device)
     assert out.shape == (2, 3, 4, 16) and len(graphs) == 1
     names = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert any("scaled_dot_product_attention" in name for name in names)
