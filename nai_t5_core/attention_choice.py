@@ -50,11 +50,17 @@ def describe_attention(attention: AttentionChoice, device_type: str) -> str:
     if attention != "auto":
         return attention
     if device_type != "cuda":
-        return f"auto: {choose_attention(device_type, 0, 0.0)}"
-    return (
-        f"auto: flex from {FLEX_FROM_TOKENS} tokens ({FLEX_FROM_TOKENS_IF_SPARSE} if they are of several prompts), "
-        "else sdpa"
-    )
+        return "auto: sdpa"
+    return f"auto: flex from {FLEX_FROM_TOKENS} tokens ({FLEX_FROM_TOKENS_IF_SPARSE} if sparse), else sdpa"
+
+
+def automatic_attention() -> dict[str, str]:
+    """What ``"auto"`` comes to, in words, by device and batch."""
+    return {
+        "cpu": "sdpa",
+        "cuda": f"flex from {FLEX_FROM_TOKENS} tokens",
+        "cuda, sparse": f"flex from {FLEX_FROM_TOKENS_IF_SPARSE} tokens",
+    }
 
 
 def document_plan(

@@ -172,7 +172,8 @@ def test_lengths_share_one_compilation(stacks: Stacks) -> None:
 def test_blocks_are_those_of_the_mask(pattern: str, padding: PaddingPolicy) -> None:
     """Against torch's own way, which makes the whole mask: no visible block is left out, whole ones are exactly so."""
     mask = masks()[pattern].bool()
-    packing = pack_batch(mask, *mask.shape, padding=padding)
+    batch, length = mask.shape
+    packing = pack_batch(mask, batch, length, padding)
     plan = FlexAttention.over(packing.groups, 1.0)
     query, key, *_ = plan.rows
 
@@ -272,7 +273,8 @@ def test_scale_and_kernel_options_reach_the_kernel(captured: Any) -> None:
 def test_the_plan_lies_on_the_device(pattern: str) -> None:
     """Holes are told by tensors on the device: a mixture would be an error on meta, which has no numbers to copy."""
     mask = masks()[pattern].bool()
-    plan = FlexAttention.over(pack_batch(mask, *mask.shape, device="meta").groups, 1.0, "meta")
+    batch, length = mask.shape
+    plan = FlexAttention.over(pack_batch(mask, batch, length, device="meta").groups, 1.0, "meta")
     assert {tensor.device.type for tensor in (plan.rows, *plan.blocks)} == {"meta"}
 
 

@@ -110,7 +110,7 @@ def calibrate(
 def _inspection(examination: Examination) -> dict[str, Any]:
     import torch
 
-    from nai_t5_core.attention_choice import describe_attention
+    from nai_t5_core.attention_choice import automatic_attention
     from nai_t5_core.config import decoder_tensors, encoder_tensors
     from nai_t5_core.examine import decoder_faults, find_tokenizer
 
@@ -135,7 +135,7 @@ def _inspection(examination: Examination) -> dict[str, Any]:
         "decoder_parameters": decoder,
         "tokenizer": vocabulary,
         "encoder_memory": {name: size(encoder * width) for name, width in (("float32", 4), ("bfloat16/float16", 2))},
-        "attention": {device: describe_attention("auto", device) for device in ("cpu", "cuda")},
+        "attention": automatic_attention(),
         "ignored": examination.keymap.ignored,
         "faults": [*examination.faults, *decoder_faults(examination)],
     }
