@@ -149,9 +149,9 @@ class T5EncoderStack(nn.Module):
             weights hold them, so they belong to the weights that will be loaded.
         device, dtype: of the parameters; ``device="meta"`` allocates nothing.
         attention: ``"flex"``, ``"sdpa"``, or ``"auto"``, which chooses for every batch, see
-            :func:`nai_t5_core.attention_choice.choose_attention`. Masks of 3 and 4 dimensions always take SDPA, and so
-            does a batch on the CPU for which gradients are recorded: flex has no backward there.
-        kernel_options: passed on to torch's ``flex_attention``. Both attributes may be changed at any time.
+            :func:`nai_t5_core.attention_choice.choose_attention`. Masks of 3 and 4 dimensions take SDPA, and are an
+            error with ``"flex"``. Flex has no backward on the CPU: where gradients are recorded, SDPA takes its place.
+        kernel_options: passed on to torch's ``flex_attention``. This and ``attention`` may be changed at any time.
     """
 
     def __init__(
