@@ -1,4 +1,4 @@
-"""Flex attention against SDPA and transformers, compiled for real on the CPU, and which of the two is chosen when."""
+"""Flex attention against SDPA and transformers, compiled for real on the CPU."""
 
 from __future__ import annotations
 
@@ -12,17 +12,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_block_mask
 
-from nai_t5_core import TextEncoder, load_encoder
-from nai_t5_core.attention import DenseAttention, DocumentAttention
-from nai_t5_core.attention_choice import (
-    FLEX_FROM_TOKENS,
-    FLEX_FROM_TOKENS_IF_SPARSE,
-    AttentionChoice,
-    FlexUnavailableError,
-    choose_attention,
-    document_plan,
-    missing_for_flex,
-)
+from nai_t5_core import load_encoder
+from nai_t5_core.attention import DocumentAttention
+from nai_t5_core.attention_choice import AttentionChoice, FlexUnavailableError, missing_for_flex
 from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.flex import BLOCK, FlexAttention, packed_attention, visible_blocks
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy, pack_batch
@@ -372,52 +364,3 @@ def test_gradients_on_the_cpu_come_through_sdpa(stacks: Stacks) -> None:
     plan = FlexAttention.over(pack_batch(None, 2, 20).groups, 1.0)
     with pytest.raises(Exception, match="does not support backward on CPU"):
         plan.layer(torch.randn(4, 257))(q, k, v)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The choice
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_auto_by_device_length_and_sparsity() -> None:
-    for tokens in (1, FLEX_FROM_TOKENS, 100_000):
-        assert choose_attention("cpu", tokens, 0.9) == choose_attention("mps", tokens, 0.0) == "sdpa"
-    assert choose_attention("cuda", FLEX_FROM_TOKENS - 1, 0.0) == "sdpa"
-    assert choose_attention("cuda", FLEX_FROM_TOKENS, 0.0) == "flex"
-    assert choose_attention("cuda", FLEX_FROM_TOKENS_IF_SPARSE - 1, 0.9) == "sdpa"
-    assert choose_attention("cuda", FLEX_FROM_TOKENS_IF_SPARSE, 0.9) == "flex"
-
-
-@torch.no_grad()
-def test_auto_on_the_cpu_is_sdpa_and_says_so() -> None:
-    encoder = TextEncoder.from_pretrained(dtype="float32", device="cpu")
-    assert isinstance(encoder.stack.prepare(torch.ones(8, 512, dtype=torch.long))[1], DocumentAttention)
-    assert "attention=auto: sdpa" in repr(encoder) and "attention=auto: sdpa" in repr(encoder.stack)
-
-
-@compiled
-def test_the_choice_reaches_the_stack() -> None:
-    encoder = TextEncoder.from_pretrained(dtype="float32", device="cpu", attention="flex")
-    assert "attention=flex" in repr(encoder) and "attention=flex" in repr(encoder.stack)
-    with torch.no_grad():
-        assert isinstance(encoder.stack.prepare(torch.ones(1, 9, dtype=torch.long))[1], FlexAttention)
-
-
-@torch.no_grad()
-def test_auto_takes_sdpa_without_a_word_where_flex_cannot_be_compiled() -> None:
-    """It chooses among what is there; only who asks for flex is told."""
-    cuda, packing = torch.device("cuda"), pack_batch(None, 4, 4 * FLEX_FROM_TOKENS)
-    if missing_for_flex(cuda) is None:
-        pytest.skip("this machine has a GPU with Triton")
-    assert isinstance(document_plan("auto", packing, 1.0, cuda, torch.bfloat16, 64), DocumentAttention)
-    with pytest.raises(FlexUnavailableError, match="Triton is not installed, or does not support this GPU"):
-        document_plan("flex", packing, 1.0, cuda, torch.bfloat16, 64)
-    with pytest.raises(ValueError, match="heads of size 8; on CUDA they need a d_kv of at least 16"):
-        document_plan("flex", packing, 1.0, cuda, torch.bfloat16, 8)
-
-
-@torch.no_grad()
-def test_dense_masks_take_sdpa(stacks: Stacks) -> None:
-    stack = with_attention(stacks("v1.1", torch.float32, "fused"), "auto")
-    plan = stack.prepare(torch.ones(1, 9, dtype=torch.long), torch.ones(1, 9, 9, dtype=torch.bool))[1]
-    assert isinstance(plan, DenseAttention)
