@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nai_t5_core.config import T5Config
 from nai_t5_core.layers import add_sublayer, scaled
@@ -22,6 +24,10 @@ from nai_t5_core.packing import DocumentGroup
 
 # Queries, keys and values [tokens, heads, d_kv] to attention output [tokens, heads, d_kv].
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# Left to itself, torch may take cuDNN's kernel on CUDA. With a mask, that one has read float32 values as something else
+# without a word, and has given NaN gradients; flash attention takes no mask at all.
+_CUDA_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,7 +110,7 @@ class DocumentAttention:
     def layer(self, table: Tensor) -> Attend:
         if not self.groups:
             return _attend_to_nothing
-        longest = max((group.queries for group in self.groups if group.positions is None), default=1)
+        longest = max([1, *(group.queries for group in self.groups if group.positions is None)])
         bias = position_bias(table, longest)
         biases = [self._bias_of(group, table, bias) for group in self.groups]
 
@@ -161,9 +167,10 @@ class DenseAttention:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """[batch, tokens, heads, d_kv] each, bias [batch, heads, query, key]; result like q."""
+    """[batch, tokens, heads, d_kv] each, bias [batch, heads, query, key] in their dtype; result like q."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
+    with sdpa_kernel(_CUDA_KERNELS) if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
 
 
 def logit_scale(config: T5Config) -> float:

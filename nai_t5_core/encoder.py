@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,13 +12,13 @@ from nai_t5_core.attention import (
     Attend,
     AttentionPlan,
     DenseAttention,
-    DocumentAttention,
     FusedSelfAttention,
     SelfAttention,
     SelfAttentionLayer,
     distance_table,
     logit_scale,
 )
+from nai_t5_core.attention_choice import ATTENTION_CHOICES, AttentionChoice, describe_attention, document_plan
 from nai_t5_core.config import T5Config
 from nai_t5_core.layers import (
     FeedForward,
@@ -158,6 +158,10 @@ class T5EncoderStack(nn.Module):
         scales: powers of two that keep a float16 model in range; by default nothing is scaled. In the fused layout the
             weights hold them, so they belong to the weights that will be loaded.
         device, dtype: of the parameters; ``device="meta"`` allocates nothing.
+        attention: ``"flex"``, ``"sdpa"``, or ``"auto"``, which chooses for every batch, see
+            :func:`nai_t5_core.attention_choice.choose_attention`. Masks of 3 and 4 dimensions take SDPA, and are an
+            error with ``"flex"``. Flex has no backward on the CPU: where gradients are recorded, SDPA takes its place.
+        kernel_options: passed on to torch's ``flex_attention``. This and ``attention`` may be changed at any time.
     """
 
     def __init__(
@@ -168,12 +172,18 @@ class T5EncoderStack(nn.Module):
         scales: StackScales | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        attention: AttentionChoice = "auto",
+        kernel_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if layout not in LAYOUTS:
             raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
+        if attention not in ATTENTION_CHOICES:
+            raise ValueError(f"unknown attention {attention!r}; allowed: {', '.join(ATTENTION_CHOICES)}")
         self.config = config
         self.layout = layout
+        self.attention = attention
+        self.kernel_options = kernel_options
         self.scales = scales or unscaled(config.num_layers)
         if len(self.scales.layers) != config.num_layers:
             raise ValueError(f"scales of {len(self.scales.layers)} layers for a model of {config.num_layers} layers")
@@ -215,7 +225,9 @@ class T5EncoderStack(nn.Module):
 
         Raises:
             ValueError: ids outside the vocabulary, both or neither of ids and embeddings, a mask of the wrong shape, an
-                unknown padding policy.
+                unknown padding policy, ``attention="flex"`` with a mask of 3 or 4 dimensions or a model that flex
+                cannot compute.
+            FlexUnavailableError: ``attention="flex"`` where it cannot be compiled.
         """
         embeddings, plan, packing = self.prepare(
             input_ids, attention_mask, inputs_embeds=inputs_embeds, padding=padding, extra_pad=extra_pad
@@ -266,8 +278,15 @@ class T5EncoderStack(nn.Module):
         if attention_mask is None or attention_mask.ndim == 2:
             mask = None if attention_mask is None else attention_mask != 0
             packing = pack_batch(mask, batch, length, padding, extra_pad, self.device)
-            plan = DocumentAttention(packing.groups, scale)
+            plan = document_plan(
+                self.attention, packing, scale, self.device, self.dtype, self.config.d_kv, self.kernel_options
+            )
         else:
+            if self.attention == "flex":
+                raise ValueError(
+                    f"the mask has {attention_mask.ndim} dimensions; attention='flex' takes [batch, length] masks, "
+                    "others need attention='sdpa' or 'auto'"
+                )
             mask = _dense_mask(attention_mask, batch, self.config.num_heads, length)
             packing = pack_batch(None, batch, length)
             plan = DenseAttention(mask.to(self.device), scale)
@@ -317,7 +336,8 @@ class T5EncoderStack(nn.Module):
                 nn.init.ones_(module.folded_weight)
 
     def extra_repr(self) -> str:
-        return f"{self.config.kind}, {self.layout}, {self.dtype}, attention=sdpa"
+        attention = describe_attention(self.attention, self.device.type)
+        return f"{self.config.kind}, {self.layout}, {self.dtype}, attention={attention}"
 
 
 def _dense_mask(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nai_t5_core import native
+from nai_t5_core.attention_choice import AttentionChoice, missing_for_flex, refuse_unsupported
 from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
 from nai_t5_core.examine import Examination, ModelSource, examine, find_tokenizer
@@ -93,6 +94,7 @@ def load_encoder(
     layout: Layout = "fused",
     subfolder: str = "",
     scales: ScalesChoice = "auto",
+    attention: AttentionChoice = "auto",
 ) -> T5EncoderStack:
     """Loads the encoder of a T5 from a hub id, a folder or a file; ``None`` is the tiny embedded model.
 
@@ -106,15 +108,18 @@ def load_encoder(
         scales: powers of two that keep float16 in range, see :mod:`nai_t5_core.scales`. ``"auto"``: those in the
             checkpoint; else, in float16, those published for a model of this size, or none. A path: those in a file
             that ``save_scales`` wrote.
+        attention: ``"auto"``, ``"flex"`` or ``"sdpa"``; see :class:`nai_t5_core.encoder.T5EncoderStack`. Where the
+            compiler that flex needs is missing, a warning says so, and the model has ``"sdpa"``.
 
     Returns:
         The encoder in evaluation mode.
 
     Raises:
         CheckpointError: a ValueError that says what is wrong with the checkpoint, all faults at once.
-        ValueError: an unknown dtype, device or layout, or scales for another number of layers.
+        ValueError: an unknown dtype, device, layout or attention, a model that flex cannot compute, or scales for
+            another number of layers.
     """
-    return load(source, dtype, device, layout, subfolder, scales).stack
+    return load(source, dtype, device, layout, subfolder, scales, attention).stack
 
 
 def load(
@@ -124,6 +129,7 @@ def load(
     layout: Layout = "fused",
     subfolder: str = "",
     scales: ScalesChoice = "auto",
+    attention: AttentionChoice = "auto",
 ) -> LoadedEncoder:
     """As :func:`load_encoder`, with the tokenizer found beside or inside the weights, and a report."""
     started = time.perf_counter()
@@ -136,8 +142,10 @@ def load(
     examination = examine(source, subfolder)
     examination.refuse_faults()
     config = examination.config.encoder_only()
+    if attention == "flex":
+        attention = _flex_or_sdpa(place, model_dtype, config.d_kv)
     chosen = choose_scales(examination, model_dtype, scales)
-    stack = T5EncoderStack(config, layout, NoInit, chosen, device="meta", dtype=model_dtype)
+    stack = T5EncoderStack(config, layout, NoInit, chosen, device="meta", dtype=model_dtype, attention=attention)
     recipes, read = _recipes(examination, config, layout, chosen)
     stack.load_state_dict(
         {recipe.target: _checked(recipe, cook(recipe, read, model_dtype)).to(place) for recipe in recipes}, assign=True
@@ -154,6 +162,15 @@ def load(
         seconds=time.perf_counter() - started,
     )
     return LoadedEncoder(stack.eval(), report, examination)
+
+
+def _flex_or_sdpa(device: torch.device, dtype: torch.dtype, d_kv: int) -> AttentionChoice:
+    refuse_unsupported(device, dtype, d_kv)
+    missing = missing_for_flex(device)
+    if missing is None:
+        return "flex"
+    warnings.warn(f"attention='flex' is not possible here: {missing}. The model uses 'sdpa'", stacklevel=4)
+    return "sdpa"
 
 
 def choose_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesChoice = "auto") -> StackScales | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nai_t5_core.attention_choice import AttentionChoice, describe_attention
 from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.examine import NO_TOKENIZER, ModelSource
 from nai_t5_core.families import Family
@@ -87,6 +88,7 @@ class TextEncoder:
         scales: ScalesChoice = "auto",
         optimize: bool = True,
         token_budget: int = DEFAULT_TOKEN_BUDGET,
+        attention: AttentionChoice = "auto",
     ) -> TextEncoder:
         """Loads weights and tokenizer; sources and arguments are those of :func:`nai_t5_core.load.load_encoder`.
 
@@ -99,7 +101,7 @@ class TextEncoder:
             CheckpointError: the checkpoint is unusable, or there is no tokenizer.
         """
         own = load_tokenizer(tokenizer) if tokenizer is not None else None
-        loaded = load(source, dtype, device, layout, subfolder, scales)
+        loaded = load(source, dtype, device, layout, subfolder, scales, attention)
         found = own or loaded.tokenizer
         if found is None:
             raise ValueError(NO_TOKENIZER.format(source=loaded.report.source))
@@ -209,7 +211,11 @@ class TextEncoder:
 
     def __repr__(self) -> str:
         size = self.stack.config.size_name or f"d_model {self.stack.config.d_model}"
-        return f"TextEncoder({self.stack.config.kind}, {size}, {self.stack.dtype}, {self.stack.device})"
+        attention = describe_attention(self.stack.attention, self.stack.device.type)
+        return (
+            f"TextEncoder({self.stack.config.kind}, {size}, {self.stack.dtype}, {self.stack.device}, "
+            f"attention={attention})"
+        )
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,15 @@ def test_inspect_the_embedded_model(run: Run) -> None:
         assert told in result.stdout
 
 
+def test_inspect_and_encode_tell_which_attention(run: Run) -> None:
+    attention = run("inspect", "--json").json["attention"]
+    assert attention == {"cpu": "sdpa", "cuda": "flex from 512 tokens", "cuda, sparse": "flex from 256 tokens"}
+    for choice, told in (([], "attention=auto: sdpa)"), (["--attention", "sdpa"], "attention=sdpa)")):
+        assert run("encode", "a cat", "--device", "cpu", *choice, "--json").json["model"].endswith(told)
+    refused = run("encode", "a cat", "--device", "cpu", "--dtype", "float64", "--attention", "flex")
+    assert refused.status != 0 and "float64; allowed: float32, bfloat16, float16" in " ".join(refused.stderr.split())
+
+
 def test_inspect_shards(run: Run, tmp_path: Path) -> None:
     folder = write_shards(write_hf_folder(tmp_path, V1_1, {}), random_state(V1_1)).parent
     (folder / "model.safetensors").unlink()

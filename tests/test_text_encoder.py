@@ -206,7 +206,7 @@ def test_from_pretrained_with_a_tokenizer_of_ones_own(tmp_path: Path) -> None:
     encoder = TextEncoder.from_pretrained(folder, "float32", "cpu", tokenizer=config)
     assert isinstance(encoder.tokenizer, ByteTokenizer)
     assert encoder.encode(["é"]).token_counts == [3]
-    assert repr(encoder) == "TextEncoder(ByT5, d_model 64, torch.float32, cpu)"
+    assert repr(encoder) == "TextEncoder(ByT5, d_model 64, torch.float32, cpu, attention=auto: sdpa)"
 
 
 def test_from_parts() -> None:

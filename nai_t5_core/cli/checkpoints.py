@@ -118,6 +118,7 @@ def calibrate(
 def _inspection(examination: Examination) -> dict[str, Any]:
     import torch
 
+    from nai_t5_core.attention_choice import automatic_attention
     from nai_t5_core.config import decoder_tensors, encoder_tensors
     from nai_t5_core.examine import decoder_faults, find_tokenizer
 
@@ -142,6 +143,7 @@ def _inspection(examination: Examination) -> dict[str, Any]:
         "decoder_parameters": decoder,
         "tokenizer": vocabulary,
         "encoder_memory": {name: size(encoder * width) for name, width in (("float32", 4), ("bfloat16/float16", 2))},
+        "attention": automatic_attention(),
         "ignored": examination.keymap.ignored,
         "faults": [*examination.faults, *decoder_faults(examination)],
     }

@@ -28,6 +28,14 @@ class Padding(str, Enum):
     trim = "trim"
 
 
+class Attention(str, Enum):
+    """Attention backends, and the choice by device and batch; see nai_t5_core.attention_choice."""
+
+    auto = "auto"
+    flex = "flex"
+    sdpa = "sdpa"
+
+
 Prompts = Annotated[list[str] | None, typer.Argument(help="One or more prompts.")]
 PromptFile = Annotated[Path | None, typer.Option("--file", help="Text file with one prompt per line.")]
 ModelArgument = Annotated[str | None, typer.Argument(help="Hub id, folder or file; the embedded model by default.")]

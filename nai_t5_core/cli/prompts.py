@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nai_t5_core.cli.options import (
+    Attention,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -41,6 +42,7 @@ def encode(
     truncate: Annotated[bool, typer.Option(help="Cut prompts that are too long, or refuse them.")] = True,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
+    attention: Annotated[Attention, typer.Option(help="How attention is computed.")] = Attention.auto,
     subfolder: Subfolder = "",
     tokenizer: TokenizerOption = None,
     scales: ScalesOption = None,
@@ -54,7 +56,13 @@ def encode(
         from nai_t5_core.text_encoder import TextEncoder
 
         encoder = TextEncoder.from_pretrained(
-            model, dtype.value, device, tokenizer=tokenizer, subfolder=subfolder, scales=scales or "auto"
+            model,
+            dtype.value,
+            device,
+            tokenizer=tokenizer,
+            subfolder=subfolder,
+            scales=scales or "auto",
+            attention=attention.value,
         )
     policy: PaddingPolicy | None = padding.value if padding else None
     with working(f"encoding {len(texts)} prompts"):

@@ -1,0 +1,67 @@
+"""Which attention a batch gets, and where the choice is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TOY_CONFIGS, build_stack, random_state
+
+from nai_t5_core import TextEncoder
+from nai_t5_core.attention import DenseAttention, DocumentAttention
+from nai_t5_core.attention_choice import (
+    FLEX_FROM_TOKENS,
+    FLEX_FROM_TOKENS_IF_SPARSE,
+    FlexUnavailableError,
+    choose_attention,
+    document_plan,
+    missing_for_flex,
+)
+from nai_t5_core.flex import FlexAttention
+from nai_t5_core.packing import pack_batch
+
+CPU = torch.device("cpu")
+compiled = pytest.mark.skipif(missing_for_flex(CPU) is not None, reason=f"no flex here: {missing_for_flex(CPU)}")
+
+
+def test_auto_by_device_length_and_sparsity() -> None:
+    for tokens in (1, FLEX_FROM_TOKENS, 100_000):
+        assert choose_attention("cpu", tokens, 0.9) == choose_attention("mps", tokens, 0.0) == "sdpa"
+    assert choose_attention("cuda", FLEX_FROM_TOKENS - 1, 0.0) == "sdpa"
+    assert choose_attention("cuda", FLEX_FROM_TOKENS, 0.0) == "flex"
+    assert choose_attention("cuda", FLEX_FROM_TOKENS_IF_SPARSE - 1, 0.9) == "sdpa"
+    assert choose_attention("cuda", FLEX_FROM_TOKENS_IF_SPARSE, 0.9) == "flex"
+
+
+@torch.no_grad()
+def test_auto_on_the_cpu_is_sdpa_and_says_so() -> None:
+    encoder = TextEncoder.from_pretrained(dtype="float32", device="cpu")
+    assert isinstance(encoder.stack.prepare(torch.ones(8, 512, dtype=torch.long))[1], DocumentAttention)
+    assert "attention=auto: sdpa" in repr(encoder) and "attention=auto: sdpa" in repr(encoder.stack)
+
+
+@compiled
+def test_the_choice_reaches_the_stack() -> None:
+    encoder = TextEncoder.from_pretrained(dtype="float32", device="cpu", attention="flex")
+    assert "attention=flex" in repr(encoder) and "attention=flex" in repr(encoder.stack)
+    with torch.no_grad():
+        assert isinstance(encoder.stack.prepare(torch.ones(1, 9, dtype=torch.long))[1], FlexAttention)
+
+
+@torch.no_grad()
+def test_auto_takes_sdpa_without_a_word_where_flex_cannot_be_compiled() -> None:
+    """It chooses among what is there; only who asks for flex is told."""
+    cuda, packing = torch.device("cuda"), pack_batch(None, 4, 4 * FLEX_FROM_TOKENS)
+    if missing_for_flex(cuda) is None:
+        pytest.skip("this machine has a GPU with Triton")
+    assert isinstance(document_plan("auto", packing, 1.0, cuda, torch.bfloat16, 64), DocumentAttention)
+    with pytest.raises(FlexUnavailableError, match="Triton is not installed, or does not support this GPU"):
+        document_plan("flex", packing, 1.0, cuda, torch.bfloat16, 64)
+    with pytest.raises(ValueError, match="heads of size 8; on CUDA they need a d_kv of at least 16"):
+        document_plan("flex", packing, 1.0, cuda, torch.bfloat16, 8)
+
+
+@torch.no_grad()
+def test_dense_masks_take_sdpa() -> None:
+    stack = build_stack(TOY_CONFIGS["v1.1"], random_state(TOY_CONFIGS["v1.1"]))
+    plan = stack.prepare(torch.ones(1, 9, dtype=torch.long), torch.ones(1, 9, 9, dtype=torch.bool))[1]
+    assert isinstance(plan, DenseAttention)
