@@ -61,14 +61,18 @@ def distance_table(weight: Tensor, max_distance: int, bidirectional: bool = True
 
     Buckets are constant beyond ``max_distance``, so this table serves sequences of any length.
     """
-    return weight[_buckets_by_distance(max_distance, bidirectional, weight.shape[0], weight.device)].t()
+    # A compiler sees through the cache and complains; it folds the whole computation into a constant anyway.
+    find = _buckets_by_distance if torch.compiler.is_compiling() else _cached_buckets_by_distance
+    return weight[find(max_distance, bidirectional, weight.shape[0], weight.device)].t()
 
 
-@lru_cache
 def _buckets_by_distance(max_distance: int, bidirectional: bool, num_buckets: int, device: torch.device) -> Tensor:
-    # A dozen small operations whose result never changes.
     distances = torch.arange(-max_distance, max_distance + 1, device=device)
     return relative_position_bucket(distances, bidirectional, num_buckets, max_distance)
+
+
+# A dozen small operations whose result never changes.
+_cached_buckets_by_distance = lru_cache(_buckets_by_distance)
 
 
 def position_bias(table: Tensor, length: int) -> Tensor:

@@ -71,20 +71,22 @@ def document_plan(
     dtype: torch.dtype,
     d_kv: int,
     kernel_options: Mapping[str, Any] | None = None,
+    bucket: int | None = None,
 ) -> AttentionPlan:
     """The attention plan of a packed batch.
 
-    Where gradients are recorded, ``"auto"`` takes SDPA, and so does ``"flex"`` on the CPU, where it has no backward.
+    A ``bucket`` is for compiled encoders: the row is filled up to it, and attention is flex. Where gradients are
+    recorded, ``"auto"`` takes SDPA, and so does ``"flex"`` on the CPU, where it has no backward.
 
     Raises:
         ValueError: flex was asked for and does not support the device, the dtype or the size of the heads.
         FlexUnavailableError: flex was asked for and cannot be compiled here.
     """
-    if _takes_flex(attention, packing, device, dtype, d_kv):
+    if bucket is not None or _takes_flex(attention, packing, device, dtype, d_kv):
         # Only now: the import is slow in some versions of torch.
         from nai_t5_core.flex import FlexAttention
 
-        return FlexAttention.over(packing.groups, scale, device, kernel_options)
+        return FlexAttention.over(packing.groups, scale, device, kernel_options, bucket)
     return DocumentAttention(packing.groups, scale)
 
 

@@ -30,7 +30,7 @@ from nai_t5_core.layers import (
     residual_dtype,
     scaled,
 )
-from nai_t5_core.packing import Packing, PaddingPolicy, pack_batch
+from nai_t5_core.packing import Packing, PaddingPolicy, bucket_for, pack_batch
 from nai_t5_core.scales import LayerScales, StackScales, unscaled
 
 Layout = Literal["fused", "separate"]
@@ -184,6 +184,8 @@ class T5EncoderStack(nn.Module):
         self.layout = layout
         self.attention = attention
         self.kernel_options = kernel_options
+        # Token counts that a compiled encoder was compiled for; None while it is not compiled.
+        self.buckets: tuple[int, ...] | None = None
         self.scales = scales or unscaled(config.num_layers)
         if len(self.scales.layers) != config.num_layers:
             raise ValueError(f"scales of {len(self.scales.layers)} layers for a model of {config.num_layers} layers")
@@ -232,7 +234,20 @@ class T5EncoderStack(nn.Module):
         embeddings, plan, packing = self.prepare(
             input_ids, attention_mask, inputs_embeds=inputs_embeds, padding=padding, extra_pad=extra_pad
         )
-        return packing.unpack(self.encoder(embeddings, plan, self.dtype))
+        return packing.unpack(self._run_encoder(embeddings, plan))
+
+    def _run_encoder(self, embeddings: Tensor, plan: AttentionPlan) -> Tensor:
+        """[tokens, d_model] to [tokens, d_model]; a compiled encoder sees the row filled up to its bucket."""
+        if self.buckets is None:
+            out: Tensor = self.encoder(embeddings, plan, self.dtype)
+            return out
+        if isinstance(plan, DenseAttention):
+            # Its mask has as many shapes as there are batches; each would be compiled anew.
+            return self.encoder.forward(embeddings, plan, self.dtype)
+        tokens = len(embeddings)
+        filled = nn.functional.pad(embeddings, (0, 0, 0, bucket_for(tokens, self.buckets) - tokens))
+        # A copy, since a CUDA graph writes its next result to the same place.
+        return self.encoder(filled, plan, self.dtype)[:tokens].clone()
 
     def hidden_states(
         self,
@@ -278,8 +293,9 @@ class T5EncoderStack(nn.Module):
         if attention_mask is None or attention_mask.ndim == 2:
             mask = None if attention_mask is None else attention_mask != 0
             packing = pack_batch(mask, batch, length, padding, extra_pad, self.device)
+            bucket = None if self.buckets is None else bucket_for(packing.tokens, self.buckets)
             plan = document_plan(
-                self.attention, packing, scale, self.device, self.dtype, self.config.d_kv, self.kernel_options
+                self.attention, packing, scale, self.device, self.dtype, self.config.d_kv, self.kernel_options, bucket
             )
         else:
             if self.attention == "flex":
@@ -336,7 +352,7 @@ class T5EncoderStack(nn.Module):
                 nn.init.ones_(module.folded_weight)
 
     def extra_repr(self) -> str:
-        attention = describe_attention(self.attention, self.device.type)
+        attention = describe_attention(self.attention, self.device.type) if self.buckets is None else "flex, compiled"
         return f"{self.config.kind}, {self.layout}, {self.dtype}, attention={attention}"
 
 

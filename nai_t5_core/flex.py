@@ -62,11 +62,17 @@ class FlexAttention:
         scale: float,
         device: torch.device | str = "cpu",
         kernel_options: Mapping[str, Any] | None = None,
+        bucket: int | None = None,
     ) -> FlexAttention:
-        """The plan for the documents of a packed row."""
+        """The plan for the documents of a packed row.
+
+        Args:
+            bucket: the size that the row is filled up to, a multiple of BLOCK; by default the next multiple.
+        """
         tokens = groups[-1].stop if groups else 0
-        blocks = max(-(-tokens // BLOCK), LEAST_BLOCKS)
-        rows = _number_rows(groups, blocks * BLOCK, device)
+        length = max(-(-tokens // BLOCK), LEAST_BLOCKS) * BLOCK if bucket is None else bucket
+        rows = _number_rows(groups, length, device)
+        tokens = tokens if bucket is None else bucket
         return cls(rows, visible_blocks(rows), tokens, scale, dict(kernel_options) if kernel_options else None)
 
     def layer(self, table: Tensor) -> Attend:
@@ -136,8 +142,9 @@ def packed_attention(
     tokens, length = q.shape[0], blocks[0].shape[-1] * BLOCK
     mask = BlockMask((length, length), *blocks, (BLOCK, BLOCK), is_visible)
     # All logits of a masked prompt are equal: it has no queries, and 0 for every position, so one bias for all.
-    q = q.masked_fill(is_even[:tokens, None, None] != 0, 0)
-    q, k, v = (F.pad(x[None], (0, 0, 0, 0, 0, length - tokens)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = q[None], k[None], v[None]
+    q = q.masked_fill(is_even[None, :tokens, None, None] != 0, 0)
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, length - tokens)).transpose(1, 2) for x in (q, k, v))
     out = flex_attention(q, k, v, score_mod=biased, block_mask=mask, scale=scale, kernel_options=kernel_options)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2)[0, :tokens]

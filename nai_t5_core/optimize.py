@@ -13,7 +13,7 @@ from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.layers import ACTIVATIONS, FeedForward, FusedGatedFeedForward, GatedFeedForward, NoInit, scaled
 
 # Not their subclasses: what those do beyond a product (adapters, quantisation, offloading) packing would lose.
-_PLAIN_LINEARS = (nn.Linear, NoInit.Linear)
+PLAIN_LINEARS = (nn.Linear, NoInit.Linear)
 
 # How oneDNN names what it does to a product before rounding it.
 _POST_OPERATIONS: dict[Activation | None, tuple[str, list[Any], str]] = {
@@ -143,9 +143,9 @@ def _replace_children(parent: nn.Module) -> None:
 
 def _packed(module: nn.Module) -> nn.Module | None:
     """The packed form of a projection or feed-forward; None for everything else."""
-    if isinstance(module, nn.Linear) and type(module) in _PLAIN_LINEARS:
+    if isinstance(module, nn.Linear) and type(module) in PLAIN_LINEARS:
         return PackedLinear(module.weight)
-    if not all(type(child) in _PLAIN_LINEARS for child in module.children()):
+    if not all(type(child) in PLAIN_LINEARS for child in module.children()):
         return None
     if isinstance(module, FeedForward):
         return PackedFeedForward(module)

@@ -18,6 +18,16 @@ PaddingPolicy = Literal["attend", "exact", "skip", "trim"]
 PADDING_POLICIES: tuple[PaddingPolicy, ...] = get_args(PaddingPolicy)
 
 
+# Sizes that a compiled encoder computes: a packed row is filled up to the next. Steps of at most a half.
+TOKEN_BUCKETS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+
+
+def bucket_for(tokens: int, buckets: tuple[int, ...] = TOKEN_BUCKETS) -> int:
+    """The smallest bucket that holds a row; beyond the largest, the next multiple of that."""
+    largest = buckets[-1]
+    return next((bucket for bucket in buckets if tokens <= bucket), -(-tokens // largest) * largest)
+
+
 @dataclass(frozen=True)
 class DocumentGroup:
     """Documents of one shape that lie one behind the other in the packed row.

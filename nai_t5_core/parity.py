@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import LAYOUTS, T5EncoderStack
+from nai_t5_core.int8 import can_quantize, quantize_int8
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
 from nai_t5_core.parity_report import OWN, Difference, LayerDifferences, ParityReport, PolicyCheck
@@ -25,6 +26,7 @@ PROMPT_LENGTHS = (150, 1, 77, 30)
 # Largest difference allowed, relative to the reference's largest value. The first two are rounding with room to spare.
 # In half precision rounding grows with depth, so that those limits find gross faults only, such as a wrong mask.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+TOLERANCE_INT8 = 0.5
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def measure_parity(
     reference_state: State | None = None,
     scales: StackScales | None = None,
     per_layer: bool = False,
+    int8: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Compares our encoder, and others, with a reference on one right-padded batch of random token ids.
@@ -75,6 +78,7 @@ def measure_parity(
             converted checkpoint.
         scales: of our encoder in float16, as :func:`nai_t5_core.load.choose_scales` finds them.
         per_layer: also compare the residual stream after every layer.
+        int8: also measure our 8-bit form, in the dtypes and on the machines that have it.
         progress: called with what is being done, in words.
 
     Raises:
@@ -93,16 +97,18 @@ def measure_parity(
     policies, skipped = list[PolicyCheck](), list[str]()
     for name in names:
         tolerance = max(TOLERANCES[DTYPES[name]], TOLERANCES[reference_dtype])
-        for variant, stack in _own_variants(config, state, DTYPES[name], scales if name == "float16" else None):
+        for variant, stack in _own_variants(config, state, DTYPES[name], scales, int8):
             tell(f"{variant} in {name}")
             outputs = {padding: _policy_run(stack, batch, padding) for padding in PADDING_POLICIES}
             differences.append(_difference(variant, name, outputs["exact"][0], batch))
             if per_layer:
                 states = stack.hidden_states(batch.ids, batch.mask, padding="exact", final_norm=False)
                 layers.append(_layer_differences(variant, name, states, batch))
+            # 8 bits are a choice whose error is for the user to judge; only gross faults count.
+            bound = TOLERANCE_INT8 if variant == f"{OWN} int8" else tolerance
             for padding, (found, wanted) in outputs.items():
                 relative = _relative(found, wanted, batch)
-                policies.append(PolicyCheck(variant, name, padding, relative, tolerance))
+                policies.append(PolicyCheck(variant, name, padding, relative, bound))
         for peer_name in against:
             tell(f"{peer_name} in {name}")
             try:
@@ -150,12 +156,15 @@ def _reference_batch(
 
 
 def _own_variants(
-    config: T5Config, state: State, dtype: torch.dtype, scales: StackScales | None
+    config: T5Config, state: State, dtype: torch.dtype, scales: StackScales | None, int8: bool
 ) -> Iterator[tuple[str, T5EncoderStack]]:
     """Ours as users run it; each is made when the one before is done with."""
+    scales = scales if dtype == torch.float16 else None
     for layout in LAYOUTS:
         stack = own_encoder(config, state, dtype, layout, scales)
         yield f"{OWN} {layout}", stack
+        if layout == "fused" and int8 and can_quantize(stack):
+            yield f"{OWN} int8", quantize_int8(own_encoder(config, state, dtype))
         if layout == "fused" and can_prepack(stack):
             yield f"{OWN} prepacked", prepack(stack)
 

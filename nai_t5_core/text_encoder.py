@@ -17,6 +17,7 @@ from nai_t5_core.examine import NO_TOKENIZER, ModelSource
 from nai_t5_core.families import Family
 from nai_t5_core.families import family as family_named
 from nai_t5_core.guard import encode_guarded
+from nai_t5_core.int8 import quantize_int8
 from nai_t5_core.load import LoadReport, ScalesChoice, load
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
@@ -87,6 +88,8 @@ class TextEncoder:
         subfolder: str = "",
         scales: ScalesChoice = "auto",
         optimize: bool = True,
+        quantize: Literal["int8"] | None = None,
+        compile: bool | str = False,  # noqa: A002
         token_budget: int = DEFAULT_TOKEN_BUDGET,
         attention: AttentionChoice = "auto",
     ) -> TextEncoder:
@@ -95,17 +98,35 @@ class TextEncoder:
         Args:
             tokenizer: a tokenizer file or folder, for weight files that have none beside or inside them.
             optimize: prepack the weights where that speeds up this device. The model can then not be moved or trained.
+            quantize: ``"int8"`` computes the projections in 8 bits, see :func:`nai_t5_core.int8.quantize_int8`.
+            compile: True, or a mode of torch.compile, compiles the encoder, see
+                :func:`nai_t5_core.compiled.compile_stack`; the weights are then not prepacked.
             token_budget: how many rows are computed at a time; larger batches are split, which bounds the memory.
 
         Raises:
             CheckpointError: the checkpoint is unusable, or there is no tokenizer.
+            ValueError: an unknown choice, or one that this device cannot do.
+            FlexUnavailableError: ``compile`` without a compiler.
         """
+        if quantize not in (None, "int8"):
+            raise ValueError(f"quantize={quantize!r}; allowed: None, 'int8'")
+        if quantize and compile:
+            raise ValueError("quantize and compile exclude each other; leave one out")
         own = load_tokenizer(tokenizer) if tokenizer is not None else None
         loaded = load(source, dtype, device, layout, subfolder, scales, attention)
         found = own or loaded.tokenizer
         if found is None:
             raise ValueError(NO_TOKENIZER.format(source=loaded.report.source))
-        stack = prepack(loaded.stack) if optimize and can_prepack(loaded.stack) else loaded.stack
+        stack = loaded.stack
+        if quantize:
+            quantize_int8(stack)
+        elif compile:
+            # Only now: torch's compiler takes a second to import.
+            from nai_t5_core.compiled import compile_stack
+
+            compile_stack(stack, mode=compile if isinstance(compile, str) else None)
+        elif optimize and can_prepack(stack):
+            prepack(stack)
         return cls(stack, found, loaded.report, token_budget)
 
     def save_scales(self, path: str | Path) -> None:

@@ -27,6 +27,7 @@ def parity(
     dtypes: Annotated[str, typer.Option(help="Compute dtypes, joined by commas.")] = "float32,float64",
     against: Against = "transformers",
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Also compare the residual after each layer.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Also measure our 8-bit form.")] = False,
     scales: ScalesOption = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file with the errors of all.")] = None,
     subfolder: Subfolder = "",
@@ -59,6 +60,7 @@ def parity(
             against.split(",") if against else (),
             scales=chosen,
             per_layer=per_layer,
+            int8=int8,
             progress=status.update,
         )
     if plot is not None:

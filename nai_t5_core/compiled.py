@@ -1,0 +1,97 @@
+"""The encoder compiled as one graph for each of a few token counts, so that no length of prompt compiles anew."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from nai_t5_core.attention_choice import FlexUnavailableError, missing_for_flex, refuse_unsupported
+from nai_t5_core.encoder import T5EncoderStack
+from nai_t5_core.flex import BLOCK
+from nai_t5_core.int8 import Int8Linear
+from nai_t5_core.optimize import PackedLinear
+from nai_t5_core.packing import TOKEN_BUCKETS
+
+# Graphs beyond the buckets: rows longer than the largest, and calls with gradients or under inference mode.
+_SPARE_GRAPHS = 8
+
+
+def compile_stack(
+    stack: T5EncoderStack,
+    mode: str | None = None,
+    buckets: Sequence[int] = TOKEN_BUCKETS,
+    **options: Any,
+) -> T5EncoderStack:
+    """Has torch compile everything between the embedding and the final norm, on first use of each bucket.
+
+    A packed row is filled up to the next bucket, and attention is flex, so there are at most as many compilations as
+    buckets. torch keeps compiled kernels on disk, so that later processes compile faster. Masks of 3 and 4 dimensions
+    run uncompiled.
+
+    Args:
+        mode: of torch.compile: ``"reduce-overhead"`` records CUDA graphs, ``"max-autotune"`` tries out kernels.
+        buckets: rising multiples of 128.
+        options: passed on to torch.compile.
+
+    Returns:
+        The same stack, changed.
+
+    Raises:
+        ValueError: buckets that are none, a model that is prepacked or quantised or that flex attention does not
+            support, or a torch without ``recompile_limit`` in torch.compile.
+        FlexUnavailableError: there is no compiler.
+    """
+    sizes = tuple(buckets)
+    if not sizes or any(size < 1 or size % BLOCK for size in sizes) or list(sizes) != sorted(set(sizes)):
+        raise ValueError(f"buckets={sizes}; they must be rising multiples of {BLOCK}, and at least one")
+    refuse_unsupported(stack.device, stack.dtype, stack.config.d_kv)
+    if any(isinstance(module, PackedLinear | Int8Linear) for module in stack.modules()):
+        raise ValueError("the model is prepacked or quantised for this CPU already; load it with optimize=False")
+    if missing := missing_for_flex(stack.device):
+        raise FlexUnavailableError(f"the encoder cannot be compiled here: {missing}")
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        raise ValueError(f"torch {torch.__version__} cannot bound its compilations per model; update torch")
+    stack.buckets = sizes
+    stack.encoder.compile(
+        fullgraph=True,
+        dynamic=False,
+        mode=mode,
+        # Not torch's default of 8 for all models together, beyond which the call would fail.
+        recompile_limit=len(sizes) + _SPARE_GRAPHS,
+        isolate_recompiles=True,
+        **options,
+    )
+    return stack
+
+
+@torch.no_grad()
+def warm_up(
+    stack: T5EncoderStack, up_to: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> tuple[int, ...]:
+    """Compiles the buckets of a compiled stack by encoding a row of each size.
+
+    Args:
+        up_to: leave out buckets beyond the one that holds this many tokens.
+        progress: called with (buckets done, buckets in all).
+
+    Returns:
+        The buckets that are ready now.
+
+    Raises:
+        ValueError: the stack is not compiled.
+    """
+    if stack.buckets is None:
+        raise ValueError("the model is not compiled; call compile_stack first, or load it with compile=True")
+    wanted = tuple(
+        size
+        for index, size in enumerate(stack.buckets)
+        if up_to is None or index == 0 or stack.buckets[index - 1] < up_to
+    )
+    for done, size in enumerate(wanted):
+        stack(torch.zeros(1, size, dtype=torch.long))
+        if progress is not None:
+            progress(done + 1, len(wanted))
+    return wanted

@@ -1,0 +1,95 @@
+"""8-bit products: close to the exact ones, fully quantised, and refused where they cannot be had."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TOY_CONFIGS, build_stack, padding_mask
+from torch import nn
+
+from nai_t5_core.encoder import LAYOUTS, Layout
+from nai_t5_core.int8 import Int8Linear, can_quantize, quantize_int8
+from nai_t5_core.parity import measure_parity
+from nai_t5_core.parity_report import OWN
+from nai_t5_core.peers import random_state
+from nai_t5_core.text_encoder import TextEncoder
+
+V1_1 = TOY_CONFIGS["v1.1"].encoder_only()
+IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
+MASK = padding_mask([12, 5, 1], 12)
+
+pytestmark = pytest.mark.skipif(
+    not can_quantize(build_stack(V1_1, random_state(V1_1), torch.float32)), reason="this processor has no VNNI"
+)
+
+
+@torch.no_grad()
+def test_a_product_is_within_the_rounding_of_its_bytes() -> None:
+    """Each of the two factors is off by at most half a step of 1/127 of its row's largest value."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 96, generator=generator)
+    x = torch.randn(7, 96, generator=generator) * torch.tensor([1e-4, 1, 10, 1e4, 1, 1, 0])[:, None]
+    out = Int8Linear(weight)(x)
+    step_x = x.abs().amax(dim=1, keepdim=True) / 127
+    step_w = weight.abs().amax(dim=1) / 127
+    bound = 0.5 * step_x * weight.abs().sum(dim=1) + 0.5 * step_w * x.abs().sum(dim=1)[:, None]
+    assert ((out - x @ weight.T).abs() <= bound + 0.25 * 96 * step_x * step_w + 1e-30).all()
+    assert not out[-1].any()
+
+
+@torch.no_grad()
+def test_the_norm_weight_holds_down_large_channels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, norm = torch.randn(48, 96, generator=generator), torch.ones(96)
+    x = torch.randn(7, 96, generator=generator)
+    x[:, 5] *= 1000
+    norm[5] = 1e-3
+    norm[6] = 0
+    folded = weight * norm
+    expected = x @ folded.T
+    plain, smooth = Int8Linear(folded)(x), Int8Linear(folded, norm)(x)
+    assert float((smooth - expected).abs().max()) < 0.1 * float((plain - expected).abs().max())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outliers", [False, True])
+@torch.no_grad()
+def test_every_kind_is_close(kind: str, layout: Layout, dtype: torch.dtype, outliers: bool) -> None:
+    config = TOY_CONFIGS[kind].encoder_only()
+    state = random_state(config, outliers=outliers)
+    expected = build_stack(config, state, torch.float64)(IDS, MASK)
+    stack = quantize_int8(build_stack(config, state, dtype, layout))
+    assert not any(isinstance(module, nn.Linear) for module in stack.modules())
+    out = stack(IDS, MASK)
+    assert out.dtype == dtype
+    errors = (out - expected)[MASK.bool()].abs()
+    assert float(errors.median()) < 0.03
+    assert float(errors.max()) < 0.3 * float(expected.abs().max())
+    assert not stack(IDS, torch.zeros_like(MASK), padding="skip").any()
+
+
+def test_parity_prints_its_accuracy() -> None:
+    pytest.importorskip("transformers", reason="the reference")
+    report = measure_parity(V1_1, random_state(V1_1), ["bfloat16"], (), (20, 7), int8=True)
+    medians = {item.name: item.quantiles["0.5"] for item in report.differences}
+    assert medians[f"{OWN} fused"] < medians[f"{OWN} int8"] < 10 * medians[f"{OWN} fused"]
+    assert report.passed
+
+
+def test_text_encoder_takes_it_by_name() -> None:
+    encoder = TextEncoder.from_pretrained(quantize="int8")
+    assert any(isinstance(module, Int8Linear) for module in encoder.stack.modules())
+    exact = TextEncoder.from_pretrained(dtype="float32").encode(["a cat"]).hidden_states
+    out = encoder.encode(["a cat"]).hidden_states.float()
+    assert float((out - exact).abs().max()) < 0.3 * float(exact.abs().max())
+    with pytest.raises(ValueError, match=r"quantize='int4'; allowed: None, 'int8'"):
+        TextEncoder.from_pretrained(quantize="int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="quantize and compile exclude each other"):
+        TextEncoder.from_pretrained(quantize="int8", compile=True)
+
+
+def test_what_cannot_be_quantised_is_refused() -> None:
+    stack = build_stack(V1_1, random_state(V1_1), torch.float16)
+    with pytest.raises(ValueError, match=r"cannot quantise a model in torch.float16 on cpu to int8"):
+        quantize_int8(stack)
