@@ -176,9 +176,9 @@ class Decoder(nn.Module):
 
         It is −∞ for keys ahead of the query, so that any window of it is a causal mask as well.
         """
-        blocks: Any = self.block if self.bias_per_layer else self.block[:1]
         tables = []
-        for block in blocks:
+        block: Any
+        for block in self.block if self.bias_per_layer else self.block[:1]:
             weight = block.layer[0].SelfAttention.relative_attention_bias.weight
             table = distance_table(weight, self.max_distance, bidirectional=False).to(dtype)
             is_ahead = torch.arange(table.shape[1], device=table.device) > self.max_distance
@@ -195,8 +195,9 @@ class Decoder(nn.Module):
             scale: what q·k is multiplied by.
         """
         layers = []
+        block: Any
         for block in self.block:
-            attention: Any = block.layer[1].EncDecAttention
-            keys, values = (packing.unpack(x).transpose(1, 2).contiguous() for x in attention.keys_values(states))
+            projected = block.layer[1].EncDecAttention.keys_values(states)
+            keys, values = (packing.unpack(x).transpose(1, 2).contiguous() for x in projected)
             layers.append((keys, values))
         return CrossMemory(layers, None if mask is None else cross_bias(mask, states.dtype), scale)

@@ -292,22 +292,24 @@ class T5EncoderStack(nn.Module):
         have variance 1 and norms are ones. The same generator state gives the same weights.
         """
         nn.init.normal_(self.shared.weight, std=1.0, generator=generator)
-        for module in self.encoder.modules():
-            if isinstance(module, SelfAttention | FusedSelfAttention):
-                module.init_weights(generator)
-                if hasattr(module, "relative_attention_bias"):
-                    nn.init.normal_(
-                        module.relative_attention_bias.weight, std=self.config.d_model**-0.5, generator=generator
-                    )
-            elif isinstance(module, FeedForward | GatedFeedForward | FusedGatedFeedForward):
-                module.init_weights(generator)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-            elif isinstance(module, FoldedRMSNorm):
-                nn.init.ones_(module.folded_weight)
+        init_modules(self.encoder, self.config, generator)
 
     def extra_repr(self) -> str:
         return f"{self.config.kind}, {self.layout}, {self.dtype}, attention=sdpa"
+
+
+def init_modules(stack: nn.Module, config: T5Config, generator: torch.Generator | None = None) -> None:
+    """Random weights for every layer of an encoder or decoder; see :meth:`T5EncoderStack.init_weights`."""
+    module: Any
+    for module in stack.modules():
+        if hasattr(module, "init_weights"):
+            module.init_weights(generator)
+        if hasattr(module, "relative_attention_bias"):
+            nn.init.normal_(module.relative_attention_bias.weight, std=config.d_model**-0.5, generator=generator)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, FoldedRMSNorm):
+            nn.init.ones_(module.folded_weight)
 
 
 def _dense_mask(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Our own checkpoint: one safetensors file with fused tensors, config and tokenizer. Loading it is a map and an assign.
 
 Header metadata: ``format`` = "nai-t5", ``format_version``, ``config`` (JSON), ``source`` (its name) and
-``source_sha256`` (of the originals' names, dtypes, shapes and bytes), and ``encoder_scales`` and ``decoder_scales`` (JSON)
+``source_sha256`` (of the originals' names, dtypes, shapes and bytes), and ``encoder_scales``, ``decoder_scales`` (JSON)
 where the weights are scaled. The tokenizer is a uint8 tensor.
 """
 

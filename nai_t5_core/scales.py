@@ -3,8 +3,8 @@
 A sublayer's output is added to a float32 residual, so it may leave its last matrix product at any scale and be set
 right in that addition. Three numbers per layer (four in a decoder), each a power of two at most 1:
 
-- ``attention_out``, ``feed_forward_out``, and a decoder's ``cross_attention_out``: what the out-projection's weight is multiplied by; the sum with the residual
-  divides by it, in float32.
+- ``attention_out``, ``feed_forward_out``, and a decoder's ``cross_attention_out``: what the out-projection's weight is
+  multiplied by; the sum with the residual divides by it, in float32.
 - ``hidden``: what the feed-forward's inner product gate · up is multiplied by (through the up projection); the
   out-projection divides by it.
 
