@@ -53,7 +53,7 @@ class T5Config(BaseModel):
     # T5 was trained with unscaled q·k; dividing by √d_kv is for training from scratch.
     scale_qk: bool = False
     tie_word_embeddings: bool = False
-    # Whether hidden states are divided by √d_model before the output head; None: where the head is tied, as in v1.0.
+    # Whether hidden states are divided by √d_model before the output head; None: where it is tied.
     scale_decoder_outputs: bool | None = None
     dropout_rate: float = Field(default=0.1, ge=0, lt=1)
 
@@ -222,9 +222,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> T5Config:
         "decoder_start_token_id",
     )
     decoder_layers = hf.get("num_decoder_layers")
+    decoder_layers = hf["num_layers"] if decoder_layers is None else decoder_layers
     is_encoder_only = hf.get("architectures") in (["T5EncoderModel"], ["MT5EncoderModel"], ["UMT5EncoderModel"])
-    if decoder_layers is None:
-        decoder_layers = hf["num_layers"]
     try:
         return T5Config(
             **{name: hf[name] for name in sizes},

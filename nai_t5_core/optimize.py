@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.layers import NoInit
+from nai_t5_core.model import T5
+
+Model = TypeVar("Model", T5EncoderStack, T5)
 
 # Not their subclasses: what those do beyond a product (adapters, quantisation, offloading) packing would lose.
 _PLAIN_LINEARS = (nn.Linear, NoInit.Linear)
@@ -48,7 +53,7 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {state}"
 
 
-def can_prepack(stack: T5EncoderStack) -> bool:
+def can_prepack(stack: T5EncoderStack | T5) -> bool:
     """Whether this machine's oneDNN takes this model's weights."""
     if stack.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
@@ -57,11 +62,11 @@ def can_prepack(stack: T5EncoderStack) -> bool:
     return stack.dtype == torch.float32
 
 
-def prepack(stack: T5EncoderStack) -> T5EncoderStack:
+def prepack(stack: Model) -> Model:
     """Has every projection packed for fast inference on this CPU; each original is let go when its copy is made.
 
     Returns:
-        The same stack, changed. It can no longer be moved, cast, saved or trained.
+        The same model, changed. It can no longer be moved, cast, saved or trained.
 
     Raises:
         ValueError: the model is not on the CPU, or not in float32 or a bfloat16 that this processor's oneDNN supports.

@@ -119,4 +119,6 @@ def published_scales(config: T5Config, stack: Literal["encoder", "decoder"] = "e
     """
     name = config.size_name or ""
     table = _PUBLISHED_ENCODERS if stack == "encoder" else _PUBLISHED_DECODERS
-    return table.get(name.removeprefix("t5-v1_1-")) if name.startswith("t5-v1_1-") else None
+    scales = table.get(name.removeprefix("t5-v1_1-")) if name.startswith("t5-v1_1-") else None
+    layers = config.num_layers if stack == "encoder" else config.num_decoder_layers
+    return scales if scales and len(scales.layers) == layers else None
