@@ -196,6 +196,10 @@ def transformers_t5(config: T5Config, state: State, dtype: torch.dtype) -> nn.Mo
     embedding = tensors["shared.weight"]
     copies = {"encoder.embed_tokens.weight": embedding, "decoder.embed_tokens.weight": embedding}
     model.load_state_dict({"lm_head.weight": embedding, **copies, **tensors}, assign=True)
+    # Assigning has made parameters of their own of what is one.
+    model.set_input_embeddings(model.shared)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.shared.weight
     if config.bias_per_layer:
         model.config.tie_word_embeddings = config.tie_word_embeddings
     return model.eval().requires_grad_(False)
