@@ -275,14 +275,8 @@ class T5EncoderStack(nn.Module):
             raise ValueError(f"{expected}; got shape {list(inputs.shape)}")
         if not is_ids and inputs.shape[-1] != self.config.d_model:
             raise ValueError(f"{expected} with d_model={self.config.d_model}; got shape {list(inputs.shape)}")
-        # On a device the check would wait for it; there the embedding's own assertion speaks.
-        if is_ids and inputs.device.type == "cpu" and inputs.numel():
-            low, high = int(inputs.min()), int(inputs.max())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"token id {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size} tokens "
-                    "(ids start at 0); the tokenizer belongs to another model"
-                )
+        if is_ids:
+            check_ids(inputs, self.config.vocab_size)
         return inputs.shape[0], inputs.shape[1]
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -310,6 +304,18 @@ def init_modules(stack: nn.Module, config: T5Config, generator: torch.Generator 
             nn.init.ones_(module.weight)
         elif isinstance(module, FoldedRMSNorm):
             nn.init.ones_(module.folded_weight)
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Raises a ValueError for an id outside the vocabulary."""
+    # On a device the check would wait for it; there the embedding's own assertion speaks.
+    if ids.device.type == "cpu" and ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size} tokens "
+                "(ids start at 0); the tokenizer belongs to another model"
+            )
 
 
 def _dense_mask(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:

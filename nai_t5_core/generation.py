@@ -84,7 +84,7 @@ class GenerationOptions:
             raise ValueError(f"top_p={self.top_p}; it must be above 0 and at most 1")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}")
-        if self.early_stopping not in (True, False, "never"):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"early_stopping={self.early_stopping!r}; allowed: True, False, 'never'")
         if self.do_sample and self.num_beams > 1:
             raise ValueError("do_sample=True goes with num_beams=1: beams are not sampled")

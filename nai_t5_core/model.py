@@ -13,7 +13,7 @@ from nai_t5_core.attention import logit_scale
 from nai_t5_core.config import T5Config
 from nai_t5_core.decoder import Decoder
 from nai_t5_core.decoder_attention import CausalAttention, CrossMemory, DecoderCache
-from nai_t5_core.encoder import Layout, T5EncoderStack, init_modules
+from nai_t5_core.encoder import Layout, T5EncoderStack, check_ids, init_modules
 from nai_t5_core.generation import GenerationOptions, generate, stream
 from nai_t5_core.layers import residual_dtype, scaled
 from nai_t5_core.packing import PaddingPolicy
@@ -125,19 +125,27 @@ class T5(nn.Module):
             decoder_input_ids = self.shift_right(labels)
         memory = self.read(input_ids, attention_mask)
         logits = self.logits(self.decode(decoder_input_ids, memory))
-        if labels is None:
-            return T5Output(logits, None)
-        if labels.shape != decoder_input_ids.shape:
+        return T5Output(logits, None if labels is None else self._loss(logits, labels))
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if labels.shape != logits.shape[:2]:
             raise ValueError(
-                f"labels have shape {list(labels.shape)}, decoder_input_ids {list(decoder_input_ids.shape)}; "
-                "they must be equal"
+                f"labels have shape {list(labels.shape)}, decoder_input_ids {list(logits.shape[:2])}; they must be equal"
             )
+        check_ids(labels.masked_fill(labels == IGNORE_INDEX, 0), self.config.vocab_size)
         flat = logits.flatten(0, 1).to(residual_dtype(self.dtype))
-        loss = F.cross_entropy(flat, labels.to(flat.device).flatten(), ignore_index=IGNORE_INDEX)
-        return T5Output(logits, loss)
+        return F.cross_entropy(flat, labels.to(flat.device).flatten(), ignore_index=IGNORE_INDEX)
 
     def shift_right(self, labels: Tensor) -> Tensor:
-        """Labels [prompts, length] to what the decoder reads: the start token, then all labels but the last."""
+        """Labels [prompts, length] to what the decoder reads: the start token, then all labels but the last.
+
+        Raises:
+            ValueError: labels of another shape, or none.
+        """
+        if labels.ndim != 2 or labels.shape[1] == 0:
+            raise ValueError(
+                f"labels have shape {list(labels.shape)}; [prompts, length] with a label at least is needed"
+            )
         shifted = labels.roll(1, dims=-1)
         shifted[:, 0] = self.config.decoder_start_token_id
         return shifted.masked_fill(shifted == IGNORE_INDEX, self.config.pad_token_id)
@@ -172,6 +180,7 @@ class T5(nn.Module):
             raise ValueError(
                 f"decoder_input_ids have shape {list(decoder_input_ids.shape)}; [{memory.prompts}, length] is needed"
             )
+        check_ids(decoder_input_ids, self.config.vocab_size)
         plan = CausalAttention(
             self.decoder.bias_tables(self.dtype), decoder_input_ids.shape[1], logit_scale(self.config)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -136,6 +137,16 @@ def test_a_tied_head_is_the_embedding(config: T5Config) -> None:
     assert config.head_scale == (config.d_model**-0.5 if config.tie_word_embeddings else 1)
 
 
+def test_a_copy_stands_alone(config: T5Config) -> None:
+    """Its encoder is its own, and a tied head is still tied."""
+    model = own_t5(config, random_state(config), torch.float32)
+    clone = copy.deepcopy(model)
+    assert clone.encoder_stack.encoder is clone.encoder is not model.encoder
+    assert clone.encoder_stack.shared is clone.shared is not model.shared
+    assert (clone.lm_head.weight is clone.shared.weight) == config.tie_word_embeddings
+    assert clone.to(torch.float64).encoder_stack.dtype == torch.float64 != model.dtype
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 @torch.no_grad()
 def test_tied_and_scaled_are_two_things(scaled: bool) -> None:
@@ -193,6 +204,19 @@ def test_reordered_beams_read_their_own_ancestors(config: T5Config, fixed_shapes
         parents = torch.randint(0, beams, (3, beams), generator=generator)
         texts = texts.gather(1, parents[:, :, None].expand_as(texts))
         steps.reorder(parents)
+
+
+@torch.no_grad()
+def test_scaled_logits(config: T5Config) -> None:
+    """Dividing q·k by √d_kv is what queries that are so much larger take back, in all of the three attentions."""
+    scaled, state = config.model_copy(update={"scale_qk": True}), float64_state(config)
+    larger = {name: weight * config.d_kv**0.5 if ".q." in name else weight for name, weight in state.items()}
+    ids, texts = prompts(config), labels_for(config).clamp(min=0)
+    expected = own_t5(config, state, torch.float64)(ids, decoder_input_ids=texts).logits
+    model = own_t5(scaled, larger, torch.float64)
+    assert relative_difference(model(ids, decoder_input_ids=texts).logits, expected) <= TOLERANCE
+    found = decoding(model, ids, None, 1, 2, False).begin(texts[0, :1].tolist())[0, 0]
+    assert relative_difference(found.double(), expected[0, 0]) <= 1e-6
 
 
 class LargestResult(TorchDispatchMode):
@@ -341,10 +365,18 @@ def test_mistakes() -> None:
         model(ids, decoder_input_ids=torch.ones(2, 4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"labels have shape \[3, 5\], decoder_input_ids \[3, 4\]"):
         model(ids, None, torch.ones(3, 4, dtype=torch.long), torch.ones(3, 5, dtype=torch.long))
+    for shape in ((4,), (3, 0)):
+        with pytest.raises(ValueError, match=r"labels have shape \[.*\]; \[prompts, length\] with a label"):
+            model(ids, labels=torch.zeros(shape, dtype=torch.long))
     with pytest.raises(ValueError, match=r"the mask has shape \[3, 12\], the ids \[3, 13\]"):
         model.read(ids, torch.ones(3, 12))
     with pytest.raises(ValueError, match="token id 96 is outside the vocabulary"):
         model.read(ids.clone().fill_(96))
+    for texts in (torch.full((3, 2), 96), torch.full((3, 2), -1)):
+        with pytest.raises(ValueError, match=r"token id (96|-1) is outside the vocabulary"):
+            model(ids, decoder_input_ids=texts)
+        with pytest.raises(ValueError, match=r"token id (96|-1) is outside the vocabulary"):
+            model(ids, labels=texts)
     with pytest.raises(ValueError, match="num_decoder_layers=0"):
         T5(config.encoder_only(), device="meta")
     with pytest.raises(ValueError, match="decoder_scales of 2 layers for a decoder of 3"):
