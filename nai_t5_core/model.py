@@ -128,9 +128,10 @@ class T5(nn.Module):
         return T5Output(logits, None if labels is None else self._loss(logits, labels))
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if labels.shape != logits.shape[:2]:
+        expected = logits.shape[:2]
+        if labels.shape != expected:
             raise ValueError(
-                f"labels have shape {list(labels.shape)}, decoder_input_ids {list(logits.shape[:2])}; they must be equal"
+                f"labels have shape {list(labels.shape)}, decoder_input_ids {list(expected)}; they must be equal"
             )
         check_ids(labels.masked_fill(labels == IGNORE_INDEX, 0), self.config.vocab_size)
         flat = logits.flatten(0, 1).to(residual_dtype(self.dtype))
@@ -143,9 +144,7 @@ class T5(nn.Module):
             ValueError: labels of another shape, or none.
         """
         if labels.ndim != 2 or labels.shape[1] == 0:
-            raise ValueError(
-                f"labels have shape {list(labels.shape)}; [prompts, length] with a label at least is needed"
-            )
+            raise ValueError(f"labels have shape {list(labels.shape)}; [prompts, length] with a label at least")
         shifted = labels.roll(1, dims=-1)
         shifted[:, 0] = self.config.decoder_start_token_id
         return shifted.masked_fill(shifted == IGNORE_INDEX, self.config.pad_token_id)
