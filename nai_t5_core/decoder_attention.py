@@ -133,7 +133,6 @@ class DecoderCache:
             raise ValueError(f"a cache of {prompts} prompts, {beams} beams, {length} tokens; each must be at least 1")
         self.prompts, self.beams, self.length = prompts, beams, length
         shape = (config.num_decoder_layers, 2, prompts, config.num_heads, length * beams, config.d_kv)
-        # Zeros, since a fixed-shape step multiplies what is not written yet by a probability of zero.
         self.keys_values = torch.zeros(shape, dtype=dtype, device=device)
         self.slots = torch.arange(length * beams, device=device)
         self.own = torch.eye(beams, dtype=torch.bool, device=device)
@@ -145,10 +144,22 @@ class DecoderCache:
         """Memory of the cached keys and values."""
         return self.keys_values.nbytes
 
-    def clear(self) -> None:
-        """Begins anew; nothing is allocated."""
+    def fits(self, config: T5Config, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether it is a cache for such a model."""
+        layers, _, _, heads, _, d_kv = self.keys_values.shape
+        sizes = (config.num_decoder_layers, config.num_heads, config.d_kv)
+        return (layers, heads, d_kv) == sizes and self.keys_values.dtype == dtype and self.keys_values.device == device
+
+    def clear(self, with_values: bool = False) -> None:
+        """Begins anew; nothing is allocated.
+
+        ``with_values`` also overwrites the keys and values with zeros, for steps of fixed shapes: they multiply what is
+        not written yet by a probability of zero, which must not meet a NaN of an earlier text.
+        """
         self.position = 0
         self.visible.zero_()
+        if with_values:
+            self.keys_values.zero_()
 
     def reorder(self, parents: Tensor) -> None:
         """Lets every beam go on from another beam of its prompt: [prompts, beams] int64. Keys and values stay."""

@@ -26,13 +26,15 @@ class Decoding:
             compiled once; it then attends to the whole cache at every step.
 
     Raises:
-        ValueError: the cache is for another number of prompts.
+        ValueError: the cache is for another number of prompts, or another model.
     """
 
     def __init__(self, model: T5, memory: CrossMemory, cache: DecoderCache, fixed_shapes: bool = False) -> None:
         if cache.prompts != memory.prompts:
             raise ValueError(f"the cache is for {cache.prompts} prompts, and there are {memory.prompts}; make another")
-        cache.clear()
+        if not cache.fits(model.config, model.dtype, model.device):
+            raise ValueError("the cache is for another model, dtype or device; make one by this model's new_cache()")
+        cache.clear(with_values=fixed_shapes)
         self.model, self.memory, self.cache = model, memory, cache
         self.fixed_shapes = fixed_shapes
         self._scale = logit_scale(model.config)

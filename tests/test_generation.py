@@ -254,6 +254,19 @@ def test_a_cache_serves_many_calls(options: dict[str, Any]) -> None:
         model.generate(ids, mask, cache=cache, max_new_tokens=40, **options)
     with pytest.raises(ValueError, match="the cache is for 10 prompts, and there are 3"):
         model.generate(ids[:3], mask[:3], cache=cache, max_new_tokens=NEW_TOKENS, **options)
+    for other in (own_model("umt5", torch.float64), own_model("ul2")):
+        with pytest.raises(ValueError, match="the cache is for another model, dtype or device"):
+            other.generate(ids, mask, cache=cache, max_new_tokens=NEW_TOKENS, **options)
+
+
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+@torch.no_grad()
+def test_nothing_of_an_earlier_text_is_left(fixed_shapes: bool) -> None:
+    model, (ids, mask) = own_model("v1.1"), prompts(6, seed=17)
+    cache = model.new_cache(6, 3, 30)
+    cache.keys_values.fill_(torch.nan)
+    options = {"num_beams": 3, "max_new_tokens": NEW_TOKENS, "fixed_shapes": fixed_shapes}
+    assert torch.equal(model.generate(ids, mask, cache=cache, **options), model.generate(ids, mask, **options))
 
 
 @pytest.mark.parametrize("options", WAYS, ids=str)
