@@ -66,7 +66,8 @@ def prepack(stack: Model) -> Model:
     """Has every projection packed for fast inference on this CPU; each original is let go when its copy is made.
 
     Returns:
-        The same model, changed. It can no longer be moved, cast, saved or trained.
+        The same model, changed. It can no longer be moved, cast, saved or trained. A tied head gets a copy of its own,
+        since the embedding stays as it was.
 
     Raises:
         ValueError: the model is not on the CPU, or not in float32 or a bfloat16 that this processor's oneDNN supports.
