@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from nai_t5_core.encoder import T5EncoderStack
     from nai_t5_core.families import Family, family, family_names
     from nai_t5_core.formats import CheckpointError
-    from nai_t5_core.load import load_encoder
+    from nai_t5_core.load import load_encoder, load_t5
+    from nai_t5_core.model import T5
     from nai_t5_core.optimize import prepack
     from nai_t5_core.text_encoder import PromptEmbeddings, TextEncoder
     from nai_t5_core.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
+    "T5",
     "CheckpointError",
     "Family",
     "PromptEmbeddings",
@@ -32,6 +34,7 @@ __all__ = [
     "family",
     "family_names",
     "load_encoder",
+    "load_t5",
     "load_tokenizer",
     "named_config",
     "prepack",
@@ -41,6 +44,7 @@ _HOME = {
     "CheckpointError": "formats",
     "Family": "families",
     "PromptEmbeddings": "text_encoder",
+    "T5": "model",
     "T5Config": "config",
     "T5EncoderStack": "encoder",
     "TextEncoder": "text_encoder",
@@ -49,6 +53,7 @@ _HOME = {
     "family": "families",
     "family_names": "families",
     "load_encoder": "load",
+    "load_t5": "load",
     "load_tokenizer": "tokenizer",
     "named_config": "config",
     "prepack": "optimize",

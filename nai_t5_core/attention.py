@@ -213,7 +213,7 @@ class SelfAttention(nn.Module):
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         d_model = self.q.in_features
-        nn.init.normal_(self.q.weight, std=_query_std(d_model, self.d_kv, self.scale_qk), generator=generator)
+        nn.init.normal_(self.q.weight, std=query_std(d_model, self.d_kv, self.scale_qk), generator=generator)
         nn.init.normal_(self.k.weight, std=d_model**-0.5, generator=generator)
         nn.init.normal_(self.v.weight, std=d_model**-0.5, generator=generator)
         nn.init.normal_(self.o.weight, std=self.o.in_features**-0.5, generator=generator)
@@ -240,7 +240,7 @@ class FusedSelfAttention(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         d_model = self.qkv.in_features
         q, kv = self.qkv.weight.detach().split([self.o.in_features, 2 * self.o.in_features])
-        nn.init.normal_(q, std=_query_std(d_model, self.d_kv, self.scale_qk), generator=generator)
+        nn.init.normal_(q, std=query_std(d_model, self.d_kv, self.scale_qk), generator=generator)
         nn.init.normal_(kv, std=d_model**-0.5, generator=generator)
         nn.init.normal_(self.o.weight, std=self.o.in_features**-0.5, generator=generator)
 
@@ -250,7 +250,7 @@ def _bias_embedding(config: T5Config, ops: Any, **factory: Any) -> nn.Embedding:
     return embedding
 
 
-def _query_std(d_model: int, d_kv: int, scale_qk: bool) -> float:
+def query_std(d_model: int, d_kv: int, scale_qk: bool) -> float:
     """T5 puts the 1/√d_kv that others apply to the logits into the initial queries."""
     return d_model**-0.5 if scale_qk else (d_model * d_kv) ** -0.5
 

@@ -53,6 +53,8 @@ class T5Config(BaseModel):
     # T5 was trained with unscaled q·k; dividing by √d_kv is for training from scratch.
     scale_qk: bool = False
     tie_word_embeddings: bool = False
+    # Whether hidden states are divided by √d_model before the output head; None: where it is tied.
+    scale_decoder_outputs: bool | None = None
     dropout_rate: float = Field(default=0.1, ge=0, lt=1)
 
     pad_token_id: int = 0
@@ -96,6 +98,12 @@ class T5Config(BaseModel):
     def can_scale_hidden(self) -> bool:
         """Whether a factor on the feed-forward's in-projection comes out of it unchanged."""
         return self.gated or self.activation == "relu"
+
+    @property
+    def head_scale(self) -> float:
+        """What the decoder's hidden states are multiplied by before the output head."""
+        is_scaled = self.tie_word_embeddings if self.scale_decoder_outputs is None else self.scale_decoder_outputs
+        return float(self.d_model**-0.5) if is_scaled else 1.0
 
     def encoder_only(self) -> T5Config:
         return self.model_copy(update={"num_decoder_layers": 0})
@@ -207,15 +215,15 @@ def config_from_hf(hf: Mapping[str, Any]) -> T5Config:
         "relative_attention_max_distance",
         "layer_norm_epsilon",
         "scale_qk",
+        "scale_decoder_outputs",
         "dropout_rate",
         "pad_token_id",
         "eos_token_id",
         "decoder_start_token_id",
     )
     decoder_layers = hf.get("num_decoder_layers")
+    decoder_layers = hf["num_layers"] if decoder_layers is None else decoder_layers
     is_encoder_only = hf.get("architectures") in (["T5EncoderModel"], ["MT5EncoderModel"], ["UMT5EncoderModel"])
-    if decoder_layers is None:
-        decoder_layers = hf["num_layers"]
     try:
         return T5Config(
             **{name: hf[name] for name in sizes},
@@ -242,7 +250,9 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
     architecture = "ForConditionalGeneration" if config.num_decoder_layers else "EncoderModel"
     if config.gated and config.activation == "gelu":
         raise ValueError("config.json has no name for a gate with exact GELU: 'gated-gelu' means the tanh form")
-    values = config.model_dump(exclude={"gated", "activation", "bias_per_layer", "num_decoder_layers", "scale_qk"})
+    values = config.model_dump(
+        exclude={"gated", "activation", "bias_per_layer", "num_decoder_layers", "scale_qk"}, exclude_none=True
+    )
     activation = "gelu" if config.gated and config.activation == "gelu_new" else config.activation
     return {
         **values,

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from nai_t5_core import native
 from nai_t5_core.config import Shape
-from nai_t5_core.examine import Examination, ModelSource, decoder_faults, examine, find_tokenizer
+from nai_t5_core.examine import Examination, ModelSource, decoder_faults, examine, find_tokenizer, settle_head
 from nai_t5_core.formats import CheckpointError, tensor_bytes, write_safetensors
 from nai_t5_core.fuse import cook, fused_recipes
-from nai_t5_core.load import ScalesChoice, choose_scales
+from nai_t5_core.load import ScalesChoice, choose_decoder_scales, choose_scales
 from nai_t5_core.precision import DTYPES, is_finite
 from nai_t5_core.tokenizer import load_tokenizer
 
@@ -50,7 +50,8 @@ def convert(
         dtype: of the weights; ``"auto"`` keeps the source's (bfloat16 for float8).
         encoder_only: leave the decoder out.
         tokenizer: a tokenizer file or folder to put in, where the source has none.
-        scales: as for :func:`nai_t5_core.load.load_encoder`; they are kept in the file.
+        scales: as for :func:`nai_t5_core.load.load_encoder`; they are kept in the file. The decoder's are those in the
+            source, or those published for a model of this size.
         progress: called with (bytes written, bytes in all) after every tensor.
 
     Raises:
@@ -61,15 +62,18 @@ def convert(
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     examination = examine(source, subfolder)
+    if not encoder_only:
+        settle_head(examination)
+        examination.faults += decoder_faults(examination)
     config = examination.config.encoder_only() if encoder_only else examination.config
-    examination.faults += [] if encoder_only else decoder_faults(examination)
     examination.refuse_faults()
     if out.resolve() in {info.file.resolve() for info in examination.checkpoint.tensors.values()}:
         raise CheckpointError(f"{out} is the source itself; write to another file")
 
     model_dtype = _main_dtype(examination) if dtype == "auto" else DTYPES[dtype]
     chosen = choose_scales(examination, model_dtype, scales)
-    recipes = fused_recipes(config, chosen)
+    chosen_for_decoder = None if encoder_only else choose_decoder_scales(examination, model_dtype)
+    recipes = fused_recipes(config, chosen, chosen_for_decoder)
     layout: dict[str, tuple[torch.dtype, Shape]] = {
         recipe.target: (recipe.dtype(model_dtype), recipe.shape) for recipe in recipes
     }
@@ -96,7 +100,7 @@ def convert(
         kept = examination.checkpoint.metadata if examination.is_native else {}
         return kept.get("source", examination.checkpoint.source), kept.get("source_sha256", read.hexdigest())
 
-    write_safetensors(out, layout, tensors(), lambda: native.header(config, *provenance(), chosen))
+    write_safetensors(out, layout, tensors(), lambda: native.header(config, *provenance(), chosen, chosen_for_decoder))
     return Conversion(out, model_dtype, len(layout), total, provenance()[1], found.kind if found else None)
 
 

@@ -320,14 +320,8 @@ class T5EncoderStack(nn.Module):
             raise ValueError(f"{expected}; got shape {list(inputs.shape)}")
         if not is_ids and inputs.shape[-1] != self.config.d_model:
             raise ValueError(f"{expected} with d_model={self.config.d_model}; got shape {list(inputs.shape)}")
-        # On a device the check would wait for it; there the embedding's own assertion speaks.
-        if is_ids and inputs.device.type == "cpu" and inputs.numel():
-            low, high = int(inputs.min()), int(inputs.max())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"token id {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size} tokens "
-                    "(ids start at 0); the tokenizer belongs to another model"
-                )
+        if is_ids:
+            check_ids(inputs, self.config.vocab_size)
         return inputs.shape[0], inputs.shape[1]
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -337,23 +331,37 @@ class T5EncoderStack(nn.Module):
         have variance 1 and norms are ones. The same generator state gives the same weights.
         """
         nn.init.normal_(self.shared.weight, std=1.0, generator=generator)
-        for module in self.encoder.modules():
-            if isinstance(module, SelfAttention | FusedSelfAttention):
-                module.init_weights(generator)
-                if hasattr(module, "relative_attention_bias"):
-                    nn.init.normal_(
-                        module.relative_attention_bias.weight, std=self.config.d_model**-0.5, generator=generator
-                    )
-            elif isinstance(module, FeedForward | GatedFeedForward | FusedGatedFeedForward):
-                module.init_weights(generator)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-            elif isinstance(module, FoldedRMSNorm):
-                nn.init.ones_(module.folded_weight)
+        init_modules(self.encoder, self.config, generator)
 
     def extra_repr(self) -> str:
         attention = describe_attention(self.attention, self.device.type) if self.buckets is None else "flex, compiled"
         return f"{self.config.kind}, {self.layout}, {self.dtype}, attention={attention}"
+
+
+def init_modules(stack: nn.Module, config: T5Config, generator: torch.Generator | None = None) -> None:
+    """Random weights for every layer of an encoder or decoder; see :meth:`T5EncoderStack.init_weights`."""
+    module: Any
+    for module in stack.modules():
+        if hasattr(module, "init_weights"):
+            module.init_weights(generator)
+        if hasattr(module, "relative_attention_bias"):
+            nn.init.normal_(module.relative_attention_bias.weight, std=config.d_model**-0.5, generator=generator)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, FoldedRMSNorm):
+            nn.init.ones_(module.folded_weight)
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Raises a ValueError for an id outside the vocabulary."""
+    # On a device the check would wait for it; there the embedding's own assertion speaks.
+    if ids.device.type == "cpu" and ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size} tokens "
+                "(ids start at 0); the tokenizer belongs to another model"
+            )
 
 
 def _dense_mask(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:

@@ -66,9 +66,15 @@ class Examination:
         return native.read_scales(self.checkpoint) if self.is_native else None
 
     @cached_property
+    def decoder_scales(self) -> StackScales | None:
+        """The same of the decoder."""
+        return native.read_scales(self.checkpoint, "decoder") if self.is_native else None
+
+    @cached_property
     def _fused_home(self) -> dict[str, Recipe]:
         """Hugging Face name to the recipe of the fused tensor that holds it, in a file of our own."""
-        return {part: recipe for recipe in fused_recipes(self.config, self.scales) for part in recipe.parts}
+        recipes = fused_recipes(self.config, self.scales, self.decoder_scales)
+        return {part: recipe for recipe in recipes for part in recipe.parts}
 
     def read(self, name: str) -> Tensor:
         """One tensor by its Hugging Face name.
@@ -126,6 +132,28 @@ def decoder_faults(examination: Examination) -> list[str]:
     if examination.is_native:
         return []
     return list(_shape_faults(examination, decoder_tensors(examination.config), examination.config_source))
+
+
+def settle_head(examination: Examination) -> None:
+    """Looks whether the output head is the embedding again, where only its numbers tell.
+
+    A config may say that the head is tied beside a file that has one. Where that is a copy it is left out; else it is
+    the head, as transformers 5 has it. Leaves a checkpoint with faults alone.
+    """
+    names = examination.keymap.names
+    if examination.faults or not examination.config.tie_word_embeddings or "lm_head.weight" not in names:
+        return
+    if _are_the_same(examination.read("lm_head.weight"), examination.read("shared.weight")):
+        examination.keymap.ignored[names.pop("lm_head.weight")] = "a copy of the embedding, shared.weight"
+    else:
+        own_head = {"tie_word_embeddings": False, "scale_decoder_outputs": examination.config.head_scale != 1}
+        examination.config = examination.config.model_copy(update=own_head)
+
+
+def _are_the_same(tensor: Tensor, other: Tensor) -> bool:
+    """To the bit; of any dtype."""
+    alike = tensor.dtype == other.dtype and tensor.shape == other.shape
+    return alike and torch.equal(tensor.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def _shape_faults(examination: Examination, expected: dict[str, tuple[int, ...]], config_source: str) -> Iterator[str]:

@@ -18,7 +18,9 @@ from nai_t5_core.scales import StackScales
 
 # Numbers that are multiplied at a time.
 _SLICE = 1 << 18
-_ENCODER_WEIGHT = re.compile(r"encoder\.block\.(?P<layer>\d+)\..*\.(?P<projection>\w+)\.weight")
+_LAYER_WEIGHT = re.compile(
+    r"(?P<stack>encoder|decoder)\.block\.(?P<layer>\d+)\.layer\.\d\.(?P<module>\w+)\.(?P<projection>\w+)\.weight"
+)
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,20 @@ def separate_recipes(config: T5Config, scales: StackScales | None = None) -> lis
     ]
 
 
-def fused_recipes(config: T5Config, scales: StackScales | None = None) -> list[Recipe]:
+def fused_recipes(
+    config: T5Config, scales: StackScales | None = None, decoder_scales: StackScales | None = None
+) -> list[Recipe]:
     """q, k, v (k, v in cross-attention) and gate, up joined, each with the norm before it multiplied in.
 
-    ``scales`` are those of the encoder, and are multiplied into its weights as :mod:`nai_t5_core.scales` says.
+    ``scales`` are those of the encoder and of the embedding; both are multiplied into the weights as
+    :mod:`nai_t5_core.scales` says.
     """
-    return list(_fused(encoder_tensors(config) | decoder_tensors(config), scales))
+    return list(_fused(encoder_tensors(config) | decoder_tensors(config), scales, decoder_scales))
 
 
-def _fused(shapes: dict[str, Shape], scales: StackScales | None) -> Iterator[Recipe]:
+def _fused(
+    shapes: dict[str, Shape], scales: StackScales | None, decoder_scales: StackScales | None
+) -> Iterator[Recipe]:
     taken: set[str] = set()
     for name, shape in shapes.items():
         if name in taken:
@@ -102,20 +109,21 @@ def _fused(shapes: dict[str, Shape], scales: StackScales | None) -> Iterator[Rec
                 target = f"{module}.layer_norm.folded_weight"
         taken.update(parts)
         rows = sum(shapes[part][0] for part in parts)
-        factors = tuple(1.0 if scales is None else _factor(part, scales) for part in parts)
+        factors = tuple(_factor(part, scales, decoder_scales) for part in parts)
         yield Recipe(target, parts, (rows, *shape[1:]), norm, factors, in_float32="layer_norm" in name)
 
 
-def _factor(name: str, scales: StackScales) -> float:
+def _factor(name: str, scales: StackScales | None, decoder_scales: StackScales | None) -> float:
     """What an original tensor is multiplied by."""
     if name == "shared.weight":
-        return scales.embedding
-    match = _ENCODER_WEIGHT.match(name)
-    if match is None:
+        return scales.embedding if scales else 1.0
+    match = _LAYER_WEIGHT.match(name)
+    stack_scales = scales if match and match["stack"] == "encoder" else decoder_scales
+    if match is None or stack_scales is None:
         return 1.0
-    layer = scales.layers[int(match["layer"])]
+    layer = stack_scales.layers[int(match["layer"])]
     factors = {
-        "o": layer.attention_out,
+        "o": layer.cross_attention_out if match["module"] == "EncDecAttention" else layer.attention_out,
         "wi": layer.hidden,
         "wi_1": layer.hidden,
         "wo": layer.feed_forward_out / layer.hidden,
@@ -169,9 +177,12 @@ def uncook(recipe: Recipe, read: Callable[[str], Tensor], shapes: dict[str, Shap
 
 
 def unfuse(
-    config: T5Config, read: Callable[[str], Tensor], scales: StackScales | None = None
+    config: T5Config,
+    read: Callable[[str], Tensor],
+    scales: StackScales | None = None,
+    decoder_scales: StackScales | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every original tensor of a fused model with these scales, under its Hugging Face name."""
     shapes = encoder_tensors(config) | decoder_tensors(config)
-    for recipe in fused_recipes(config, scales):
+    for recipe in fused_recipes(config, scales, decoder_scales):
         yield from uncook(recipe, read, shapes)

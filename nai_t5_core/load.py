@@ -1,4 +1,4 @@
-"""From a model argument to a ready encoder.
+"""From a model argument to a ready encoder, or a whole T5.
 
 The model is built on the meta device and its tensors are assigned one by one, so that the weights are never in memory
 twice.
@@ -20,11 +20,12 @@ from nai_t5_core import native
 from nai_t5_core.attention_choice import AttentionChoice, missing_for_flex, refuse_unsupported
 from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
-from nai_t5_core.examine import Examination, ModelSource, examine, find_tokenizer
+from nai_t5_core.examine import Examination, ModelSource, decoder_faults, examine, find_tokenizer, settle_head
 from nai_t5_core.formats import CheckpointError
 from nai_t5_core.fuse import Recipe, cook, fused_recipes, separate_recipes
 from nai_t5_core.keymaps import KeyMap
 from nai_t5_core.layers import NoInit
+from nai_t5_core.model import T5
 from nai_t5_core.precision import is_finite, largest_absolute, resolve_device, resolve_dtype
 from nai_t5_core.scales import StackScales, published_scales, scale_for, unscaled
 from nai_t5_core.scales_file import read_scales
@@ -74,10 +75,9 @@ def by_reason(ignored: dict[str, str]) -> dict[str, list[str]]:
 
 
 @dataclass(frozen=True)
-class LoadedEncoder:
-    """A ready encoder with what came along with it."""
+class _Loaded:
+    """What comes along with a model."""
 
-    stack: T5EncoderStack
     report: LoadReport
     examination: Examination
 
@@ -85,6 +85,20 @@ class LoadedEncoder:
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer found beside or inside the weights. Read when it is asked for: that takes up to a second."""
         return find_tokenizer(self.examination)
+
+
+@dataclass(frozen=True)
+class LoadedEncoder(_Loaded):
+    """A ready encoder with what came along with it."""
+
+    stack: T5EncoderStack
+
+
+@dataclass(frozen=True)
+class LoadedT5(_Loaded):
+    """A ready T5 with what came along with it."""
+
+    model: T5
 
 
 def load_encoder(
@@ -133,12 +147,7 @@ def load(
 ) -> LoadedEncoder:
     """As :func:`load_encoder`, with the tokenizer found beside or inside the weights, and a report."""
     started = time.perf_counter()
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
-    place = resolve_device(device)
-    model_dtype = resolve_dtype(dtype, place)
-    if model_dtype == torch.float16 and place.type == "cpu":
-        warnings.warn(SLOW_FLOAT16, SlowDtypeWarning, stacklevel=3)
+    place, model_dtype = _place(device, dtype, layout)
     examination = examine(source, subfolder)
     examination.refuse_faults()
     config = examination.config.encoder_only()
@@ -147,21 +156,94 @@ def load(
     chosen = choose_scales(examination, model_dtype, scales)
     stack = T5EncoderStack(config, layout, NoInit, chosen, device="meta", dtype=model_dtype, attention=attention)
     recipes, read = _recipes(examination, config, layout, chosen)
-    stack.load_state_dict(
-        {recipe.target: _checked(recipe, cook(recipe, read, model_dtype)).to(place) for recipe in recipes}, assign=True
-    )
-    report = LoadReport(
+    stack.load_state_dict(_tensors(recipes, read, model_dtype, place), assign=True)
+    return LoadedEncoder(_report(examination, stack.eval(), recipes, started), examination, stack)
+
+
+def load_t5(
+    source: ModelSource = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    layout: Layout = "fused",
+    subfolder: str = "",
+    scales: ScalesChoice = "auto",
+    decoder_scales: ScalesChoice = "auto",
+) -> T5:
+    """Loads a T5 with its decoder; arguments are those of :func:`load_encoder`.
+
+    Args:
+        decoder_scales: as ``scales``, for the decoder.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        CheckpointError: as :func:`load_encoder`, and where there is no decoder.
+        ValueError: as :func:`load_encoder`.
+    """
+    return load_whole(source, dtype, device, layout, subfolder, scales, decoder_scales).model
+
+
+def load_whole(
+    source: ModelSource = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    layout: Layout = "fused",
+    subfolder: str = "",
+    scales: ScalesChoice = "auto",
+    decoder_scales: ScalesChoice = "auto",
+) -> LoadedT5:
+    """As :func:`load_t5`, with the tokenizer found beside or inside the weights, and a report."""
+    started = time.perf_counter()
+    place, model_dtype = _place(device, dtype, layout)
+    examination = examine(source, subfolder)
+    if examination.config.num_decoder_layers == 0:
+        raise CheckpointError(
+            f"{examination.checkpoint.source} has no decoder: it is the encoder alone, which cannot generate text; "
+            "give the whole model"
+        )
+    settle_head(examination)
+    examination.faults += decoder_faults(examination)
+    examination.refuse_faults()
+    config = examination.config
+    chosen = choose_scales(examination, model_dtype, scales)
+    chosen_for_decoder = choose_decoder_scales(examination, model_dtype, decoder_scales)
+    model = T5(config, layout, NoInit, chosen, chosen_for_decoder, device="meta", dtype=model_dtype)
+    recipes, read = _recipes(examination, config, layout, chosen, chosen_for_decoder)
+    model.assign(_tensors(recipes, read, model_dtype, place))
+    return LoadedT5(_report(examination, model.eval(), recipes, started), examination, model)
+
+
+def _place(device: str | torch.device, dtype: str | torch.dtype, layout: str) -> tuple[torch.device, torch.dtype]:
+    """Where a model goes and what it computes in; refuses what there is not."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
+    place = resolve_device(device)
+    model_dtype = resolve_dtype(dtype, place)
+    if model_dtype == torch.float16 and place.type == "cpu":
+        warnings.warn(SLOW_FLOAT16, SlowDtypeWarning, stacklevel=4)
+    return place, model_dtype
+
+
+def _tensors(
+    recipes: list[Recipe], read: Callable[[str], Tensor], dtype: torch.dtype, place: torch.device
+) -> dict[str, Tensor]:
+    return {recipe.target: _checked(recipe, cook(recipe, read, dtype)).to(place) for recipe in recipes}
+
+
+def _report(examination: Examination, model: T5EncoderStack | T5, recipes: list[Recipe], started: float) -> LoadReport:
+    used = _used_by(recipes, examination.keymap)
+    return LoadReport(
         source=examination.checkpoint.source,
         format=examination.checkpoint.format,
-        kind=config.kind,
-        dtype=model_dtype,
-        device=place,
-        layout=layout,
-        used=_used_by(recipes, examination.keymap),
-        ignored=_ignored_by_encoder(examination),
+        kind=model.config.kind,
+        dtype=model.dtype,
+        device=model.device,
+        layout=model.layout,
+        used=used,
+        ignored=_ignored(examination, used),
         seconds=time.perf_counter() - started,
     )
-    return LoadedEncoder(stack.eval(), report, examination)
 
 
 def _flex_or_sdpa(device: torch.device, dtype: torch.dtype, d_kv: int) -> AttentionChoice:
@@ -179,10 +261,7 @@ def choose_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesCh
     An embedding table beyond float16's range gets a scale of its own, since its largest value is known.
     """
     config = examination.config
-    if isinstance(wanted, StackScales):
-        scales: StackScales | None = wanted
-    else:
-        scales = examination.scales if wanted == "auto" else read_scales(wanted)
+    scales = _given_or_stored(wanted, examination.scales)
     if scales is None and dtype == torch.float16:
         scales = published_scales(config)
     if dtype != torch.float16 or (scales is not None and scales.embedding < 1):
@@ -195,14 +274,34 @@ def choose_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesCh
     return scales
 
 
+def _given_or_stored(wanted: ScalesChoice, stored: StackScales | None) -> StackScales | None:
+    if isinstance(wanted, StackScales):
+        return wanted
+    return stored if wanted == "auto" else read_scales(wanted)
+
+
+def choose_decoder_scales(
+    examination: Examination, dtype: torch.dtype, wanted: ScalesChoice = "auto"
+) -> StackScales | None:
+    """The decoder's scales for a model in ``dtype``; None where nothing is to be scaled."""
+    scales = _given_or_stored(wanted, examination.decoder_scales)
+    return published_scales(examination.config, "decoder") if scales is None and dtype == torch.float16 else scales
+
+
 def _recipes(
-    examination: Examination, config: T5Config, layout: Layout, scales: StackScales | None
+    examination: Examination,
+    config: T5Config,
+    layout: Layout,
+    scales: StackScales | None,
+    decoder_scales: StackScales | None = None,
 ) -> tuple[list[Recipe], Callable[[str], Tensor]]:
-    """How each tensor of the encoder is made from this checkpoint, and what reads its ingredients."""
+    """How each tensor of the model is made from this checkpoint, and what reads its ingredients."""
     if layout == "separate":
         return separate_recipes(config, scales), examination.read
-    recipes = fused_recipes(config, scales)
-    if examination.is_native and scales == examination.scales:
+    recipes = fused_recipes(config, scales, decoder_scales)
+    has_decoder = config.num_decoder_layers > 0
+    same_decoder = not has_decoder or decoder_scales == examination.decoder_scales
+    if examination.is_native and scales == examination.scales and same_decoder:
         return native.stored(recipes), examination.checkpoint.read
     return recipes, examination.read
 
@@ -222,11 +321,11 @@ def _used_by(recipes: list[Recipe], keymap: KeyMap) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*names, *(keymap.scales[name] for name in names if name in keymap.scales)]))
 
 
-def _ignored_by_encoder(examination: Examination) -> dict[str, str]:
+def _ignored(examination: Examination, used: tuple[str, ...]) -> dict[str, str]:
     keymap = examination.keymap
     unused = {
         full: "belongs to the decoder"
         for name, full in [*keymap.names.items(), *keymap.scales.items()]
-        if name.startswith(("decoder.", "lm_head."))
+        if name.startswith(("decoder.", "lm_head.")) and name not in used
     }
     return keymap.ignored | unused

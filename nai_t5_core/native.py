@@ -1,8 +1,8 @@
 """Our own checkpoint: one safetensors file with fused tensors, config and tokenizer. Loading it is a map and an assign.
 
 Header metadata: ``format`` = "nai-t5", ``format_version``, ``config`` (JSON), ``source`` (its name) and
-``source_sha256`` (of the originals' names, dtypes, shapes and bytes), and ``encoder_scales`` (JSON) if the weights are
-scaled. The tokenizer is a uint8 tensor.
+``source_sha256`` (of the originals' names, dtypes, shapes and bytes), and ``encoder_scales``, ``decoder_scales`` (JSON)
+where the weights are scaled. The tokenizer is a uint8 tensor.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import PurePath
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -60,26 +61,33 @@ def keymap(checkpoint: Checkpoint, expected: Collection[str]) -> KeyMap:
     )
 
 
-def read_scales(checkpoint: Checkpoint) -> StackScales | None:
-    """The encoder's scales that the file's weights hold; None where nothing is scaled.
+def read_scales(checkpoint: Checkpoint, stack: Literal["encoder", "decoder"] = "encoder") -> StackScales | None:
+    """The scales that a stack's weights hold; None where nothing is scaled.
 
     Raises:
         CheckpointError: the header is damaged.
     """
-    text = checkpoint.metadata.get("encoder_scales")
+    text = checkpoint.metadata.get(f"{stack}_scales")
     try:
         return None if text is None else StackScales.from_json(text)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.source} has a damaged header: {error}") from error
 
 
-def header(config: T5Config, source: str, source_sha256: str, scales: StackScales | None) -> dict[str, str]:
+def header(
+    config: T5Config,
+    source: str,
+    source_sha256: str,
+    scales: StackScales | None,
+    decoder_scales: StackScales | None = None,
+) -> dict[str, str]:
     """The metadata that this module and ``inspect`` read."""
     return {
         **({"encoder_scales": scales.to_json()} if scales else {}),
+        **({"decoder_scales": decoder_scales.to_json()} if decoder_scales else {}),
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
-        "config": json.dumps(config.model_dump()),
+        "config": json.dumps(config.model_dump(exclude_none=True)),
         # Not the whole path: such files are passed on, and the folders of a machine are nobody's business.
         "source": PurePath(source).name,
         "source_sha256": source_sha256,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from nai_t5_core.config import Activation
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.layers import ACTIVATIONS, FeedForward, FusedGatedFeedForward, GatedFeedForward, NoInit, scaled
+from nai_t5_core.model import T5
+
+Model = TypeVar("Model", T5EncoderStack, T5)
 
 # Not their subclasses: what those do beyond a product (adapters, quantisation, offloading) packing would lose.
 PLAIN_LINEARS = (nn.Linear, NoInit.Linear)
@@ -105,7 +108,7 @@ class PackedGatedFeedForward(nn.Module):
         return out
 
 
-def can_prepack(stack: T5EncoderStack) -> bool:
+def can_prepack(stack: T5EncoderStack | T5) -> bool:
     """Whether this machine's oneDNN takes this model's weights."""
     if stack.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
@@ -114,11 +117,12 @@ def can_prepack(stack: T5EncoderStack) -> bool:
     return stack.dtype == torch.float32
 
 
-def prepack(stack: T5EncoderStack) -> T5EncoderStack:
+def prepack(stack: Model) -> Model:
     """Has every projection packed for fast inference on this CPU; each original is let go when its copy is made.
 
     Returns:
-        The same stack, changed. It can no longer be moved, cast, saved or trained.
+        The same model, changed. It can no longer be moved, cast, saved or trained. A tied head gets a copy of its own,
+        since the embedding stays as it was.
 
     Raises:
         ValueError: the model is not on the CPU, or not in float32 or a bfloat16 that this processor's oneDNN supports.

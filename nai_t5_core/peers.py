@@ -1,4 +1,4 @@
-"""Other T5 encoders built from the same weights as ours, to compare with: transformers and nai-t5.
+"""Other T5s built from the same weights as ours, to compare with: transformers and nai-t5.
 
 Both packages are optional and imported on first use. Tensors are shared with the given state wherever a peer keeps
 them as they are, so that several implementations fit in memory side by side.
@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.config import Shape, T5Config, config_to_hf, encoder_tensors
+from nai_t5_core.config import Shape, T5Config, config_to_hf, decoder_tensors, encoder_tensors
 from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.examine import Examination
 from nai_t5_core.fuse import cook, fused_recipes, separate_recipes
 from nai_t5_core.layers import NoInit
+from nai_t5_core.model import T5
 from nai_t5_core.scales import StackScales
 
 State = Mapping[str, Tensor]
@@ -115,6 +116,22 @@ def own_encoder(
     return stack.eval().requires_grad_(False)
 
 
+def own_t5(
+    config: T5Config,
+    state: State,
+    dtype: torch.dtype,
+    layout: Layout = "fused",
+    scales: StackScales | None = None,
+    decoder_scales: StackScales | None = None,
+) -> T5:
+    """Our whole T5 from tensors in memory, made as :func:`own_encoder` is."""
+    fused = layout == "fused"
+    recipes = fused_recipes(config, scales, decoder_scales) if fused else separate_recipes(config, scales)
+    model = T5(config, layout, NoInit, scales, decoder_scales, device="meta", dtype=dtype)
+    model.assign({recipe.target: cook(recipe, state.__getitem__, dtype) for recipe in recipes})
+    return model.eval()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Peers
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,23 +197,57 @@ def transformers_encoder(config: T5Config, state: State, dtype: torch.dtype) -> 
     Raises:
         ValueError: transformers is absent, or lacks what the config has (``scale_qk``, a gate with exact GELU).
     """
+    model = _transformers_model(config.encoder_only())
+    tensors = _transformers_tensors(model, state, encoder_tensors(config), dtype)
+    model.load_state_dict({**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"]}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def transformers_t5(config: T5Config, state: State, dtype: torch.dtype) -> nn.Module:
+    """transformers' class with decoder and output head, as :func:`transformers_encoder` has the encoder.
+
+    transformers 5 divides UMT5's hidden states by √d_model before the head even where the head is not tied, since its
+    config forgets that; the published models were trained without, and transformers 4 does not. Here it does not
+    either.
+
+    Raises:
+        ValueError: as :func:`transformers_encoder`.
+    """
+    model: Any = _transformers_model(config)
+    tensors = _transformers_tensors(model, state, encoder_tensors(config) | decoder_tensors(config), dtype)
+    embedding = tensors["shared.weight"]
+    copies = {"encoder.embed_tokens.weight": embedding, "decoder.embed_tokens.weight": embedding}
+    model.load_state_dict({"lm_head.weight": embedding, **copies, **tensors}, assign=True)
+    # Assigning has made parameters of their own of what is one.
+    model.set_input_embeddings(model.shared)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.shared.weight
+    if config.bias_per_layer:
+        model.config.tie_word_embeddings = config.tie_word_embeddings
+    return model.eval().requires_grad_(False)
+
+
+def _transformers_model(config: T5Config) -> nn.Module:
+    """The class for a config, with or without decoder, on the meta device."""
     transformers = _require("transformers")
     if config.scale_qk:
         raise ValueError("transformers has no scale_qk=True: its T5 never divides the logits by √d_kv")
-    values = config_to_hf(config.encoder_only())
+    values = config_to_hf(config)
     model_class = getattr(transformers, values.pop("architectures")[0])
     values.pop("model_type")
     hf_config = model_class.config_class(**values)
     hf_config._attn_implementation = "sdpa" if model_class._supports_sdpa else "eager"
     with torch.device("meta"):
         model: nn.Module = model_class(hf_config)
-    kept = model_class._keep_in_fp32_modules or () if dtype == torch.float16 else ()
-    tensors = {
-        name: state[name].to(torch.float32 if any(f".{part}." in name for part in kept) else dtype)
-        for name in encoder_tensors(config)
+    return model
+
+
+def _transformers_tensors(model: Any, state: State, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors in the dtypes that its own loading gives them."""
+    kept = model._keep_in_fp32_modules or () if dtype == torch.float16 else ()
+    return {
+        name: state[name].to(torch.float32 if any(f".{part}." in name for part in kept) else dtype) for name in names
     }
-    model.load_state_dict({**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"]}, assign=True)
-    return model.eval().requires_grad_(False)
 
 
 def exact_norms(model: nn.Module) -> nn.Module:

@@ -1,10 +1,10 @@
 """Powers of two that keep a float16 model inside float16's range, exactly.
 
 A sublayer's output is added to a float32 residual, so it may leave its last matrix product at any scale and be set
-right in that addition. Three numbers per layer, each a power of two at most 1:
+right in that addition. Three numbers per layer (four in a decoder), each a power of two at most 1:
 
-- ``attention_out``, ``feed_forward_out``: what the out-projection's weight is multiplied by; the sum with the residual
-  divides by it, in float32.
+- ``attention_out``, ``feed_forward_out``, and a decoder's ``cross_attention_out``: what the out-projection's weight is
+  multiplied by; the sum with the residual divides by it, in float32.
 - ``hidden``: what the feed-forward's inner product gate · up is multiplied by (through the up projection); the
   out-projection divides by it.
 
@@ -34,6 +34,8 @@ class LayerScales:
     attention_out: float = 1.0
     feed_forward_out: float = 1.0
     hidden: float = 1.0
+    # Of a decoder; files written before there was one lack it.
+    cross_attention_out: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -89,10 +91,15 @@ def unscaled(layers: int) -> StackScales:
     return StackScales((LayerScales(),) * layers)
 
 
-def _from_residual_scales(scales: Sequence[float]) -> StackScales:
+def _from_residual_scales(scales: Sequence[float], is_decoder: bool = False) -> StackScales:
     """From hand-picked factors of the residual at each feed-forward, which hold for all sublayers that follow."""
     after = list(accumulate(scales, mul))
-    return StackScales(tuple(LayerScales(*pair) for pair in zip([1.0, *after], after, strict=False)))
+    return StackScales(
+        tuple(
+            LayerScales(before, now, cross_attention_out=before if is_decoder else 1.0)
+            for before, now in zip([1.0, *after], after, strict=False)
+        )
+    )
 
 
 # Scales that the authors of NovelAI's T5 found by hand for the published encoders, by the model's dimensions.
@@ -101,7 +108,7 @@ _PUBLISHED_ENCODERS = {
     "xl": _from_residual_scales([1, 1 / 2, 1, 1, 1, 1 / 4, *[1] * 18]),
     "xxl": _from_residual_scales([*[1] * 7, 1 / 4, *[1] * 16]),
 }
-_PUBLISHED_DECODERS = {"small": _from_residual_scales([1, 1, 1 / 2, 1, 1, 1, 1, 1])}
+_PUBLISHED_DECODERS = {"small": _from_residual_scales([1, 1, 1 / 2, 1, 1, 1, 1, 1], is_decoder=True)}
 
 
 def published_scales(config: T5Config, stack: Literal["encoder", "decoder"] = "encoder") -> StackScales | None:
@@ -112,4 +119,6 @@ def published_scales(config: T5Config, stack: Literal["encoder", "decoder"] = "e
     """
     name = config.size_name or ""
     table = _PUBLISHED_ENCODERS if stack == "encoder" else _PUBLISHED_DECODERS
-    return table.get(name.removeprefix("t5-v1_1-")) if name.startswith("t5-v1_1-") else None
+    scales = table.get(name.removeprefix("t5-v1_1-")) if name.startswith("t5-v1_1-") else None
+    layers = config.num_layers if stack == "encoder" else config.num_decoder_layers
+    return scales if scales and len(scales.layers) == layers else None

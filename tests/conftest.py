@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,24 @@ TOY_CONFIGS = {
     "byt5": T5Config(**{**_TOY, "vocab_size": 384, "num_layers": 4}, num_decoder_layers=2),
     "ul2": T5Config(**{**_TOY, "d_kv": 32}, num_decoder_layers=3, activation="silu"),
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--exactness-prompts",
+        type=int,
+        default=64,
+        metavar="N",
+        help="prompts for each setting that generation is compared with transformers in",
+    )
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What tests have counted, for a person to read."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in report.user_properties:
+                terminalreporter.write_line(f"{name}: {value}")
 
 
 def random_state(config: T5Config, seed: int = 0) -> dict[str, Tensor]:

@@ -100,9 +100,15 @@ def test_transformers_reads_our_config_json(config: T5Config) -> None:
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     assert shapes == encoder_tensors(config) | decoder_tensors(config)
-    back = config_from_hf(json.loads(model.config.to_json_string()))
-    # transformers 5 writes tie_word_embeddings=true into every file, whatever it was given.
-    assert back.model_copy(update={"tie_word_embeddings": config.tie_word_embeddings}) == config
+    written = json.loads(model.config.to_json_string())
+    back = config_from_hf(written)
+    # transformers 5 writes tie_word_embeddings=true into every file, whatever it was given, and what it was given as
+    # scale_decoder_outputs, but only for the class T5.
+    scales_outputs = written.get("scale_decoder_outputs")
+    assert scales_outputs in (None, config.tie_word_embeddings)
+    assert back.scale_decoder_outputs == scales_outputs
+    given = {"tie_word_embeddings": config.tie_word_embeddings, "scale_decoder_outputs": None}
+    assert back.model_copy(update=given) == config
 
 
 def test_sizes_from_shapes(kind: str) -> None:

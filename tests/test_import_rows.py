@@ -13,7 +13,8 @@ ROWS = [
     # 0: no torch
     "config families scales text_cleaning tokenizer",
     # 1: mathematics
-    "layers attention attention_choice flex packing encoder",
+    "layers attention attention_choice flex packing encoder "
+    "decoder_attention decoder decoding token_scores beam_search generation model",
     # 2: weights
     "formats keymaps fuse precision hub native examine load conversion maxima scales_file",
     # 3: use

@@ -25,7 +25,7 @@ from nai_t5_core.cli.options import (
     Subfolder,
     TokenizerOption,
 )
-from nai_t5_core.cli.terminal import err, out, print_json, read_prompts, say, short, working
+from nai_t5_core.cli.terminal import all_prompts, err, out, print_json, say, short, working
 
 if TYPE_CHECKING:
     from nai_t5_core.packing import PaddingPolicy
@@ -51,7 +51,7 @@ def encode(
     as_json: Json = False,
 ) -> None:
     """Encode prompts: prints a summary of the embeddings and writes them to a file."""
-    texts = _texts(prompts, file)
+    texts = all_prompts(prompts, file)
     with working("loading the model"):
         from nai_t5_core.text_encoder import TextEncoder
 
@@ -94,7 +94,7 @@ def count(
     as_json: Json = False,
 ) -> None:
     """Count tokens, the end token included, and show what a family's limit would cut off."""
-    texts = _texts(prompts, file)
+    texts = all_prompts(prompts, file)
     from nai_t5_core.examine import find_tokenizer_for
     from nai_t5_core.families import family as family_named
     from nai_t5_core.text_cleaning import clean_text
@@ -115,13 +115,6 @@ def count(
         cells = [short(item["prompt"]), str(item["tokens"])]
         table.add_row(*cells, *([short(item["cut_text"])] if row else []))
     out.print(table)
-
-
-def _texts(prompts: list[str] | None, file: Path | None) -> list[str]:
-    texts = [*(prompts or []), *(read_prompts(file) if file is not None else [])]
-    if not texts:
-        raise ValueError("no prompts; give one or more in quotes, or --file with one per line")
-    return texts
 
 
 def _embedding_summary(encoder: TextEncoder, texts: list[str], embeddings: PromptEmbeddings) -> dict[str, Any]:

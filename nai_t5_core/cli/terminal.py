@@ -85,3 +85,15 @@ def read_prompts(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read as UTF-8 text: {error}; give a text file") from error
     return lines.split("\n") if lines else []
+
+
+def all_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    """The prompts of the command line and those of a file.
+
+    Raises:
+        ValueError: there are none, or the file cannot be read.
+    """
+    texts = [*(prompts or []), *(read_prompts(file) if file is not None else [])]
+    if not texts:
+        raise ValueError("no prompts; give one or more in quotes, or --file with one per line")
+    return texts

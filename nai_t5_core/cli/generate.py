@@ -1,0 +1,132 @@
+"""``generate``: texts for prompts."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from nai_t5_core.cli.options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    Json,
+    ModelOption,
+    PromptFile,
+    Prompts,
+    Subfolder,
+    TokenizerOption,
+)
+from nai_t5_core.cli.terminal import all_prompts, out, print_json, say, short, working
+
+if TYPE_CHECKING:
+    from nai_t5_core.generation import GenerationOptions
+    from nai_t5_core.model import T5
+    from nai_t5_core.tokenizer import Tokenizer
+
+
+class EarlyStopping(str, Enum):
+    """When a prompt with enough finished beams is done."""
+
+    yes = "yes"
+    no = "no"
+    never = "never"
+
+
+_EARLY_STOPPING: dict[EarlyStopping, Any] = {
+    EarlyStopping.yes: True,
+    EarlyStopping.no: False,
+    EarlyStopping.never: "never",
+}
+
+
+def generate(
+    prompts: Prompts = None,
+    file: PromptFile = None,
+    model: ModelOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a text at most, the end token included.")] = 100,
+    min_new_tokens: Annotated[int, typer.Option(help="No end before that many tokens.")] = 0,
+    num_beams: Annotated[int, typer.Option("--num-beams", "--beams", help="Beam search with that many beams.")] = 1,
+    num_return_sequences: Annotated[int, typer.Option(help="Texts for each prompt.")] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Above 0, longer beams are favoured.")] = 1.0,
+    early_stopping: Annotated[
+        EarlyStopping, typer.Option(help="Beams: stop at enough finished texts (yes), when none looks better (no).")
+    ] = EarlyStopping.no,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw each token from its distribution.")] = False,
+    temperature: Annotated[float, typer.Option(help="With --sample: below 1 is more certain.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="With --sample: only the likeliest so many; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="With --sample: only the likeliest of this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="With --sample: the same seed gives the same texts.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens come again less often.")] = 1.0,
+    no_repeat_ngram_size: Annotated[int, typer.Option(help="No run of so many tokens twice; 0 for any.")] = 0,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    subfolder: Subfolder = "",
+    tokenizer: TokenizerOption = None,
+    as_json: Json = False,
+) -> None:
+    """Generate text for prompts: greedy, with beams, or by sampling."""
+    texts = all_prompts(prompts, file)
+    with working("loading the model"):
+        from nai_t5_core.generation import GenerationOptions
+        from nai_t5_core.load import load_whole
+        from nai_t5_core.optimize import can_prepack, prepack
+        from nai_t5_core.tokenizer import load_tokenizer
+
+        options = GenerationOptions(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            num_beams=num_beams,
+            num_return_sequences=num_return_sequences,
+            length_penalty=length_penalty,
+            early_stopping=_EARLY_STOPPING[early_stopping],
+            do_sample=sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+        )
+        own = load_tokenizer(tokenizer) if tokenizer is not None else None
+        loaded = load_whole(model, dtype.value, device, subfolder=subfolder)
+        found = own or loaded.tokenizer
+    if found is None:
+        from nai_t5_core.examine import NO_TOKENIZER
+
+        raise ValueError(NO_TOKENIZER.format(source=loaded.report.source))
+    ready = prepack(loaded.model) if can_prepack(loaded.model) else loaded.model
+    with working(f"generating for {len(texts)} prompts"):
+        outputs = _generate(ready, found, texts, options, seed)
+    if as_json:
+        print_json({"source": loaded.report.source, "model": loaded.report.kind, "prompts": outputs})
+        return
+    for row in outputs:
+        say(f"[bold]{short(row['prompt'])}[/bold]")
+        for output in row["outputs"]:
+            out.print(f"  {escape(output['text'])}", highlight=False, soft_wrap=True)
+
+
+def _generate(
+    model: T5, tokenizer: Tokenizer, texts: list[str], options: GenerationOptions, seed: int | None
+) -> list[dict[str, Any]]:
+    """For every prompt, its texts and their tokens."""
+    import torch
+
+    from nai_t5_core.generation import generate as generate_tokens
+
+    tokens = tokenizer(texts)
+    ids, mask = torch.tensor(tokens.input_ids), torch.tensor(tokens.attention_mask)
+    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+    chosen = options.for_model(model.config)
+    groups = generate_tokens(model, ids, mask, chosen, generator).unflatten(0, (len(texts), -1)).tolist()
+    return [
+        {"prompt": text, "outputs": [_output(tokenizer, row, model.config.eos_token_id) for row in rows]}
+        for text, rows in zip(texts, groups, strict=True)
+    ]
+
+
+def _output(tokenizer: Tokenizer, row: list[int], end_token: int) -> dict[str, Any]:
+    token_ids = row[: row.index(end_token) + 1] if end_token in row else row
+    return {"text": tokenizer.decode(token_ids), "token_ids": token_ids, "ended": end_token in row}

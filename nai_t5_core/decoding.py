@@ -1,0 +1,85 @@
+"""One generation under way: the model, its memory of the prompts and the cache of the texts, moved on step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.attention import logit_scale
+from nai_t5_core.decoder_attention import CrossMemory, DecoderCache, bias_line
+
+if TYPE_CHECKING:
+    from nai_t5_core.model import T5
+
+
+class Decoding:
+    """Texts that grow token by token: [prompts, beams] of them, the beams of a prompt side by side.
+
+    Args:
+        model: in evaluation mode.
+        memory: from :meth:`T5.read`.
+        cache: from :meth:`T5.new_cache`; it is cleared.
+        fixed_shapes: every step has the same shapes, so that a compiled decoder (``model.decoder.compile()``) is
+            compiled once; it then attends to the whole cache at every step.
+
+    Raises:
+        ValueError: the cache is for another number of prompts, or another model.
+    """
+
+    def __init__(self, model: T5, memory: CrossMemory, cache: DecoderCache, fixed_shapes: bool = False) -> None:
+        if cache.prompts != memory.prompts:
+            raise ValueError(f"the cache is for {cache.prompts} prompts, and there are {memory.prompts}; make another")
+        if not cache.fits(model.config, model.dtype, model.device):
+            raise ValueError("the cache is for another model, dtype or device; make one by this model's new_cache()")
+        cache.clear(with_values=fixed_shapes)
+        self.model, self.memory, self.cache = model, memory, cache
+        self.fixed_shapes = fixed_shapes
+        self._scale = logit_scale(model.config)
+        tables = model.decoder.bias_tables(model.dtype)
+        self._lines = [bias_line(table, cache.length, cache.beams) for table in tables]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(prompts, beams)"""
+        return self.cache.prompts, self.cache.beams
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Appends a token to every text: ids [prompts, beams] to the next token's logits [prompts, beams, vocab_size].
+
+        Logits are float32, whatever the model computes in.
+
+        Raises:
+            ValueError: the cache is full, or a logit is not finite.
+        """
+        logits = self.model.logits(self._advance(tokens)).float()
+        # The sum is not finite if any is not: one pass over the logits.
+        if not bool(logits.sum().isfinite()):
+            raise ValueError(
+                f"the decoder gives values that are not finite in {self.model.dtype}: the weights are damaged, or "
+                "exceed its range; use bfloat16 or float32, or give scales"
+            )
+        return logits
+
+    @torch.no_grad()
+    def begin(self, tokens: Sequence[int]) -> Tensor:
+        """Gives every text the same beginning, and returns the next token's logits as :meth:`step` does."""
+        *before, last = (torch.full(self.shape, token, device=self.model.device) for token in tokens)
+        for token in before:
+            self._advance(token)
+        return self.step(last)
+
+    @torch.no_grad()
+    def reorder(self, parents: Tensor) -> None:
+        """Lets every beam go on from another beam of its prompt: [prompts, beams] int64."""
+        self.cache.reorder(parents)
+
+    def _advance(self, tokens: Tensor) -> Tensor:
+        """Hidden states [prompts, beams, d_model] of these tokens."""
+        plan = self.cache.step(self._lines, self._scale, self.fixed_shapes)
+        embeddings = self.model.encoder_stack.embed(tokens)
+        hidden: Tensor = self.model.decoder(embeddings, plan, self.memory, self.model.dtype)
+        return hidden

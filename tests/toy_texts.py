@@ -1,0 +1,61 @@
+"""Toy models that generate texts worth comparing, beside transformers' of the same weights."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from conftest import TOY_CONFIGS, padding_mask, random_state
+from torch import Tensor
+
+from nai_t5_core.model import T5
+from nai_t5_core.peers import own_t5, transformers_t5
+
+END = 1
+PROMPT_LENGTH = 20
+NEW_TOKENS = 14
+
+
+def toy_state(kind: str) -> dict[str, Tensor]:
+    """Weights whose texts differ with the prompt and end after one to many tokens: sharp logits, an end in reach."""
+    config = TOY_CONFIGS[kind]
+    state = random_state(config, seed=3)
+    head = "shared.weight" if config.tie_word_embeddings else "lm_head.weight"
+    state[head] = state[head] * 1.5
+    state[head][END] *= 2.2
+    return state
+
+
+@cache
+def own_model(kind: str, dtype: torch.dtype = torch.float32) -> T5:
+    return own_t5(TOY_CONFIGS[kind], toy_state(kind), dtype)
+
+
+@cache
+def reference_model(kind: str) -> Any:
+    pytest.importorskip("transformers", reason="transformers is the oracle")
+    return transformers_t5(TOY_CONFIGS[kind], toy_state(kind), torch.float32)
+
+
+def prompts(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids and mask of prompts of one to ``PROMPT_LENGTH`` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, PROMPT_LENGTH + 1, (count,), generator=generator).tolist()
+    mask = padding_mask(lengths, PROMPT_LENGTH)
+    return torch.randint(2, 96, (count, PROMPT_LENGTH), generator=generator) * mask, mask
+
+
+def cut(tokens: Tensor) -> list[list[int]]:
+    """Every text up to its end token. transformers pads the texts of beams with the end token, ours with the pad."""
+    return [row[: row.index(END) + 1] if END in row else row for row in tokens.tolist()]
+
+
+def theirs(kind: str, ids: Tensor, mask: Tensor, **options: Any) -> list[list[int]]:
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, **options}
+    return cut(reference_model(kind).generate(ids, attention_mask=mask, **options)[:, 1:])
+
+
+def ours(kind: str, ids: Tensor, mask: Tensor, **options: Any) -> list[list[int]]:
+    return cut(own_model(kind).generate(ids, mask, **{"max_new_tokens": NEW_TOKENS, **options}))
