@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -122,18 +122,11 @@ def load(
     place = resolve_device(device)
     model_dtype = resolve_dtype(dtype, place)
     examination = examine(source, subfolder)
-    examination.refuse_faults()
-    config = examination.config.encoder_only()
-    chosen = choose_scales(examination, model_dtype, scales)
-    stack = T5EncoderStack(config, layout, NoInit, chosen, device="meta", dtype=model_dtype)
-    recipes, read = _recipes(examination, config, layout, chosen)
-    stack.load_state_dict(
-        {recipe.target: _checked(recipe, cook(recipe, read, model_dtype)).to(place) for recipe in recipes}, assign=True
-    )
+    stack, recipes = assemble(examination, model_dtype, place, layout, scales)
     report = LoadReport(
         source=examination.checkpoint.source,
         format=examination.checkpoint.format,
-        kind=config.kind,
+        kind=stack.config.kind,
         dtype=model_dtype,
         device=place,
         layout=layout,
@@ -141,7 +134,39 @@ def load(
         ignored=_ignored_by_encoder(examination),
         seconds=time.perf_counter() - started,
     )
-    return LoadedEncoder(stack.eval(), report, examination)
+    return LoadedEncoder(stack, report, examination)
+
+
+def assemble(
+    examination: Examination,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: Layout = "fused",
+    scales: ScalesChoice = "auto",
+    ops: Any = NoInit,
+    release: Callable[[tuple[str, ...]], None] = lambda names: None,
+) -> tuple[T5EncoderStack, list[Recipe]]:
+    """The encoder of an examined checkpoint, in evaluation mode, and how its tensors were made.
+
+    Args:
+        dtype, device, layout, scales: as for :func:`load_encoder`, but resolved.
+        ops: the namespace of the model's Linear and Embedding classes.
+        release: called with the names of originals that have been read for the last time.
+
+    Raises:
+        CheckpointError: the checkpoint has faults, or a weight exceeds float16.
+    """
+    examination.refuse_faults()
+    config = examination.config.encoder_only()
+    chosen = choose_scales(examination, dtype, scales)
+    stack = T5EncoderStack(config, layout, ops, chosen, device="meta", dtype=dtype)
+    recipes, read = _recipes(examination, config, layout, chosen)
+    tensors = {}
+    for recipe in recipes:
+        tensors[recipe.target] = _checked(recipe, cook(recipe, read, dtype)).to(device)
+        release(recipe.parts)
+    stack.load_state_dict(tensors, assign=True)
+    return stack.eval(), recipes
 
 
 def choose_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesChoice = "auto") -> StackScales | None:

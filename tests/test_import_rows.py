@@ -17,7 +17,8 @@ ROWS = [
     # 2: weights
     "formats keymaps fuse precision hub native examine load conversion maxima",
     # 3: use
-    "optimize guard calibrate stress text_encoder peers parity bench bench_load bench_report cli",
+    "optimize guard calibrate stress text_encoder peers parity bench bench_load bench_report cli "
+    "row_memory hf_weights hf diffusers_adapter diffusers_prompts",
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 
