@@ -184,7 +184,7 @@ def _pause_offloading(pipe: Any) -> Callable[[], None]:
 
 def _pause_group_offloading(module: nn.Module) -> Callable[[nn.Module], None]:
     """The same for diffusers' group offloading, which is set up for each model."""
-    registries = [part._diffusers_hook for part in module.modules() if hasattr(part, "_diffusers_hook")]
+    registries: list[Any] = [part._diffusers_hook for part in module.modules() if hasattr(part, "_diffusers_hook")]
     hooks = [hook for found in registries for hook in found.hooks.values() if isinstance(hook, GroupOffloadingHook)]
     if not hooks:
         return lambda module: None

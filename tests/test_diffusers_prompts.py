@@ -1,0 +1,141 @@
+"""The adapter of `encode_prompt` against the pipelines' own, family by family."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from test_diffusers_families import READ_PADS, assert_same, prompts_for
+from toy_pipelines import NEGATIVE, PROMPT, TOYS, make
+
+from nai_t5_core.diffusers_adapter import replace_text_encoder
+from nai_t5_core.diffusers_prompts import adapted_families, encode_prompt
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_every_adapted_family_is_tested() -> None:
+    assert set(adapted_families()) | {"skyreels-v2"} == set(TOYS)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each pass through an encoder of ours, from here on."""
+    from nai_t5_core.encoder import Encoder
+
+    rows: list[int] = []
+    real = Encoder.forward
+
+    def counting(self: Encoder, embeddings: torch.Tensor, *others: Any) -> torch.Tensor:
+        rows.append(len(embeddings))
+        return real(self, embeddings, *others)
+
+    monkeypatch.setattr(Encoder, "forward", counting)
+    return rows
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_same_as_the_pipelines_own(name: str, passes: list[int]) -> None:
+    toy = make(name)
+    prompts = prompts_for(toy)
+    expected = [toy.encode_prompt(prompt) for prompt in prompts]
+    replace_text_encoder(toy.pipe, padding="exact")
+    for prompt, outputs in zip(prompts, expected, strict=True):
+        arguments = toy.encode_arguments(prompt)
+        passes.clear()
+        result = encode_prompt(toy.pipe, **arguments)
+        assert_same(list(result.values()), outputs, 1e-5)
+        # One pass for positive and negative prompts. Those that are not padded to one length need one for each length.
+        assert len(passes) == 1 or name in ("bria", "longcat-audiodit") or (name.startswith("hunyuanv") and not passes)
+
+
+# HunyuanDiT's call wants the other encoder's embeddings as well, Stable Audio's those before its projection.
+@pytest.mark.parametrize(
+    "name", [name for name in TOYS if name not in ("hunyuandit", "stable-audio", "longcat-audiodit")]
+)
+def test_a_run_takes_it(name: str) -> None:
+    """What the pipeline's call takes of the result gives what its own function's result gives."""
+    toy = make(name)
+    arguments = toy.encode_arguments(toy.call["prompt"])
+    own = toy.encode_prompt(**arguments)
+    replace_text_encoder(toy.pipe)
+    result = encode_prompt(toy.pipe, **arguments)
+    taken = inspect.signature(toy.pipe.__call__).parameters
+    no_text = {key: None for key in ("prompt", "negative_prompt") if key in taken}
+    images = [
+        toy.run(**no_text, **{key: value for key, value in zip(result, values, strict=True) if key in taken})
+        for values in (result.values(), own)
+    ]
+    assert any(key in taken for key in result)
+    assert_same(*images, 1e-4)
+
+
+def test_equal_prompts_are_encoded_once(passes: list[int]) -> None:
+    toy = make("pixart-sigma")
+    replace_text_encoder(toy.pipe)
+    assert toy.encoder.padding == "skip"
+    options = {"negative_prompt": NEGATIVE, "num_images_per_prompt": 2}
+    result = encode_prompt(toy.pipe, [PROMPT, "cat", PROMPT, NEGATIVE], **options)
+    counts = [len(toy.tokenizer(text).input_ids) for text in (PROMPT, "cat", NEGATIVE)]
+    assert passes == [sum(counts)]
+    assert result["prompt_embeds"].shape == (8, 300, 32)
+    assert result["negative_prompt_embeds"].shape == (8, 300, 32)
+    assert_same(list(result.values()), list(toy.pipe.encode_prompt([PROMPT, "cat", PROMPT, NEGATIVE], **options)), 1e-5)
+
+
+def test_prompts_for_each_encoder(passes: list[int]) -> None:
+    toy = make("sd3")
+    options = {"prompt_2": "two", "prompt_3": "three foxes", "negative_prompt_3": "four", "negative_prompt": NEGATIVE}
+    expected = toy.encode_prompt(PROMPT, **options)
+    replace_text_encoder(toy.pipe)
+    assert_same(list(encode_prompt(toy.pipe, PROMPT, max_sequence_length=48, **options).values()), expected, 1e-5)
+    assert len(passes) == 1
+
+
+@pytest.mark.parametrize("name", ["cogview3plus", "bria", "kandinsky3", "wan", "chroma"])
+@pytest.mark.parametrize("options", [{"negative_prompt": None}, {"do_classifier_free_guidance": False}])
+def test_without_a_negative_prompt(name: str, options: dict[str, Any], passes: list[int]) -> None:
+    toy = make(name)
+    if name == "kandinsky3" and "do_classifier_free_guidance" in options:
+        options = {**options, "negative_prompt": None}
+    expected = toy.encode_prompt(PROMPT, **options)
+    replace_text_encoder(toy.pipe)
+    assert_same(list(encode_prompt(toy.pipe, **toy.encode_arguments(PROMPT, **options)).values()), expected, 1e-5)
+    assert len(passes) == 1
+
+
+def test_a_wrong_prediction_changes_nothing(passes: list[int]) -> None:
+    """Another cleaning than predicted: the pipeline's own prompts are encoded when it asks for them."""
+    pytest.importorskip("bs4", reason="clean_caption=True needs beautifulsoup4")
+    pytest.importorskip("ftfy", reason="clean_caption=True needs ftfy")
+    toy = make("pixart-alpha")
+    text = "a   fox &amp; 'two' dogs http://example.com"
+    expected = toy.encode_prompt(text, clean_caption=True)
+    replace_text_encoder(toy.pipe, padding="exact")
+    arguments = toy.encode_arguments(text, clean_caption=True)
+    assert_same(list(encode_prompt(toy.pipe, **arguments).values()), expected, 1e-5)
+    assert len(passes) == 2
+    passes.clear()
+    toy.encode_prompt(text)
+    assert len(passes) == 2, "nothing is remembered after the call"
+
+
+def test_what_is_not_known_is_said() -> None:
+    toy = make("pixart-sigma")
+    with pytest.raises(ValueError, match=r"is not ours; call replace_text_encoder\(pipe\) first"):
+        encode_prompt(toy.pipe, PROMPT)
+    replace_text_encoder(toy.pipe)
+    with pytest.raises(ValueError, match=r"(?s)has no argument prompt_3; it has prompt, do_class"):
+        encode_prompt(toy.pipe, PROMPT, prompt_3="x", max_sequence_length=40)
+
+    class OtherPipeline:
+        components: dict[str, Any] = {}  # noqa: RUF012
+
+    with pytest.raises(ValueError, match="encode_prompt of OtherPipeline is not known here"):
+        encode_prompt(OtherPipeline(), PROMPT)
+    assert set(READ_PADS) <= set(adapted_families())
