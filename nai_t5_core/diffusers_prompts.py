@@ -89,8 +89,8 @@ def encode_prompt(pipe: Any, prompt: str | list[str], **options: Any) -> dict[st
     row = family_of(pipe)
     if row is None or row.name not in _OUTPUTS:
         raise ValueError(
-            f"encode_prompt of {type(pipe).__name__} is not known here; call pipe.encode_prompt, which uses our encoder "
-            f"as well. Known families: {', '.join(adapted_families())}"
+            f"encode_prompt of {type(pipe).__name__} is not known here; call pipe.encode_prompt, which uses our "
+            f"encoder as well. Known families: {', '.join(adapted_families())}"
         )
     component, model = _own_encoder(pipe)
     arguments = _arguments(pipe, prompt, options)
@@ -145,7 +145,8 @@ class _Request:
         lengths: dict[int, dict[tuple[int, ...], tuple[Tensor, Tensor]]] = {}
         for texts in (self._prompts(), self._negative_prompts()):
             for ids, mask in self._tokens([clean_text(text, self.row.text_cleaning) for text in texts]):
-                lengths.setdefault(len(ids), {})[(*ids.tolist(), int(mask.sum()))] = (ids, mask)
+                key = (*ids.tolist(), int(mask.sum()))
+                lengths.setdefault(len(ids), {})[key] = (ids, mask)
         for rows in lengths.values():
             device = self.pipe._execution_device
             ids, mask = (torch.stack(column).to(device) for column in zip(*rows.values(), strict=True))

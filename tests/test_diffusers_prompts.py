@@ -54,7 +54,8 @@ def test_same_as_the_pipelines_own(name: str, passes: list[int]) -> None:
         assert len(passes) == 1 or name in ("bria", "longcat-audiodit") or (name.startswith("hunyuanv") and not passes)
 
 
-# HunyuanDiT's call wants the other encoder's embeddings as well, Stable Audio's those before its projection.
+# HunyuanDiT's call wants the other encoder's embeddings as well, Stable Audio's those before its projection, and
+# LongCat's takes none.
 @pytest.mark.parametrize(
     "name", [name for name in TOYS if name not in ("hunyuandit", "stable-audio", "longcat-audiodit")]
 )
