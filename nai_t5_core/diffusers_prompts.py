@@ -29,6 +29,7 @@ _WITH_MASKS = "prompt_embeds prompt_attention_mask negative_prompt_embeds negati
 # What `encode_prompt` of each family's pipelines returns, in order.
 _OUTPUTS = {
     "allegro": _WITH_MASKS,
+    "audioldm2": "prompt_embeds attention_mask generated_prompt_embeds",
     "auraflow": _WITH_MASKS,
     "bria": f"{_PAIR} text_ids",
     "chroma": "prompt_embeds text_ids prompt_attention_mask "
@@ -38,10 +39,12 @@ _OUTPUTS = {
     "cosmos": _PAIR,
     "deepfloyd-if": _PAIR,
     "flux": "prompt_embeds pooled_prompt_embeds text_ids",
+    "glm-image": _PAIR,
     "helios": _PAIR,
     "hidream": "prompt_embeds_t5 negative_prompt_embeds_t5 prompt_embeds_llama3 negative_prompt_embeds_llama3 "
     "pooled_prompt_embeds negative_pooled_prompt_embeds",
     "hunyuandit": f"{_PAIR} prompt_attention_mask negative_prompt_attention_mask",
+    "hunyuanimage": "prompt_embeds prompt_embeds_mask prompt_embeds_2 prompt_embeds_mask_2",
     "hunyuanvideo-1.5": "prompt_embeds prompt_embeds_mask prompt_embeds_2 prompt_embeds_mask_2",
     "kandinsky3": f"{_PAIR} attention_mask negative_attention_mask",
     "latte": _PAIR,
@@ -59,6 +62,8 @@ _OUTPUTS = {
 _ZEROS_WITHOUT_NEGATIVE = ("bria", "cogview3plus", "kandinsky3", "stable-audio")
 # These cut the length to the tokenizer's own limit.
 _LIMITED_BY_TOKENIZER = ("hidream", "longcat-audiodit", "stable-audio")
+# The ids are put together by the pipeline; nothing is predicted, and each of its calls is a pass.
+_NOT_PREDICTED = ("glm-image",)
 # Each prompt goes alone and without pads into the encoder.
 _ONE_BY_ONE = ("bria",)
 
@@ -86,22 +91,35 @@ def encode_prompt(pipe: Any, prompt: str | list[str], **options: Any) -> dict[st
     Raises:
         ValueError: another pipeline, one whose T5 is not ours, or an option that its ``encode_prompt`` has not.
     """
+    component, model = _own_encoder(pipe)
+    request = _Request(pipe, _known_family(pipe), component, _arguments(pipe, prompt, options))
+    memory = RowMemory()
+    for input_ids, attention_mask in request.batches():
+        memory.add(input_ids, attention_mask, getattr(pipe, component)(input_ids, attention_mask)[0])
+    with model.remembering(memory):
+        results = pipe.encode_prompt(**request.arguments)
+    names = _OUTPUTS[request.row.name].split()
+    return dict(zip(names, results if isinstance(results, tuple) else (results,), strict=True))
+
+
+def cut_text(pipe: Any, prompt: str | list[str], **options: Any) -> list[str]:
+    """What the T5 does not see of each prompt because it is too long; "" where it sees all.
+
+    Arguments and errors as for :func:`encode_prompt`; the text is that of the tokens, so it may be written differently.
+    """
+    component, _ = _own_encoder(pipe)
+    request = _Request(pipe, _known_family(pipe), component, _arguments(pipe, prompt, options))
+    return request.cut_text()
+
+
+def _known_family(pipe: Any) -> Family:
     row = family_of(pipe)
     if row is None or row.name not in _OUTPUTS:
         raise ValueError(
             f"encode_prompt of {type(pipe).__name__} is not known here; call pipe.encode_prompt, which uses our "
             f"encoder as well. Known families: {', '.join(adapted_families())}"
         )
-    component, model = _own_encoder(pipe)
-    arguments = _arguments(pipe, prompt, options)
-    request = _Request(pipe, row, component, arguments)
-    memory = RowMemory()
-    for input_ids, attention_mask in request.batches():
-        memory.add(input_ids, attention_mask, getattr(pipe, component)(input_ids, attention_mask)[0])
-    with model.remembering(memory):
-        results = pipe.encode_prompt(**arguments)
-    names = _OUTPUTS[row.name].split()
-    return dict(zip(names, results if isinstance(results, tuple) else (results,), strict=True))
+    return row
 
 
 def _own_encoder(pipe: Any) -> tuple[str, NAIT5EncoderModel]:
@@ -142,6 +160,8 @@ class _Request:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Ids [prompts, length] and mask of all different prompts, one batch for each length."""
+        if self.row.name in _NOT_PREDICTED:
+            return
         lengths: dict[int, dict[tuple[int, ...], tuple[Tensor, Tensor]]] = {}
         for texts in (self._prompts(), self._negative_prompts()):
             for ids, mask in self._tokens([clean_text(text, self.row.text_cleaning) for text in texts]):
@@ -151,6 +171,13 @@ class _Request:
             device = self.pipe._execution_device
             ids, mask = (torch.stack(column).to(device) for column in zip(*rows.values(), strict=True))
             yield ids, mask if self.row.encoder_mask else None
+
+    def cut_text(self) -> list[str]:
+        """The end of each prompt that exceeds the length, behind the tokens that stay and their end token."""
+        texts = [clean_text(text, self.row.text_cleaning) for text in self._prompts()]
+        rows = self._tokenizer(texts, padding=False, truncation=False).input_ids
+        kept = self._length() - 1
+        return [self._tokenizer.decode(row[kept:-1]) if len(row) > kept + 1 else "" for row in rows]
 
     def _tokens(self, texts: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids and mask of each text, as the pipeline's tokenizer gives them."""

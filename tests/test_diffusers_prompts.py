@@ -14,7 +14,7 @@ from test_diffusers_families import READ_PADS, assert_same, prompts_for
 from toy_pipelines import NEGATIVE, PROMPT, TOYS, make
 
 from nai_t5_core.diffusers_adapter import replace_text_encoder
-from nai_t5_core.diffusers_prompts import adapted_families, encode_prompt
+from nai_t5_core.diffusers_prompts import adapted_families, cut_text, encode_prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -39,6 +39,11 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
+# Prompts that are not padded to one length need a pass for each length; GLM-Image puts its ids together itself.
+SEVERAL_PASSES = ("bria", "longcat-audiodit", "audioldm2", "glm-image")
+NEED_QUOTES = ("hunyuanimage", "hunyuanvideo-1.5")
+
+
 @pytest.mark.parametrize("name", TOYS)
 def test_same_as_the_pipelines_own(name: str, passes: list[int]) -> None:
     toy = make(name)
@@ -50,12 +55,11 @@ def test_same_as_the_pipelines_own(name: str, passes: list[int]) -> None:
         passes.clear()
         result = encode_prompt(toy.pipe, **arguments)
         assert_same(list(result.values()), outputs, 1e-5)
-        # One pass for positive and negative prompts. Those that are not padded to one length need one for each length.
-        assert len(passes) == 1 or name in ("bria", "longcat-audiodit") or (name.startswith("hunyuanv") and not passes)
+        assert len(passes) == 1 or name in SEVERAL_PASSES or (name in NEED_QUOTES and not passes)
 
 
 # HunyuanDiT's call wants the other encoder's embeddings as well, Stable Audio's those before its projection, and
-# LongCat's takes none.
+# LongCat's takes none. GLM-Image's wants positive and negative ones of one length, which these prompts have not.
 @pytest.mark.parametrize(
     "name", [name for name in TOYS if name not in ("hunyuandit", "stable-audio", "longcat-audiodit")]
 )
@@ -124,6 +128,18 @@ def test_a_wrong_prediction_changes_nothing(passes: list[int]) -> None:
     passes.clear()
     toy.encode_prompt(text)
     assert len(passes) == 2, "nothing is remembered after the call"
+
+
+def test_cut_text() -> None:
+    toy = make("pixart-sigma")
+    replace_text_encoder(toy.pipe)
+    long = "a red fox on a green hill " * 9
+    cut = cut_text(toy.pipe, ["A fox", long.upper()], max_sequence_length=40)
+    assert cut[0] == ""
+    assert cut[1] and long.strip().endswith(cut[1].strip())
+    kept = len(toy.tokenizer(long).input_ids) - len(toy.tokenizer(cut[1]).input_ids) + 1
+    assert kept == 40
+    assert cut_text(toy.pipe, long, max_sequence_length=300) == [""]
 
 
 def test_what_is_not_known_is_said() -> None:

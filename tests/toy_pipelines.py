@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -813,7 +814,7 @@ def hunyuanvideo_1_5() -> Toy:
             num_hidden_layers=3,
             num_attention_heads=2,
             num_key_value_heads=2,
-            rope_scaling={"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+            rope_scaling=_qwen_rope(),
         )
     )
     chat = tokenizer(2048)
@@ -830,6 +831,160 @@ def hunyuanvideo_1_5() -> Toy:
     )
     call = {"prompt": 'a sign says "HELLO"', "height": 16, "width": 16, "num_frames": 9}
     return Toy(pipe, call, "text_encoder_2", {})
+
+
+def _qwen_rope() -> dict[str, Any]:
+    return {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
+
+
+def hunyuanimage() -> Toy:
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=(1, 1),
+        text_embed_dim=16,
+        text_embed_2_dim=WIDTH,
+        rope_axes_dim=(4, 4),
+    )
+    vae = diffusers.AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 32, 32, 32),
+        layers_per_block=1,
+        scaling_factor=0.5,
+        spatial_compression_ratio=8,
+        sample_size=128,
+    )
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "rope_scaling": _qwen_rope()}
+    text = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, **heads}
+    torch.manual_seed(0)
+    qwen = transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(text_config=text, vision_config={"depth": 1, "out_hidden_size": 16, **sizes})
+    )
+    pipe = diffusers.HunyuanImagePipeline(
+        _flow(),
+        vae.eval(),
+        qwen.eval(),
+        tokenizer(2048),
+        text_encoder(BYT5),
+        ByT5Tokenizer(),
+        drawn(transformer),
+        diffusers.ClassifierFreeGuidance(guidance_scale=1.5),
+        diffusers.ClassifierFreeGuidance(guidance_scale=1.5),
+    )
+    return Toy(pipe, {"prompt": 'a sign says "HELLO"', "height": 16, "width": 16}, "text_encoder_2", {})
+
+
+def glm_image() -> Toy:
+    """Without its language model, whose tokens are given."""
+    transformer = diffusers.GlmImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=WIDTH,
+        time_embed_dim=16,
+        condition_dim=8,
+        prior_vq_quantizer_codebook_size=128,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    pipe = diffusers.GlmImagePipeline(
+        ByT5Tokenizer(), None, text_encoder(BYT5), None, vae.eval(), drawn(transformer), _flow()
+    )
+    call = {
+        "prompt": "says 'HELLO' and \"a\" and 'fox'",
+        "height": 32,
+        "width": 32,
+        "prior_token_ids": torch.arange(4)[None],
+        "max_sequence_length": 64,
+    }
+    return Toy(pipe, call, encode={"max_sequence_length": 64})
+
+
+def _t5_tokenizer(limit: int) -> Any:
+    """The same as an object of T5's own class, which AudioLDM 2 looks for."""
+    with TemporaryDirectory() as folder:
+        tokenizer(limit).save_pretrained(folder)
+        return transformers.T5Tokenizer.from_pretrained(folder, model_max_length=limit)
+
+
+def audioldm2() -> Toy:
+    from diffusers.pipelines.audioldm2 import AudioLDM2ProjectionModel
+
+    unet = diffusers.AudioLDM2UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=32,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=((None, 16, WIDTH), (None, 16, WIDTH)),
+    )
+    vae = diffusers.AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+    )
+    small = {"intermediate_size": 16, "num_hidden_layers": 1, "projection_dim": 8}
+    text = {"vocab_size": VOCABULARY, "hidden_size": 8, "num_attention_heads": 1, "pad_token_id": 1, **small}
+    patches = {"patch_size": 2, "patch_stride": 2, "patch_embed_input_channels": 4, "num_mel_bins": 8, "spec_size": 8}
+    audio = {"hidden_size": 192, "window_size": 4, "depths": [1, 1], "num_attention_heads": [1, 1], **patches, **small}
+    torch.manual_seed(0)
+    clap = transformers.ClapModel(transformers.ClapConfig(text_config=text, audio_config=audio, projection_dim=16))
+    gpt = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=16, n_head=1, n_layer=1, vocab_size=100, n_positions=99)
+    )
+    gpt.config.max_new_tokens = 8
+    vocoder = transformers.SpeechT5HifiGan(
+        transformers.SpeechT5HifiGanConfig(
+            model_in_dim=8,
+            upsample_initial_channel=16,
+            upsample_rates=[2, 2],
+            upsample_kernel_sizes=[4, 4],
+            resblock_kernel_sizes=[3, 7],
+            resblock_dilation_sizes=[[1, 3, 5], [1, 3, 5]],
+            normalize_before=False,
+        )
+    )
+    projection = AudioLDM2ProjectionModel(text_encoder_dim=16, text_encoder_1_dim=WIDTH, langauge_model_dim=16)
+    pipe = diffusers.AudioLDM2Pipeline(
+        vae.eval(),
+        clap.eval(),
+        text_encoder(),
+        drawn(projection),
+        gpt.eval(),
+        _t5_tokenizer(77),
+        _t5_tokenizer(77),
+        transformers.ClapFeatureExtractor(),
+        drawn(unet),
+        _schedulers.DDIMScheduler(),
+        vocoder.eval(),
+    )
+    call = {"prompt": [PROMPT, "a fox"], "negative_prompt": [NEGATIVE] * 2, "audio_length_in_s": 0.1}
+    encode = {"device": "cpu", "num_waveforms_per_prompt": 1, "do_classifier_free_guidance": True}
+    return Toy(pipe, call, "text_encoder_2", encode)
 
 
 TOYS: dict[str, Callable[[], Toy]] = {
@@ -857,5 +1012,8 @@ TOYS: dict[str, Callable[[], Toy]] = {
     "kandinsky3": kandinsky3,
     "stable-audio": stable_audio,
     "longcat-audiodit": longcat_audiodit,
+    "audioldm2": audioldm2,
+    "hunyuanimage": hunyuanimage,
     "hunyuanvideo-1.5": hunyuanvideo_1_5,
+    "glm-image": glm_image,
 }
