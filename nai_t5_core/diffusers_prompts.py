@@ -91,12 +91,11 @@ def encode_prompt(pipe: Any, prompt: str | list[str], **options: Any) -> dict[st
     Raises:
         ValueError: another pipeline, one whose T5 is not ours, or an option that its ``encode_prompt`` has not.
     """
-    component, model = _own_encoder(pipe)
-    request = _Request(pipe, _known_family(pipe), component, _arguments(pipe, prompt, options))
+    request = _Request.of(pipe, prompt, options)
     memory = RowMemory()
     for input_ids, attention_mask in request.batches():
-        memory.add(input_ids, attention_mask, getattr(pipe, component)(input_ids, attention_mask)[0])
-    with model.remembering(memory):
+        memory.add(input_ids, attention_mask, getattr(pipe, request.component)(input_ids, attention_mask)[0])
+    with request.model.remembering(memory):
         results = pipe.encode_prompt(**request.arguments)
     names = _OUTPUTS[request.row.name].split()
     return dict(zip(names, results if isinstance(results, tuple) else (results,), strict=True))
@@ -107,9 +106,7 @@ def cut_text(pipe: Any, prompt: str | list[str], **options: Any) -> list[str]:
 
     Arguments and errors as for :func:`encode_prompt`; the text is that of the tokens, so it may be written differently.
     """
-    component, _ = _own_encoder(pipe)
-    request = _Request(pipe, _known_family(pipe), component, _arguments(pipe, prompt, options))
-    return request.cut_text()
+    return _Request.of(pipe, prompt, options).cut_text()
 
 
 def _known_family(pipe: Any) -> Family:
@@ -156,7 +153,13 @@ class _Request:
     pipe: Any
     row: Family
     component: str
+    model: NAIT5EncoderModel
     arguments: dict[str, Any]
+
+    @classmethod
+    def of(cls, pipe: Any, prompt: str | list[str], options: dict[str, Any]) -> _Request:
+        row = _known_family(pipe)
+        return cls(pipe, row, *_own_encoder(pipe), _arguments(pipe, prompt, options))
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Ids [prompts, length] and mask of all different prompts, one batch for each length."""
