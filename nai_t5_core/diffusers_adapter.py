@@ -157,11 +157,13 @@ def _exchange(pipe: Any, old: dict[str, nn.Module], convert: Callable[[str], nn.
         return
     resume = _pause_offloading(pipe)
     resume_groups = {name: _pause_group_offloading(module) for name, module in old.items()}
-    for name in list(old):
-        setattr(pipe, name, convert(name))
-    for name, resume_group in resume_groups.items():
-        resume_group(getattr(pipe, name))
-    resume()
+    try:
+        for name in old:
+            setattr(pipe, name, convert(name))
+    finally:
+        for name, resume_group in resume_groups.items():
+            resume_group(getattr(pipe, name))
+        resume()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

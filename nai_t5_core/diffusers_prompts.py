@@ -89,7 +89,8 @@ def encode_prompt(pipe: Any, prompt: str | list[str], **options: Any) -> dict[st
         ``"skip"``, rows of pads that it would keep are zeros.
 
     Raises:
-        ValueError: another pipeline, one whose T5 is not ours, or an option that its ``encode_prompt`` has not.
+        ValueError: another pipeline, one whose T5 is not ours, no prompt, or an option that its ``encode_prompt`` has
+            not.
     """
     request = _Request.of(pipe, prompt, options)
     memory = RowMemory()
@@ -129,6 +130,8 @@ def _own_encoder(pipe: Any) -> tuple[str, NAIT5EncoderModel]:
 
 def _arguments(pipe: Any, prompt: str | list[str], options: dict[str, Any]) -> dict[str, Any]:
     """All that the pipeline's `encode_prompt` needs, with a value for what it has no default for."""
+    if not isinstance(prompt, str | list) or prompt == []:
+        raise ValueError(f"prompt is {prompt!r}; give a text or a list of texts")
     taken = inspect.signature(pipe.encode_prompt).parameters
     unknown = [name for name in options if name not in taken]
     if unknown:
@@ -139,6 +142,7 @@ def _arguments(pipe: Any, prompt: str | list[str], options: dict[str, Any]) -> d
         "prompt_2": None,
         "prompt_3": None,
         "do_classifier_free_guidance": True,
+        "num_waveforms_per_prompt": 1,
         "device": pipe._execution_device,
         "batch_size": 1 if isinstance(prompt, str) else len(prompt),
     }

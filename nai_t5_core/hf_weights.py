@@ -101,8 +101,10 @@ def encoder_from_model(
         for name in names:
             _empty(model, held.pop(name))
 
-    stack, _ = assemble(examination, dtype, device, layout, scales, DropInOps, let_go)
-    return stack
+    try:
+        return assemble(examination, dtype, device, layout, scales, DropInOps, let_go)[0]
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\nWeights were taken already: load {type(model).__name__} again") from error
 
 
 def _reader_of(held: Mapping[str, nn.Parameter], names: Mapping[str, str]) -> Callable[[str], Tensor]:

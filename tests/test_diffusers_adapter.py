@@ -22,6 +22,7 @@ from test_diffusers_families import assert_same
 from toy_pipelines import PROMPT, T5, Toy, make, text_encoder
 
 from nai_t5_core.diffusers_adapter import replace_text_encoder, restore_text_encoder
+from nai_t5_core.formats import CheckpointError
 from nai_t5_core.guard import ScaleTightenedWarning
 from nai_t5_core.hf import NAIT5EncoderModel
 from nai_t5_core.stress import stress_state
@@ -37,7 +38,7 @@ CPU = torch.device("cpu")
 def test_policy_can_be_given_and_shows() -> None:
     toy = make("wan")
     assert replace_text_encoder(toy.pipe, padding="trim", extra_pad=2) is toy.pipe
-    assert "UMT5, fused" not in repr(toy.encoder) and "padding=trim, extra_pad=2" in repr(toy.encoder)
+    assert "fused, torch.float32, padding=trim, extra_pad=2" in repr(toy.encoder)
     ours = toy.encoder
     replace_text_encoder(toy.pipe)
     assert toy.encoder is ours and (ours.padding, ours.extra_pad) == ("skip", 0)
@@ -81,6 +82,15 @@ def test_pipelines_without_a_t5_are_told() -> None:
     toy.pipe.text_encoder_3 = None
     with pytest.raises(ValueError, match="StableDiffusion3Pipeline has no T5 text encoder loaded; it has"):
         replace_text_encoder(toy.pipe)
+
+
+def test_offloading_survives_a_replacement_that_fails() -> None:
+    toy = make("pixart-sigma")
+    toy.encoder.shared.bias = torch.nn.Parameter(torch.zeros(1))
+    offload_model(toy.pipe)
+    with pytest.raises(CheckpointError, match=r"tensors that no T5 has: shared\.bias"):
+        replace_text_encoder(toy.pipe)
+    assert hooks_of(toy.encoder) == {"CpuOffload"}
 
 
 def test_what_is_left_behind_is_freed() -> None:

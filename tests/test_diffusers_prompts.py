@@ -150,6 +150,10 @@ def test_what_is_not_known_is_said() -> None:
     with pytest.raises(ValueError, match=r"(?s)has no argument prompt_3; it has prompt, do_class"):
         encode_prompt(toy.pipe, PROMPT, prompt_3="x", max_sequence_length=40)
 
+    for nothing in (None, []):
+        with pytest.raises(ValueError, match="give a text or a list of texts"):
+            encode_prompt(toy.pipe, nothing)  # type: ignore[arg-type]
+
     class OtherPipeline:
         components: dict[str, Any] = {}  # noqa: RUF012
 

@@ -217,6 +217,15 @@ def test_casts_of_a_loaded_model(v1_1: NAIT5EncoderModel) -> None:
     assert v1_1.to("meta").device.type == "meta"
 
 
+def test_a_release_that_fails_on_the_way_is_told() -> None:
+    """The fault is seen when its weight is made, and those before it are gone by then."""
+    model = hf_model(TOY_CONFIGS["v1.1"])
+    with torch.no_grad():
+        model.encoder.block[1].layer[0].SelfAttention.q.weight[0, 0] = 1e6  # type: ignore[union-attr,index]
+    with pytest.raises(CheckpointError, match=r"(?s)qkv\.weight has values .* load T5EncoderModel again"):
+        NAIT5EncoderModel.from_hf(model, torch.float16, release=True)
+
+
 @pytest.mark.parametrize("layout", ["fused", "separate"])
 def test_single_projections_can_be_kept_in_float32(layout: Any) -> None:
     """A recipe that users are told: cast the encoder to bfloat16, then every wo back."""
