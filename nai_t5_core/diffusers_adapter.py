@@ -178,8 +178,10 @@ def _pause_offloading(pipe: Any) -> Callable[[], None]:
     hooked = any(hasattr(part, "_hf_hook") for part in pipe.components.values() if isinstance(part, nn.Module))
     if not hooked:
         return lambda: None
+    device = getattr(pipe, "_offload_device", None)
+    if device is None:
+        raise ValueError("accelerate's hooks are on a component, but not by the pipeline; remove them first")
     enable = pipe.enable_model_cpu_offload if pipe._all_hooks else pipe.enable_sequential_cpu_offload
-    device = pipe._offload_device
     pipe.remove_all_hooks()
     return lambda: enable(device=device)
 

@@ -191,6 +191,15 @@ def test_replacing_under_offloading_keeps_it(toy: Toy, offload: Any, layout: Any
     assert_same(toy.run(), image, 1e-4)
 
 
+def test_hooks_of_others_are_not_touched() -> None:
+    from accelerate import cpu_offload
+
+    toy = make("pixart-sigma")
+    cpu_offload(toy.encoder, CPU)
+    with pytest.raises(ValueError, match="not by the pipeline; remove them first"):
+        replace_text_encoder(toy.pipe)
+
+
 def hooks_of(model: torch.nn.Module) -> set[str]:
     """Kinds of offloading hooks anywhere in a model."""
     accelerate = {type(part._hf_hook).__name__ for part in model.modules() if hasattr(part, "_hf_hook")}
