@@ -10,7 +10,7 @@ is only which token ids it will ask its T5 for; a wrong prediction costs the tim
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,9 @@ def adapted_families() -> list[str]:
 
 
 @torch.no_grad()
-def encode_prompt(pipe: Any, prompt: str | list[str], **options: Any) -> dict[str, Any]:
+def encode_prompt(
+    pipe: Any, prompt: str | list[str], *, word_weights: Mapping[str, float] | None = None, **options: Any
+) -> dict[str, Any]:
     """The result of ``pipe.encode_prompt(prompt, **options)``, by name, with one pass through the T5.
 
     Prompts and negative prompts are encoded together, each different one once, before the pipeline's own function runs.
@@ -83,23 +85,40 @@ def encode_prompt(pipe: Any, prompt: str | list[str], **options: Any) -> dict[st
         pipe: a pipeline of one of :func:`adapted_families` whose T5 is ours, see
             :func:`nai_t5_core.diffusers_adapter.replace_text_encoder`.
         prompt, options: what its ``encode_prompt`` takes. What that insists on beside the prompt may be left out.
+        word_weights: such as ``{"red fox": 1.3}``. The T5's rows for these words are multiplied by the number, wherever
+            the words stand in a prompt or negative prompt; other encoders do not know of it.
 
     Returns:
         Its results by name, in its order: shapes, dtypes and masks are those of the pipeline. With the policy
         ``"skip"``, rows of pads that it would keep are zeros.
 
     Raises:
-        ValueError: another pipeline, one whose T5 is not ours, no prompt, or an option that its ``encode_prompt`` has
-            not.
+        ValueError: another pipeline, one whose T5 is not ours, no prompt, an option that its ``encode_prompt`` has
+            not, words that stand in no prompt, or a prompt that is changed in unforeseen ways before it is weighted.
     """
     request = _Request.of(pipe, prompt, options)
+    weights = request.token_weights(word_weights or {})
     memory = RowMemory()
     for input_ids, attention_mask in request.batches():
-        memory.add(input_ids, attention_mask, getattr(pipe, request.component)(input_ids, attention_mask)[0])
+        hidden = getattr(pipe, request.component)(input_ids, attention_mask)[0]
+        memory.add(input_ids, attention_mask, weighted(hidden, input_ids, weights))
     with request.model.remembering(memory):
         results = pipe.encode_prompt(**request.arguments)
+    if weights and memory.missed:
+        raise ValueError(f"{type(pipe).__name__} changes these prompts itself, so that word_weights cannot be applied")
     names = _OUTPUTS[request.row.name].split()
     return dict(zip(names, results if isinstance(results, tuple) else (results,), strict=True))
+
+
+def weighted(hidden: Tensor, input_ids: Tensor, weights: Mapping[tuple[int, ...], float]) -> Tensor:
+    """Hidden states [batch, length, d_model] with the rows of each run of ids [batch, length] times its weight."""
+    factors = torch.ones(input_ids.shape, dtype=torch.float32)
+    for run, weight in weights.items():
+        for row, ids in enumerate(input_ids.tolist()):
+            for start in range(len(ids) - len(run) + 1):
+                if tuple(ids[start : start + len(run)]) == run:
+                    factors[row, start : start + len(run)] *= weight
+    return hidden * factors[..., None].to(hidden)
 
 
 def cut_text(pipe: Any, prompt: str | list[str], **options: Any) -> list[str]:
@@ -178,6 +197,17 @@ class _Request:
             device = self.pipe._execution_device
             ids, mask = (torch.stack(column).to(device) for column in zip(*rows.values(), strict=True))
             yield ids, mask if self.row.encoder_mask else None
+
+    def token_weights(self, word_weights: Mapping[str, float]) -> dict[tuple[int, ...], float]:
+        """The weights by the words' token ids, which are the same at the beginning of a text and within it."""
+        weights = {}
+        texts = [clean_text(text, self.row.text_cleaning) for text in self._prompts() + self._negative_prompts()]
+        for words, weight in word_weights.items():
+            if not any(words.lower() in text.lower() for text in texts):
+                raise ValueError(f"word_weights has {words!r}, which stands in no prompt")
+            ids = self._tokenizer(clean_text(words, self.row.text_cleaning), add_special_tokens=False).input_ids
+            weights[tuple(ids)] = weight
+        return weights
 
     def cut_text(self) -> list[str]:
         """The end of each prompt that exceeds the length, behind the tokens that stay and their end token."""

@@ -251,12 +251,10 @@ class NAIT5EncoderModel(PreTrainedModel):
             hidden_states = tuple(_within_range(state, self.dtype) for state in states)
             output = BaseModelOutput(last_hidden_state=hidden_states[-1], hidden_states=hidden_states)
         else:
-            remembered = (
-                self._memory.find(input_ids, attention_mask) if self._memory and input_ids is not None else None
-            )
-            if remembered is None:
-                remembered = self._encode(input_ids, attention_mask, inputs_embeds=inputs_embeds, **options)
-            output = BaseModelOutput(last_hidden_state=remembered)
+            hidden = self._remembered(input_ids, attention_mask)
+            if hidden is None:
+                hidden = self._encode(input_ids, attention_mask, inputs_embeds=inputs_embeds, **options)
+            output = BaseModelOutput(last_hidden_state=hidden)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 

@@ -13,6 +13,8 @@ class RowMemory:
 
     def __init__(self) -> None:
         self._rows: dict[tuple[bytes, bytes], Tensor] = {}
+        self.missed = False
+        """Whether a batch was asked for that is not all here."""
 
     def add(self, input_ids: Tensor, attention_mask: Tensor | None, hidden: Tensor) -> None:
         """Keeps a batch: ids and mask [batch, length], hidden states [batch, length, d_model]."""
@@ -20,11 +22,13 @@ class RowMemory:
 
     def find(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """A new [batch, length, d_model], or None if a row is missing."""
-        if attention_mask is not None and attention_mask.ndim != 2:
-            return None
-        rows = [self._rows.get(key) for key in _keys(input_ids, attention_mask)]
+        is_plain = attention_mask is None or attention_mask.ndim == 2
+        rows = [self._rows.get(key) for key in _keys(input_ids, attention_mask)] if is_plain else []
         found = [row for row in rows if row is not None]
-        return torch.stack(found) if found and len(found) == len(rows) else None
+        if found and len(found) == len(rows):
+            return torch.stack(found)
+        self.missed = True
+        return None
 
     def __len__(self) -> int:
         return len(self._rows)

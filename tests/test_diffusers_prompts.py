@@ -61,7 +61,7 @@ def test_same_as_the_pipelines_own(name: str, passes: list[int]) -> None:
 # HunyuanDiT's call wants the other encoder's embeddings as well, Stable Audio's those before its projection, and
 # LongCat's takes none. GLM-Image's wants positive and negative ones of one length, which these prompts have not.
 @pytest.mark.parametrize(
-    "name", [name for name in TOYS if name not in ("hunyuandit", "stable-audio", "longcat-audiodit")]
+    "name", [name for name in TOYS if name not in ("hunyuandit", "stable-audio", "longcat-audiodit", "glm-image")]
 )
 def test_a_run_takes_it(name: str) -> None:
     """What the pipeline's call takes of the result gives what its own function's result gives."""
@@ -128,6 +128,37 @@ def test_a_wrong_prediction_changes_nothing(passes: list[int]) -> None:
     passes.clear()
     toy.encode_prompt(text)
     assert len(passes) == 2, "nothing is remembered after the call"
+
+
+@pytest.mark.parametrize("name", ["flux", "pixart-sigma", "wan", "bria"])
+def test_word_weights(name: str, passes: list[int]) -> None:
+    toy = make(name)
+    replace_text_encoder(toy.pipe)
+    arguments = toy.encode_arguments("a Red fox and a red fox")
+    plain = encode_prompt(toy.pipe, **arguments)["prompt_embeds"]
+    passes.clear()
+    heavy = encode_prompt(toy.pipe, **arguments, word_weights={"red fox": 1.5, "and": 0.5})["prompt_embeds"]
+    text = "a Red fox and a red fox".lower() if name == "pixart-sigma" else "a Red fox and a red fox"
+    words = toy.tokenizer.convert_ids_to_tokens(toy.tokenizer(text).input_ids)
+    factors = torch.ones(plain.shape[1])
+    for place in range(len(words)):
+        if words[place : place + 2] == ["▁red", "▁fox"]:
+            factors[place : place + 2] = 1.5
+        elif words[place] == "▁and":
+            factors[place] = 0.5
+    assert (factors == 1.5).sum() == (4 if name == "pixart-sigma" else 2) and (factors == 0.5).sum() == 1
+    assert_same(heavy[0], plain[0] * factors[:, None], 1e-5)
+
+
+def test_weights_that_cannot_be_applied_are_told() -> None:
+    toy = make("pixart-alpha")
+    replace_text_encoder(toy.pipe)
+    with pytest.raises(ValueError, match="has 'blue', which stands in no prompt"):
+        encode_prompt(toy.pipe, PROMPT, word_weights={"blue": 2})
+    toy = make("glm-image")
+    replace_text_encoder(toy.pipe)
+    with pytest.raises(ValueError, match="GlmImagePipeline changes these prompts itself"):
+        encode_prompt(toy.pipe, "says 'fox'", word_weights={"fox": 2})
 
 
 def test_cut_text() -> None:
