@@ -89,6 +89,7 @@ def encoder_from_model(
         CheckpointError: see :func:`examine_model`.
     """
     examination = examine_model(model)
+    examination.refuse_faults()
     embedding: Any = model.get_submodule("shared")
     if not release:
         return assemble(examination, dtype, embedding.weight.device, layout, scales, DropInOps)[0]
