@@ -70,7 +70,7 @@ def convert(
     if out.resolve() in {info.file.resolve() for info in examination.checkpoint.tensors.values()}:
         raise CheckpointError(f"{out} is the source itself; write to another file")
 
-    model_dtype = _main_dtype(examination) if dtype == "auto" else DTYPES[dtype]
+    model_dtype = main_dtype(examination) if dtype == "auto" else DTYPES[dtype]
     chosen = choose_scales(examination, model_dtype, scales)
     chosen_for_decoder = None if encoder_only else choose_decoder_scales(examination, model_dtype)
     recipes = fused_recipes(config, chosen, chosen_for_decoder)
@@ -81,7 +81,7 @@ def convert(
     vocabulary = _vocabulary_tensor(found.serialized()) if found is not None else {}
     layout |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in vocabulary.items()}
 
-    read = _HashingReader(examination.read)
+    read = HashingReader(examination.read)
     total = sum(dtype.itemsize * int(torch.Size(shape).numel()) for dtype, shape in layout.values())
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -104,7 +104,7 @@ def convert(
     return Conversion(out, model_dtype, len(layout), total, provenance()[1], found.kind if found else None)
 
 
-class _HashingReader:
+class HashingReader:
     """Reads tensors and hashes their names, dtypes, shapes and bytes on the way.
 
     A norm counts twice, as it is read twice: for the product with its projection and for itself.
@@ -124,7 +124,7 @@ class _HashingReader:
         return self._hash.hexdigest()
 
 
-def _main_dtype(examination: Examination) -> torch.dtype:
+def main_dtype(examination: Examination) -> torch.dtype:
     """The dtype of most weights; bfloat16 for float8, since folding the norms in would round them a second time."""
     counts = examination.dtypes
     main = max(counts, key=lambda dtype: counts[dtype])

@@ -97,6 +97,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: T5Config, layout: Layout, scales: StackScales, ops: Any = nn, **factory: Any) -> None:
         super().__init__()
+        self.num_buckets = config.relative_attention_num_buckets
         self.max_distance = config.relative_attention_max_distance
         self.bias_per_layer = config.bias_per_layer
         make_block = EncoderBlock.fused if layout == "fused" else EncoderBlock.separate
@@ -109,7 +110,7 @@ class Encoder(nn.Module):
     def forward(self, embeddings: Tensor, plan: AttentionPlan, dtype: torch.dtype) -> Tensor:
         """[tokens, d_model] in any float dtype to [tokens, d_model] in ``dtype``, after the final norm."""
         residual = self._own_residual(embeddings, dtype)
-        for block, attend in self._layers(plan, dtype):
+        for block, attend in self._layers(plan, dtype, residual.device):
             residual = block(residual, attend, dtype)
         return self.finish(residual, dtype)
 
@@ -117,7 +118,7 @@ class Encoder(nn.Module):
         """The residual stream before the first block and after each: layers + 1 tensors [tokens, d_model]."""
         residual = self._own_residual(embeddings, dtype)
         yield residual.clone()
-        for block, attend in self._layers(plan, dtype):
+        for block, attend in self._layers(plan, dtype, residual.device):
             residual = block(residual, attend, dtype)
             yield residual.clone()
 
@@ -126,18 +127,26 @@ class Encoder(nn.Module):
         """A copy in the residual's precision, since blocks change it in place; the caller's tensor stays as it is."""
         return embeddings.to(residual_dtype(dtype), copy=True)
 
-    def _layers(self, plan: AttentionPlan, dtype: torch.dtype) -> Iterator[tuple[nn.Module, Attend]]:
+    def _layers(
+        self, plan: AttentionPlan, dtype: torch.dtype, device: torch.device
+    ) -> Iterator[tuple[nn.Module, Attend]]:
         """Every block with its attention function."""
         attend: Attend | None = None
         for index, block in enumerate(self.block):
             if attend is None or self.bias_per_layer:
-                attend = plan.layer(self.bias_table(index).to(dtype))
+                attend = plan.layer(self.bias_table(index, device).to(dtype))
             yield block, attend
 
-    def bias_table(self, index: int) -> Tensor:
-        """The bias by distance that a layer uses, its own or the first layer's: [heads, 2 · max_distance + 1]."""
+    def bias_table(self, index: int, device: torch.device | None = None) -> Tensor:
+        """The bias by distance that a layer uses, its own or the first layer's: [heads, 2 · max_distance + 1].
+
+        ``device`` is where it is needed, by default where the weight is. The weight is read by its own module's call,
+        for which offloading brings it in.
+        """
         block: Any = self.block[index if self.bias_per_layer else 0]
-        return distance_table(block.layer[0].SelfAttention.relative_attention_bias.weight, self.max_distance)
+        embedding = block.layer[0].SelfAttention.relative_attention_bias
+        buckets = torch.arange(self.num_buckets, device=device or embedding.weight.device)
+        return distance_table(embedding(buckets), self.max_distance)
 
     def finish(self, residual: Tensor, dtype: torch.dtype) -> Tensor:
         """The final norm: residual to hidden states in ``dtype``."""
@@ -287,15 +296,16 @@ class T5EncoderStack(nn.Module):
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         assert inputs is not None
         batch, length = self._check_inputs(inputs, is_ids=inputs_embeds is None)
-        inputs = inputs.to(self.device)
+        device = self._device_for(inputs)
+        inputs = inputs.to(device)
         scale = logit_scale(self.config)
         plan: AttentionPlan
         if attention_mask is None or attention_mask.ndim == 2:
             mask = None if attention_mask is None else attention_mask != 0
-            packing = pack_batch(mask, batch, length, padding, extra_pad, self.device)
+            packing = pack_batch(mask, batch, length, padding, extra_pad, device)
             bucket = None if self.buckets is None else bucket_for(packing.tokens, self.buckets)
             plan = document_plan(
-                self.attention, packing, scale, self.device, self.dtype, self.config.d_kv, self.kernel_options, bucket
+                self.attention, packing, scale, device, self.dtype, self.config.d_kv, self.kernel_options, bucket
             )
         else:
             if self.attention == "flex":
@@ -305,9 +315,14 @@ class T5EncoderStack(nn.Module):
                 )
             mask = _dense_mask(attention_mask, batch, self.config.num_heads, length)
             packing = pack_batch(None, batch, length)
-            plan = DenseAttention(mask.to(self.device), scale)
+            plan = DenseAttention(mask.to(device), scale)
         packed = packing.pack(inputs)
         return (packed if inputs_embeds is not None else self.embed(packed)), plan, packing
+
+    def _device_for(self, inputs: Tensor) -> torch.device:
+        """Inputs on the CPU go to where the weights are; elsewhere, offloading brings the weights to the inputs."""
+        offloaded = self.device.type == "meta"
+        return inputs.device if offloaded or inputs.device.type != "cpu" else self.device
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Ids of any shape to embeddings [..., d_model] in the residual's precision."""

@@ -95,7 +95,11 @@ def examine(source: ModelSource = None, subfolder: str = "") -> Examination:
     Raises:
         CheckpointError: there is no readable checkpoint, or no T5 in it.
     """
-    checkpoint = open_checkpoint(find_model(source, subfolder))
+    return examine_checkpoint(open_checkpoint(find_model(source, subfolder)))
+
+
+def examine_checkpoint(checkpoint: Checkpoint) -> Examination:
+    """The same for a checkpoint that is open already."""
     if native.is_native(checkpoint):
         config = native.read_config(checkpoint)
         expected = {recipe.target: recipe.shape for recipe in fused_recipes(config)}

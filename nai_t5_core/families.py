@@ -108,11 +108,11 @@ _FACTS = (
     _Facts("deepfloyd-if",     _XXL,         77,  None, "max_length", True,  "exact",  None,    "lower-strip"),
     _Facts("chroma",           _XXL,        512,   512, "max_length", True,  "exact",  "float", "none", extra_pad=1),
     _Facts("hunyuandit",       _MT5_XL,     256,  None, "max_length", True,  "exact",  "int64", "none"),
+    _Facts("latte",            _XXL,        120,  None, "max_length", True,  "exact",  None,    "lower-strip"),
     _Facts("ace-step",         _UMT5_BASE,  256,  None, "longest",    True,  "exact",  None,    "none"),
     _Facts("pixart-alpha",     _XXL,        120,  None, "max_length", True,  "skip",   "int64", "lower-strip"),
     _Facts("pixart-sigma",     _XXL,        300,  None, "max_length", True,  "skip",   "int64", "lower-strip"),
     _Facts("allegro",          _XXL,        512,  None, "max_length", True,  "skip",   "int64", "lower-strip"),
-    _Facts("latte",            _XXL,        120,  None, "max_length", True,  "skip",   None,    "lower-strip"),
     _Facts("ltx-condition",    _XXL,        256,  None, "max_length", True,  "skip",   "bool",  "none"),
     _Facts("mochi",            _XXL,        256,  None, "max_length", True,  "skip",   "bool",  "none"),
     _Facts("cosmos",           _V1_XXL,     512,  None, "max_length", True,  "skip",   None,    "none"),
@@ -207,6 +207,13 @@ _WORDS = {
         aliases="hunyuan-dit",
         notes="The T5 is the second encoder (text_encoder_index=1) and may be left out.",
     ),
+    "latte": _Words(
+        title="Latte",
+        reason="a single negative prompt is cut to the length of the prompt and not its own: its pad rows are read",
+        pipelines="Latte",
+        notes="The length is fixed; a single prompt is then cut to its tokens, and the negative one to as many. "
+        "Several prompts are multiplied by their masks, unless mask_feature=False.",
+    ),
     "ace-step": _Words(
         title="ACE-Step",
         reason="ComfyUI masks pads in the encoder but hands no mask on, so pad rows would be read",
@@ -230,13 +237,6 @@ _WORDS = {
         reason=_MASKED,
         pipelines="Allegro",
         notes="With clean_caption the pipeline cleans much more than is done here.",
-    ),
-    "latte": _Words(
-        title="Latte",
-        reason="pad rows are multiplied by the mask, or cut off",
-        pipelines="Latte",
-        notes="The length is fixed; a single prompt is then cut to its tokens, and the negative one to as many. "
-        "With mask_feature=False pad rows are kept: take padding='exact'.",
     ),
     "ltx-condition": _Words(
         title="LTX-Video, conditioned",

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,15 +150,39 @@ def load(
     started = time.perf_counter()
     place, model_dtype = _place(device, dtype, layout)
     examination = examine(source, subfolder)
+    if attention == "flex":
+        attention = _flex_or_sdpa(place, model_dtype, examination.config.d_kv)
+    stack, recipes = assemble(examination, model_dtype, place, layout, scales)
+    stack.attention = attention
+    return LoadedEncoder(_report(examination, stack, recipes, started), examination, stack)
+
+
+def assemble(
+    examination: Examination,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: Layout = "fused",
+    scales: ScalesChoice = "auto",
+    ops: Any = NoInit,
+    release: Callable[[tuple[str, ...]], None] = lambda names: None,
+) -> tuple[T5EncoderStack, list[Recipe]]:
+    """The encoder of an examined checkpoint, in evaluation mode, and how its tensors were made.
+
+    Args:
+        dtype, device, layout, scales: as for :func:`load_encoder`, but resolved.
+        ops: the namespace of the model's Linear and Embedding classes.
+        release: called with the names of originals that have been read for the last time.
+
+    Raises:
+        CheckpointError: the checkpoint has faults, or a weight exceeds float16.
+    """
     examination.refuse_faults()
     config = examination.config.encoder_only()
-    if attention == "flex":
-        attention = _flex_or_sdpa(place, model_dtype, config.d_kv)
-    chosen = choose_scales(examination, model_dtype, scales)
-    stack = T5EncoderStack(config, layout, NoInit, chosen, device="meta", dtype=model_dtype, attention=attention)
+    chosen = choose_scales(examination, dtype, scales)
+    stack = T5EncoderStack(config, layout, ops, chosen, device="meta", dtype=dtype)
     recipes, read = _recipes(examination, config, layout, chosen)
-    stack.load_state_dict(_tensors(recipes, read, model_dtype, place), assign=True)
-    return LoadedEncoder(_report(examination, stack.eval(), recipes, started), examination, stack)
+    stack.load_state_dict(_tensors(recipes, read, dtype, device, release), assign=True)
+    return stack.eval(), recipes
 
 
 def load_t5(
@@ -226,9 +251,17 @@ def _place(device: str | torch.device, dtype: str | torch.dtype, layout: str) ->
 
 
 def _tensors(
-    recipes: list[Recipe], read: Callable[[str], Tensor], dtype: torch.dtype, place: torch.device
+    recipes: list[Recipe],
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    release: Callable[[tuple[str, ...]], None] = lambda names: None,
 ) -> dict[str, Tensor]:
-    return {recipe.target: _checked(recipe, cook(recipe, read, dtype)).to(place) for recipe in recipes}
+    tensors = {}
+    for recipe in recipes:
+        tensors[recipe.target] = _checked(recipe, cook(recipe, read, dtype)).to(device)
+        release(recipe.parts)
+    return tensors
 
 
 def _report(examination: Examination, model: T5EncoderStack | T5, recipes: list[Recipe], started: float) -> LoadReport:

@@ -20,6 +20,7 @@ PINNED = {
     "sd3": (256, 512, False, "attend", None, "none"),
     "hidream": (128, None, True, "exact", None, "none"),
     "chroma": (512, 512, True, "exact", "float", "none"),
+    "latte": (120, None, True, "exact", None, "lower-strip"),
     "pixart-alpha": (120, None, True, "skip", "int64", "lower-strip"),
     "pixart-sigma": (300, None, True, "skip", "int64", "lower-strip"),
     "deepfloyd-if": (77, None, True, "exact", None, "lower-strip"),

@@ -345,7 +345,7 @@ def test_what_flex_cannot_do_is_refused(stacks: Stacks) -> None:
     with pytest.raises(ValueError, match=r"the mask has 3 dimensions; attention='flex' takes \[batch, length\]"):
         stack(ids, torch.ones(1, 9, 9, dtype=torch.bool))
     with torch.device("meta"), pytest.raises(ValueError, match=r"the model is on meta; allowed: cpu, cuda"):
-        T5EncoderStack(V1_1, attention="flex")(ids)
+        T5EncoderStack(V1_1, attention="flex")(ids.to("meta"))
 
 
 @compiled

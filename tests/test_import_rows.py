@@ -19,7 +19,8 @@ ROWS = [
     "formats keymaps fuse precision hub native examine load conversion maxima scales_file",
     # 3: use
     "optimize int8 compiled guard calibrate stress text_encoder "
-    "peers parity parity_report bench bench_load bench_report cli",
+    "peers parity parity_report bench bench_load bench_report cli "
+    "row_memory hf_weights hf diffusers_adapter diffusers_prompts",
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 

@@ -1,0 +1,375 @@
+"""Our encoder in the shape of transformers' T5EncoderModel and UMT5EncoderModel, for software that expects one of them.
+
+Needs the extra ``transformers``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from transformers import MT5Config, PretrainedConfig, PreTrainedModel, T5Config, UMT5Config
+    from transformers.modeling_outputs import BaseModelOutput
+except ImportError as error:
+    raise ImportError("this needs transformers; install it with: pip install 'comfy-nai-t5[transformers]'") from error
+
+from nai_t5_core.config import config_from_hf, config_to_hf
+from nai_t5_core.conversion import main_dtype
+from nai_t5_core.encoder import Layout, T5EncoderStack
+from nai_t5_core.examine import Examination, examine_checkpoint
+from nai_t5_core.formats import Checkpoint, CheckpointError, open_checkpoint
+from nai_t5_core.guard import encode_guarded, is_finite
+from nai_t5_core.hf_weights import (
+    DropInOps,
+    encoder_from_model,
+    give_back,
+    weights_name,
+    write_config,
+    write_native,
+    write_originals,
+)
+from nai_t5_core.hub import find_model
+from nai_t5_core.load import ScalesChoice, assemble
+from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
+from nai_t5_core.precision import resolve_device, resolve_dtype
+from nai_t5_core.row_memory import RowMemory
+
+SaveFormat = Literal["native", "transformers"]
+SAVE_FORMATS: tuple[SaveFormat, ...] = get_args(SaveFormat)
+
+_CONFIG_CLASSES = {"t5": T5Config, "mt5": MT5Config, "umt5": UMT5Config}
+# What transformers calls the encoder of each model type.
+_ENCODER_CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+
+
+class NAIT5EncoderModel(PreTrainedModel):
+    """Call and outputs of transformers' T5EncoderModel and UMT5EncoderModel, computed by our encoder.
+
+    >>> model = NAIT5EncoderModel.from_pretrained("google/t5-v1_1-xxl", dtype=torch.float16)
+    >>> model(input_ids, attention_mask).last_hidden_state            # [batch, length, d_model]
+
+    ``padding`` and ``extra_pad`` say what is done with the positions that a mask hides, see
+    :func:`nai_t5_core.packing.pack_batch`. The default ``"exact"`` computes every row as transformers does. Both may be
+    changed at any time.
+
+    There is no dropout: training mode gives what evaluation mode gives.
+    """
+
+    base_model_prefix = "transformer"
+    main_input_name = "input_ids"
+    config_class = T5Config
+    _supports_sdpa = True
+    _no_split_modules = ("EncoderBlock",)
+    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012 - transformers looks for it on the class
+
+    def __init__(self, config: PretrainedConfig, stack: T5EncoderStack | None = None) -> None:
+        """A model around a finished encoder, or, without one, a random model of the sizes in ``config``."""
+        super().__init__(_own_config(config))
+        if stack is None:
+            stack = T5EncoderStack(config_from_hf(config.to_dict()).encoder_only(), "fused", DropInOps)
+            if not stack.shared.weight.is_meta:
+                stack.init_weights()
+        # In a tuple, so that the modules are registered once, under the names that Hugging Face checkpoints have.
+        self._holder = (stack,)
+        self.shared, self.encoder = stack.shared, stack.encoder
+        self._padding: PaddingPolicy = "exact"
+        self._extra_pad = 0
+        self._memory: RowMemory | None = None
+        self.post_init()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Where models come from
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_hf(
+        cls,
+        model: nn.Module,
+        dtype: torch.dtype | None = None,
+        layout: Layout = "fused",
+        scales: ScalesChoice = "auto",
+        release: bool = False,
+    ) -> NAIT5EncoderModel:
+        """From a loaded transformers T5, mT5 or UMT5 (encoder or whole model), on its device, in evaluation mode.
+
+        Args:
+            dtype: by default that of the model. float16 gets scales that keep it in range.
+            layout: ``"fused"`` is the fastest; ``"separate"`` shares the model's tensors where the dtype is the same.
+            scales: see :func:`nai_t5_core.load.load_encoder`.
+            release: take each weight away from ``model`` when it has been used, so that memory never holds both. The
+                model is left without values; :meth:`give_back` fills it again.
+
+        Raises:
+            CheckpointError: the model is no T5, has adapters or quantised weights, or is offloaded.
+        """
+        source: Any = model
+        stack = encoder_from_model(model, dtype or source.dtype, layout, scales, release)
+        return cls(source.config, stack).eval()
+
+    def give_back(self, model: nn.Module) -> None:
+        """Fills a model released by :meth:`from_hf`; what is exact then: :func:`nai_t5_core.hf_weights.give_back`."""
+        give_back(self.stack, model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | None,
+        *,
+        dtype: torch.dtype | str | None = "auto",
+        torch_dtype: torch.dtype | str | None = None,
+        subfolder: str = "",
+        revision: str | None = None,
+        variant: str | None = None,
+        device_map: Any = None,
+        layout: Layout = "fused",
+        scales: ScalesChoice = "auto",
+        quantization_config: None = None,
+        low_cpu_mem_usage: Any = None,
+        use_safetensors: Any = None,
+        max_memory: Any = None,
+        offload_folder: Any = None,
+        offload_state_dict: Any = None,
+    ) -> NAIT5EncoderModel:
+        """Loads a T5 encoder in evaluation mode from a hub id, a folder or a file.
+
+        Args:
+            source, layout, scales: as for :func:`nai_t5_core.load.load_encoder`.
+            dtype: ``"auto"`` is that of the checkpoint, None is float32, as in transformers.
+            torch_dtype: the older name of ``dtype``.
+            subfolder: the text encoder's folder in a pipeline.
+            revision: of a hub id.
+            variant: ``"fp16"`` reads ``model.fp16.safetensors``.
+            device_map: one device for the whole model, also as ``{"": device}``.
+            low_cpu_mem_usage, use_safetensors, max_memory, offload_folder, offload_state_dict: accepted because
+                diffusers passes them; nothing is ever held twice here, and the format is seen from the content.
+
+        Raises:
+            CheckpointError: the checkpoint is unusable; all its faults are listed.
+            ValueError: an unknown dtype or device, several devices, or a quantisation.
+        """
+        if quantization_config is not None:
+            raise ValueError("quantization_config is not taken; quantise the loaded model (layout='separate')")
+        device = resolve_device(_single_device(device_map))
+        checkpoint = _open(source, subfolder, revision, variant)
+        examination = examine_checkpoint(checkpoint)
+        wanted = torch_dtype if torch_dtype is not None else dtype
+        if wanted == "auto":
+            wanted = main_dtype(examination)
+        model_dtype = resolve_dtype(torch.float32 if wanted is None else wanted, device)
+        stack, _ = assemble(examination, model_dtype, device, layout, scales, DropInOps)
+        model = cls(_hf_config(examination), stack)
+        model.name_or_path = model.config.name_or_path = str(source or "")
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        save_format: SaveFormat = "native",
+        variant: str | None = None,
+        safe_serialization: bool = True,
+        is_main_process: bool = True,
+        max_shard_size: Any = None,
+    ) -> None:
+        """Writes config.json and one safetensors file.
+
+        Args:
+            save_format: ``"native"`` keeps the tensors as they are (fused and scaled), which everything of ours reads;
+                ``"transformers"`` writes the original tensors for its own classes, exact to rounding.
+            variant: ``"fp16"`` names the file ``model.fp16.safetensors``.
+            is_main_process: False writes nothing, for all but one of several processes.
+            max_shard_size: accepted because pipelines pass it; the weights are always one file.
+
+        Raises:
+            ValueError: an unknown format, or ``safe_serialization=False``.
+            CheckpointError: the file cannot be written.
+        """
+        if save_format not in SAVE_FORMATS:
+            raise ValueError(f"unknown save_format {save_format!r}; allowed: {', '.join(SAVE_FORMATS)}")
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False: only safetensors files are written here")
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        class_name = type(self).__name__ if save_format == "native" else _ENCODER_CLASSES[self.config.model_type]
+        dtype = str(self.dtype).removeprefix("torch.")
+        write_config(folder, {**self.config.to_dict(), "dtype": dtype}, class_name)
+        file = folder / weights_name(variant)
+        if save_format == "native":
+            write_native(self.stack, file, self.name_or_path or class_name)
+        else:
+            write_originals(self.stack, file)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The call
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> BaseModelOutput | tuple[Any, ...]:
+        """Encodes a padded batch.
+
+        Args:
+            input_ids: [batch, length] integers.
+            attention_mask: None or [batch, length] of any dtype, non-zero at real tokens; masks of 3 and 4 dimensions
+                as for :class:`nai_t5_core.encoder.T5EncoderStack`.
+            inputs_embeds: [batch, length, d_model] in place of ids.
+            output_hidden_states: also give the layers + 1 hidden states: embeddings first, the last after the norm.
+            return_dict: False gives a tuple.
+
+        Other keywords are taken and not used, as in transformers, since pipelines pass all that a tokenizer gave them.
+
+        Returns:
+            ``last_hidden_state`` [batch, length, d_model] (and ``hidden_states``, each of that shape) in the model's
+            dtype: a tensor of its own in every call, which the caller may change.
+
+        Raises:
+            ValueError: attention weights are asked for, which are never formed here; or see the encoder's own call.
+            NotFiniteError: the result is not finite, and no scale can mend that.
+        """
+        if output_attentions:
+            raise ValueError("output_attentions=True: attention weights are never formed; use transformers' own class")
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        options: dict[str, Any] = {"padding": self._padding, "extra_pad": self._extra_pad}
+        if wants_states:
+            states = self.stack.hidden_states(input_ids, attention_mask, inputs_embeds=inputs_embeds, **options)
+            hidden_states = tuple(_within_range(state, self.dtype) for state in states)
+            output = BaseModelOutput(last_hidden_state=hidden_states[-1], hidden_states=hidden_states)
+        else:
+            hidden = self._remembered(input_ids, attention_mask)
+            if hidden is None:
+                hidden = self._encode(input_ids, attention_mask, inputs_embeds=inputs_embeds, **options)
+            output = BaseModelOutput(last_hidden_state=hidden)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _encode(self, *inputs: Any, **options: Any) -> Tensor:
+        out: Tensor = self.stack(*inputs, **options)
+        # In float16 alone can a sound model overflow. Reading a number out would break a graph that is being compiled.
+        if out.dtype == torch.float16 and not torch.compiler.is_compiling() and not is_finite(out):
+            encode_guarded(self.stack, *inputs, **options)  # tightens the scales, or raises
+            out = self.stack(*inputs, **options)
+        return out
+
+    def _remembered(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        return None if self._memory is None or input_ids is None else self._memory.find(input_ids, attention_mask)
+
+    @contextmanager
+    def remembering(self, memory: RowMemory) -> Iterator[None]:
+        """Calls inside this context take their rows from the memory where it has all of them."""
+        before, self._memory = self._memory, memory
+        try:
+            yield
+        finally:
+            self._memory = before
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What transformers' classes have
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def stack(self) -> T5EncoderStack:
+        """The encoder that does the work."""
+        return self._holder[0]
+
+    @property
+    def padding(self) -> PaddingPolicy:
+        """What is done with masked positions: ``"exact"`` (the default), ``"skip"``, ``"trim"`` or ``"attend"``."""
+        return self._padding
+
+    @padding.setter
+    def padding(self, policy: PaddingPolicy) -> None:
+        if policy not in PADDING_POLICIES:
+            raise ValueError(f"unknown padding policy {policy!r}; allowed: {', '.join(PADDING_POLICIES)}")
+        self._padding = policy
+
+    @property
+    def extra_pad(self) -> int:
+        """Masked positions after the text that ``"skip"`` and ``"trim"`` compute all the same."""
+        return self._extra_pad
+
+    @extra_pad.setter
+    def extra_pad(self, positions: int) -> None:
+        if positions < 0:
+            raise ValueError(f"extra_pad={positions}; it must be 0 or more pad positions")
+        self._extra_pad = positions
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.shared
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Another embedding table [tokens, d_model]; as ``resize_token_embeddings`` makes them."""
+        self.shared = self.stack.shared = value
+        self.stack.config = self.stack.config.model_copy(update={"vocab_size": value.weight.shape[0]})
+        self.config.vocab_size = value.weight.shape[0]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: weights are there when the model is made."""
+
+    def extra_repr(self) -> str:
+        extra = f", extra_pad={self._extra_pad}" if self._extra_pad else ""
+        return f"{self.stack.config.kind}, {self.stack.layout}, {self.dtype}, padding={self._padding}{extra}"
+
+
+def _own_config(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy, since models write into their config."""
+    own = copy.deepcopy(config)
+    own._attn_implementation = "sdpa"
+    own.is_encoder_decoder = own.use_cache = False
+    return own
+
+
+def _hf_config(examination: Examination) -> PretrainedConfig:
+    """The config.json beside the weights, or one made of what the weights tell."""
+    values = examination.checkpoint.hf_config() or {}
+    if values.get("model_type") not in _CONFIG_CLASSES:
+        values = config_to_hf(examination.config.encoder_only())
+    values = {name: value for name, value in values.items() if name not in ("dtype", "torch_dtype")}
+    return _CONFIG_CLASSES[values["model_type"]](**values)
+
+
+def _open(source: str | Path | None, subfolder: str, revision: str | None, variant: str | None) -> Checkpoint:
+    path = find_model(source, subfolder, revision)
+    if variant is None:
+        return open_checkpoint(path)
+    file = path / weights_name(variant)
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no {file.name}; leave out variant={variant!r}, or give a folder that has it")
+    checkpoint = open_checkpoint(file)
+    checkpoint.folder = path
+    return checkpoint
+
+
+def _single_device(device_map: Any) -> str | torch.device:
+    device = device_map[""] if isinstance(device_map, dict) and set(device_map) == {""} else device_map
+    if device is None:
+        return "cpu"
+    if isinstance(device, int):
+        accelerator = torch.accelerator.current_accelerator()
+        return torch.device("cuda" if accelerator is None else accelerator.type, device)
+    if not isinstance(device, str | torch.device) or device in ("auto", "balanced", "balanced_low_0", "sequential"):
+        raise ValueError(f"device_map={device_map!r}; the whole model goes to one device, such as 'cuda' or {{'': 0}}")
+    return device
+
+
+def _within_range(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """The residual stream in the model's dtype. What exceeds float16 becomes its largest number, and never infinity."""
+    if dtype == torch.float16 and states.dtype != dtype:
+        limit = torch.finfo(dtype).max
+        states = states.clamp(-limit, limit)
+    return states.to(dtype)

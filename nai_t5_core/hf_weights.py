@@ -1,0 +1,190 @@
+"""Weights between transformers' models, our encoders, and folders that either of them loads.
+
+A loaded transformers model is examined like any checkpoint, and its weights can be let go one by one while ours are
+made of them, so that memory never holds both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nai_t5_core import native
+from nai_t5_core.config import Shape, encoder_tensors
+from nai_t5_core.conversion import HashingReader
+from nai_t5_core.encoder import Layout, T5EncoderStack
+from nai_t5_core.examine import Examination, examine_checkpoint
+from nai_t5_core.formats import Checkpoint, CheckpointError, TensorInfo, write_safetensors
+from nai_t5_core.fuse import cook, fused_recipes, unfuse
+from nai_t5_core.layers import NoInit
+from nai_t5_core.load import ScalesChoice, assemble
+
+
+class DropInOps:
+    """``ops`` for models that stand in for transformers' own: its users cast single projections to another dtype."""
+
+    class Linear(NoInit.Linear):
+        """Casts its input to the dtype of its weight."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            """[..., in_features] to [..., out_features] in the dtype of the weight."""
+            return F.linear(x.to(self.weight.dtype), self.weight)
+
+    Embedding = NoInit.Embedding
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a loaded transformers model, and back into it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _LoadedModel(Checkpoint):
+    """A transformers model in memory, as a checkpoint."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def hf_config(self) -> dict[str, Any]:
+        return self.config
+
+
+def examine_model(model: nn.Module) -> Examination:
+    """Checks names, sizes and shapes of a loaded transformers T5, as for a file.
+
+    Raises:
+        CheckpointError: it is no T5, or its weights are not there (on the meta device, as sequential offloading does).
+    """
+    name = type(model).__name__
+    state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+    absent = [key for key, tensor in state.items() if tensor.is_meta]
+    if absent:
+        raise CheckpointError(
+            f"{name} has {len(absent)} weights on the meta device, such as {absent[0]}: they are offloaded or were "
+            "never loaded; remove its offload hooks first"
+        )
+    tensors = {key: TensorInfo(tuple(tensor.shape), tensor.dtype, Path(name)) for key, tensor in state.items()}
+    config: Any = model.config
+    return examine_checkpoint(
+        _LoadedModel(name, "a model in memory", tensors, state.__getitem__, config=config.to_dict())
+    )
+
+
+def encoder_from_model(
+    model: nn.Module, dtype: torch.dtype, layout: Layout, scales: ScalesChoice, release: bool
+) -> T5EncoderStack:
+    """Our encoder with the weights of a loaded transformers model, on its device.
+
+    Tensors that need no change are shared with the model (all of them in the separate layout and the same dtype).
+    ``release`` takes every weight from the model when it is used: the model is left on the meta device, and
+    :func:`give_back` fills it again.
+
+    Raises:
+        CheckpointError: see :func:`examine_model`.
+    """
+    examination = examine_model(model)
+    examination.refuse_faults()
+    embedding: Any = model.get_submodule("shared")
+    if not release:
+        return assemble(examination, dtype, embedding.weight.device, layout, scales, DropInOps)[0]
+    held = {name: model.get_parameter(full) for name, full in examination.keymap.names.items()}
+    device = embedding.weight.device
+    # Read through the parameters: a dictionary of the tensors would keep them alive.
+    examination.checkpoint.read = _reader_of(held, examination.keymap.names)
+
+    def let_go(names: tuple[str, ...]) -> None:
+        for name in names:
+            _empty(model, held.pop(name))
+
+    try:
+        return assemble(examination, dtype, device, layout, scales, DropInOps, let_go)[0]
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\nWeights were taken already: load {type(model).__name__} again") from error
+
+
+def _reader_of(held: Mapping[str, nn.Parameter], names: Mapping[str, str]) -> Callable[[str], Tensor]:
+    original = {full: name for name, full in names.items()}
+    return lambda full: held[original[full]].detach()
+
+
+def _empty(model: nn.Module, parameter: nn.Parameter) -> None:
+    """Puts a parameter without values in place of one, wherever the model has it or another on the same memory."""
+    empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+    for module in model.modules():
+        for name, own in module.named_parameters(recurse=False):
+            if own is parameter or own.data_ptr() == parameter.data_ptr() != 0:
+                setattr(module, name, empty)
+
+
+def give_back(stack: T5EncoderStack, model: nn.Module) -> None:
+    """Fills a model that :func:`encoder_from_model` has released: every tensor in the dtype it had, on our device.
+
+    From the separate layout the very tensors come back, unless scales had changed the embedding; from the fused layout
+    they are exact to the rounding of one multiplication and one division in their dtype.
+    """
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    originals = {name: tensor.to(dtypes[name]) for name, tensor in original_tensors(stack) if name in dtypes}
+    copies = [name for name in dtypes if name.endswith("embed_tokens.weight")]
+    model.load_state_dict(originals | dict.fromkeys(copies, originals["shared.weight"]), strict=False, assign=True)
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
+
+
+def original_tensors(stack: T5EncoderStack) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the encoder under its Hugging Face name; float32 where it is taken out of a fused one."""
+    state = stack.state_dict()
+    if stack.layout == "fused":
+        yield from unfuse(stack.config, state.__getitem__, stack.scales)
+        return
+    for name, tensor in state.items():
+        scale = stack.scales.embedding if name == "shared.weight" else 1.0
+        yield name, tensor if scale == 1 else tensor / scale
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def weights_name(variant: str | None) -> str:
+    """The name of a folder's weight file, such as ``model.fp16.safetensors``."""
+    return f"model.{variant}.safetensors" if variant else "model.safetensors"
+
+
+def write_config(folder: Path, values: dict[str, Any], class_name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**values, "architectures": [class_name]}, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def write_native(stack: T5EncoderStack, file: Path, source: str) -> None:
+    """Writes our own format: the fused tensors, with config and scales in the header."""
+    recipes = fused_recipes(stack.config, stack.scales)
+    state = stack.state_dict()
+    # The hash is that of the tensors in memory: what file they came from is not known any more.
+    read = HashingReader((state if stack.layout == "fused" else dict(original_tensors(stack))).__getitem__)
+    chosen = native.stored(recipes) if stack.layout == "fused" else recipes
+    layout = {recipe.target: (recipe.dtype(stack.dtype), recipe.shape) for recipe in chosen}
+    scales = None if stack.scales.is_one else stack.scales
+    write_safetensors(
+        file,
+        layout,
+        ((recipe.target, cook(recipe, read, stack.dtype)) for recipe in chosen),
+        lambda: native.header(stack.config, source, read.hexdigest(), scales),
+    )
+
+
+def write_originals(stack: T5EncoderStack, file: Path) -> None:
+    """Writes the original tensors, as transformers reads them, in the dtype of the model."""
+    shapes: dict[str, Shape] = encoder_tensors(stack.config)
+    fused = [part for recipe in fused_recipes(stack.config) for part in recipe.parts]
+    names = fused if stack.layout == "fused" else list(stack.state_dict())
+    originals = ((name, tensor.to(stack.dtype)) for name, tensor in original_tensors(stack))
+    write_safetensors(file, {name: (stack.dtype, shapes[name]) for name in names}, originals, {"format": "pt"})
