@@ -9,7 +9,6 @@ import pytest
 import torch
 from comfy_toys import (
     FAMILY_CONFIGS,
-    V1_0,
     V1_1,
     assert_equal_conditioning,
     conditioning,
@@ -139,27 +138,23 @@ def test_merging(tmp_path: Path) -> None:
     assert error(expected["cond"], conditioning(first, "a cat")["cond"]) > 1e-3
 
 
-@pytest.mark.parametrize("config", [V1_1, V1_0], ids=["gated", "plain"])
-def test_partly_loaded(config: Any, tmp_path: Path) -> None:
-    """Some modules resident, the others cast and patched at every call, as in ComfyUI's low-memory mode."""
-    from comfy_nai_t5.clip import with_our_t5
+@pytest.mark.parametrize("family", ["mochi", "cosmos"])
+def test_weights_patched_at_every_call(family: str, tmp_path: Path) -> None:
+    """What does not fit on the device stays unpatched in memory, and is cast and patched when it is used."""
+    from comfy.model_patcher import LowVramPatch
 
-    theirs = stock(toy_file(tmp_path, config), "mochi" if config.gated else "cosmos")
+    ours, theirs = pair(tmp_path, family)
     keys = tuple(ATTENTION.format(layer, name) for layer in range(3) for name in "qo")
-    patched = with_lora(theirs, toy_lora(t5_of(theirs), keys, "t5xxl"), 1.0)
-    expected = conditioning(patched, "a cat")
-    ours = with_our_t5(patched, "float32")
-    patcher = ours.patcher
-    patcher.unpatch_model(patcher.offload_device)
-    patcher.model.current_weight_patches_uuid = None
-    patcher.load(torch.device("cpu"), lowvram_model_memory=patcher.model_size() // 30)
-    waiting = ("weight_function", "weight_lowvram_function")  # by version
-    left = [module for module in t5_of(theirs).modules() if any(getattr(module, name, None) for name in waiting)]
-    assert left, "nothing was left to be patched at the call"
-    tokens = ours.tokenize("a cat")
+    lora = toy_lora(t5_of(theirs), (*keys, EVERYWHERE[-2]), "t5xxl")
+    expected = conditioning(with_lora(theirs, lora, 1.0), "a cat")["cond"]
+    patches = with_lora(ours, lora, 1.0).patcher.patches
+    assert len(patches) == len(keys) + 1
+    for key in patches:
+        module = ours.patcher.model.get_submodule(key.removesuffix(".weight"))
+        module.weight_function = [LowVramPatch(key, patches)]
     with torch.inference_mode():
-        states = ours.cond_stage_model.encode_token_weights(tokens)[0]
-    assert error(states, expected["cond"]) < 1e-4
+        states = ours.cond_stage_model.encode_token_weights(ours.tokenize("a cat"))[0]
+    assert error(states, expected) < 1e-4
 
 
 def test_unloading_and_loading_again(tmp_path: Path) -> None:
