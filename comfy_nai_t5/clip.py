@@ -77,7 +77,7 @@ class EncoderModel(nn.Module):
             inputs = torch.nan_to_num(inputs)  # as stock: published float8 files hold NaN in embeddings nobody uses
         stack = self.stack
         stack.device = inputs.device
-        call = {"attention_mask": attention_mask, "inputs_embeds": inputs, "padding": self.padding}
+        call: dict[str, Any] = {"attention_mask": attention_mask, "inputs_embeds": inputs, "padding": self.padding}
         if intermediate_output is None:
             return encode_guarded(stack, **call), None
         layer = self._layer(intermediate_output)

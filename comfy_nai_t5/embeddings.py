@@ -30,11 +30,15 @@ def save_conditioning(conditioning: list[Any], path: Path, **facts: str) -> Path
     for index, (states, extras) in enumerate(conditioning):
         tensors[f"{index}.cond"] = states.contiguous()
         entries.append({name: value for name, value in extras.items() if not isinstance(value, Tensor)})
-        tensors |= {f"{index}.{name}": value.contiguous() for name, value in extras.items() if isinstance(value, Tensor)}
+        tensors |= {
+            f"{index}.{name}": value.contiguous() for name, value in extras.items() if isinstance(value, Tensor)
+        }
     try:
         header = json.dumps(entries)
     except TypeError as error:
-        raise ValueError(f"this conditioning cannot be written to a file ({error}); save it before hooks or masks") from error
+        raise ValueError(
+            f"this conditioning cannot be written to a file ({error}); save it before hooks or masks"
+        ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, {"format": FORMAT, "format_version": FORMAT_VERSION, "entries": header, **facts})
     return path

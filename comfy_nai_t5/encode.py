@@ -62,7 +62,7 @@ def tokenize(clip: Any, text: str, max_length: int = 0, pad_to: int = 0) -> Toke
 
 
 def encode(clip: Any, text: str, max_length: int = 0, pad_to: int = 0) -> tuple[list[Any], Tokens]:
-    """The conditioning of one text, as ComfyUI's nodes pass it on, and its tokens. Arguments as for :func:`tokenize`."""
+    """The conditioning of one text, as ComfyUI's nodes pass it on, and its tokens; arguments of :func:`tokenize`."""
     tokens = tokenize(clip, text, max_length, pad_to)
     return clip.encode_from_tokens_scheduled(tokens.all), tokens
 

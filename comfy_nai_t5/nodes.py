@@ -70,7 +70,7 @@ class LoadT5(io.ComfyNode):
         return _schema(
             node_id="NAILoadT5",
             display_name="Load T5 (NAI)",
-            description="Loads a T5 that is a model's only text encoder. The CLIP works with every node that takes one.",
+            description="Loads a T5 that is a model's only text encoder. Every node that takes a CLIP takes it.",
             search_aliases=["t5xxl", "umt5", "load clip", "text encoder loader"],
             inputs=[
                 io.Combo.Input(
@@ -83,7 +83,7 @@ class LoadT5(io.ComfyNode):
                     "family",
                     options=[AUTO, *FAMILIES],
                     default=AUTO,
-                    tooltip="The diffusion model that will read the conditioning: decides on lengths, masks and padding. "
+                    tooltip="The diffusion model that reads the conditioning: decides on lengths, masks, padding. "
                     "auto: known by the T5 itself where only one family uses it. t5: none, without padding.",
                 ),
                 *_load_inputs(),
@@ -110,7 +110,7 @@ class LoadClipT5(io.ComfyNode):
         return _schema(
             node_id="NAILoadClipT5",
             display_name="Load CLIP + T5 (NAI)",
-            description="Loads the text encoders of Flux, SD3 or HiDream. Only the T5 is ours; the others are ComfyUI's.",
+            description="Loads the text encoders of Flux, SD3 or HiDream. Only the T5 is ours, the others ComfyUI's.",
             search_aliases=["dual clip loader", "triple clip loader", "flux", "sd3", "hidream", "t5xxl"],
             inputs=[
                 io.Combo.Input("t5_name", options=_files(), tooltip="The T5 v1.1 XXL of the model, in any dtype."),
@@ -144,8 +144,8 @@ class ReplaceT5(io.ComfyNode):
         return _schema(
             node_id="NAIReplaceT5",
             display_name="Replace T5 (NAI)",
-            description="Puts our encoder in the place of the T5 of a loaded CLIP, on the same weights: nothing is read "
-            "or copied, and LoRA, offloading and float8 go on as they were.",
+            description="Puts our encoder in the place of the T5 of a loaded CLIP, on the same weights: nothing is "
+            "read or copied, and LoRA, offloading and float8 go on as they were.",
             search_aliases=["accelerate t5", "speed up text encoder", "t5xxl"],
             inputs=[io.Clip.Input("clip", tooltip="From any loader or checkpoint."), _dtype_input()],
             outputs=[io.Clip.Output(display_name="CLIP")],
@@ -176,7 +176,7 @@ class EncodeT5(io.ComfyNode):
         return _schema(
             node_id="NAIT5Encode",
             display_name="T5 Encode",
-            description="Encodes a prompt as CLIP Text Encode does, and tells the number of tokens and what was cut off.",
+            description="Encodes a prompt as CLIP Text Encode does, and tells how many tokens it has and what was cut.",
             search_aliases=["clip text encode", "prompt", "t5 prompt"],
             inputs=[
                 *_text_inputs(),
@@ -190,7 +190,7 @@ class EncodeT5(io.ComfyNode):
                 io.Boolean.Input(
                     "line_by_line",
                     default=False,
-                    tooltip="Every line that is not empty is a prompt of its own; the conditioning holds them as a batch.",
+                    tooltip="Every line that is not empty is a prompt of its own; the conditioning is a batch.",
                 ),
             ],
             outputs=[

@@ -85,4 +85,6 @@ class PlainT5Tokenizer(sd1_clip.SDTokenizer):
 
 class PlainTokenizer(sd1_clip.SD1Tokenizer):
     def __init__(self, embedding_directory: Any = None, tokenizer_data: dict[str, Any] | None = None) -> None:
-        super().__init__(embedding_directory, tokenizer_data or {}, clip_name="t5", tokenizer=PlainT5Tokenizer, name="t5")
+        super().__init__(
+            embedding_directory, tokenizer_data or {}, clip_name="t5", tokenizer=PlainT5Tokenizer, name="t5"
+        )

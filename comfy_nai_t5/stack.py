@@ -43,7 +43,7 @@ def config_of(t5: Any) -> T5Config:
 class SharedEncoder(Encoder):
     """The blocks, where a bias table is asked of its module, which may be patched, quantised or on another device."""
 
-    device = torch.device("cpu")
+    device: torch.device = torch.device("cpu")
 
     def bias_table(self, index: int) -> Tensor:
         block: Any = self.block[index if self.bias_per_layer else 0]
@@ -65,7 +65,7 @@ class SharedStack(T5EncoderStack):
             scales = published_scales(config)
         super().__init__(config, "separate", NoInit, scales, device="meta")
         self.compute_dtype = dtype
-        self.encoder = SharedEncoder(config, "separate", self.scales, NoInit, device="meta")
+        self.encoder: SharedEncoder = SharedEncoder(config, "separate", self.scales, NoInit, device="meta")
         _take_modules(self, t5)
 
     @property

@@ -67,7 +67,9 @@ def test_clip_skip(layer: int, tmp_path: Path) -> None:
     from comfy_nai_t5.clip import with_our_t5
 
     theirs = stock(toy_file(tmp_path, V1_1), "ltxv")
-    pair = [nodes.CLIPSetLastLayer().set_last_layer(clip, layer)[0] for clip in (with_our_t5(theirs, "float32"), theirs)]
+    pair = [
+        nodes.CLIPSetLastLayer().set_last_layer(clip, layer)[0] for clip in (with_our_t5(theirs, "float32"), theirs)
+    ]
     ours, expected = (conditioning(clip, "a cat") for clip in pair)
     assert_equal_conditioning(ours, expected)
     if layer in (-2, 0):
@@ -168,7 +170,9 @@ def toy_clip_l(folder: Path) -> Path:
     from checkpoints import write_file
 
     config = {**_TOY_CLIP, "hidden_act": "quick_gelu", "max_position_embeddings": 77, "vocab_size": 49408}
-    model = comfy.clip_model.CLIPTextModel(config | {"eos_token_id": 49407}, torch.float32, "cpu", comfy.ops.manual_cast)
+    model = comfy.clip_model.CLIPTextModel(
+        config | {"eos_token_id": 49407}, torch.float32, "cpu", comfy.ops.manual_cast
+    )
     return write_file(folder / "clip_l.safetensors", random_weights(model))
 
 
@@ -197,7 +201,9 @@ def test_flux(tmp_path: Path) -> None:
     )
     for prompt in PROMPTS:
         assert_equal_conditioning(conditioning(ours, prompt), conditioning(theirs, prompt))
-    (mine,), (expected,) = (CLIPTextEncodeFlux.execute(clip, "a cat", "(long:1.2) text", 3.5)[0] for clip in (ours, theirs))
+    (mine,), (expected,) = (
+        CLIPTextEncodeFlux.execute(clip, "a cat", "(long:1.2) text", 3.5)[0] for clip in (ours, theirs)
+    )
     assert_equal_conditioning({"cond": mine[0], **mine[1]}, {"cond": expected[0], **expected[1]})
 
 
@@ -300,7 +306,7 @@ def test_the_table_has_the_classes_that_comfyui_chooses(name: str, monkeypatch: 
 def test_a_family_keeps_its_own_sizes(tmp_path: Path) -> None:
     from comfy_nai_t5.families import FAMILIES
 
-    with pytest.raises(ValueError, match="Mochi was trained with a T5 v1.1 of width 4096; this file holds a T5 v1.1"):
+    with pytest.raises(ValueError, match=r"Mochi was trained with a T5 v1\.1 of width 4096; this file holds"):
         FAMILIES["mochi"].check(V1_1)
     assert replace(FAMILIES["mochi"], kind=None, width=None) == toy_family("mochi")
     assert toy_state(UMT5)["spiece_model"].dtype == torch.uint8

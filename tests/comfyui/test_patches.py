@@ -48,7 +48,9 @@ def t5_of(clip: Any) -> Any:
     return clip.cond_stage_model.t5xxl.transformer
 
 
-@pytest.mark.parametrize("keys", [EVERYWHERE, *((key,) for key in EVERYWHERE)], ids=lambda keys: keys[-1] if keys[1:] == () else "all")
+@pytest.mark.parametrize(
+    "keys", [EVERYWHERE, *((key,) for key in EVERYWHERE)], ids=lambda keys: keys[-1] if keys[1:] == () else "all"
+)
 def test_lora(keys: tuple[str, ...], tmp_path: Path) -> None:
     ours, theirs = pair(tmp_path)
     lora = toy_lora(t5_of(theirs), keys, "t5xxl")

@@ -69,7 +69,9 @@ def test_scaled_float8(
         assert error(conditioning(half, PROMPT)["cond"], exact(clip, config, meant, family)) < limit
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 def test_weights_as_they_are_in_the_file(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Norms are never in float8.
     keeps = {name for name, tensor in toy_state(V1_1).items() if dtype.itemsize == 1 and tensor.ndim == 1}
