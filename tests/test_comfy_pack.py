@@ -98,7 +98,7 @@ def test_xxl_is_the_encoder_of_several() -> None:
 
 
 def test_a_t5_that_a_family_cannot_use() -> None:
-    with pytest.raises(ValueError, match="Wan was trained with a UMT5 of width 4096; this file holds a T5 v1.0"):
+    with pytest.raises(ValueError, match=r"Wan was trained with a UMT5 of width 4096; this file holds a T5 v1\.0"):
         family_for(named_config("t5-base"), "wan")
     with pytest.raises(ValueError, match="unknown family 'sana'; known: auto, pixart"):
         family_for(named_config("t5-base"), "sana")

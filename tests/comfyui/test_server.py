@@ -141,8 +141,8 @@ def test_nodes_are_there_with_their_help(server: Server) -> None:
     ours = {name for name in info if name.startswith("NAI")}
     assert len(ours) == 8 and all(info[name]["description"] for name in ours)
     for name in ours:
-        for entries in info[name]["input"].values():
-            for entry, (kind, *options) in entries.items():
+        for required in ("required", "optional"):
+            for entry, (kind, *options) in info[name]["input"].get(required, {}).items():
                 assert kind in ("CLIP", "CONDITIONING") or options[0].get("tooltip"), (name, entry)
         assert server.get(f"/extensions/comfy-nai-t5/docs/{name}.md").startswith("# ")
     assert "Cannot import" not in server.log.read_text()
