@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,10 @@ JOINT_FAMILIES = ("flux", "sd3", "hidream")
 
 def device_options(device: str) -> dict[str, Any]:
     """What a loader's device means to ComfyUI: ``"default"`` leaves the choice to it."""
-    options: dict[str, Any] = {"initial_device": comfy.model_management.text_encoder_offload_device()}
-    if device != "default":
-        options = dict.fromkeys(("load_device", "offload_device", "initial_device"), torch.device(device))
-    return options
+    if device == "default":
+        return {"initial_device": comfy.model_management.text_encoder_offload_device()}
+    memory = torch.device("cpu")
+    return {"load_device": torch.device(device), "offload_device": memory, "initial_device": memory}
 
 
 def load_t5(
@@ -43,6 +43,7 @@ def load_t5(
     dtype: str | torch.dtype = "auto",
     weights: str = "auto",
     device: str = "default",
+    disable_dynamic: bool = False,
 ) -> Any:
     """A CLIP of a T5 alone.
 
@@ -52,16 +53,32 @@ def load_t5(
         dtype: what is computed in, see :func:`comfy_nai_t5.clip.with_our_t5`.
         weights: one of :data:`WEIGHTS`.
         device: ``"default"`` or a torch device.
+        disable_dynamic: for ComfyUI, when it wants the model without its dynamic memory.
 
     Raises:
         ValueError: the file is no T5, is damaged, or does not suit the family; an unknown choice.
     """
     checkpoint = read_checkpoint(path)
-    clip = stock_clip(checkpoint, family_for(checkpoint.config, family), device)
-    return with_our_t5(_stored(clip, weights, dtype), dtype)
+    clip = _stored(
+        stock_clip(checkpoint, family_for(checkpoint.config, family), device, disable_dynamic), weights, dtype
+    )
+    _remember(clip, load_t5, path, family, dtype, weights, device)
+    return with_our_t5(clip, dtype)
 
 
-def stock_clip(checkpoint: ServerCheckpoint, family: ServerFamily, device: str = "default") -> Any:
+def _remember(clip: Any, loader: Callable[..., Any], *arguments: Any) -> None:
+    """Tells newer servers how to load the model once more, which they do for a second device."""
+    if hasattr(clip.patcher, "cached_patcher_init"):
+        clip.patcher.cached_patcher_init = (_patcher_of, (loader, arguments))
+
+
+def _patcher_of(loader: Callable[..., Any], arguments: tuple[Any, ...], disable_dynamic: bool = False) -> Any:
+    return loader(*arguments, disable_dynamic=disable_dynamic).patcher
+
+
+def stock_clip(
+    checkpoint: ServerCheckpoint, family: ServerFamily, device: str = "default", disable_dynamic: bool = False
+) -> Any:
     """ComfyUI's own CLIP of a checkpoint, with the tensors as they are in the file."""
     model, tokenizer = family.classes()
     target = type("Target", (), {"params": {}, "clip": model, "tokenizer": tokenizer})
@@ -69,6 +86,7 @@ def stock_clip(checkpoint: ServerCheckpoint, family: ServerFamily, device: str =
     return _new_clip(
         target,
         checkpoint.state,
+        disable_dynamic,
         tokenizer_data=data,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         parameters=comfy.utils.calculate_parameters(checkpoint.state),
@@ -94,10 +112,10 @@ def _special_data(checkpoint: ServerCheckpoint, family: ServerFamily) -> tuple[d
     return {TOKENIZER: tokenizer}, {SPECIAL_TOKENS: {"end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}}
 
 
-def _new_clip(target: Any, state: dict[str, torch.Tensor], **arguments: Any) -> Any:
+def _new_clip(target: Any, state: dict[str, torch.Tensor], disable_dynamic: bool, **arguments: Any) -> Any:
     """ComfyUI's CLIP with weights; since dynamic memory, the constructor takes them."""
     if "state_dict" in inspect.signature(comfy.sd.CLIP.__init__).parameters:
-        return comfy.sd.CLIP(target, state_dict=[state], **arguments)
+        return comfy.sd.CLIP(target, state_dict=[state], disable_dynamic=disable_dynamic, **arguments)
     clip = comfy.sd.CLIP(target, **arguments)
     clip.load_sd(state)
     return clip
@@ -110,6 +128,7 @@ def load_with_clip(
     weights: str = "auto",
     device: str = "default",
     model_options: Mapping[str, Any] | None = None,
+    disable_dynamic: bool = False,
 ) -> Any:
     """A CLIP of several text encoders of which one is a T5; the others, and the choice of classes, are ComfyUI's.
 
@@ -117,6 +136,9 @@ def load_with_clip(
         paths: the files, in any order.
         family: one of :data:`JOINT_FAMILIES`.
         model_options: further options of ComfyUI's loader.
+
+    Raises:
+        ValueError: no T5 among the files, or a file that is damaged; an unknown choice.
     """
     if family not in JOINT_FAMILIES:
         raise ValueError(f"unknown family {family!r}; allowed: {', '.join(JOINT_FAMILIES)}")
@@ -137,8 +159,10 @@ def load_with_clip(
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         clip_type=getattr(comfy.sd.CLIPType, family.upper()),
         model_options=options,
+        **({"disable_dynamic": True} if disable_dynamic else {}),
     )
-    return with_our_t5(_stored(clip, weights, dtype), dtype)
+    _remember(_stored(clip, weights, dtype), load_with_clip, paths, family, dtype, weights, device, model_options)
+    return with_our_t5(clip, dtype)
 
 
 def _other_encoder(path: str | Path) -> dict[str, torch.Tensor]:

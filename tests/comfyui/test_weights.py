@@ -199,3 +199,14 @@ def test_unknown_choices_are_refused() -> None:
         load_t5(None, dtype="int8")
     with pytest.raises(ValueError, match="unknown family 'wan'; allowed: flux"):
         load_with_clip([], "wan")
+
+
+def test_newer_servers_can_load_it_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = load(toy_file(tmp_path, V1_1), "mochi", monkeypatch, dtype="bfloat16")
+    if not hasattr(clip.patcher, "cached_patcher_init"):
+        pytest.skip("this ComfyUI is older than dynamic memory")
+    function, arguments = clip.patcher.cached_patcher_init
+    again = function(*arguments, disable_dynamic=True)
+    assert again.model is not clip.patcher.model
+    expected = clip.patcher.model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.model.state_dict().items())
