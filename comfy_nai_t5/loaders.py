@@ -59,10 +59,8 @@ def load_t5(
         ValueError: the file is no T5, is damaged, or does not suit the family; an unknown choice.
     """
     checkpoint = read_checkpoint(path)
-    clip = _stored(
-        stock_clip(checkpoint, family_for(checkpoint.config, family), device, disable_dynamic), weights, dtype
-    )
-    _remember(clip, load_t5, path, family, dtype, weights, device)
+    clip = stock_clip(checkpoint, family_for(checkpoint.config, family), device, disable_dynamic)
+    _remember(_stored(clip, weights, dtype), load_t5, path, family, dtype, weights, device)
     return with_our_t5(clip, dtype)
 
 
