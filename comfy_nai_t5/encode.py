@@ -50,14 +50,12 @@ def tokenize(clip: Any, text: str, max_length: int = 0, pad_to: int = 0) -> Toke
     tokenizer = _tokenizer(clip, name)
     pairs: list[Pair] = list(tokens[name][0])
     count = _without_padding(pairs, tokenizer)
-    pad, rows = (tokenizer.pad_token, 1.0), max(pad_to, len(pairs))
-    if pad_to:
-        rows = max(pad_to, min(count, max_length or count))
     kept, cut = pairs[:count], []
     if max_length and count > max_length:
         kept, cut = [*pairs[: max_length - 1], (tokenizer.end_token, 1.0)], pairs[max_length - 1 : count - 1]
-        rows = max(pad_to, max_length)
-    padded = [*kept, *[pad] * (rows - len(kept))]
+    # The family's least is what it makes of the empty text.
+    rows = pad_to or (len(clip.tokenize("")[name][0]) if cut else len(pairs))
+    padded = kept + [(tokenizer.pad_token, 1.0)] * (rows - len(kept))
     return Tokens({**tokens, name: [padded]}, count, len(padded), _text_of(cut, tokenizer))
 
 

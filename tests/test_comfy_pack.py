@@ -219,7 +219,9 @@ def test_tokens_as_the_family_has_them() -> None:
 def test_cutting() -> None:
     tokens = tokenize(StandIn(), "abcdefghijkl", max_length=5)
     assert (tokens.count, tokens.cut_text) == (13, "efghijkl")
-    assert ids_of(tokens) == [97, 98, 99, 100, 1]
+    assert ids_of(tokens) == [97, 98, 99, 100, 1, 0, 0, 0]  # the family's 8 rows
+    assert ids_of(tokenize(StandIn(), "abcdefghijkl", max_length=5, pad_to=1)) == [97, 98, 99, 100, 1]
+    assert tokenize(StandIn(), "abcdefghijkl", max_length=10).rows == 10
     assert tokenize(StandIn(), "abcd", max_length=5).cut_text == ""
 
 
