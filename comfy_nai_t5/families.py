@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nai_t5_core.config import T5Config
+if TYPE_CHECKING:
+    from nai_t5_core.config import T5Config
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ _ROWS = (
 # fmt: on
 FAMILIES = {row.name: row for row in _ROWS}
 AUTO = "auto"
+# Those that have other text encoders beside the T5: names of ComfyUI's CLIP types, in lower case.
+JOINT_FAMILIES = ("flux", "sd3", "hidream")
 
 
 def family_for(config: T5Config, name: str = AUTO) -> ServerFamily:

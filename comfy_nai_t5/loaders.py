@@ -15,18 +15,13 @@ import torch
 from torch import nn
 
 from comfy_nai_t5.checkpoint import ServerCheckpoint, holds_t5, read_checkpoint
+from comfy_nai_t5.choices import WEIGHTS
 from comfy_nai_t5.clip import t5_models, with_our_t5
-from comfy_nai_t5.families import AUTO, ServerFamily, family_for, server_config
+from comfy_nai_t5.families import AUTO, JOINT_FAMILIES, ServerFamily, family_for, server_config
 from comfy_nai_t5.plain import SPECIAL_TOKENS, TOKENIZER
 from nai_t5_core.examine import NO_TOKENIZER
 from nai_t5_core.formats import open_checkpoint
 from nai_t5_core.precision import is_finite, resolve_dtype
-
-# How weights are kept in memory. "auto" casts to what is computed in, unless the file's own form is smaller or the
-# server streams weights from the file.
-WEIGHTS = ("auto", "file", "float8_e4m3fn", "float8_e5m2")
-# CLIP types of the families that have other text encoders beside the T5.
-JOINT_FAMILIES = ("flux", "sd3", "hidream")
 
 
 def device_options(device: str) -> dict[str, Any]:
@@ -51,7 +46,7 @@ def load_t5(
         path: a T5 file of any form; None is the embedded tiny model.
         family: a name of :data:`comfy_nai_t5.families.FAMILIES`, or ``"auto"``.
         dtype: what is computed in, see :func:`comfy_nai_t5.clip.with_our_t5`.
-        weights: one of :data:`WEIGHTS`.
+        weights: one of :data:`comfy_nai_t5.choices.WEIGHTS`.
         device: ``"default"`` or a torch device.
         disable_dynamic: for ComfyUI, when it wants the model without its dynamic memory.
 
@@ -132,7 +127,7 @@ def load_with_clip(
 
     Args:
         paths: the files, in any order.
-        family: one of :data:`JOINT_FAMILIES`.
+        family: one of :data:`comfy_nai_t5.families.JOINT_FAMILIES`.
         model_options: further options of ComfyUI's loader.
 
     Raises:

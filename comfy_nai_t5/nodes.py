@@ -1,4 +1,7 @@
-"""The nodes: a schema and a few lines onto the library each."""
+"""The nodes: a schema and a few lines onto the library each.
+
+The library is imported when a node runs, so that the server does not wait for it when it starts.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,13 @@ import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import ComfyExtension, io, ui
 
-from comfy_nai_t5 import embeddings, encode, loaders, report
-from comfy_nai_t5.clip import with_our_t5
-from comfy_nai_t5.families import AUTO, FAMILIES
+from comfy_nai_t5 import embeddings, encode
+from comfy_nai_t5.choices import DTYPES, WEIGHTS
+from comfy_nai_t5.families import AUTO, FAMILIES, JOINT_FAMILIES
 
 CATEGORY = "text encoders/T5"
 EMBEDDED = "embedded tiny model (random weights, to try the nodes with)"
 NONE = "none"
-DTYPES = ["auto", "float32", "bfloat16", "float16"]
 EMBEDDING_FOLDER = "t5_embeddings"
 
 _DTYPE_TIP = (
@@ -52,14 +54,14 @@ def _devices() -> list[str]:
 
 
 def _dtype_input() -> io.Combo.Input:
-    return io.Combo.Input("dtype", options=DTYPES, default="auto", tooltip=_DTYPE_TIP)
+    return io.Combo.Input("dtype", options=list(DTYPES), default="auto", tooltip=_DTYPE_TIP)
 
 
 def _load_inputs() -> list[Any]:
     tip = "Where the encoder runs. default: where ComfyUI puts text encoders."
     return [
         _dtype_input(),
-        io.Combo.Input("weights", options=list(loaders.WEIGHTS), default="auto", tooltip=_WEIGHTS_TIP),
+        io.Combo.Input("weights", options=list(WEIGHTS), default="auto", tooltip=_WEIGHTS_TIP),
         io.Combo.Input("device", options=_devices(), default="default", optional=True, tooltip=tip),
     ]
 
@@ -93,7 +95,9 @@ class LoadT5(io.ComfyNode):
 
     @classmethod
     def execute(cls, t5_name: str, family: str, dtype: str, weights: str, device: str = "default") -> io.NodeOutput:
-        return io.NodeOutput(loaders.load_t5(_path(t5_name), family, dtype, weights, device))
+        from comfy_nai_t5.loaders import load_t5
+
+        return io.NodeOutput(load_t5(_path(t5_name), family, dtype, weights, device))
 
 
 class LoadClipT5(io.ComfyNode):
@@ -114,7 +118,7 @@ class LoadClipT5(io.ComfyNode):
             search_aliases=["dual clip loader", "triple clip loader", "flux", "sd3", "hidream", "t5xxl"],
             inputs=[
                 io.Combo.Input("t5_name", options=_files(), tooltip="The T5 v1.1 XXL of the model, in any dtype."),
-                io.Combo.Input("family", options=list(loaders.JOINT_FAMILIES), tooltip="The model they belong to."),
+                io.Combo.Input("family", options=list(JOINT_FAMILIES), tooltip="The model they belong to."),
                 *others,
                 *_load_inputs(),
             ],
@@ -133,9 +137,11 @@ class LoadClipT5(io.ComfyNode):
         weights: str,
         device: str = "default",
     ) -> io.NodeOutput:
+        from comfy_nai_t5.loaders import load_with_clip
+
         names = [name for name in (clip_l, clip_g, llama, t5_name) if name != NONE]
         paths = [str(folder_paths.get_full_path_or_raise("text_encoders", name)) for name in names]
-        return io.NodeOutput(loaders.load_with_clip(paths, family, dtype, weights, device))
+        return io.NodeOutput(load_with_clip(paths, family, dtype, weights, device))
 
 
 class ReplaceT5(io.ComfyNode):
@@ -153,6 +159,8 @@ class ReplaceT5(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip: Any, dtype: str) -> io.NodeOutput:
+        from comfy_nai_t5.clip import with_our_t5
+
         return io.NodeOutput(with_our_t5(clip, dtype))
 
 
@@ -261,8 +269,10 @@ class ReportPrecision(io.ComfyNode):
 
     @classmethod
     def execute(cls, t5_name: str, headroom: float) -> io.NodeOutput:
+        from comfy_nai_t5.report import precision_report
+
         bar = ProgressBar(1)
-        table, image = report.precision_report(_path(t5_name), headroom, bar.update_absolute)
+        table, image = precision_report(_path(t5_name), headroom, bar.update_absolute)
         return io.NodeOutput(image, table)
 
 
