@@ -87,8 +87,9 @@ _ROWS = (
 # fmt: on
 FAMILIES = {row.name: row for row in _ROWS}
 AUTO = "auto"
-# Those that have other text encoders beside the T5: names of ComfyUI's CLIP types, in lower case.
-JOINT_FAMILIES = ("flux", "sd3", "hidream")
+# Those with other text encoders beside the T5, which is a v1.1 XXL: ComfyUI's names for them, and how many files each
+# takes. With another number ComfyUI would take them for another family.
+JOINT_FAMILIES = {"flux": (2,), "sd3": (1, 2, 3), "hidream": (1, 2, 4)}
 
 
 def family_for(config: T5Config, name: str = AUTO) -> ServerFamily:
@@ -109,6 +110,21 @@ def family_for(config: T5Config, name: str = AUTO) -> ServerFamily:
             f"{', '.join(row.name for row in fitting)} (for Flux, SD3 and HiDream take Load CLIP + T5)"
         )
     return fitting[0] if fitting else FAMILIES["t5"]
+
+
+def check_joint(name: str, files: int, config: T5Config | None) -> None:
+    """Raises a ValueError unless the family takes this number of files, of which one is a T5 of this config."""
+    if name not in JOINT_FAMILIES:
+        raise ValueError(f"unknown family {name!r}; allowed: {', '.join(JOINT_FAMILIES)}")
+    allowed = JOINT_FAMILIES[name]
+    if files not in allowed:
+        raise ValueError(f"{name} takes {' or '.join(map(str, allowed))} text encoder files and {files} were given")
+    if config is None:
+        raise ValueError("none of these files holds a T5; choose the file of the T5")
+    if config.kind != "T5 v1.1":
+        raise ValueError(
+            f"{name} was trained with a T5 v1.1, and this file holds a {config.kind}; choose the right one"
+        )
 
 
 def server_config(config: T5Config) -> dict[str, Any]:

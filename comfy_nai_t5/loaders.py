@@ -17,7 +17,7 @@ from torch import nn
 from comfy_nai_t5.checkpoint import ServerCheckpoint, holds_t5, read_checkpoint
 from comfy_nai_t5.choices import WEIGHTS
 from comfy_nai_t5.clip import t5_models, with_our_t5
-from comfy_nai_t5.families import AUTO, JOINT_FAMILIES, ServerFamily, family_for, server_config
+from comfy_nai_t5.families import AUTO, ServerFamily, check_joint, family_for, server_config
 from comfy_nai_t5.plain import SPECIAL_TOKENS, TOKENIZER
 from nai_t5_core.examine import NO_TOKENIZER
 from nai_t5_core.formats import open_checkpoint
@@ -131,10 +131,9 @@ def load_with_clip(
         model_options: further options of ComfyUI's loader.
 
     Raises:
-        ValueError: no T5 among the files, or a file that is damaged; an unknown choice.
+        ValueError: no fitting T5 among the files, too many or too few of them, a damaged one; an unknown choice.
     """
-    if family not in JOINT_FAMILIES:
-        raise ValueError(f"unknown family {family!r}; allowed: {', '.join(JOINT_FAMILIES)}")
+    config = None
     options = {**device_options(device), **(model_options or {})}
     states = []
     for path in paths:
@@ -142,11 +141,11 @@ def load_with_clip(
             states.append(_other_encoder(path))
             continue
         checkpoint = read_checkpoint(path)
+        config = checkpoint.config
         states.append(checkpoint.state)
-        options["t5xxl_model_config"] = server_config(checkpoint.config)
+        options["t5xxl_model_config"] = server_config(config)
         options |= {f"t5xxl_{name}": value for name, value in checkpoint.model_options.items()}
-    if "t5xxl_model_config" not in options:
-        raise ValueError(f"none of these files holds a T5: {', '.join(map(str, paths))}; choose the file of the T5")
+    check_joint(family, len(paths), config)
     clip = comfy.sd.load_text_encoder_state_dicts(
         states,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),

@@ -16,7 +16,7 @@ import torch
 from comfy_nai_t5.checkpoint import holds_t5, read_checkpoint
 from comfy_nai_t5.embeddings import describe, load_conditioning, save_conditioning
 from comfy_nai_t5.encode import encode_lines, tokenize
-from comfy_nai_t5.families import FAMILIES, family_for, server_config
+from comfy_nai_t5.families import FAMILIES, check_joint, family_for, server_config
 from comfy_nai_t5.report import precision_report
 from nai_t5_core.config import config_from_hf, named_config
 
@@ -103,6 +103,18 @@ def test_a_t5_that_a_family_cannot_use() -> None:
     with pytest.raises(ValueError, match="unknown family 'sana'; known: auto, pixart"):
         family_for(named_config("t5-base"), "sana")
     assert family_for(named_config("t5-base"), "t5") is FAMILIES["t5"]
+
+
+def test_files_of_families_with_several_encoders() -> None:
+    xxl = named_config("t5-v1_1-xxl")
+    for family, files in (("flux", 2), ("sd3", 3), ("hidream", 4)):
+        check_joint(family, files, xxl)
+    with pytest.raises(ValueError, match="hidream takes 1 or 2 or 4 text encoder files and 3 were given"):
+        check_joint("hidream", 3, xxl)
+    with pytest.raises(ValueError, match="none of these files holds a T5"):
+        check_joint("flux", 2, None)
+    with pytest.raises(ValueError, match=r"sd3 was trained with a T5 v1\.1, and this file holds a UMT5"):
+        check_joint("sd3", 1, named_config("umt5-xxl"))
 
 
 def test_a_server_that_is_too_old_for_a_family() -> None:

@@ -185,7 +185,7 @@ def test_clips_without_a_t5_are_refused(tmp_path: Path) -> None:
         with_our_t5(clip)
     no_t5 = write_file(tmp_path / "clip.safetensors", {"text_model.x": torch.zeros(2)})
     with pytest.raises(ValueError, match="none of these files holds a T5"):
-        load_with_clip([no_t5], "flux")
+        load_with_clip([no_t5, no_t5], "flux")
 
 
 def test_unknown_choices_are_refused() -> None:
