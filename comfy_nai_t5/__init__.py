@@ -1,0 +1,12 @@
+"""ComfyUI nodes on nai_t5_core. Importing this needs no ComfyUI; the modules do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+async def comfy_entrypoint() -> Any:
+    """What ComfyUI calls to get the nodes."""
+    from comfy_nai_t5.nodes import Extension
+
+    return Extension()

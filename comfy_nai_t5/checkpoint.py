@@ -1,0 +1,121 @@
+"""A T5 file in the names and spellings that the running ComfyUI loads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.config import T5Config, encoder_tensors
+from nai_t5_core.examine import Examination, examine, find_tokenizer
+from nai_t5_core.formats import CheckpointError
+from nai_t5_core.tokenizer import Tokenizer
+
+_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.\w+")
+_T5_TENSOR = "encoder.block.0.layer.0.SelfAttention.q.weight"
+
+
+def holds_t5(names: Iterable[str]) -> bool:
+    """Whether there is a T5 among tensors of these names, under any prefix."""
+    return any(name.endswith(_T5_TENSOR) for name in names)
+
+
+@dataclass(frozen=True)
+class ServerCheckpoint:
+    """What ComfyUI needs of a file.
+
+    Attributes:
+        examination: what the file holds.
+        state: the encoder's tensors under Hugging Face names, float8 with scales in the running server's spelling.
+        model_options: what makes the server build modules that read those scales; empty for plain weights.
+    """
+
+    examination: Examination
+    state: dict[str, Tensor]
+    model_options: dict[str, Any]
+
+    @property
+    def config(self) -> T5Config:
+        return self.examination.config.encoder_only()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        return find_tokenizer(self.examination)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of most weights that are not quantised."""
+        plain = {dtype: n for dtype, n in self.examination.dtypes.items() if dtype.itemsize > 1}
+        return max(plain, key=plain.__getitem__) if plain else torch.float32
+
+    @property
+    def tokenizer_data(self) -> dict[str, Any]:
+        """The tokenizer for those of ComfyUI's classes that have none of their own."""
+        kind, content = self.tokenizer.serialized() if self.tokenizer else ("", b"")
+        if kind != "sentencepiece":
+            return {}
+        return {"spiece_model": torch.frombuffer(bytearray(content), dtype=torch.uint8)}
+
+
+def read_checkpoint(path: str | Path | None) -> ServerCheckpoint:
+    """Opens a T5 file of any form that :mod:`nai_t5_core` reads; None is the embedded model. One shard stands for all.
+
+    Raises:
+        CheckpointError: a ValueError that says all that is wrong with the file, and what to give instead.
+    """
+    if path is not None and _SHARD.fullmatch(str(path)):
+        path = Path(path).parent
+    examination = examine(path)
+    examination.refuse_faults()
+    names = encoder_tensors(examination.config.encoder_only())
+    scales = {name: full for name, full in examination.keymap.scales.items() if name in names}
+    if not scales:
+        read = examination.read if examination.is_native else _reader(examination)
+        return ServerCheckpoint(examination, {name: read(name) for name in names}, {})
+    return _with_scales(examination, list(names), scales)
+
+
+def _reader(examination: Examination) -> Callable[[str], Tensor]:
+    """Reads a tensor by its Hugging Face name, as it is in the file."""
+    return lambda name: examination.checkpoint.read(examination.keymap.names[name])
+
+
+def _with_scales(examination: Examination, names: list[str], scales: dict[str, str]) -> ServerCheckpoint:
+    """Scaled float8, as it is in the file; ComfyUI multiplies by the scale in each layer."""
+    import comfy.ops
+
+    read = _reader(examination)
+    state = {name: read(name) for name in names}
+    is_old = hasattr(comfy.ops, "scaled_fp8_ops")  # before per-layer quantisation
+    dtypes = {state[name].dtype for name in scales}
+    if is_old and len(dtypes) > 1:
+        raise CheckpointError(f"{examination.checkpoint.source} mixes {dtypes}; this ComfyUI is too old for that")
+    if is_old and "shared.weight" in scales:
+        state["shared.weight"] = examination.read("shared.weight")  # exact, since its embeddings take no scale
+        del scales["shared.weight"]
+    for name, full in scales.items():
+        scale = examination.checkpoint.read(full).float()
+        if scale.numel() != 1:
+            raise CheckpointError(
+                f"{examination.checkpoint.source} has a scale for each row of {name}, and ComfyUI takes one for each "
+                "weight; use a float8 file with one, or the float16 original"
+            )
+        module = name.removesuffix(".weight")
+        if is_old:
+            state[f"{module}.scale_weight"] = scale.reshape(())
+        else:
+            state[f"{module}.weight_scale"] = scale.reshape(())
+            description = json.dumps({"format": str(state[name].dtype).removeprefix("torch.")}).encode()
+            state[f"{module}.comfy_quant"] = torch.frombuffer(bytearray(description), dtype=torch.uint8)
+    if not is_old:
+        return ServerCheckpoint(examination, state, {"quantization_metadata": {"mixed_ops": True}})
+    dtype = dtypes.pop()
+    state["scaled_fp8"] = torch.empty(0, dtype=dtype)
+    return ServerCheckpoint(examination, state, {"scaled_fp8": dtype})

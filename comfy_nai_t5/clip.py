@@ -1,0 +1,160 @@
+"""ComfyUI's CLIP object with our encoder in the place of its T5."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from comfy_nai_t5.stack import SharedStack
+from nai_t5_core.guard import encode_guarded, is_finite
+from nai_t5_core.packing import PaddingPolicy
+from nai_t5_core.precision import resolve_dtype
+
+
+class EncoderModel(nn.Module):
+    """What ComfyUI's ``SDClipModel`` expects of a text encoder, on a :class:`SharedStack`.
+
+    Names and modules are those of the T5 it stands for, so LoRA keys and saved files stay what they were.
+
+    Args:
+        t5: ComfyUI's T5, or an encoder of this class.
+        dtype: what is computed in.
+        padding: what is done with masked positions; ``"skip"`` where the caller puts zeros there.
+    """
+
+    def __init__(self, t5: Any, dtype: torch.dtype, padding: PaddingPolicy = "exact") -> None:
+        super().__init__()
+        stack = SharedStack(t5, dtype)
+        self.shared, self.encoder = stack.shared, stack.encoder
+        for name, parameter in t5.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)  # the mark of a scaled float8 model, which saving must keep
+        self._stack = (stack,)  # in a tuple: its modules are registered above, under their own names
+        self.num_layers: int = t5.num_layers
+        self.dtype: torch.dtype = t5.dtype  # of the weights
+        self.padding: PaddingPolicy = padding
+
+    @property
+    def stack(self) -> SharedStack:
+        return self._stack[0]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.shared
+
+    def set_input_embeddings(self, embeddings: nn.Module) -> None:
+        self.shared = self.stack.shared = embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        embeds: Tensor | None = None,
+        num_tokens: Any = None,
+        intermediate_output: int | None = None,
+        final_layer_norm_intermediate: bool = True,
+        dtype: torch.dtype = torch.float32,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [batch, length, d_model], and those of one layer.
+
+        Args:
+            input_ids: [batch, length], where ``embeds`` is None.
+            attention_mask: [batch, length], non-zero at tokens that may be attended to; None: all may.
+            embeds: [batch, length, d_model] in place of ids.
+            intermediate_output: the layer whose output is the second result; negative counts from the end.
+            final_layer_norm_intermediate: whether that passes the final norm.
+            dtype: of the embeddings of ids.
+
+        Raises:
+            ValueError: an intermediate output that is no layer.
+            NotFiniteError: a ValueError; the weights are damaged, or exceed the range of what is computed in.
+        """
+        inputs = self.shared(input_ids, out_dtype=dtype) if embeds is None else embeds
+        if self.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            inputs = torch.nan_to_num(inputs)  # as stock: published float8 files hold NaN in embeddings nobody uses
+        stack = self.stack
+        stack.device = inputs.device
+        call: dict[str, Any] = {"attention_mask": attention_mask, "inputs_embeds": inputs, "padding": self.padding}
+        if intermediate_output is None:
+            return encode_guarded(stack, **call), None
+        layer = self._layer(intermediate_output)
+        states = stack.hidden_states(**call, final_norm=False)
+        if not is_finite(states[-1]):
+            encode_guarded(stack, **call)  # tightens the float16 scales, or tells why none can help
+            states = stack.hidden_states(**call, final_norm=False)
+        middle = states[layer + 1]
+        if final_layer_norm_intermediate:
+            middle = stack.encoder.final_layer_norm(middle)
+        return stack.encoder.finish(states[-1], stack.dtype), middle
+
+    def _layer(self, index: Any) -> int:
+        layer = index + self.num_layers if isinstance(index, int) and index < 0 else index
+        if not isinstance(layer, int) or not 0 <= layer < self.num_layers:
+            raise ValueError(
+                f"the output of layer {index!r} was asked of a T5 of {self.num_layers} layers; give a number from "
+                f"{-self.num_layers} to {self.num_layers - 1}"
+            )
+        return layer
+
+
+def is_t5(model: Any) -> bool:
+    """Whether a text encoder is a T5, ComfyUI's or ours."""
+    from comfy.text_encoders.t5 import T5
+
+    return isinstance(model, T5 | EncoderModel)
+
+
+def t5_models(model: nn.Module) -> dict[str, Any]:
+    """The ``SDClipModel`` of every T5 in a CLIP's model, by its name there (``t5xxl`` and the like)."""
+    from comfy.sd1_clip import SDClipModel
+
+    return {
+        name.rpartition(".")[2]: module
+        for name, module in model.named_modules()
+        if isinstance(module, SDClipModel) and is_t5(module.transformer)
+    }
+
+
+def with_our_t5(clip: Any, dtype: str | torch.dtype = "auto") -> Any:
+    """A clone of a CLIP whose T5 is ours. The weights, the patcher that manages them and all other encoders are shared.
+
+    Args:
+        clip: ComfyUI's ``CLIP``, from any loader.
+        dtype: what is computed in: ``"auto"`` (bfloat16 where the device is fast in it, else float32), ``"float32"``,
+            ``"bfloat16"`` or ``"float16"``.
+
+    Raises:
+        ValueError: there is no T5 in this CLIP, or an unknown dtype.
+    """
+    if not t5_models(clip.cond_stage_model):
+        names = ", ".join(name for name, _ in clip.cond_stage_model.named_children()) or "nothing"
+        raise ValueError(f"this CLIP holds no T5 but {names}; connect one that was loaded for a model with a T5")
+    compute_dtype = resolve_dtype(dtype, clip.patcher.load_device)
+
+    def ours(owner: Any) -> EncoderModel:
+        # Where the owner multiplies masked rows by zero, they need not be computed.
+        return EncoderModel(owner.transformer, compute_dtype, "skip" if owner.zero_out_masked else "exact")
+
+    clone = clip.clone()
+    clone.cond_stage_model = _rebuilt(clip.cond_stage_model, ours)
+    return clone
+
+
+def _rebuilt(module: nn.Module, ours: Callable[[Any], EncoderModel]) -> nn.Module:
+    """The module with every T5 in it exchanged. What holds one is copied, without its weights; the rest is shared."""
+    from comfy.sd1_clip import SDClipModel
+
+    if isinstance(module, SDClipModel):
+        return _with_children(module, transformer=ours(module)) if is_t5(module.transformer) else module
+    children = {name: _rebuilt(child, ours) for name, child in module.named_children()}
+    changed = {name: child for name, child in children.items() if child is not getattr(module, name)}
+    return _with_children(module, **changed) if changed else module
+
+
+def _with_children(module: nn.Module, **children: nn.Module) -> nn.Module:
+    clone = copy.copy(module)
+    clone._modules = {**module._modules, **children}
+    return clone

@@ -1,0 +1,75 @@
+"""Conditioning as a safetensors file, so that a prompt is encoded once and for all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "nai-t5-conditioning"
+FORMAT_VERSION = "1"
+
+
+def save_conditioning(conditioning: list[Any], path: Path, **facts: str) -> Path:
+    """Writes a conditioning: its tensors as they are, numbers and texts beside them in the header.
+
+    Args:
+        conditioning: as ComfyUI passes it: pairs of a tensor and a dictionary.
+        facts: what the user may want to know later: the text, the model.
+
+    Raises:
+        ValueError: the conditioning holds something else than tensors, numbers and texts, such as hooks.
+    """
+    tensors: dict[str, Tensor] = {}
+    entries = []
+    for index, (states, extras) in enumerate(conditioning):
+        tensors[f"{index}.cond"] = states.contiguous()
+        entries.append({name: value for name, value in extras.items() if not isinstance(value, Tensor)})
+        tensors |= {
+            f"{index}.{name}": value.contiguous() for name, value in extras.items() if isinstance(value, Tensor)
+        }
+    try:
+        header = json.dumps(entries)
+    except TypeError as error:
+        raise ValueError(
+            f"this conditioning cannot be written to a file ({error}); save it before hooks or masks"
+        ) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, {"format": FORMAT, "format_version": FORMAT_VERSION, "entries": header, **facts})
+    return path
+
+
+def load_conditioning(path: Path) -> tuple[list[Any], dict[str, str]]:
+    """The inverse of :func:`save_conditioning`: the conditioning, and the facts.
+
+    Raises:
+        ValueError: another kind of file, or a damaged one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path.name} cannot be read ({error}); save the embedding again") from error
+    if (facts.pop("format", None), facts.pop("format_version", None)) != (FORMAT, FORMAT_VERSION):
+        raise ValueError(f"{path.name} was not written by Save T5 Embedding; choose one that was")
+    conditioning = []
+    for index, extras in enumerate(json.loads(facts.pop("entries"))):
+        own = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{index}.")}
+        conditioning.append([own.pop("cond"), {**extras, **own}])
+    return conditioning, facts
+
+
+def describe(conditioning: list[Any]) -> str:
+    """Shapes and dtypes of a conditioning in words."""
+    lines = []
+    for states, extras in conditioning:
+        parts = [f"{list(states.shape)} {str(states.dtype).removeprefix('torch.')}"]
+        parts += [f"{name} {list(value.shape)}" for name, value in extras.items() if isinstance(value, torch.Tensor)]
+        lines.append(", ".join(parts))
+    return "\n".join(lines)

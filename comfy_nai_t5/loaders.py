@@ -1,0 +1,198 @@
+"""From a file to a CLIP with our T5."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from torch import nn
+
+from comfy_nai_t5.checkpoint import ServerCheckpoint, holds_t5, read_checkpoint
+from comfy_nai_t5.choices import WEIGHTS
+from comfy_nai_t5.clip import t5_models, with_our_t5
+from comfy_nai_t5.families import AUTO, ServerFamily, check_joint, family_for, server_config
+from comfy_nai_t5.plain import SPECIAL_TOKENS, TOKENIZER
+from nai_t5_core.examine import NO_TOKENIZER
+from nai_t5_core.formats import open_checkpoint
+from nai_t5_core.precision import is_finite, resolve_dtype
+
+
+def device_options(device: str) -> dict[str, Any]:
+    """What a loader's device means to ComfyUI: ``"default"`` leaves the choice to it."""
+    if device == "default":
+        return {"initial_device": comfy.model_management.text_encoder_offload_device()}
+    memory = torch.device("cpu")
+    return {"load_device": torch.device(device), "offload_device": memory, "initial_device": memory}
+
+
+def load_t5(
+    path: str | Path | None,
+    family: str = AUTO,
+    dtype: str | torch.dtype = "auto",
+    weights: str = "auto",
+    device: str = "default",
+    disable_dynamic: bool = False,
+) -> Any:
+    """A CLIP of a T5 alone.
+
+    Args:
+        path: a T5 file of any form; None is the embedded tiny model.
+        family: a name of :data:`comfy_nai_t5.families.FAMILIES`, or ``"auto"``.
+        dtype: what is computed in, see :func:`comfy_nai_t5.clip.with_our_t5`.
+        weights: one of :data:`comfy_nai_t5.choices.WEIGHTS`.
+        device: ``"default"`` or a torch device.
+        disable_dynamic: for ComfyUI, when it wants the model without its dynamic memory.
+
+    Raises:
+        ValueError: the file is no T5, is damaged, or does not suit the family; an unknown choice.
+    """
+    checkpoint = read_checkpoint(path)
+    clip = stock_clip(checkpoint, family_for(checkpoint.config, family), device, disable_dynamic)
+    _remember(_stored(clip, weights, dtype), load_t5, path, family, dtype, weights, device)
+    return with_our_t5(clip, dtype)
+
+
+def _remember(clip: Any, loader: Callable[..., Any], *arguments: Any) -> None:
+    """Tells newer servers how to load the model once more, which they do for a second device."""
+    if hasattr(clip.patcher, "cached_patcher_init"):
+        clip.patcher.cached_patcher_init = (_patcher_of, (loader, arguments))
+
+
+def _patcher_of(loader: Callable[..., Any], arguments: tuple[Any, ...], disable_dynamic: bool = False) -> Any:
+    return loader(*arguments, disable_dynamic=disable_dynamic).patcher
+
+
+def stock_clip(
+    checkpoint: ServerCheckpoint, family: ServerFamily, device: str = "default", disable_dynamic: bool = False
+) -> Any:
+    """ComfyUI's own CLIP of a checkpoint, with the tensors as they are in the file."""
+    model, tokenizer = family.classes()
+    target = type("Target", (), {"params": {}, "clip": model, "tokenizer": tokenizer})
+    data, options = _special_data(checkpoint, family)
+    return _new_clip(
+        target,
+        checkpoint.state,
+        disable_dynamic,
+        tokenizer_data=data,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        parameters=comfy.utils.calculate_parameters(checkpoint.state),
+        model_options={
+            "dtype": checkpoint.weight_dtype,
+            family.size_option: server_config(checkpoint.config),
+            **checkpoint.model_options,
+            **options,
+            **device_options(device),
+        },
+    )
+
+
+def _special_data(checkpoint: ServerCheckpoint, family: ServerFamily) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tokenizer data and model options of the families whose classes want the tokenizer of the file."""
+    needs_own = family.name == "t5"
+    if (needs_own and checkpoint.tokenizer is None) or (family.kind == "UMT5" and not checkpoint.tokenizer_data):
+        raise ValueError(NO_TOKENIZER.format(source=checkpoint.examination.checkpoint.source))
+    if not needs_own:
+        return checkpoint.tokenizer_data, {}
+    tokenizer = checkpoint.tokenizer
+    assert tokenizer is not None
+    return {TOKENIZER: tokenizer}, {SPECIAL_TOKENS: {"end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}}
+
+
+def _new_clip(target: Any, state: dict[str, torch.Tensor], disable_dynamic: bool, **arguments: Any) -> Any:
+    """ComfyUI's CLIP with weights; since dynamic memory, the constructor takes them."""
+    if "state_dict" in inspect.signature(comfy.sd.CLIP.__init__).parameters:
+        return comfy.sd.CLIP(target, state_dict=[state], disable_dynamic=disable_dynamic, **arguments)
+    clip = comfy.sd.CLIP(target, **arguments)
+    clip.load_sd(state)
+    return clip
+
+
+def load_with_clip(
+    paths: Sequence[str | Path],
+    family: str,
+    dtype: str | torch.dtype = "auto",
+    weights: str = "auto",
+    device: str = "default",
+    model_options: Mapping[str, Any] | None = None,
+    disable_dynamic: bool = False,
+) -> Any:
+    """A CLIP of several text encoders of which one is a T5; the others, and the choice of classes, are ComfyUI's.
+
+    Args:
+        paths: the files, in any order.
+        family: one of :data:`comfy_nai_t5.families.JOINT_FAMILIES`.
+        model_options: further options of ComfyUI's loader.
+
+    Raises:
+        ValueError: no fitting T5 among the files, too many or too few of them, a damaged one; an unknown choice.
+    """
+    config = None
+    options = {**device_options(device), **(model_options or {})}
+    states = []
+    for path in paths:
+        if not holds_t5(open_checkpoint(path).tensors):
+            states.append(_other_encoder(path))
+            continue
+        checkpoint = read_checkpoint(path)
+        config = checkpoint.config
+        states.append(checkpoint.state)
+        options["t5xxl_model_config"] = server_config(config)
+        options |= {f"t5xxl_{name}": value for name, value in checkpoint.model_options.items()}
+    check_joint(family, len(paths), config)
+    clip = comfy.sd.load_text_encoder_state_dicts(
+        states,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        clip_type=getattr(comfy.sd.CLIPType, family.upper()),
+        model_options=options,
+        **({"disable_dynamic": True} if disable_dynamic else {}),
+    )
+    _remember(_stored(clip, weights, dtype), load_with_clip, paths, family, dtype, weights, device, model_options)
+    return with_our_t5(clip, dtype)
+
+
+def _other_encoder(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of another text encoder, as ComfyUI's own loader reads them."""
+    state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    if hasattr(comfy.utils, "convert_old_quants"):
+        state, _ = comfy.utils.convert_old_quants(state, model_prefix="", metadata=metadata)
+    return dict(state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How weights are kept
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _stored(clip: Any, weights: str, dtype: str | torch.dtype) -> Any:
+    """The CLIP with the weights of its T5 cast as asked for. It must not have been loaded onto a device yet."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"unknown choice {weights!r} for weights; allowed: {', '.join(WEIGHTS)}")
+    if weights == "file" or (weights == "auto" and getattr(clip.patcher, "is_dynamic", bool)()):
+        return clip
+    wanted = resolve_dtype(dtype, clip.patcher.load_device) if weights == "auto" else getattr(torch, weights)
+    for owner in t5_models(clip.cond_stage_model).values():
+        for name, module in owner.transformer.named_modules():
+            if isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and wanted.itemsize > 1):
+                _cast(module, wanted, name)
+    clip.patcher.size = 0  # counted anew when it is next asked for
+    if hasattr(comfy.model_management, "archive_model_dtypes"):
+        comfy.model_management.archive_model_dtypes(clip.cond_stage_model)
+    return clip
+
+
+def _cast(module: Any, wanted: torch.dtype, name: str) -> None:
+    """Casts a weight, unless it is quantised, or smaller than what is wanted."""
+    old = module.weight
+    if old.dtype == wanted or old.dtype.itemsize == 1 or old.dtype.itemsize < wanted.itemsize:
+        return
+    weight = old.detach().to(wanted)
+    if not is_finite(weight.float() if wanted.itemsize == 1 else weight):
+        raise ValueError(f"{name}.weight exceeds the range of {wanted}; keep the weights as they are in the file")
+    module.weight = nn.Parameter(weight, requires_grad=False)
