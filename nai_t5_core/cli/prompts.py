@@ -16,6 +16,7 @@ from nai_t5_core.cli.options import (
     Dtype,
     DtypeOption,
     Json,
+    ModelArgument,
     ModelOption,
     Padding,
     PromptFile,
@@ -25,7 +26,7 @@ from nai_t5_core.cli.options import (
     Subfolder,
     TokenizerOption,
 )
-from nai_t5_core.cli.terminal import all_prompts, err, out, print_json, say, short, working
+from nai_t5_core.cli.terminal import all_prompts, counting, err, out, print_json, say, short, working
 
 if TYPE_CHECKING:
     from nai_t5_core.packing import PaddingPolicy
@@ -43,6 +44,8 @@ def encode(
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     attention: Annotated[Attention, typer.Option(help="How attention is computed.")] = Attention.auto,
+    int8: Annotated[bool, typer.Option("--int8", help="Compute the projections in 8 bits (CPU).")] = False,
+    compile_it: Annotated[bool, typer.Option("--compile", help="Compile the encoder; see warm-up.")] = False,
     subfolder: Subfolder = "",
     tokenizer: TokenizerOption = None,
     scales: ScalesOption = None,
@@ -63,6 +66,8 @@ def encode(
             subfolder=subfolder,
             scales=scales or "auto",
             attention=attention.value,
+            quantize="int8" if int8 else None,
+            compile=compile_it,
         )
     policy: PaddingPolicy | None = padding.value if padding else None
     with working(f"encoding {len(texts)} prompts"):
@@ -80,6 +85,29 @@ def encode(
         print_json(summary)
     else:
         _print_embeddings(summary)
+
+
+def warm_up(
+    model: ModelArgument = None,
+    up_to: Annotated[int, typer.Option(help="Tokens of the largest batch to come.")] = 512,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    subfolder: Subfolder = "",
+    as_json: Json = False,
+) -> None:
+    """Compile the encoder ahead; torch keeps the kernels on disk, so that later processes start faster."""
+    from nai_t5_core.compiled import compile_stack
+    from nai_t5_core.compiled import warm_up as compile_buckets
+    from nai_t5_core.load import load_encoder
+
+    with working("loading the model"):
+        stack = compile_stack(load_encoder(model, dtype.value, device, subfolder=subfolder))
+    with counting("compiling buckets") as progress:
+        ready = compile_buckets(stack, up_to, progress)
+    if as_json:
+        print_json({"model": repr(stack), "buckets": ready})
+    else:
+        say(f"compiled for up to {', '.join(map(str, ready))} tokens")
 
 
 def count(
