@@ -17,7 +17,7 @@ ROWS = [
     # 2: weights
     "formats keymaps fuse precision hub native examine load conversion maxima scales_file",
     # 3: use
-    "optimize guard calibrate stress text_encoder peers parity parity_report bench bench_load bench_report cli",
+    "optimize guard calibrate stress text_encoder peers comfyui_peer parity parity_report bench roofline cli",
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from nai_t5_core.cli.checkpoints import calibrate, convert, inspect
-from nai_t5_core.cli.measure import bench, parity
+from nai_t5_core.cli.measure import bench, estimate, parity
 from nai_t5_core.cli.prompts import count, encode
 from nai_t5_core.cli.terminal import err, say
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (encode, count, inspect, convert, calibrate, parity, bench):
+for command in (encode, count, inspect, convert, calibrate, parity, bench, estimate):
     app.command()(command)
 
 
