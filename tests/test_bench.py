@@ -28,10 +28,16 @@ from nai_t5_core.parity_report import OWN
 from nai_t5_core.roofline import encoder_flops
 
 V1_1 = TOY_CONFIGS["v1.1"].encoder_only()
-SMALL_CASES = tuple(
-    replace(case, prompt_lengths=tuple(min(length, 40) for length in case.prompt_lengths), length=min(case.length, 48))
-    for case in CASES
-)
+
+
+def shrunken(case: Case) -> Case:
+    """The same kind of batch, small; where nothing is padded, nothing is padded here either."""
+    length = min(case.length, 48)
+    longest = length if case.padding is None else 40
+    return replace(case, prompt_lengths=tuple(min(tokens, longest) for tokens in case.prompt_lengths), length=length)
+
+
+SMALL_CASES = tuple(map(shrunken, CASES))
 CAN_PREPACK = can_prepack(T5EncoderStack(V1_1, dtype=torch.float32))
 
 
@@ -286,7 +292,7 @@ def test_pages_for_people(report: BenchReport) -> None:
         assert text in markdown(report)
     names = len(report.cases[0].timings)
     tables = [part.splitlines() for part in markdown(report).split("\n\n") if part.startswith("|")]
-    assert [len(lines) for lines in tables] == [2 + len(CASES), 2 + len(CASES) * names, 2 + len(CASES)]
+    assert [len(lines) for lines in tables] == [2 + len(CASES), *[2 + names] * len(CASES), 2 + len(CASES)]
     for lines in tables:
         assert len({line.count("|") for line in lines}) == 1
 
@@ -300,20 +306,9 @@ def test_the_plot_shows_every_case(report: BenchReport, tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the plot needs it")
     page, picture = tmp_path / "bench.md", tmp_path / "bench.png"
-    command = [
-        "bench",
-        "t5-v1_1-small",
-        "--against=",
-        "--cases",
-        "32",
-        "--no-load",
-        "--repeats",
-        "1",
-        "--threads",
-        "1",
-        "--json",
-    ]
-    found = CliRunner().invoke(app, [*command, "--markdown", str(page), "--plot", str(picture)])
+    options = ["--against=", "--cases", "32", "--no-load", "--repeats", "1", "--threads", "1", "--json"]
+    files = ["--markdown", str(page), "--plot", str(picture)]
+    found = CliRunner().invoke(app, ["bench", "t5-v1_1-small", *options, *files])
     assert found.exit_code == 0, found.output
     values = json.loads(found.stdout)
     assert [result["case"]["slug"] for result in values["cases"]] == ["32"]

@@ -51,7 +51,7 @@ def test_whole_loading_report(monkeypatch: pytest.MonkeyPatch) -> None:
         phases = {"imports": 1.0, "load": 0.5, "first": 0.25} if "def load" in code else {}
         return {"total": 4.0 if "import transformers" in code else 2.0, **phases}
 
-    monkeypatch.setattr(bench_load, "_run_child", made_up)
+    monkeypatch.setattr(loading, "_run_child", made_up)
     report = run_bench(V1_1, "float32", device="cpu", repeats=3, cases=())
     found = report.loading
     assert found is not None

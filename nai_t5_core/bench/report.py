@@ -26,12 +26,9 @@ def render(report: BenchReport) -> RenderableType:
 
     parts: list[RenderableType] = [Text(_headline(report))]
     for title, headings, rows in _tables(report):
-        table = Table(*headings, title=title, title_justify="left")
-        for row, (first, *others) in enumerate(rows):
-            # The case once, and a line where the next one starts.
-            is_last = row + 1 == len(rows) or rows[row + 1][0] != first
-            is_repeated = row > 0 and rows[row - 1][0] == first
-            table.add_row("" if is_repeated else first, *others, end_section=is_last)
+        table = Table(*headings, title=title, title_justify="left", show_lines=True)
+        for row in rows:
+            table.add_row(*row)
         parts.append(table)
     return Group(*parts, *(Text(line) for line in _notes(report)))
 
@@ -57,7 +54,7 @@ def _headline(report: BenchReport) -> str:
 
 def _tables(report: BenchReport) -> Iterator[_Table]:
     if report.cases:
-        yield _timings(report)
+        yield from map(_timings, report.cases)
         yield _machine(report)
     if report.loading is not None:
         yield _cold_starts(report.loading)
@@ -77,23 +74,20 @@ def _time_or_ratio(timing: Timing) -> str:
     return f"{timing.seconds.median * 1e3:.1f} ms" if timing.name == OWN else f"{timing.ratio.median:.2f}×"
 
 
-def _timings(report: BenchReport) -> _Table:
-    rows: list[tuple[str, ...]] = []
-    for result in report.cases:
-        for timing in result.timings:
-            rows.append(
-                (
-                    result.case.name,
-                    timing.name,
-                    _milliseconds(timing.seconds),
-                    _times(timing.ratio) if timing.name != OWN else "",
-                    f"{timing.tokens_per_second.median:.0f}",
-                    f"{timing.flops / 1e9:.2f}",
-                    f"{timing.flops_ratio:.2f}×",
-                )
-            )
-    headings = ("case", "", "one call", "ratio to ours", "real tokens/s", "GFLOPs", "of the real tokens'")
-    return _Table("One call", headings, rows)
+def _timings(result: CaseResult) -> _Table:
+    rows: list[tuple[str, ...]] = [
+        (
+            timing.name,
+            _milliseconds(timing.seconds),
+            _times(timing.ratio) if timing.name != OWN else "",
+            f"{timing.tokens_per_second.median:.0f}",
+            f"{timing.flops / 1e9:.2f}",
+            f"{timing.flops_ratio:.2f}×",
+        )
+        for timing in result.timings
+    ]
+    headings = ("", "one call", "ratio to ours", "real tokens/s", "GFLOPs", "of the real tokens'")
+    return _Table(result.case.name, headings, rows)
 
 
 def _machine(report: BenchReport) -> _Table:
