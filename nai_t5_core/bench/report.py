@@ -26,7 +26,12 @@ def render(report: BenchReport) -> RenderableType:
 
     parts: list[RenderableType] = [Text(_headline(report))]
     for title, headings, rows in _tables(report):
-        table = Table(*headings, title=title, title_justify="left", show_lines=True)
+        table = Table(title=title, title_justify="left", show_lines=True)
+        for heading, *cells in zip(headings, *rows, strict=True):
+            # Columns narrow down to their longest word and no further.
+            table.add_column(
+                heading, min_width=max(len(word) for cell in (heading, *cells) for word in [*cell.split(), ""])
+            )
         for row in rows:
             table.add_row(*row)
         parts.append(table)
@@ -86,7 +91,7 @@ def _timings(result: CaseResult) -> _Table:
         )
         for timing in result.timings
     ]
-    headings = ("", "one call", "ratio to ours", "real tokens/s", "GFLOPs", "of the real tokens'")
+    headings = ("", "one call", "ratio to ours", "real tokens/s", "GFLOPs", "÷ those of real tokens")
     return _Table(result.case.name, headings, rows)
 
 
@@ -138,7 +143,9 @@ def _notes(report: BenchReport) -> Iterator[str]:
 
 
 def _milliseconds(spread: Spread) -> str:
-    return f"{spread.median * 1e3:.1f} ms ({spread.low * 1e3:.1f}–{spread.high * 1e3:.1f})"
+    digits = 0 if spread.high >= 1 else 1
+    median, low, high = (f"{seconds * 1e3:.{digits}f}" for seconds in (spread.median, spread.low, spread.high))
+    return f"{median} ms ({low}–{high})"
 
 
 def _seconds(spread: Spread) -> str:

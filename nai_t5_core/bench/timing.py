@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -49,7 +49,7 @@ class _Rounds:
 def run_case(case: Case, bench: Bench) -> CaseResult:
     """Two calls that do not count (the first counts operations, the second packs or compiles), then the rounds."""
     ids, mask = (x.to(bench.device) for x in random_batch(bench.config, case.prompt_lengths, case.length, bench.seed))
-    calls = {name: _bound(encode, case, ids, mask) for name, encode in bench.encoders.items()}
+    calls = {name: partial(encode, case, ids, mask) for name, encode in bench.encoders.items()}
     # What was compiled for other shapes must not count against the limit of recompilations.
     torch.compiler.reset()
     flops, outputs = dict[str, int](), dict[str, Tensor]()
@@ -76,7 +76,7 @@ def run_case(case: Case, bench: Bench) -> CaseResult:
     return CaseResult(case, timings, limit, GuardCost(Spread.of(rounds.guard), Spread.of_ratio(rounds.guard, own)))
 
 
-def _run_rounds(case: Case, bench: Bench, calls: dict[str, Callable[[], Tensor]]) -> _Rounds:
+def _run_rounds(case: Case, bench: Bench, calls: Mapping[str, Callable[[], Tensor]]) -> _Rounds:
     products = bench.projections.of(case.computed_tokens) if bench.projections is not None else None
     if products is not None:
         products()
@@ -91,10 +91,6 @@ def _run_rounds(case: Case, bench: Bench, calls: dict[str, Callable[[], Tensor]]
         if products is not None:
             rounds.limit.append(_timed(products, bench.device)[0])
     return rounds
-
-
-def _bound(encode: Encode, case: Case, ids: Tensor, mask: Tensor) -> Callable[[], Tensor]:
-    return lambda: encode(case, ids, mask)
 
 
 def _timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
