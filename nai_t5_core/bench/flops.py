@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,10 +18,9 @@ def count_flops(call: Callable[[], Any]) -> int:
 
     What is compiled is run without its compiled code, which a counter cannot see into.
     """
-    with (
-        torch.compiler.set_stance("force_eager"),
-        FlopCounterMode(display=False, custom_mapping=_formulas()) as counter,
-    ):
+    # torch 2.5 has no stances; nothing is compiled there.
+    eager = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+    with eager, FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
         call()
     return int(counter.get_total_flops())
 

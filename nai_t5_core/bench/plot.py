@@ -43,7 +43,7 @@ def plot(report: BenchReport, path: Path) -> None:
     axes.set_axisbelow(True)
     figure.legend(fontsize="small", ncols=4, loc="outside lower center")
     figure.suptitle(
-        f"{report.size} encoder, {report.dtype}, {report.threads} threads of {report.device}: lower is better"
+        f"{report.size} encoder, {report.dtype}, {report.device}, threads: {report.threads}; lower is better"
     )
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)

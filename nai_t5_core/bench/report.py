@@ -28,10 +28,9 @@ def render(report: BenchReport) -> RenderableType:
     for title, headings, rows in _tables(report):
         table = Table(title=title, title_justify="left", show_lines=True)
         for heading, *cells in zip(headings, *rows, strict=True):
-            # Columns narrow down to their longest word and no further.
-            table.add_column(
-                heading, min_width=max(len(word) for cell in (heading, *cells) for word in [*cell.split(), ""])
-            )
+            # In a narrow terminal, columns shrink to their longest word and no further.
+            words = " ".join((heading, *cells)).split()
+            table.add_column(heading, min_width=max(map(len, words)))
         for row in rows:
             table.add_row(*row)
         parts.append(table)
@@ -44,7 +43,7 @@ def markdown(report: BenchReport) -> str:
     parts = [_headline(report)]
     for title, headings, rows in [*summary, *_tables(report)]:
         lines = [headings, ("---",) * len(headings), *rows]
-        table = "\n".join(f"| {' | '.join(line)} |".replace("\n", ", ") for line in lines)
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         parts.append(f"**{title}**\n\n{table}")
     return "\n\n".join([*parts, *_notes(report)]) + "\n"
 
