@@ -286,6 +286,7 @@ def test_pages_for_people(report: BenchReport) -> None:
     narrow, page = io.StringIO(), io.StringIO()
     Console(file=narrow, width=80).print(render(report))
     assert "…" not in narrow.getvalue()
+    assert all(line.rstrip().endswith("│") for line in narrow.getvalue().splitlines() if line.startswith("│"))
     Console(file=page, width=250).print(render(report))
     for text in (OWN, "transformers", "nai-t5", *(case.name for case in CASES)):
         assert text in page.getvalue()

@@ -90,7 +90,7 @@ def _timings(result: CaseResult) -> _Table:
         )
         for timing in result.timings
     ]
-    headings = ("", "one call", "ratio to ours", "real tokens/s", "GFLOPs", "÷ those of real tokens")
+    headings = ("", "one call", "ratio to ours", "tokens/s", "GFLOPs", "÷ real")
     return _Table(result.case.name, headings, rows)
 
 
@@ -135,6 +135,8 @@ def _memory(loading: LoadingReport) -> _Table:
 def _notes(report: BenchReport) -> Iterator[str]:
     for reason in report.skipped:
         yield f"skipped {reason}"
+    if report.cases:
+        yield "tokens/s: real tokens, pads do not count; ÷ real: FLOPs divided by those of the real tokens alone"
     if report.loading is not None and report.loading.memory:
         weights, work = report.loading.weights / 1e6, report.loading.work_space / 1e6
         yield f"weights {weights:.0f} MB, float32 work space of the largest tensor {work:.0f} MB"
