@@ -349,8 +349,11 @@ class T5EncoderStack(nn.Module):
         init_modules(self.encoder, self.config, generator)
 
     def extra_repr(self) -> str:
-        attention = describe_attention(self.attention, self.device.type) if self.buckets is None else "flex, compiled"
-        return f"{self.config.kind}, {self.layout}, {self.dtype}, attention={attention}"
+        return f"{self.config.kind}, {self.layout}, {self.dtype}, attention={self.describe_attention()}"
+
+    def describe_attention(self) -> str:
+        """How attention is computed, in words: ``"auto: sdpa"``, ``"flex, compiled"``."""
+        return "flex, compiled" if self.buckets is not None else describe_attention(self.attention, self.device.type)
 
 
 def init_modules(stack: nn.Module, config: T5Config, generator: torch.Generator | None = None) -> None:

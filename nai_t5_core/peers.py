@@ -138,7 +138,7 @@ def own_t5(
 
 
 @dataclass(frozen=True)
-class _Implementation:
+class Implementation:
     """How a package's encoder is built and called, where its layers are, and what passes between them."""
 
     build: Callable[[T5Config, State, torch.dtype], nn.Module]
@@ -154,7 +154,7 @@ class Peer:
     name: str
     version: str
     model: nn.Module
-    implementation: _Implementation
+    implementation: Implementation
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -371,9 +371,9 @@ def _residual_of_nai_t5(value: Any) -> Tensor:
 
 
 _PEERS = {
-    "transformers": _Implementation(
+    "transformers": Implementation(
         transformers_encoder, _call_transformers, lambda model: model.encoder.block, _residual_of_transformers
     ),
-    "nai-t5": _Implementation(nai_t5_encoder, _call_nai_t5, lambda model: model.layers, _residual_of_nai_t5),
+    "nai-t5": Implementation(nai_t5_encoder, _call_nai_t5, lambda model: model.layers, _residual_of_nai_t5),
 }
 PEERS = tuple(_PEERS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nai_t5_core.attention_choice import AttentionChoice, describe_attention
+from nai_t5_core.attention_choice import AttentionChoice
 from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.examine import NO_TOKENIZER, ModelSource
 from nai_t5_core.families import Family
@@ -232,7 +232,7 @@ class TextEncoder:
 
     def __repr__(self) -> str:
         size = self.stack.config.size_name or f"d_model {self.stack.config.d_model}"
-        attention = describe_attention(self.stack.attention, self.stack.device.type)
+        attention = self.stack.describe_attention()
         return (
             f"TextEncoder({self.stack.config.kind}, {size}, {self.stack.dtype}, {self.stack.device}, "
             f"attention={attention})"

@@ -5,28 +5,41 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TOY_CONFIGS
+from conftest import TOY_CONFIGS, build_stack, random_state
+from typer.testing import CliRunner
 
-from nai_t5_core import bench, bench_load
-from nai_t5_core.bench import CASES, EAGER, Case, markdown, render, run_bench
-from nai_t5_core.bench_report import BenchReport
+from nai_t5_core.bench import CASES, cases_named, markdown, plot, render, run_bench, timing, variants
+from nai_t5_core.bench.cases import Case
+from nai_t5_core.bench.flops import count_flops
+from nai_t5_core.bench.limits import BareProjections
+from nai_t5_core.bench.results import BenchReport, Spread
+from nai_t5_core.bench.variants import COMPILED, NOT_PREPACKED, Built
+from nai_t5_core.cli import app
 from nai_t5_core.encoder import T5EncoderStack
-from nai_t5_core.optimize import can_prepack
+from nai_t5_core.optimize import can_prepack, prepack
+from nai_t5_core.parity import random_batch
 from nai_t5_core.parity_report import OWN
-from nai_t5_core.peers import random_state
+from nai_t5_core.roofline import encoder_flops
 
 V1_1 = TOY_CONFIGS["v1.1"].encoder_only()
-SMALL_CASES = tuple(
-    Case(case.name, tuple(min(length, 40) for length in case.prompt_lengths), min(case.length, 48), case.padding)
-    for case in CASES
-)
+
+
+def shrunken(case: Case) -> Case:
+    """The same kind of batch, small; where nothing is padded, nothing is padded here either."""
+    length = min(case.length, 48)
+    longest = length if case.padding is None else 40
+    return replace(case, prompt_lengths=tuple(min(tokens, longest) for tokens in case.prompt_lengths), length=length)
+
+
+SMALL_CASES = tuple(map(shrunken, CASES))
 CAN_PREPACK = can_prepack(T5EncoderStack(V1_1, dtype=torch.float32))
-HAS_PROC = Path("/proc/self/statm").exists()
 
 
 def small_bench(**arguments: Any) -> BenchReport:
@@ -43,36 +56,70 @@ def report() -> BenchReport:
     return small_bench()
 
 
+def spreads(report: BenchReport) -> list[Spread]:
+    found = []
+    for result in report.cases:
+        for item in result.timings:
+            found += [item.seconds, item.ratio, item.tokens_per_second]
+        found += [result.guard.seconds, result.guard.share]
+        if result.limit is not None:
+            found += [result.limit.seconds, result.limit.reached]
+    return found
+
+
 def test_every_case_and_implementation_is_measured(report: BenchReport) -> None:
     assert [result.case for result in report.cases] == list(SMALL_CASES)
-    own = {OWN, EAGER} if CAN_PREPACK else {OWN}
+    own = [OWN, NOT_PREPACKED] if CAN_PREPACK else [OWN]
     for result in report.cases:
-        assert set(result.seconds) == {*own, "transformers", "nai-t5"}
-        assert set(result.ratios) == set(result.seconds) - {OWN}
-        for spread in [*result.seconds.values(), *result.ratios.values()]:
-            assert all(math.isfinite(value) and value > 0 for value in (spread.low, spread.median, spread.high))
-            assert spread.low <= spread.high
+        assert [item.name for item in result.timings] == [*own, "transformers", "nai-t5"]
+        assert result.timings[0].ratio == Spread(1, 1, 1)
+        assert (result.limit is not None) == CAN_PREPACK
+    for spread in spreads(report):
+        assert all(math.isfinite(value) and value > 0 for value in (spread.low, spread.median, spread.high))
+        assert spread.low <= spread.high
 
 
 def test_all_compute_the_same(report: BenchReport) -> None:
     for result in report.cases:
-        assert max(result.differences.values()) < 1e-5, result.case.name
+        assert result.timings[0].difference == 0
+        assert max(item.difference for item in result.timings) < 1e-5, result.case.name
+
+
+def test_throughput_counts_real_tokens(report: BenchReport) -> None:
+    for result in report.cases:
+        for item in result.timings:
+            tokens = item.tokens_per_second.median * item.seconds.median
+            assert tokens == pytest.approx(result.case.real_tokens)
+
+
+def test_executed_operations_follow_real_tokens_in_ours_and_the_padding_in_others(report: BenchReport) -> None:
+    for result in report.cases:
+        case = result.case
+        padded = encoder_flops(V1_1, [case.length] * len(case.prompt_lengths))
+        for item in result.timings:
+            if not item.name.startswith(OWN):
+                assert item.flops == padded, item.name
+            elif case.padding in ("skip", None):
+                assert item.flops_ratio == 1, case.name
+            else:
+                assert 1 < item.flops_ratio < padded / encoder_flops(V1_1, case.prompt_lengths)
 
 
 def test_json_holds_everything(report: BenchReport) -> None:
     values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert [result["case"]["name"] for result in values["cases"]] == [case.name for case in CASES]
+    assert {"seconds", "ratio", "tokens_per_second", "flops"} < set(values["cases"][0]["timings"][0])
     assert set(values["versions"]) == {"torch", "transformers", "nai-t5"}
     assert (values["dtype"], values["repeats"], values["loading"]) == ("float32", 3, None)
     assert values["threads"] == torch.get_num_threads()
 
 
 def test_ratio_is_theirs_over_ours() -> None:
-    spread = bench._ratio([2.0, 6.0, 4.0], [1.0, 2.0, 4.0])
+    spread = Spread.of_ratio([2.0, 6.0, 4.0], [1.0, 2.0, 4.0])
     assert (spread.median, spread.low, spread.high) == (2.0, 1.0, 3.0)
 
 
-def test_implementations_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_implementations_the_guard_and_the_limit_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[str] = []
 
     def encoder(name: str) -> Any:
@@ -82,19 +129,41 @@ def test_implementations_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return encode
 
-    monkeypatch.setattr(bench, "_encoders", lambda *_: {name: encoder(name) for name in (OWN, "b", "c")})
+    class Products:
+        def __init__(self, *_: Any) -> None:
+            """The real one is tested below."""
+
+        def of(self, tokens: int) -> Any:
+            return lambda: turns.append(f"products of {tokens}")
+
+    built = Built({name: encoder(name) for name in (OWN, "b")}, {}, (), can_prepack=True)
+    monkeypatch.setattr("nai_t5_core.bench.run.build_variants", lambda *_: built)
+    monkeypatch.setattr("nai_t5_core.bench.run.BareProjections", Products)
+    monkeypatch.setattr(timing, "is_finite", lambda out: turns.append("guard"))
     small_bench(cases=SMALL_CASES[:1], repeats=2)
-    assert turns == [OWN, "b", "c"] * 4
+    products = f"products of {SMALL_CASES[0].computed_tokens}"
+    assert turns == [OWN, OWN, "b", "b", products, *[OWN, "guard", "b", products] * 2]
 
 
 def test_own_figures_only_and_peers_that_cannot() -> None:
     case = SMALL_CASES[:1]
     alone = small_bench(peers=(), cases=case)
-    assert all(name.startswith(OWN) for name in alone.cases[0].seconds)
+    assert all(item.name.startswith(OWN) for item in alone.cases[0].timings)
     pytest.importorskip("nai_t5", reason="a peer that has no float64")
     wide = small_bench(peers=("nai-t5",), cases=case, dtype="float64")
-    assert list(wide.cases[0].seconds) == [OWN]
+    assert [item.name for item in wide.cases[0].timings] == [OWN]
+    assert wide.cases[0].limit is None
     assert wide.skipped == ("nai-t5: nai-t5 has no float64: its norms and residual are float32",)
+    assert "not measured" in markdown(wide)
+
+
+def test_no_cases_build_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nai_t5_core.bench.run.build_variants", lambda *_: pytest.fail("an encoder was built"))
+    nothing = small_bench(cases=())
+    assert nothing.cases == ()
+    assert "|" not in markdown(nothing)
+    with pytest.raises(ValueError, match="no case was measured"):
+        plot(nothing, Path("never.png"))
 
 
 def test_threads_are_put_back() -> None:
@@ -103,71 +172,118 @@ def test_threads_are_put_back() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_arguments_are_checked() -> None:
+def test_arguments_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown peers"):
         small_bench(peers=("keras",))
     with pytest.raises(ValueError, match="repeats=0"):
         small_bench(repeats=0)
     with pytest.raises(ValueError, match="did you mean 't5-v1_1-small'"):
         run_bench("t5-v1_1-smal")
+    with pytest.raises(ValueError, match="is no checkout of ComfyUI"):
+        small_bench(comfyui=tmp_path)
+
+
+def test_cases_have_names() -> None:
+    assert cases_named(["512", "padded"]) == (CASES[5], CASES[0])
+    assert cases_named(["none"]) == ()
+    assert cases_named([case.slug for case in CASES]) == CASES
+    with pytest.raises(ValueError, match=r"unknown cases \['77'\]; allowed: padded, batch-4, .*, or none alone"):
+        cases_named(["32", "77"])
+    with pytest.raises(ValueError, match="or none alone"):
+        cases_named(["none", "32"])
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.slug)
+def test_computed_tokens_are_those_of_the_encoder(case: Case) -> None:
+    ids, mask = random_batch(V1_1, case.prompt_lengths, case.length)
+    stack = build_stack(V1_1, random_state(V1_1))
+    asked = {} if case.padding is None else {"attention_mask": mask, "padding": case.padding}
+    embeddings, _, _ = stack.prepare(ids, **asked)
+    assert len(embeddings) == case.computed_tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading
+# Operations and limits
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def contenders(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    folder = tmp_path_factory.mktemp("loading")
-    return bench_load._contenders(folder, V1_1, random_state(V1_1), torch.float32, threads=1)
+@pytest.mark.skipif(not CAN_PREPACK, reason="oneDNN does not take this model here")
+@pytest.mark.parametrize("kind", ["v1.0", "v1.1"])
+def test_packed_products_are_counted_like_plain_ones(kind: str) -> None:
+    config = TOY_CONFIGS[kind].encoder_only()
+    stack = build_stack(config, random_state(TOY_CONFIGS[kind]))
+    ids, mask = random_batch(config, (9, 30), 48)
+    with torch.no_grad():
+        plain = count_flops(lambda: stack(ids, mask, padding="skip"))
+        packed = prepack(stack)
+        packed(ids, mask)
+        packed(ids, mask)
+        assert "packed" in repr(packed) and "to be packed" not in repr(packed)
+        assert count_flops(lambda: packed(ids, mask, padding="skip")) == plain == encoder_flops(config, (9, 30))
 
 
-def test_children_load_and_embed(contenders: list[Any]) -> None:
-    """One real process of each sort."""
-    converted, from_folder = contenders[0], next(item for item in contenders if "folder" in item.name)
-    timed = bench_load._run_child(bench_load._START + converted.code + bench_load._TIMED, converted.arguments)
-    assert set(timed) == {"total", "imports", "load", "first"}
-    assert timed["total"] > timed["imports"] + timed["load"] + timed["first"] > 0
-    if HAS_PROC:
-        weighed = bench_load._run_child(
-            bench_load._START + from_folder.code + bench_load._WEIGHED, from_folder.arguments
-        )
-        assert weighed["first"]["anonymous"] >= weighed["load"]["anonymous"]
-        assert weighed["first"]["peak"] >= weighed["load"]["peak"]
+@pytest.mark.skipif(not CAN_PREPACK, reason="oneDNN does not take this model here")
+@pytest.mark.parametrize("kind", ["v1.0", "v1.1"])
+def test_the_limit_does_the_work_of_the_projections_with_weights_of_their_size(kind: str) -> None:
+    config = TOY_CONFIGS[kind].encoder_only()
+    projections = BareProjections(config, torch.float32)
+    weights = [weight for layer in projections.layers for weight in layer]
+    wanted = sum(
+        parameter.numel()
+        for name, parameter in build_stack(config, random_state(TOY_CONFIGS[kind])).named_parameters()
+        if parameter.ndim == 2 and "bias" not in name and "shared" not in name
+    )
+    assert sum(weight.numel() for weight in weights) == wanted
+    assert len({id(weight) for weight in weights}) == len(weights)
+    attention = config.num_layers * 4 * 20 * 20 * config.inner_dim
+    assert count_flops(projections.of(20)) == encoder_flops(config, [20]) - attention
 
 
-def test_a_child_that_fails_is_quoted() -> None:
-    with pytest.raises(RuntimeError, match="no such weights"):
-        bench_load._run_child("raise SystemExit('no such weights')", {})
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_whole_loading_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything but the children, whose figures are made up here."""
+def test_compiled_variants_stand_beside_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a backend that runs what was captured, since C++ code takes minutes to build."""
+    pytest.importorskip("transformers", reason="a peer to compile")
+    if not hasattr(torch.compiler, "set_stance"):
+        pytest.skip("torch 2.5 cannot run compiled code eagerly, which the count of operations needs")
+    captured: list[Any] = []
 
-    def made_up(code: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        if "def peaks" in code:
-            figures = {"peak": 300_000, "anonymous": 200_000}
-            return {"load": figures, "first": {**figures, "peak": 10**9}, "can_reset": True, "total": 1.0}
-        phases = {"imports": 1.0, "load": 0.5, "first": 0.25} if "def load" in code else {}
-        return {"total": 4.0 if "import transformers" in code else 2.0, **phases}
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        captured.append(graph)
+        return graph.forward
 
-    monkeypatch.setattr(bench_load, "_run_child", made_up)
-    report = small_bench(cases=SMALL_CASES[:1], peers=(), with_load=True)
-    loading = report.loading
-    assert loading is not None
-    state = random_state(V1_1)
-    assert loading.weights == sum(tensor.nbytes for tensor in state.values())
-    assert loading.work_space == 4 * V1_1.d_model * 3 * V1_1.inner_dim
-    names = [item.name for item in loading.cold_starts]
-    assert names[:2] == [f"{OWN}, converted file", f"{OWN}, Hugging Face folder"]
-    if HAS_PROC:
-        assert [item.holds for item in loading.memory] == [False] * len(loading.memory)
-        assert len({item.name for item in loading.memory}) >= len(names)
-    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert {item["name"] for item in values["loading"]["cold_starts"]} == set(names)
-    assert all(item["holds"] is False for item in values["loading"]["memory"])
-    assert "| import torch alone | 2.00 s" in markdown(report)
+    real_compile = torch.compile
+
+    @wraps(real_compile)
+    def compile_with_backend(call: Any, **options: Any) -> Any:
+        return real_compile(call, backend=backend, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_with_backend)
+    compiled = small_bench(compiled=True, peers=("transformers",), cases=SMALL_CASES[:1], repeats=1)
+    timings = {item.name: item for item in compiled.cases[0].timings}
+    assert {OWN + COMPILED, "transformers", "transformers" + COMPILED} < set(timings)
+    assert max(item.difference for item in timings.values()) < 1e-5
+    assert timings["transformers" + COMPILED].flops == timings["transformers"].flops
+    assert timings[OWN + COMPILED].flops is None
+    assert len(captured) > 2
+
+
+def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(call: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found\nmore lines")
+
+    monkeypatch.setattr(variants.torch, "compile", no_compiler)
+    wanted = r"C\+\+ compiler|torch 2.6"
+    with pytest.raises(ValueError, match=wanted):
+        small_bench(compiled=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pages
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_pages_for_people(report: BenchReport) -> None:
@@ -176,10 +292,37 @@ def test_pages_for_people(report: BenchReport) -> None:
     narrow, page = io.StringIO(), io.StringIO()
     Console(file=narrow, width=80).print(render(report))
     assert "…" not in narrow.getvalue()
+    assert all(line.rstrip().endswith("│") for line in narrow.getvalue().splitlines() if line.startswith("│"))
     Console(file=page, width=250).print(render(report))
     for text in (OWN, "transformers", "nai-t5", *(case.name for case in CASES)):
         assert text in page.getvalue()
         assert text in markdown(report)
-    rows = [line for line in markdown(report).splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + len(CASES)
-    assert len({row.count("|") for row in rows}) == 1
+    names = len(report.cases[0].timings)
+    tables = [part.splitlines() for part in markdown(report).split("\n\n") if part.startswith("|")]
+    assert [len(lines) for lines in tables] == [2 + len(CASES), *[2 + names] * len(CASES), 2 + len(CASES)]
+    for lines in tables:
+        assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_plot_shows_every_case(report: BenchReport, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plot needs it")
+    plot(report, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plot needs it")
+    page, picture = tmp_path / "bench.md", tmp_path / "bench.png"
+    options = ["--against=", "--cases", "32", "--no-load", "--repeats", "1", "--threads", "1", "--json"]
+    files = ["--markdown", str(page), "--plot", str(picture)]
+    found = CliRunner().invoke(app, ["bench", "t5-v1_1-small", *options, *files])
+    assert found.exit_code == 0, found.output
+    values = json.loads(found.stdout)
+    assert [result["case"]["slug"] for result in values["cases"]] == ["32"]
+    assert "| 32 tokens |" in page.read_text(encoding="utf-8")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_refuses_what_it_cannot_draw() -> None:
+    found = CliRunner().invoke(app, ["bench", "--cases", "none", "--plot", "x.png"])
+    assert "nothing to draw" in str(found.exception)

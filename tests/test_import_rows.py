@@ -19,7 +19,7 @@ ROWS = [
     "formats keymaps fuse precision hub native examine load conversion maxima scales_file",
     # 3: use
     "optimize int8 compiled guard calibrate stress text_encoder "
-    "peers parity parity_report bench bench_load bench_report cli "
+    "peers comfyui_peer parity parity_report bench roofline cli "
     "row_memory hf_weights hf diffusers_adapter diffusers_prompts",
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}

@@ -1,15 +1,20 @@
-"""``parity`` and ``bench``: our encoder beside others."""
+"""``parity`` and ``bench``: our encoder beside others; ``estimate``: what it would take elsewhere."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nai_t5_core.cli.options import DeviceOption, Dtype, DtypeOption, Json, ModelArgument, ScalesOption, Subfolder
 from nai_t5_core.cli.terminal import err, out, print_json, say
 from nai_t5_core.config import named_config
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from nai_t5_core.roofline import Estimate
 
 Random = Annotated[
     str | None, typer.Option("--random", metavar="SIZE", help="Random weights of a published size, such as umt5-small.")
@@ -81,14 +86,27 @@ def bench(
     device: DeviceOption = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads on the CPU.")] = None,
     repeats: Annotated[int, typer.Option(help="Rounds that count.")] = 7,
+    cases: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,…", help="Only these, by short names such as padded,32,512 (a wrong one lists all), or none."
+        ),
+    ] = None,
     against: Against = "transformers,nai-t5",
+    comfyui: Annotated[Path | None, typer.Option(help="A checkout of ComfyUI, whose T5 joins the peers.")] = None,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Each also under torch.compile.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Ours also in 8 bits.")] = False,
     load: Annotated[bool, typer.Option(help="Also measure cold start and memory while loading.")] = True,
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file with the times relative to ours.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time the encoder beside its peers: the same weights, one process, taking turns."""
     from nai_t5_core import bench as timing
 
+    chosen = timing.CASES if cases is None else timing.cases_named(cases.split(","))
+    if plot is not None and not chosen:
+        raise ValueError("--plot draws cases, and --cases none leaves nothing to draw")
     with err.status("preparing") as status:
         report = timing.run_bench(
             size,
@@ -96,15 +114,62 @@ def bench(
             threads,
             repeats,
             tuple(against.split(",")) if against else (),
+            chosen,
             with_load=load,
             device=device,
             progress=status.update,
+            comfyui=comfyui,
+            compiled=compiled,
+            int8=int8,
         )
     if markdown is not None:
         markdown.write_text(timing.markdown(report), encoding="utf-8")
+    if plot is not None:
+        timing.plot(report, plot)
     if as_json:
         print_json(report.to_dict())
         return
     out.print(timing.render(report))
-    if markdown is not None:
-        say(f"wrote {markdown}")
+    for path in filter(None, (markdown, plot)):
+        say(f"wrote {path}")
+
+
+def estimate(
+    size: Annotated[str, typer.Argument(help="A published size, such as t5-v1_1-xxl.")],
+    tokens: Annotated[str, typer.Option(help="Tokens of each prompt of one batch, joined by commas.")] = "32",
+    padded_to: Annotated[int, typer.Option(help="The length that others pad to and compute.")] = 512,
+    as_json: Json = False,
+) -> None:
+    """Estimate encode times on GPUs, on paper: FLOPs and bytes at the rates of data sheets. Nothing is run."""
+    from nai_t5_core import roofline
+
+    try:
+        lengths = [int(part) for part in tokens.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--tokens {tokens!r}; give whole numbers joined by commas, such as 32 or 12,77,30") from error
+    found = roofline.estimate(named_config(size).encoder_only(), size, lengths, padded_to)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        out.print(_estimate_table(found))
+
+
+def _estimate_table(found: Estimate) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+
+    title = f"{found.size}, float16: an estimate on paper, not measured"
+    table = Table("device", f"padded to {found.padded_to}", "real tokens only", "ratio", title=title)
+    for item in found.devices:
+        cells = (f"{time.seconds * 1e3:.2f} ms ({time.bound_by})" for time in (item.padded, item.ours))
+        table.add_row(item.device.name, *cells, f"{item.ratio:.1f}×")
+    work = "; ".join(
+        f"{name} {each.flops / 1e9:.0f} GFLOPs, {each.nbytes / 1e9:.2f} GB"
+        for name, each in (("padded", found.padded), ("real tokens only", found.ours))
+    )
+    lengths = ", ".join(map(str, found.prompt_lengths))
+    notes = (
+        f"prompts of {lengths} tokens; {work}",
+        "the larger of FLOPs / data-sheet rate and bytes / data-sheet bandwidth; a real encode takes longer",
+    )
+    return Group(table, *notes)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from nai_t5_core.bench_report import ColdStart, LoadingReport, LoadMemory, Spread
+from nai_t5_core.bench.results import ColdStart, LoadingReport, LoadMemory, Spread
 from nai_t5_core.config import T5Config, config_to_hf
 from nai_t5_core.conversion import convert
 from nai_t5_core.encoder import T5EncoderStack
@@ -218,7 +218,7 @@ def _write_hf_folder(folder: Path, config: T5Config, state: State, dtype: torch.
 
 def _run_child(code: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """What the child printed, with ``total``: seconds from its start to that line."""
-    arguments = {**arguments, "package": str(Path(__file__).resolve().parent.parent)}
+    arguments = {**arguments, "package": str(Path(__file__).resolve().parents[2])}
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code, json.dumps(arguments)]
     with tempfile.TemporaryFile("w+") as complaints:

@@ -1,0 +1,39 @@
+"""The machine's own limit: the encoder's projections as bare products, with nothing between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.config import T5Config
+from nai_t5_core.roofline import projection_shapes
+
+
+class BareProjections:
+    """Every projection of every layer, packed for oneDNN, in the encoder's order.
+
+    Each has memory of its own, so that weights pass through the caches as they do in the model; their values are
+    random, and one draw serves all layers. A CPU that :func:`nai_t5_core.optimize.can_prepack` accepts is needed.
+    """
+
+    def __init__(self, config: T5Config, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.shapes = projection_shapes(config)
+        drawn = {shape: torch.randn(shape).to(dtype) for shape in set(self.shapes)}
+        self.layers: list[list[Tensor]] = [
+            [torch.ops.mkldnn._reorder_linear_weight(drawn[shape]) for shape in self.shapes]
+            for _ in range(config.num_layers)
+        ]
+
+    def of(self, tokens: int) -> Callable[[], None]:
+        """The products for that many rows, ready to be timed."""
+        inputs = {width: torch.randn(tokens, width).to(self.dtype) for _, width in self.shapes}
+
+        def multiply() -> None:
+            for weights in self.layers:
+                for (_, width), weight in zip(self.shapes, weights, strict=True):
+                    torch.ops.mkldnn._linear_pointwise(inputs[width], weight, None, "none", [], "")
+
+        return multiply

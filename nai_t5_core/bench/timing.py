@@ -1,0 +1,106 @@
+"""One case: every implementation encodes in turn, round after round, and so does what they are held against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.bench.cases import Case
+from nai_t5_core.bench.flops import count_flops
+from nai_t5_core.bench.limits import BareProjections
+from nai_t5_core.bench.results import CaseResult, GuardCost, Limit, Spread, Timing
+from nai_t5_core.bench.variants import OWN_COMPILED, Encode
+from nai_t5_core.config import T5Config
+from nai_t5_core.guard import is_finite
+from nai_t5_core.parity import random_batch
+from nai_t5_core.parity_report import OWN
+from nai_t5_core.roofline import encoder_flops
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every case is run with."""
+
+    config: T5Config
+    encoders: dict[str, Encode]
+    projections: BareProjections | None
+    device: torch.device
+    repeats: int
+    seed: int
+    tell: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """Seconds of each round."""
+
+    encoders: dict[str, list[float]]
+    guard: list[float] = field(default_factory=list)
+    limit: list[float] = field(default_factory=list)
+
+
+@torch.no_grad()
+def run_case(case: Case, bench: Bench) -> CaseResult:
+    """Two calls that do not count (the first counts operations, the second packs or compiles), then the rounds."""
+    ids, mask = (x.to(bench.device) for x in random_batch(bench.config, case.prompt_lengths, case.length, bench.seed))
+    calls = {name: partial(encode, case, ids, mask) for name, encode in bench.encoders.items()}
+    # What was compiled for other shapes must not count against the limit of recompilations.
+    torch.compiler.reset()
+    flops, outputs = dict[str, int | None](), dict[str, Tensor]()
+    for name, call in calls.items():
+        bench.tell(f"{case.name}: warm-up of {name}")
+        flops[name] = count_flops(call) if name != OWN_COMPILED else None
+        outputs[name] = call()[mask].double().cpu()
+    rounds = _run_rounds(case, bench, calls)
+    own, own_output = rounds.encoders[OWN], outputs[OWN]
+    real_flops = encoder_flops(bench.config, case.prompt_lengths)
+    timings = tuple(
+        Timing(
+            name,
+            seconds=Spread.of(seconds),
+            ratio=Spread.of_ratio(seconds, own),
+            tokens_per_second=Spread.of([case.real_tokens / each for each in seconds]),
+            flops=count,
+            flops_ratio=None if count is None else count / real_flops,
+            difference=float((outputs[name] - own_output).abs().max() / own_output.abs().max()),
+        )
+        for (name, seconds), count in zip(rounds.encoders.items(), flops.values(), strict=True)
+    )
+    limit = Limit(Spread.of(rounds.limit), Spread.of_ratio(rounds.limit, own)) if rounds.limit else None
+    return CaseResult(case, timings, limit, GuardCost(Spread.of(rounds.guard), Spread.of_ratio(rounds.guard, own)))
+
+
+def _run_rounds(case: Case, bench: Bench, calls: Mapping[str, Callable[[], Tensor]]) -> _Rounds:
+    products = bench.projections.of(case.computed_tokens) if bench.projections is not None else None
+    if products is not None:
+        products()
+    rounds = _Rounds({name: [] for name in calls})
+    for number in range(bench.repeats):
+        bench.tell(f"{case.name}: round {number + 1} of {bench.repeats}")
+        for name, call in calls.items():
+            seconds, out = _timed(call, bench.device)
+            rounds.encoders[name].append(seconds)
+            if name == OWN:
+                rounds.guard.append(_timed(partial(is_finite, out), bench.device)[0])
+        if products is not None:
+            rounds.limit.append(_timed(products, bench.device)[0])
+    return rounds
+
+
+def _timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    _synchronize(device)
+    started = time.perf_counter()
+    result = call()
+    _synchronize(device)
+    return time.perf_counter() - started, result
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

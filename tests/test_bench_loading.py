@@ -1,0 +1,69 @@
+"""Loading in fresh processes: real children, and the report with made-up ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TOY_CONFIGS
+
+from nai_t5_core.bench import loading, markdown, run_bench
+from nai_t5_core.parity_report import OWN
+from nai_t5_core.peers import random_state
+
+V1_1 = TOY_CONFIGS["v1.1"].encoder_only()
+HAS_PROC = Path("/proc/self/statm").exists()
+
+
+@pytest.fixture(scope="module")
+def contenders(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    folder = tmp_path_factory.mktemp("loading")
+    return loading._contenders(folder, V1_1, random_state(V1_1), torch.float32, threads=1)
+
+
+def test_children_load_and_embed(contenders: list[Any]) -> None:
+    """One real process of each sort."""
+    converted, from_folder = contenders[0], next(item for item in contenders if "folder" in item.name)
+    timed = loading._run_child(loading._START + converted.code + loading._TIMED, converted.arguments)
+    assert set(timed) == {"total", "imports", "load", "first"}
+    assert timed["total"] > timed["imports"] + timed["load"] + timed["first"] > 0
+    if HAS_PROC:
+        weighed = loading._run_child(loading._START + from_folder.code + loading._WEIGHED, from_folder.arguments)
+        assert weighed["first"]["anonymous"] >= weighed["load"]["anonymous"]
+        assert weighed["first"]["peak"] >= weighed["load"]["peak"]
+
+
+def test_a_child_that_fails_is_quoted() -> None:
+    with pytest.raises(RuntimeError, match="no such weights"):
+        loading._run_child("raise SystemExit('no such weights')", {})
+
+
+def test_whole_loading_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the children, whose figures are made up here."""
+
+    def made_up(code: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        if "def peaks" in code:
+            figures = {"peak": 300_000, "anonymous": 200_000}
+            return {"load": figures, "first": {**figures, "peak": 10**9}, "can_reset": True, "total": 1.0}
+        phases = {"imports": 1.0, "load": 0.5, "first": 0.25} if "def load" in code else {}
+        return {"total": 4.0 if "import transformers" in code else 2.0, **phases}
+
+    monkeypatch.setattr(loading, "_run_child", made_up)
+    report = run_bench(V1_1, "float32", device="cpu", repeats=3, cases=())
+    found = report.loading
+    assert found is not None
+    state = random_state(V1_1)
+    assert found.weights == sum(tensor.nbytes for tensor in state.values())
+    assert found.work_space == 4 * V1_1.d_model * 3 * V1_1.inner_dim
+    names = [item.name for item in found.cold_starts]
+    assert names[:2] == [f"{OWN}, converted file", f"{OWN}, Hugging Face folder"]
+    if HAS_PROC:
+        assert [item.holds for item in found.memory] == [False] * len(found.memory)
+        assert len({item.name for item in found.memory}) >= len(names)
+    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert {item["name"] for item in values["loading"]["cold_starts"]} == set(names)
+    assert all(item["holds"] is False for item in values["loading"]["memory"])
+    assert "| import torch alone | 2.00 s" in markdown(report)
