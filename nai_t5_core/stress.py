@@ -6,12 +6,16 @@ one, except for the chosen outliers in one or two layers.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from nai_t5_core.config import T5Config
+from nai_t5_core.config import T5Config, config_to_hf
+from nai_t5_core.examine import find_tokenizer_for
+from nai_t5_core.formats import write_safetensors
 from nai_t5_core.peers import random_state
 
 Outlier = Literal["feed_forward_out", "hidden", "attention_out", "embedding", "large_norm", "small_norm"]
@@ -54,6 +58,25 @@ def stress_state(config: T5Config, outlier: Outlier, layer: int = 1, seed: int =
                 for name in names:
                     state[f"{name}.weight"] /= factor
     return state
+
+
+def write_stress_checkpoint(folder: Path, config: T5Config, outlier: Outlier, layer: int = 1, seed: int = 0) -> Path:
+    """Such a model as a Hugging Face folder, with the embedded model's tokenizer, to try commands with.
+
+    Raises:
+        ValueError: as :func:`stress_state`, or a vocabulary smaller than the tokenizer's.
+    """
+    tokenizer = find_tokenizer_for(None)
+    if config.vocab_size < tokenizer.vocab_size:
+        raise ValueError(f"vocab_size={config.vocab_size}; the tokenizer has {tokenizer.vocab_size} tokens")
+    state = stress_state(config, outlier, layer, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    write_safetensors(folder / "model.safetensors", layout, state.items(), {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config_to_hf(config.encoder_only())), encoding="utf-8")
+    kind, content = tokenizer.serialized()
+    (folder / ("spiece.model" if kind == "sentencepiece" else "tokenizer.json")).write_bytes(content)
+    return folder
 
 
 def _make_hidden_large(state: dict[str, Tensor], dense: str, inputs: tuple[str, ...], config: T5Config) -> None:

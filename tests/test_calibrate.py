@@ -22,7 +22,7 @@ from nai_t5_core.maxima import LayerMaxima
 from nai_t5_core.peers import build_peer
 from nai_t5_core.scales import FLOAT16_MAX, StackScales
 from nai_t5_core.scales_file import write_scales
-from nai_t5_core.stress import OUTLIERS, Outlier, stress_state
+from nai_t5_core.stress import OUTLIERS, Outlier, stress_state, write_stress_checkpoint
 from nai_t5_core.text_encoder import TextEncoder
 
 PROMPTS = ["a cat", "two dogs and a red house on the hill", "", "one one one one one one"]
@@ -202,3 +202,17 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         stress_state(TOY_CONFIGS["v1.1"], "hidden", layer=9)
     with pytest.raises(OSError, match="No such file"):
         plot(found, tmp_path / "absent" / "x.png")
+
+
+def test_a_stress_checkpoint_overflows_until_it_is_calibrated(tmp_path: Path) -> None:
+    folder = write_stress_checkpoint(tmp_path / "model", config_of("v1.1"), "feed_forward_out")
+    with pytest.warns(ScaleTightenedWarning, match=r"layer 1: feed_forward_out"):
+        TextEncoder.from_pretrained(folder, "float16", "cpu").encode(["a cat"])
+    found = calibrate(folder, ["a cat"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ScaleTightenedWarning)
+        TextEncoder.from_pretrained(folder, "float16", "cpu", scales=found.scales).encode(["a cat"])
+    with pytest.raises(ValueError, match="vocab_size=96; the tokenizer has 4096 tokens"):
+        write_stress_checkpoint(tmp_path / "small", TOY_CONFIGS["v1.1"], "feed_forward_out")
+    with pytest.raises(ValueError, match="unknown outlier 'flood'"):
+        write_stress_checkpoint(tmp_path / "flood", config_of("v1.1"), "flood")  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from nai_t5_core.cli.checkpoints import calibrate, convert, inspect
+from nai_t5_core.cli.checkpoints import calibrate, convert, inspect, stress
 from nai_t5_core.cli.generate import generate
 from nai_t5_core.cli.measure import bench, estimate, parity
 from nai_t5_core.cli.prompts import count, encode, warm_up
@@ -24,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (encode, count, warm_up, generate, inspect, convert, calibrate, parity, bench, estimate):
+for command in (encode, count, warm_up, generate, inspect, convert, calibrate, stress, parity, bench, estimate):
     app.command()(command)
 
 

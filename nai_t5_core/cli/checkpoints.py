@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nai_t5_core.cli.options import Dtype, Json, ModelArgument, SaveScales, ScalesOption, Subfolder, TokenizerOption
-from nai_t5_core.cli.terminal import bytes_bar, counting, out, print_json, read_prompts, say, size
+from nai_t5_core.cli.terminal import bytes_bar, counting, out, print_json, read_prompts, say, size, working
 
 if TYPE_CHECKING:
     from nai_t5_core.examine import Examination
@@ -113,6 +113,26 @@ def calibrate(
     for name in ("plot", "scales", "out"):
         if name in report:
             say(f"wrote {escape(report[name])}")
+
+
+def stress(
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+    size: Annotated[str, typer.Option(help="A published size.")] = "t5-v1_1-small",
+    outlier: Annotated[str, typer.Option(help="What overflows, such as hidden; a wrong one lists all.")] = "hidden",
+    layer: Annotated[int, typer.Option(help="Where.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Write a random model that overflows plain float16, as trained ones do, to try the other commands with."""
+    from nai_t5_core.config import named_config
+    from nai_t5_core.stress import Outlier, write_stress_checkpoint
+
+    kind: Outlier = outlier  # type: ignore[assignment]  # checked by the function
+    with working(f"writing {folder}"):
+        write_stress_checkpoint(folder, named_config(size).encoder_only(), kind, layer)
+    if as_json:
+        print_json({"out": str(folder), "size": size, "outlier": outlier, "layer": layer})
+    else:
+        say(f"wrote {escape(str(folder))}: {size}, {outlier} overflows float16 in layer {layer}")
 
 
 def _inspection(examination: Examination) -> dict[str, Any]:
