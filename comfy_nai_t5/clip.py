@@ -123,7 +123,7 @@ def with_our_t5(clip: Any, dtype: str | torch.dtype = "auto") -> Any:
 
     Args:
         clip: ComfyUI's ``CLIP``, from any loader.
-        dtype: what is computed in: ``"auto"`` (bfloat16 where the device is fast in it, else float32), ``"float32"``,
+        dtype: what is computed in: ``"auto"`` (see :func:`nai_t5_core.precision.resolve_dtype`), ``"float32"``,
             ``"bfloat16"`` or ``"float16"``.
 
     Raises:

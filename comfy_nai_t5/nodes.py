@@ -25,8 +25,8 @@ NONE = "none"
 EMBEDDING_FOLDER = "t5_embeddings"
 
 _DTYPE_TIP = (
-    "What is computed in. auto: bfloat16 where the device is fast in it, else float32. float16 is kept in range by "
-    "scales, and nothing is clipped. ComfyUI's own T5 computes in float32."
+    "What is computed in. auto: float16 on a GPU; on a CPU bfloat16 where it is fast, else float32. float16 is kept in "
+    "range by scales, and nothing is clipped. ComfyUI's own T5 computes in float32."
 )
 _WEIGHTS_TIP = (
     "How the weights are kept in memory. auto: as computed in, unless the file's own form is smaller. file: as they "

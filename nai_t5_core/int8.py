@@ -27,11 +27,14 @@ class Int8Linear(nn.Module):
         in_scale: [in_features]; activations are multiplied by it before they are quantised, and the weight is divided
             by it. The weight of the norm before, which was folded into this weight, is the right one: it holds down the
             few large channels that would otherwise leave no bits to the others.
+        dtype: of the result. What enters attention is of the model's dtype; everything else stays in float32, where
+            rounding it would take longer than it saves.
     """
 
-    def __init__(self, weight: Tensor, in_scale: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, in_scale: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.dtype = dtype
         self.in_scale = None if in_scale is None else torch.where(in_scale == 0, 1.0, in_scale)
         exact = weight.detach().float()
         if self.in_scale is not None:
@@ -42,10 +45,10 @@ class Int8Linear(nn.Module):
         self.zero_points = torch.zeros(self.out_features, dtype=torch.long)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[tokens, in_features] to [tokens, out_features] in the dtype of x."""
+        """[tokens, in_features] to [tokens, out_features] in ``dtype``."""
         if x.shape[0] == 0:
-            return x.new_empty(0, self.out_features)
-        values, token_scale = self._quantise(x)
+            return x.new_empty(0, self.out_features, dtype=self.dtype)
+        values, token_scale = self._quantise(x.float())
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
             values,
             1.0,
@@ -56,19 +59,22 @@ class Int8Linear(nn.Module):
             None,
             1.0,
             0,
-            x.dtype,
+            torch.float32,
             "none",
             [],
             "",
         )
-        return out.mul_(token_scale)
+        return out.mul_(token_scale).to(self.dtype)
 
     def _quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes [tokens, in_features], and what a unit of each token is worth: [tokens, 1] float32."""
-        exact = x.float() if self.in_scale is None else x * self.in_scale
-        largest = torch.linalg.vector_norm(exact, ord=torch.inf, dim=-1, keepdim=True)
+        if self.in_scale is not None:
+            x = x * self.in_scale
+        # Not the infinity norm, which torch computes twenty times slower.
+        largest = x.abs().amax(dim=-1, keepdim=True)
         scale = largest.clamp_(min=torch.finfo(torch.float32).tiny).div_(_LARGEST)
-        return (exact / scale).add_(_ZERO_POINT).round_().to(torch.uint8), scale
+        # The conversion cuts off the fraction; the half makes that a rounding.
+        return (x / scale).add_(_ZERO_POINT + 0.5).to(torch.uint8), scale
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -103,15 +109,21 @@ def quantize_int8(stack: T5EncoderStack) -> T5EncoderStack:
         )
     for layer in stack.modules():
         if isinstance(layer, SelfAttentionLayer):
-            _quantize_projections(layer.SelfAttention, layer.layer_norm)
+            _quantize_projections(layer.SelfAttention, layer.layer_norm, stack.dtype)
         elif isinstance(layer, FeedForwardLayer):
-            _quantize_projections(layer.DenseReluDense, layer.layer_norm)
+            _quantize_projections(layer.DenseReluDense, layer.layer_norm, stack.dtype)
     return stack
 
 
-def _quantize_projections(sublayer: nn.Module, norm: nn.Module) -> None:
+# Projections that do not read the norm, and those whose result goes into attention.
+_OUT_PROJECTIONS = ("o", "wo")
+_ATTENTION_INPUTS = ("q", "k", "v", "qkv")
+
+
+def _quantize_projections(sublayer: nn.Module, norm: nn.Module, dtype: torch.dtype) -> None:
     norm_weight = norm.folded_weight if isinstance(norm, FoldedRMSNorm) else None
     for name, linear in list(sublayer.named_children()):
         if isinstance(linear, nn.Linear) and type(linear) in PLAIN_LINEARS:
-            reads_norm = name not in ("o", "wo")
-            setattr(sublayer, name, Int8Linear(linear.weight, norm_weight if reads_norm else None))
+            in_scale = None if name in _OUT_PROJECTIONS else norm_weight
+            out_dtype = dtype if name in _ATTENTION_INPUTS else torch.float32
+            setattr(sublayer, name, Int8Linear(linear.weight, in_scale, out_dtype))

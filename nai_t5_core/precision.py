@@ -35,12 +35,16 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """``"auto"`` is bfloat16 where the device multiplies matrices in it natively, else float32.
+    """``"auto"`` is float16 on accelerators: as fast as bfloat16, ten times as exact, and scales keep it in range.
+
+    On a CPU it is bfloat16 where the processor multiplies matrices in it natively, else float32.
 
     Raises:
         ValueError: a name or dtype that a T5 cannot run in.
     """
     if dtype == "auto":
+        if device.type in ("cuda", "mps"):
+            return torch.float16
         return torch.bfloat16 if _has_native_bfloat16(device) else torch.float32
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
@@ -49,8 +53,6 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def _has_native_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
     # Without these instructions a bfloat16 product on a CPU is emulated, and slower than a float32 one.
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
