@@ -49,7 +49,7 @@ def worded_tasks(seed: int, count: int) -> Iterator[tuple[str, str, bool]]:
     """
     for number, (question, answer) in enumerate(generate_tasks(seed, count)):
         wording = WORDINGS[number % len(WORDINGS)]
-        yield wording.format(question).replace("??", "?"), answer, is_held_out(question, wording)
+        yield wording.format(question), answer, is_held_out(question, wording)
 
 
 def training_tasks(seed: int, count: int) -> list[tuple[str, str]]:

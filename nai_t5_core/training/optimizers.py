@@ -13,7 +13,8 @@ from nai_t5_core.training.config import OptimizerSection
 
 def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
     """The optimizer of a float32 model. Norm weights and position biases are not decayed."""
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (kept if "layer_norm" in name or "relative_attention_bias" in name else decayed).append(parameter)
     groups: list[dict[str, Any]] = [

@@ -63,9 +63,9 @@ class CheckpointedEncoderBlock(EncoderBlock):
     """The layers of another block; of their activations only the input is kept for the backward pass."""
 
     def __init__(self, block: EncoderBlock) -> None:
-        super().__init__(*block.layer)  # type: ignore[arg-type]  # its own layers, in the order of its arguments
+        super().__init__(*block.layer)
 
-    def forward(self, *inputs: object) -> Tensor:  # type: ignore[override]  # handed on as they are
+    def forward(self, *inputs: object) -> Tensor:
         out: Tensor = checkpoint(super().forward, *inputs, use_reentrant=False)
         return out
 
@@ -74,9 +74,9 @@ class CheckpointedDecoderBlock(DecoderBlock):
     """The same for a decoder's block."""
 
     def __init__(self, block: DecoderBlock) -> None:
-        super().__init__(*block.layer)  # type: ignore[arg-type]  # its own layers, in the order of its arguments
+        super().__init__(*block.layer)
 
-    def forward(self, *inputs: object) -> Tensor:  # type: ignore[override]  # handed on as they are
+    def forward(self, *inputs: object) -> Tensor:
         out: Tensor = checkpoint(super().forward, *inputs, use_reentrant=False)
         return out
 
