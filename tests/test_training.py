@@ -258,6 +258,10 @@ def test_config_paths_start_at_its_folder(folder: Path) -> None:
     assert config.out == folder / "run" and config.model.tokenizer == folder / "spiece.model"
     assert [section.file.parent for section in config.data] == [folder] * 3
     assert config.model.sizes == T5Config(**SIZES)
+    text = "\n".join(line for line in toml().split("\n") if line.split(" = ")[0] not in {*SIZES, "[model.sizes]"})
+    for source, expected in (("spiece.model", str(folder / "spiece.model")), ("google/t5", "google/t5")):
+        (folder / "train.toml").write_text(text.replace('tokenizer = "spiece.model"', f'source = "{source}"'))
+        assert read_config(folder / "train.toml").model.source == expected
 
 
 @pytest.mark.parametrize(
@@ -270,6 +274,9 @@ def test_config_paths_start_at_its_folder(folder: Path) -> None:
         ('tokenizer = "spiece.model"', "", "model: sizes without a tokenizer"),
         ('tokenizer = "spiece.model"', 'source = "a/b"', "model: give either source"),
         ("num_decoder_layers = 2", "num_decoder_layers = 0", "model: sizes.num_decoder_layers is 0"),
+        ("rows = 4", "rows = 4\nmean_span = 2", "data.2: only span-corruption has mean_span"),
+        ('schedule = "constant"', 'kind = "adafactor"\nbetas = [0.9, 0.9]', "optimizer: betas are AdamW's"),
+        ("warmup = 2", "warmup = 2\nbetas = [0.9, 1.0]", "optimizer: betas="),
         ("rows = 4", "rows = 0", "data.2.rows: Input should be greater than 0"),
         ("steps = 6", "steps = ", "cannot be read as TOML"),
     ],

@@ -23,6 +23,12 @@ def _from_config_folder(path: Path, info: ValidationInfo) -> Path:
     return folder / path.expanduser()
 
 
+def _local_source(source: str | None, info: ValidationInfo) -> str | None:
+    """The path, where there is something at it; anything else, such as a hub id, as it is."""
+    path = _from_config_folder(Path(source or ""), info)
+    return str(path) if source and path.exists() else source
+
+
 # Relative paths are meant from the folder of the config file, wherever the command is run.
 ConfigPath = Annotated[Path, AfterValidator(_from_config_folder)]
 
@@ -37,7 +43,7 @@ class ModelSection(_Section):
     ``tokenizer`` is a file or folder; by default the one that comes with ``source``.
     """
 
-    source: str | None = None
+    source: Annotated[str | None, AfterValidator(_local_source)] = None
     sizes: T5Config | None = None
     tokenizer: ConfigPath | None = None
 
@@ -71,6 +77,8 @@ class OptimizerSection(_Section):
     def _check(self) -> OptimizerSection:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas}; each must be at least 0 and below 1")
+        if self.kind == "adafactor" and "betas" in self.model_fields_set:
+            raise ValueError("betas are AdamW's; Adafactor has none")
         return self
 
 
@@ -88,6 +96,13 @@ class DataSection(_Section):
     max_length: int = Field(default=512, ge=3)
     noise_density: float = Field(default=0.15, gt=0, lt=1)
     mean_span: float = Field(default=3.0, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        useless = sorted({"noise_density", "mean_span"} & self.model_fields_set)
+        if useless and self.objective != "span-corruption":
+            raise ValueError(f"only span-corruption has {' and '.join(useless)}; leave it out of {self.objective}")
+        return self
 
 
 class TrainConfig(_Section):
