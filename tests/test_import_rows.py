@@ -20,7 +20,7 @@ ROWS = [
     # 3: use
     "optimize int8 compiled guard calibrate stress text_encoder "
     "peers comfyui_peer parity parity_report bench roofline cli "
-    "row_memory hf_weights hf diffusers_adapter diffusers_prompts",
+    "row_memory hf_weights hf diffusers_adapter diffusers_prompts training",
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 

@@ -17,6 +17,7 @@ from nai_t5_core.cli.generate import generate
 from nai_t5_core.cli.measure import bench, estimate, parity
 from nai_t5_core.cli.prompts import count, encode, warm_up
 from nai_t5_core.cli.terminal import err, say
+from nai_t5_core.cli.train import train
 
 app = typer.Typer(
     help="A fast and exact T5 text encoder. Without --model, commands use a tiny embedded model and need no download.",
@@ -24,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (encode, count, warm_up, generate, inspect, convert, calibrate, stress, parity, bench, estimate):
+for command in (encode, count, warm_up, generate, inspect, convert, calibrate, stress, parity, bench, estimate, train):
     app.command()(command)
 
 

@@ -1,0 +1,47 @@
+"""A trained model as files: the Hugging Face layout, and our own single file made of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from nai_t5_core.config import config_to_hf, decoder_tensors, encoder_tensors
+from nai_t5_core.conversion import convert
+from nai_t5_core.formats import write_safetensors
+from nai_t5_core.model import T5
+from nai_t5_core.precision import DTYPES
+from nai_t5_core.tokenizer import Tokenizer
+
+HF_FOLDER, NATIVE_FILE = "hf", "model.safetensors"
+# What transformers looks for in a folder, by the kind of tokenizer.
+_TOKENIZER_FILES = {"sentencepiece": "spiece.model", "tokenizer.json": "tokenizer.json"}
+
+
+def export(model: T5, tokenizer: Tokenizer, out: Path, dtype: str) -> tuple[Path, Path]:
+    """Writes ``out/hf`` in float32 and ``out/model.safetensors`` in ``dtype``; returns both paths."""
+    folder = out / HF_FOLDER
+    write_hf(model, tokenizer, folder)
+    return folder, convert(folder, out / NATIVE_FILE, dtype).out
+
+
+def write_hf(model: T5, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes weights, config.json and tokenizer of a model in the separate layout, as transformers reads them."""
+    assert model.layout == "separate", "a fused model has not the original tensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = encoder_tensors(model.config) | decoder_tensors(model.config)
+    state = model.state_dict()
+    write_safetensors(
+        folder / "model.safetensors",
+        {name: (torch.float32, shape) for name, shape in shapes.items()},
+        ((name, state[name].to(DTYPES["float32"])) for name in shapes),
+        {"format": "pt"},
+    )
+    config = json.dumps(config_to_hf(model.config), indent=2, sort_keys=True)
+    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+    kind, content = tokenizer.serialized()
+    if kind in _TOKENIZER_FILES:
+        (folder / _TOKENIZER_FILES[kind]).write_bytes(content)
+    else:
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}\n', encoding="utf-8")

@@ -1,0 +1,128 @@
+"""The training loop: batches in, steps, log, checkpoints, and the exported model in the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nai_t5_core.model import T5
+from nai_t5_core.precision import DTYPES
+from nai_t5_core.training import checkpoints, losses
+from nai_t5_core.training.batches import Batches
+from nai_t5_core.training.config import TrainConfig
+from nai_t5_core.training.export import export
+from nai_t5_core.training.losses import LossLog, StepReport
+from nai_t5_core.training.optimizers import learning_rate, make_optimizer
+from nai_t5_core.training.start import first_model
+from nai_t5_core.training.weights import MasterWeights
+
+Progress = Callable[[StepReport, int], None]
+
+
+class TrainingError(ValueError):
+    """A run cannot go on; the message says why and what to do."""
+
+
+class Run:
+    """A model on its way: weights, optimizer and how many steps were taken."""
+
+    def __init__(self, config: TrainConfig, model: T5, batches: Batches) -> None:
+        self.config, self.batches = config, batches
+        self.weights = MasterWeights(model, DTYPES[config.precision], config.gradient_checkpointing)
+        self.optimizer = make_optimizer(model, config.optimizer)
+        self.step = 0
+
+    @property
+    def model(self) -> T5:
+        """The float32 model."""
+        return self.weights.model
+
+    def advance(self) -> StepReport:
+        """Takes one step, of ``accumulation`` batches that count as a single large one.
+
+        Raises:
+            TrainingError: the loss or its gradient is not finite; the weights are those before the step.
+        """
+        config = self.config
+        rate = learning_rate(config.optimizer, self.step, config.steps)
+        first = self.step * config.accumulation
+        batches = [self.batches(first + part).to(self.model.device) for part in range(config.accumulation)]
+        targets = sum(batch.targets for batch in batches)
+        loss = 0.0
+        for batch in batches:
+            share = batch.targets / targets
+            loss += share * self.weights.add_gradients(batch, share)
+        # With an infinite limit nothing is clipped, and the norm is computed all the same.
+        limit = config.optimizer.max_gradient_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        if not math.isfinite(loss + norm):
+            raise TrainingError(
+                f"step {self.step + 1}: the loss is {loss:g} and its gradient's norm {norm:g}; lower "
+                "optimizer.learning_rate or raise optimizer.warmup, and go on from the last checkpoint or anew"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.weights.publish()
+        self.step += 1
+        return StepReport(self.step, loss, rate, norm, targets)
+
+    def save(self, path: Path) -> None:
+        checkpoints.save(path, self.step, self.model, self.optimizer, self.config.identity())
+
+    def resume(self, path: Path) -> None:
+        """Goes on from a checkpoint, as if it had never stopped.
+
+        Raises:
+            ValueError: see :func:`nai_t5_core.training.checkpoints.load`.
+        """
+        self.step = checkpoints.load(path, self.model, self.optimizer, self.config.identity())
+        self.weights.publish()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run has made: the folder in the Hugging Face layout, our file, and the losses that were logged."""
+
+    hf_folder: Path
+    file: Path
+    reports: list[StepReport]
+
+
+def train(config: TrainConfig, resume: bool = False, progress: Progress | None = None) -> Trained:
+    """Trains to the last step and exports.
+
+    Args:
+        config: the run; its folder gets ``losses.jsonl``, ``checkpoint.pt``, ``model.safetensors`` and ``hf``.
+        resume: go on from the checkpoint in the folder.
+        progress: called with every step's report and the number of steps in all.
+
+    Raises:
+        ValueError: bad data, weights or tokenizer; a folder that holds a run, without ``resume``, or none, with it.
+        TrainingError: the loss is not finite any more.
+    """
+    checkpoint, log_file = config.out / checkpoints.NAME, config.out / losses.NAME
+    if checkpoint.exists() and not resume:
+        raise ValueError(f"{config.out} holds a run already; go on with --resume, or give another folder as out")
+    model, tokenizer = first_model(config)
+    run = Run(config, model, Batches(config.data, tokenizer, config.seed))
+    if resume:
+        run.resume(checkpoint)
+    config.out.mkdir(parents=True, exist_ok=True)
+    log = LossLog(log_file, run.step)
+    while run.step < config.steps:
+        report = run.advance()
+        is_last = run.step == config.steps
+        if run.step == 1 or run.step % config.log_every == 0 or is_last:
+            log.append(report)
+        if run.step % config.checkpoint_every == 0 or is_last:
+            run.save(checkpoint)
+        if progress is not None:
+            progress(report, config.steps)
+    folder, file = export(run.model, tokenizer, config.out, config.export_dtype)
+    return Trained(folder, file, losses.read_losses(log_file))

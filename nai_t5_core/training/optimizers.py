@@ -1,0 +1,40 @@
+"""AdamW and Adafactor, torch's own, and how the learning rate goes from step to step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from nai_t5_core.training.config import OptimizerSection
+
+
+def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
+    """The optimizer of a float32 model. Norm weights and position biases are not decayed."""
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (kept if "layer_norm" in name or "relative_attention_bias" in name else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": section.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    if section.kind == "adamw":
+        return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas)
+    return torch.optim.Adafactor(groups, lr=section.learning_rate)
+
+
+def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
+    """The learning rate of a step, counted from 0, of a run of ``steps``. Never 0 at a step that is taken."""
+    if step < section.warmup:
+        return section.learning_rate * (step + 1) / section.warmup
+    done = (step - section.warmup) / max(1, steps - section.warmup)
+    factors = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": (1 + math.cos(math.pi * done)) / 2,
+        "inverse-sqrt": math.sqrt(max(1, section.warmup) / max(1, step)),
+    }
+    return section.learning_rate * factors[section.schedule]

@@ -1,0 +1,42 @@
+"""The model and the tokenizer that a run begins with."""
+
+from __future__ import annotations
+
+import torch
+
+from nai_t5_core.layers import NoInit
+from nai_t5_core.load import load_whole
+from nai_t5_core.model import T5
+from nai_t5_core.precision import resolve_device
+from nai_t5_core.tokenizer import Tokenizer, load_tokenizer
+from nai_t5_core.training.config import TrainConfig
+
+
+def first_model(config: TrainConfig) -> tuple[T5, Tokenizer]:
+    """A float32 model with the original tensors, on the device of the run, and its tokenizer.
+
+    Raises:
+        ValueError: the weights or the tokenizer cannot be read or do not go together.
+    """
+    section = config.model
+    device = resolve_device(config.device)
+    own = load_tokenizer(section.tokenizer) if section.tokenizer is not None else None
+    if section.sizes is not None:
+        model = T5(section.sizes, "separate", NoInit, device="cpu", dtype=torch.float32)
+        # On the CPU, so that the same seed gives the same weights everywhere.
+        model.init_weights(torch.Generator().manual_seed(config.seed))
+        tokenizer = own
+    else:
+        loaded = load_whole(section.source, torch.float32, "cpu", layout="separate")
+        model = T5(loaded.model.config, "separate", NoInit, device="cpu", dtype=torch.float32)
+        # Copied: the tensors that were loaded may be the file's own pages.
+        model.load_state_dict(loaded.model.state_dict())
+        tokenizer = own or loaded.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{section.source} comes without a tokenizer; give its path as model.tokenizer")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}; "
+            "they do not go together"
+        )
+    return model.to(device).train(), tokenizer
