@@ -56,8 +56,13 @@ class Lora:
         return dict(Counter(self.others.values()))
 
     def __repr__(self) -> str:
-        others = "".join(f", {count} tensors for {part}" for part, count in self.other_parts().items())
+        others = f"; tensors for other parts: {counted(self.other_parts())}" if self.others else ""
         return f"Lora({self.name}: {len(self.changes)} weights of the T5{others})"
+
+
+def counted(parts: Mapping[str, int]) -> str:
+    """In words: "the transformer (494), a CLIP text encoder (216)"."""
+    return ", ".join(f"{part} ({count})" for part, count in parts.items())
 
 
 def read_lora(source: str | Path, alpha: float | None = None) -> Lora:
@@ -100,8 +105,9 @@ def _refuse_faults(keymap: LoraKeyMap, checkpoint: Checkpoint) -> None:
     shapes = checkpoint.shapes
     faults = [f"{name}: {reason}" for name, reason in keymap.unknown.items()]
     for weight, names in keymap.weights.items():
-        if "up" not in names or "down" not in names:
-            faults.append(f"{', '.join(names.values())}: the factor {'down' if 'up' in names else 'up'} is absent")
+        absent = [role for role in ("up", "down") if role not in names]
+        if absent:
+            faults.append(f"{', '.join(names.values())}: no factor {' and '.join(absent)} beside it")
             continue
         up, down = shapes[names["up"]], shapes[names["down"]]
         if len(up) != 2 or len(down) != 2 or up[1] != down[0] or not down[0]:
@@ -113,8 +119,8 @@ def _refuse_faults(keymap: LoraKeyMap, checkpoint: Checkpoint) -> None:
         listed = "\n  - ".join(faults[:_SHOWN])
         raise CheckpointError(f"{checkpoint.source} can't be used as a LoRA of a T5 encoder:\n  - {listed}{more}")
     if not keymap.weights:
-        parts = ", ".join(f"{count} tensors for {part}" for part, count in Counter(keymap.others.values()).items())
-        raise CheckpointError(f"{checkpoint.source} has no LoRA for a T5 encoder; it holds {parts or 'nothing'}")
+        parts = counted(Counter(keymap.others.values())) or "nothing"
+        raise CheckpointError(f"{checkpoint.source} has no LoRA for a T5 encoder; it holds tensors for {parts}")
 
 
 def _adapter_config(checkpoint: Checkpoint, prefix: str, alpha: float | None) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def encode(
     """Encode prompts: prints a summary of the embeddings and writes them to a file."""
     texts = all_prompts(prompts, file)
     with working("loading the model"):
-        from nai_t5_core.lora_files import read_lora
+        from nai_t5_core.lora_files import counted, read_lora
         from nai_t5_core.text_encoder import TextEncoder
 
         loras = [(read_lora(path), strength) for path, strength in map(_path_and_strength, lora or [])]
@@ -83,7 +83,12 @@ def encode(
     summary = _embedding_summary(encoder, texts, embeddings)
     if loras:
         summary["loras"] = [
-            {"name": lora.name, "strength": strength, "weights": len(lora.changes), "not_for_t5": lora.other_parts()}
+            {
+                "name": lora.name,
+                "strength": strength,
+                "weights": len(lora.changes),
+                "not_for_t5": counted(lora.other_parts()),
+            }
             for lora, strength in loras
         ]
     if write is not None:
@@ -199,8 +204,8 @@ def _print_embeddings(summary: dict[str, Any]) -> None:
         table.add_row(short(row["prompt"]), str(row["tokens"]), f"{row['mean']:+.4f}", f"{row['std']:.4f}", first)
     out.print(table)
     for row in summary.get("loras", []):
-        others = "".join(f"; {count} tensors for {part} not used" for part, count in row["not_for_t5"].items())
-        say(f"LoRA {escape(row['name'])} at {row['strength']:g}: {row['weights']} weights{escape(others)}")
+        others = f"; not for the T5: {row['not_for_t5']}" if row["not_for_t5"] else ""
+        say(escape(f"LoRA {row['name']} at {row['strength']:g}: {row['weights']} weights{others}"))
     for row in summary["prompts"]:
         if row["truncated"]:
             lost = f"{short(row['prompt'])}; lost: {short(row['cut_text'])}"
