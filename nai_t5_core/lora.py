@@ -56,7 +56,9 @@ class Loras:
     goes, the very original comes back. A model that was moved or cast meanwhile gets it moved and cast; float16 scales
     that were tightened meanwhile hold for it too.
 
-    One such object per encoder: it is the one that knows the originals.
+    One such object per encoder: it is the one that knows the originals. Whatever saves, copies or gives back the
+    encoder's weights (``restore_text_encoder``, too) takes them as they are: :meth:`clear` first if they should be
+    without LoRA.
     """
 
     def __init__(self, model: T5EncoderStack | HasStack) -> None:

@@ -42,7 +42,7 @@ class Lora:
     """The changes that a LoRA makes to a T5 encoder.
 
     Attributes:
-        name: of the file.
+        name: of the file or folder.
         changes: by the Hugging Face names of the weights.
         others: tensors of the file that are for other parts of a diffusion model, each with the part.
     """
@@ -84,7 +84,7 @@ def read_lora(source: str | Path, alpha: float | None = None) -> Lora:
     _refuse_faults(keymap, checkpoint)
     config = _adapter_config(checkpoint, keymap.prefix, alpha)
     changes = {weight: _change(weight, names, checkpoint, config) for weight, names in keymap.weights.items()}
-    return Lora(path.stem, changes, keymap.others)
+    return Lora(path.name if path.is_dir() else path.stem, changes, keymap.others)
 
 
 def _open(path: Path) -> Checkpoint:

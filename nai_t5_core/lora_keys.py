@@ -35,7 +35,10 @@ _OTHER_PARTS = tuple(
         (r"bundle_emb\.", "textual inversion vectors"),
         (r"(.*[._])?(text_model|text_projection)[._]|(.*\.)?clip_\w\.", "a CLIP text encoder"),
         (r"(lora_te\d?|text_encoders?(_\d)?)[._](.*[._])?model[._]layers[._]", "a language model"),
-        (r"(base_model\.model\.)?((model\.)?diffusion_model|transformer|lora_transformer)[._]", "the transformer"),
+        (
+            r"(base_model\.model\.)?((model\.)?diffusion_model|transformer|lora_transformer|lycoris)[._]",
+            "the transformer",
+        ),
         (r"(lora_)?(prior_)?unet[._]", "the UNet or transformer"),
         (
             r"(base_model\.model\.)?(double_blocks|single_blocks|joint_blocks|(single_)?transformer_blocks)\.",

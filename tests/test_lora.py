@@ -316,6 +316,12 @@ OTHER_KEYS = {
     "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": "a CLIP text encoder",
     "decoder.block.0.layer.0.SelfAttention.q.lora_A.weight": "the T5's decoder",
     "lora_te3_decoder_block_0_layer_1_EncDecAttention_q.lora_down.weight": "the T5's decoder",
+    "lora_te1_model_layers_0_self_attn_q_proj.lora_down.weight": "a language model",
+    "text_encoders.llama.transformer.model.layers.0.mlp.up_proj.lora_A.weight": "a language model",
+    "lycoris_transformer_blocks_0_attn_to_q.lokr_w1": "the transformer",
+    "double_blocks.0.img_attn.proj.lora_A.weight": "the transformer",
+    "base_model.model.down_blocks.0.proj.lora_A.weight": "the UNet",
+    "lora_vae_encoder_conv_in.lora_down.weight": "the VAE",
     "bundle_emb.cat.t5": "textual inversion vectors",
 }
 
@@ -328,7 +334,7 @@ def test_keys_of_other_parts_are_listed(tmp_path: Path) -> None:
     assert lora.changes.keys() == projections(V1_1).keys()
     assert lora.other_parts()["the T5's decoder"] == 2
     assert repr(lora).startswith("Lora(style: 21 weights of the T5; tensors for other parts: ")
-    assert "the transformer (3)" in repr(lora)
+    assert "the transformer (5)" in repr(lora)
 
 
 Q = "encoder.block.0.layer.0.SelfAttention.q"
