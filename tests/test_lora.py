@@ -14,9 +14,12 @@ from checkpoints import encoder_part
 from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from toy_loras import ALL_STYLES, ALPHA, RANK, dotted, kohya, projections, toy_lora, with_loras, write_style
 
+from nai_t5_core.attention_choice import missing_for_flex
 from nai_t5_core.cli import main
+from nai_t5_core.compiled import compile_stack
 from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
 from nai_t5_core.formats import CheckpointError
@@ -246,6 +249,24 @@ def test_cast_while_merged() -> None:
     stack.to(torch.bfloat16)
     loras.clear()
     assert_same_weights(stack, v1_1_stack().to(torch.bfloat16).state_dict())
+
+
+@pytest.mark.skipif(
+    missing_for_flex(torch.device("cpu")) is not None,
+    reason="nothing can be compiled here: torch finds no C++ compiler",
+)
+def test_a_compiled_encoder_is_not_compiled_anew() -> None:
+    stack, lora = v1_1_stack(), toy_lora(V1_1)
+    torch._dynamo.reset()
+    counters.clear()
+    compile_stack(stack, buckets=(128,), backend="aot_eager")
+    assert_near(ours(stack), reference(V1_1))
+    loras = Loras(stack)
+    loras.add(lora)
+    assert_near(ours(stack), reference(V1_1, (lora, 1.0)))
+    loras.clear()
+    assert_near(ours(stack), reference(V1_1))
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_copy_is_a_model_of_its_own() -> None:
