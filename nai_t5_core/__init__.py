@@ -16,20 +16,26 @@ if TYPE_CHECKING:
     from nai_t5_core.families import Family, family, family_names
     from nai_t5_core.formats import CheckpointError
     from nai_t5_core.load import load_encoder, load_t5
+    from nai_t5_core.lora import Loras
+    from nai_t5_core.lora_files import Lora, read_lora
     from nai_t5_core.model import T5
     from nai_t5_core.optimize import prepack
     from nai_t5_core.text_encoder import PromptEmbeddings, TextEncoder
+    from nai_t5_core.textual_inversion import add_embeddings
     from nai_t5_core.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "T5",
     "CheckpointError",
     "Family",
+    "Lora",
+    "Loras",
     "PromptEmbeddings",
     "T5Config",
     "T5EncoderStack",
     "TextEncoder",
     "Tokenizer",
+    "add_embeddings",
     "convert",
     "family",
     "family_names",
@@ -38,17 +44,21 @@ __all__ = [
     "load_tokenizer",
     "named_config",
     "prepack",
+    "read_lora",
 ]
 
 _HOME = {
     "CheckpointError": "formats",
     "Family": "families",
+    "Lora": "lora_files",
+    "Loras": "lora",
     "PromptEmbeddings": "text_encoder",
     "T5": "model",
     "T5Config": "config",
     "T5EncoderStack": "encoder",
     "TextEncoder": "text_encoder",
     "Tokenizer": "tokenizer",
+    "add_embeddings": "textual_inversion",
     "convert": "conversion",
     "family": "families",
     "family_names": "families",
@@ -57,6 +67,7 @@ _HOME = {
     "load_tokenizer": "tokenizer",
     "named_config": "config",
     "prepack": "optimize",
+    "read_lora": "lora_files",
 }
 
 

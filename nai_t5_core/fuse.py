@@ -135,6 +135,11 @@ def _siblings(module: str, *projections: str) -> tuple[str, ...]:
     return tuple(f"{module}.{projection}.weight" for projection in projections)
 
 
+def folded_norm(norm: str) -> str:
+    """Where a fused model keeps the norm weight of this name."""
+    return norm.replace("layer_norm.weight", "layer_norm.folded_weight")
+
+
 def cook(recipe: Recipe, read: Callable[[str], Tensor], model_dtype: torch.dtype) -> Tensor:
     """Makes one tensor of the model; products are taken in float32 (float64 in a float64 model) and rounded once.
 
@@ -167,7 +172,7 @@ def uncook(recipe: Recipe, read: Callable[[str], Tensor], shapes: dict[str, Shap
     fused = read(recipe.target)
     fused = fused.to(torch.float64 if fused.dtype == torch.float64 else torch.float32)
     if recipe.norm is not None:
-        norm = read(recipe.norm.replace("layer_norm.weight", "layer_norm.folded_weight")).to(fused.dtype)
+        norm = read(folded_norm(recipe.norm)).to(fused.dtype)
         fused = torch.where(norm == 0, 0, fused / norm)
     row = 0
     for name, scale in zip(recipe.parts, recipe.scales, strict=True):

@@ -19,6 +19,7 @@ from nai_t5_core.families import family as family_named
 from nai_t5_core.guard import encode_guarded
 from nai_t5_core.int8 import quantize_int8
 from nai_t5_core.load import LoadReport, ScalesChoice, load
+from nai_t5_core.lora import Loras, LoraSource
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
 from nai_t5_core.scales_file import write_scales
@@ -92,6 +93,7 @@ class TextEncoder:
         compile: bool | str = False,  # noqa: A002
         token_budget: int = DEFAULT_TOKEN_BUDGET,
         attention: AttentionChoice = "auto",
+        loras: Sequence[tuple[LoraSource, float]] = (),
     ) -> TextEncoder:
         """Loads weights and tokenizer; sources and arguments are those of :func:`nai_t5_core.load.load_encoder`.
 
@@ -102,10 +104,12 @@ class TextEncoder:
             compile: True, or a mode of torch.compile, compiles the encoder, see
                 :func:`nai_t5_core.compiled.compile_stack`; the weights are then not prepacked.
             token_budget: how many rows are computed at a time; larger batches are split, which bounds the memory.
+            loras: files and strengths, merged for good before the weights are packed, quantised or compiled. To change
+                them later, load with ``optimize=False`` and use :class:`nai_t5_core.lora.Loras`.
 
         Raises:
-            CheckpointError: the checkpoint is unusable, or there is no tokenizer.
-            ValueError: an unknown choice, or one that this device cannot do.
+            CheckpointError: the checkpoint or a LoRA is unusable, or there is no tokenizer.
+            ValueError: an unknown choice, one that this device cannot do, or a LoRA for another T5.
             FlexUnavailableError: ``compile`` without a compiler.
         """
         if quantize not in (None, "int8"):
@@ -118,6 +122,7 @@ class TextEncoder:
         if found is None:
             raise ValueError(NO_TOKENIZER.format(source=loaded.report.source))
         stack = loaded.stack
+        _merge_for_good(stack, loras)
         if quantize:
             quantize_int8(stack)
         elif compile:
@@ -273,6 +278,13 @@ class _Settings:
         if settings.pad_to == "max_length" and settings.max_length is None:
             raise ValueError("pad_to='max_length' needs a max_length")
         return settings
+
+
+def _merge_for_good(stack: T5EncoderStack, loras: Sequence[tuple[LoraSource, float]]) -> None:
+    """The originals go with the object that knows them."""
+    merged = Loras(stack)
+    for number, (lora, strength) in enumerate(loras):
+        merged.add(lora, strength, name=str(number))
 
 
 def _refuse_truncated(tokens: TokenBatch, limit: int | None) -> None:

@@ -50,4 +50,8 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Compute dtype.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps…")]
 ScalesOption = Annotated[Path | None, typer.Option("--scales", help="Float16 scales from a file of --save-scales.")]
 SaveScales = Annotated[Path | None, typer.Option("--save-scales", help="Write the float16 scales to a JSON file.")]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[:STRENGTH]", help="Merge a LoRA of the T5 first; may be repeated."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from nai_t5_core.cli.options import (
     Dtype,
     DtypeOption,
     Json,
+    LoraOption,
     ModelArgument,
     ModelOption,
     Padding,
@@ -50,14 +52,17 @@ def encode(
     tokenizer: TokenizerOption = None,
     scales: ScalesOption = None,
     save_scales: SaveScales = None,
+    lora: LoraOption = None,
     write: Annotated[Path | None, typer.Option("--out", help="Safetensors file to write.")] = None,
     as_json: Json = False,
 ) -> None:
     """Encode prompts: prints a summary of the embeddings and writes them to a file."""
     texts = all_prompts(prompts, file)
     with working("loading the model"):
+        from nai_t5_core.lora_files import counted, read_lora
         from nai_t5_core.text_encoder import TextEncoder
 
+        loras = [(read_lora(path), strength) for path, strength in map(_path_and_strength, lora or [])]
         encoder = TextEncoder.from_pretrained(
             model,
             dtype.value,
@@ -68,6 +73,7 @@ def encode(
             attention=attention.value,
             quantize="int8" if int8 else None,
             compile=compile_it,
+            loras=loras,
         )
     policy: PaddingPolicy | None = padding.value if padding else None
     with working(f"encoding {len(texts)} prompts"):
@@ -75,6 +81,16 @@ def encode(
             texts, family, max_length=max_length, padding=policy, truncate=truncate, output_device="cpu"
         )
     summary = _embedding_summary(encoder, texts, embeddings)
+    if loras:
+        summary["loras"] = [
+            {
+                "name": lora.name,
+                "strength": strength,
+                "weights": len(lora.changes),
+                "not_for_t5": counted(lora.other_parts()),
+            }
+            for lora, strength in loras
+        ]
     if write is not None:
         _write_embeddings(write, embeddings, texts, encoder, family)
         summary["out"] = str(write)
@@ -145,6 +161,15 @@ def count(
     out.print(table)
 
 
+def _path_and_strength(text: str) -> tuple[str, float]:
+    """The parts of ``FILE[:STRENGTH]``; a path may have colons of its own."""
+    path, colon, number = text.rpartition(":")
+    with suppress(ValueError):
+        if colon:
+            return path, float(number)
+    return text, 1.0
+
+
 def _embedding_summary(encoder: TextEncoder, texts: list[str], embeddings: PromptEmbeddings) -> dict[str, Any]:
     limit = embeddings.attention_mask.shape[1]
     prompts = []
@@ -178,6 +203,9 @@ def _print_embeddings(summary: dict[str, Any]) -> None:
         first = " ".join(f"{value:+.3f}" for value in row["first_values"])
         table.add_row(short(row["prompt"]), str(row["tokens"]), f"{row['mean']:+.4f}", f"{row['std']:.4f}", first)
     out.print(table)
+    for row in summary.get("loras", []):
+        others = f"; not for the T5: {row['not_for_t5']}" if row["not_for_t5"] else ""
+        say(escape(f"LoRA {row['name']} at {row['strength']:g}: {row['weights']} weights{others}"))
     for row in summary["prompts"]:
         if row["truncated"]:
             lost = f"{short(row['prompt'])}; lost: {short(row['cut_text'])}"
