@@ -3,8 +3,8 @@
     python tests/upstream_diffusers.py CHECKOUT [--family flux --family wan]
 
 CHECKOUT is a work tree of the diffusers repository, whose own library is tested. Nothing is downloaded: the tests ask
-the hub for tiny random models, and get tiny random ones of the same kinds from a local folder in the layout of the hub's
-cache, written anew for each run. Tests that compare with numbers of the hub's weights therefore fail with both encoders.
+the hub for tiny random models, and get tiny random ones of the same kinds from a local folder that is laid out as the
+hub's cache and written anew for each run. Tests that compare with numbers of the hub's weights fail with both encoders.
 
 What passes with theirs and not with ours is printed, and the exit status is 1 then.
 """
@@ -21,8 +21,8 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 from xml.etree import ElementTree
 
-import transformers
 import typer
+from tokenizers.pre_tokenizers import ByteLevel
 from toy_pipelines import T5, UMT5, VOCABULARY, text_encoder, tokenizer
 from transformers import BertConfig, BertModel
 
@@ -147,7 +147,7 @@ def _write_umt5(folder: Path) -> None:
 
 def _write_clip(folder: Path) -> None:
     """A tokenizer of single bytes: its ids stay below the 1000 of the tests' text models."""
-    letters = list(transformers.models.clip.tokenization_clip.bytes_to_unicode().values())
+    letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: place for place, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")

@@ -1,4 +1,4 @@
-"""A pytest plugin: test classes of diffusers that make their pipeline's parts get our encoder for each T5 among them."""
+"""A pytest plugin: diffusers' own pipeline tests get our encoder for each T5 among the parts that they make."""
 
 from __future__ import annotations
 
