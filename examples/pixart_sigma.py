@@ -38,7 +38,8 @@ def main(
     pipe = PixArtSigmaPipeline.from_pretrained(model, torch_dtype=torch.bfloat16)
     if torch.accelerator.is_available():
         pipe.enable_model_cpu_offload()
-    paint(pipe, prompt, emphasis, num_inference_steps=steps, height=size, width=size).save(out)
+    settings = {"num_inference_steps": steps, "use_resolution_binning": False}  # the very size that is asked for
+    paint(pipe, prompt, emphasis, height=size, width=size, **settings).save(out)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python tests/upstream_diffusers.py CHECKOUT [--family flux --family wan]
 
-CHECKOUT is a work tree of the diffusers repository, whose own library is tested. Nothing is downloaded: the tests ask
-the hub for tiny random models, and get tiny random ones of the same kinds from a local folder that is laid out as the
+CHECKOUT is a work tree of the diffusers repository. Its own library is tested, or the installed one where the work tree
+has no ``src`` (``git sparse-checkout set tests``). They need the packages parameterized and requests_mock. Nothing is downloaded:
+they ask the hub for tiny random models, and get tiny random ones of the same kinds from a local folder that is laid out as the
 hub's cache and written anew for each run. Tests that compare with numbers of the hub's weights fail with both encoders.
 
 What passes with theirs and not with ours is printed, and the exit status is 1 then.
@@ -85,8 +86,8 @@ def run(checkout: Path, files: list[str], hub: Path, swap: bool) -> Outcomes:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     command += ["-p", "upstream_swap"] if swap else []
     command += [f"tests/pipelines/{file}" for file in files]
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
+    paths = [str(TESTS.parent), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):  # all passed, some failed
         raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}")
