@@ -3,9 +3,11 @@
     python tests/upstream_diffusers.py CHECKOUT [--family flux --family wan]
 
 CHECKOUT is a work tree of the diffusers repository. Its own library is tested, or the installed one where the work tree
-has no ``src`` (``git sparse-checkout set tests``). They need the packages parameterized and requests_mock. Nothing is downloaded:
-they ask the hub for tiny random models, and get tiny random ones of the same kinds from a local folder that is laid out as the
-hub's cache and written anew for each run. Tests that compare with numbers of the hub's weights fail with both encoders.
+has no ``src`` (``git sparse-checkout set tests``). The packages parameterized and requests_mock must be installed.
+
+Nothing is downloaded: the tests ask the hub for tiny random models, and get tiny random ones of the same kinds from a
+local folder that is laid out as the hub's cache and written anew for each run. Tests that compare with numbers of the
+hub's weights fail with both encoders.
 
 What passes with theirs and not with ours is printed, and the exit status is 1 then.
 """
