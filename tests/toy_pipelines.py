@@ -123,7 +123,8 @@ def drawn(model: nn.Module, seed: int = 7) -> Any:
 
 
 def _vae(channels: int = 4) -> Any:
-    return diffusers.AutoencoderKL(block_out_channels=(4,), latent_channels=channels, norm_num_groups=1).eval()
+    sizes = {"block_out_channels": (4,), "latent_channels": channels, "norm_num_groups": 1}
+    return diffusers.AutoencoderKL(**sizes, shift_factor=0.1).eval()
 
 
 def _wan_vae() -> Any:

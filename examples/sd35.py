@@ -1,0 +1,43 @@
+"""An image of Stable Diffusion 3.5, prompt and negative prompt in one pass through our T5.
+
+python examples/sd35.py --prompt "a red fox on a green hill" --model stabilityai/stable-diffusion-3.5-medium
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from diffusers import StableDiffusion3Pipeline
+from PIL.Image import Image
+
+from nai_t5_core.diffusers_adapter import replace_text_encoder
+from nai_t5_core.diffusers_prompts import encode_prompt
+
+
+def paint(pipe: StableDiffusion3Pipeline, prompt: str, negative_prompt: str = "", **settings: Any) -> Image:
+    """The image of a prompt; the settings are those of the pipeline's call."""
+    replace_text_encoder(pipe)
+    embeddings = encode_prompt(pipe, prompt, negative_prompt=negative_prompt)
+    image: Image = pipe(**embeddings, **settings).images[0]
+    return image
+
+
+def main(
+    prompt: str = "a red fox on a green hill",
+    negative_prompt: str = "",
+    model: str = "stabilityai/stable-diffusion-3.5-medium",
+    out: Path = Path("sd35.png"),
+    steps: int = 28,
+    size: int = 1024,
+) -> None:
+    pipe = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=torch.bfloat16)
+    if torch.accelerator.is_available():
+        pipe.enable_model_cpu_offload()
+    paint(pipe, prompt, negative_prompt, num_inference_steps=steps, height=size, width=size).save(out)
+
+
+if __name__ == "__main__":
+    typer.run(main)
