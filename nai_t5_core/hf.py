@@ -37,6 +37,7 @@ from nai_t5_core.hf_weights import (
 )
 from nai_t5_core.hub import find_model
 from nai_t5_core.load import ScalesChoice, assemble
+from nai_t5_core.lora_live import refuse_live
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
 from nai_t5_core.precision import resolve_device, resolve_dtype
 from nai_t5_core.row_memory import RowMemory
@@ -188,7 +189,7 @@ class NAIT5EncoderModel(PreTrainedModel):
             max_shard_size: accepted because pipelines pass it; the weights are always one file.
 
         Raises:
-            ValueError: an unknown format, or ``safe_serialization=False``.
+            ValueError: an unknown format, ``safe_serialization=False``, or live LoRAs.
             CheckpointError: the file cannot be written.
         """
         if save_format not in SAVE_FORMATS:
@@ -197,6 +198,7 @@ class NAIT5EncoderModel(PreTrainedModel):
             raise ValueError("safe_serialization=False: only safetensors files are written here")
         if not is_main_process:
             return
+        refuse_live(self.stack, "save the encoder")
         folder = Path(save_directory)
         class_name = type(self).__name__ if save_format == "native" else _ENCODER_CLASSES[self.config.model_type]
         dtype = str(self.dtype).removeprefix("torch.")

@@ -25,6 +25,7 @@ from nai_t5_core.formats import Checkpoint, CheckpointError, TensorInfo, write_s
 from nai_t5_core.fuse import cook, fused_recipes, unfuse
 from nai_t5_core.layers import NoInit
 from nai_t5_core.load import ScalesChoice, assemble
+from nai_t5_core.lora_live import refuse_live
 
 
 class DropInOps:
@@ -127,7 +128,11 @@ def give_back(stack: T5EncoderStack, model: nn.Module) -> None:
 
     From the separate layout the very tensors come back, unless scales had changed the embedding; from the fused layout
     they are exact to the rounding of one multiplication and one division in their dtype.
+
+    Raises:
+        ValueError: the encoder has live LoRAs.
     """
+    refuse_live(stack, "give back the weights of the encoder")
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     originals = {name: tensor.to(dtypes[name]) for name, tensor in original_tensors(stack) if name in dtypes}
     copies = [name for name in dtypes if name.endswith("embed_tokens.weight")]
