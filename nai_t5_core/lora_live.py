@@ -33,7 +33,7 @@ class LiveLinear(nn.Module):
     The factors move and are cast with the model, but are not saved with it.
 
     Args:
-        base: from [..., in_features] to [..., out_features].
+        base: from [tokens, in_features] to [tokens, out_features].
         down: [rank, in_features].
         up: [out_features, rank], in the dtype of ``down``.
     """
@@ -52,15 +52,14 @@ class LiveLinear(nn.Module):
         return self.up.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features] in the dtype of the base's result."""
+        """[tokens, in_features] to [tokens, out_features] in the dtype of the base's result, rounded once more."""
         out: Tensor = self.base(x)
-        return out + self.change(x).to(out)
+        return torch.addmm(out, self.narrow(x).to(out), self.up.to(out).T)
 
-    def change(self, x: Tensor) -> Tensor:
-        """What is added: [..., in_features] to [..., out_features] in the dtype of the factors."""
-        # Under offloading it may be the input that is on the device first.
-        down, up = self.down.to(x.device), self.up.to(x.device)
-        return F.linear(F.linear(x.to(down.dtype), down), up)
+    def narrow(self, x: Tensor) -> Tensor:
+        """[tokens, in_features] to [tokens, rank]."""
+        # Under offloading the factors may be elsewhere than the input, and beside 8-bit weights in another dtype.
+        return F.linear(x, self.down.to(x))
 
     def extra_repr(self) -> str:
         return f"rank={self.down.shape[0]}"
@@ -70,8 +69,8 @@ class LivePackedLinear(LiveLinear):
     """The same for a packed projection, whose activation and gating come after the sum."""
 
     def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
-        """act(base(x) + change(x)) · factor, as :class:`nai_t5_core.optimize.PackedLinear` has it."""
-        out: Tensor = self.base(x, factor, self.change(x))
+        """act(x · (weight + up · down)ᵀ) · factor, as :class:`nai_t5_core.optimize.PackedLinear` has it."""
+        out: Tensor = self.base(x, factor, F.linear(self.narrow(x), self.up))
         return out
 
 
