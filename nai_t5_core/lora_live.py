@@ -93,7 +93,8 @@ class LiveLoras(LoraSet):
 
     def __init__(self, model: T5EncoderStack | HasStack) -> None:
         super().__init__(model)
-        refuse_live(self._stack, "add live LoRAs to this encoder a second time")
+        if self._changed_count():
+            raise ValueError("the encoder has live LoRAs of another LiveLoras object; use that, or clear() it first")
 
     @torch.no_grad()
     def _apply(self, loras: NamedLoras, changed: Iterable[str]) -> None:
@@ -159,9 +160,3 @@ class LiveLoras(LoraSet):
 
     def _changed_count(self) -> int:
         return sum(isinstance(module, LiveLinear) for module in self._stack.modules())
-
-
-def refuse_live(stack: nn.Module, action: str) -> None:
-    """Raises a ValueError where an encoder has live LoRAs; ``action`` is what it would hinder."""
-    if any(isinstance(module, LiveLinear) for module in stack.modules()):
-        raise ValueError(f"cannot {action} while it has live LoRAs; call clear() of its LiveLoras object first")
