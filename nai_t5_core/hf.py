@@ -39,7 +39,7 @@ from nai_t5_core.hf_weights import (
 )
 from nai_t5_core.load import ScalesChoice, assemble
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
-from nai_t5_core.precision import resolve_device, resolve_dtype
+from nai_t5_core.precision import DTYPES, resolve_device, resolve_dtype
 from nai_t5_core.row_memory import RowMemory
 
 SaveFormat = Literal["native", "transformers"]
@@ -242,12 +242,14 @@ class NAIT5EncoderModel(PreTrainedModel):
             dtype: a tensor of its own in every call, which the caller may change.
 
         Raises:
-            ValueError: attention weights are asked for, which are never formed here; or see the encoder's own call.
+            ValueError: attention weights are asked for, which are never formed here; the embedding table is stored in
+                8 bits; or see the encoder's own call.
             NotFiniteError: the result is not finite, and no scale can mend that.
         """
         if output_attentions:
             raise ValueError("output_attentions=True: attention weights are never formed; use transformers' own class")
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        self._refuse_storage_dtypes()
         options: dict[str, Any] = {"padding": self._padding, "extra_pad": self._extra_pad}
         if wants_states:
             states = self.stack.hidden_states(input_ids, attention_mask, inputs_embeds=inputs_embeds, **options)
@@ -268,6 +270,14 @@ class NAIT5EncoderModel(PreTrainedModel):
             encode_guarded(self.stack, *inputs, **options)  # tightens the scales, or raises
             out = self.stack(*inputs, **options)
         return out
+
+    def _refuse_storage_dtypes(self) -> None:
+        """The embedding table tells what is computed in; layerwise casting puts a dtype there that nothing can be."""
+        if self.stack.dtype not in DTYPES.values():
+            raise ValueError(
+                f"the embedding table is stored in {self.stack.dtype}, and tells no dtype to compute in: give "
+                "skip_modules_classes=(torch.nn.Embedding,) to apply_layerwise_casting, and load the model again"
+            )
 
     def _remembered(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
         return None if self._memory is None or input_ids is None else self._memory.find(input_ids, attention_mask)
