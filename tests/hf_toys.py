@@ -32,3 +32,12 @@ def assert_near(ours: Tensor, reference: Tensor, relative: float = 1e-5) -> None
 
 V1_1_IDS = ids_for(TOY_CONFIGS["v1.1"])
 MASK = padding_mask([5, 12, 1, 8], 12)
+
+
+def encode_in_a_process(source: Any) -> Any:
+    """What another process gets from a folder that it loads, or from a model that is sent to it."""
+    from nai_t5_core.hf import NAIT5EncoderModel
+
+    model = source if isinstance(source, NAIT5EncoderModel) else NAIT5EncoderModel.from_pretrained(source)
+    with torch.no_grad():
+        return model(V1_1_IDS, MASK)[0].numpy()

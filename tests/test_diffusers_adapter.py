@@ -284,6 +284,23 @@ print(type(pipe.text_encoder).__name__)
     assert_same(torch.load(tmp_path / "out.pt"), expected.detach(), 1e-6)
 
 
+def test_diffusers_says_what_to_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It imports no module because a folder names it; a pipeline whose T5 was restored before needs none of ours."""
+    toy = make("pixart-sigma")
+    image = toy.run()
+    replace_text_encoder(toy.pipe)
+    toy.pipe.save_pretrained(tmp_path / "ours")
+    restore_text_encoder(toy.pipe)
+    toy.pipe.save_pretrained(tmp_path / "theirs")
+    monkeypatch.delitem(sys.modules, "nai_t5_core.hf")
+    with pytest.raises(ValueError, match=r"import nai_t5_core\.hf before calling `from_pretrained`"):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    toy.pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "theirs")
+    toy.pipe.set_progress_bar_config(disable=True)
+    assert type(toy.encoder).__module__.startswith("transformers.")
+    assert_same(toy.run(), image, 1e-4)
+
+
 def test_passed_to_from_pretrained(toy: Toy, tmp_path: Path) -> None:
     """In place of a component that the folder says is transformers' own."""
     image = toy.run()

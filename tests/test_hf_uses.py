@@ -6,12 +6,16 @@ import copy
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import TOY_CONFIGS
-from hf_toys import MASK, V1_1_IDS, assert_near, hf_model
+from hf_toys import MASK, V1_1_IDS, assert_near, encode_in_a_process, hf_model
+from torch import nn
 
 pytest.importorskip("transformers")
 
@@ -59,6 +63,42 @@ def test_compiled(v1_1: NAIT5EncoderModel) -> None:
     with torch.no_grad():
         assert_near(compiled(V1_1_IDS, MASK)[0], v1_1(V1_1_IDS, MASK)[0])
         assert_near(compiled(V1_1_IDS[:2])[0], v1_1(V1_1_IDS[:2])[0])
+
+
+def test_several_processes(v1_1: NAIT5EncoderModel, tmp_path: Path) -> None:
+    """Two load one folder at the same time, and a model goes to another process."""
+    v1_1.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = v1_1(V1_1_IDS, MASK)[0]
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        for result in pool.map(encode_in_a_process, [tmp_path, tmp_path, v1_1], timeout=500):
+            assert_near(torch.from_numpy(result), expected, 1e-6)
+
+
+@pytest.mark.parametrize("layout", ["fused", "separate"])
+def test_layerwise_casting(layout: Any) -> None:
+    """Projections stored in 8 bits and computed in float32; transformers' own T5 cannot do that."""
+    hooks = pytest.importorskip("diffusers.hooks")
+    eight_bits = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
+    ours = NAIT5EncoderModel.from_hf(hf_model(TOY_CONFIGS["v1.1"]), layout=layout)
+    rounded = copy.deepcopy(ours)
+    with torch.no_grad():
+        for module in rounded.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.copy_(module.weight.to(torch.float8_e4m3fn).float())
+    expected = rounded(V1_1_IDS, MASK)[0]
+    assert (expected - ours(V1_1_IDS, MASK)[0]).abs().max() > 1e-2
+    everywhere = copy.deepcopy(ours)
+    hooks.apply_layerwise_casting(ours, **eight_bits, skip_modules_classes=(nn.Embedding,))
+    assert {module.weight.dtype for module in ours.modules() if isinstance(module, nn.Linear)} == {torch.float8_e4m3fn}
+    assert ours.dtype == torch.float32
+    for _ in range(2):
+        assert torch.equal(ours(V1_1_IDS, MASK)[0], expected)
+    hooks.apply_layerwise_casting(everywhere, **eight_bits)
+    with pytest.raises(
+        ValueError, match=r"stored in torch\.float8_e4m3fn.*skip_modules_classes=\(torch\.nn\.Embedding,\)"
+    ):
+        everywhere(V1_1_IDS, MASK)
 
 
 def test_random_model_from_a_config() -> None:
