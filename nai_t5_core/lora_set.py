@@ -11,15 +11,12 @@ from typing import Protocol
 from nai_t5_core.config import encoder_tensors
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.fuse import Recipe, fused_recipes, separate_recipes
-from nai_t5_core.lora_files import Lora, LowRankChange, read_lora
+from nai_t5_core.lora_files import Lora, LowRankChange, listed, read_lora
 
 LoraSource = Lora | str | Path
 
 # LoRAs by name, each with its strength.
 NamedLoras = dict[str, tuple[Lora, float]]
-
-# Faults in a message; the rest is a number.
-_SHOWN = 8
 
 
 class HasStack(Protocol):
@@ -126,10 +123,8 @@ class LoraSet(ABC):
             if shapes.get(name) != change.shape
         ]
         if faults:
-            more = [f"and {len(faults) - _SHOWN} more"] if faults[_SHOWN:] else []
-            listed = "\n  - ".join([*faults[:_SHOWN], *more])
             raise ValueError(
-                f"the LoRA {lora.name!r} is for another T5 than this {self._stack.config.kind}:\n  - {listed}"
+                f"the LoRA {lora.name!r} is for another T5 than this {self._stack.config.kind}:{listed(faults)}"
             )
 
     def __repr__(self) -> str:
