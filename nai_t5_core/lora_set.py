@@ -128,8 +128,8 @@ class LoraSet(ABC):
             )
 
     def __repr__(self) -> str:
-        listed = ", ".join(f"{name}: {strength:g}" for name, strength in self.strengths.items())
-        return f"{type(self).__name__}({listed or 'none'}; {self._changed_count()} weights changed)"
+        loras = ", ".join(f"{name}: {strength:g}" for name, strength in self.strengths.items())
+        return f"{type(self).__name__}({loras or 'none'}; {self._changed_count()} weights changed)"
 
     @abstractmethod
     def _changed_count(self) -> int:

@@ -16,10 +16,13 @@ import torch
 from conftest import TOY_CONFIGS
 from hf_toys import MASK, V1_1_IDS, assert_near, encode_in_a_process, hf_model
 from torch import nn
+from toy_loras import toy_lora
 
 pytest.importorskip("transformers")
 
 from nai_t5_core.hf import NAIT5EncoderModel
+from nai_t5_core.lora import Loras
+from nai_t5_core.lora_live import LiveLoras
 from nai_t5_core.row_memory import RowMemory
 
 
@@ -88,12 +91,16 @@ def test_layerwise_casting(layout: Any) -> None:
                 module.weight.copy_(module.weight.to(torch.float8_e4m3fn).float())
     expected = rounded(V1_1_IDS, MASK)[0]
     assert (expected - ours(V1_1_IDS, MASK)[0]).abs().max() > 1e-2
-    everywhere = copy.deepcopy(ours)
+    everywhere, outputs = copy.deepcopy(ours), []
     hooks.apply_layerwise_casting(ours, **eight_bits, skip_modules_classes=(nn.Embedding,))
     assert {module.weight.dtype for module in ours.modules() if isinstance(module, nn.Linear)} == {torch.float8_e4m3fn}
     assert ours.dtype == torch.float32
     for _ in range(2):
         assert torch.equal(ours(V1_1_IDS, MASK)[0], expected)
+    for model, loras in ((rounded, Loras(rounded)), (ours, LiveLoras(ours))):
+        loras.add(toy_lora(TOY_CONFIGS["v1.1"]))
+        outputs.append(model(V1_1_IDS, MASK)[0])
+    assert_near(outputs[1], outputs[0])
     hooks.apply_layerwise_casting(everywhere, **eight_bits)
     with pytest.raises(
         ValueError, match=r"stored in torch\.float8_e4m3fn.*skip_modules_classes=\(torch\.nn\.Embedding,\)"
