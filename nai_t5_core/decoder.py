@@ -179,7 +179,9 @@ class Decoder(nn.Module):
         tables = []
         block: Any
         for block in self.block if self.bias_per_layer else self.block[:1]:
-            weight = block.layer[0].SelfAttention.relative_attention_bias.weight
+            embedding = block.layer[0].SelfAttention.relative_attention_bias
+            # By its own module's call, for which sharding gathers it.
+            weight = embedding(torch.arange(embedding.num_embeddings, device=embedding.weight.device))
             table = distance_table(weight, self.max_distance, bidirectional=False).to(dtype)
             is_ahead = torch.arange(table.shape[1], device=table.device) > self.max_distance
             tables.append(table.masked_fill(is_ahead, -torch.inf))
