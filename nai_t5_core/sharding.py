@@ -70,6 +70,7 @@ def _precision(model: Model) -> torch.dtype:
 
 def _units(model: nn.Module) -> Iterator[Any]:
     """What is gathered together, the inner before the outer: modules, and lists of them."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "relative_attention_bias"):
             yield module.relative_attention_bias
