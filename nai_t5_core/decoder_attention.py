@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nai_t5_core.attention import Attend, position_bias
+from nai_t5_core.attention import Attend, distance_table, position_bias
 from nai_t5_core.config import T5Config
 
 # Queries [prompts, queries, heads, d_kv] to attention output of the same shape.
@@ -33,6 +33,16 @@ class DecoderPlan(Protocol):
     def layer(self, index: int, bias: Tensor) -> Attend:
         """The attention function of a layer."""
         ...
+
+
+def causal_table(weight: Tensor, max_distance: int) -> Tensor:
+    """Bias by distance of a decoder's layer: [buckets, heads] to [heads, 2 · max_distance + 1].
+
+    It is −∞ for keys ahead of the query, so that any window of it is a causal mask as well.
+    """
+    table = distance_table(weight, max_distance, bidirectional=False)
+    is_ahead = torch.arange(table.shape[1], device=table.device) > max_distance
+    return table.masked_fill(is_ahead, -torch.inf)
 
 
 def attend_to(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:

@@ -40,7 +40,7 @@ _OUTLIER_OFFSET = 8.0
 def random_state(
     config: T5Config, seed: int = 0, outliers: bool = False, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """Random encoder weights under Hugging Face names that exercise every part of the model.
+    """Random weights under Hugging Face names that exercise every part of the model; the decoder's if it has one.
 
     Projections have variance 1 / fan-in, and queries less, so that attention logits have a standard deviation of about
     1.4. Bias tables and embeddings have variance 1, norm weights lie in 0.5 … 1.5. So attention, bias and both
@@ -55,7 +55,7 @@ def random_state(
     generator = torch.Generator().manual_seed(seed)
     gains = _channel_gains(config.d_model, outliers, generator)
     state = {}
-    for name, shape in encoder_tensors(config).items():
+    for name, shape in (encoder_tensors(config) | decoder_tensors(config)).items():
         tensor = _random_tensor(name, shape, config, generator)
         if name == "shared.weight":
             tensor = (tensor + _OUTLIER_OFFSET * (gains > 1)) * gains
