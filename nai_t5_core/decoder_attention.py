@@ -45,25 +45,31 @@ def causal_table(weight: Tensor, max_distance: int) -> Tensor:
     return table.masked_fill(is_ahead, -torch.inf)
 
 
-def attend_to(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def attend_to(
+    q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float, dropout: float = 0.0
+) -> Tensor:
     """q [prompts, queries, heads, d_kv] over keys and values [prompts, heads, keys, d_kv]; result like q."""
-    return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=bias, scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, bias, dropout, scale=scale).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class CausalAttention:
-    """Every position of a text at once; each sees itself and what is before it."""
+    """Every position of a text at once; each sees itself and what is before it.
+
+    ``dropout`` is the share of attention weights that are set to zero, in training.
+    """
 
     tables: Sequence[Tensor]
     length: int
     scale: float
+    dropout: float = 0.0
 
     def bias(self, index: int) -> Tensor:
         return position_bias(self.tables[index], self.length)[None]
 
     def layer(self, index: int, bias: Tensor) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend_to(q, k.transpose(1, 2), v.transpose(1, 2), bias, self.scale)
+            return attend_to(q, k.transpose(1, 2), v.transpose(1, 2), bias, self.scale, self.dropout)
 
         return attend
 
@@ -81,11 +87,13 @@ class CrossMemory:
         layers: keys and values of each layer, [prompts, heads, length, d_kv] each.
         bias: [prompts, 1, 1, length], hides pad tokens; None where there are none.
         scale: what q·k is multiplied by.
+        dropout: the share of attention weights that are set to zero, in training.
     """
 
     layers: Sequence[tuple[Tensor, Tensor]]
     bias: Tensor | None
     scale: float
+    dropout: float = 0.0
 
     @property
     def prompts(self) -> int:
@@ -96,7 +104,7 @@ class CrossMemory:
         keys, values = self.layers[index]
 
         def attend(q: Tensor) -> Tensor:
-            return attend_to(q, keys, values, self.bias, self.scale)
+            return attend_to(q, keys, values, self.bias, self.scale, self.dropout)
 
         return attend
 

@@ -106,13 +106,18 @@ class DataSection(_Section):
 
 
 class TrainConfig(_Section):
-    """A whole run. ``precision`` is what is computed in; the weights that the optimizer changes are float32."""
+    """A whole run. ``precision`` is what is computed in; the weights that the optimizer changes are float32.
+
+    ``dropout`` is the share of activations that are set to zero, at the places where T5 does so; published models were
+    pre-trained without and fine-tuned with 0.1.
+    """
 
     out: ConfigPath
     steps: int = Field(gt=0)
     seed: int = Field(default=0, ge=0)
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     accumulation: int = Field(default=1, gt=0)
     gradient_checkpointing: bool = False
     log_every: int = Field(default=10, gt=0)

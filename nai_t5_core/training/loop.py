@@ -15,6 +15,7 @@ from nai_t5_core.sharding import whole
 from nai_t5_core.training import checkpoints, losses
 from nai_t5_core.training.batches import Batches
 from nai_t5_core.training.config import TrainConfig
+from nai_t5_core.training.dropout import add_dropout, drawn_for
 from nai_t5_core.training.export import export
 from nai_t5_core.training.losses import LossLog, StepReport
 from nai_t5_core.training.optimizers import learning_rate, make_optimizer, refuse_unsharded
@@ -51,6 +52,8 @@ class Run:
         else:
             refuse_unsharded(config.optimizer)
             self.weights = ShardedWeights(model, dtype, checkpointing, self.processes)
+        if config.dropout > 0:
+            add_dropout(self.weights.compute, config.dropout)
         self.optimizer = make_optimizer(model, config.optimizer)
         self.step = 0
 
@@ -71,9 +74,10 @@ class Run:
         batches = [self.batches(first + part).to(self.processes.device) for part in range(config.accumulation)]
         targets = int(self.processes.total(sum(batch.targets for batch in batches)))
         loss = 0.0
-        for batch in batches:
+        for number, batch in enumerate(batches, first):
             share = batch.targets / targets
-            loss += share * self.weights.add_gradients(batch, share)
+            with drawn_for(config.seed, number, self.processes.rank, self.processes.device):
+                loss += share * self.weights.add_gradients(batch, share)
         loss = self.processes.total(loss)
         # With an infinite limit nothing is clipped, and the norm is computed all the same.
         limit = config.optimizer.max_gradient_norm or math.inf
