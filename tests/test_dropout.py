@@ -60,9 +60,10 @@ def test_the_asked_share_is_dropped_and_the_rest_makes_up_for_it() -> None:
 
 @pytest.mark.parametrize("kind", ["v1.0", "umt5"])
 def test_outputs_vary_as_much_as_those_of_transformers(kind: str) -> None:
-    """Every place counts: without any one of them the variance is lower by more than the tolerance."""
+    """Every place adds to the variance: the outputs most, what enters the last product least."""
     pytest.importorskip("transformers", reason="transformers is the oracle")
     config, rate, draws = TOY_CONFIGS[kind], 0.2, 200
+    torch.manual_seed(0)
     reference = transformers_t5(config, random_state(config), torch.float32).train()
     for module in reference.modules():
         if isinstance(module, torch.nn.Dropout):
