@@ -44,6 +44,8 @@ def test_config_paths_start_at_its_folder(folder: Path) -> None:
         ("warmup = 2", "warmup = 2\nbetas = [0.9, 1.0]", "optimizer: betas="),
         ("rows = 4", "rows = 0", "data.2.rows: Input should be greater than 0"),
         ("steps = 6", "steps = ", "cannot be read as TOML"),
+        ("steps = 6", "steps = 6\ndropout = 1.0", "dropout: Input should be less than 1"),
+        ("steps = 6", 'steps = 6\ndropout = 0.1\nattention = "flex"', "flex attention has no dropout"),
     ],
 )
 def test_mistakes_in_a_config(folder: Path, old: str, new: str, message: str) -> None:

@@ -140,6 +140,11 @@ def test_a_run_from_weights_begins_where_they_are(folder: Path) -> None:
     assert before == {file: file.read_bytes() for file in before}
 
 
+def test_the_running_mean_is_that_of_the_neighbours() -> None:
+    assert losses.running_mean([1.0, 2.0, 6.0, 3.0], share=0.25) == [1.5, 3.0, 11 / 3, 4.5]
+    assert losses.running_mean([5.0, 1.0]) == [5.0, 1.0]
+
+
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["nai-t5", "train", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:

@@ -39,7 +39,7 @@ def train(
     if not processes.is_first:
         return
     if plot is not None:
-        losses.plot_losses(trained.reports, plot)
+        losses.plot_losses(trained.reports, plot, f"{config.stem}: {trained.reports[-1].step} steps")
     last = trained.reports[-1]
     report = {
         "steps": last.step,

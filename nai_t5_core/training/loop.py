@@ -39,7 +39,7 @@ class Run:
         processes: those that train together; by default this one alone.
 
     Raises:
-        ValueError: several processes and an optimizer that cannot be sharded.
+        ValueError: several processes and an optimizer that cannot be sharded, or flex attention on the CPU.
     """
 
     def __init__(self, config: TrainConfig, model: T5, batches: Batches, processes: Processes | None = None) -> None:
@@ -52,6 +52,9 @@ class Run:
         else:
             refuse_unsharded(config.optimizer)
             self.weights = ShardedWeights(model, dtype, checkpointing, self.processes)
+        if config.attention == "flex" and self.processes.device.type == "cpu":
+            raise ValueError("torch's flex attention has no backward on the CPU; use attention 'auto' or 'sdpa'")
+        self.weights.compute.encoder_stack.attention = config.attention
         if config.dropout > 0:
             add_dropout(self.weights.compute, config.dropout)
         self.optimizer = make_optimizer(model, config.optimizer)
