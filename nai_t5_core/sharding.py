@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", T5EncoderStack, T5)
 
-# Cross-attention's keys and values are computed before the block that they belong to is called.
+# Cross-attention's projections of what the encoder gives.
 _KEYS_VALUES = ("k", "v", "kv")
 # Methods beside the call that compute with a model's own weights, and do not call each other.
 _ENTRIES = ("generate", "stream", "hidden_states")
@@ -53,36 +53,39 @@ def shard(model: Model, mesh: DeviceMesh | None = None, compute_dtype: torch.dty
     if any(isinstance(module, PackedLinear | Int8Linear) for module in model.modules()):
         raise ValueError("packed and 8-bit weights cannot be spread over processes; load the model with optimize=False")
     # Activations keep their precision: the residual and what norms read are float32 whatever the products are in.
-    rounded = policy_class(param_dtype=compute_dtype, reduce_dtype=_precision(model), cast_forward_inputs=False)
-    exact = policy_class(cast_forward_inputs=False)
+    own_dtype = next(model.parameters()).dtype
+    rounded = policy_class(param_dtype=compute_dtype, reduce_dtype=own_dtype, cast_forward_inputs=False)
+    for norms in _norms(model):
+        fully_shard(norms, mesh=mesh, mp_policy=policy_class(cast_forward_inputs=False))
     for unit in _units(model):
-        is_norm = isinstance(unit, list | RMSNorm)
-        fully_shard(unit, mesh=mesh, mp_policy=exact if is_norm else rounded)
+        fully_shard(unit, mesh=mesh, mp_policy=rounded)
     for entry in _ENTRIES:
         if hasattr(model, entry):
             register_entry(model, entry)
     return model
 
 
-def _precision(model: Model) -> torch.dtype:
-    return next(model.parameters()).dtype
+def _norms(model: nn.Module) -> Iterator[list[RMSNorm]]:
+    """Norms with a weight, which is float32 beside all others; those of a block are gathered together."""
+    module: Any
+    for module in model.modules():
+        if isinstance(module, EncoderBlock | DecoderBlock):
+            own = [layer.layer_norm for layer in module.layer]
+            if norms := [norm for norm in own if isinstance(norm, RMSNorm)]:
+                yield norms
+        elif hasattr(module, "final_layer_norm"):
+            yield [module.final_layer_norm]
 
 
-def _units(model: nn.Module) -> Iterator[Any]:
-    """What is gathered together, the inner before the outer: modules, and lists of them."""
+def _units(model: nn.Module) -> Iterator[nn.Module]:
+    """What is gathered together, the inner before the outer: first what is computed before its block is called."""
     module: Any
     for module in model.modules():
         if hasattr(module, "relative_attention_bias"):
             yield module.relative_attention_bias
         if hasattr(module, "EncDecAttention"):
             yield from (child for name, child in module.EncDecAttention.named_children() if name in _KEYS_VALUES)
-    for module in model.modules():
-        if isinstance(module, EncoderBlock | DecoderBlock):
-            norms = [layer.layer_norm for layer in module.layer if isinstance(layer.layer_norm, RMSNorm)]
-            if norms:
-                yield norms
-            yield module
-    yield from (stack.final_layer_norm for stack in model.children() if hasattr(stack, "final_layer_norm"))
+    yield from (module for module in model.modules() if isinstance(module, EncoderBlock | DecoderBlock))
     yield model
 
 

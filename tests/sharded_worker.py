@@ -50,6 +50,8 @@ def shared_models(kind: str) -> dict[str, Any]:
         stack = shard(build_stack(config, state, layout=layout))
         with torch.no_grad():
             found[f"encoder {layout}"] = gathered(stack(ids[mine], mask[mine]))
+            half = shard(build_stack(config, state, torch.bfloat16, layout))
+            found[f"bfloat16 {layout}"] = gathered(half(ids[mine], mask[mine]))
             found[f"layers {layout}"] = gathered(stack.hidden_states(ids[mine], mask[mine])[1])
 
         model = own_t5(config, state, torch.float32, layout).requires_grad_(True)

@@ -75,6 +75,8 @@ def test_a_shared_encoder_gives_the_same(found: dict[str, Any], kind: str, layou
     stack = build_stack(config, random_state(config), layout=layout)
     with torch.no_grad():
         torch.testing.assert_close(found[kind][f"encoder {layout}"], stack(ids, mask), rtol=1e-5, atol=1e-5)
+        half = build_stack(config, random_state(config), torch.bfloat16, layout)(ids, mask)
+        assert float((found[kind][f"bfloat16 {layout}"] - half).abs().max() / half.abs().max()) <= 0.02
         wanted = stack.hidden_states(ids, mask)[1]
         torch.testing.assert_close(found[kind][f"layers {layout}"], wanted, rtol=1e-5, atol=1e-5)
 
