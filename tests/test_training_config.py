@@ -63,3 +63,11 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
     small = config.model_copy(update={"model": config.model.model_copy(update={"sizes": sizes})})
     with pytest.raises(ValueError, match="the tokenizer has 4096 tokens, the model 100"):
         first_model(small)
+
+
+def test_the_config_in_the_docs_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    (tmp_path / "train.toml").write_text(page.split("```toml\n")[1].split("```")[0], encoding="utf-8")
+    config = read_config(tmp_path / "train.toml")
+    assert config.model.source == "google/flan-t5-base" and config.dropout == 0.1
+    assert [section.objective for section in config.data] == ["span-corruption", "pairs"]
