@@ -108,13 +108,20 @@ class DataSection(_Section):
 
 
 class TrainConfig(_Section):
-    """A whole run. ``precision`` is what is computed in; the weights that the optimizer changes are float32."""
+    """A whole run. ``precision`` is what is computed in; the weights that the optimizer changes are float32.
+
+    ``dropout`` is the share of activations that are set to zero, at the places where T5 does so; published models were
+    pre-trained without and fine-tuned with 0.1. ``attention`` is the encoder's; ``"auto"`` is SDPA, and ``"flex"``
+    needs CUDA and no dropout.
+    """
 
     out: ConfigPath
     steps: int = Field(gt=0)
     seed: int = Field(default=0, ge=0)
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    attention: Literal["auto", "flex", "sdpa"] = "auto"
     accumulation: int = Field(default=1, gt=0)
     gradient_checkpointing: bool = False
     log_every: int = Field(default=10, gt=0)
@@ -123,6 +130,12 @@ class TrainConfig(_Section):
     model: ModelSection
     optimizer: OptimizerSection = OptimizerSection()
     data: tuple[DataSection, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.attention == "flex" and self.dropout > 0:
+            raise ValueError("flex attention has no dropout; use attention 'auto' or 'sdpa', or leave dropout out")
+        return self
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same for a run to go on: everything that its losses depend on, and no path."""

@@ -35,6 +35,13 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.O
     return torch.optim.Adafactor(groups, lr=section.learning_rate)
 
 
+def refuse_unsharded(section: OptimizerSection) -> None:
+    """Raises a ValueError for an optimizer whose state torch cannot spread over processes."""
+    # It works on sums over rows and columns in place, which torch 2.13 refuses for spread tensors.
+    if section.kind == "adafactor":
+        raise ValueError('torch\'s Adafactor cannot train a model that is spread over processes; use kind = "adamw"')
+
+
 def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
     """The learning rate of a step, counted from 0, of a run of ``steps``. Never 0 at a step that is taken."""
     if step < section.warmup:
