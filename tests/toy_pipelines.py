@@ -661,7 +661,7 @@ def kandinsky3() -> Toy:
         tokenizer(), text_encoder(), drawn(unet), _schedulers.DDPMScheduler(), movq.eval()
     )
     call = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "height": 16, "width": 16}
-    return Toy(pipe, call, encode={})
+    return Toy(pipe, call, encode={"_cut_context": True})
 
 
 def deepfloyd_if() -> Toy:
