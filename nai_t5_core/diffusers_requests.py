@@ -97,7 +97,7 @@ class Request:
         if not run.uses_t5:
             return {}
         if self.row.name == "visualcloze":
-            return {"content_prompt": [_visualcloze_text(run.arguments)]}
+            return {"content_prompt": _visualcloze_texts(run.arguments)}
         prompts = _as_list(self._for_t5(run, "prompt"))
         texts = {self._name_for_t5("prompt"): prompts}
         if self.has_negative:
@@ -287,12 +287,23 @@ def _arguments(pipe: Any, row: Family, prompt: str | list[str], options: dict[st
         **{name: of_call[name].default for name in ("max_sequence_length", "clean_caption") if name in of_call},
     }
     defaults = {name: value for name, value in needed.items() if name in taken}
-    return {**defaults, "prompt" if "prompt" in taken else "content_prompt": prompt, **options}
+    arguments = {**defaults, "prompt" if "prompt" in taken else "content_prompt": prompt, **options}
+    missing = [
+        name
+        for name, parameter in taken.items()
+        if name not in arguments and parameter.default is parameter.empty and parameter.kind != parameter.VAR_KEYWORD
+    ]
+    if missing:
+        raise ValueError(f"{type(pipe).__name__}.encode_prompt needs {', '.join(missing)} beside the prompt")
+    return arguments
 
 
-def _visualcloze_text(arguments: dict[str, Any]) -> str:
-    layout, task, content = (arguments[f"{name}_prompt"] or "" for name in ("layout", "task", "content"))
-    return f"{layout} {task} The last image of the last row depicts: {content}".strip()
+def _visualcloze_texts(arguments: dict[str, Any]) -> list[str]:
+    columns = (_as_list(arguments[f"{name}_prompt"] or "") for name in ("layout", "task", "content"))
+    return [
+        f"{layout} {task} The last image of the last row depicts: {content}".strip()
+        for layout, task, content in zip(*columns, strict=True)
+    ]
 
 
 def _as_list(texts: str | Iterable[str], count: int = 1) -> list[str]:
