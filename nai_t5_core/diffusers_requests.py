@@ -135,10 +135,8 @@ class Request:
         if most == 1:
             return [[each] for each in texts]
         if self.row.name in _ONE_CHUNK:
-            reason = _ONE_CHUNK[self.row.name]
-            raise ValueError(
-                f"max_chunks={most}: {type(self.pipe).__name__} takes no longer text: {reason}; leave it 1"
-            )
+            reason = f"{type(self.pipe).__name__} takes no longer text: {_ONE_CHUNK[self.row.name]}"
+            raise ValueError(f"max_chunks={most}, but {reason}; leave it 1")
         words = list(whole)
 
         def split(rows: list[str]) -> list[list[str]]:

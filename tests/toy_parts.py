@@ -82,9 +82,11 @@ class Toy:
         count = 1 if isinstance(prompt, str) else len(prompt)
         derived = {"negative_prompt": NEGATIVE if isinstance(prompt, str) else [NEGATIVE] * count, "batch_size": count}
         taken = inspect.signature(self.pipe.encode_prompt).parameters
-        return (
-            {name: value for name, value in derived.items() if name in taken} | {"prompt": prompt} | self.encode | other
-        )
+        arguments = {name: value for name, value in derived.items() if name in taken} | {"prompt": prompt}
+        for name, value in (self.encode | other).items():
+            is_text = name.endswith("_prompt") and isinstance(value, str)
+            arguments[name] = [value] * count if is_text and isinstance(prompt, list) else value
+        return arguments
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str | list[str], **other: Any) -> list[Any]:
