@@ -234,6 +234,11 @@ def test_what_is_not_known_is_said() -> None:
         with pytest.raises(ValueError, match="give a text or a list of texts"):
             encode_prompt(toy.pipe, nothing)  # type: ignore[arg-type]
 
+    toy = make("visualcloze")
+    replace_text_encoder(toy.pipe)
+    with pytest.raises(ValueError, match="encode_prompt needs layout_prompt, task_prompt beside the prompt"):
+        encode_prompt(toy.pipe, PROMPT)
+
     class OtherPipeline:
         components: dict[str, Any] = {}  # noqa: RUF012
 

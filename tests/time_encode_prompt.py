@@ -42,7 +42,7 @@ def main(
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     print(f"{threads} threads, {size}, {dtype}")
-    head = "family length theirs tokens ours ratio tokens ours ratio".split()
+    head = ["family", "length", "theirs", "tokens", "ours", "ratio", "tokens", "ours", "ratio"]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for name in family or ["pixart-sigma"]:
         print(row(name, size, getattr(torch, dtype), rounds), flush=True)
