@@ -34,12 +34,12 @@ class Decoding:
             raise ValueError(f"the cache is for {cache.prompts} prompts, and there are {memory.prompts}; make another")
         if not cache.fits(model.config, model.dtype, model.device):
             raise ValueError("the cache is for another model, dtype or device; make one by this model's new_cache()")
-        cache.clear(with_values=fixed_shapes)
+        cache.clear()
         self.model, self.memory, self.cache = model, memory, cache
         self.fixed_shapes = fixed_shapes
         self._scale = logit_scale(model.config)
         tables = model.decoder.bias_tables(model.dtype)
-        self._lines = [bias_line(table, cache.length, cache.beams) for table in tables]
+        self._lines = [bias_line(table, cache.length) for table in tables]
 
     @property
     def shape(self) -> tuple[int, int]:
