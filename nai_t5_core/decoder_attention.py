@@ -219,6 +219,8 @@ def bias_line(table: Tensor, length: int) -> Tensor:
 class CachedAttention:
     """One step: the last tokens write their keys and values and attend to what they may see.
 
+    A lone token may come in several copies, of which the first is written.
+
     Attributes:
         keys_values: [layers, 2, prompts, heads, slots, d_kv]
         rows, slots: where the last tokens go, [prompts, 1] and [prompts, beams].
@@ -239,10 +241,11 @@ class CachedAttention:
 
     def layer(self, index: int, bias: Tensor) -> Attend:
         keys, values = self.keys_values[index].unbind(0)
+        beams = self.slots.shape[1]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys[self.rows, :, self.slots] = k
-            values[self.rows, :, self.slots] = v
+            keys[self.rows, :, self.slots] = k[:, :beams]
+            values[self.rows, :, self.slots] = v[:, :beams]
             return attend_to(q, keys, values, bias, self.scale)
 
         return attend

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from nai_t5_core.model import T5
 
 
+# Of one row, oneDNN's products and torch's attention on the CPU take longer than of four.
+_FEWEST_ROWS = 4
+
+
 class Decoding:
     """Texts that grow token by token: [prompts, beams] of them, the beams of a prompt side by side.
 
@@ -38,6 +42,8 @@ class Decoding:
         self.model, self.memory, self.cache = model, memory, cache
         self.fixed_shapes = fixed_shapes
         self._scale = logit_scale(model.config)
+        is_single = cache.beams == 1 and model.device.type == "cpu"
+        self._copies = max(1, _FEWEST_ROWS // cache.prompts) if is_single else 1
         tables = model.decoder.bias_tables(model.dtype)
         self._lines = [bias_line(table, cache.length) for table in tables]
 
@@ -46,7 +52,7 @@ class Decoding:
         """(prompts, beams)"""
         return self.cache.prompts, self.cache.beams
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Appends a token to every text: ids [prompts, beams] to the next token's logits [prompts, beams, vocab_size].
 
@@ -64,7 +70,7 @@ class Decoding:
             )
         return logits
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def begin(self, tokens: Sequence[int]) -> Tensor:
         """Gives every text the same beginning, and returns the next token's logits as :meth:`step` does."""
         *before, last = (torch.full(self.shape, token, device=self.model.device) for token in tokens)
@@ -81,5 +87,7 @@ class Decoding:
         """Hidden states [prompts, beams, d_model] of these tokens."""
         plan = self.cache.step(self._lines, self._scale, self.fixed_shapes)
         embeddings = self.model.encoder_stack.embed(tokens)
+        if self._copies > 1:
+            embeddings = embeddings.expand(-1, self._copies, -1)
         hidden: Tensor = self.model.decoder(embeddings, plan, self.memory, self.model.dtype)
-        return hidden
+        return hidden[:, : self.cache.beams]

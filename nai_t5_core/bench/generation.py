@@ -232,7 +232,9 @@ def _time_case(
             taken, texts[name] = timed(lambda: generate(ids, case.beams, new_tokens), ids.device)  # noqa: B023
             seconds[name].append(taken)
             if texts[name].shape != (case.prompts, new_tokens):
-                raise ValueError(f"{name} gave texts of shape {list(texts[name].shape)}, not all of {new_tokens} tokens")
+                raise ValueError(
+                    f"{name} gave texts of shape {list(texts[name].shape)}, not all of {new_tokens} tokens"
+                )
     return tuple(
         GenerationTiming(
             name,

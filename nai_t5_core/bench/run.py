@@ -10,8 +10,8 @@ import torch
 
 from nai_t5_core.bench.cases import CASES, Case
 from nai_t5_core.bench.limits import BareProjections
-from nai_t5_core.bench.machine import device_name, threads_set
 from nai_t5_core.bench.loading import measure_loading
+from nai_t5_core.bench.machine import device_name, threads_set
 from nai_t5_core.bench.results import BenchReport, CaseResult
 from nai_t5_core.bench.timing import Bench, run_case
 from nai_t5_core.bench.variants import Wanted, build_variants
