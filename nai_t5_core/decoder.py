@@ -134,9 +134,10 @@ class DecoderBlock(nn.Module):
 
     def forward(self, residual: Tensor, attend: Attend, attend_across: CrossAttend, dtype: torch.dtype) -> Tensor:
         """[prompts, queries, d_model] residual to residual; ``dtype`` is the compute dtype."""
-        residual = self.layer[0](residual, attend, dtype)
-        residual = self.layer[1](residual, attend_across, dtype)
-        out: Tensor = self.layer[2](residual, dtype)
+        self_attention, cross_attention, feed_forward = self.layer
+        residual = self_attention(residual, attend, dtype)
+        residual = cross_attention(residual, attend_across, dtype)
+        out: Tensor = feed_forward(residual, dtype)
         return out
 
 

@@ -202,6 +202,8 @@ def test_result_is_padded_behind_the_end(options: dict[str, Any]) -> None:
     tokens = own_model("v1.1").generate(ids, mask, max_new_tokens=NEW_TOKENS, **options)
     texts = cut(tokens)
     assert tokens.dtype == torch.int64
+    # Labels of a training step, for one, must be ordinary tensors.
+    assert not tokens.is_inference()
     assert tokens.shape == (24 * options.get("num_return_sequences", 1), max(map(len, texts)))
     for row, text in zip(tokens.tolist(), texts, strict=True):
         assert row[len(text) :] == [0] * (tokens.shape[1] - len(text))
