@@ -165,11 +165,14 @@ class DecoderCache:
         sizes = (config.num_decoder_layers, config.num_heads, config.d_kv)
         return (layers, heads, d_kv) == sizes and self.keys_values.dtype == dtype and self.keys_values.device == device
 
+    # In inference mode, since a cache that was made in it can be changed nowhere else.
+    @torch.inference_mode()
     def clear(self) -> None:
         """Begins anew; nothing is allocated."""
         self.position = self.used = 0
         self.visible.zero_()
 
+    @torch.inference_mode()
     def reorder(self, parents: Tensor) -> None:
         """Lets every beam go on from another beam of its prompt: [prompts, beams] int64. Keys and values stay."""
         index = parents[:, :, None].expand_as(self.visible)

@@ -56,7 +56,7 @@ class Decoding:
     def step(self, tokens: Tensor) -> Tensor:
         """Appends a token to every text: ids [prompts, beams] to the next token's logits [prompts, beams, vocab_size].
 
-        Logits are float32, whatever the model computes in.
+        Logits are float32, whatever the model computes in, and made in inference mode.
 
         Raises:
             ValueError: the cache is full, or a logit is not finite.
@@ -78,7 +78,6 @@ class Decoding:
             self._advance(token)
         return self.step(last)
 
-    @torch.no_grad()
     def reorder(self, parents: Tensor) -> None:
         """Lets every beam go on from another beam of its prompt: [prompts, beams] int64."""
         self.cache.reorder(parents)

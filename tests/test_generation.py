@@ -229,6 +229,14 @@ def test_a_cache_serves_many_calls(options: dict[str, Any]) -> None:
             other.generate(ids, mask, cache=cache, max_new_tokens=NEW_TOKENS, **options)
 
 
+def test_a_cache_made_in_inference_mode_serves_outside_of_it() -> None:
+    model, (ids, mask) = own_model("v1.1"), prompts(4, seed=18)
+    with torch.inference_mode():
+        cache = model.new_cache(4, 3, NEW_TOKENS + 1)
+    options = {"num_beams": 3, "max_new_tokens": NEW_TOKENS}
+    assert torch.equal(model.generate(ids, mask, cache=cache, **options), model.generate(ids, mask, **options))
+
+
 @pytest.mark.parametrize("fixed_shapes", [False, True])
 @torch.no_grad()
 def test_nothing_of_an_earlier_text_is_left(fixed_shapes: bool) -> None:
