@@ -93,16 +93,17 @@ def _run_rounds(case: Case, bench: Bench, calls: Mapping[str, Callable[[], Tenso
     for number in range(bench.repeats):
         bench.tell(f"{case.name}: round {number + 1} of {bench.repeats}")
         for name, call in calls.items():
-            seconds, out = _timed(call, bench.device)
+            seconds, out = timed(call, bench.device)
             rounds.encoders[name].append(seconds)
             if name == OWN:
-                rounds.guard.append(_timed(partial(is_finite, out), bench.device)[0])
+                rounds.guard.append(timed(partial(is_finite, out), bench.device)[0])
         if products is not None:
-            rounds.limit.append(_timed(products, bench.device)[0])
+            rounds.limit.append(timed(products, bench.device)[0])
     return rounds
 
 
-def _timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds of a call, and its result."""
     _synchronize(device)
     started = time.perf_counter()
     result = call()
