@@ -24,6 +24,8 @@ from comfy_toys import (
     toy_state,
 )
 
+from comfy_nai_t5.choices import Settings
+
 require_comfyui()
 
 PROMPTS = [
@@ -46,7 +48,7 @@ def test_every_family_gives_what_stock_gives(family: str, tmp_path: Path) -> Non
     from comfy_nai_t5.clip import with_our_t5
 
     theirs = stock(toy_file(tmp_path, FAMILY_CONFIGS[family]), family)
-    ours = with_our_t5(theirs, "float32")
+    ours = with_our_t5(theirs, Settings("float32"))
     for prompt in PROMPTS:
         assert_equal_conditioning(conditioning(ours, prompt), conditioning(theirs, prompt))
 
@@ -55,7 +57,7 @@ def test_the_plain_family_gives_what_the_library_gives() -> None:
     from comfy_nai_t5.loaders import load_t5
     from nai_t5_core import TextEncoder
 
-    clip = load_t5(None, dtype="float32")
+    clip = load_t5(None, settings=Settings("float32"))
     expected = TextEncoder.from_pretrained(dtype="float32").encode(["a photo of a cat"]).hidden_states
     assert error(conditioning(clip, "a photo of a cat")["cond"], expected) < 1e-5
 
@@ -68,7 +70,8 @@ def test_clip_skip(layer: int, tmp_path: Path) -> None:
 
     theirs = stock(toy_file(tmp_path, V1_1), "ltxv")
     pair = [
-        nodes.CLIPSetLastLayer().set_last_layer(clip, layer)[0] for clip in (with_our_t5(theirs, "float32"), theirs)
+        nodes.CLIPSetLastLayer().set_last_layer(clip, layer)[0]
+        for clip in (with_our_t5(theirs, Settings("float32")), theirs)
     ]
     ours, expected = (conditioning(clip, "a cat") for clip in pair)
     assert_equal_conditioning(ours, expected)
@@ -85,7 +88,7 @@ def test_textual_inversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     write_file(tmp_path / "style.safetensors", {"t5xxl": torch.randn(3, 64)})
     monkeypatch.setattr(folder_paths, "get_folder_paths", lambda _: [str(tmp_path)])
     theirs = stock(toy_file(tmp_path, V1_1), "mochi")
-    ours = with_our_t5(theirs, "float32")
+    ours = with_our_t5(theirs, Settings("float32"))
     with_style = conditioning(ours, "a cat embedding:style (embedding:style:1.2) dog")
     assert_equal_conditioning(with_style, conditioning(theirs, "a cat embedding:style (embedding:style:1.2) dog"))
     assert error(with_style["cond"], conditioning(ours, "a cat dog")["cond"]) > 0.01
@@ -95,7 +98,7 @@ def test_tokenizer_options(tmp_path: Path) -> None:
     from comfy_nai_t5.clip import with_our_t5
 
     theirs = stock(toy_file(tmp_path, V1_1), "ltxv")
-    ours = with_our_t5(theirs, "float32")
+    ours = with_our_t5(theirs, Settings("float32"))
     for clip in (theirs, ours):
         clip.set_tokenizer_option("t5xxl_min_length", 20)
         clip.set_tokenizer_option("t5xxl_min_padding", 3)
@@ -110,8 +113,8 @@ def test_replacing_twice_and_stock_untouched(tmp_path: Path) -> None:
 
     theirs = stock(toy_file(tmp_path, V1_1), "mochi")
     before = conditioning(theirs, "a cat")
-    first = with_our_t5(theirs, "bfloat16")
-    again = with_our_t5(first, "float32")
+    first = with_our_t5(theirs, Settings("bfloat16"))
+    again = with_our_t5(first, Settings("float32"))
     assert_equal_conditioning(conditioning(again, "a cat"), before)
     assert isinstance(theirs.cond_stage_model.t5xxl.transformer, T5)
     assert isinstance(again.cond_stage_model.t5xxl.transformer, EncoderModel)
@@ -124,7 +127,7 @@ def test_nothing_is_in_memory_twice(tmp_path: Path) -> None:
     from comfy_nai_t5.clip import with_our_t5
 
     theirs = stock(toy_file(tmp_path, V1_1), "mochi")
-    ours = with_our_t5(theirs, "float32")
+    ours = with_our_t5(theirs, Settings("float32"))
     storages = {p.data_ptr() for p in theirs.cond_stage_model.parameters()}
     assert {p.data_ptr() for p in ours.cond_stage_model.parameters()} == storages
     assert ours.patcher.model_size() == theirs.patcher.model_size()
@@ -142,7 +145,7 @@ def test_two_threads_load_stock_and_ours(tmp_path: Path) -> None:
     def load(ours: bool) -> None:
         for _ in range(4):
             clip = stock(path, "mochi")
-            clip = with_our_t5(clip, "float32") if ours else clip
+            clip = with_our_t5(clip, Settings("float32")) if ours else clip
             seen.append(isinstance(clip.cond_stage_model.t5xxl.transformer, EncoderModel if ours else T5))
 
     threads = [threading.Thread(target=load, args=(ours,)) for ours in (True, False)]
@@ -193,7 +196,7 @@ def test_flux(tmp_path: Path) -> None:
     from comfy_nai_t5.loaders import load_with_clip
 
     paths = [toy_clip_l(tmp_path), toy_file(tmp_path, V1_1)]
-    ours = load_with_clip(paths, "flux", "float32", "file", model_options={"model_config": dict(_TOY_CLIP)})
+    ours = load_with_clip(paths, "flux", Settings("float32", "file"), model_options={"model_config": dict(_TOY_CLIP)})
     theirs = comfy.sd.load_text_encoder_state_dicts(
         [comfy.utils.load_torch_file(str(path)) for path in paths],
         clip_type=comfy.sd.CLIPType.FLUX,
@@ -230,7 +233,7 @@ def test_sd3(parts: str) -> None:
     sizes = {"clip_l": _TOY_CLIP, "clip_g": _TOY_CLIP, "t5xxl": t5}
     model = sd3.sd3_clip(clip_l="l" in parts, clip_g="g" in parts, t5=True, dtype_t5=torch.float32)
     theirs = random_clip(model, sd3.SD3Tokenizer, sizes)
-    ours = with_our_t5(theirs, "float32")
+    ours = with_our_t5(theirs, Settings("float32"))
     for prompt in PROMPTS[:3]:
         assert_equal_conditioning(conditioning(ours, prompt), conditioning(theirs, prompt))
     if "l" in parts:
@@ -247,7 +250,7 @@ def test_hunyuan_dit() -> None:
     mt5 = server_config(UMT5.model_copy(update={"bias_per_layer": False}))
     sizes = {"hydit_clip": _TOY_BERT, "mt5xl": mt5}
     theirs = random_clip(HyditModel, HyditTokenizer, sizes, {"mt5xl.spiece_model": spiece_tensor()})
-    ours = with_our_t5(theirs, "float32")
+    ours = with_our_t5(theirs, Settings("float32"))
     for prompt in PROMPTS[:3]:
         assert_equal_conditioning(conditioning(ours, prompt), conditioning(theirs, prompt))
 
@@ -256,7 +259,7 @@ def test_saved_files_are_those_of_stock(tmp_path: Path) -> None:
     from comfy_nai_t5.clip import with_our_t5
 
     theirs = stock(toy_file(tmp_path, UMT5), "wan")
-    ours, expected = with_our_t5(theirs, "float32").get_sd(), theirs.get_sd()
+    ours, expected = with_our_t5(theirs, Settings("float32")).get_sd(), theirs.get_sd()
     assert ours.keys() == expected.keys() and "spiece_model" in ours
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 

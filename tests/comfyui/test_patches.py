@@ -19,6 +19,8 @@ from comfy_toys import (
     toy_lora,
 )
 
+from comfy_nai_t5.choices import Settings
+
 require_comfyui()
 
 ATTENTION, DENSE = "encoder.block.{}.layer.0.SelfAttention.{}", "encoder.block.{}.layer.1.DenseReluDense.{}"
@@ -35,7 +37,7 @@ def pair(folder: Path, family: str = "mochi") -> tuple[Any, Any]:
     from comfy_nai_t5.clip import with_our_t5
 
     path = toy_file(folder, FAMILY_CONFIGS[family])
-    return with_our_t5(stock(path, family), "float32"), stock(path, family)
+    return with_our_t5(stock(path, family), Settings("float32")), stock(path, family)
 
 
 def with_lora(clip: Any, lora: dict[str, torch.Tensor], strength: float) -> Any:
@@ -79,7 +81,9 @@ def test_lora_before_replacing(tmp_path: Path) -> None:
 
     _, theirs = pair(tmp_path)
     patched = with_lora(theirs, toy_lora(t5_of(theirs), EVERYWHERE, "t5xxl"), 1.0)
-    assert_equal_conditioning(conditioning(with_our_t5(patched, "float32"), "a cat"), conditioning(patched, "a cat"))
+    assert_equal_conditioning(
+        conditioning(with_our_t5(patched, Settings("float32")), "a cat"), conditioning(patched, "a cat")
+    )
 
 
 def test_lora_in_bfloat16_and_float16(tmp_path: Path) -> None:
@@ -89,7 +93,7 @@ def test_lora_in_bfloat16_and_float16(tmp_path: Path) -> None:
     patched = with_lora(theirs, toy_lora(t5_of(theirs), EVERYWHERE, "t5xxl"), 1.0)
     exact = conditioning(patched, "a cat")["cond"]
     for dtype, limit in (("bfloat16", 4e-2), ("float16", 4e-3)):
-        assert error(conditioning(with_our_t5(patched, dtype), "a cat")["cond"], exact) < limit
+        assert error(conditioning(with_our_t5(patched, Settings(dtype)), "a cat")["cond"], exact) < limit
 
 
 def test_a_lora_that_matches_nothing_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -135,7 +139,7 @@ def test_merging(tmp_path: Path) -> None:
 
     first, second = (stock(toy_file(tmp_path, V1_1, seed), "mochi") for seed in (0, 1))
     expected = conditioning(CLIPMergeSimple().merge(first, second, 0.4)[0], "a cat")
-    both = [with_our_t5(clip, "float32") for clip in (first, second)]
+    both = [with_our_t5(clip, Settings("float32")) for clip in (first, second)]
     assert_equal_conditioning(conditioning(CLIPMergeSimple().merge(*both, 0.4)[0], "a cat"), expected)
     assert error(expected["cond"], conditioning(first, "a cat")["cond"]) > 1e-3
 
