@@ -132,7 +132,7 @@ class T5Clip(comfy.sd.CLIP):
 
 def _as_ours(clip: Any) -> T5Clip:
     ours = T5Clip(no_init=True)
-    vars(ours).update(vars(clip))
+    ours.__dict__.update(vars(clip))
     return ours
 
 

@@ -74,7 +74,7 @@ def _norm(residual: Tensor, weight: Tensor, norm: Any, dtype: torch.dtype) -> Te
     return F.rms_norm(residual, residual.shape[-1:], weight.to(residual.dtype), norm.variance_epsilon).to(dtype)
 
 
-def fuse(block: SharedBlock) -> FusedWeights:
+def fuse(block: Any) -> FusedWeights:
     """The weights of a layer, joined, for which there must be no :func:`obstacle`."""
     attention, dense = block.layer[0].SelfAttention, block.layer[-1].DenseReluDense
     inner = (dense.wi_0, dense.wi_1) if isinstance(dense, GatedFeedForward) else (dense.wi,)
@@ -88,7 +88,7 @@ def fuse(block: SharedBlock) -> FusedWeights:
     )
 
 
-def obstacle(block: SharedBlock, dtype: torch.dtype, device: torch.device | None = None) -> str | None:
+def obstacle(block: Any, dtype: torch.dtype, device: torch.device | None = None) -> str | None:
     """Why a layer cannot be joined at this moment, as the end of a sentence; None if it can.
 
     ``device`` is where it is to run; None where that is not to be considered, since the weights are not there yet.

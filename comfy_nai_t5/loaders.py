@@ -20,7 +20,6 @@ from comfy_nai_t5.clip import T5Clip, is_streamed, t5_models, with_our_t5
 from comfy_nai_t5.families import AUTO, ServerFamily, check_joint, family_for, server_config
 from comfy_nai_t5.plain import SPECIAL_TOKENS, TOKENIZER
 from nai_t5_core.examine import NO_TOKENIZER
-from nai_t5_core.formats import open_checkpoint
 from nai_t5_core.precision import is_finite, resolve_dtype
 
 
@@ -133,7 +132,7 @@ def load_with_clip(
     options = {**device_options(settings.device), **(model_options or {})}
     states = []
     for path in paths:
-        if not holds_t5(open_checkpoint(path).tensors):
+        if not holds_t5(path):
             states.append(_other_encoder(path))
             continue
         checkpoint = read_checkpoint(path)

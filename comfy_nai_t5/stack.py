@@ -62,7 +62,8 @@ class SharedEncoder(Encoder):
 
     def __init__(self, config: T5Config, scales: StackScales) -> None:
         super().__init__(config, "separate", scales, NoInit, device="meta")
-        self.block = nn.ModuleList(SharedBlock(*block.layer) for block in self.block)
+        blocks: Any = self.block
+        self.block = nn.ModuleList(SharedBlock(*block.layer) for block in blocks)
 
     def bias_table(self, index: int, device: torch.device | None = None) -> Tensor:
         if self.tables is not None:
@@ -80,8 +81,9 @@ class SharedEncoder(Encoder):
         return F.rms_norm(residual, residual.shape[-1:], weight, norm.variance_epsilon).to(dtype)
 
     def join(self, dtype: torch.dtype) -> Counter[str]:
-        """Joins the products of every layer where that changes nothing; returns why the other layers are as they are."""
+        """Joins the products of every layer where that changes nothing; returns why other layers are as they are."""
         reasons: Counter[str] = Counter()
+        block: Any
         for block in self.block:
             reason = obstacle(block, dtype, self.device)
             if reason:
@@ -96,6 +98,7 @@ class SharedEncoder(Encoder):
     def release(self) -> None:
         """Ends what :meth:`join` began: between calls the modules are the only owners of their weights."""
         self.tables = None
+        block: Any
         for block in self.block:
             block.weights = None
 
@@ -186,7 +189,7 @@ class SharedStack(T5EncoderStack):
         """What the layout will be, as far as it can be known before the weights are on their device."""
         if self.wish == "separate":
             return "separate layout, as chosen"
-        blocks = self.encoder.block
+        blocks: Any = self.encoder.block
         reasons = Counter(reason for block in blocks if (reason := obstacle(block, self.dtype)) is not None)
         if reasons and self.wish == "fused":
             raise ValueError(f"the T5 cannot run in the fused layout: {next(iter(reasons))}; choose the layout auto")
