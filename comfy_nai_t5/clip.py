@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from comfy_nai_t5.choices import Settings
+from comfy_nai_t5.encode import embedding_widths
 from comfy_nai_t5.stack import SharedStack
 from comfy_nai_t5.telling import out_of_memory, warn
 from nai_t5_core.attention_choice import FlexUnavailableError, missing_for_flex, refuse_unsupported
@@ -110,10 +111,22 @@ class EncoderModel(nn.Module):
 
 
 class T5Clip(comfy.sd.CLIP):
-    """ComfyUI's CLIP, which tells when a LoRA changes nothing."""
+    """ComfyUI's CLIP, which tells what ComfyUI itself leaves out: LoRAs and embeddings that do not fit."""
 
     def clone(self, *arguments: Any, **options: Any) -> T5Clip:
         return _as_ours(super().clone(*arguments, **options))
+
+    def tokenize(self, text: str, *arguments: Any, **options: Any) -> dict[str, Any]:
+        tokens: dict[str, Any] = super().tokenize(text, *arguments, **options)
+        (owner, *_) = t5_models(self.cond_stage_model).values()
+        expected = owner.transformer.shared.embedding_dim
+        widths = embedding_widths(tokens) - {expected}
+        if widths:
+            warn(
+                f"An embedding in the prompt is {min(widths)} numbers wide, and the T5 takes {expected}: the T5 leaves "
+                "it out; choose one that was trained for this T5."
+            )
+        return tokens
 
     def add_patches(self, patches: Mapping[Any, Any], *strengths: Any, **options: Any) -> list[Any]:
         """Patches the weights, and gives the keys that were found.

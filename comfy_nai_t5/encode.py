@@ -100,6 +100,12 @@ def _joined(values: list[Any]) -> Any:
     return torch.cat(values) if all(isinstance(value, Tensor) for value in values) else values[0]
 
 
+def embedding_widths(tokens: dict[str, Any]) -> set[int]:
+    """The widths of all embeddings among the tokens of a T5."""
+    pairs = (pair for name in T5_TOKENS for window in tokens.get(name, ()) for pair in window)
+    return {token.shape[-1] for token, *_ in pairs if isinstance(token, Tensor)}
+
+
 def _tokenizer(clip: Any, name: str) -> Any:
     """The tokenizer of the T5 inside that of the CLIP, which goes by either of two names."""
     return getattr(clip.tokenizer, name, None) or getattr(clip.tokenizer, f"clip_{name}")
