@@ -255,6 +255,86 @@ def test_hunyuan_dit() -> None:
         assert_equal_conditioning(conditioning(ours, prompt), conditioning(theirs, prompt))
 
 
+TOY_LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
+
+
+def hidream_tokens(clip_parts: str) -> dict[str, Any]:
+    """Tokens as HiDream's tokenizer gives them, but for small numbers in the place of Llama's."""
+    from comfy.sd1_clip import SDTokenizer
+    from comfy.text_encoders.sd3_clip import T5XXLTokenizer
+
+    text = "a photo of a (cat:1.3)"
+    words = SDTokenizer().tokenize_with_weights(text)
+    return {
+        "l": words if "l" in clip_parts else [],
+        "g": words if "g" in clip_parts else [],
+        "t5xxl": [T5XXLTokenizer(min_length=128, max_length=128).tokenize_with_weights(text)[0]],
+        "llama": [[(token, 1.0) for token in (128, 7, 9, 11)]],
+    }
+
+
+@pytest.mark.parametrize("parts", ["lgt", "lgtm", "tm", "t"])
+def test_hidream(parts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its encoders (m: Llama) but its tokenizer, for which a checkout may lack a file."""
+    import comfy.sd
+    from comfy.text_encoders.hidream import hidream_clip
+
+    from comfy_nai_t5.clip import t5_models, with_our_t5
+    from comfy_nai_t5.families import server_config
+
+    t5 = server_config(V1_1.model_copy(update={"num_layers": 2}))
+    sizes = {"clip_l": _TOY_CLIP, "clip_g": _TOY_CLIP, "t5xxl": t5, "llama": TOY_LLAMA}
+    options = {f"{name}_model_config": config for name, config in sizes.items()} | {"vocab_size": 256}
+    model = hidream_clip(clip_l="l" in parts, clip_g="g" in parts, t5=True, llama="m" in parts, dtype_t5=torch.float32)
+    target = type("Target", (), {"params": {}, "clip": model, "tokenizer": lambda **_: None})
+    theirs = comfy.sd.CLIP(target, model_options={**options, "dtype": torch.float32})
+    theirs.cond_stage_model.load_state_dict(random_weights(theirs.cond_stage_model))
+    ours = with_our_t5(theirs, Settings("float32"))
+    assert list(t5_models(ours.cond_stage_model)) == ["t5xxl"]
+    tokens = hidream_tokens(parts)
+    with torch.inference_mode():
+        ((mine, extras),), ((expected, wanted),) = (
+            clip.encode_from_tokens_scheduled(tokens) for clip in (ours, theirs)
+        )
+    assert mine.shape == (1, 128, 64)
+    assert_equal_conditioning({"cond": mine, **extras}, {"cond": expected, **wanted})
+
+
+def test_byt5_of_hunyuan_image() -> None:
+    """The glyph encoder is a T5 too, and is replaced; the Qwen beside it stays."""
+    import comfy.sd
+    from comfy.text_encoders.hunyuan_image import ByT5SmallTokenizer, HunyuanImageTEModel
+
+    from comfy_nai_t5.clip import EncoderModel, describe, t5_models, with_our_t5
+    from comfy_nai_t5.encode import tokenize
+    from comfy_nai_t5.families import server_config
+
+    qwen = {**TOY_LLAMA, "vocab_size": 256}
+    target = type("Target", (), {"params": {}, "clip": HunyuanImageTEModel, "tokenizer": lambda **_: None})
+    glyphs = server_config(V1_1.model_copy(update={"vocab_size": 1510}))
+    sizes = {"qwen25_7b_model_config": qwen, "_model_config": glyphs}  # ComfyUI gives the glyph encoder no name
+    theirs = comfy.sd.CLIP(target, model_options={**sizes, "dtype": torch.float32})
+    theirs.cond_stage_model.load_state_dict(random_weights(theirs.cond_stage_model))
+    ours = with_our_t5(theirs, Settings("float32"))
+    assert isinstance(t5_models(ours.cond_stage_model)["byt5_small"].transformer, EncoderModel)
+    assert describe(ours).startswith("byt5_small: ")
+    pairs = ByT5SmallTokenizer().tokenize_with_weights('Text "Straße". Text "猫". ')
+    with torch.inference_mode():
+        mine, expected = (clip.cond_stage_model.byt5_small.encode_token_weights(pairs)[0] for clip in (ours, theirs))
+    assert error(mine, expected) < 1e-4
+    assert ours.cond_stage_model.qwen25_7b is theirs.cond_stage_model.qwen25_7b
+    without = type("Clip", (), {"tokenize": lambda self, text: {"qwen25_7b": []}})()
+    with pytest.raises(ValueError, match="tokens for qwen25_7b, and none for a T5"):
+        tokenize(without, "no quoted words")
+
+
 def test_saved_files_are_those_of_stock(tmp_path: Path) -> None:
     from comfy_nai_t5.clip import with_our_t5
 
