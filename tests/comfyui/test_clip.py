@@ -135,25 +135,33 @@ def test_nothing_is_in_memory_twice(tmp_path: Path) -> None:
     assert ours.cond_stage_model.state_dict().keys() == theirs.cond_stage_model.state_dict().keys()
 
 
-def test_two_threads_load_stock_and_ours(tmp_path: Path) -> None:
+def test_stock_is_what_it_was_before_during_and_after_ours(tmp_path: Path) -> None:
+    """Two threads load at once, one of them ours; what stock gives is the same to the bit whenever it was loaded."""
     from comfy.text_encoders.t5 import T5
 
     from comfy_nai_t5.clip import EncoderModel, with_our_t5
 
-    path, seen = toy_file(tmp_path, V1_1), []
+    path = toy_file(tmp_path, V1_1)
+    before = conditioning(stock(path, "mochi"), "a cat")
+    during: dict[bool, list[Any]] = {True: [], False: []}
 
     def load(ours: bool) -> None:
         for _ in range(4):
             clip = stock(path, "mochi")
-            clip = with_our_t5(clip, Settings("float32")) if ours else clip
-            seen.append(isinstance(clip.cond_stage_model.t5xxl.transformer, EncoderModel if ours else T5))
+            during[ours].append(with_our_t5(clip, Settings("float32")) if ours else clip)
 
     threads = [threading.Thread(target=load, args=(ours,)) for ours in (True, False)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert seen == [True] * 8
+    for clip in during[True]:
+        assert isinstance(clip.cond_stage_model.t5xxl.transformer, EncoderModel)
+        assert_equal_conditioning(conditioning(clip, "a cat"), before)
+    for clip in (*during[False], stock(path, "mochi")):
+        assert type(clip.cond_stage_model.t5xxl.transformer) is T5
+        assert torch.equal(conditioning(clip, "a cat")["cond"], before["cond"])
+    assert len(during[True]) == len(during[False]) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -269,9 +269,13 @@ def test_ours_equals_stock_at_the_size_of_stable_audio(server: Server) -> None:
 def test_what_was_loaded_is_told(server: Server) -> None:
     encode = node("CLIPTextEncode", clip=["1", 0], text="a")
     _, shown = server.watch(
-        {"1": load(), "2": encode, "3": node("NAISaveT5Embedding", conditioning=["2", 0], name="a", note="")}
+        {
+            "1": load(dtype="float16"),
+            "2": encode,
+            "3": node("NAISaveT5Embedding", conditioning=["2", 0], name="a", note=""),
+        }
     )
-    assert "t5: T5 v1.1 of 2 layers, float32, fused layout" in shown
+    assert "t5: T5 v1.1 of 3 layers, float16, fused layout" in shown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,7 +324,7 @@ def test_files_that_are_no_t5(server: Server) -> None:
 def test_choices_that_are_impossible(server: Server) -> None:
     for choices, message in (
         ({"compile": True, "layout": "separate"}, "compile needs joined products; choose the layout auto or fused"),
-        ({"dtype": "bfloat16", "layout": "fused"}, "its weights are kept in float32 and cast to bfloat16"),
+        ({"dtype": "bfloat16", "layout": "fused"}, "its weights are kept in float16 and cast to bfloat16"),
     ):
         wrong = load()
         wrong["inputs"].update(choices)
