@@ -316,28 +316,35 @@ def test_hidream(parts: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_byt5_of_hunyuan_image() -> None:
-    """The glyph encoder is a T5 too, and is replaced; the Qwen beside it stays."""
+    """The glyph encoder is a T5 too, and is replaced. Qwen beside it has no toy size; a CLIP stands for it."""
     import comfy.sd
-    from comfy.text_encoders.hunyuan_image import ByT5SmallTokenizer, HunyuanImageTEModel
+    from comfy.sd1_clip import SDClipModel
+    from comfy.text_encoders.hunyuan_image import ByT5SmallModel, ByT5SmallTokenizer
 
     from comfy_nai_t5.clip import EncoderModel, describe, t5_models, with_our_t5
     from comfy_nai_t5.encode import tokenize
     from comfy_nai_t5.families import server_config
 
-    qwen = {**TOY_LLAMA, "vocab_size": 256}
-    target = type("Target", (), {"params": {}, "clip": HunyuanImageTEModel, "tokenizer": lambda **_: None})
+    class GlyphModel(torch.nn.Module):
+        def __init__(self, device: Any, dtype: Any, model_options: dict[str, Any]) -> None:
+            super().__init__()
+            self.dtypes = {dtype}
+            self.other = SDClipModel(device=device, dtype=dtype, model_options={"model_config": dict(_TOY_CLIP)})
+            self.byt5_small = ByT5SmallModel(device=device, dtype=dtype, model_options=model_options)
+
     glyphs = server_config(V1_1.model_copy(update={"vocab_size": 1510}))
-    sizes = {"qwen25_7b_model_config": qwen, "_model_config": glyphs}  # ComfyUI gives the glyph encoder no name
-    theirs = comfy.sd.CLIP(target, model_options={**sizes, "dtype": torch.float32})
+    options = {"_model_config": glyphs, "dtype": torch.float32}  # ComfyUI gives the glyph encoder no name
+    target = type("Target", (), {"params": {}, "clip": GlyphModel, "tokenizer": lambda **_: None})
+    theirs = comfy.sd.CLIP(target, model_options=options)
     theirs.cond_stage_model.load_state_dict(random_weights(theirs.cond_stage_model))
     ours = with_our_t5(theirs, Settings("float32"))
     assert isinstance(t5_models(ours.cond_stage_model)["byt5_small"].transformer, EncoderModel)
-    assert describe(ours).startswith("byt5_small: ")
+    assert describe(ours) == "byt5_small: T5 v1.1 of 3 layers, float32, fused layout"
     pairs = ByT5SmallTokenizer().tokenize_with_weights('Text "Straße". Text "猫". ')
     with torch.inference_mode():
         mine, expected = (clip.cond_stage_model.byt5_small.encode_token_weights(pairs)[0] for clip in (ours, theirs))
-    assert error(mine, expected) < 1e-4
-    assert ours.cond_stage_model.qwen25_7b is theirs.cond_stage_model.qwen25_7b
+    assert expected.shape[1] > 20 and error(mine, expected) < 1e-4
+    assert ours.cond_stage_model.other is theirs.cond_stage_model.other
     without = type("Clip", (), {"tokenize": lambda self, text: {"qwen25_7b": []}})()
     with pytest.raises(ValueError, match="tokens for qwen25_7b, and none for a T5"):
         tokenize(without, "no quoted words")
