@@ -341,7 +341,7 @@ def test_a_lora_that_matches_nothing_is_told(server: Server) -> None:
         "LoraLoader", model=["4", 0], clip=["1", 0], lora_name="other.safetensors", strength_model=1, strength_clip=1
     )
     prompt["4"] = node("NoModel")
-    prompt["2"]["inputs"]["clip"] = ["3", 0]
+    prompt["2"]["inputs"]["clip"] = ["3", 1]
     warnings, _ = server.watch(prompt)
     (warning,) = warnings
     assert warning["node"] == "3" and warning["text"].startswith("This LoRA changes nothing: none of its keys belongs")
@@ -371,7 +371,7 @@ def test_an_embedding_of_the_wrong_width_is_told(server: Server) -> None:
 
 def test_out_of_memory_is_told(server: Server) -> None:
     """A bias of [heads, tokens, tokens] that no machine holds."""
-    prompt = {"1": load(), "2": node("CLIPTextEncode", clip=["1", 0], text="cat " * 500_000)}
+    prompt = {"1": load(), "2": node("CLIPTextEncode", clip=["1", 0], text="cat " * 100_000)}
     prompt["3"] = node("NAISaveT5Embedding", conditioning=["2", 0], name="long", note="")
     fault = server.fail(prompt)
     assert "memory ran out while the T5 encoded 1 × " in fault and "use a shorter prompt" in fault
