@@ -16,9 +16,10 @@ ROWS = [
     "layers attention attention_choice flex packing encoder "
     "decoder_attention decoder decoding token_scores beam_search generation model",
     # 2: weights
-    "formats keymaps fuse precision hub native examine load conversion maxima scales_file lora_keys lora_files lora",
+    "formats keymaps fuse precision hub native examine load conversion maxima scales_file "
+    "lora_keys lora_files lora_set lora",
     # 3: use
-    "optimize int8 compiled guard calibrate stress text_encoder textual_inversion "
+    "optimize int8 compiled lora_live guard calibrate stress text_encoder textual_inversion "
     "peers comfyui_peer parity parity_report bench roofline cli "
     "row_memory hf_weights hf diffusers_adapter diffusers_prompts training",
 ]
