@@ -8,7 +8,7 @@ call joins anew. A layer that cannot be joined at this moment runs module by mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nai_t5_core.attention import Attend
 from nai_t5_core.encoder import EncoderBlock
-from nai_t5_core.layers import ACTIVATIONS, GatedFeedForward, add_sublayer, scaled
+from nai_t5_core.layers import ACTIVATIONS, GatedFeedForward, add_sublayer, gated, scaled
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,14 @@ class SharedBlock(EncoderBlock):
         layer: Any = self.layer[-1]
         dense = layer.DenseReluDense
         hidden = _norm(residual, weights.dense_norm, layer.layer_norm, dtype)
-        activate: Callable[[Tensor], Tensor] = ACTIVATIONS[dense.activation]
         if not isinstance(dense, GatedFeedForward):
-            inner = activate(F.linear(scaled(hidden, dense.scale), weights.wi))
+            inner = ACTIVATIONS[dense.activation](F.linear(scaled(hidden, dense.scale), weights.wi))
         elif dense.scale == 1:
-            gate, up = F.linear(hidden, weights.wi).chunk(2, dim=-1)
-            inner = activate(gate) * up
+            inner = gated(*F.linear(hidden, weights.wi).chunk(2, dim=-1), dense.activation)
         else:
             # Only up is scaled, and before its product, which might overflow: so these two are taken apart.
             gate, up = weights.wi.chunk(2)
-            inner = activate(F.linear(hidden, gate)) * F.linear(hidden * dense.scale, up)
+            inner = gated(F.linear(hidden, gate), F.linear(hidden * dense.scale, up), dense.activation)
         return add_sublayer(residual, F.linear(inner, weights.wo), layer.out_scale)
 
 
