@@ -19,6 +19,7 @@ class Page:
 
     def __init__(self, page: Any) -> None:
         self.page = page
+        page.set_default_timeout(_PATIENCE)
         self.faults: list[str] = []
         page.on("console", lambda told: told.type == "error" and self.faults.append(f"{told.text} {told.location}"))
         page.on("pageerror", lambda error: self.faults.append(f"{error} {error.stack}"))
@@ -26,13 +27,13 @@ class Page:
 
     def open(self, url: str) -> None:
         """Opens it, waits until our nodes are known, and empties the graph that it greets with."""
-        self.page.goto(url)
+        self.page.goto(url, wait_until="domcontentloaded")
         self.wait("Boolean(window.app?.graph && window.LiteGraph?.registered_node_types?.NAILoadT5)")
         self.wait("app.graph.nodes.length > 0")
         self.page.evaluate("app.graph.clear()")
 
     def wait(self, condition: str, argument: Any = None) -> None:
-        self.page.wait_for_function(condition, arg=argument, timeout=_PATIENCE)
+        self.page.wait_for_function(condition, arg=argument)
 
     def faults_of_ours(self) -> list[str]:
         return [fault for fault in self.faults if PACK in fault or "NAI" in fault]
@@ -50,14 +51,14 @@ class Page:
         area = self.page.locator("#graph-canvas").bounding_box()
         self.page.mouse.dblclick(area["x"] + area["width"] / 2, area["y"] + area["height"] / 2)
         self.page.keyboard.type(name, delay=20)
-        self.page.get_by_text(name, exact=True).first.wait_for(timeout=_PATIENCE)
+        self.page.get_by_text(name, exact=True).first.wait_for()
         self.page.keyboard.press("Enter")
         self.wait("app.graph.nodes.length > 0")
 
     def browse_templates(self) -> None:
         """Opens the template browser at this pack."""
         self.page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-        self.page.get_by_text(PACK, exact=True).first.click(timeout=_PATIENCE)
+        self.page.get_by_text(PACK, exact=True).first.click()
 
     def template(self, name: str) -> Any:
         return self.page.get_by_text(name, exact=True).first
@@ -98,7 +99,8 @@ def open_page(width: int = 1400, height: int = 900) -> Iterator[Page]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        options = ["--no-sandbox", "--disable-gpu"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options, timeout=_PATIENCE)
         try:
             yield Page(browser.new_page(viewport={"width": width, "height": height}))
         finally:

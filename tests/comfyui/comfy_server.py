@@ -59,9 +59,13 @@ class Server:
         return True
 
     def get(self, path: str) -> Any:
+        """JSON as values, text as text, anything else as bytes."""
         with urllib.request.urlopen(self.url + path) as reply:
             content = reply.read()
-        return json.loads(content) if reply.headers["Content-Type"].startswith("application/json") else content.decode()
+        kind = reply.headers["Content-Type"]
+        if kind.startswith("application/json"):
+            return json.loads(content)
+        return content.decode() if kind.startswith("text/") else content
 
     def post(self, prompt: dict[str, Any], client: str = "") -> str:
         """Queues a workflow in API format; returns its number. Events go to the client's websocket."""
