@@ -64,10 +64,10 @@ class Page:
         return self.page.get_by_text(name, exact=True).first
 
     def show_workflow(self, path: Path) -> None:
-        """Opens a workflow file, all of it in view and legible."""
-        self.page.evaluate("workflow => app.loadGraphData(workflow)", json.loads(path.read_text(encoding="utf-8")))
-        count = len(json.loads(path.read_text(encoding="utf-8"))["nodes"])
-        self.wait("count => app.graph.nodes.length == count", count)
+        """Opens a workflow file."""
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        self.page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
+        self.wait("count => app.graph.nodes.length == count", len(workflow["nodes"]))
 
     def fit(self) -> None:
         """Brings the whole graph into view, drawn in full at any scale."""
@@ -78,7 +78,7 @@ class Page:
         self.page.wait_for_timeout(1500)  # it moves there slowly
 
     def run(self) -> None:
-        """Presses the key that runs the workflow, and waits until a picture is shown on a node."""
+        """Runs the workflow, and waits until a picture is shown on a node."""
         self.page.evaluate("app.queuePrompt(0)")
         self.wait("app.graph.nodes.some(node => node.imgs?.length)")
 
