@@ -1,6 +1,6 @@
 """Takes the thumbnails of the bundled workflows, and the README's picture, from ComfyUI's page.
 
-    COMFYUI_PATH=… PYTHONPATH=.:tests python tests/comfyui/pictures.py
+COMFYUI_PATH=… PYTHONPATH=.:tests python tests/comfyui/pictures.py
 """
 
 from __future__ import annotations

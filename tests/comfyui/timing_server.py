@@ -17,9 +17,7 @@ from conftest import random_state
 
 from nai_t5_core.config import T5Config, named_config
 
-_PROMPT = (
-    "slow piano over soft rain, a {} cello in the distance, tape hiss, 70 beats a minute, melancholic, stereo"
-)
+_PROMPT = "slow piano over soft rain, a {} cello in the distance, tape hiss, 70 beats a minute, melancholic, stereo"
 _EDITS = ("quiet", "warm", "dark", "lonely", "bright", "bowed", "second", "faint", "muted", "gentle")
 FILE = "t5.safetensors"
 
