@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.attention import Attend, SelfAttentionLayer, distance_table, query_std
+from nai_t5_core.attention import Attend, SelfAttentionLayer, query_std
 from nai_t5_core.config import T5Config
-from nai_t5_core.decoder_attention import CrossAttend, CrossMemory, DecoderPlan, cross_bias
+from nai_t5_core.decoder_attention import CrossAttend, CrossMemory, DecoderPlan, causal_table, cross_bias
 from nai_t5_core.encoder import EncoderBlock, Layout
 from nai_t5_core.layers import FeedForwardLayer, FoldedRMSNorm, RMSNorm, residual_dtype, scaled
 from nai_t5_core.packing import Packing
@@ -174,15 +174,15 @@ class Decoder(nn.Module):
     def bias_tables(self, dtype: torch.dtype) -> list[Tensor]:
         """The bias by distance of every layer that has its own: [heads, 2 · max_distance + 1] each.
 
-        It is −∞ for keys ahead of the query, so that any window of it is a causal mask as well.
+        See :func:`nai_t5_core.decoder_attention.causal_table`.
         """
         tables = []
         block: Any
         for block in self.block if self.bias_per_layer else self.block[:1]:
-            weight = block.layer[0].SelfAttention.relative_attention_bias.weight
-            table = distance_table(weight, self.max_distance, bidirectional=False).to(dtype)
-            is_ahead = torch.arange(table.shape[1], device=table.device) > self.max_distance
-            tables.append(table.masked_fill(is_ahead, -torch.inf))
+            embedding = block.layer[0].SelfAttention.relative_attention_bias
+            # By its own module's call, for which sharding gathers it.
+            weight = embedding(torch.arange(embedding.num_embeddings, device=embedding.weight.device))
+            tables.append(causal_table(weight, self.max_distance).to(dtype))
         return tables
 
     def read(self, states: Tensor, packing: Packing, mask: Tensor | None, scale: float) -> CrossMemory:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nai_t5_core.attention import Attend, position_bias
+from nai_t5_core.attention import Attend, distance_table, position_bias
 from nai_t5_core.config import T5Config
 
 # Queries [prompts, queries, heads, d_kv] to attention output of the same shape.
@@ -35,25 +35,41 @@ class DecoderPlan(Protocol):
         ...
 
 
-def attend_to(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def causal_table(weight: Tensor, max_distance: int) -> Tensor:
+    """Bias by distance of a decoder's layer: [buckets, heads] to [heads, 2 · max_distance + 1].
+
+    It is −∞ for keys ahead of the query, so that any window of it is a causal mask as well.
+    """
+    table = distance_table(weight, max_distance, bidirectional=False)
+    is_ahead = torch.arange(table.shape[1], device=table.device) > max_distance
+    return table.masked_fill(is_ahead, -torch.inf)
+
+
+def attend_to(
+    q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float, dropout: float = 0.0
+) -> Tensor:
     """q [prompts, queries, heads, d_kv] over keys and values [prompts, heads, keys, d_kv]; result like q."""
-    return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=bias, scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, bias, dropout, scale=scale).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class CausalAttention:
-    """Every position of a text at once; each sees itself and what is before it."""
+    """Every position of a text at once; each sees itself and what is before it.
+
+    ``dropout`` is the share of attention weights that are set to zero, in training.
+    """
 
     tables: Sequence[Tensor]
     length: int
     scale: float
+    dropout: float = 0.0
 
     def bias(self, index: int) -> Tensor:
         return position_bias(self.tables[index], self.length)[None]
 
     def layer(self, index: int, bias: Tensor) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend_to(q, k.transpose(1, 2), v.transpose(1, 2), bias, self.scale)
+            return attend_to(q, k.transpose(1, 2), v.transpose(1, 2), bias, self.scale, self.dropout)
 
         return attend
 
@@ -71,11 +87,13 @@ class CrossMemory:
         layers: keys and values of each layer, [prompts, heads, length, d_kv] each.
         bias: [prompts, 1, 1, length], hides pad tokens; None where there are none.
         scale: what q·k is multiplied by.
+        dropout: the share of attention weights that are set to zero, in training.
     """
 
     layers: Sequence[tuple[Tensor, Tensor]]
     bias: Tensor | None
     scale: float
+    dropout: float = 0.0
 
     @property
     def prompts(self) -> int:
@@ -86,7 +104,7 @@ class CrossMemory:
         keys, values = self.layers[index]
 
         def attend(q: Tensor) -> Tensor:
-            return attend_to(q, keys, values, self.bias, self.scale)
+            return attend_to(q, keys, values, self.bias, self.scale, self.dropout)
 
         return attend
 

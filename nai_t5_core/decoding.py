@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from nai_t5_core.model import T5
 
 
+class NotFiniteLogitsError(ValueError):
+    """The decoder gave NaN or infinity; the message says what may help."""
+
+
 class Decoding:
     """Texts that grow token by token: [prompts, beams] of them, the beams of a prompt side by side.
 
@@ -53,14 +57,15 @@ class Decoding:
         Logits are float32, whatever the model computes in.
 
         Raises:
-            ValueError: the cache is full, or a logit is not finite.
+            ValueError: the cache is full.
+            NotFiniteLogitsError: a logit is not finite.
         """
         logits = self.model.logits(self._advance(tokens)).float()
         # The sum is not finite if any is not: one pass over the logits.
         if not bool(logits.sum().isfinite()):
-            raise ValueError(
+            raise NotFiniteLogitsError(
                 f"the decoder gives values that are not finite in {self.model.dtype}: the weights are damaged, or "
-                "exceed its range; use bfloat16 or float32, or give scales"
+                "exceed its range; use bfloat16 or float32, give scales, or call generate_guarded"
             )
         return logits
 

@@ -59,6 +59,7 @@ def _headline(report: BenchReport) -> str:
 def _tables(report: BenchReport) -> Iterator[_Table]:
     if report.cases:
         yield from map(_timings, report.cases)
+        yield _call_memory(report)
         yield _machine(report)
     if report.loading is not None:
         yield _cold_starts(report.loading)
@@ -92,6 +93,17 @@ def _timings(result: CaseResult) -> _Table:
     ]
     headings = ("", "one call", "ratio to ours", "tokens/s", "GFLOPs", "÷ real")
     return _Table(result.case.name, headings, rows)
+
+
+def _call_memory(report: BenchReport) -> _Table:
+    rows: list[tuple[str, ...]] = [
+        (result.case.name, *(_megabytes(timing.peak_memory) for timing in result.timings)) for result in report.cases
+    ]
+    return _Table("Memory of one call, MB", ("case", *(timing.name for timing in report.cases[0].timings)), rows)
+
+
+def _megabytes(size: int | None) -> str:
+    return "not measured" if size is None else f"{size / 1e6:.1f}"
 
 
 def _machine(report: BenchReport) -> _Table:
@@ -137,6 +149,7 @@ def _notes(report: BenchReport) -> Iterator[str]:
         yield f"skipped {reason}"
     if report.cases:
         yield "tokens/s: real tokens, pads do not count; ÷ real: FLOPs divided by those of the real tokens alone"
+        yield "memory of one call: what torch allocated at once meanwhile, with its result and without the weights"
     if report.loading is not None and report.loading.memory:
         weights, work = report.loading.weights / 1e6, report.loading.work_space / 1e6
         yield f"weights {weights:.0f} MB, float32 work space of the largest tensor {work:.0f} MB"

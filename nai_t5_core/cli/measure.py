@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,6 +34,7 @@ def parity(
     against: Against = "transformers",
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Also compare the residual after each layer.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Also measure our 8-bit form.")] = False,
+    decoder: Annotated[bool, typer.Option("--decoder", help="Also the decoder, of a whole model.")] = False,
     scales: ScalesOption = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file with the errors of all.")] = None,
     subfolder: Subfolder = "",
@@ -42,32 +44,62 @@ def parity(
     import torch
 
     from nai_t5_core import parity_report
-    from nai_t5_core.examine import examine
-    from nai_t5_core.load import choose_scales
+    from nai_t5_core.decoder_parity import measure_decoder_parity
+    from nai_t5_core.examine import decoder_faults, examine, settle_head
+    from nai_t5_core.load import choose_decoder_scales, choose_scales
     from nai_t5_core.parity import measure_parity
     from nai_t5_core.peers import hf_state, random_state
-    from nai_t5_core.scales_file import read_scales
+    from nai_t5_core.scales_file import read_decoder_scales, read_scales
 
+    chosen_for_decoder = None
     if random is not None:
-        config = named_config(random).encoder_only()
-        config = config.model_copy(update={"num_layers": layers}) if layers else config
+        config = named_config(random) if decoder else named_config(random).encoder_only()
+        if layers:
+            config = config.model_copy(
+                update={"num_layers": layers, "num_decoder_layers": min(layers, config.num_decoder_layers)}
+            )
         state, chosen = random_state(config, outliers=outliers), read_scales(scales) if scales else None
+        if scales and decoder:
+            chosen_for_decoder = read_decoder_scales(scales)
     else:
         examination = examine(model, subfolder)
+        if decoder:
+            settle_head(examination)
+            examination.faults += decoder_faults(examination)
+            chosen_for_decoder = choose_decoder_scales(examination, torch.float16, scales or "auto")
+        else:
+            examination.config = examination.config.encoder_only()
         examination.refuse_faults()
-        config, state = examination.config.encoder_only(), hf_state(examination)
+        config, state = examination.config, hf_state(examination)
         chosen = choose_scales(examination, torch.float16, scales or "auto")
+    peers = against.split(",") if against else ()
     with err.status("measuring") as status:
         report = measure_parity(
             config,
             state,
             dtypes.split(","),
-            against.split(",") if against else (),
+            peers,
             scales=chosen,
             per_layer=per_layer,
             int8=int8,
             progress=status.update,
         )
+        if decoder:
+            found = measure_decoder_parity(
+                config,
+                state,
+                dtypes.split(","),
+                peers,
+                scales=chosen,
+                decoder_scales=chosen_for_decoder,
+                progress=status.update,
+            )
+            report = dataclasses.replace(
+                report,
+                decoder_hidden=found.hidden,
+                logits=found.logits,
+                skipped=(*report.skipped, *found.skipped),
+            )
     if plot is not None:
         parity_report.plot(report, plot)
     if as_json:

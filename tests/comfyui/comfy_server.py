@@ -44,7 +44,7 @@ class Server:
             self.process = subprocess.Popen(
                 [sys.executable, "main.py", *options], cwd=checkout, stdout=log, stderr=log, env=environment
             )
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while not self._answers():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
