@@ -60,11 +60,12 @@ class SharedBlock(EncoderBlock):
         if not isinstance(dense, GatedFeedForward):
             inner = ACTIVATIONS[dense.activation](F.linear(scaled(hidden, dense.scale), weights.wi))
         elif dense.scale == 1:
-            inner = gated(*F.linear(hidden, weights.wi).chunk(2, dim=-1), dense.activation)
+            gate, up = F.linear(hidden, weights.wi).chunk(2, dim=-1)
+            inner = gated(gate, up, dense.activation)
         else:
             # Only up is scaled, and before its product, which might overflow: so these two are taken apart.
-            gate, up = weights.wi.chunk(2)
-            inner = gated(F.linear(hidden, gate), F.linear(hidden * dense.scale, up), dense.activation)
+            gate_rows, up_rows = weights.wi.chunk(2)
+            inner = gated(F.linear(hidden, gate_rows), F.linear(hidden * dense.scale, up_rows), dense.activation)
         return add_sublayer(residual, F.linear(inner, weights.wo), layer.out_scale)
 
 

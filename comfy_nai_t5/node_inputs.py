@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from comfy_nai_t5.choices import ATTENTIONS, DTYPES, LAYOUTS, WEIGHTS
 
 CATEGORY = "text encoders/T5"
-EMBEDDED = "embedded tiny model (random weights, to try the nodes with)"
+EMBEDDED = "embedded tiny model (to try the nodes with)"
 
 _TIPS = {
     "dtype": "What is computed in. auto: float16 on a GPU; on a CPU bfloat16 where it is fast, else float32. float16 "

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import write_file
+from comfy_server import ROOT, WORKFLOWS, Server, from_editor, node
 from comfy_toys import error
 from conftest import random_state
 
-from comfy_nai_t5.embeddings import load_conditioning
 from nai_t5_core import TextEncoder
 from nai_t5_core.config import named_config
 
@@ -29,11 +22,7 @@ COMFYUI = os.environ.get("COMFYUI_PATH")
 if not COMFYUI:
     pytest.skip("COMFYUI_PATH is not set: give a ComfyUI checkout to run these", allow_module_level=True)
 
-aiohttp = pytest.importorskip("aiohttp", reason="ComfyUI needs aiohttp, and so does listening to it")
-
-ROOT = Path(__file__).parent.parent.parent
-EMBEDDED = "embedded tiny model (random weights, to try the nodes with)"
-
+EMBEDDED = "embedded tiny model (to try the nodes with)"
 
 # Stands for a diffusion model where only the text encoder's side of a node is of interest.
 NO_MODEL = """
@@ -51,138 +40,18 @@ NODE_CLASS_MAPPINGS = {"NoModel": NoModel}
 """
 
 
-class Server:
-    """A ComfyUI with its folders in a scratch directory, and this repository in ``custom_nodes``."""
-
-    def __init__(self, base: Path) -> None:
-        self.base = base
-        for folder in ("custom_nodes", "models/text_encoders", "input", "output", "temp", "user"):
-            (base / folder).mkdir(parents=True)
-        (base / "custom_nodes" / "comfy-nai-t5").symlink_to(ROOT, target_is_directory=True)
-        (base / "custom_nodes" / "no_model.py").write_text(NO_MODEL)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        options = ["--cpu", "--port", str(port), "--disable-auto-launch", "--base-directory", str(base)]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        self.log = base / "log.txt"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "main.py", *options], cwd=COMFYUI, stdout=log, stderr=log, env=environment
-            )
-        deadline = time.monotonic() + 480
-        while not self._answers():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text()[-3000:]}")
-            time.sleep(0.5)
-
-    def _answers(self) -> bool:
-        try:
-            self.get("/system_stats")
-        except OSError:
-            return False
-        return True
-
-    def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path) as reply:
-            content = reply.read()
-        return json.loads(content) if reply.headers["Content-Type"].startswith("application/json") else content.decode()
-
-    def run(self, prompt: dict[str, Any], client: str = "") -> dict[str, Any]:
-        """Runs a workflow in API format; returns its history entry. ``client`` names a websocket that listens."""
-        data = json.dumps({"prompt": prompt, **({"client_id": client} if client else {})}).encode()
-        request = urllib.request.Request(self.url + "/prompt", data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as reply:
-            number = json.loads(reply.read())["prompt_id"]
-        deadline = time.monotonic() + 180
-        while time.monotonic() < deadline:
-            history = self.get(f"/history/{number}")
-            if number in history:
-                return dict(history[number])
-            time.sleep(0.2)
-        raise RuntimeError(f"the workflow did not end:\n{self.log.read_text()[-3000:]}")
-
-    def succeed(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        entry = self.run(prompt)
-        assert entry["status"]["status_str"] == "success", entry["status"]
-        return dict(entry["outputs"])
-
-    def fail(self, prompt: dict[str, Any]) -> str:
-        """Runs a workflow that cannot succeed; returns what the front end shows of it."""
-        entry = self.run(prompt)
-        assert entry["status"]["status_str"] == "error", entry["status"]
-        (fault,) = [facts for kind, facts in entry["status"]["messages"] if kind == "execution_error"]
-        return str(fault["exception_message"])
-
-    def watch(self, prompt: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
-        """Runs a workflow while a front end listens: the warnings that it was sent, and all texts shown on nodes."""
-
-        async def listen() -> tuple[list[dict[str, Any]], str]:
-            warnings, shown = [], b""
-            url = f"{self.url.replace('http', 'ws')}/ws?clientId=watcher"
-            async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as socket:
-                running = asyncio.create_task(asyncio.to_thread(self.run, prompt, "watcher"))
-                while not running.done():
-                    with suppress(asyncio.TimeoutError):
-                        message = await socket.receive(timeout=0.5)
-                        if message.type == aiohttp.WSMsgType.BINARY:
-                            shown += message.data
-                        elif message.type == aiohttp.WSMsgType.TEXT:
-                            content = json.loads(message.data)
-                            warnings += [content["data"]] if content["type"] == "nai-t5.warning" else []
-                assert (await running)["status"]["status_str"] == "success"
-            return warnings, shown.decode("utf-8", "replace")
-
-        return asyncio.run(listen())
-
-    def conditioning(self, name: str) -> dict[str, Any]:
-        (((states, extras),), _) = load_conditioning(self.base / "output" / "t5_embeddings" / f"{name}.safetensors")
-        return {"cond": states, **extras}
-
-    def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("comfyui"))
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "no_model.py").write_text(NO_MODEL)
+    running = Server(COMFYUI, base)
     yield running
     running.stop()
 
 
-def node(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
-
-
 def load(name: str = EMBEDDED, family: str = "auto", dtype: str = "float32", weights: str = "file") -> dict[str, Any]:
     return node("NAILoadT5", t5_name=name, family=family, dtype=dtype, weights=weights, device="default")
-
-
-def from_editor(workflow: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
-    """A workflow as the editor saves it, in the form that the server runs."""
-    links = {number: [str(source), output] for number, source, output, *_ in workflow["links"]}
-    prompt = {}
-    for each in workflow["nodes"]:
-        if each["type"] == "MarkdownNote":
-            continue
-        assert each["type"] in info, f"the server lacks {each['type']}"
-        values, inputs = list(each["widgets_values"]), {}
-        for entry in each["inputs"]:
-            if "widget" not in entry:
-                inputs[entry["name"]] = links[entry["link"]]
-                continue
-            inputs[entry["name"]] = values.pop(0)
-            if entry["name"] == "seed":
-                values.pop(0)  # what is done with it after a run
-        assert not values, each["type"]
-        prompt[str(each["id"])] = node(each["type"], **inputs)
-    return prompt
 
 
 def test_nodes_are_there_with_their_help(server: Server) -> None:
@@ -211,7 +80,7 @@ def test_the_bundled_workflow_that_needs_no_file(server: Server) -> None:
     assert any("images" in output for output in outputs.values())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_no_bundled_workflow_lacks_a_node(path: Path, server: Server) -> None:
     assert from_editor(json.loads(path.read_text(encoding="utf-8")), server.get("/object_info"))
 

@@ -1,0 +1,63 @@
+"""The pack in ComfyUI's page, as a user meets it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from comfy_page import CHROMIUM, Page, greeted, open_page
+from comfy_server import ROOT, WORKFLOWS, Server
+
+COMFYUI = os.environ.get("COMFYUI_PATH")
+if not COMFYUI:
+    pytest.skip("COMFYUI_PATH is not set: give a ComfyUI checkout to run these", allow_module_level=True)
+if CHROMIUM is None:
+    pytest.skip("no Chromium is installed", allow_module_level=True)
+pytest.importorskip("playwright", reason="playwright is not installed: pip install playwright (no browser of its own)")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    base = tmp_path_factory.mktemp("comfyui")
+    greeted(base)
+    running = Server(COMFYUI, base)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def page(server: Server) -> Iterator[Page]:
+    with open_page() as opened:
+        opened.open(server.url)
+        yield opened
+        assert opened.faults_of_ours() == []
+
+
+@pytest.mark.parametrize("name", ["Load T5 (NAI)", "T5 Token Count"])
+def test_a_node_is_found_and_placed(name: str, page: Page) -> None:
+    page.find_and_place(name)
+    assert page.node_types() == [{"Load T5 (NAI)": "NAILoadT5", "T5 Token Count": "NAIT5TokenCount"}[name]]
+    assert page.missing_nodes() == []
+
+
+def test_a_template_is_opened_and_runs(page: Page, server: Server, tmp_path: Path) -> None:
+    page.browse_templates()
+    for path in WORKFLOWS:
+        page.template(path.stem).wait_for(state="attached")
+    page.template("t5_try_it").click()
+    page.wait("app.graph.nodes.length > 0")
+    assert {"NAILoadT5", "NAIT5Encode", "NAIT5TokenCount", "NAIT5PrecisionReport"} <= set(page.node_types())
+    assert page.missing_nodes() == []
+    page.run()
+    page.fit()
+    page.picture(tmp_path / "ran.png")
+    assert (server.base / "output" / "t5_embeddings" / "fox.safetensors").is_file()
+
+
+def test_every_bundled_workflow_opens(page: Page) -> None:
+    for path in WORKFLOWS:
+        page.show_workflow(path)
+        assert page.missing_nodes() == [], path.stem
+        assert (ROOT / "example_workflows" / f"{path.stem}.jpg").is_file()
