@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -11,25 +11,30 @@ from torch import nn
 from nai_t5_core.training.config import OptimizerSection
 
 
+@dataclass
+class _Group:
+    """Parameters that learn alike, under the names that torch's optimizers know."""
+
+    weight_decay: float
+    factor: float
+    params: list[nn.Parameter] = field(default_factory=list)
+
+
 def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
     """The optimizer of a float32 model. Each group has a ``factor``, which multiplies the learning rate of every step.
 
     Norm weights and position biases are not decayed. Embeddings and position biases have a factor of their own.
     """
-    factor = section.table_factor
-    matrices = {"params": list[nn.Parameter](), "weight_decay": section.weight_decay, "factor": 1.0}
-    embeddings = {"params": list[nn.Parameter](), "weight_decay": section.weight_decay, "factor": factor}
-    positions = {"params": list[nn.Parameter](), "weight_decay": 0.0, "factor": factor}
-    norms = {"params": list[nn.Parameter](), "weight_decay": 0.0, "factor": 1.0}
-    kinds: dict[str, dict[str, Any]] = {
-        "layer_norm": norms,
-        "relative_attention_bias": positions,
-        "shared": embeddings,
+    matrices = _Group(section.weight_decay, 1.0)
+    kinds = {
+        "layer_norm": _Group(0.0, 1.0),
+        "relative_attention_bias": _Group(0.0, section.table_factor),
+        "shared": _Group(section.weight_decay, section.table_factor),
     }
     for name, parameter in model.named_parameters():
         group = next((group for part, group in kinds.items() if part in name), matrices)
-        group["params"].append(parameter)
-    groups = [matrices, embeddings, positions, norms]
+        group.params.append(parameter)
+    groups = [vars(group) for group in (matrices, *kinds.values())]
     if section.kind == "adamw":
         return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas)
     return torch.optim.Adafactor(groups, lr=section.learning_rate)
