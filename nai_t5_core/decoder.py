@@ -46,6 +46,7 @@ class CrossAttention(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         d_model = self.q.in_features
         nn.init.normal_(self.q.weight, std=query_std(d_model, self.d_kv, self.scale_qk), generator=generator)
+        projection: Any
         for name, projection in self.named_children():
             if name not in ("q", "o"):
                 nn.init.normal_(projection.weight, std=d_model**-0.5, generator=generator)

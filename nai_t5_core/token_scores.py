@@ -49,7 +49,8 @@ def find_largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     length = scores.shape[1]
     if length % _BLOCK or length < count * _BLOCK:
-        return tuple(scores.topk(count))
+        best = scores.topk(count)
+        return best.values, best.indices
     blocks = scores.unflatten(1, (-1, _BLOCK))
     chosen = blocks.amax(dim=-1).topk(count).indices
     best = blocks.gather(1, chosen[:, :, None].expand(-1, -1, _BLOCK)).flatten(1).topk(count)
