@@ -20,9 +20,8 @@ from nai_t5_core.diffusers_prompts import encode_prompt
 def paint(pipe: ChromaPipeline, prompt: str, negative_prompt: str = "", **settings: Any) -> Image:
     """The image of a prompt; the settings are those of the pipeline's call."""
     replace_text_encoder(pipe)
-    embeddings = encode_prompt(pipe, prompt, negative_prompt=negative_prompt)
-    del embeddings["text_ids"], embeddings["negative_text_ids"]  # the call makes them itself
-    image: Image = pipe(**embeddings, **settings).images[0]
+    encoded = encode_prompt(pipe, prompt, negative_prompt=negative_prompt)
+    image: Image = pipe(**encoded, **settings).images[0]
     return image
 
 

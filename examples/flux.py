@@ -20,9 +20,7 @@ from nai_t5_core.diffusers_prompts import encode_prompt
 def paint(pipe: FluxPipeline, prompt: str, **settings: Any) -> Image:
     """The image of a prompt; the settings are those of the pipeline's call."""
     replace_text_encoder(pipe)
-    embeddings = encode_prompt(pipe, prompt)
-    del embeddings["text_ids"]  # the call makes them itself
-    image: Image = pipe(**embeddings, **settings).images[0]
+    image: Image = pipe(**encode_prompt(pipe, prompt), **settings).images[0]
     return image
 
 

@@ -21,9 +21,8 @@ def paint(pipe: PixArtSigmaPipeline, prompt: str, emphasis: str = "", **settings
     """The image of a prompt; the settings are those of the pipeline's call."""
     replace_text_encoder(pipe)
     weights = {emphasis: 1.3} if emphasis else None
-    embeddings = encode_prompt(pipe, prompt, negative_prompt="", word_weights=weights)
-    # The pipeline takes a negative prompt by default, and refuses it beside embeddings.
-    image: Image = pipe(negative_prompt=None, **embeddings, **settings).images[0]
+    encoded = encode_prompt(pipe, prompt, word_weights=weights)
+    image: Image = pipe(**encoded, **settings).images[0]
     return image
 
 

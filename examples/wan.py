@@ -16,15 +16,14 @@ from PIL.Image import Image
 from nai_t5_core.diffusers_adapter import replace_text_encoder
 from nai_t5_core.diffusers_prompts import encode_prompt
 
-LENGTH = 512  # tokens: what the pipeline's call encodes with, and more than its encode_prompt does by default
 FRAMES_PER_SECOND = 16
 
 
 def film(pipe: WanPipeline, prompt: str, negative_prompt: str = "", **settings: Any) -> list[Image]:
     """The frames of a prompt; the settings are those of the pipeline's call."""
     replace_text_encoder(pipe)
-    embeddings = encode_prompt(pipe, prompt, negative_prompt=negative_prompt, max_sequence_length=LENGTH)
-    frames: list[Image] = pipe(**embeddings, output_type="pil", **settings).frames[0]
+    encoded = encode_prompt(pipe, prompt, negative_prompt=negative_prompt)
+    frames: list[Image] = pipe(**encoded, output_type="pil", **settings).frames[0]
     return frames
 
 

@@ -19,6 +19,7 @@ from nai_t5_core.config import T5Config
 from nai_t5_core.decoder import DecoderBlock
 from nai_t5_core.encoder import EncoderBlock, Layout, T5EncoderStack
 from nai_t5_core.layers import FusedGatedFeedForward, residual_dtype
+from nai_t5_core.lora_live import LiveLinear
 from nai_t5_core.maxima import LayerMaxima, observe, scales_for
 from nai_t5_core.scales import FLOAT16_MAX, LayerScales
 
@@ -170,6 +171,9 @@ def rescale_block(block: Any, layout: Layout, old: LayerScales, new: LayerScales
 
 def _multiply(linear: Any, factor: float, first_row: int = 0) -> None:
     """Multiplies a weight from a row on; into a new tensor, since the old one may be shared with others."""
+    if isinstance(linear, LiveLinear):
+        linear.up[first_row:] *= factor
+        linear = linear.base
     if factor != 1:
         weight = linear.weight.detach().clone()
         weight[first_row:] *= factor

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 # Families whose denoiser reads rows that the encoder's mask hides.
 READ_PADS = ("hidream", "deepfloyd-if", "chroma", "hunyuandit", "latte")
-GIVE_NO_MASK = ("flux", "sd3", "cogvideox", "cogview3plus", "ltx-video", "bria")
+GIVE_NO_MASK = ("flux", "visualcloze", "sd3", "cogvideox", "cogview3plus", "ltx-video", "bria")
 
 
 def prompts_for(toy: Toy) -> list[str | list[str]]:
@@ -127,7 +127,7 @@ def test_whether_pad_rows_are_read(name: str) -> None:
 
 def test_an_empty_prompt_that_masks_a_whole_batch() -> None:
     """Mochi may be told to, and then no row of its encoder is real."""
-    from toy_pipelines import mochi
+    from toy_videos import mochi
 
     toy = mochi(force_zeros=True)
     toy.pipe.set_progress_bar_config(disable=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
@@ -10,8 +9,8 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from test_diffusers_families import READ_PADS, assert_same, prompts_for
-from toy_pipelines import NEGATIVE, PROMPT, TOYS, make
+from test_diffusers_families import READ_PADS, assert_same, other_prompt, prompts_for
+from toy_pipelines import NEGATIVE, PROMPT, TOYS, Toy, make
 
 from nai_t5_core.diffusers_adapter import replace_text_encoder
 from nai_t5_core.diffusers_prompts import adapted_families, cut_text, encode_prompt
@@ -54,30 +53,69 @@ def test_same_as_the_pipelines_own(name: str, passes: list[int]) -> None:
         arguments = toy.encode_arguments(prompt)
         passes.clear()
         result = encode_prompt(toy.pipe, **arguments)
-        assert_same(list(result.values()), outputs, 1e-5)
+        assert_same(list(result.outputs.values()), outputs, 1e-5)
         assert len(passes) == 1 or name in SEVERAL_PASSES or (name in NEED_QUOTES and not passes)
 
 
-# HunyuanDiT's call wants the other encoder's embeddings as well, Stable Audio's those before its projection, and
-# LongCat's takes none. GLM-Image's wants positive and negative ones of one length, which these prompts have not.
-@pytest.mark.parametrize(
-    "name", [name for name in TOYS if name not in ("hunyuandit", "stable-audio", "longcat-audiodit", "glm-image")]
-)
-def test_a_run_takes_it(name: str) -> None:
-    """What the pipeline's call takes of the result gives what its own function's result gives."""
+NO_EMBEDDINGS = ("longcat-audiodit", "visualcloze")  # their calls take texts only
+
+
+def own_options(toy: Toy) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The toy's call in two parts: what `encode_prompt` is told, and the rest."""
+    names = ("prompt", "negative_prompt", "max_sequence_length", "clean_caption")
+    told = {name: value for name, value in toy.call.items() if name in names}
+    rest = {name: value for name, value in toy.call.items() if name not in names}
+    return told, rest
+
+
+@pytest.mark.parametrize("name", [name for name in TOYS if name not in NO_EMBEDDINGS])
+def test_the_call_takes_it_and_makes_the_same(name: str) -> None:
     toy = make(name)
-    arguments = toy.encode_arguments(toy.call["prompt"])
-    own = toy.encode_prompt(**arguments)
+    expected = toy.run()
+    another = other_prompt(toy)
+    told, toy.call = own_options(toy)
     replace_text_encoder(toy.pipe)
-    result = encode_prompt(toy.pipe, **arguments)
-    taken = inspect.signature(toy.pipe.__call__).parameters
-    no_text = {key: None for key in ("prompt", "negative_prompt") if key in taken}
-    images = [
-        toy.run(**no_text, **{key: value for key, value in zip(result, values, strict=True) if key in taken})
-        for values in (result.values(), own)
-    ]
-    assert any(key in taken for key in result)
-    assert_same(*images, 1e-4)
+    assert_same(toy.run(**encode_prompt(toy.pipe, **told)), expected, 1e-4)
+    # and the prompt counts
+    other = toy.run(**encode_prompt(toy.pipe, **told | {"prompt": another}))
+    assert (other - expected).abs().max() > 5e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["wan", "helios", "pixart-alpha", "pixart-sigma", "deepfloyd-if", "latte", "allegro"])
+def test_defaults_are_those_of_the_call(name: str) -> None:
+    """Lengths, and cleaning of the text, which differ from those of the pipeline's own `encode_prompt`."""
+    pytest.importorskip("bs4", reason="the calls clean captions with beautifulsoup4")
+    pytest.importorskip("ftfy", reason="the calls clean captions with ftfy")
+    toy = make(name)
+    prompt = "A   fox &amp; 'two' dogs http://example.com"
+    _, toy.call = own_options(toy)
+    expected = toy.run(prompt=prompt)
+    replace_text_encoder(toy.pipe)
+    encoded = encode_prompt(toy.pipe, prompt)
+    assert_same(toy.run(**encoded), expected, 1e-4)
+    if name in ("wan", "helios"):
+        assert encoded["prompt_embeds"].shape[1] == 512
+
+
+def test_calls_that_take_no_embeddings_say_so() -> None:
+    toy = make("longcat-audiodit")
+    replace_text_encoder(toy.pipe)
+    encoded = encode_prompt(toy.pipe, PROMPT)
+    assert encoded.outputs["prompt_embeds"].shape[0] == 1 and "EncodedPrompt()" in repr(encoded)
+    with pytest.raises(ValueError, match=r"the call of LongCatAudioDiTPipeline takes no embeddings; .* in \.outputs"):
+        toy.run(**encoded)
+
+
+def test_a_negative_prompt_that_only_the_call_takes(passes: list[int]) -> None:
+    toy = make("flux")
+    told, toy.call = own_options(toy)
+    options = {"negative_prompt": NEGATIVE, "negative_prompt_2": "two dogs"}
+    expected = toy.run(**told, **options, true_cfg_scale=3.0)
+    replace_text_encoder(toy.pipe)
+    encoded = encode_prompt(toy.pipe, **told, **options)
+    assert len(passes) == 1 and list(encoded.outputs)[3:] == [f"negative_{name}" for name in list(encoded.outputs)[:3]]
+    assert_same(toy.run(**encoded, true_cfg_scale=3.0), expected, 1e-4)
+    assert (toy.run(**encoded) - expected).abs().max() > 1e-2 * expected.abs().max()
 
 
 def test_equal_prompts_are_encoded_once(passes: list[int]) -> None:
@@ -90,7 +128,9 @@ def test_equal_prompts_are_encoded_once(passes: list[int]) -> None:
     assert passes == [sum(counts)]
     assert result["prompt_embeds"].shape == (8, 300, 32)
     assert result["negative_prompt_embeds"].shape == (8, 300, 32)
-    assert_same(list(result.values()), list(toy.pipe.encode_prompt([PROMPT, "cat", PROMPT, NEGATIVE], **options)), 1e-5)
+    assert_same(
+        list(result.outputs.values()), list(toy.pipe.encode_prompt([PROMPT, "cat", PROMPT, NEGATIVE], **options)), 1e-5
+    )
 
 
 def test_prompts_for_each_encoder(passes: list[int]) -> None:
@@ -98,7 +138,9 @@ def test_prompts_for_each_encoder(passes: list[int]) -> None:
     options = {"prompt_2": "two", "prompt_3": "three foxes", "negative_prompt_3": "four", "negative_prompt": NEGATIVE}
     expected = toy.encode_prompt(PROMPT, **options)
     replace_text_encoder(toy.pipe)
-    assert_same(list(encode_prompt(toy.pipe, PROMPT, max_sequence_length=48, **options).values()), expected, 1e-5)
+    assert_same(
+        list(encode_prompt(toy.pipe, PROMPT, max_sequence_length=48, **options).outputs.values()), expected, 1e-5
+    )
     assert len(passes) == 1
 
 
@@ -110,24 +152,31 @@ def test_without_a_negative_prompt(name: str, options: dict[str, Any], passes: l
         options = {**options, "negative_prompt": None}
     expected = toy.encode_prompt(PROMPT, **options)
     replace_text_encoder(toy.pipe)
-    assert_same(list(encode_prompt(toy.pipe, **toy.encode_arguments(PROMPT, **options)).values()), expected, 1e-5)
+    assert_same(
+        list(encode_prompt(toy.pipe, **toy.encode_arguments(PROMPT, **options)).outputs.values()), expected, 1e-5
+    )
     assert len(passes) == 1
 
 
 def test_a_wrong_prediction_changes_nothing(passes: list[int]) -> None:
-    """Another cleaning than predicted: the pipeline's own prompts are encoded when it asks for them."""
-    pytest.importorskip("bs4", reason="clean_caption=True needs beautifulsoup4")
-    pytest.importorskip("ftfy", reason="clean_caption=True needs ftfy")
-    toy = make("pixart-alpha")
-    text = "a   fox &amp; 'two' dogs http://example.com"
-    expected = toy.encode_prompt(text, clean_caption=True)
-    replace_text_encoder(toy.pipe, padding="exact")
-    arguments = toy.encode_arguments(text, clean_caption=True)
-    assert_same(list(encode_prompt(toy.pipe, **arguments).values()), expected, 1e-5)
+    """A pipeline that changes the text in its own way: its prompts are encoded when it asks for them."""
+    toy = make("flux")
+
+    class Reversing(type(toy.pipe)):  # type: ignore[misc]
+        def _get_t5_prompt_embeds(self, prompt: list[str], **options: Any) -> torch.Tensor:
+            embeddings: torch.Tensor = super()._get_t5_prompt_embeds([text[::-1] for text in prompt], **options)
+            return embeddings
+
+    toy.pipe = Reversing(**toy.pipe.components)
+    expected = toy.encode_prompt(PROMPT)
+    replace_text_encoder(toy.pipe)
+    assert_same(list(encode_prompt(toy.pipe, **toy.encode_arguments(PROMPT)).outputs.values()), expected, 1e-5)
     assert len(passes) == 2
+    with pytest.raises(ValueError, match="Reversing changes these prompts itself"):
+        encode_prompt(toy.pipe, PROMPT, word_weights={"fox": 2})
     passes.clear()
-    toy.encode_prompt(text)
-    assert len(passes) == 2, "nothing is remembered after the call"
+    toy.encode_prompt(PROMPT)
+    assert len(passes) == 1, "nothing is remembered after the call"
 
 
 @pytest.mark.parametrize("name", ["flux", "pixart-sigma", "wan", "bria"])
@@ -184,6 +233,11 @@ def test_what_is_not_known_is_said() -> None:
     for nothing in (None, []):
         with pytest.raises(ValueError, match="give a text or a list of texts"):
             encode_prompt(toy.pipe, nothing)  # type: ignore[arg-type]
+
+    toy = make("visualcloze")
+    replace_text_encoder(toy.pipe)
+    with pytest.raises(ValueError, match="encode_prompt needs layout_prompt, task_prompt beside the prompt"):
+        encode_prompt(toy.pipe, PROMPT)
 
     class OtherPipeline:
         components: dict[str, Any] = {}  # noqa: RUF012

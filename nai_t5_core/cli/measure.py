@@ -1,4 +1,4 @@
-"""``parity`` and ``bench``: our encoder beside others; ``estimate``: what it would take elsewhere."""
+"""``parity`` and ``bench``: our encoder beside others; ``bench-generate``: our generation; ``estimate``: on paper."""
 
 from __future__ import annotations
 
@@ -164,6 +164,50 @@ def bench(
     out.print(timing.render(report))
     for path in filter(None, (markdown, plot)):
         say(f"wrote {path}")
+
+
+def bench_generate(
+    size: Annotated[str, typer.Argument(help="A published size, such as t5-v1_1-base.")] = "t5-v1_1-base",
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads on the CPU.")] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds that count.")] = 3,
+    cases: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help="Only these: beams, greedy, greedy-8; all by default.")
+    ] = None,
+    prompt_length: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 48,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 64,
+    peer: Annotated[bool, typer.Option("--peer/--no-peer", help="Also time transformers.")] = True,
+    int8: Annotated[bool, typer.Option("--int8", help="Ours also in 8 bits.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time generation beside transformers: the same weights and steps, one process, taking turns."""
+    from nai_t5_core import bench as timing
+
+    chosen = timing.GENERATION_CASES if cases is None else timing.generation_cases_named(cases.split(","))
+    with err.status("preparing") as status:
+        report = timing.bench_generation(
+            size,
+            dtype.value,
+            threads,
+            repeats,
+            chosen,
+            prompt_length,
+            new_tokens,
+            with_peer=peer,
+            int8=int8,
+            device=device,
+            progress=status.update,
+        )
+    if markdown is not None:
+        markdown.write_text(timing.generation_markdown(report), encoding="utf-8")
+    if as_json:
+        print_json(report.to_dict())
+        return
+    out.print(timing.render_generation(report))
+    if markdown is not None:
+        say(f"wrote {markdown}")
 
 
 def estimate(

@@ -62,12 +62,14 @@ class OptimizerSection(_Section):
     """AdamW or Adafactor, and how the learning rate goes.
 
     It rises linearly over ``warmup`` steps to ``learning_rate`` and then follows ``schedule``: ``constant``,
-    ``linear`` or ``cosine`` down to 0 at the last step, or ``inverse-sqrt``, √(warmup / step).
+    ``linear`` or ``cosine`` down to 0 at the last step, or ``inverse-sqrt``, √(warmup / step). Embeddings and position
+    biases, whose numbers are larger than those of matrices, get ``table_factor`` times as much.
     """
 
     kind: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = Field(default=1e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] = "linear"
+    table_factor: float = Field(default=1.0, gt=0)
     warmup: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)

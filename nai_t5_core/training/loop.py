@@ -91,7 +91,7 @@ class Run:
                 "optimizer.learning_rate or raise optimizer.warmup, and go on from the last checkpoint or anew"
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.weights.publish()
