@@ -59,6 +59,7 @@ def shared_models(kind: str) -> dict[str, Any]:
             checkpoint_blocks(model)
         shard(model)
         # Before any call, which is where only the methods' own gathering helps.
+        found[f"streamed {layout}"] = torch.stack(list(model.stream(ids, mask, max_new_tokens=5)), dim=1)
         found[f"texts {layout}"] = model.generate(ids, mask, num_beams=2, max_new_tokens=5)
         loss = model(ids[mine], mask[mine], labels=labels[mine]).loss
         assert loss is not None

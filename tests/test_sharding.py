@@ -88,6 +88,7 @@ def test_a_shared_t5_gives_the_same_texts_loss_and_gradients(found: dict[str, An
     ids, mask, labels = toy_rows(config)
     model = own_t5(config, random_state(config), torch.float32, layout).requires_grad_(True)
     assert torch.equal(seen[f"texts {layout}"], model.generate(ids, mask, num_beams=2, max_new_tokens=5))
+    assert torch.equal(seen[f"streamed {layout}"], model.generate(ids, mask, max_new_tokens=5))
     loss = model(ids, mask, labels=labels).loss
     assert loss is not None
     loss.backward()
