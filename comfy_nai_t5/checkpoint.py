@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comfy_nai_t5.gguf_file import is_gguf, open_gguf
 from nai_t5_core.config import T5Config, encoder_tensors
-from nai_t5_core.examine import Examination, examine, find_tokenizer
-from nai_t5_core.formats import CheckpointError
+from nai_t5_core.examine import Examination, examine, examine_checkpoint, find_tokenizer
+from nai_t5_core.formats import CheckpointError, open_checkpoint
 from nai_t5_core.tokenizer import Tokenizer
 
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.\w+")
 _T5_TENSOR = "encoder.block.0.layer.0.SelfAttention.q.weight"
 
 
-def holds_t5(names: Iterable[str]) -> bool:
-    """Whether there is a T5 among tensors of these names, under any prefix."""
-    return any(name.endswith(_T5_TENSOR) for name in names)
+def holds_t5(path: str | Path) -> bool:
+    """Whether there is a T5 in a file, under any prefix."""
+    tensors = (open_gguf(path) if is_gguf(path) else open_checkpoint(path)).tensors
+    return any(name.endswith(_T5_TENSOR) for name in tensors)
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,16 @@ class ServerCheckpoint:
 
 
 def read_checkpoint(path: str | Path | None) -> ServerCheckpoint:
-    """Opens a T5 file of any form that :mod:`nai_t5_core` reads; None is the embedded model. One shard stands for all.
+    """Opens a T5 file of any form that :mod:`nai_t5_core` reads, or GGUF; None is the embedded model.
+
+    One shard stands for all.
 
     Raises:
         CheckpointError: a ValueError that says all that is wrong with the file, and what to give instead.
     """
     if path is not None and _SHARD.fullmatch(str(path)):
         path = Path(path).parent
-    examination = examine(path)
+    examination = examine_checkpoint(open_gguf(path)) if path and is_gguf(path) else examine(path)
     examination.refuse_faults()
     names = encoder_tensors(examination.config.encoder_only())
     scales = {name: full for name, full in examination.keymap.scales.items() if name in names}

@@ -1,9 +1,41 @@
-"""What the nodes let the user choose from, where it is no family."""
+"""What the user chooses of a T5 of ours, by the names that the nodes' inputs have."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, fields
 
 # What is computed in.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # How weights are kept in memory. "auto" casts to what is computed in, unless the file's own form is smaller or the
 # server streams weights from the file.
 WEIGHTS = ("auto", "file", "float8_e4m3fn", "float8_e5m2")
+ATTENTIONS = ("auto", "flex", "sdpa")
+# "auto" joins products where that changes nothing; "fused" makes it an error where it would.
+LAYOUTS = ("auto", "fused", "separate")
+_ALLOWED = {"dtype": DTYPES, "weights": WEIGHTS, "attention": ATTENTIONS, "layout": LAYOUTS}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The choices of one T5; ``device`` is ``"default"`` or a torch device.
+
+    Raises:
+        ValueError: an unknown choice, or compilation in the separate layout.
+    """
+
+    dtype: str = "auto"
+    weights: str = "auto"
+    device: str = "default"
+    attention: str = "auto"
+    layout: str = "auto"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            chosen, allowed = getattr(self, field.name), _ALLOWED.get(field.name)
+            if allowed and chosen not in allowed:
+                raise ValueError(f"unknown choice {chosen!r} for {field.name}; allowed: {', '.join(allowed)}")
+        if self.compile and self.layout == "separate":
+            raise ValueError("compile needs joined products; choose the layout auto or fused, or switch compile off")
+        if self.compile and self.attention == "sdpa":
+            raise ValueError("compile brings flex attention; choose the attention auto or flex, or switch compile off")

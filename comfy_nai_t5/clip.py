@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import comfy.sd
 import torch
 from torch import Tensor, nn
 
+from comfy_nai_t5.choices import Settings
+from comfy_nai_t5.encode import embedding_widths
 from comfy_nai_t5.stack import SharedStack
+from comfy_nai_t5.telling import out_of_memory, warn
+from nai_t5_core.attention_choice import FlexUnavailableError, missing_for_flex, refuse_unsupported
 from nai_t5_core.guard import encode_guarded, is_finite
 from nai_t5_core.packing import PaddingPolicy
 from nai_t5_core.precision import resolve_dtype
@@ -22,13 +27,12 @@ class EncoderModel(nn.Module):
 
     Args:
         t5: ComfyUI's T5, or an encoder of this class.
-        dtype: what is computed in.
+        stack: our encoder on the modules of ``t5``.
         padding: what is done with masked positions; ``"skip"`` where the caller puts zeros there.
     """
 
-    def __init__(self, t5: Any, dtype: torch.dtype, padding: PaddingPolicy = "exact") -> None:
+    def __init__(self, t5: Any, stack: SharedStack, padding: PaddingPolicy = "exact") -> None:
         super().__init__()
-        stack = SharedStack(t5, dtype)
         self.shared, self.encoder = stack.shared, stack.encoder
         for name, parameter in t5.named_parameters(recurse=False):
             self.register_parameter(name, parameter)  # the mark of a scaled float8 model, which saving must keep
@@ -71,6 +75,7 @@ class EncoderModel(nn.Module):
         Raises:
             ValueError: an intermediate output that is no layer.
             NotFiniteError: a ValueError; the weights are damaged, or exceed the range of what is computed in.
+            MemoryError, torch.cuda.OutOfMemoryError: the prompts are too long or too many for the memory.
         """
         inputs = self.shared(input_ids, out_dtype=dtype) if embeds is None else embeds
         if self.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -78,15 +83,20 @@ class EncoderModel(nn.Module):
         stack = self.stack
         stack.device = inputs.device
         call: dict[str, Any] = {"attention_mask": attention_mask, "inputs_embeds": inputs, "padding": self.padding}
-        if intermediate_output is None:
-            return encode_guarded(stack, **call), None
-        layer = self._layer(intermediate_output)
+        with out_of_memory(f"{inputs.shape[0]} × {inputs.shape[1]} tokens on {inputs.device}"):
+            if intermediate_output is None:
+                return encode_guarded(stack, **call), None
+            return self._with_middle(self._layer(intermediate_output), final_layer_norm_intermediate, call)
+
+    def _with_middle(self, layer: int, is_normed: bool, call: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The last hidden states and those of a layer, which comes through the final norm if ``is_normed``."""
+        stack = self.stack
         states = stack.hidden_states(**call, final_norm=False)
         if not is_finite(states[-1]):
             encode_guarded(stack, **call)  # tightens the float16 scales, or tells why none can help
             states = stack.hidden_states(**call, final_norm=False)
         middle = states[layer + 1]
-        if final_layer_norm_intermediate:
+        if is_normed:
             middle = stack.encoder.final_layer_norm(middle)
         return stack.encoder.finish(states[-1], stack.dtype), middle
 
@@ -98,6 +108,52 @@ class EncoderModel(nn.Module):
                 f"{-self.num_layers} to {self.num_layers - 1}"
             )
         return layer
+
+
+class T5Clip(comfy.sd.CLIP):
+    """ComfyUI's CLIP, which tells what ComfyUI itself leaves out: LoRAs and embeddings that do not fit."""
+
+    def clone(self, *arguments: Any, **options: Any) -> T5Clip:
+        return _as_ours(super().clone(*arguments, **options))
+
+    def tokenize(self, text: str, *arguments: Any, **options: Any) -> dict[str, Any]:
+        tokens: dict[str, Any] = super().tokenize(text, *arguments, **options)
+        (owner, *_) = t5_models(self.cond_stage_model).values()
+        expected = owner.transformer.shared.embedding_dim
+        widths = embedding_widths(tokens) - {expected}
+        if widths:
+            warn(
+                f"An embedding in the prompt is {min(widths)} numbers wide, and the T5 takes {expected}: the T5 leaves "
+                "it out; choose one that was trained for this T5."
+            )
+        return tokens
+
+    def add_patches(self, patches: Mapping[Any, Any], *strengths: Any, **options: Any) -> list[Any]:
+        """Patches the weights, and gives the keys that were found.
+
+        A LoRA loader passes on what it found in the diffusion model as well; one that found nothing at all was given a
+        LoRA of another model, of which ComfyUI itself writes a line for each key into its log and no more.
+        """
+        if not patches:
+            warn(
+                "This LoRA changes nothing: none of its keys belongs to the connected model or to its text encoders "
+                f"({', '.join(_encoders(self.cond_stage_model))}); choose one that was trained for this model."
+            )
+        found: list[Any] = super().add_patches(patches, *strengths, **options)
+        return found
+
+
+def _as_ours(clip: Any) -> T5Clip:
+    ours = T5Clip(no_init=True)
+    ours.__dict__.update(vars(clip))
+    return ours
+
+
+def _encoders(model: nn.Module) -> list[str]:
+    """The names of the text encoders in a CLIP's model."""
+    from comfy.sd1_clip import SDClipModel
+
+    return [name for name, module in model.named_modules() if isinstance(module, SDClipModel)]
 
 
 def is_t5(model: Any) -> bool:
@@ -118,29 +174,65 @@ def t5_models(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def with_our_t5(clip: Any, dtype: str | torch.dtype = "auto") -> Any:
+def with_our_t5(clip: Any, settings: Settings | None = None) -> T5Clip:
     """A clone of a CLIP whose T5 is ours. The weights, the patcher that manages them and all other encoders are shared.
 
     Args:
         clip: ComfyUI's ``CLIP``, from any loader.
-        dtype: what is computed in: ``"auto"`` (see :func:`nai_t5_core.precision.resolve_dtype`), ``"float32"``,
-            ``"bfloat16"`` or ``"float16"``.
+        settings: what is computed in, and how; ``weights`` and ``device`` are those of the given CLIP.
 
     Raises:
-        ValueError: there is no T5 in this CLIP, or an unknown dtype.
+        ValueError: there is no T5 in this CLIP, or the settings are not possible with it.
+        FlexUnavailableError: they need flex attention, and it cannot be compiled here.
     """
+    settings = settings or Settings()
     if not t5_models(clip.cond_stage_model):
-        names = ", ".join(name for name, _ in clip.cond_stage_model.named_children()) or "nothing"
+        names = ", ".join(_encoders(clip.cond_stage_model)) or "nothing"
         raise ValueError(f"this CLIP holds no T5 but {names}; connect one that was loaded for a model with a T5")
-    compute_dtype = resolve_dtype(dtype, clip.patcher.load_device)
+    device = clip.patcher.load_device
+    compute_dtype = resolve_dtype(settings.dtype, device)
 
     def ours(owner: Any) -> EncoderModel:
+        attention: Any = settings.attention
+        stack = SharedStack(
+            owner.transformer, compute_dtype, attention=attention, wish=settings.layout, compiled=settings.compile
+        )
+        if settings.compile or settings.attention == "flex":
+            _refuse_without_flex(device, compute_dtype, stack.config.d_kv)
         # Where the owner multiplies masked rows by zero, they need not be computed.
-        return EncoderModel(owner.transformer, compute_dtype, "skip" if owner.zero_out_masked else "exact")
+        return EncoderModel(owner.transformer, stack, "skip" if owner.zero_out_masked else "exact")
 
-    clone = clip.clone()
+    clone = _as_ours(clip.clone())
     clone.cond_stage_model = _rebuilt(clip.cond_stage_model, ours)
     return clone
+
+
+def is_streamed(clip: Any) -> bool:
+    """Whether newer ComfyUI's dynamic memory brings a CLIP's weights in as they are used."""
+    return bool(getattr(clip.patcher, "is_dynamic", bool)())
+
+
+def _refuse_without_flex(device: torch.device, dtype: torch.dtype, d_kv: int) -> None:
+    refuse_unsupported(device, dtype, d_kv)
+    if missing := missing_for_flex(device):
+        raise FlexUnavailableError(f"flex attention and compilation are not possible here: {missing}; switch them off")
+
+
+def describe(clip: T5Clip) -> str:
+    """What each T5 of a CLIP is, how it computes, and why so: a line for each.
+
+    Raises:
+        ValueError: the fused layout was asked for and is not possible.
+    """
+    lines = []
+    for name, owner in t5_models(clip.cond_stage_model).items():
+        stack = owner.transformer.stack
+        dtype = str(stack.dtype).removeprefix("torch.")
+        layout = stack.expected_layout()
+        if is_streamed(clip) and layout.startswith("fused"):
+            layout = "separate layout: ComfyUI streams its weights (dynamic memory)"
+        lines.append(f"{name}: {stack.config.kind} of {stack.config.num_layers} layers, {dtype}, {layout}")
+    return "\n".join(lines)
 
 
 def _rebuilt(module: nn.Module, ours: Callable[[Any], EncoderModel]) -> nn.Module:

@@ -44,12 +44,27 @@ def save_conditioning(conditioning: list[Any], path: Path, **facts: str) -> Path
     return path
 
 
+def embedding_path(folder: Path, name: str) -> Path:
+    """The file of an embedding in its folder.
+
+    Raises:
+        ValueError: the name leads out of the folder.
+    """
+    stem = name.removesuffix(".safetensors")
+    if not stem or stem != Path(stem).name or stem.startswith("."):
+        raise ValueError(f"{name!r} is no file name; give one without folders")
+    return folder / f"{stem}.safetensors"
+
+
 def load_conditioning(path: Path) -> tuple[list[Any], dict[str, str]]:
     """The inverse of :func:`save_conditioning`: the conditioning, and the facts.
 
     Raises:
-        ValueError: another kind of file, or a damaged one.
+        ValueError: no file, another kind of file, or a damaged one.
     """
+    if not path.is_file():
+        found = ", ".join(sorted(file.stem for file in path.parent.glob("*.safetensors"))) or "none"
+        raise ValueError(f"there is no embedding {path.name}; there are: {found}")
     try:
         with safe_open(path, framework="pt") as file:
             facts = dict(file.metadata() or {})

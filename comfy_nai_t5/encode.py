@@ -13,6 +13,8 @@ from torch import Tensor
 T5_TOKENS = ("t5xxl", "umt5xxl", "umt5base", "pile_t5xl", "t5base", "mt5xl", "byt5", "t5")
 # A token or an embedding, and its weight.
 Pair = tuple[int | Tensor, float]
+# Where ComfyUI's tokenizers begin to mean that they have no limit.
+_NO_LIMIT = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class Tokens:
         all: what ComfyUI's encoder takes, for every encoder of the CLIP.
         count: tokens of the T5 with the end token and without padding, before anything was cut.
         rows: rows that the T5 gives, padding included.
+        over: tokens that were cut off.
         cut_text: what was cut off, as the tokenizer spells it; "" where nothing was.
     """
 
     all: dict[str, Any]
     count: int
     rows: int
+    over: int
     cut_text: str
 
 
@@ -37,7 +41,7 @@ def tokenize(clip: Any, text: str, max_length: int = 0, pad_to: int = 0) -> Toke
 
     Args:
         clip: ComfyUI's CLIP, ours or not.
-        max_length: the most tokens of the T5, end token included; 0: no limit, as in ComfyUI.
+        max_length: the most tokens of the T5, end token included; 0: none but that of the family, as in ComfyUI.
         pad_to: the fewest rows of the T5; 0: as the family has it.
 
     Raises:
@@ -50,13 +54,21 @@ def tokenize(clip: Any, text: str, max_length: int = 0, pad_to: int = 0) -> Toke
     tokenizer = _tokenizer(clip, name)
     pairs: list[Pair] = list(tokens[name][0])
     count = _without_padding(pairs, tokenizer)
-    kept, cut = pairs[:count], []
+    kept, cut = pairs[:count], _beyond(tokenizer, text)
     if max_length and count > max_length:
-        kept, cut = [*pairs[: max_length - 1], (tokenizer.end_token, 1.0)], pairs[max_length - 1 : count - 1]
+        kept, cut = [*pairs[: max_length - 1], (tokenizer.end_token, 1.0)], pairs[max_length - 1 : count - 1] + cut
     # The family's least is what it makes of the empty text.
-    rows = pad_to or (len(clip.tokenize("")[name][0]) if cut else len(pairs))
+    rows = pad_to or (len(clip.tokenize("")[name][0]) if len(kept) < count else len(pairs))
     padded = kept + [(tokenizer.pad_token, 1.0)] * (rows - len(kept))
-    return Tokens({**tokens, name: [padded]}, count, len(padded), _text_of(cut, tokenizer))
+    return Tokens({**tokens, name: [padded]}, len(kept) + len(cut), len(padded), len(cut), _text_of(cut, tokenizer))
+
+
+def _beyond(tokenizer: Any, text: str) -> list[Pair]:
+    """The tokens of a text that the family itself leaves out: HiDream takes the first of several windows."""
+    if getattr(tokenizer, "max_length", _NO_LIMIT) >= _NO_LIMIT:
+        return []
+    _, *windows = tokenizer.tokenize_with_weights(text)
+    return [pair for window in windows for pair in window[: _without_padding(window, tokenizer) - 1]]
 
 
 def encode(clip: Any, text: str, max_length: int = 0, pad_to: int = 0) -> tuple[list[Any], Tokens]:
@@ -86,6 +98,12 @@ def encode_lines(
 
 def _joined(values: list[Any]) -> Any:
     return torch.cat(values) if all(isinstance(value, Tensor) for value in values) else values[0]
+
+
+def embedding_widths(tokens: dict[str, Any]) -> set[int]:
+    """The widths of all embeddings among the tokens of a T5."""
+    pairs = (pair for name in T5_TOKENS for window in tokens.get(name, ()) for pair in window)
+    return {token.shape[-1] for token, *_ in pairs if isinstance(token, Tensor)}
 
 
 def _tokenizer(clip: Any, name: str) -> Any:

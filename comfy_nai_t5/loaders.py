@@ -15,12 +15,11 @@ import torch
 from torch import nn
 
 from comfy_nai_t5.checkpoint import ServerCheckpoint, holds_t5, read_checkpoint
-from comfy_nai_t5.choices import WEIGHTS
-from comfy_nai_t5.clip import t5_models, with_our_t5
+from comfy_nai_t5.choices import Settings
+from comfy_nai_t5.clip import T5Clip, is_streamed, t5_models, with_our_t5
 from comfy_nai_t5.families import AUTO, ServerFamily, check_joint, family_for, server_config
 from comfy_nai_t5.plain import SPECIAL_TOKENS, TOKENIZER
 from nai_t5_core.examine import NO_TOKENIZER
-from nai_t5_core.formats import open_checkpoint
 from nai_t5_core.precision import is_finite, resolve_dtype
 
 
@@ -33,30 +32,25 @@ def device_options(device: str) -> dict[str, Any]:
 
 
 def load_t5(
-    path: str | Path | None,
-    family: str = AUTO,
-    dtype: str | torch.dtype = "auto",
-    weights: str = "auto",
-    device: str = "default",
-    disable_dynamic: bool = False,
-) -> Any:
+    path: str | Path | None, family: str = AUTO, settings: Settings | None = None, disable_dynamic: bool = False
+) -> T5Clip:
     """A CLIP of a T5 alone.
 
     Args:
         path: a T5 file of any form; None is the embedded tiny model.
         family: a name of :data:`comfy_nai_t5.families.FAMILIES`, or ``"auto"``.
-        dtype: what is computed in, see :func:`comfy_nai_t5.clip.with_our_t5`.
-        weights: one of :data:`comfy_nai_t5.choices.WEIGHTS`.
-        device: ``"default"`` or a torch device.
+        settings: what is computed in, and how; where, and how weights are kept.
         disable_dynamic: for ComfyUI, when it wants the model without its dynamic memory.
 
     Raises:
-        ValueError: the file is no T5, is damaged, or does not suit the family; an unknown choice.
+        ValueError: the file is no T5, is damaged, or does not suit the family; impossible settings.
     """
+    settings = settings or Settings()
     checkpoint = read_checkpoint(path)
-    clip = stock_clip(checkpoint, family_for(checkpoint.config, family), device, disable_dynamic)
-    _remember(_stored(clip, weights, dtype), load_t5, path, family, dtype, weights, device)
-    return with_our_t5(clip, dtype)
+    clip = stock_clip(checkpoint, family_for(checkpoint.config, family), settings.device, disable_dynamic)
+    _store(clip, settings)
+    _remember(clip, load_t5, path, family, settings)
+    return with_our_t5(clip, settings)
 
 
 def _remember(clip: Any, loader: Callable[..., Any], *arguments: Any) -> None:
@@ -117,27 +111,28 @@ def _new_clip(target: Any, state: dict[str, torch.Tensor], disable_dynamic: bool
 def load_with_clip(
     paths: Sequence[str | Path],
     family: str,
-    dtype: str | torch.dtype = "auto",
-    weights: str = "auto",
-    device: str = "default",
+    settings: Settings | None = None,
     model_options: Mapping[str, Any] | None = None,
     disable_dynamic: bool = False,
-) -> Any:
+) -> T5Clip:
     """A CLIP of several text encoders of which one is a T5; the others, and the choice of classes, are ComfyUI's.
 
     Args:
         paths: the files, in any order.
         family: one of :data:`comfy_nai_t5.families.JOINT_FAMILIES`.
+        settings: those of the T5, and the device of all.
         model_options: further options of ComfyUI's loader.
+        disable_dynamic: as for :func:`load_t5`.
 
     Raises:
-        ValueError: no fitting T5 among the files, too many or too few of them, a damaged one; an unknown choice.
+        ValueError: no fitting T5 among the files, too many or too few of them, a damaged one; impossible settings.
     """
+    settings = settings or Settings()
     config = None
-    options = {**device_options(device), **(model_options or {})}
+    options = {**device_options(settings.device), **(model_options or {})}
     states = []
     for path in paths:
-        if not holds_t5(open_checkpoint(path).tensors):
+        if not holds_t5(path):
             states.append(_other_encoder(path))
             continue
         checkpoint = read_checkpoint(path)
@@ -153,8 +148,9 @@ def load_with_clip(
         model_options=options,
         **({"disable_dynamic": True} if disable_dynamic else {}),
     )
-    _remember(_stored(clip, weights, dtype), load_with_clip, paths, family, dtype, weights, device, model_options)
-    return with_our_t5(clip, dtype)
+    _store(clip, settings)
+    _remember(clip, load_with_clip, paths, family, settings, model_options)
+    return with_our_t5(clip, settings)
 
 
 def _other_encoder(path: str | Path) -> dict[str, torch.Tensor]:
@@ -170,13 +166,12 @@ def _other_encoder(path: str | Path) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _stored(clip: Any, weights: str, dtype: str | torch.dtype) -> Any:
-    """The CLIP with the weights of its T5 cast as asked for. It must not have been loaded onto a device yet."""
-    if weights not in WEIGHTS:
-        raise ValueError(f"unknown choice {weights!r} for weights; allowed: {', '.join(WEIGHTS)}")
-    if weights == "file" or (weights == "auto" and getattr(clip.patcher, "is_dynamic", bool)()):
-        return clip
-    wanted = resolve_dtype(dtype, clip.patcher.load_device) if weights == "auto" else getattr(torch, weights)
+def _store(clip: Any, settings: Settings) -> None:
+    """Casts the weights of a CLIP's T5 as asked for. It must not have been loaded onto a device yet."""
+    choice = settings.weights
+    if choice == "file" or (choice == "auto" and is_streamed(clip)):
+        return
+    wanted = resolve_dtype(settings.dtype, clip.patcher.load_device) if choice == "auto" else getattr(torch, choice)
     for owner in t5_models(clip.cond_stage_model).values():
         for name, module in owner.transformer.named_modules():
             if isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and wanted.itemsize > 1):
@@ -184,7 +179,6 @@ def _stored(clip: Any, weights: str, dtype: str | torch.dtype) -> Any:
     clip.patcher.size = 0  # counted anew when it is next asked for
     if hasattr(comfy.model_management, "archive_model_dtypes"):
         comfy.model_management.archive_model_dtypes(clip.cond_stage_model)
-    return clip
 
 
 def _cast(module: Any, wanted: torch.dtype, name: str) -> None:

@@ -6,70 +6,45 @@ The library is imported when a node runs, so that the server does not wait for i
 from __future__ import annotations
 
 import hashlib
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import folder_paths
-import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import ComfyExtension, io, ui
 
 from comfy_nai_t5 import embeddings, encode
-from comfy_nai_t5.choices import DTYPES, WEIGHTS
+from comfy_nai_t5.choices import Settings
 from comfy_nai_t5.families import AUTO, FAMILIES, JOINT_FAMILIES
+from comfy_nai_t5.node_inputs import (
+    EMBEDDED,
+    computing_inputs,
+    dtype_input,
+    files,
+    loading_inputs,
+    path_of,
+    schema,
+    text_inputs,
+)
+from comfy_nai_t5.telling import show, warn
 
-CATEGORY = "text encoders/T5"
-EMBEDDED = "embedded tiny model (random weights, to try the nodes with)"
 NONE = "none"
 EMBEDDING_FOLDER = "t5_embeddings"
 
-_DTYPE_TIP = (
-    "What is computed in. auto: float16 on a GPU; on a CPU bfloat16 where it is fast, else float32. float16 is kept in "
-    "range by scales, and nothing is clipped. ComfyUI's own T5 computes in float32."
-)
-_WEIGHTS_TIP = (
-    "How the weights are kept in memory. auto: as computed in, unless the file's own form is smaller. file: as they "
-    "are in the file. float8: half the memory of float16; each layer is cast as it is used. Scaled float8 files stay "
-    "as they are whatever is chosen."
-)
 
+def _loaded(clip: Any) -> io.NodeOutput:
+    """A CLIP of ours, and in words what its T5 is; as text on the node too."""
+    from comfy_nai_t5.clip import describe
 
-def _schema(**entries: Any) -> io.Schema:
-    """A schema without the entries that an older server does not know."""
-    known = {field.name for field in fields(io.Schema)}
-    return io.Schema(category=CATEGORY, **{name: value for name, value in entries.items() if name in known})
-
-
-def _files() -> list[str]:
-    return list(folder_paths.get_filename_list("text_encoders"))
-
-
-def _path(name: str) -> str | None:
-    return None if name == EMBEDDED else str(folder_paths.get_full_path_or_raise("text_encoders", name))
-
-
-def _devices() -> list[str]:
-    return ["default", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-
-
-def _dtype_input() -> io.Combo.Input:
-    return io.Combo.Input("dtype", options=list(DTYPES), default="auto", tooltip=_DTYPE_TIP)
-
-
-def _load_inputs() -> list[Any]:
-    tip = "Where the encoder runs. default: where ComfyUI puts text encoders."
-    return [
-        _dtype_input(),
-        io.Combo.Input("weights", options=list(WEIGHTS), default="auto", tooltip=_WEIGHTS_TIP),
-        io.Combo.Input("device", options=_devices(), default="default", optional=True, tooltip=tip),
-    ]
+    told = describe(clip)
+    show(told)
+    return io.NodeOutput(clip, ui=ui.PreviewText(told))
 
 
 class LoadT5(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema(
+        return schema(
             node_id="NAILoadT5",
             display_name="Load T5 (NAI)",
             description="Loads a T5 that is a model's only text encoder. Every node that takes a CLIP takes it.",
@@ -77,9 +52,9 @@ class LoadT5(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "t5_name",
-                    options=[EMBEDDED, *_files()],
+                    options=[EMBEDDED, *files()],
                     tooltip="A T5 of any kind, found by its content: T5 v1.0 and v1.1, FLAN, UMT5, Pile-T5, mT5, ByT5; "
-                    "float32, float16, bfloat16, float8, scaled float8; one file or the first of its shards.",
+                    "float32, float16, bfloat16, float8, scaled float8, GGUF; one file or the first of its shards.",
                 ),
                 io.Combo.Input(
                     "family",
@@ -88,106 +63,86 @@ class LoadT5(io.ComfyNode):
                     tooltip="The diffusion model that reads the conditioning: decides on lengths, masks, padding. "
                     "auto: known by the T5 itself where only one family uses it. t5: none, without padding.",
                 ),
-                *_load_inputs(),
+                *loading_inputs(),
             ],
             outputs=[io.Clip.Output(display_name="CLIP")],
         )
 
     @classmethod
-    def execute(cls, t5_name: str, family: str, dtype: str, weights: str, device: str = "default") -> io.NodeOutput:
+    def execute(cls, t5_name: str, family: str, **settings: Any) -> io.NodeOutput:
         from comfy_nai_t5.loaders import load_t5
 
-        return io.NodeOutput(load_t5(_path(t5_name), family, dtype, weights, device))
+        return _loaded(load_t5(path_of(t5_name), family, Settings(**settings)))
 
 
 class LoadClipT5(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         others = [
-            io.Combo.Input(name, options=[NONE, *_files()], default=NONE, tooltip=tip)
+            io.Combo.Input(name, options=[NONE, *files()], default=NONE, tooltip=tip)
             for name, tip in (
                 ("clip_l", "CLIP-L: Flux needs it; SD3 and HiDream may have it."),
                 ("clip_g", "CLIP-G: for SD3 and HiDream."),
                 ("llama", "Llama 3.1: for HiDream."),
             )
         ]
-        return _schema(
+        return schema(
             node_id="NAILoadClipT5",
             display_name="Load CLIP + T5 (NAI)",
             description="Loads the text encoders of Flux, SD3 or HiDream. Only the T5 is ours, the others ComfyUI's.",
             search_aliases=["dual clip loader", "triple clip loader", "flux", "sd3", "hidream", "t5xxl"],
             inputs=[
-                io.Combo.Input("t5_name", options=_files(), tooltip="The T5 v1.1 XXL of the model, in any dtype."),
+                io.Combo.Input("t5_name", options=files(), tooltip="The T5 v1.1 XXL of the model, in any dtype."),
                 io.Combo.Input("family", options=list(JOINT_FAMILIES), tooltip="The model they belong to."),
                 *others,
-                *_load_inputs(),
+                *loading_inputs(),
             ],
             outputs=[io.Clip.Output(display_name="CLIP")],
         )
 
     @classmethod
-    def execute(
-        cls,
-        t5_name: str,
-        family: str,
-        clip_l: str,
-        clip_g: str,
-        llama: str,
-        dtype: str,
-        weights: str,
-        device: str = "default",
-    ) -> io.NodeOutput:
+    def execute(cls, t5_name: str, family: str, clip_l: str, clip_g: str, llama: str, **settings: Any) -> io.NodeOutput:
         from comfy_nai_t5.loaders import load_with_clip
 
         names = [name for name in (clip_l, clip_g, llama, t5_name) if name != NONE]
-        paths = [str(folder_paths.get_full_path_or_raise("text_encoders", name)) for name in names]
-        return io.NodeOutput(load_with_clip(paths, family, dtype, weights, device))
+        paths = [folder_paths.get_full_path_or_raise("text_encoders", name) for name in names]
+        return _loaded(load_with_clip(paths, family, Settings(**settings)))
 
 
 class ReplaceT5(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema(
+        return schema(
             node_id="NAIReplaceT5",
             display_name="Replace T5 (NAI)",
-            description="Puts our encoder in the place of the T5 of a loaded CLIP, on the same weights: nothing is "
+            description="Puts our encoder in the place of every T5 of a loaded CLIP, on the same weights: nothing is "
             "read or copied, and LoRA, offloading and float8 go on as they were.",
-            search_aliases=["accelerate t5", "speed up text encoder", "t5xxl"],
-            inputs=[io.Clip.Input("clip", tooltip="From any loader or checkpoint."), _dtype_input()],
+            search_aliases=["accelerate t5", "speed up text encoder", "t5xxl", "byt5"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="From any loader or checkpoint."),
+                dtype_input(),
+                *computing_inputs(),
+            ],
             outputs=[io.Clip.Output(display_name="CLIP")],
         )
 
     @classmethod
-    def execute(cls, clip: Any, dtype: str) -> io.NodeOutput:
+    def execute(cls, clip: Any, **settings: Any) -> io.NodeOutput:
         from comfy_nai_t5.clip import with_our_t5
 
-        return io.NodeOutput(with_our_t5(clip, dtype))
-
-
-def _text_inputs() -> list[Any]:
-    return [
-        io.Clip.Input("clip", tooltip="Any CLIP with a T5."),
-        io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip="The prompt; (words:1.2) as usual."),
-        io.Int.Input(
-            "max_length",
-            default=0,
-            min=0,
-            max=8192,
-            tooltip="The most tokens for the T5, end token included; what is beyond is cut off and told. 0: no limit.",
-        ),
-    ]
+        return _loaded(with_our_t5(clip, Settings(**settings)))
 
 
 class EncodeT5(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema(
+        return schema(
             node_id="NAIT5Encode",
             display_name="T5 Encode",
             description="Encodes a prompt as CLIP Text Encode does, and tells how many tokens it has and what was cut.",
             search_aliases=["clip text encode", "prompt", "t5 prompt"],
             inputs=[
-                *_text_inputs(),
+                *text_inputs(),
                 io.Int.Input(
                     "pad_to",
                     default=0,
@@ -217,21 +172,27 @@ class EncodeT5(io.ComfyNode):
             conditioning, one = encode.encode(clip, text, max_length, pad_to)
             tokens = [one]
         cut = "\n".join(each.cut_text for each in tokens if each.cut_text)
+        if cut:
+            warn(f"The prompt is too long for {_limit(max_length)} and this was cut off: {cut!r}; shorten it.")
         return io.NodeOutput(conditioning, max(each.count for each in tokens), cut)
+
+
+def _limit(max_length: int) -> str:
+    return f"max_length={max_length}" if max_length else "this model family"
 
 
 class CountTokens(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema(
+        return schema(
             node_id="NAIT5TokenCount",
             display_name="T5 Token Count",
             description="Counts the tokens of a prompt without encoding it.",
             search_aliases=["token counter", "prompt length", "tokenize"],
-            inputs=_text_inputs(),
+            inputs=text_inputs(),
             outputs=[
                 io.Int.Output(display_name="tokens"),
-                io.Int.Output(display_name="over", tooltip="How many tokens are beyond max_length; 0 where it fits."),
+                io.Int.Output(display_name="over", tooltip="How many tokens were cut off; 0 where all fit."),
                 io.String.Output(display_name="cut off"),
             ],
             is_output_node=True,
@@ -240,22 +201,22 @@ class CountTokens(io.ComfyNode):
     @classmethod
     def execute(cls, clip: Any, text: str, max_length: int) -> io.NodeOutput:
         tokens = encode.tokenize(clip, text, max_length)
-        over = max(0, tokens.count - max_length) if max_length else 0
-        told = f"{tokens.count} tokens, {tokens.rows} rows" + (f"; cut off: {tokens.cut_text}" if over else "")
-        return io.NodeOutput(tokens.count, over, tokens.cut_text, ui=ui.PreviewText(told))
+        told = f"{tokens.count} tokens, {tokens.rows} rows" + (f"; cut off: {tokens.cut_text}" if tokens.over else "")
+        show(told)
+        return io.NodeOutput(tokens.count, tokens.over, tokens.cut_text, ui=ui.PreviewText(told))
 
 
 class ReportPrecision(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema(
+        return schema(
             node_id="NAIT5PrecisionReport",
             display_name="T5 Precision Report",
             description="Runs a T5 over test prompts in float32, layer by layer, and shows its largest values beside "
             "float16's range, with the scales that keep it inside. Takes minutes for the largest models.",
             search_aliases=["calibrate", "float16", "overflow", "nan"],
             inputs=[
-                io.Combo.Input("t5_name", options=[EMBEDDED, *_files()], tooltip="A T5 file that has its tokenizer."),
+                io.Combo.Input("t5_name", options=[EMBEDDED, *files()], tooltip="A T5 file that has its tokenizer."),
                 io.Float.Input(
                     "headroom",
                     default=4.0,
@@ -272,14 +233,14 @@ class ReportPrecision(io.ComfyNode):
         from comfy_nai_t5.report import precision_report
 
         bar = ProgressBar(1)
-        table, image = precision_report(_path(t5_name), headroom, bar.update_absolute)
+        table, image = precision_report(path_of(t5_name), headroom, bar.update_absolute)
         return io.NodeOutput(image, table)
 
 
 class SaveEmbedding(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema(
+        return schema(
             node_id="NAISaveT5Embedding",
             display_name="Save T5 Embedding",
             description="Writes a conditioning with its mask to a file, to be used later without the text encoder.",
@@ -295,7 +256,7 @@ class SaveEmbedding(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning: list[Any], name: str, note: str) -> io.NodeOutput:
-        path = _embedding_path(name)
+        path = embeddings.embedding_path(_embedding_folder(), name)
         embeddings.save_conditioning(conditioning, path, note=note)
         return io.NodeOutput(path.name, ui=ui.PreviewText(f"{path.name}\n{embeddings.describe(conditioning)}"))
 
@@ -303,7 +264,7 @@ class SaveEmbedding(io.ComfyNode):
 class LoadEmbedding(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema(
+        return schema(
             node_id="NAILoadT5Embedding",
             display_name="Load T5 Embedding",
             description="Reads a conditioning that Save T5 Embedding wrote.",
@@ -314,29 +275,18 @@ class LoadEmbedding(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name: str) -> str:
-        path = _embedding_path(name)
+        path = embeddings.embedding_path(_embedding_folder(), name)
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
-        path = _embedding_path(name)
-        if not path.is_file():
-            found = ", ".join(sorted(file.stem for file in path.parent.glob("*.safetensors"))) or "none"
-            raise ValueError(f"there is no embedding {path.name}; there are: {found}")
+        path = embeddings.embedding_path(_embedding_folder(), name)
         conditioning, facts = embeddings.load_conditioning(path)
         return io.NodeOutput(conditioning, facts.get("note", ""))
 
 
-def _embedding_path(name: str) -> Path:
-    """The file of an embedding.
-
-    Raises:
-        ValueError: the name leads out of the folder.
-    """
-    stem = name.removesuffix(".safetensors")
-    if not stem or stem != Path(stem).name or stem.startswith("."):
-        raise ValueError(f"{name!r} is no file name; give one without folders")
-    return Path(folder_paths.get_output_directory()) / EMBEDDING_FOLDER / f"{stem}.safetensors"
+def _embedding_folder() -> Path:
+    return Path(folder_paths.get_output_directory()) / EMBEDDING_FOLDER
 
 
 class Extension(ComfyExtension):

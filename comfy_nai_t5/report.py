@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nai_t5_core.calibrate import calibrate, plot, render
+from nai_t5_core.calibrate import calibrate
+from nai_t5_core.calibration_report import plot, render
 
 
 def precision_report(
@@ -25,7 +26,7 @@ def precision_report(
     from PIL import Image
     from rich.console import Console
 
-    calibration = calibrate(path, headroom=headroom, progress=progress)
+    calibration = calibrate(path, headroom=headroom, progress=progress, encoder_only=True)
     text = StringIO()
     Console(file=text, width=120).print(render(calibration))
     with tempfile.TemporaryDirectory() as folder:

@@ -6,16 +6,25 @@ places of ours here, so all of that holds for us too, and no weight is in memory
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nai_t5_core.attention import distance_table
+from comfy_nai_t5.fused import SharedBlock, fuse, obstacle
+from nai_t5_core.attention import AttentionPlan, distance_table
+from nai_t5_core.attention_choice import AttentionChoice
+from nai_t5_core.compiled import compile_stack
 from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import Encoder, T5EncoderStack
 from nai_t5_core.layers import NoInit
+from nai_t5_core.packing import TOKEN_BUCKETS
 from nai_t5_core.scales import StackScales, published_scales
+
+log = logging.getLogger(__name__)
 
 
 def config_of(t5: Any) -> T5Config:
@@ -41,31 +50,90 @@ def config_of(t5: Any) -> T5Config:
 
 
 class SharedEncoder(Encoder):
-    """The blocks, where a bias table is asked of its module, which may be patched, quantised or on another device."""
+    """The blocks, where a bias table is asked of its module, which may be patched, quantised or on another device.
+
+    Attributes:
+        device: where the next call computes.
+        tables: the bias tables of the running call while every layer is joined, when no module is called any more.
+    """
 
     device: torch.device = torch.device("cpu")
+    tables: list[Tensor] | None = None
+
+    def __init__(self, config: T5Config, scales: StackScales) -> None:
+        super().__init__(config, "separate", scales, NoInit, device="meta")
+        blocks: Any = self.block
+        self.block = nn.ModuleList(SharedBlock(*block.layer) for block in blocks)
 
     def bias_table(self, index: int, device: torch.device | None = None) -> Tensor:
+        if self.tables is not None:
+            return self.tables[index if self.bias_per_layer else 0]
         block: Any = self.block[index if self.bias_per_layer else 0]
         embedding = block.layer[0].SelfAttention.relative_attention_bias
         buckets = torch.arange(self.num_buckets, device=device or self.device)
         return distance_table(embedding(buckets, out_dtype=torch.float32), self.max_distance)
 
+    def finish(self, residual: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.tables is None:
+            return super().finish(residual, dtype)
+        norm: Any = self.final_layer_norm
+        weight = norm.weight.to(residual)
+        return F.rms_norm(residual, residual.shape[-1:], weight, norm.variance_epsilon).to(dtype)
+
+    def join(self, dtype: torch.dtype) -> Counter[str]:
+        """Joins the products of every layer where that changes nothing; returns why other layers are as they are."""
+        reasons: Counter[str] = Counter()
+        block: Any
+        for block in self.block:
+            reason = obstacle(block, dtype, self.device)
+            if reason:
+                reasons[reason] += 1
+            else:
+                block.weights = fuse(block)
+        if not reasons:
+            count = len(self.block) if self.bias_per_layer else 1
+            self.tables = [self.bias_table(index) for index in range(count)]
+        return reasons
+
+    def release(self) -> None:
+        """Ends what :meth:`join` began: between calls the modules are the only owners of their weights."""
+        self.tables = None
+        block: Any
+        for block in self.block:
+            block.weights = None
+
 
 class SharedStack(T5EncoderStack):
-    """The encoder in the separate layout on the modules of ``t5``, computing in ``dtype``.
+    """The encoder on the modules of ``t5``, computing in ``dtype``.
 
-    The weights' own dtype is theirs: every module casts its weight to that of its input. ``scales`` keep float16 in
-    range; by default those published for a model of this size.
+    The weights' own dtype is theirs: a module casts its weight to that of its input. ``scales`` keep float16 in range;
+    by default those published for a model of this size.
+
+    Args:
+        wish: ``"auto"`` joins products wherever that changes nothing, ``"fused"`` makes anything else an error,
+            ``"separate"`` joins none.
+        compiled: have torch compile the encoder, on its first call with all products joined.
     """
 
-    def __init__(self, t5: nn.Module, dtype: torch.dtype, scales: StackScales | None = None) -> None:
+    encoder: SharedEncoder
+
+    def __init__(
+        self,
+        t5: nn.Module,
+        dtype: torch.dtype,
+        scales: StackScales | None = None,
+        attention: AttentionChoice = "auto",
+        wish: str = "auto",
+        compiled: bool = False,
+    ) -> None:
         config = config_of(t5)
         if scales is None and dtype == torch.float16:
             scales = published_scales(config)
-        super().__init__(config, "separate", NoInit, scales, device="meta")
+        super().__init__(config, "separate", NoInit, scales, device="meta", attention=attention)
         self.compute_dtype = dtype
-        self.encoder: SharedEncoder = SharedEncoder(config, "separate", self.scales, NoInit, device="meta")
+        self.wish, self.compiled, self.is_compiled = wish, compiled, False
+        self.told = ""
+        self.encoder = SharedEncoder(config, self.scales)
         _take_modules(self, t5)
 
     @property
@@ -80,6 +148,61 @@ class SharedStack(T5EncoderStack):
     @device.setter
     def device(self, device: torch.device) -> None:
         self.encoder.device = device
+
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
+        """See :class:`T5EncoderStack`.
+
+        Raises:
+            ValueError: the fused layout was asked for, and is impossible with the weights as they are.
+        """
+        if self.wish == "separate":
+            return super().forward(*inputs, **options)
+        try:
+            reasons = self.encoder.join(self.dtype)
+            self._tell(reasons)
+            self._compile_if(self.compiled and not reasons)
+            return super().forward(*inputs, **options)
+        finally:
+            self.encoder.release()
+
+    def _tell(self, reasons: Counter[str]) -> None:
+        if reasons and self.wish == "fused":
+            raise ValueError(f"the T5 cannot run in the fused layout: {next(iter(reasons))}; choose the layout auto")
+        text = describe_layout(reasons, len(self.encoder.block))
+        if text != self.told:
+            log.info("T5 (NAI): %s", text)
+        self.told = text
+
+    def _compile_if(self, wanted: bool) -> None:
+        """A compiled encoder sees rows of few lengths; while a layer is not joined, it runs uncompiled."""
+        if wanted and not self.is_compiled:
+            compile_stack(self)
+            self.is_compiled = True
+        self.buckets = TOKEN_BUCKETS if wanted else None
+
+    def _run_encoder(self, embeddings: Tensor, plan: AttentionPlan) -> Tensor:
+        if self.buckets is None:
+            return self.encoder.forward(embeddings, plan, self.dtype)
+        return super()._run_encoder(embeddings, plan)
+
+    def expected_layout(self) -> str:
+        """What the layout will be, as far as it can be known before the weights are on their device."""
+        if self.wish == "separate":
+            return "separate layout, as chosen"
+        blocks: Any = self.encoder.block
+        reasons = Counter(reason for block in blocks if (reason := obstacle(block, self.dtype)) is not None)
+        if reasons and self.wish == "fused":
+            raise ValueError(f"the T5 cannot run in the fused layout: {next(iter(reasons))}; choose the layout auto")
+        return describe_layout(reasons, len(blocks))
+
+
+def describe_layout(reasons: Counter[str], layers: int) -> str:
+    """Which layout so many layers run in, and why those that are not joined are not."""
+    if not reasons:
+        return "fused layout"
+    why = "; ".join(reasons)
+    apart = reasons.total()
+    return f"separate layout: {why}" if apart == layers else f"fused layout but for {apart} of {layers} layers: {why}"
 
 
 def _take_modules(stack: nn.Module, t5: nn.Module) -> None:

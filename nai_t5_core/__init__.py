@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nai_t5_core.load import load_encoder, load_t5
     from nai_t5_core.lora import Loras
     from nai_t5_core.lora_files import Lora, read_lora
+    from nai_t5_core.lora_live import LiveLoras
     from nai_t5_core.model import T5
     from nai_t5_core.optimize import prepack
     from nai_t5_core.text_encoder import PromptEmbeddings, TextEncoder
@@ -28,6 +29,7 @@ __all__ = [
     "T5",
     "CheckpointError",
     "Family",
+    "LiveLoras",
     "Lora",
     "Loras",
     "PromptEmbeddings",
@@ -50,6 +52,7 @@ __all__ = [
 _HOME = {
     "CheckpointError": "formats",
     "Family": "families",
+    "LiveLoras": "lora_live",
     "Lora": "lora_files",
     "Loras": "lora",
     "PromptEmbeddings": "text_encoder",

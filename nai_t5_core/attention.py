@@ -106,10 +106,14 @@ class AttentionPlan(Protocol):
 
 @dataclass(frozen=True)
 class DocumentAttention:
-    """Every document of a packed row attends to its own keys, through SDPA, one call per group of equal documents."""
+    """Every document of a packed row attends to its own keys, through SDPA, one call per group of equal documents.
+
+    ``dropout`` is the share of attention weights that are set to zero, in training.
+    """
 
     groups: Sequence[DocumentGroup]
     scale: float
+    dropout: float = 0.0
 
     def layer(self, table: Tensor) -> Attend:
         if not self.groups:
@@ -141,7 +145,7 @@ class DocumentAttention:
             k, v = k[:, keys], v[:, keys]
         else:
             k, v = k[:, group.key_rows], v[:, group.key_rows]
-        out = _sdpa(q, k, v, bias.expand(group.count, *bias.shape), self.scale)
+        out = _sdpa(q, k, v, bias.expand(group.count, *bias.shape), self.scale, self.dropout)
         return out.flatten(0, 1)
 
 
@@ -170,11 +174,11 @@ class DenseAttention:
         return attend
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     """[batch, tokens, heads, d_kv] each, bias [batch, heads, query, key] in their dtype; result like q."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(_CUDA_KERNELS) if q.is_cuda else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale).transpose(1, 2)
 
 
 def logit_scale(config: T5Config) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.decoding import Decoding
+from nai_t5_core.token_scores import find_largest
 
 if TYPE_CHECKING:
     from nai_t5_core.generation import GenerationOptions
@@ -99,12 +100,12 @@ class _Search:
         prompts, beams, vocab_size = logits.shape
         scores = logits.log_softmax(dim=-1).flatten(0, 1)
         scores = self.options.apply_rules(scores, self.running.tokens[:, :, :length].flatten(0, 1))
-        scores = scores.unflatten(0, (prompts, beams)) + self.running.scores[:, :, None]
-        best = scores.flatten(1).topk(2 * beams)
-        parents = best.indices // vocab_size
+        scores = scores.unflatten(0, (prompts, beams)).add_(self.running.scores[:, :, None])
+        best, places = find_largest(scores.flatten(1), 2 * beams)
+        parents = places // vocab_size
         candidates = self.running.select(parents)
-        candidates.scores = best.values
-        candidates.tokens[:, :, length] = best.indices % vocab_size
+        candidates.scores = best
+        candidates.tokens[:, :, length] = places % vocab_size
         return candidates, parents
 
     def _finish(self, candidates: _Texts, ends: Tensor, new_tokens: int) -> None:

@@ -1,32 +1,39 @@
 """Finding the float16 scales of a checkpoint: its largest activations over a set of prompts, layer by layer.
 
 Runs in float32 with one layer in memory at a time, read from the file when its turn comes, so that the largest models
-fit into little memory.
+fit into little memory. A decoder reads known texts for this: by default it is given the prompts themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nai_t5_core.attention import Attend, DocumentAttention, distance_table, logit_scale
-from nai_t5_core.config import T5Config, encoder_tensors
+from nai_t5_core.attention import DocumentAttention, distance_table, logit_scale
+from nai_t5_core.calibration_report import Calibration, StackMaxima
+from nai_t5_core.config import T5Config, decoder_tensors, encoder_tensors
+from nai_t5_core.decoder import DecoderBlock
+from nai_t5_core.decoder_attention import CausalAttention, CrossMemory, causal_table, cross_bias
 from nai_t5_core.encoder import EncoderBlock
-from nai_t5_core.examine import Examination, ModelSource, examine, find_tokenizer_for
-from nai_t5_core.formats import replacing
-from nai_t5_core.layers import NoInit
-from nai_t5_core.maxima import QUANTITIES, LayerMaxima, observe, scales_for
-from nai_t5_core.packing import pack_batch
+from nai_t5_core.examine import (
+    Examination,
+    ModelSource,
+    decoder_faults,
+    examine,
+    find_tokenizer_for,
+    settle_head,
+)
+from nai_t5_core.layers import NoInit, RMSNorm
+from nai_t5_core.maxima import LayerMaxima, observe, scales_for
+from nai_t5_core.packing import Packing, pack_batch
 from nai_t5_core.precision import largest_absolute
-from nai_t5_core.scales import FLOAT16_MAX, LayerScales, StackScales, scale_for
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from nai_t5_core.scales import LayerScales, StackScales, scale_for
+from nai_t5_core.tokenizer import Tokenizer
 
 # Short and long, plain and odd: outliers sit on rare tokens, on repetitions, and at the end of the prompt.
 PROMPTS = (
@@ -50,56 +57,6 @@ PROMPTS = (
 MAX_LENGTH = 512
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What a calibration saw and chose; ``layers`` and ``scales.layers`` go together."""
-
-    config: T5Config
-    prompts: int
-    tokens: int
-    headroom: float
-    layers: tuple[LayerMaxima, ...]
-    scales: StackScales
-
-    def scaled_maximum(self, index: int, quantity: str) -> float:
-        """The largest value of a quantity after scaling; what has no scale is as it was."""
-        scales = asdict(self.scales.layers[index])
-        scale = scales["hidden"] if quantity == "up" else scales.get(quantity, 1.0)
-        return float(self.layers[index].maxima[quantity] * scale)
-
-    def beyond(self) -> list[str]:
-        """What exceeds float16 even so, in words: quantities that no scale reaches."""
-        return [
-            f"layer {index}: {quantity} reaches {self.layers[index].maxima[quantity]:.3g}"
-            for index in range(len(self.layers))
-            for quantity in QUANTITIES
-            if self.scaled_maximum(index, quantity) > FLOAT16_MAX
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        rows = []
-        for index, (seen, scales) in enumerate(zip(self.layers, self.scales.layers, strict=True)):
-            subnormal, zero = seen.lost_share(scales.hidden)
-            rows.append(
-                {
-                    "layer": index,
-                    "maxima": seen.maxima,
-                    "scales": asdict(scales),
-                    "hidden_subnormal_share": subnormal,
-                    "hidden_zero_share": zero,
-                }
-            )
-        return {
-            "kind": self.config.kind,
-            "prompts": self.prompts,
-            "tokens": self.tokens,
-            "headroom": self.headroom,
-            "embedding_scale": self.scales.embedding,
-            "layers": rows,
-            "beyond_float16": self.beyond(),
-        }
-
-
 @torch.no_grad()
 def calibrate(
     source: ModelSource = None,
@@ -108,128 +65,158 @@ def calibrate(
     subfolder: str = "",
     tokenizer: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    encoder_only: bool = False,
+    texts: Sequence[str] | None = None,
 ) -> Calibration:
-    """Runs the encoder in float32 over prompts and chooses the scales that leave ``headroom`` below 65504.
+    """Runs a model in float32 over prompts and chooses the scales that leave ``headroom`` below 65504.
 
     Args:
-        source, subfolder: as for :func:`nai_t5_core.load.load_encoder`.
+        source, subfolder: as for :func:`nai_t5_core.load.load_t5`.
         prompts: each is cut to 512 tokens.
         headroom: how many times larger than seen a value may become before float16 overflows; at least 1.
         tokenizer: a tokenizer file or folder, where the source has none.
         progress: called with (layers done, layers in all).
+        encoder_only: leave the decoder out, where there is one.
+        texts: what the decoder reads for each prompt, as if it had written it; by default the prompts.
 
     Raises:
         CheckpointError: the checkpoint is unusable.
-        ValueError: no tokenizer or that of another model, no prompts, or a headroom below 1.
+        ValueError: no tokenizer or that of another model, no prompts, another number of texts, or a headroom below 1.
     """
     if not headroom >= 1:
         raise ValueError(f"headroom={headroom}; it must be at least 1, which leaves no room at all")
-    tokens = find_tokenizer_for(source, subfolder, tokenizer)(prompts, MAX_LENGTH)
+    if texts is not None and len(texts) != len(prompts):
+        raise ValueError(f"{len(texts)} texts for {len(prompts)} prompts; give one for each")
+    found = find_tokenizer_for(source, subfolder, tokenizer)
     examination = examine(source, subfolder)
+    if encoder_only:
+        examination.config = examination.config.encoder_only()
+    elif examination.config.num_decoder_layers:
+        settle_head(examination)
+        examination.faults += decoder_faults(examination)
     examination.refuse_faults()
-    config = examination.config.encoder_only()
+    config = examination.config
+    ids, mask = _tokenized(found, prompts, config)
+    steps = _Steps(progress, config.num_layers + config.num_decoder_layers)
+    packing = pack_batch(mask, mask.shape[0], mask.shape[1], "skip")
+    encoder, states = _calibrate_encoder(examination, ids, packing, headroom, steps)
+    decoder = None
+    if config.num_decoder_layers:
+        known, _ = _tokenized(found, texts if texts is not None else prompts, config)
+        decoder = _calibrate_decoder(examination, states, packing, mask, known, headroom, steps)
+    return Calibration(config, len(prompts), packing.tokens, headroom, encoder, decoder)
+
+
+@dataclass
+class _Steps:
+    """Counts layers for a progress bar."""
+
+    tell: Callable[[int, int], None] | None
+    total: int
+    done: int = 0
+
+    def advance(self) -> None:
+        self.done += 1
+        if self.tell is not None:
+            self.tell(self.done, self.total)
+
+
+def _tokenized(tokenizer: Tokenizer, texts: Sequence[str], config: T5Config) -> tuple[Tensor, Tensor]:
+    """Ids and bool mask, [texts, length] each."""
+    tokens = tokenizer(texts, MAX_LENGTH)
     ids, mask = torch.tensor(tokens.input_ids), torch.tensor(tokens.attention_mask).bool()
     if int(ids.max()) >= config.vocab_size:
         raise ValueError(
             f"the tokenizer gives token id {int(ids.max())}, the model has {config.vocab_size} tokens; "
             "the tokenizer belongs to another model"
         )
-    packing = pack_batch(mask, mask.shape[0], mask.shape[1], "skip")
-    plan = DocumentAttention(packing.groups, logit_scale(config))
+    return ids, mask
 
+
+def _calibrate_encoder(
+    examination: Examination, ids: Tensor, packing: Packing, headroom: float, steps: _Steps
+) -> tuple[StackMaxima, Tensor]:
+    """What the encoder shows, and its hidden states [tokens, d_model]."""
+    config = examination.config
+    plan = DocumentAttention(packing.groups, logit_scale(config))
     table = examination.read("shared.weight")
     residual = table[packing.pack(ids)].float()
-    largest_embedding = largest_absolute(table)
+    embedding = scale_for(largest_absolute(table), headroom=1)
     del table
     layers, attend = [], None
     for index in range(config.num_layers):
-        block = _load_block(examination, config, index)
+        block = EncoderBlock.separate(config, **_block_arguments(config, index))
+        _fill(block, examination, f"encoder.block.{index}.")
         if attend is None or config.bias_per_layer:
-            attend = _attend(block, config, plan)
+            attend = plan.layer(distance_table(_bias_weight(block), config.relative_attention_max_distance))
         layers.append(LayerMaxima())
-        residual = observe(block, LayerScales(), residual, attend, layers[-1])
-        if progress is not None:
-            progress(index + 1, config.num_layers)
-    scales = tuple(scales_for(seen, headroom, config.can_scale_hidden) for seen in layers)
-    embedding = scale_for(largest_embedding, headroom=1)
-    return Calibration(config, len(prompts), packing.tokens, headroom, tuple(layers), StackScales(scales, embedding))
+        residual = observe(block, LayerScales(), residual, (attend,), layers[-1])
+        steps.advance()
+    norm = RMSNorm(config.d_model, config.layer_norm_epsilon, "meta")
+    _fill(norm, examination, "encoder.final_layer_norm.")
+    return _chosen(layers, headroom, config, embedding), norm(residual)
 
 
-def _load_block(examination: Examination, config: T5Config, index: int) -> EncoderBlock:
-    """One layer in float32, in the separate layout."""
-    prefix = f"encoder.block.{index}."
-    names = [name for name in encoder_tensors(config) if name.startswith(prefix)]
-    has_bias = any("relative_attention_bias" in name for name in names)
-    block = EncoderBlock.separate(config, has_bias, LayerScales(), NoInit, device="meta", dtype=torch.float32)
-    block.load_state_dict({name.removeprefix(prefix): examination.read(name).float() for name in names}, assign=True)
-    return block
+def _calibrate_decoder(
+    examination: Examination,
+    states: Tensor,
+    packing: Packing,
+    mask: Tensor,
+    texts: Tensor,
+    headroom: float,
+    steps: _Steps,
+) -> StackMaxima:
+    """What the decoder shows when it reads texts [prompts, length] behind the start token.
 
-
-def _attend(block: Any, config: T5Config, plan: DocumentAttention) -> Attend:
-    weight: Tensor = block.layer[0].SelfAttention.relative_attention_bias.weight
-    return plan.layer(distance_table(weight, config.relative_attention_max_distance))
-
-
-def render(calibration: Calibration) -> RenderableType:
-    """A table of maxima and scales for a terminal."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-
-    table = Table(
-        title=f"largest absolute values over {calibration.tokens:,} tokens", title_justify="left", box=box.SIMPLE
-    )
-    headings = ("q", "k", "v", "attn", "gate", "up", "hidden", "ff")
-    for heading in ("", *headings, "scales", "lost"):
-        table.add_column(heading, justify="right")
-    for row in calibration.to_dict()["layers"]:
-        maxima = [_number(value) for value in row["maxima"].values()]
-        scales = " ".join(_fraction(row["scales"][name]) for name in ("attention_out", "hidden", "feed_forward_out"))
-        lost = row["hidden_subnormal_share"] + row["hidden_zero_share"]
-        table.add_row(str(row["layer"]), *maxima, scales, f"{lost:.2%}")
-    notes = [
-        "attn, ff: what attention and feed-forward add to the residual",
-        f"scales of attn, hidden, ff for headroom {calibration.headroom:g}; "
-        f"of the embedding {_fraction(calibration.scales.embedding)}",
-        "lost: share of the hidden values that are subnormal or zero in float16, after scaling",
-        *(f"[red]exceeds float16 whatever the scales:[/red] {fault}" for fault in calibration.beyond()),
-    ]
-    return Group(table, *notes)
-
-
-def _number(value: float) -> str:
-    return f"[red]{value:,.0f}[/red]" if value > FLOAT16_MAX else f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-
-
-def _fraction(scale: float) -> str:
-    return "1" if scale == 1 else f"1/{round(1 / scale)}"
-
-
-def plot(calibration: Calibration, path: Path) -> None:
-    """Draws the maxima of every layer against float16's limit, before and after scaling, into a PNG file.
-
-    Raises:
-        ValueError: matplotlib is not installed.
+    Pad tokens behind a text count: in generation, too, a text that is finished goes on with them beside the others.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError('the plot needs matplotlib: pip install "comfy-nai-t5[plot]"') from error
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    places = range(len(calibration.layers))
-    quantities = ("attention_out", "hidden", "feed_forward_out")
-    for color, quantity in zip(("tab:blue", "tab:orange", "tab:green"), quantities, strict=True):
-        before = [seen.maxima[quantity] for seen in calibration.layers]
-        after = [calibration.scaled_maximum(index, quantity) for index in places]
-        axes.plot(
-            places, before, color=color, marker="o", markersize=4, label=f"{quantity.replace('_', ' ')}, as it is"
-        )
-        axes.plot(places, after, color=color, linestyle="--", marker="x", markersize=5, label="… scaled")
-    axes.axhline(FLOAT16_MAX, color="tab:red", linewidth=1)
-    axes.annotate("float16 ends here: 65504", (0, FLOAT16_MAX), (0, 4), textcoords="offset points", color="tab:red")
-    axes.set(yscale="log", xlabel="layer", ylabel="largest absolute value", title="Activations against float16's range")
-    axes.grid(alpha=0.3)
-    figure.legend(fontsize="small", ncols=3, loc="outside lower center")
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
+    config = examination.config
+    scale, hides_pads = logit_scale(config), cross_bias(mask, torch.float32)
+    before = texts.roll(1, dims=1)
+    before[:, 0] = config.decoder_start_token_id
+    residual = examination.read("shared.weight")[before].float()
+    layers, attend = [], None
+    for index in range(config.num_decoder_layers):
+        block = DecoderBlock.separate(config, **_block_arguments(config, index))
+        _fill(block, examination, f"decoder.block.{index}.")
+        if attend is None or config.bias_per_layer:
+            table = causal_table(_bias_weight(block), config.relative_attention_max_distance)
+            plan = CausalAttention([table], texts.shape[1], scale)
+            attend = plan.layer(index, plan.bias(0))
+        layers.append(LayerMaxima.of_decoder())
+        cross: Any = block.layer[1]
+        keys, values = cross.EncDecAttention.keys_values(states)
+        layers[-1].add("cross_k", keys, 1.0)
+        layers[-1].add("cross_v", values, 1.0)
+        spread = [packing.unpack(part).transpose(1, 2) for part in (keys, values)]
+        memory = CrossMemory([(spread[0], spread[1])], hides_pads, scale)
+        residual = observe(block, LayerScales(), residual, (attend, memory.layer(0)), layers[-1])
+        steps.advance()
+    return _chosen(layers, headroom, config)
+
+
+def _block_arguments(config: T5Config, index: int) -> dict[str, Any]:
+    return {
+        "has_bias": config.bias_per_layer or index == 0,
+        "scales": LayerScales(),
+        "ops": NoInit,
+        "device": "meta",
+        "dtype": torch.float32,
+    }
+
+
+def _fill(module: torch.nn.Module, examination: Examination, prefix: str) -> None:
+    """Reads the tensors of a module on the meta device, in float32."""
+    names = encoder_tensors(examination.config) | decoder_tensors(examination.config)
+    own = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+    module.load_state_dict({part: examination.read(name).float() for part, name in own.items()}, assign=True)
+
+
+def _bias_weight(block: Any) -> Tensor:
+    weight: Tensor = block.layer[0].SelfAttention.relative_attention_bias.weight
+    return weight
+
+
+def _chosen(layers: list[LayerMaxima], headroom: float, config: T5Config, embedding: float = 1.0) -> StackMaxima:
+    scales = tuple(scales_for(seen, headroom, config.can_scale_hidden) for seen in layers)
+    return StackMaxima(tuple(layers), StackScales(scales, embedding))

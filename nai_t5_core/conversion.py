@@ -17,6 +17,7 @@ from nai_t5_core.formats import CheckpointError, tensor_bytes, write_safetensors
 from nai_t5_core.fuse import cook, fused_recipes
 from nai_t5_core.load import ScalesChoice, choose_decoder_scales, choose_scales
 from nai_t5_core.precision import DTYPES, is_finite
+from nai_t5_core.scales import StackScales
 from nai_t5_core.tokenizer import load_tokenizer
 
 
@@ -41,6 +42,7 @@ def convert(
     tokenizer: str | Path | None = None,
     scales: ScalesChoice = "auto",
     progress: Callable[[int, int], None] | None = None,
+    decoder_scales: ScalesChoice = "auto",
 ) -> Conversion:
     """Writes a checkpoint as one file with fused tensors, config and tokenizer.
 
@@ -50,8 +52,7 @@ def convert(
         dtype: of the weights; ``"auto"`` keeps the source's (bfloat16 for float8).
         encoder_only: leave the decoder out.
         tokenizer: a tokenizer file or folder to put in, where the source has none.
-        scales: as for :func:`nai_t5_core.load.load_encoder`; they are kept in the file. The decoder's are those in the
-            source, or those published for a model of this size.
+        scales, decoder_scales: as for :func:`nai_t5_core.load.load_t5`; they are kept in the file.
         progress: called with (bytes written, bytes in all) after every tensor.
 
     Raises:
@@ -72,7 +73,9 @@ def convert(
 
     model_dtype = main_dtype(examination) if dtype == "auto" else DTYPES[dtype]
     chosen = choose_scales(examination, model_dtype, scales)
-    chosen_for_decoder = None if encoder_only else choose_decoder_scales(examination, model_dtype)
+    if decoder_scales == "auto" and not isinstance(scales, StackScales):
+        decoder_scales = scales
+    chosen_for_decoder = None if encoder_only else choose_decoder_scales(examination, model_dtype, decoder_scales)
     recipes = fused_recipes(config, chosen, chosen_for_decoder)
     layout: dict[str, tuple[torch.dtype, Shape]] = {
         recipe.target: (recipe.dtype(model_dtype), recipe.shape) for recipe in recipes

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.attention import Attend, SelfAttentionLayer, distance_table, query_std
+from nai_t5_core.attention import Attend, SelfAttentionLayer, query_std
 from nai_t5_core.config import T5Config
-from nai_t5_core.decoder_attention import CrossAttend, CrossMemory, DecoderPlan, cross_bias
+from nai_t5_core.decoder_attention import CrossAttend, CrossMemory, DecoderPlan, causal_table, cross_bias
 from nai_t5_core.encoder import EncoderBlock, Layout
-from nai_t5_core.layers import FeedForwardLayer, FoldedRMSNorm, RMSNorm, residual_dtype, scaled
+from nai_t5_core.layers import FeedForwardLayer, FoldedRMSNorm, RMSNorm, add_sublayer, residual_dtype, scaled
 from nai_t5_core.packing import Packing
 from nai_t5_core.scales import LayerScales, StackScales
 
 
 class CrossAttention(nn.Module):
-    """Cross-attention with q, k, v and o as modules of their own (the separate layout).
+    """Cross-attention: queries and the way out. How keys and values are made is up to the layout.
 
     ``scale`` multiplies the input of o, and so the output.
     """
@@ -31,14 +31,11 @@ class CrossAttention(nn.Module):
         self.heads, self.d_kv = config.num_heads, config.d_kv
         self.scale_qk = config.scale_qk
         self.q = ops.Linear(config.d_model, config.inner_dim, bias=False, **factory)
-        self.k = ops.Linear(config.d_model, config.inner_dim, bias=False, **factory)
-        self.v = ops.Linear(config.d_model, config.inner_dim, bias=False, **factory)
         self.o = ops.Linear(config.inner_dim, config.d_model, bias=False, **factory)
 
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder states [tokens, d_model] to keys and values [tokens, heads, d_kv]."""
-        shape = (self.heads, self.d_kv)
-        return self.k(states).unflatten(-1, shape), self.v(states).unflatten(-1, shape)
+        raise NotImplementedError
 
     def forward(self, hidden: Tensor, attend: CrossAttend) -> Tensor:
         """[prompts, queries, d_model] to [prompts, queries, d_model]."""
@@ -49,38 +46,35 @@ class CrossAttention(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         d_model = self.q.in_features
         nn.init.normal_(self.q.weight, std=query_std(d_model, self.d_kv, self.scale_qk), generator=generator)
-        nn.init.normal_(self.k.weight, std=d_model**-0.5, generator=generator)
-        nn.init.normal_(self.v.weight, std=d_model**-0.5, generator=generator)
+        for name, projection in self.named_children():
+            if name not in ("q", "o"):
+                nn.init.normal_(projection.weight, std=d_model**-0.5, generator=generator)
         nn.init.normal_(self.o.weight, std=self.o.in_features**-0.5, generator=generator)
 
 
-class FusedCrossAttention(nn.Module):
-    """Cross-attention with k and v in one matrix, k above v."""
+class SeparateCrossAttention(CrossAttention):
+    """With k and v as modules of their own."""
 
-    def __init__(self, config: T5Config, ops: Any, **factory: Any) -> None:
-        super().__init__()
-        self.heads, self.d_kv = config.num_heads, config.d_kv
-        self.scale_qk = config.scale_qk
-        self.q = ops.Linear(config.d_model, config.inner_dim, bias=False, **factory)
-        self.kv = ops.Linear(config.d_model, 2 * config.inner_dim, bias=False, **factory)
-        self.o = ops.Linear(config.inner_dim, config.d_model, bias=False, **factory)
+    def __init__(self, config: T5Config, ops: Any, scale: float = 1.0, **factory: Any) -> None:
+        super().__init__(config, ops, scale, **factory)
+        self.k = ops.Linear(config.d_model, config.inner_dim, bias=False, **factory)
+        self.v = ops.Linear(config.d_model, config.inner_dim, bias=False, **factory)
 
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoder states [tokens, d_model] to keys and values [tokens, heads, d_kv]."""
+        shape = (self.heads, self.d_kv)
+        return self.k(states).unflatten(-1, shape), self.v(states).unflatten(-1, shape)
+
+
+class FusedCrossAttention(CrossAttention):
+    """With k and v in one matrix, k above v."""
+
+    def __init__(self, config: T5Config, ops: Any, **factory: Any) -> None:
+        super().__init__(config, ops, **factory)
+        self.kv = ops.Linear(config.d_model, 2 * config.inner_dim, bias=False, **factory)
+
+    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.kv(states).unflatten(-1, (2, self.heads, self.d_kv)).unbind(-3)
         return keys, values
-
-    def forward(self, hidden: Tensor, attend: CrossAttend) -> Tensor:
-        """[prompts, queries, d_model] to [prompts, queries, d_model]."""
-        q = self.q(hidden).unflatten(-1, (self.heads, self.d_kv))
-        out: Tensor = self.o(attend(q).flatten(-2))
-        return out
-
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        d_model = self.q.in_features
-        nn.init.normal_(self.q.weight, std=query_std(d_model, self.d_kv, self.scale_qk), generator=generator)
-        nn.init.normal_(self.kv.weight, std=d_model**-0.5, generator=generator)
-        nn.init.normal_(self.o.weight, std=self.o.in_features**-0.5, generator=generator)
 
 
 class CrossAttentionLayer(nn.Module):
@@ -96,9 +90,9 @@ class CrossAttentionLayer(nn.Module):
         self.out_scale = out_scale
 
     def forward(self, residual: Tensor, attend: CrossAttend, dtype: torch.dtype) -> Tensor:
-        """[prompts, queries, d_model] residual to residual; ``dtype`` is the compute dtype."""
+        """[prompts, queries, d_model] residual to residual, changed in place in inference."""
         out = self.EncDecAttention(self.layer_norm(residual).to(dtype), attend)
-        return torch.add(residual, out, alpha=1 / self.out_scale)
+        return add_sublayer(residual, out, self.out_scale)
 
 
 class DecoderBlock(nn.Module):
@@ -122,7 +116,7 @@ class DecoderBlock(nn.Module):
         """The original tensors; what the scales do to weights in the fused layout is done to activations."""
         norm = RMSNorm(config.d_model, config.layer_norm_epsilon, factory.get("device"))
         scale = scales.cross_attention_out
-        cross = CrossAttentionLayer(norm, CrossAttention(config, ops, scale, **factory), scale)
+        cross = CrossAttentionLayer(norm, SeparateCrossAttention(config, ops, scale, **factory), scale)
         return cls.around(cross, EncoderBlock.separate(config, has_bias, scales, ops, **factory))
 
     @classmethod
@@ -140,9 +134,10 @@ class DecoderBlock(nn.Module):
 
     def forward(self, residual: Tensor, attend: Attend, attend_across: CrossAttend, dtype: torch.dtype) -> Tensor:
         """[prompts, queries, d_model] residual to residual; ``dtype`` is the compute dtype."""
-        residual = self.layer[0](residual, attend, dtype)
-        residual = self.layer[1](residual, attend_across, dtype)
-        out: Tensor = self.layer[2](residual, dtype)
+        self_attention, cross_attention, feed_forward = self.layer
+        residual = self_attention(residual, attend, dtype)
+        residual = cross_attention(residual, attend_across, dtype)
+        out: Tensor = feed_forward(residual, dtype)
         return out
 
 
@@ -162,7 +157,8 @@ class Decoder(nn.Module):
 
     def forward(self, embeddings: Tensor, plan: DecoderPlan, memory: CrossMemory, dtype: torch.dtype) -> Tensor:
         """[prompts, queries, d_model] in any float dtype to the same in ``dtype``, after the final norm."""
-        residual = embeddings.to(residual_dtype(dtype))
+        # A copy, since blocks change it in place.
+        residual = embeddings.to(residual_dtype(dtype), copy=True)
         bias: Tensor | None = None
         for index, block in enumerate(self.block):
             if bias is None or self.bias_per_layer:
@@ -174,15 +170,15 @@ class Decoder(nn.Module):
     def bias_tables(self, dtype: torch.dtype) -> list[Tensor]:
         """The bias by distance of every layer that has its own: [heads, 2 · max_distance + 1] each.
 
-        It is −∞ for keys ahead of the query, so that any window of it is a causal mask as well.
+        See :func:`nai_t5_core.decoder_attention.causal_table`.
         """
         tables = []
         block: Any
         for block in self.block if self.bias_per_layer else self.block[:1]:
-            weight = block.layer[0].SelfAttention.relative_attention_bias.weight
-            table = distance_table(weight, self.max_distance, bidirectional=False).to(dtype)
-            is_ahead = torch.arange(table.shape[1], device=table.device) > self.max_distance
-            tables.append(table.masked_fill(is_ahead, -torch.inf))
+            embedding = block.layer[0].SelfAttention.relative_attention_bias
+            # By its own module's call, for which sharding gathers it.
+            weight = embedding(torch.arange(embedding.num_embeddings, device=embedding.weight.device))
+            tables.append(causal_table(weight, self.max_distance).to(dtype))
         return tables
 
     def read(self, states: Tensor, packing: Packing, mask: Tensor | None, scale: float) -> CrossMemory:

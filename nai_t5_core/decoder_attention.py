@@ -3,7 +3,7 @@
 A batch is [prompts, queries]. When a whole text is read at once (training, scoring), the queries of a prompt are the
 text's positions. In generation they are the last tokens of its beams: all beams of a prompt share its cross-attention
 keys, and one set of cached keys in which a mask shows each beam its own ancestors. So nothing is copied for a beam,
-and what reordering moves is that mask.
+what beams have in common is there once, and what reordering moves is that mask.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nai_t5_core.attention import Attend, position_bias
+from nai_t5_core.attention import Attend, distance_table, position_bias
 from nai_t5_core.config import T5Config
 
 # Queries [prompts, queries, heads, d_kv] to attention output of the same shape.
@@ -35,25 +35,41 @@ class DecoderPlan(Protocol):
         ...
 
 
-def attend_to(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def causal_table(weight: Tensor, max_distance: int) -> Tensor:
+    """Bias by distance of a decoder's layer: [buckets, heads] to [heads, 2 · max_distance + 1].
+
+    It is −∞ for keys ahead of the query, so that any window of it is a causal mask as well.
+    """
+    table = distance_table(weight, max_distance, bidirectional=False)
+    is_ahead = torch.arange(table.shape[1], device=table.device) > max_distance
+    return table.masked_fill(is_ahead, -torch.inf)
+
+
+def attend_to(
+    q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float, dropout: float = 0.0
+) -> Tensor:
     """q [prompts, queries, heads, d_kv] over keys and values [prompts, heads, keys, d_kv]; result like q."""
-    return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=bias, scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, bias, dropout, scale=scale).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class CausalAttention:
-    """Every position of a text at once; each sees itself and what is before it."""
+    """Every position of a text at once; each sees itself and what is before it.
+
+    ``dropout`` is the share of attention weights that are set to zero, in training.
+    """
 
     tables: Sequence[Tensor]
     length: int
     scale: float
+    dropout: float = 0.0
 
     def bias(self, index: int) -> Tensor:
         return position_bias(self.tables[index], self.length)[None]
 
     def layer(self, index: int, bias: Tensor) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend_to(q, k.transpose(1, 2), v.transpose(1, 2), bias, self.scale)
+            return attend_to(q, k.transpose(1, 2), v.transpose(1, 2), bias, self.scale, self.dropout)
 
         return attend
 
@@ -71,22 +87,29 @@ class CrossMemory:
         layers: keys and values of each layer, [prompts, heads, length, d_kv] each.
         bias: [prompts, 1, 1, length], hides pad tokens; None where there are none.
         scale: what q·k is multiplied by.
+        dropout: the share of attention weights that are set to zero, in training.
     """
 
     layers: Sequence[tuple[Tensor, Tensor]]
     bias: Tensor | None
     scale: float
+    dropout: float = 0.0
 
     @property
     def prompts(self) -> int:
         return self.layers[0][0].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the keys and values."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
 
     def layer(self, index: int) -> CrossAttend:
         """The attention function of a layer."""
         keys, values = self.layers[index]
 
         def attend(q: Tensor) -> Tensor:
-            return attend_to(q, keys, values, self.bias, self.scale)
+            return attend_to(q, keys, values, self.bias, self.scale, self.dropout)
 
         return attend
 
@@ -106,9 +129,12 @@ def cross_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 class DecoderCache:
     """The keys and values of a text as it grows: one tensor, allocated once and written in place.
 
-    ``keys_values`` is [layers, 2, prompts, heads, length · beams, d_kv]; the beams of one position lie side by side.
-    With several beams, ``visible`` [prompts, beams, length, beams] is True where a beam's text went through the beam of
-    a position.
+    ``keys_values`` is [layers, 2, prompts, heads, slots, d_kv], with a slot for every token of every beam of a prompt.
+    A token goes into the first slot that no beam reads. A beam that is given up leaves its slots to others, so that
+    far fewer than all are in use, and no more are read: beams mostly differ in their last few tokens only.
+
+    ``positions`` [prompts, slots] says where in its text the token of a slot stands, and ``visible``
+    [prompts, beams, slots] is True where it belongs to the text of a beam.
 
     Args:
         config: of the model.
@@ -132,17 +158,24 @@ class DecoderCache:
         if min(prompts, beams, length) < 1:
             raise ValueError(f"a cache of {prompts} prompts, {beams} beams, {length} tokens; each must be at least 1")
         self.prompts, self.beams, self.length = prompts, beams, length
-        shape = (config.num_decoder_layers, 2, prompts, config.num_heads, length * beams, config.d_kv)
+        slots = length * beams
+        shape = (config.num_decoder_layers, 2, prompts, config.num_heads, slots, config.d_kv)
         self.keys_values = torch.zeros(shape, dtype=dtype, device=device)
-        self.slots = torch.arange(length * beams, device=device)
-        self.own = torch.eye(beams, dtype=torch.bool, device=device)
-        self.visible = torch.zeros(prompts, beams, length, beams, dtype=torch.bool, device=device)
-        self.position = 0
+        self.positions = torch.zeros(prompts, slots, dtype=torch.int64, device=device)
+        self.visible = torch.zeros(prompts, beams, slots, dtype=torch.bool, device=device)
+        self.own = torch.eye(beams, dtype=torch.bool, device=device).expand(prompts, beams, beams)
+        self.rows = torch.arange(prompts, device=device)[:, None]
+        self.position = self.used = 0
 
     @property
     def nbytes(self) -> int:
         """Memory of the cached keys and values."""
         return self.keys_values.nbytes
+
+    @property
+    def written_nbytes(self) -> int:
+        """Memory of the slots that the last texts have used."""
+        return self.nbytes // self.positions.shape[1] * self.used
 
     def fits(self, config: T5Config, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether it is a cache for such a model."""
@@ -150,75 +183,90 @@ class DecoderCache:
         sizes = (config.num_decoder_layers, config.num_heads, config.d_kv)
         return (layers, heads, d_kv) == sizes and self.keys_values.dtype == dtype and self.keys_values.device == device
 
-    def clear(self, with_values: bool = False) -> None:
-        """Begins anew; nothing is allocated.
-
-        ``with_values`` also overwrites the keys and values with zeros, for steps of fixed shapes: they multiply what is
-        not written yet by a probability of zero, which must not meet a NaN of an earlier text.
-        """
-        self.position = 0
+    # In inference mode, since a cache that was made in it can be changed nowhere else.
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """Begins anew; nothing is allocated."""
+        self.position = self.used = 0
         self.visible.zero_()
-        if with_values:
-            self.keys_values.zero_()
 
+    @torch.inference_mode()
     def reorder(self, parents: Tensor) -> None:
         """Lets every beam go on from another beam of its prompt: [prompts, beams] int64. Keys and values stay."""
-        index = parents[:, :, None, None].expand_as(self.visible)
+        index = parents[:, :, None].expand_as(self.visible)
         self.visible.copy_(self.visible.gather(1, index))
 
     def step(self, lines: Sequence[Tensor], scale: float, fixed_shapes: bool) -> CachedAttention:
         """The plan of the next step; see :func:`bias_line` for ``lines``.
 
-        With ``fixed_shapes`` every step reads the whole cache under a mask, else only what is written.
+        With ``fixed_shapes`` every step reads all slots, else only those in use.
 
         Raises:
             ValueError: the cache is full.
         """
         if self.position >= self.length:
             raise ValueError(f"the cache holds {self.length} tokens and is full; make a longer one")
-        position, beams = self.position, self.beams
-        keys = self.length if fixed_shapes else position + 1
-        # A row of the bias is a window of the distance line: distance −position to begin with.
-        first = (self.length - 1 - position) * beams
-        rows = [line[:, first : first + keys * beams] for line in lines]
-        self.visible[:, :, position] = self.own
+        slots = self._take_slots()
+        self._use(self.positions.shape[1] if fixed_shapes else int(slots.max()) + 1)
+        # Places on the bias line, whose last is hidden from every query.
+        places = self.positions[:, None, : self.used] + (self.length - 1 - self.position)
+        places = torch.where(self.visible[:, :, : self.used], places, 2 * self.length - 1)
         self.position += 1
-        return CachedAttention(
-            keys_values=self.keys_values[..., : keys * beams, :],
-            slots=self.slots[position * beams : (position + 1) * beams],
-            rows=rows,
-            visible=self.visible[:, :, :keys].flatten(2) if beams > 1 else None,
-            scale=scale,
-        )
+        return CachedAttention(self.keys_values[..., : self.used, :], self.rows, slots, lines, places, scale)
+
+    def _take_slots(self) -> Tensor:
+        """A free slot for the next token of every beam: [prompts, beams]."""
+        candidates = self.visible[:, :, : self.used + self.beams]
+        slots = candidates.any(dim=1).byte().sort(dim=1, stable=True).indices[:, : self.beams].contiguous()
+        self.visible.scatter_(2, slots[:, None].expand_as(self.own), self.own)
+        self.positions.scatter_(1, slots, self.position)
+        return slots
+
+    def _use(self, slots: int) -> None:
+        """Takes more slots into use. They are read before each is written, by a probability of zero, times zero."""
+        if slots > self.used:
+            self.keys_values[..., self.used : slots, :].zero_()
+            self.used = slots
 
 
-def bias_line(table: Tensor, length: int, beams: int) -> Tensor:
-    """Bias of the distances −(length − 1) … length − 1, each once for every beam: [heads, (2 · length − 1) · beams]."""
+def bias_line(table: Tensor, length: int) -> Tensor:
+    """Bias of the distances −(length − 1) … length: [heads, 2 · length]. Those above 0 are −∞."""
     reach = table.shape[-1] // 2
-    distances = torch.arange(1 - length, length, device=table.device).clamp(-reach, reach) + reach
-    return table[:, distances].repeat_interleave(beams, dim=1)
+    distances = torch.arange(1 - length, length + 1, device=table.device).clamp(-reach, reach) + reach
+    return table[:, distances]
 
 
 @dataclass(frozen=True)
 class CachedAttention:
-    """One step: the last tokens write their keys and values to ``slots`` and attend to what they may see."""
+    """One step: the last tokens write their keys and values and attend to what they may see.
+
+    A lone token may come in several copies, of which the first is written.
+
+    Attributes:
+        keys_values: [layers, 2, prompts, heads, slots, d_kv]
+        rows, slots: where the last tokens go, [prompts, 1] and [prompts, beams].
+        lines: the bias of every layer that has its own, by distance.
+        places: [prompts, beams, slots], where on the line the bias of a slot is.
+        scale: what q·k is multiplied by.
+    """
 
     keys_values: Tensor
+    rows: Tensor
     slots: Tensor
-    rows: Sequence[Tensor]
-    visible: Tensor | None
+    lines: Sequence[Tensor]
+    places: Tensor
     scale: float
 
     def bias(self, index: int) -> Tensor:
-        row = self.rows[index][None, :, None]
-        return row if self.visible is None else row.masked_fill(~self.visible[:, None], -torch.inf)
+        return self.lines[index][:, self.places].transpose(0, 1)
 
     def layer(self, index: int, bias: Tensor) -> Attend:
         keys, values = self.keys_values[index].unbind(0)
+        beams = self.slots.shape[1]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys.index_copy_(2, self.slots, k.transpose(1, 2))
-            values.index_copy_(2, self.slots, v.transpose(1, 2))
+            keys[self.rows, :, self.slots] = k[:, :beams]
+            values[self.rows, :, self.slots] = v[:, :beams]
             return attend_to(q, keys, values, bias, self.scale)
 
         return attend

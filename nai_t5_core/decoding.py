@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from nai_t5_core.model import T5
 
 
+class NotFiniteLogitsError(ValueError):
+    """The decoder gave NaN or infinity; the message says what may help."""
+
+
+# Of one row, oneDNN's products and torch's attention on the CPU take longer than of four.
+_FEWEST_ROWS = 4
+
+
 class Decoding:
     """Texts that grow token by token: [prompts, beams] of them, the beams of a prompt side by side.
 
@@ -34,37 +42,40 @@ class Decoding:
             raise ValueError(f"the cache is for {cache.prompts} prompts, and there are {memory.prompts}; make another")
         if not cache.fits(model.config, model.dtype, model.device):
             raise ValueError("the cache is for another model, dtype or device; make one by this model's new_cache()")
-        cache.clear(with_values=fixed_shapes)
+        cache.clear()
         self.model, self.memory, self.cache = model, memory, cache
         self.fixed_shapes = fixed_shapes
         self._scale = logit_scale(model.config)
+        is_single = cache.beams == 1 and model.device.type == "cpu"
+        self._copies = max(1, _FEWEST_ROWS // cache.prompts) if is_single else 1
         tables = model.decoder.bias_tables(model.dtype)
-        self._lines = [bias_line(table, cache.length, cache.beams) for table in tables]
+        self._lines = [bias_line(table, cache.length) for table in tables]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(prompts, beams)"""
         return self.cache.prompts, self.cache.beams
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Appends a token to every text: ids [prompts, beams] to the next token's logits [prompts, beams, vocab_size].
 
-        Logits are float32, whatever the model computes in.
+        Logits are float32, whatever the model computes in, and made in inference mode.
 
         Raises:
-            ValueError: the cache is full, or a logit is not finite.
+            ValueError: the cache is full.
+            NotFiniteLogitsError: a logit is not finite.
         """
         logits = self.model.logits(self._advance(tokens)).float()
         # The sum is not finite if any is not: one pass over the logits.
         if not bool(logits.sum().isfinite()):
-            raise ValueError(
+            raise NotFiniteLogitsError(
                 f"the decoder gives values that are not finite in {self.model.dtype}: the weights are damaged, or "
-                "exceed its range; use bfloat16 or float32, or give scales"
+                "exceed its range; use bfloat16 or float32, give scales, or call generate_guarded"
             )
         return logits
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def begin(self, tokens: Sequence[int]) -> Tensor:
         """Gives every text the same beginning, and returns the next token's logits as :meth:`step` does."""
         *before, last = (torch.full(self.shape, token, device=self.model.device) for token in tokens)
@@ -72,7 +83,6 @@ class Decoding:
             self._advance(token)
         return self.step(last)
 
-    @torch.no_grad()
     def reorder(self, parents: Tensor) -> None:
         """Lets every beam go on from another beam of its prompt: [prompts, beams] int64."""
         self.cache.reorder(parents)
@@ -81,5 +91,7 @@ class Decoding:
         """Hidden states [prompts, beams, d_model] of these tokens."""
         plan = self.cache.step(self._lines, self._scale, self.fixed_shapes)
         embeddings = self.model.encoder_stack.embed(tokens)
+        if self._copies > 1:
+            embeddings = embeddings.expand(-1, self._copies, -1)
         hidden: Tensor = self.model.decoder(embeddings, plan, self.memory, self.model.dtype)
-        return hidden
+        return hidden[:, : self.cache.beams]

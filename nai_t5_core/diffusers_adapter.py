@@ -118,7 +118,8 @@ def restore_text_encoder(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Undoes :func:`replace_text_encoder`: the old objects come back with their weights, in the dtype they had.
 
     Raises:
-        ValueError: there is nothing to restore, or an encoder was loaded as ours and has replaced nothing.
+        ValueError: there is nothing to restore, an encoder was loaded as ours and has replaced nothing, or has live
+            LoRAs.
     """
     ours = _encoders(pipe, lambda module: isinstance(module, NAIT5EncoderModel))
     if not ours:
@@ -132,8 +133,9 @@ def restore_text_encoder(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
     def convert(name: str) -> nn.Module:
         model: Any = ours[name]
-        old = _REPLACED.pop(model)
+        old = _REPLACED[model]
         model.give_back(old)
+        del _REPLACED[model]
         return old.train(model.training)
 
     _exchange(pipe, ours, convert)

@@ -24,21 +24,22 @@ from nai_t5_core.config import config_from_hf, config_to_hf
 from nai_t5_core.conversion import main_dtype
 from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.examine import Examination, examine_checkpoint
-from nai_t5_core.formats import Checkpoint, CheckpointError, open_checkpoint
 from nai_t5_core.guard import encode_guarded, is_finite
 from nai_t5_core.hf_weights import (
     DropInOps,
     encoder_from_model,
     give_back,
+    open_source,
+    refuse_wrapped,
+    single_device,
     weights_name,
     write_config,
     write_native,
     write_originals,
 )
-from nai_t5_core.hub import find_model
 from nai_t5_core.load import ScalesChoice, assemble
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
-from nai_t5_core.precision import resolve_device, resolve_dtype
+from nai_t5_core.precision import DTYPES, resolve_device, resolve_dtype
 from nai_t5_core.row_memory import RowMemory
 
 SaveFormat = Literal["native", "transformers"]
@@ -156,8 +157,8 @@ class NAIT5EncoderModel(PreTrainedModel):
         """
         if quantization_config is not None:
             raise ValueError("quantization_config is not taken; quantise the loaded model (layout='separate')")
-        device = resolve_device(_single_device(device_map))
-        checkpoint = _open(source, subfolder, revision, variant)
+        device = resolve_device(single_device(device_map))
+        checkpoint = open_source(source, subfolder, revision, variant)
         examination = examine_checkpoint(checkpoint)
         wanted = torch_dtype if torch_dtype is not None else dtype
         if wanted == "auto":
@@ -188,7 +189,8 @@ class NAIT5EncoderModel(PreTrainedModel):
             max_shard_size: accepted because pipelines pass it; the weights are always one file.
 
         Raises:
-            ValueError: an unknown format, or ``safe_serialization=False``.
+            ValueError: an unknown format, ``safe_serialization=False``, or weights that have adapters or live
+                LoRAs beside them.
             CheckpointError: the file cannot be written.
         """
         if save_format not in SAVE_FORMATS:
@@ -197,6 +199,7 @@ class NAIT5EncoderModel(PreTrainedModel):
             raise ValueError("safe_serialization=False: only safetensors files are written here")
         if not is_main_process:
             return
+        refuse_wrapped(self.stack)
         folder = Path(save_directory)
         class_name = type(self).__name__ if save_format == "native" else _ENCODER_CLASSES[self.config.model_type]
         dtype = str(self.dtype).removeprefix("torch.")
@@ -239,12 +242,14 @@ class NAIT5EncoderModel(PreTrainedModel):
             dtype: a tensor of its own in every call, which the caller may change.
 
         Raises:
-            ValueError: attention weights are asked for, which are never formed here; or see the encoder's own call.
+            ValueError: attention weights are asked for, which are never formed here; the embedding table is stored in
+                8 bits; or see the encoder's own call.
             NotFiniteError: the result is not finite, and no scale can mend that.
         """
         if output_attentions:
             raise ValueError("output_attentions=True: attention weights are never formed; use transformers' own class")
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        self._refuse_storage_dtypes()
         options: dict[str, Any] = {"padding": self._padding, "extra_pad": self._extra_pad}
         if wants_states:
             states = self.stack.hidden_states(input_ids, attention_mask, inputs_embeds=inputs_embeds, **options)
@@ -265,6 +270,14 @@ class NAIT5EncoderModel(PreTrainedModel):
             encode_guarded(self.stack, *inputs, **options)  # tightens the scales, or raises
             out = self.stack(*inputs, **options)
         return out
+
+    def _refuse_storage_dtypes(self) -> None:
+        """The embedding table tells what is computed in; layerwise casting puts a dtype there that nothing can be."""
+        if self.stack.dtype not in DTYPES.values():
+            raise ValueError(
+                f"the embedding table is stored in {self.stack.dtype}, and tells no dtype to compute in: give "
+                "skip_modules_classes=(torch.nn.Embedding,) to apply_layerwise_casting, and load the model again"
+            )
 
     def _remembered(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
         return None if self._memory is None or input_ids is None else self._memory.find(input_ids, attention_mask)
@@ -310,6 +323,16 @@ class NAIT5EncoderModel(PreTrainedModel):
         self._extra_pad = positions
 
     def get_input_embeddings(self) -> nn.Module:
+        """The embedding table.
+
+        Raises:
+            ValueError: a float16 scale is in it, so that its rows are not what others take them for.
+        """
+        if self.stack.scales.embedding != 1:
+            raise ValueError(
+                f"the embedding table exceeds float16, and is kept times {self.stack.scales.embedding:g}; load the "
+                "model in bfloat16 or float32 to read or change it"
+            )
         return self.shared
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
@@ -317,6 +340,30 @@ class NAIT5EncoderModel(PreTrainedModel):
         self.shared = self.stack.shared = value
         self.stack.config = self.stack.config.model_copy(update={"vocab_size": value.weight.shape[0]})
         self.config.vocab_size = value.weight.shape[0]
+
+    def add_adapter(self, *arguments: Any, **options: Any) -> None:
+        """As transformers', in the separate layout; in the fused one a ValueError says what takes a LoRA there."""
+        self._refuse_adapters()
+        super().add_adapter(*arguments, **options)
+
+    def load_adapter(self, *arguments: Any, **options: Any) -> Any:
+        """As transformers', in the separate layout; in the fused one a ValueError says what takes a LoRA there."""
+        self._refuse_adapters()
+        return super().load_adapter(*arguments, **options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # With this attribute peft marks a model that it puts adapters into, by whichever of its functions.
+        if name == "peft_config":
+            self._refuse_adapters()
+        super().__setattr__(name, value)
+
+    def _refuse_adapters(self) -> None:
+        """In the fused layout those modules that keep their names are scaled, or read their input without the norm."""
+        if self.stack.layout == "fused":
+            raise ValueError(
+                "peft's adapters belong beside the original weights, and these are fused: add a file of them with "
+                "nai_t5_core.LiveLoras(model), or have layout='separate' for adapters that are trained"
+            )
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: weights are there when the model is made."""
@@ -341,30 +388,6 @@ def _hf_config(examination: Examination) -> PretrainedConfig:
         values = config_to_hf(examination.config.encoder_only())
     values = {name: value for name, value in values.items() if name not in ("dtype", "torch_dtype")}
     return _CONFIG_CLASSES[values["model_type"]](**values)
-
-
-def _open(source: str | Path | None, subfolder: str, revision: str | None, variant: str | None) -> Checkpoint:
-    path = find_model(source, subfolder, revision)
-    if variant is None:
-        return open_checkpoint(path)
-    file = path / weights_name(variant)
-    if not file.is_file():
-        raise CheckpointError(f"{path} has no {file.name}; leave out variant={variant!r}, or give a folder that has it")
-    checkpoint = open_checkpoint(file)
-    checkpoint.folder = path
-    return checkpoint
-
-
-def _single_device(device_map: Any) -> str | torch.device:
-    device = device_map[""] if isinstance(device_map, dict) and set(device_map) == {""} else device_map
-    if device is None:
-        return "cpu"
-    if isinstance(device, int):
-        accelerator = torch.accelerator.current_accelerator()
-        return torch.device("cuda" if accelerator is None else accelerator.type, device)
-    if not isinstance(device, str | torch.device) or device in ("auto", "balanced", "balanced_low_0", "sequential"):
-        raise ValueError(f"device_map={device_map!r}; the whole model goes to one device, such as 'cuda' or {{'': 0}}")
-    return device
 
 
 def _within_range(states: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,8 +21,9 @@ from nai_t5_core.config import Shape, encoder_tensors
 from nai_t5_core.conversion import HashingReader
 from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.examine import Examination, examine_checkpoint
-from nai_t5_core.formats import Checkpoint, CheckpointError, TensorInfo, write_safetensors
-from nai_t5_core.fuse import cook, fused_recipes, unfuse
+from nai_t5_core.formats import Checkpoint, CheckpointError, TensorInfo, open_checkpoint, write_safetensors
+from nai_t5_core.fuse import cook, fused_recipes, separate_recipes, unfuse
+from nai_t5_core.hub import find_model
 from nai_t5_core.layers import NoInit
 from nai_t5_core.load import ScalesChoice, assemble
 
@@ -127,7 +128,11 @@ def give_back(stack: T5EncoderStack, model: nn.Module) -> None:
 
     From the separate layout the very tensors come back, unless scales had changed the embedding; from the fused layout
     they are exact to the rounding of one multiplication and one division in their dtype.
+
+    Raises:
+        ValueError: see :func:`refuse_wrapped`.
     """
+    refuse_wrapped(stack)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     originals = {name: tensor.to(dtypes[name]) for name, tensor in original_tensors(stack) if name in dtypes}
     copies = [name for name in dtypes if name.endswith("embed_tokens.weight")]
@@ -135,6 +140,18 @@ def give_back(stack: T5EncoderStack, model: nn.Module) -> None:
     tie: Any = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
+
+
+def refuse_wrapped(stack: T5EncoderStack) -> None:
+    """Raises a ValueError where weights have adapters or live LoRAs beside them, or are packed."""
+    recipes = fused_recipes(stack.config) if stack.layout == "fused" else separate_recipes(stack.config)
+    present = stack.state_dict().keys()
+    absent = [recipe.target for recipe in recipes if recipe.target not in present]
+    if absent:
+        raise ValueError(
+            f"the weights of the encoder cannot be had as they are: {absent[0]} has an adapter or live LoRA beside it, "
+            f"or is packed ({len(absent)} weights in all); call clear() of the LiveLoras object, or peft's unload()"
+        )
 
 
 def original_tensors(stack: T5EncoderStack) -> Iterator[tuple[str, Tensor]]:
@@ -156,6 +173,40 @@ def original_tensors(stack: T5EncoderStack) -> Iterator[tuple[str, Tensor]]:
 def weights_name(variant: str | None) -> str:
     """The name of a folder's weight file, such as ``model.fp16.safetensors``."""
     return f"model.{variant}.safetensors" if variant else "model.safetensors"
+
+
+def open_source(source: str | Path | None, subfolder: str, revision: str | None, variant: str | None) -> Checkpoint:
+    """The checkpoint of a hub id, a folder or a file; of a folder, that with the name of a variant.
+
+    Raises:
+        CheckpointError: it cannot be read, or there is no such variant.
+    """
+    path = find_model(source, subfolder, revision)
+    if variant is None:
+        return open_checkpoint(path)
+    file = path / weights_name(variant)
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no {file.name}; leave out variant={variant!r}, or give a folder that has it")
+    checkpoint = open_checkpoint(file)
+    checkpoint.folder = path
+    return checkpoint
+
+
+def single_device(device_map: Any) -> str | torch.device:
+    """The device of a ``device_map`` that puts all on one; the CPU where there is none.
+
+    Raises:
+        ValueError: it spreads the model.
+    """
+    device = device_map[""] if isinstance(device_map, dict) and set(device_map) == {""} else device_map
+    if device is None:
+        return "cpu"
+    if isinstance(device, int):
+        accelerator = torch.accelerator.current_accelerator()
+        return torch.device("cuda" if accelerator is None else accelerator.type, device)
+    if not isinstance(device, str | torch.device) or device in ("auto", "balanced", "balanced_low_0", "sequential"):
+        raise ValueError(f"device_map={device_map!r}; the whole model goes to one device, such as 'cuda' or {{'': 0}}")
+    return device
 
 
 def write_config(folder: Path, values: dict[str, Any], class_name: str) -> None:

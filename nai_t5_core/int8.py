@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from nai_t5_core.attention import SelfAttentionLayer
+from nai_t5_core.decoder import CrossAttention, CrossAttentionLayer
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.layers import FeedForwardLayer, FoldedRMSNorm
-from nai_t5_core.optimize import PLAIN_LINEARS
+from nai_t5_core.model import T5
+from nai_t5_core.optimize import PLAIN_LINEARS, Model
 
 # Activations are stored from 0 to 255 around this zero: oneDNN has fast products of unsigned with signed bytes only.
 _ZERO_POINT = 128
@@ -45,9 +47,9 @@ class Int8Linear(nn.Module):
         self.zero_points = torch.zeros(self.out_features, dtype=torch.long)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[tokens, in_features] to [tokens, out_features] in ``dtype``."""
-        if x.shape[0] == 0:
-            return x.new_empty(0, self.out_features, dtype=self.dtype)
+        """[..., in_features] to [..., out_features] in ``dtype``."""
+        if x.numel() == 0:
+            return x.new_empty(*x.shape[:-1], self.out_features, dtype=self.dtype)
         values, token_scale = self._quantise(x.float())
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
             values,
@@ -67,7 +69,7 @@ class Int8Linear(nn.Module):
         return out.mul_(token_scale).to(self.dtype)
 
     def _quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Bytes [tokens, in_features], and what a unit of each token is worth: [tokens, 1] float32."""
+        """Bytes [..., in_features], and what a unit of each token is worth: [..., 1] float32."""
         if self.in_scale is not None:
             x = x * self.in_scale
         # Not the infinity norm, which torch computes twenty times slower.
@@ -80,7 +82,7 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def can_quantize(stack: T5EncoderStack) -> bool:
+def can_quantize(stack: T5EncoderStack | T5) -> bool:
     """Whether this machine multiplies bytes fast and exactly, and the model is one to be quantised."""
     return (
         stack.device.type == "cpu"
@@ -90,13 +92,13 @@ def can_quantize(stack: T5EncoderStack) -> bool:
     )
 
 
-def quantize_int8(stack: T5EncoderStack) -> T5EncoderStack:
+def quantize_int8(stack: Model) -> Model:
     """Replaces every projection by its 8-bit form; each original is let go when its copy is made.
 
-    Embeddings, norms, attention and the residual stay as they are.
+    Embeddings, norms, attention and the residual stay as they are; of a whole T5 the output head is quantised too.
 
     Returns:
-        The same stack, changed. It can no longer be moved, cast, saved or trained.
+        The same model, changed. It can no longer be moved, cast, saved or trained.
 
     Raises:
         ValueError: the model is not on the CPU or not in float32 or bfloat16, or this processor has no fast products
@@ -110,20 +112,25 @@ def quantize_int8(stack: T5EncoderStack) -> T5EncoderStack:
     for layer in stack.modules():
         if isinstance(layer, SelfAttentionLayer):
             _quantize_projections(layer.SelfAttention, layer.layer_norm, stack.dtype)
+        elif isinstance(layer, CrossAttentionLayer):
+            _quantize_projections(layer.EncDecAttention, layer.layer_norm, stack.dtype)
         elif isinstance(layer, FeedForwardLayer):
             _quantize_projections(layer.DenseReluDense, layer.layer_norm, stack.dtype)
+    if isinstance(stack, T5):
+        stack.lm_head = Int8Linear(stack.lm_head.weight, dtype=stack.dtype)
     return stack
 
 
-# Projections that do not read the norm, and those whose result goes into attention.
-_OUT_PROJECTIONS = ("o", "wo")
-_ATTENTION_INPUTS = ("q", "k", "v", "qkv")
+# Projections whose result goes into attention.
+_ATTENTION_INPUTS = ("q", "k", "v", "kv", "qkv")
 
 
 def _quantize_projections(sublayer: nn.Module, norm: nn.Module, dtype: torch.dtype) -> None:
     norm_weight = norm.folded_weight if isinstance(norm, FoldedRMSNorm) else None
+    # What does not read this norm: projections of a sublayer's own results, and of the encoder's states.
+    others = ("o", "wo", "k", "v", "kv") if isinstance(sublayer, CrossAttention) else ("o", "wo")
     for name, linear in list(sublayer.named_children()):
         if isinstance(linear, nn.Linear) and type(linear) in PLAIN_LINEARS:
-            in_scale = None if name in _OUT_PROJECTIONS else norm_weight
+            in_scale = None if name in others else norm_weight
             out_dtype = dtype if name in _ATTENTION_INPUTS else torch.float32
             setattr(sublayer, name, Int8Linear(linear.weight, in_scale, out_dtype))

@@ -29,7 +29,7 @@ from nai_t5_core.layers import NoInit
 from nai_t5_core.model import T5
 from nai_t5_core.precision import is_finite, largest_absolute, resolve_device, resolve_dtype
 from nai_t5_core.scales import StackScales, published_scales, scale_for, unscaled
-from nai_t5_core.scales_file import read_scales
+from nai_t5_core.scales_file import read_decoder_scales, read_scales
 from nai_t5_core.tokenizer import Tokenizer
 
 SLOW_FLOAT16 = "float16 is exact enough on a CPU but slow there; dtype='auto' picks what is fastest"
@@ -197,7 +197,8 @@ def load_t5(
     """Loads a T5 with its decoder; arguments are those of :func:`load_encoder`.
 
     Args:
-        decoder_scales: as ``scales``, for the decoder.
+        decoder_scales: as ``scales``, for the decoder. Where ``scales`` is a path, ``"auto"`` takes those in the same
+            file.
 
     Returns:
         The model in evaluation mode.
@@ -232,6 +233,8 @@ def load_whole(
     examination.refuse_faults()
     config = examination.config
     chosen = choose_scales(examination, model_dtype, scales)
+    if decoder_scales == "auto" and not isinstance(scales, StackScales):
+        decoder_scales = scales
     chosen_for_decoder = choose_decoder_scales(examination, model_dtype, decoder_scales)
     model = T5(config, layout, NoInit, chosen, chosen_for_decoder, device="meta", dtype=model_dtype)
     recipes, read = _recipes(examination, config, layout, chosen, chosen_for_decoder)
@@ -294,7 +297,7 @@ def choose_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesCh
     An embedding table beyond float16's range gets a scale of its own, since its largest value is known.
     """
     config = examination.config
-    scales = _given_or_stored(wanted, examination.scales)
+    scales = _given_or_stored(wanted, examination.scales, read_scales)
     if scales is None and dtype == torch.float16:
         scales = published_scales(config)
     if dtype != torch.float16 or (scales is not None and scales.embedding < 1):
@@ -307,17 +310,19 @@ def choose_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesCh
     return scales
 
 
-def _given_or_stored(wanted: ScalesChoice, stored: StackScales | None) -> StackScales | None:
+def _given_or_stored(
+    wanted: ScalesChoice, stored: StackScales | None, read: Callable[[str | Path], StackScales | None]
+) -> StackScales | None:
     if isinstance(wanted, StackScales):
         return wanted
-    return stored if wanted == "auto" else read_scales(wanted)
+    return stored if wanted == "auto" else read(wanted)
 
 
 def choose_decoder_scales(
     examination: Examination, dtype: torch.dtype, wanted: ScalesChoice = "auto"
 ) -> StackScales | None:
     """The decoder's scales for a model in ``dtype``; None where nothing is to be scaled."""
-    scales = _given_or_stored(wanted, examination.decoder_scales)
+    scales = _given_or_stored(wanted, examination.decoder_scales, read_decoder_scales)
     return published_scales(examination.config, "decoder") if scales is None and dtype == torch.float16 else scales
 
 

@@ -19,7 +19,7 @@ from nai_t5_core.lora_keys import LoraKeyMap, map_lora_names
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
 # Where diffusers puts peft's config in a safetensors header.
 _HEADER_CONFIG = "lora_adapter_metadata"
-# Names in a message; the rest is a number.
+# Faults in a message; the rest is a number.
 _SHOWN = 8
 
 
@@ -63,6 +63,12 @@ class Lora:
 def counted(parts: Mapping[str, int]) -> str:
     """In words: "the transformer (494), a CLIP text encoder (216)"."""
     return ", ".join(f"{part} ({count})" for part, count in parts.items())
+
+
+def listed(faults: list[str]) -> str:
+    """One on each line, as many as can be read at a glance."""
+    more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+    return "".join(f"\n  - {fault}" for fault in faults[:_SHOWN] + more)
 
 
 def read_lora(source: str | Path, alpha: float | None = None) -> Lora:
@@ -115,9 +121,7 @@ def _refuse_faults(keymap: LoraKeyMap, checkpoint: Checkpoint) -> None:
         elif "alpha" in names and shapes[names["alpha"]] not in ((), (1,)):
             faults.append(f"{names['alpha']}: shape {list(shapes[names['alpha']])}, not one number")
     if faults:
-        more = f"\n  - and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        listed = "\n  - ".join(faults[:_SHOWN])
-        raise CheckpointError(f"{checkpoint.source} can't be used as a LoRA of a T5 encoder:\n  - {listed}{more}")
+        raise CheckpointError(f"{checkpoint.source} can't be used as a LoRA of a T5 encoder:{listed(faults)}")
     if not keymap.weights:
         parts = counted(Counter(keymap.others.values())) or "nothing"
         raise CheckpointError(f"{checkpoint.source} has no LoRA for a T5 encoder; it holds tensors for {parts}")

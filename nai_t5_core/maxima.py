@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.attention import Attend, FusedSelfAttention
+from nai_t5_core.attention import FusedSelfAttention
+from nai_t5_core.decoder import DecoderBlock
 from nai_t5_core.encoder import EncoderBlock
 from nai_t5_core.layers import FusedGatedFeedForward, GatedFeedForward
 from nai_t5_core.scales import LayerScales, scale_for
@@ -21,18 +22,26 @@ _NORMAL_EXPONENT, _LEAST_EXPONENT = -14, -25
 _EXPONENTS = 160
 
 QUANTITIES = ("q", "k", "v", "attention_out", "gate", "up", "hidden", "feed_forward_out")
+CROSS_QUANTITIES = ("cross_q", "cross_k", "cross_v", "cross_attention_out")
+# What no scale reaches: beyond float16 in these, a model is beyond float16.
+UNSCALED = ("q", "k", "v", "gate", "cross_q", "cross_k", "cross_v")
 
 
 @dataclass
 class LayerMaxima:
     """Largest absolute values of one layer's activations over everything observed, as the unscaled model has them.
 
-    ``up`` is the whole in-projection where there is no gate; then ``gate`` stays 0. ``hidden_exponents`` counts the
-    hidden values by binary exponent, from −80 on, zeros aside.
+    ``up`` is the whole in-projection where there is no gate; then ``gate`` stays 0. A decoder's layer has the
+    quantities of its cross-attention as well. ``hidden_exponents`` counts the hidden values by binary exponent, from
+    −80 on, zeros aside.
     """
 
     maxima: dict[str, float] = field(default_factory=lambda: dict.fromkeys(QUANTITIES, 0.0))
     hidden_exponents: Tensor = field(default_factory=lambda: torch.zeros(_EXPONENTS, dtype=torch.long))
+
+    @classmethod
+    def of_decoder(cls) -> LayerMaxima:
+        return cls(dict.fromkeys((*QUANTITIES, *CROSS_QUANTITIES), 0.0))
 
     def add(self, quantity: str, values: Tensor, scale: float) -> None:
         """Takes note of a tensor that holds ``quantity`` times ``scale``."""
@@ -53,10 +62,18 @@ class LayerMaxima:
         return (below - zeros) / total, zeros / total
 
 
-def observe(block: EncoderBlock, scales: LayerScales, residual: Tensor, attend: Attend, into: LayerMaxima) -> Tensor:
+def observe(
+    block: EncoderBlock | DecoderBlock,
+    scales: LayerScales,
+    residual: Tensor,
+    attends: Sequence[Callable[..., Tensor]],
+    into: LayerMaxima,
+) -> Tensor:
     """Runs one layer in the residual's precision, notes its maxima, and returns the next residual.
 
-    The block is of either layout and in float32 or float64; ``scales`` are those it was built with.
+    The block is of either layout and in float32 or float64; ``scales`` are those it was built with, and ``attends`` the
+    attention functions that it is called with, one or in a decoder two. The keys and values that cross-attention reads
+    are computed elsewhere, and so not noted.
     """
     attention: Any = block.layer[0]
     feed_forward: Any = block.layer[-1]
@@ -70,7 +87,11 @@ def observe(block: EncoderBlock, scales: LayerScales, residual: Tensor, attend: 
         hooks.enter_context(_output_of(attention.SelfAttention.o, "attention_out", attention.out_scale, into))
         hooks.enter_context(_output_of(dense.wo, "feed_forward_out", feed_forward.out_scale, into))
         hooks.enter_context(_hidden_of(dense.wo, inner, into))
-        out: Tensor = block(residual, attend, residual.dtype)
+        if isinstance(block, DecoderBlock):
+            cross: Any = block.layer[1]
+            hooks.enter_context(_output_of(cross.EncDecAttention.q, "cross_q", 1.0, into))
+            hooks.enter_context(_output_of(cross.EncDecAttention.o, "cross_attention_out", cross.out_scale, into))
+        out: Tensor = block(residual, *attends, residual.dtype)
         return out
 
 
@@ -127,4 +148,5 @@ def scales_for(maxima: LayerMaxima, headroom: float, can_scale_hidden: bool = Tr
         attention_out=scale_for(maxima.maxima["attention_out"], headroom),
         feed_forward_out=scale_for(maxima.maxima["feed_forward_out"], headroom),
         hidden=scale_for(largest, headroom),
+        cross_attention_out=scale_for(maxima.maxima.get("cross_attention_out", 0.0), headroom),
     )

@@ -47,26 +47,29 @@ class PackedLinear(nn.Module):
         self.packed: Tensor | None = None
         self.called = False
 
-    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
-        """act(x · weightᵀ) · factor: […, in_features] to […, out_features] in the dtype of the weight.
+    def forward(self, x: Tensor, factor: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
+        """act(x · weightᵀ + addend) · factor: […, in_features] to […, out_features] in the dtype of the weight.
 
-        ``factor`` is [..., out_features], and only for products without activation.
+        ``factor`` and ``addend`` are [..., out_features]; the factor only for products without activation.
         """
         if self.plain is not None:
             if not self.called:
                 self.called = True
-                return self._unpacked(x, self.plain, factor)
+                product = F.linear(x, self.plain)
+                return self._finished(product if addend is None else product + addend, factor)
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.plain)
             self.plain = None
+        pointwise = torch.ops.mkldnn._linear_pointwise
         out: Tensor
-        if factor is not None:
-            out = torch.ops.mkldnn._linear_pointwise.binary(x, factor, self.packed, None, "mul")
+        if addend is not None:
+            out = self._finished(pointwise.binary(x, addend, self.packed, None, "add"), factor)
+        elif factor is not None:
+            out = pointwise.binary(x, factor, self.packed, None, "mul")
         else:
-            out = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, *_POST_OPERATIONS[self.activation])
+            out = pointwise(x, self.packed, None, *_POST_OPERATIONS[self.activation])
         return out
 
-    def _unpacked(self, x: Tensor, weight: Tensor, factor: Tensor | None) -> Tensor:
-        product = F.linear(x, weight)
+    def _finished(self, product: Tensor, factor: Tensor | None) -> Tensor:
         if self.activation is not None:
             product = ACTIVATIONS[self.activation](product)
         return product if factor is None else product * factor

@@ -46,6 +46,10 @@ class _Batch:
     def largest(self) -> float:
         return float(self.masked[self.mask].abs().max())
 
+    def difference(self, name: str, dtype: str, hidden: Tensor) -> Difference:
+        """How far an output is from the reference at real positions."""
+        return difference(name, dtype, hidden[self.mask], self.masked[self.mask])
+
 
 @torch.no_grad()
 def measure_parity(
@@ -85,7 +89,7 @@ def measure_parity(
         ValueError: transformers is not installed, an unknown dtype or peer, or no usable prompt lengths.
     """
     tell = progress or (lambda _: None)
-    names = [_dtype_name(dtype) for dtype in dtypes]
+    names = [dtype_name(dtype) for dtype in dtypes]
     if unknown := set(against) - set(PEERS):
         raise ValueError(f"unknown peers {sorted(unknown)}; allowed: {', '.join(PEERS)}")
     if reference_dtype not in (torch.float64, torch.float32):
@@ -100,7 +104,7 @@ def measure_parity(
         for variant, stack in _own_variants(config, state, DTYPES[name], scales, int8):
             tell(f"{variant} in {name}")
             outputs = {padding: _policy_run(stack, batch, padding) for padding in PADDING_POLICIES}
-            differences.append(_difference(variant, name, outputs["exact"][0], batch))
+            differences.append(batch.difference(variant, name, outputs["exact"][0]))
             if per_layer:
                 states = stack.hidden_states(batch.ids, batch.mask, padding="exact", final_norm=False)
                 layers.append(_layer_differences(variant, name, states, batch))
@@ -116,12 +120,12 @@ def measure_parity(
             except ValueError as error:
                 skipped.append(f"{peer_name} in {name}: {error}")
                 continue
-            differences.append(_difference(peer_name, name, peer(batch.ids, batch.mask), batch))
+            differences.append(batch.difference(peer_name, name, peer(batch.ids, batch.mask)))
             if per_layer:
                 layers.append(_layer_differences(peer_name, name, peer.residuals(batch.ids, batch.mask), batch))
     return ParityReport(
         kind=config.kind,
-        reference=f"transformers in {_dtype_name(reference_dtype)} with exact norms",
+        reference=f"transformers in {dtype_name(reference_dtype)} with exact norms",
         prompt_lengths=tuple(prompt_lengths),
         largest_value=batch.largest,
         differences=tuple(differences),
@@ -192,12 +196,12 @@ def _relative(found: Tensor, wanted: Tensor, batch: _Batch) -> float:
     return float((found.to(wanted.dtype) - wanted).abs().max()) / batch.largest if is_alike else math.inf
 
 
-def _difference(name: str, dtype: str, hidden: Tensor, batch: _Batch) -> Difference:
-    expected = batch.masked[batch.mask]
-    errors = (hidden[batch.mask].to(expected.dtype) - expected).abs().flatten().numpy()
+def difference(name: str, dtype: str, found: Tensor, expected: Tensor) -> Difference:
+    """How far values are from those expected, of the same shape."""
+    errors = (found.to(expected.dtype) - expected).abs().flatten().numpy()
     quantiles = dict(zip(map(str, QUANTILES), np.quantile(errors, QUANTILES).tolist(), strict=True))
     largest = float(errors.max())
-    return Difference(name, dtype, quantiles, largest, largest / batch.largest)
+    return Difference(name, dtype, quantiles, largest, largest / float(expected.abs().max()))
 
 
 def _layer_differences(name: str, dtype: str, states: Sequence[Tensor], batch: _Batch) -> LayerDifferences:
@@ -209,7 +213,8 @@ def _layer_differences(name: str, dtype: str, states: Sequence[Tensor], batch: _
     return LayerDifferences(name, dtype, tuple(medians), tuple(largest))
 
 
-def _dtype_name(dtype: torch.dtype | str) -> str:
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """``"float16"`` for a dtype or its name; raises a ValueError for one that a T5 cannot run in."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; allowed: {', '.join(DTYPES)}")

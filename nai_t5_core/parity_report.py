@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -25,6 +26,7 @@ class Difference:
         quantiles: of the absolute difference over all values, by name such as ``"0.99"``.
         largest: the largest absolute difference; not finite where the output is not, and some quantiles with it.
         relative: ``largest`` divided by the largest absolute value of the reference.
+        tolerance: what ``relative`` may be; infinite where nothing is demanded.
     """
 
     name: str
@@ -32,6 +34,11 @@ class Difference:
     quantiles: dict[str, float]
     largest: float
     relative: float
+    tolerance: float = math.inf
+
+    @property
+    def passed(self) -> bool:
+        return self.relative <= self.tolerance
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,8 @@ class ParityReport:
     """What :func:`nai_t5_core.parity.measure_parity` found.
 
     ``reference`` says what that is, ``largest_value`` is its largest absolute value, ``layers`` is empty unless asked
-    for, and ``skipped`` names the peers that could not run in a dtype, and why.
+    for, and ``skipped`` names the peers that could not run in a dtype, and why. ``decoder_hidden`` and ``logits`` are
+    what :func:`nai_t5_core.decoder_parity.measure_decoder_parity` found, where it was asked.
     """
 
     kind: str
@@ -85,11 +93,24 @@ class ParityReport:
     layers: tuple[LayerDifferences, ...]
     policies: tuple[PolicyCheck, ...]
     skipped: tuple[str, ...]
+    decoder_hidden: tuple[Difference, ...] = ()
+    logits: tuple[Difference, ...] = ()
+
+    @property
+    def failures(self) -> list[str]:
+        """What of ours is outside its tolerance, in words."""
+        policies = [f"{check.name} {check.dtype} {check.padding}" for check in self.policies if not check.passed]
+        return policies + [
+            f"{item.name} {item.dtype} {where}"
+            for where, items in (("decoder", self.decoder_hidden), ("logits", self.logits))
+            for item in items
+            if not item.passed
+        ]
 
     @property
     def passed(self) -> bool:
-        """Whether every padding policy of ours is within its tolerance."""
-        return all(check.passed for check in self.policies)
+        """Whether every padding policy of ours, and our decoder, are within their tolerances."""
+        return not self.failures
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; differences that are not finite are None."""
@@ -116,25 +137,31 @@ def render(report: ParityReport) -> RenderableType:
         f"{report.kind} against {report.reference}; prompts of {', '.join(map(str, report.prompt_lengths))} tokens; "
         f"largest value {report.largest_value:.3g}"
     )
-    failed = [f"{check.name} {check.dtype} {check.padding}" for check in report.policies if not check.passed]
-    good, bad = "every padding policy is within its tolerance", f"outside the tolerance: {', '.join(failed)}"
-    verdict = Text(bad, style="red") if failed else Text(good, style="green")
+    good, bad = "every padding policy is within its tolerance", f"outside the tolerance: {', '.join(report.failures)}"
+    if report.decoder_hidden:
+        good = good.replace("is within its tolerance", "and the decoder are within their tolerances")
+    verdict = Text(good, style="green") if report.passed else Text(bad, style="red")
     notes = [Text(f"skipped {reason}") for reason in report.skipped]
     dtypes = dict.fromkeys(item.dtype for item in report.differences)
-    tables = [_difference_table(report, dtype) for dtype in dtypes]
+    measured = (
+        ("absolute difference at real positions", report.differences),
+        ("the same of the decoder's hidden states", report.decoder_hidden),
+        ("the same of the logits", report.logits),
+    )
+    tables = [_difference_table(items, dtype, title) for title, items in measured if items for dtype in dtypes]
     if report.layers:
         tables += [_layer_table(report, dtype) for dtype in dtypes]
     return Group(Text(title), *tables, _policy_table(report), *notes, verdict)
 
 
-def _difference_table(report: ParityReport, dtype: str) -> RenderableType:
+def _difference_table(measured: Sequence[Difference], dtype: str, title: str) -> RenderableType:
     from rich.table import Table
 
-    items = [item for item in report.differences if item.dtype == dtype]
+    items = [item for item in measured if item.dtype == dtype]
     table = Table(
         "quantile",
         *(_heading(item.name) for item in items),
-        title=f"{dtype}: absolute difference at real positions",
+        title=f"{dtype}: {title}",
         title_justify="left",
     )
     for quantile in items[0].quantiles:
@@ -190,15 +217,18 @@ def plot(report: ParityReport, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError('the plot needs matplotlib: pip install "comfy-nai-t5[plot]"') from error
-    panels = 2 if report.layers else 1
+    panels = 1 + bool(report.layers) + bool(report.logits)
     figure = Figure(figsize=(1 + 5.5 * panels, 4.6), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    _plot_quantiles(axes[0], report)
+    _plot_quantiles(axes[0], report.differences, "share of the output values")
     if report.layers:
         _plot_layers(axes[1], report)
+    if report.logits:
+        _plot_quantiles(axes[-1], report.logits, "share of the decoder's logits")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize="small", ncols=3, loc="outside lower center")
-    figure.suptitle(f"Encoder error, {report.kind}, against float64: lower is better")
+    what = "Encoder and decoder error" if report.logits else "Encoder error"
+    figure.suptitle(f"{what}, {report.kind}, against float64: lower is better")
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
 
@@ -212,8 +242,8 @@ def _plotted(name: str) -> bool:
     return not name.startswith(OWN) or name == f"{OWN} fused"
 
 
-def _plot_quantiles(axes: Any, report: ParityReport) -> None:
-    for item in filter(lambda item: _plotted(item.name), report.differences):
+def _plot_quantiles(axes: Any, measured: Sequence[Difference], label: str) -> None:
+    for item in filter(lambda item: _plotted(item.name), measured):
         name = item.name.removesuffix(" fused")
         labels = [f"{float(quantile) * 100:g}%" for quantile in item.quantiles]
         axes.plot(
@@ -225,7 +255,7 @@ def _plot_quantiles(axes: Any, report: ParityReport) -> None:
             markersize=3,
             label=f"{name}, {item.dtype}",
         )
-    axes.set(yscale="log", xlabel="share of the output values", ylabel="absolute difference is at most")
+    axes.set(yscale="log", xlabel=label, ylabel="absolute difference is at most")
     axes.grid(alpha=0.3)
 
 

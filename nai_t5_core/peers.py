@@ -40,7 +40,7 @@ _OUTLIER_OFFSET = 8.0
 def random_state(
     config: T5Config, seed: int = 0, outliers: bool = False, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """Random encoder weights under Hugging Face names that exercise every part of the model.
+    """Random weights under Hugging Face names that exercise every part of the model; the decoder's if it has one.
 
     Projections have variance 1 / fan-in, and queries less, so that attention logits have a standard deviation of about
     1.4. Bias tables and embeddings have variance 1, norm weights lie in 0.5 … 1.5. So attention, bias and both
@@ -55,7 +55,7 @@ def random_state(
     generator = torch.Generator().manual_seed(seed)
     gains = _channel_gains(config.d_model, outliers, generator)
     state = {}
-    for name, shape in encoder_tensors(config).items():
+    for name, shape in (encoder_tensors(config) | decoder_tensors(config)).items():
         tensor = _random_tensor(name, shape, config, generator)
         if name == "shared.weight":
             tensor = (tensor + _OUTLIER_OFFSET * (gains > 1)) * gains
@@ -68,6 +68,16 @@ def random_state(
             tensor *= sizes.square().mean().sqrt() / sizes
         state[name] = tensor.to(dtype)
     return state
+
+
+def random_t5_state(config: T5Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Weights of a whole T5: those of :func:`random_state`, and the decoder's drawn in the same way."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    decoder = {
+        name: _random_tensor(name, shape, config, generator).to(dtype)
+        for name, shape in decoder_tensors(config).items()
+    }
+    return random_state(config, seed, dtype=dtype) | decoder
 
 
 def _channel_gains(d_model: int, outliers: bool, generator: torch.Generator) -> Tensor:
@@ -91,11 +101,12 @@ def _random_tensor(name: str, shape: Shape, config: T5Config, generator: torch.G
 
 
 def hf_state(examination: Examination) -> dict[str, Tensor]:
-    """The encoder's tensors of an examined checkpoint under their Hugging Face names, in the file's precision.
+    """The tensors of an examined checkpoint under their Hugging Face names, in the file's precision.
 
     Those of a file made by ``nai-t5 convert`` are taken apart again, in float32 and exact to a rounding or two.
     """
-    return {name: examination.read(name) for name in encoder_tensors(examination.config)}
+    names = encoder_tensors(examination.config) | decoder_tensors(examination.config)
+    return {name: examination.read(name) for name in names}
 
 
 def own_encoder(
@@ -229,7 +240,7 @@ def transformers_t5(config: T5Config, state: State, dtype: torch.dtype) -> nn.Mo
 
 def _transformers_model(config: T5Config) -> nn.Module:
     """The class for a config, with or without decoder, on the meta device."""
-    transformers = _require("transformers")
+    transformers = require("transformers")
     if config.scale_qk:
         raise ValueError("transformers has no scale_qk=True: its T5 never divides the logits by √d_kv")
     values = config_to_hf(config)
@@ -284,11 +295,21 @@ def nai_t5_encoder(config: T5Config, state: State, dtype: torch.dtype) -> nn.Mod
         ValueError: nai-t5 or einops is not installed, or it cannot do the config or dtype: no float64, ReLU or gated
             tanh-GELU only, and always a largest distance of 128.
     """
-    _refuse_for_nai_t5(config, dtype)
-    common, encoder, hf, fusing = (
-        _require(f"nai_t5.{part}") for part in ("t5_common", "t5_encoder", "t5_hf", "fuse_norm_scales")
-    )
-    based = common.T5Config(
+    refuse_for_nai_t5(config, dtype)
+    encoder, hf, fusing = (require(f"nai_t5.{part}") for part in ("t5_encoder", "t5_hf", "fuse_norm_scales"))
+    based = nai_t5_config(config, dtype)
+    with torch.device("meta"):
+        model: nn.Module = encoder.T5EncoderStack(based)
+    model.load_state_dict(dict(_nai_t5_tensors(hf, based, state, model.state_dict())), assign=True)
+    model.eval().requires_grad_(False)
+    fusing.fuse_norm_scales_enc(model, fuse_via_f32=True)
+    return model
+
+
+def nai_t5_config(config: T5Config, dtype: torch.dtype) -> Any:
+    """That package's config object."""
+    common = require("nai_t5.t5_common")
+    return common.T5Config(
         vocab_size=config.vocab_size,
         hidden_dim=config.d_model,
         num_layers=config.num_layers,
@@ -309,12 +330,6 @@ def nai_t5_encoder(config: T5Config, state: State, dtype: torch.dtype) -> nn.Mod
         pad_token_id=config.pad_token_id,
         pos_emb_per_layer=config.bias_per_layer,
     )
-    with torch.device("meta"):
-        model: nn.Module = encoder.T5EncoderStack(based)
-    model.load_state_dict(dict(_nai_t5_tensors(hf, based, state, model.state_dict())), assign=True)
-    model.eval().requires_grad_(False)
-    fusing.fuse_norm_scales_enc(model, fuse_via_f32=True)
-    return model
 
 
 def _nai_t5_tensors(hf: Any, based: Any, state: State, wanted: State) -> Iterator[tuple[str, Tensor]]:
@@ -326,7 +341,8 @@ def _nai_t5_tensors(hf: Any, based: Any, state: State, wanted: State) -> Iterato
         yield name, cast.clone() if is_given else cast
 
 
-def _refuse_for_nai_t5(config: T5Config, dtype: torch.dtype) -> None:
+def refuse_for_nai_t5(config: T5Config, dtype: torch.dtype) -> None:
+    """Raises a ValueError that says what of a config or dtype that package cannot do."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"nai-t5 has no {str(dtype).removeprefix('torch.')}: its norms and residual are float32")
     if (config.gated, config.activation) not in ((False, "relu"), (True, "gelu_new")):
@@ -338,7 +354,8 @@ def _refuse_for_nai_t5(config: T5Config, dtype: torch.dtype) -> None:
         )
 
 
-def _require(module: str) -> Any:
+def require(module: str) -> Any:
+    """A module of an optional package; raises a ValueError that names the extra where it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

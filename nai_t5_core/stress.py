@@ -18,14 +18,27 @@ from nai_t5_core.examine import find_tokenizer_for
 from nai_t5_core.formats import write_safetensors
 from nai_t5_core.peers import random_state
 
-Outlier = Literal["feed_forward_out", "hidden", "attention_out", "embedding", "large_norm", "small_norm"]
-OUTLIERS: tuple[Outlier, ...] = get_args(Outlier)
+Outlier = Literal[
+    "feed_forward_out", "hidden", "attention_out", "cross_attention_out", "embedding", "large_norm", "small_norm"
+]
+Stack = Literal["encoder", "decoder"]
 
 
-def stress_state(config: T5Config, outlier: Outlier, layer: int = 1, seed: int = 0) -> dict[str, Tensor]:
-    """Encoder weights under Hugging Face names, float32, with one kind of outlier in one layer.
+def outliers_of(stack: Stack) -> tuple[Outlier, ...]:
+    """The kinds of outliers that an encoder or a decoder can have."""
+    return tuple(kind for kind in get_args(Outlier) if stack == "decoder" or kind != "cross_attention_out")
 
-    - ``feed_forward_out``, ``attention_out``: the sublayer's output exceeds float16 in one channel; every weight fits.
+
+OUTLIERS = outliers_of("encoder")
+
+
+def stress_state(
+    config: T5Config, outlier: Outlier, layer: int = 1, seed: int = 0, stack: Stack = "encoder"
+) -> dict[str, Tensor]:
+    """Weights under Hugging Face names, float32, with one kind of outlier in one layer of the encoder or decoder.
+
+    - ``feed_forward_out``, ``attention_out``, ``cross_attention_out``: the sublayer's output exceeds float16 in one
+      channel; every weight fits.
     - ``hidden``: the feed-forward's inner product exceeds float16; gate, up and output do not.
     - ``embedding``: the embedding table exceeds float16 in one channel.
     - ``large_norm``, ``small_norm``: norm weights of the layer are a thousand times larger, or smaller, than the
@@ -34,33 +47,41 @@ def stress_state(config: T5Config, outlier: Outlier, layer: int = 1, seed: int =
     Raises:
         ValueError: an unknown outlier, or a layer that the model has not.
     """
-    if outlier not in OUTLIERS:
-        raise ValueError(f"unknown outlier {outlier!r}; allowed: {', '.join(OUTLIERS)}")
-    if not 0 <= layer < config.num_layers:
-        raise ValueError(f"layer={layer}; the model has layers 0 to {config.num_layers - 1}")
+    if outlier not in outliers_of(stack):
+        raise ValueError(f"unknown outlier {outlier!r}; allowed: {', '.join(outliers_of(stack))}")
+    layers = config.num_layers if stack == "encoder" else config.num_decoder_layers
+    if layers == 0:
+        raise ValueError("these are the sizes of an encoder alone; there is no decoder to overflow")
+    if not 0 <= layer < layers:
+        raise ValueError(f"layer={layer}; the {stack} has layers 0 to {layers - 1}")
     state = random_state(config, seed)
-    attention, dense = f"encoder.block.{layer}.layer.0.SelfAttention", f"encoder.block.{layer}.layer.1.DenseReluDense"
+    last = 1 if stack == "encoder" else 2
+    block = f"{stack}.block.{layer}.layer"
+    attention, cross, dense = f"{block}.0.SelfAttention", f"{block}.1.EncDecAttention", f"{block}.{last}.DenseReluDense"
     inputs = ("wi_0", "wi_1") if config.gated else ("wi",)
     match outlier:
         case "feed_forward_out":
             state[f"{dense}.wo.weight"][3] *= 1e5
-        case "attention_out":
-            state[f"{attention}.v.weight"] *= 100
-            state[f"{attention}.o.weight"][3] *= 1e4
+        case "attention_out" | "cross_attention_out":
+            module = attention if outlier == "attention_out" else cross
+            state[f"{module}.v.weight"] *= 100
+            state[f"{module}.o.weight"][3] *= 1e4
         case "hidden":
             _make_hidden_large(state, dense, inputs, config)
         case "embedding":
             state["shared.weight"][:, 3] = 1e5 + torch.randn(config.vocab_size, generator=_generator(seed)) * 1e3
         case "large_norm" | "small_norm":
             factor = 1e3 if outlier == "large_norm" else 1e-3
-            for norm, names in ((0, [f"{attention}.{part}" for part in "qkv"]), (1, [f"{dense}.{i}" for i in inputs])):
-                state[f"encoder.block.{layer}.layer.{norm}.layer_norm.weight"] *= factor
+            for sublayer, module, names in ((0, attention, "qkv"), (last, dense, inputs)):
+                state[f"{block}.{sublayer}.layer_norm.weight"] *= factor
                 for name in names:
-                    state[f"{name}.weight"] /= factor
+                    state[f"{module}.{name}.weight"] /= factor
     return state
 
 
-def write_stress_checkpoint(folder: Path, config: T5Config, outlier: Outlier, layer: int = 1, seed: int = 0) -> Path:
+def write_stress_checkpoint(
+    folder: Path, config: T5Config, outlier: Outlier, layer: int = 1, seed: int = 0, stack: Stack = "encoder"
+) -> Path:
     """Such a model as a Hugging Face folder, with the embedded model's tokenizer, to try commands with.
 
     Raises:
@@ -69,11 +90,11 @@ def write_stress_checkpoint(folder: Path, config: T5Config, outlier: Outlier, la
     tokenizer = find_tokenizer_for(None)
     if config.vocab_size < tokenizer.vocab_size:
         raise ValueError(f"vocab_size={config.vocab_size}; the tokenizer has {tokenizer.vocab_size} tokens")
-    state = stress_state(config, outlier, layer, seed)
+    state = stress_state(config, outlier, layer, seed, stack)
     folder.mkdir(parents=True, exist_ok=True)
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
     write_safetensors(folder / "model.safetensors", layout, state.items(), {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config_to_hf(config.encoder_only())), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config_to_hf(config)), encoding="utf-8")
     kind, content = tokenizer.serialized()
     (folder / ("spiece.model" if kind == "sentencepiece" else "tokenizer.json")).write_bytes(content)
     return folder

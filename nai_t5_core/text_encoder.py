@@ -19,7 +19,8 @@ from nai_t5_core.families import family as family_named
 from nai_t5_core.guard import encode_guarded
 from nai_t5_core.int8 import quantize_int8
 from nai_t5_core.load import LoadReport, ScalesChoice, load
-from nai_t5_core.lora import Loras, LoraSource
+from nai_t5_core.lora import Loras
+from nai_t5_core.lora_set import LoraSource
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
 from nai_t5_core.scales_file import write_scales
@@ -104,8 +105,8 @@ class TextEncoder:
             compile: True, or a mode of torch.compile, compiles the encoder, see
                 :func:`nai_t5_core.compiled.compile_stack`; the weights are then not prepacked.
             token_budget: how many rows are computed at a time; larger batches are split, which bounds the memory.
-            loras: files and strengths, merged for good before the weights are packed, quantised or compiled. To change
-                them later, load with ``optimize=False`` and use :class:`nai_t5_core.lora.Loras`.
+            loras: files and strengths, merged for good before the weights are packed, quantised or compiled. Those that
+                come and go are for :class:`nai_t5_core.lora_live.LiveLoras`.
 
         Raises:
             CheckpointError: the checkpoint or a LoRA is unusable, or there is no tokenizer.

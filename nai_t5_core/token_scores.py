@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Scores that find_largest looks at together; a divisor of the published vocabularies.
+_BLOCK = 128
+
 
 def penalise_repetition(scores: Tensor, history: Tensor, penalty: float) -> Tensor:
     """Makes every token that a text has less likely: positive scores are divided, negative ones multiplied.
@@ -36,6 +39,22 @@ def ban_repeated_ngrams(scores: Tensor, history: Tensor, size: int) -> Tensor:
 def ban_token(scores: Tensor, token: int) -> Tensor:
     is_banned = torch.arange(scores.shape[1], device=scores.device) == token
     return scores.masked_fill(is_banned, -torch.inf)
+
+
+def find_largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest of each row and where they are, largest first: [rows, count] each.
+
+    The largest scores are in the blocks with the largest maxima, so that nearly all of a long row is read once and
+    never sorted, which is several times faster on the CPU.
+    """
+    length = scores.shape[1]
+    if length % _BLOCK or length < count * _BLOCK:
+        return tuple(scores.topk(count))
+    blocks = scores.unflatten(1, (-1, _BLOCK))
+    chosen = blocks.amax(dim=-1).topk(count).indices
+    best = blocks.gather(1, chosen[:, :, None].expand(-1, -1, _BLOCK)).flatten(1).topk(count)
+    block, place = best.indices // _BLOCK, best.indices % _BLOCK
+    return best.values, chosen.gather(1, block) * _BLOCK + place
 
 
 def keep_top_k(scores: Tensor, count: int) -> Tensor:

@@ -19,6 +19,7 @@ from nai_t5_core.bench import CASES, cases_named, markdown, plot, render, run_be
 from nai_t5_core.bench.cases import Case
 from nai_t5_core.bench.flops import count_flops
 from nai_t5_core.bench.limits import BareProjections
+from nai_t5_core.bench.memory import peak_bytes
 from nai_t5_core.bench.results import BenchReport, Spread
 from nai_t5_core.bench.variants import COMPILED, NOT_PREPACKED, Built
 from nai_t5_core.cli import app
@@ -105,10 +106,31 @@ def test_executed_operations_follow_real_tokens_in_ours_and_the_padding_in_other
                 assert 1 < item.flops_ratio < padded / encoder_flops(V1_1, case.prompt_lengths)
 
 
+def test_memory_of_a_masked_prompt_follows_its_real_tokens(report: BenchReport) -> None:
+    padded = next(result for result in report.cases if result.case.slug == "padded")
+    own, *others = (item.peak_memory for item in padded.timings if item.name != NOT_PREPACKED)
+    result = padded.case.length * V1_1.d_model * 4
+    assert own is not None and own > result
+    for other in others:
+        assert other is not None and other > own
+
+
+def test_peak_memory_is_what_lives_at_once() -> None:
+    numbers = torch.ones(1000)
+
+    def call() -> torch.Tensor:
+        first = numbers + 1
+        second = first + numbers
+        del first
+        return second + 1
+
+    assert peak_bytes(call, torch.device("cpu")) == pytest.approx(2 * 4000, abs=64)
+
+
 def test_json_holds_everything(report: BenchReport) -> None:
     values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert [result["case"]["name"] for result in values["cases"]] == [case.name for case in CASES]
-    assert {"seconds", "ratio", "tokens_per_second", "flops"} < set(values["cases"][0]["timings"][0])
+    assert {"seconds", "ratio", "tokens_per_second", "flops", "peak_memory"} < set(values["cases"][0]["timings"][0])
     assert set(values["versions"]) == {"torch", "transformers", "nai-t5"}
     assert (values["dtype"], values["repeats"], values["loading"]) == ("float32", 3, None)
     assert values["threads"] == torch.get_num_threads()
@@ -142,7 +164,7 @@ def test_implementations_the_guard_and_the_limit_take_turns(monkeypatch: pytest.
     monkeypatch.setattr(timing, "is_finite", lambda out: turns.append("guard"))
     small_bench(cases=SMALL_CASES[:1], repeats=2)
     products = f"products of {SMALL_CASES[0].computed_tokens}"
-    assert turns == [OWN, OWN, "b", "b", products, *[OWN, "guard", "b", products] * 2]
+    assert turns == [*[OWN] * 3, *["b"] * 3, products, *[OWN, "guard", "b", products] * 2]
 
 
 def test_own_figures_only_and_peers_that_cannot() -> None:
@@ -299,7 +321,7 @@ def test_pages_for_people(report: BenchReport) -> None:
         assert text in markdown(report)
     names = len(report.cases[0].timings)
     tables = [part.splitlines() for part in markdown(report).split("\n\n") if part.startswith("|")]
-    assert [len(lines) for lines in tables] == [2 + len(CASES), *[2 + names] * len(CASES), 2 + len(CASES)]
+    assert [len(lines) for lines in tables] == [2 + len(CASES), *[2 + names] * len(CASES), *[2 + len(CASES)] * 2]
     for lines in tables:
         assert len({line.count("|") for line in lines}) == 1
 

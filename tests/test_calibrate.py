@@ -11,7 +11,8 @@ import torch
 from checkpoints import spiece_model
 from conftest import TOY_CONFIGS, build_stack, write_hf_folder
 
-from nai_t5_core.calibrate import Calibration, calibrate, plot
+from nai_t5_core.calibrate import calibrate
+from nai_t5_core.calibration_report import Calibration, plot
 from nai_t5_core.cli import app
 from nai_t5_core.config import T5Config
 from nai_t5_core.conversion import convert
@@ -29,14 +30,14 @@ PROMPTS = ["a cat", "two dogs and a red house on the hill", "", "one one one one
 
 
 def stress_folder(folder: Path, config: T5Config, outlier: Outlier) -> Path:
-    write_hf_folder(folder, config.encoder_only(), stress_state(config, outlier))
+    write_hf_folder(folder, config.encoder_only(), stress_state(config.encoder_only(), outlier))
     (folder / "spiece.model").write_bytes(spiece_model())
     return folder
 
 
 def config_of(kind: str) -> T5Config:
     """A toy with the vocabulary of the tokenizer that the tests have."""
-    return TOY_CONFIGS[kind].model_copy(update={"vocab_size": 4096})
+    return TOY_CONFIGS[kind].encoder_only().model_copy(update={"vocab_size": 4096})
 
 
 def calibrated(tmp_path: Path, outlier: Outlier, kind: str = "v1.1") -> tuple[Path, Calibration]:
@@ -87,7 +88,7 @@ def test_peers_in_plain_float16_fail_where_ours_does_not(
 
 def test_scales_leave_the_headroom_and_no_more(tmp_path: Path) -> None:
     _, found = calibrated(tmp_path, "feed_forward_out")
-    scaled = found.scaled_maximum(1, "feed_forward_out")
+    scaled = found.encoder.scaled_maximum(1, "feed_forward_out")
     assert FLOAT16_MAX / 8 < scaled <= FLOAT16_MAX / 4
     assert found.scales.layers[0].feed_forward_out == 1
     assert found.scales.layers[1].attention_out == 1
@@ -103,7 +104,7 @@ def test_maxima_are_those_of_the_reference(tmp_path: Path) -> None:
     tokens = find_tokenizer_for(folder)(PROMPTS, 512)
     with torch.no_grad():
         stack(torch.tensor(tokens.input_ids), torch.tensor(tokens.attention_mask), padding="skip")
-    assert seen == pytest.approx([layer.maxima["feed_forward_out"] for layer in found.layers], rel=1e-5)
+    assert seen == pytest.approx([layer.maxima["feed_forward_out"] for layer in found.encoder.layers], rel=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-6, 2.0**-20])
@@ -125,7 +126,7 @@ def test_a_prompt_beyond_the_calibration_is_mended_by_the_guard(tmp_path: Path) 
     folder, found = calibrated(tmp_path, "feed_forward_out")
     loose = found.scales.with_layer(1, found.scales.layers[0])
     stack = load_encoder(folder, "float16", "cpu", scales=loose)
-    ids = torch.randint(3, config.vocab_size, (1, 9))
+    ids = torch.randint(3, config.vocab_size, (2, 11), generator=torch.Generator().manual_seed(9))
     with pytest.warns(UserWarning, match=r"layer 1: feed_forward_out reaches .*scale 1 tightened to"):
         out = encode_guarded(stack, ids)
     assert torch.isfinite(out).all()
@@ -198,7 +199,7 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         calibrate(small, PROMPTS)
     with pytest.raises(ValueError, match="unknown outlier 'flood'"):
         stress_state(TOY_CONFIGS["v1.1"], "flood")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"layer=9; the model has layers 0 to 2"):
+    with pytest.raises(ValueError, match=r"layer=9; the encoder has layers 0 to 2"):
         stress_state(TOY_CONFIGS["v1.1"], "hidden", layer=9)
     with pytest.raises(OSError, match="No such file"):
         plot(found, tmp_path / "absent" / "x.png")

@@ -14,6 +14,7 @@ from checkpoints import spiece_model
 from conftest import TOY_CONFIGS, random_state, write_hf_folder
 
 from nai_t5_core.cli import main
+from nai_t5_core.int8 import can_quantize, quantize_int8
 from nai_t5_core.load import load_whole
 
 Run = Callable[..., Any]
@@ -85,6 +86,19 @@ def test_json_is_what_the_model_generates(run: Run, model: Path) -> None:
         assert set(row[len(output["token_ids"]) :]) <= {0}
         assert output["ended"] == (output["token_ids"][-1] == 1)
         assert output["text"] == loaded.tokenizer.decode(output["token_ids"])
+
+
+def test_eight_bits(run: Run, model: Path) -> None:
+    if not can_quantize(load_whole(model, torch.float32, "cpu").model):
+        pytest.skip("this processor has no VNNI")
+    call = ("a cat", "two dogs", "--model", model, "--max-new-tokens", 6, "--min-new-tokens", 6, "--json", *ON_CPU)
+    status, stdout, stderr = run(*call, "--int8")
+    assert (status, stderr) == (0, "")
+    ids = [row["outputs"][0]["token_ids"] for row in json.loads(stdout)["prompts"]]
+    expected = quantize_int8(load_whole(model, torch.float32, "cpu").model)
+    tokens = load_whole(model, torch.float32, "cpu").tokenizer(["a cat", "two dogs"])
+    batch = torch.tensor(tokens.input_ids), torch.tensor(tokens.attention_mask)
+    assert ids == expected.generate(*batch, max_new_tokens=6, min_new_tokens=6).tolist()
 
 
 def test_samples_by_seed(run: Run, model: Path) -> None:

@@ -19,6 +19,7 @@ pytest.importorskip("diffusers")
 import diffusers
 from conftest import random_state
 from test_diffusers_families import assert_same
+from toy_offloading import CPU, OFFLOADS, cpu_has_one_name, hooks_of, offload_model, offload_sequentially
 from toy_pipelines import PROMPT, T5, Toy, make, text_encoder
 
 from nai_t5_core.diffusers_adapter import replace_text_encoder, restore_text_encoder
@@ -28,7 +29,7 @@ from nai_t5_core.hf import NAIT5EncoderModel
 from nai_t5_core.stress import stress_state
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-CPU = torch.device("cpu")
+__all__ = ["cpu_has_one_name"]  # a fixture for every test here
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Replacing and restoring
@@ -133,37 +134,9 @@ def test_float16_gives_a_picture_where_theirs_gives_none(outlier: Any) -> None:
 FAMILIES = ("pixart-sigma", "wan", "flux")
 
 
-@pytest.fixture(autouse=True)
-def _cpu_has_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pipelines number the device that they offload to, and accelerate cannot take "cpu:0" for "cpu"."""
-    import accelerate
-
-    real = accelerate.cpu_offload
-    monkeypatch.setattr(accelerate, "cpu_offload", lambda model, device, **options: real(model, CPU, **options))
-
-
 @pytest.fixture(params=FAMILIES)
 def toy(request: pytest.FixtureRequest) -> Toy:
     return make(request.param)
-
-
-def offload_model(pipe: Any) -> None:
-    pipe.enable_model_cpu_offload(device="cpu")
-
-
-def offload_sequentially(pipe: Any) -> None:
-    pipe.enable_sequential_cpu_offload(device="cpu")
-
-
-def offload_blocks(pipe: Any) -> None:
-    pipe.enable_group_offload(CPU, CPU, offload_type="block_level", num_blocks_per_group=1)
-
-
-def offload_leaves(pipe: Any) -> None:
-    pipe.enable_group_offload(CPU, CPU, offload_type="leaf_level")
-
-
-OFFLOADS = [offload_model, offload_sequentially, offload_blocks, offload_leaves]
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
@@ -199,13 +172,6 @@ def test_hooks_of_others_are_not_touched() -> None:
     cpu_offload(toy.encoder, CPU)
     with pytest.raises(ValueError, match="not by the pipeline; remove them first"):
         replace_text_encoder(toy.pipe)
-
-
-def hooks_of(model: torch.nn.Module) -> set[str]:
-    """Kinds of offloading hooks anywhere in a model."""
-    accelerate = {type(part._hf_hook).__name__ for part in model.modules() if hasattr(part, "_hf_hook")}
-    registries: list[Any] = [part._diffusers_hook for part in model.modules() if hasattr(part, "_diffusers_hook")]
-    return accelerate | {name for registry in registries for name in registry.hooks}
 
 
 @pytest.mark.parametrize("options", [{"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}])
@@ -316,6 +282,23 @@ print(type(pipe.text_encoder).__name__)
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert "NAIT5EncoderModel" in done.stdout, done.stderr
     assert_same(torch.load(tmp_path / "out.pt"), expected.detach(), 1e-6)
+
+
+def test_diffusers_says_what_to_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It imports no module because a folder names it; a pipeline whose T5 was restored before needs none of ours."""
+    toy = make("pixart-sigma")
+    image = toy.run()
+    replace_text_encoder(toy.pipe)
+    toy.pipe.save_pretrained(tmp_path / "ours")
+    restore_text_encoder(toy.pipe)
+    toy.pipe.save_pretrained(tmp_path / "theirs")
+    monkeypatch.delitem(sys.modules, "nai_t5_core.hf")
+    with pytest.raises(ValueError, match=r"import nai_t5_core\.hf before calling `from_pretrained`"):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    toy.pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "theirs")
+    toy.pipe.set_progress_bar_config(disable=True)
+    assert type(toy.encoder).__module__.startswith("transformers.")
+    assert_same(toy.run(), image, 1e-4)
 
 
 def test_passed_to_from_pretrained(toy: Toy, tmp_path: Path) -> None:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import sys
 from collections.abc import Callable
-from itertools import product
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import TOY_CONFIGS
+from exactness import compare
 from torch import Tensor
 from toy_texts import NEW_TOKENS, cut, ours, own_model, prompts, reference_model, theirs, toy_state
 
-from nai_t5_core.peers import own_t5
+from nai_t5_core import token_scores
+from nai_t5_core.config import decoder_tensors, encoder_tensors
+from nai_t5_core.load import load_whole
+from nai_t5_core.peers import own_t5, transformers_t5
 
-BEAM_SETTINGS = [
-    {"num_beams": beams, "length_penalty": penalty, "early_stopping": early}
-    for beams, penalty, early in product((2, 4, 8), (0.6, 1.0, 2.0), (False, True, "never"))
-]
+sys.path.append(str(Path(__file__).parents[1]))  # the recipe is not part of the installed package
 
-
-def log_probability(kind: str, ids: Tensor, mask: Tensor, text: list[int]) -> float:
-    """Of a text for one prompt, in float64."""
-    labels = torch.tensor([text])
-    logits = own_model(kind, torch.float64)(ids[None], mask[None], labels=labels).logits
-    return float(logits.log_softmax(-1).gather(2, labels[:, :, None]).sum())
-
+from embedded.tasks import SEED, held_out_tasks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Token for token
@@ -40,32 +36,42 @@ def test_texts_are_those_of_transformers(
 ) -> None:
     """Over every setting. A difference is allowed only between texts that are equally likely to 1e-6."""
     count = request.config.getoption("--exactness-prompts")
-    ids, mask = prompts(count)
-    ties, unexplained, lengths, distinct = 0, [], Counter[int](), set()
-    for options in [{"num_beams": 1}, *BEAM_SETTINGS]:
-        expected, found = theirs(kind, ids, mask, **options), ours(kind, ids, mask, **options)
-        assert len(found) == count
-        for index in [index for index in range(count) if found[index] != expected[index]]:
-            penalty = options.get("length_penalty", 1.0)
-            scores = [
-                log_probability(kind, ids[index], mask[index], text) / len(text) ** penalty
-                for text in (found[index], expected[index])
-            ]
-            if abs(scores[0] - scores[1]) <= 1e-6:
-                ties += 1
-            else:
-                unexplained.append((options, index, found[index], expected[index], scores))
-        lengths.update(map(len, found))
-        distinct.update(map(tuple, found))
-    compared = count * (1 + len(BEAM_SETTINGS))
-    record_property(
-        f"generation, {kind}",
-        f"{compared} texts ({count} prompts, {1 + len(BEAM_SETTINGS)} settings), {len(distinct)} of them distinct; "
-        f"different from transformers: {ties} ties within 1e-6, {len(unexplained)} others",
-    )
-    assert not unexplained, unexplained[:3]
+    exact = own_model(kind, torch.float64)
+    counted = compare(*prompts(count), partial(ours, kind), partial(theirs, kind), exact)
+    record_property(f"generation, {kind}", str(counted))
+    assert not counted.unexplained, counted.unexplained[:3]
     # The toys say different things, and end where they want to.
-    assert len(distinct) > count and len(lengths) == NEW_TOKENS and lengths[NEW_TOKENS] < 0.6 * compared
+    assert len(counted.distinct) > count and len(counted.lengths) == NEW_TOKENS
+    assert counted.lengths[NEW_TOKENS] < 0.6 * counted.compared
+
+
+@torch.no_grad()
+def test_texts_of_the_embedded_model_are_those_of_transformers(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> None:
+    """Over every setting, for questions that it was not trained on."""
+    pytest.importorskip("transformers", reason="transformers is the oracle")
+    loaded = load_whole(None, torch.float32, "cpu")
+    config, examination = loaded.model.config, loaded.examination
+    state = {name: examination.read(name).float() for name in encoder_tensors(config) | decoder_tensors(config)}
+    count = request.config.getoption("--exactness-prompts")
+    questions = [question for question, _ in held_out_tasks(SEED + 2, 40 * count)][:count]
+    assert len(questions) == count and loaded.tokenizer is not None
+    batch = loaded.tokenizer(questions)
+    model, reference = own_t5(config, state, torch.float32), transformers_t5(config, state, torch.float32)
+
+    def found(ids: Tensor, mask: Tensor, **options: Any) -> list[list[int]]:
+        return cut(model.generate(ids, mask, max_new_tokens=NEW_TOKENS, **options))
+
+    def expected(ids: Tensor, mask: Tensor, **options: Any) -> list[list[int]]:
+        options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, **options}
+        return cut(reference.generate(ids, attention_mask=mask, **options)[:, 1:])
+
+    ids, mask = torch.tensor(batch.input_ids), torch.tensor(batch.attention_mask)
+    counted = compare(ids, mask, found, expected, own_t5(config, state, torch.float64))
+    record_property("generation, the embedded model", str(counted))
+    assert not counted.unexplained, counted.unexplained[:3]
+    assert len(counted.distinct) > 0.5 * count
 
 
 @pytest.mark.parametrize("kind", ["v1.0", "byt5", "ul2"])
@@ -98,6 +104,17 @@ def test_rules(rules: dict[str, Any], beams: int) -> None:
     assert found == theirs("v1.1", ids, mask, num_beams=beams, **rules)
     assert found != ours("v1.1", ids, mask, num_beams=beams), "the rules change nothing here"
     assert min(map(len, found)) >= rules.get("min_new_tokens", 1)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(3, 128 * 40), (1, 128), (2, 96), (4, 32128)])
+@pytest.mark.parametrize("count", [1, 2, 16])
+def test_largest_scores(rows: int, length: int, count: int) -> None:
+    """In long rows of whole blocks and in others, with banned scores among them."""
+    scores = torch.randn(rows, length, generator=torch.Generator().manual_seed(length))
+    scores[0, length // 2 :] = -torch.inf
+    expected = scores.topk(count)
+    values, places = token_scores.find_largest(scores, count)
+    assert torch.equal(values, expected.values) and torch.equal(places, expected.indices)
 
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
@@ -185,6 +202,8 @@ def test_result_is_padded_behind_the_end(options: dict[str, Any]) -> None:
     tokens = own_model("v1.1").generate(ids, mask, max_new_tokens=NEW_TOKENS, **options)
     texts = cut(tokens)
     assert tokens.dtype == torch.int64
+    # Labels of a training step, for one, must be ordinary tensors.
+    assert not tokens.is_inference()
     assert tokens.shape == (24 * options.get("num_return_sequences", 1), max(map(len, texts)))
     for row, text in zip(tokens.tolist(), texts, strict=True):
         assert row[len(text) :] == [0] * (tokens.shape[1] - len(text))
@@ -208,6 +227,14 @@ def test_a_cache_serves_many_calls(options: dict[str, Any]) -> None:
     for other in (own_model("umt5", torch.float64), own_model("ul2")):
         with pytest.raises(ValueError, match="the cache is for another model, dtype or device"):
             other.generate(ids, mask, cache=cache, max_new_tokens=NEW_TOKENS, **options)
+
+
+def test_a_cache_made_in_inference_mode_serves_outside_of_it() -> None:
+    model, (ids, mask) = own_model("v1.1"), prompts(4, seed=18)
+    with torch.inference_mode():
+        cache = model.new_cache(4, 3, NEW_TOKENS + 1)
+    options = {"num_beams": 3, "max_new_tokens": NEW_TOKENS}
+    assert torch.equal(model.generate(ids, mask, cache=cache, **options), model.generate(ids, mask, **options))
 
 
 @pytest.mark.parametrize("fixed_shapes", [False, True])

@@ -16,11 +16,13 @@ ROWS = [
     "layers attention attention_choice flex packing encoder "
     "decoder_attention decoder decoding token_scores beam_search generation model",
     # 2: weights
-    "formats keymaps fuse precision hub native examine load conversion maxima scales_file lora_keys lora_files lora",
+    "formats keymaps fuse precision hub native examine load conversion maxima scales_file "
+    "lora_keys lora_files lora_set lora",
     # 3: use
-    "optimize int8 compiled guard calibrate stress text_encoder textual_inversion "
-    "peers comfyui_peer parity parity_report bench roofline cli "
-    "row_memory hf_weights hf diffusers_adapter diffusers_outputs diffusers_requests diffusers_prompts training",
+    "optimize int8 compiled sharding lora_live guard generation_guard calibration_report calibrate stress "
+    "text_encoder textual_inversion peers comfyui_peer parity parity_report decoder_peers decoder_parity "
+    "bench roofline cli row_memory hf_weights hf diffusers_adapter diffusers_outputs diffusers_requests "
+    "diffusers_prompts training",
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 

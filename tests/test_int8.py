@@ -7,11 +7,12 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, padding_mask
 from torch import nn
 
+from nai_t5_core.decoding import Decoding
 from nai_t5_core.encoder import LAYOUTS, Layout
 from nai_t5_core.int8 import Int8Linear, can_quantize, quantize_int8
 from nai_t5_core.parity import measure_parity
 from nai_t5_core.parity_report import OWN
-from nai_t5_core.peers import random_state
+from nai_t5_core.peers import own_t5, random_state, random_t5_state
 from nai_t5_core.text_encoder import TextEncoder
 
 V1_1 = TOY_CONFIGS["v1.1"].encoder_only()
@@ -67,6 +68,24 @@ def test_every_kind_is_close(kind: str, layout: Layout, dtype: torch.dtype, outl
     assert float(errors.median()) < 0.03
     assert float(errors.max()) < 0.3 * float(expected.abs().max())
     assert not stack(IDS, torch.zeros_like(MASK), padding="skip").any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_a_whole_t5_is_close(kind: str, layout: Layout) -> None:
+    """Decoder, cross-attention and head as well; in steps as for a known text."""
+    config = TOY_CONFIGS[kind]
+    state = random_t5_state(config)
+    texts = torch.randint(3, 96, (3, 7), generator=torch.Generator().manual_seed(4))
+    expected = own_t5(config, state, torch.float64)(IDS, MASK, texts).logits
+    model = quantize_int8(own_t5(config, state, torch.float32, layout))
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())
+    errors = (model(IDS, MASK, texts).logits - expected).abs()
+    assert float(errors.median()) < 0.05
+    assert float(errors.max()) < 0.3 * float(expected.abs().max())
+    cached = Decoding(model, model.read(IDS, MASK), model.new_cache(3, 1, 7))
+    logits = torch.stack([cached.step(texts[:, place : place + 1])[:, 0] for place in range(7)], dim=1)
+    assert float((logits - expected).abs().max()) < 0.3 * float(expected.abs().max())
 
 
 def test_parity_prints_its_accuracy() -> None:

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nai_t5_core.attention import logit_scale
 from nai_t5_core.config import T5Config
 from nai_t5_core.decoding import Decoding
 from nai_t5_core.encoder import LAYOUTS, Layout
 from nai_t5_core.fuse import fused_recipes, separate_recipes
 from nai_t5_core.model import T5
 from nai_t5_core.optimize import PackedLinear, can_prepack, prepack
+from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
 from nai_t5_core.peers import exact_norms, own_t5, transformers_t5
 from nai_t5_core.scales import LayerScales, StackScales, published_scales, unscaled
 
@@ -82,6 +84,22 @@ def test_logits_and_loss(config: T5Config, layout: Layout, pattern: str) -> None
     found = own_t5(config, state, torch.float64, layout)(ids, mask, labels=labels)
     assert relative_difference(found.logits, expected.logits) <= TOLERANCE
     assert found.loss is not None and abs(float(found.loss) / float(expected.loss) - 1) <= TOLERANCE
+
+
+@pytest.mark.parametrize("padding", PADDING_POLICIES)
+@torch.no_grad()
+def test_cross_attention_reads_packed_and_padded_states(config: T5Config, padding: PaddingPolicy) -> None:
+    """Whether pad rows were computed, and whatever they hold, only real tokens are read."""
+    model, mask, ids = own_t5(config, float64_state(config), torch.float64), masks()["holes"], prompts(config)
+    assert mask is not None
+    texts = labels_for(config)[:, :9].clamp(min=0)
+    expected = model.decode(texts, model.read(ids, mask))
+    # The policy decides on the layout alone: the states of real tokens are the same, and those of pads are enormous.
+    _, _, packing = model.encoder_stack.prepare(ids, mask.bool(), padding=padding)
+    real = model.encoder_stack(ids, mask.bool(), padding="exact")
+    states = packing.pack(torch.where(mask.bool()[:, :, None], real, 1e6))
+    memory = model.decoder.read(states, packing, mask.bool()[:, : packing.output_length], logit_scale(config))
+    assert relative_difference(model.decode(texts, memory), expected) <= TOLERANCE
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def test_peers_agree_with_ours_and_leave_the_weights_alone(name: str, config: T5
 
 def test_transformers_shares_the_given_tensors() -> None:
     pytest.importorskip("transformers", reason="the peer under test")
-    state = random_state(V1_1)
+    state = random_state(V1_1.encoder_only())
     model: Any = transformers_encoder(V1_1, state, torch.float32)
     pointers = {tensor.data_ptr() for tensor in state.values()}
     assert {parameter.data_ptr() for parameter in model.parameters()} == pointers

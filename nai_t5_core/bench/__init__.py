@@ -1,12 +1,29 @@
-"""How fast our encoder is beside others: the same random weights, one process, taking turns.
+"""How fast our encoder is beside others, and our generation: the same random weights, one process, taking turns.
 
 Loading and cold start are measured in fresh processes, see :mod:`nai_t5_core.bench.loading`.
 """
 
 from nai_t5_core.bench.cases import CASES, Case, cases_named
+from nai_t5_core.bench.generation import GENERATION_CASES, GenerationReport, bench_generation, generation_cases_named
+from nai_t5_core.bench.generation_report import generation_markdown, render_generation
 from nai_t5_core.bench.plot import plot
 from nai_t5_core.bench.report import markdown, render
 from nai_t5_core.bench.results import BenchReport
 from nai_t5_core.bench.run import run_bench
 
-__all__ = ["CASES", "BenchReport", "Case", "cases_named", "markdown", "plot", "render", "run_bench"]
+__all__ = [
+    "CASES",
+    "GENERATION_CASES",
+    "BenchReport",
+    "Case",
+    "GenerationReport",
+    "bench_generation",
+    "cases_named",
+    "generation_cases_named",
+    "generation_markdown",
+    "markdown",
+    "plot",
+    "render",
+    "render_generation",
+    "run_bench",
+]

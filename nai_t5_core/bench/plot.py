@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from nai_t5_core.bench.results import BenchReport, CaseResult
-from nai_t5_core.bench.variants import COMPILED
+from nai_t5_core.bench.variants import COMPILED, INT8, NOT_PREPACKED
 from nai_t5_core.comfyui_peer import COMFYUI
 from nai_t5_core.formats import replacing
 from nai_t5_core.parity_report import OWN
 
 _GROUP_WIDTH = 0.84
+# By what was done to an implementation, which its name says at its end.
+_HATCHES = {COMPILED: "///", NOT_PREPACKED.removeprefix(OWN): "...", INT8.removeprefix(OWN): "xxx"}
 _COLORS = {OWN: "tab:blue", "transformers": "tab:orange", "nai-t5": "tab:green", COMFYUI: "tab:red"}
 
 
@@ -57,7 +59,7 @@ def _draw_bars(axes: Any, report: BenchReport, name: str, place: float, width: f
     places = [case + place * width for case in range(len(report.cases))]
     ratios = [timing.ratio.median for result in report.cases for timing in result.timings if timing.name == name]
     heights = [ratio - 1 for ratio in ratios]
-    hatch = "///" if name.endswith(COMPILED) else None
+    hatch = next((hatch for ending, hatch in _HATCHES.items() if name.endswith(ending)), None)
     bars = axes.bar(
         places, heights, width * 0.94, bottom=1, color=_color(name), hatch=hatch, edgecolor="white", label=name
     )

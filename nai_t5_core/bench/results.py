@@ -41,6 +41,8 @@ class Timing:
         flops: floating-point operations of the matrix products and attention of one call; None for our compiled
             encoder, whose attention torch's counter cannot see.
         flops_ratio: ``flops`` divided by those of the real tokens alone.
+        peak_memory: bytes that the call allocated at once, with its result and without the weights; None where the
+            device does not tell.
         difference: largest difference from ours at real positions, relative to our largest value; a check that all
             compute the same.
     """
@@ -51,6 +53,7 @@ class Timing:
     tokens_per_second: Spread
     flops: int | None
     flops_ratio: float | None
+    peak_memory: int | None
     difference: float
 
 

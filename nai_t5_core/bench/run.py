@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 from nai_t5_core.bench.cases import CASES, Case
 from nai_t5_core.bench.limits import BareProjections
 from nai_t5_core.bench.loading import measure_loading
+from nai_t5_core.bench.machine import device_name, threads_set
 from nai_t5_core.bench.results import BenchReport, CaseResult
 from nai_t5_core.bench.timing import Bench, run_case
 from nai_t5_core.bench.variants import Wanted, build_variants
@@ -67,7 +66,7 @@ def run_bench(
     if repeats < 1:
         raise ValueError(f"repeats={repeats}; at least 1 round must count")
     wanted = Wanted(tuple(peers), comfyui, compiled, int8)
-    with _threads(threads) as used_threads:
+    with threads_set(threads) as used_threads:
         tell("drawing weights")
         state = random_state(config, seed, dtype=model_dtype)
         measured = _Measured()
@@ -77,7 +76,7 @@ def run_bench(
     return BenchReport(
         size=size if isinstance(size, str) else config.size_name or f"d_model {config.d_model}",
         dtype=str(model_dtype).removeprefix("torch."),
-        device=_device_name(place),
+        device=device_name(place),
         threads=used_threads,
         repeats=repeats,
         versions={"torch": torch.__version__, **measured.versions},
@@ -115,22 +114,3 @@ def _measure(
         projections = BareProjections(config, dtype)
     bench = Bench(config, built.encoders, projections, device, repeats, seed, tell)
     return _Measured(tuple(run_case(case, bench) for case in cases), built.versions, built.skipped)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[int]:
-    """Sets torch's threads for a while; gives the number in use."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else platform.system()
-    return f"{device.type} ({platform.machine()}, {capability})"

@@ -14,6 +14,7 @@ from torch import Tensor
 from nai_t5_core.bench.cases import Case
 from nai_t5_core.bench.flops import count_flops
 from nai_t5_core.bench.limits import BareProjections
+from nai_t5_core.bench.memory import peak_bytes
 from nai_t5_core.bench.results import CaseResult, GuardCost, Limit, Spread, Timing
 from nai_t5_core.bench.variants import OWN_COMPILED, Encode
 from nai_t5_core.config import T5Config
@@ -47,16 +48,19 @@ class _Rounds:
 
 @torch.no_grad()
 def run_case(case: Case, bench: Bench) -> CaseResult:
-    """Two calls that do not count (the first counts operations, the second packs or compiles), then the rounds."""
+    """Three calls that do not count (operations are counted, then weights packed or code compiled, then memory is
+    weighed), and the rounds.
+    """
     ids, mask = (x.to(bench.device) for x in random_batch(bench.config, case.prompt_lengths, case.length, bench.seed))
     calls = {name: partial(encode, case, ids, mask) for name, encode in bench.encoders.items()}
     # What was compiled for other shapes must not count against the limit of recompilations.
     torch.compiler.reset()
-    flops, outputs = dict[str, int | None](), dict[str, Tensor]()
+    flops, memory, outputs = dict[str, int | None](), dict[str, int | None](), dict[str, Tensor]()
     for name, call in calls.items():
         bench.tell(f"{case.name}: warm-up of {name}")
         flops[name] = count_flops(call) if name != OWN_COMPILED else None
         outputs[name] = call()[mask].double().cpu()
+        memory[name] = peak_bytes(call, bench.device)
     rounds = _run_rounds(case, bench, calls)
     own, own_output = rounds.encoders[OWN], outputs[OWN]
     real_flops = encoder_flops(bench.config, case.prompt_lengths)
@@ -66,14 +70,19 @@ def run_case(case: Case, bench: Bench) -> CaseResult:
             seconds=Spread.of(seconds),
             ratio=Spread.of_ratio(seconds, own),
             tokens_per_second=Spread.of([case.real_tokens / each for each in seconds]),
-            flops=count,
-            flops_ratio=None if count is None else count / real_flops,
+            flops=flops[name],
+            flops_ratio=_divided(flops[name], real_flops),
+            peak_memory=memory[name],
             difference=float((outputs[name] - own_output).abs().max() / own_output.abs().max()),
         )
-        for (name, seconds), count in zip(rounds.encoders.items(), flops.values(), strict=True)
+        for name, seconds in rounds.encoders.items()
     )
     limit = Limit(Spread.of(rounds.limit), Spread.of_ratio(rounds.limit, own)) if rounds.limit else None
     return CaseResult(case, timings, limit, GuardCost(Spread.of(rounds.guard), Spread.of_ratio(rounds.guard, own)))
+
+
+def _divided(flops: int | None, real_flops: int) -> float | None:
+    return None if flops is None else flops / real_flops
 
 
 def _run_rounds(case: Case, bench: Bench, calls: Mapping[str, Callable[[], Tensor]]) -> _Rounds:
@@ -84,16 +93,17 @@ def _run_rounds(case: Case, bench: Bench, calls: Mapping[str, Callable[[], Tenso
     for number in range(bench.repeats):
         bench.tell(f"{case.name}: round {number + 1} of {bench.repeats}")
         for name, call in calls.items():
-            seconds, out = _timed(call, bench.device)
+            seconds, out = timed(call, bench.device)
             rounds.encoders[name].append(seconds)
             if name == OWN:
-                rounds.guard.append(_timed(partial(is_finite, out), bench.device)[0])
+                rounds.guard.append(timed(partial(is_finite, out), bench.device)[0])
         if products is not None:
-            rounds.limit.append(_timed(products, bench.device)[0])
+            rounds.limit.append(timed(products, bench.device)[0])
     return rounds
 
 
-def _timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds of a call, and its result."""
     _synchronize(device)
     started = time.perf_counter()
     result = call()

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from nai_t5_core.cli.checkpoints import calibrate, convert, inspect, stress
 from nai_t5_core.cli.generate import generate
-from nai_t5_core.cli.measure import bench, estimate, parity
+from nai_t5_core.cli.measure import bench, bench_generate, estimate, parity
 from nai_t5_core.cli.prompts import count, encode, warm_up
 from nai_t5_core.cli.terminal import err, say
 from nai_t5_core.cli.train import train
@@ -25,7 +25,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (encode, count, warm_up, generate, inspect, convert, calibrate, stress, parity, bench, estimate, train):
+for command in (
+    *(encode, count, warm_up, generate),
+    *(inspect, convert, calibrate, stress),
+    *(parity, bench, bench_generate, estimate, train),
+):
     app.command()(command)
 
 

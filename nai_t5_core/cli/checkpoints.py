@@ -9,7 +9,16 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from nai_t5_core.cli.options import Dtype, Json, ModelArgument, SaveScales, ScalesOption, Subfolder, TokenizerOption
+from nai_t5_core.cli.options import (
+    Dtype,
+    EncoderOnly,
+    Json,
+    ModelArgument,
+    SaveScales,
+    ScalesOption,
+    Subfolder,
+    TokenizerOption,
+)
 from nai_t5_core.cli.terminal import bytes_bar, counting, out, print_json, read_prompts, say, size, working
 
 if TYPE_CHECKING:
@@ -48,7 +57,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="Hub id, folder or file.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write.")],
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights; auto keeps the source's.")] = Dtype.auto,
-    encoder_only: Annotated[bool, typer.Option("--encoder-only", help="Leave the decoder out.")] = False,
+    encoder_only: EncoderOnly = False,
     scales: ScalesOption = None,
     subfolder: Subfolder = "",
     tokenizer: TokenizerOption = None,
@@ -83,33 +92,45 @@ def calibrate(
     write: Annotated[Path | None, typer.Option("--out", help="Converted float16 checkpoint with the scales.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file with the maxima of every layer.")] = None,
     save_scales: SaveScales = None,
+    encoder_only: EncoderOnly = False,
     subfolder: Subfolder = "",
     tokenizer: TokenizerOption = None,
     as_json: Json = False,
 ) -> None:
     """Find the scales that keep float16 from overflowing, one layer in memory at a time."""
     from nai_t5_core import calibrate as calibrating
+    from nai_t5_core import calibration_report
     from nai_t5_core.conversion import convert as convert_checkpoint
     from nai_t5_core.scales_file import write_scales
 
     texts = read_prompts(prompts) if prompts else calibrating.PROMPTS
     with counting("calibrating layers") as progress:
-        found = calibrating.calibrate(model, texts, headroom, subfolder, tokenizer, progress)
+        found = calibrating.calibrate(model, texts, headroom, subfolder, tokenizer, progress, encoder_only)
     report = found.to_dict()
     if plot is not None:
-        calibrating.plot(found, plot)
+        calibration_report.plot(found, plot)
         report["plot"] = str(plot)
     if save_scales is not None:
-        write_scales(save_scales, found.scales)
+        write_scales(save_scales, found.scales, found.decoder_scales)
         report["scales"] = str(save_scales)
     if write is not None:
         with bytes_bar(f"converting to {write}") as progress:
-            convert_checkpoint(model, write, "float16", True, subfolder, tokenizer, found.scales, progress)
+            convert_checkpoint(
+                model,
+                write,
+                "float16",
+                encoder_only,
+                subfolder,
+                tokenizer,
+                found.scales,
+                progress,
+                found.decoder_scales or "auto",
+            )
         report["out"] = str(write)
     if as_json:
         print_json(report)
         return
-    out.print(calibrating.render(found))
+    out.print(calibration_report.render(found))
     for name in ("plot", "scales", "out"):
         if name in report:
             say(f"wrote {escape(report[name])}")
@@ -120,6 +141,7 @@ def stress(
     size: Annotated[str, typer.Option(help="A published size.")] = "t5-v1_1-small",
     outlier: Annotated[str, typer.Option(help="What overflows, such as hidden; a wrong one lists all.")] = "hidden",
     layer: Annotated[int, typer.Option(help="Where.")] = 1,
+    decoder: Annotated[bool, typer.Option("--decoder", help="A whole model, whose decoder overflows.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a random model that overflows plain float16, as trained ones do, to try the other commands with."""
@@ -128,11 +150,13 @@ def stress(
 
     kind: Outlier = outlier  # type: ignore[assignment]  # checked by the function
     with working(f"writing {folder}"):
-        write_stress_checkpoint(folder, named_config(size).encoder_only(), kind, layer)
+        config = named_config(size) if decoder else named_config(size).encoder_only()
+        write_stress_checkpoint(folder, config, kind, layer, stack="decoder" if decoder else "encoder")
     if as_json:
-        print_json({"out": str(folder), "size": size, "outlier": outlier, "layer": layer})
+        print_json({"out": str(folder), "size": size, "outlier": outlier, "layer": layer, "decoder": decoder})
     else:
-        say(f"wrote {escape(str(folder))}: {size}, {outlier} overflows float16 in layer {layer}")
+        where = f"{'decoder ' if decoder else ''}layer {layer}"
+        say(f"wrote {escape(str(folder))}: {size}, {outlier} overflows float16 in {where}")
 
 
 def _inspection(examination: Examination) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,8 @@ from nai_t5_core.cli.options import (
     ModelOption,
     PromptFile,
     Prompts,
+    SaveScales,
+    ScalesOption,
     Subfolder,
     TokenizerOption,
 )
@@ -61,8 +64,11 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="With --sample: the same seed gives the same texts.")] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens come again less often.")] = 1.0,
     no_repeat_ngram_size: Annotated[int, typer.Option(help="No run of so many tokens twice; 0 for any.")] = 0,
+    int8: Annotated[bool, typer.Option("--int8", help="Compute in 8 bits on the CPU: faster, and less exact.")] = False,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
+    scales: ScalesOption = None,
+    save_scales: SaveScales = None,
     subfolder: Subfolder = "",
     tokenizer: TokenizerOption = None,
     as_json: Json = False,
@@ -72,7 +78,6 @@ def generate(
     with working("loading the model"):
         from nai_t5_core.generation import GenerationOptions
         from nai_t5_core.load import load_whole
-        from nai_t5_core.optimize import can_prepack, prepack
         from nai_t5_core.tokenizer import load_tokenizer
 
         options = GenerationOptions(
@@ -90,15 +95,19 @@ def generate(
             no_repeat_ngram_size=no_repeat_ngram_size,
         )
         own = load_tokenizer(tokenizer) if tokenizer is not None else None
-        loaded = load_whole(model, dtype.value, device, subfolder=subfolder)
+        loaded = load_whole(model, dtype.value, device, subfolder=subfolder, scales=scales or "auto")
         found = own or loaded.tokenizer
     if found is None:
         from nai_t5_core.examine import NO_TOKENIZER
 
         raise ValueError(NO_TOKENIZER.format(source=loaded.report.source))
-    ready = prepack(loaded.model) if can_prepack(loaded.model) else loaded.model
+    ready = _made_fast(loaded.model, int8)
     with working(f"generating for {len(texts)} prompts"):
         outputs = _generate(ready, found, texts, options, seed)
+    if save_scales is not None:
+        from nai_t5_core.scales_file import write_scales
+
+        write_scales(save_scales, ready.encoder_stack.scales, ready.decoder_scales)
     if as_json:
         print_json({"source": loaded.report.source, "model": loaded.report.kind, "prompts": outputs})
         return
@@ -108,19 +117,28 @@ def generate(
             out.print(f"  {escape(output['text'])}", highlight=False, soft_wrap=True)
 
 
+def _made_fast(model: T5, int8: bool) -> T5:
+    from nai_t5_core.int8 import quantize_int8
+    from nai_t5_core.optimize import can_prepack, prepack
+
+    if int8:
+        return quantize_int8(model)
+    return prepack(model) if can_prepack(model) else model
+
+
 def _generate(
     model: T5, tokenizer: Tokenizer, texts: list[str], options: GenerationOptions, seed: int | None
 ) -> list[dict[str, Any]]:
     """For every prompt, its texts and their tokens."""
     import torch
 
-    from nai_t5_core.generation import generate as generate_tokens
+    from nai_t5_core.generation_guard import generate_guarded
 
     tokens = tokenizer(texts)
     ids, mask = torch.tensor(tokens.input_ids), torch.tensor(tokens.attention_mask)
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
-    chosen = options.for_model(model.config)
-    groups = generate_tokens(model, ids, mask, chosen, generator).unflatten(0, (len(texts), -1)).tolist()
+    out = generate_guarded(model, ids, mask, generator=generator, **dataclasses.asdict(options))
+    groups = out.unflatten(0, (len(texts), -1)).tolist()
     return [
         {"prompt": text, "outputs": [_output(tokenizer, row, model.config.eos_token_id) for row in rows]}
         for text, rows in zip(texts, groups, strict=True)

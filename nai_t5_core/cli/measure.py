@@ -1,7 +1,8 @@
-"""``parity`` and ``bench``: our encoder beside others; ``estimate``: what it would take elsewhere."""
+"""``parity`` and ``bench``: our encoder beside others; ``bench-generate``: our generation; ``estimate``: on paper."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,6 +34,7 @@ def parity(
     against: Against = "transformers",
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Also compare the residual after each layer.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Also measure our 8-bit form.")] = False,
+    decoder: Annotated[bool, typer.Option("--decoder", help="Also the decoder, of a whole model.")] = False,
     scales: ScalesOption = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file with the errors of all.")] = None,
     subfolder: Subfolder = "",
@@ -42,32 +44,62 @@ def parity(
     import torch
 
     from nai_t5_core import parity_report
-    from nai_t5_core.examine import examine
-    from nai_t5_core.load import choose_scales
+    from nai_t5_core.decoder_parity import measure_decoder_parity
+    from nai_t5_core.examine import decoder_faults, examine, settle_head
+    from nai_t5_core.load import choose_decoder_scales, choose_scales
     from nai_t5_core.parity import measure_parity
     from nai_t5_core.peers import hf_state, random_state
-    from nai_t5_core.scales_file import read_scales
+    from nai_t5_core.scales_file import read_decoder_scales, read_scales
 
+    chosen_for_decoder = None
     if random is not None:
-        config = named_config(random).encoder_only()
-        config = config.model_copy(update={"num_layers": layers}) if layers else config
+        config = named_config(random) if decoder else named_config(random).encoder_only()
+        if layers:
+            config = config.model_copy(
+                update={"num_layers": layers, "num_decoder_layers": min(layers, config.num_decoder_layers)}
+            )
         state, chosen = random_state(config, outliers=outliers), read_scales(scales) if scales else None
+        if scales and decoder:
+            chosen_for_decoder = read_decoder_scales(scales)
     else:
         examination = examine(model, subfolder)
+        if decoder:
+            settle_head(examination)
+            examination.faults += decoder_faults(examination)
+            chosen_for_decoder = choose_decoder_scales(examination, torch.float16, scales or "auto")
+        else:
+            examination.config = examination.config.encoder_only()
         examination.refuse_faults()
-        config, state = examination.config.encoder_only(), hf_state(examination)
+        config, state = examination.config, hf_state(examination)
         chosen = choose_scales(examination, torch.float16, scales or "auto")
+    peers = against.split(",") if against else ()
     with err.status("measuring") as status:
         report = measure_parity(
             config,
             state,
             dtypes.split(","),
-            against.split(",") if against else (),
+            peers,
             scales=chosen,
             per_layer=per_layer,
             int8=int8,
             progress=status.update,
         )
+        if decoder:
+            found = measure_decoder_parity(
+                config,
+                state,
+                dtypes.split(","),
+                peers,
+                scales=chosen,
+                decoder_scales=chosen_for_decoder,
+                progress=status.update,
+            )
+            report = dataclasses.replace(
+                report,
+                decoder_hidden=found.hidden,
+                logits=found.logits,
+                skipped=(*report.skipped, *found.skipped),
+            )
     if plot is not None:
         parity_report.plot(report, plot)
     if as_json:
@@ -132,6 +164,50 @@ def bench(
     out.print(timing.render(report))
     for path in filter(None, (markdown, plot)):
         say(f"wrote {path}")
+
+
+def bench_generate(
+    size: Annotated[str, typer.Argument(help="A published size, such as t5-v1_1-base.")] = "t5-v1_1-base",
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads on the CPU.")] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds that count.")] = 3,
+    cases: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help="Only these: beams, greedy, greedy-8; all by default.")
+    ] = None,
+    prompt_length: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 48,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 64,
+    peer: Annotated[bool, typer.Option("--peer/--no-peer", help="Also time transformers.")] = True,
+    int8: Annotated[bool, typer.Option("--int8", help="Ours also in 8 bits.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time generation beside transformers: the same weights and steps, one process, taking turns."""
+    from nai_t5_core import bench as timing
+
+    chosen = timing.GENERATION_CASES if cases is None else timing.generation_cases_named(cases.split(","))
+    with err.status("preparing") as status:
+        report = timing.bench_generation(
+            size,
+            dtype.value,
+            threads,
+            repeats,
+            chosen,
+            prompt_length,
+            new_tokens,
+            with_peer=peer,
+            int8=int8,
+            device=device,
+            progress=status.update,
+        )
+    if markdown is not None:
+        markdown.write_text(timing.generation_markdown(report), encoding="utf-8")
+    if as_json:
+        print_json(report.to_dict())
+        return
+    out.print(timing.render_generation(report))
+    if markdown is not None:
+        say(f"wrote {markdown}")
 
 
 def estimate(

@@ -48,6 +48,7 @@ TokenizerOption = Annotated[
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Compute dtype.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps…")]
+EncoderOnly = Annotated[bool, typer.Option("--encoder-only", help="Leave the decoder out.")]
 ScalesOption = Annotated[Path | None, typer.Option("--scales", help="Float16 scales from a file of --save-scales.")]
 SaveScales = Annotated[Path | None, typer.Option("--save-scales", help="Write the float16 scales to a JSON file.")]
 LoraOption = Annotated[

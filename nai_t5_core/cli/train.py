@@ -29,14 +29,17 @@ def train(
     settings = read_config(config)
     from nai_t5_core.training import losses
     from nai_t5_core.training.loop import train as run_training
+    from nai_t5_core.training.processes import joined
 
     if plot is not None:
         # Before the run, and not after hours of it.
         losses.require_matplotlib()
-    with _training_bar() as progress:
+    with joined(settings.device) as processes, _training_bar(processes.is_first) as progress:
         trained = run_training(settings, resume, progress)
+    if not processes.is_first:
+        return
     if plot is not None:
-        losses.plot_losses(trained.reports, plot)
+        losses.plot_losses(trained.reports, plot, f"{config.stem}: {trained.reports[-1].step} steps")
     last = trained.reports[-1]
     report = {
         "steps": last.step,
@@ -57,12 +60,12 @@ def train(
 
 
 @contextmanager
-def _training_bar() -> Iterator[Callable[[StepReport, int], None]]:
+def _training_bar(is_shown: bool) -> Iterator[Callable[[StepReport, int], None]]:
     """A bar on stderr with the loss; gives the function to call with every step's report and the steps in all."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+    with Progress(*columns, console=err, transient=True, disable=not (is_shown and err.is_terminal)) as bar:
         task = bar.add_task("training", total=None)
 
         def show(report: StepReport, steps: int) -> None:

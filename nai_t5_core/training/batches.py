@@ -96,23 +96,27 @@ class Batches:
         sections: the files; each gives its ``rows`` to every batch.
         tokenizer: of the model.
         seed: of orders and of noise.
+        rank, count: of several processes that share every batch, this one gets the rows ``rank``, ``rank + count`` …
 
     Raises:
-        ValueError: a file that cannot be read, is empty, or holds something else; no sentinels in the vocabulary.
+        ValueError: a file that cannot be read, is empty, or holds something else; no sentinels in the vocabulary; more
+            processes than rows.
     """
 
-    def __init__(self, sections: Sequence[DataSection], tokenizer: Tokenizer, seed: int) -> None:
+    def __init__(
+        self, sections: Sequence[DataSection], tokenizer: Tokenizer, seed: int, rank: int = 0, count: int = 1
+    ) -> None:
+        rows = [(place, row) for place, section in enumerate(sections) for row in range(section.rows)]
+        if len(rows) < count:
+            raise ValueError(f"{count} processes for batches of {len(rows)} rows; give each process a row at least")
+        self.rows = rows[rank::count]
         self.sections, self.seed = sections, seed
         self.end, self.pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         self.sources = [read_texts(section, tokenizer) for section in sections]
         self._orders: dict[int, tuple[int, Ids]] = {}
 
     def __call__(self, number: int) -> Batch:
-        examples = [
-            self._example(place, number * section.rows + row)
-            for place, section in enumerate(self.sections)
-            for row in range(section.rows)
-        ]
+        examples = [self._example(place, number * self.sections[place].rows + row) for place, row in self.rows]
         inputs, targets = ([np.append(example[part], self.end) for example in examples] for part in (0, 1))
         ids = _padded(inputs, self.pad)
         lengths = torch.tensor([len(row) for row in inputs])

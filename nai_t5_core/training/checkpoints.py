@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nai_t5_core.formats import replacing
+from nai_t5_core.sharding import part_of, whole
 
 NAME = "checkpoint.pt"
 
 
-def save(path: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> None:
-    """Writes weights and optimizer state after ``step`` steps of the run that ``identity`` describes."""
-    state = {"step": step, "identity": identity, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+def save(
+    path: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
+    is_writer: bool = True,
+) -> None:
+    """Writes weights and optimizer state after ``step`` steps of the run that ``identity`` describes.
+
+    All processes of a sharded run call this; ``is_writer`` is the one that writes, whole tensors.
+    """
+    weights = _gathered(model.state_dict(), is_writer)
+    kept = optimizer.state_dict()
+    states = {index: _gathered(values, is_writer) for index, values in kept["state"].items()}
+    if not is_writer:
+        return
+    state = {"step": step, "identity": identity, "model": weights, "optimizer": {**kept, "state": states}}
     with replacing(path) as partial, partial.open("wb") as file:
         torch.save(state, file)
         file.flush()
@@ -42,6 +59,28 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identit
     if differing:
         told = "; ".join(f"{name} was {stored.get(name)!r} and is {identity[name]!r}" for name in differing)
         raise ValueError(f"{path} is of a run with another config ({told}); restore it, or begin in another folder")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    own = model.state_dict()
+    model.load_state_dict({name: part_of(tensor, own[name]) for name, tensor in state["model"].items()})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept = state["optimizer"]
+    states = {index: _spread(values, parameters[index]) for index, values in kept["state"].items()}
+    optimizer.load_state_dict({**kept, "state": states})
     return step
+
+
+def _gathered(values: Mapping[str, Any], keep: bool) -> dict[str, Any]:
+    """The values with whole tensors, of which only one process needs to keep any."""
+    gathered = {}
+    for name, value in values.items():
+        complete = whole(value).cpu() if isinstance(value, Tensor) else value
+        if keep:
+            gathered[name] = complete
+    return gathered
+
+
+def _spread(values: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """The optimizer's state of a parameter; what has its shape is spread over the processes as it is."""
+    return {
+        name: part_of(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+        for name, value in values.items()
+    }

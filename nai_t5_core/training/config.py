@@ -62,12 +62,14 @@ class OptimizerSection(_Section):
     """AdamW or Adafactor, and how the learning rate goes.
 
     It rises linearly over ``warmup`` steps to ``learning_rate`` and then follows ``schedule``: ``constant``,
-    ``linear`` or ``cosine`` down to 0 at the last step, or ``inverse-sqrt``, √(warmup / step).
+    ``linear`` or ``cosine`` down to 0 at the last step, or ``inverse-sqrt``, √(warmup / step). Embeddings and position
+    biases, whose numbers are larger than those of matrices, get ``table_factor`` times as much.
     """
 
     kind: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = Field(default=1e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] = "linear"
+    table_factor: float = Field(default=1.0, gt=0)
     warmup: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -106,13 +108,20 @@ class DataSection(_Section):
 
 
 class TrainConfig(_Section):
-    """A whole run. ``precision`` is what is computed in; the weights that the optimizer changes are float32."""
+    """A whole run. ``precision`` is what is computed in; the weights that the optimizer changes are float32.
+
+    ``dropout`` is the share of activations that are set to zero, at the places where T5 does so; published models were
+    pre-trained without and fine-tuned with 0.1. ``attention`` is the encoder's; ``"auto"`` is SDPA, and ``"flex"``
+    needs CUDA and no dropout.
+    """
 
     out: ConfigPath
     steps: int = Field(gt=0)
     seed: int = Field(default=0, ge=0)
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    attention: Literal["auto", "flex", "sdpa"] = "auto"
     accumulation: int = Field(default=1, gt=0)
     gradient_checkpointing: bool = False
     log_every: int = Field(default=10, gt=0)
@@ -121,6 +130,12 @@ class TrainConfig(_Section):
     model: ModelSection
     optimizer: OptimizerSection = OptimizerSection()
     data: tuple[DataSection, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.attention == "flex" and self.dropout > 0:
+            raise ValueError("flex attention has no dropout; use attention 'auto' or 'sdpa', or leave dropout out")
+        return self
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same for a run to go on: everything that its losses depend on, and no path."""

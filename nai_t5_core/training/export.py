@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nai_t5_core.config import config_to_hf, decoder_tensors, encoder_tensors
 from nai_t5_core.conversion import convert
 from nai_t5_core.formats import write_safetensors
 from nai_t5_core.model import T5
-from nai_t5_core.precision import DTYPES
+from nai_t5_core.sharding import whole
 from nai_t5_core.tokenizer import Tokenizer
 
 HF_FOLDER, NATIVE_FILE = "hf", "model.safetensors"
@@ -19,25 +21,35 @@ HF_FOLDER, NATIVE_FILE = "hf", "model.safetensors"
 _TOKENIZER_FILES = {"sentencepiece": "spiece.model", "tokenizer.json": "tokenizer.json"}
 
 
-def export(model: T5, tokenizer: Tokenizer, out: Path, dtype: str) -> tuple[Path, Path]:
-    """Writes ``out/hf`` in float32 and ``out/model.safetensors`` in ``dtype``; returns both paths."""
-    folder = out / HF_FOLDER
-    write_hf(model, tokenizer, folder)
-    return folder, convert(folder, out / NATIVE_FILE, dtype).out
+def export(model: T5, tokenizer: Tokenizer, out: Path, dtype: str, is_writer: bool = True) -> tuple[Path, Path]:
+    """Writes ``out/hf`` in float32 and ``out/model.safetensors`` in ``dtype``; returns both paths.
+
+    All processes of a sharded run call this; ``is_writer`` is the one that writes.
+    """
+    folder, file = out / HF_FOLDER, out / NATIVE_FILE
+    if is_writer:
+        write_hf(model, tokenizer, folder)
+        convert(folder, file, dtype)
+    else:
+        for _ in _original_tensors(model):
+            pass
+    return folder, file
+
+
+def _original_tensors(model: T5) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a model in the separate layout, in float32 and whole."""
+    assert model.layout == "separate", "a fused model has not the original tensors"
+    state = model.state_dict()
+    for name in encoder_tensors(model.config) | decoder_tensors(model.config):
+        yield name, whole(state[name]).float()
 
 
 def write_hf(model: T5, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes weights, config.json and tokenizer of a model in the separate layout, as transformers reads them."""
-    assert model.layout == "separate", "a fused model has not the original tensors"
     folder.mkdir(parents=True, exist_ok=True)
     shapes = encoder_tensors(model.config) | decoder_tensors(model.config)
-    state = model.state_dict()
-    write_safetensors(
-        folder / "model.safetensors",
-        {name: (torch.float32, shape) for name, shape in shapes.items()},
-        ((name, state[name].to(DTYPES["float32"])) for name in shapes),
-        {"format": "pt"},
-    )
+    layout = {name: (torch.float32, shape) for name, shape in shapes.items()}
+    write_safetensors(folder / "model.safetensors", layout, _original_tensors(model), {"format": "pt"})
     config = json.dumps(config_to_hf(model.config), indent=2, sort_keys=True)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
     kind, content = tokenizer.serialized()

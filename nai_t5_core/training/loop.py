@@ -11,14 +11,17 @@ import torch
 
 from nai_t5_core.model import T5
 from nai_t5_core.precision import DTYPES
+from nai_t5_core.sharding import whole
 from nai_t5_core.training import checkpoints, losses
 from nai_t5_core.training.batches import Batches
 from nai_t5_core.training.config import TrainConfig
+from nai_t5_core.training.dropout import add_dropout, drawn_for
 from nai_t5_core.training.export import export
 from nai_t5_core.training.losses import LossLog, StepReport
-from nai_t5_core.training.optimizers import learning_rate, make_optimizer
+from nai_t5_core.training.optimizers import learning_rate, make_optimizer, refuse_unsharded
+from nai_t5_core.training.processes import Processes, alone, joined
 from nai_t5_core.training.start import first_model
-from nai_t5_core.training.weights import MasterWeights
+from nai_t5_core.training.weights import MasterWeights, ShardedWeights
 
 Progress = Callable[[StepReport, int], None]
 
@@ -28,11 +31,32 @@ class TrainingError(ValueError):
 
 
 class Run:
-    """A model on its way: weights, optimizer and how many steps were taken."""
+    """A model on its way: weights, optimizer and how many steps were taken.
 
-    def __init__(self, config: TrainConfig, model: T5, batches: Batches) -> None:
+    Args:
+        config: the run.
+        model, batches: what is trained, and on what; the batches of several processes are their parts of each.
+        processes: those that train together; by default this one alone.
+
+    Raises:
+        ValueError: several processes and an optimizer that cannot be sharded, or flex attention on the CPU.
+    """
+
+    def __init__(self, config: TrainConfig, model: T5, batches: Batches, processes: Processes | None = None) -> None:
         self.config, self.batches = config, batches
-        self.weights = MasterWeights(model, DTYPES[config.precision], config.gradient_checkpointing)
+        self.processes = processes or alone(config.device)
+        dtype, checkpointing = DTYPES[config.precision], config.gradient_checkpointing
+        self.weights: MasterWeights | ShardedWeights
+        if self.processes.count == 1:
+            self.weights = MasterWeights(model.to(self.processes.device), dtype, checkpointing)
+        else:
+            refuse_unsharded(config.optimizer)
+            self.weights = ShardedWeights(model, dtype, checkpointing, self.processes)
+        if config.attention == "flex" and self.processes.device.type == "cpu":
+            raise ValueError("torch's flex attention has no backward on the CPU; use attention 'auto' or 'sdpa'")
+        self.weights.compute.encoder_stack.attention = config.attention
+        if config.dropout > 0:
+            add_dropout(self.weights.compute, config.dropout)
         self.optimizer = make_optimizer(model, config.optimizer)
         self.step = 0
 
@@ -50,22 +74,24 @@ class Run:
         config = self.config
         rate = learning_rate(config.optimizer, self.step, config.steps)
         first = self.step * config.accumulation
-        batches = [self.batches(first + part).to(self.model.device) for part in range(config.accumulation)]
-        targets = sum(batch.targets for batch in batches)
+        batches = [self.batches(first + part).to(self.processes.device) for part in range(config.accumulation)]
+        targets = int(self.processes.total(sum(batch.targets for batch in batches)))
         loss = 0.0
-        for batch in batches:
+        for number, batch in enumerate(batches, first):
             share = batch.targets / targets
-            loss += share * self.weights.add_gradients(batch, share)
+            with drawn_for(config.seed, number, self.processes.rank, self.processes.device):
+                loss += share * self.weights.add_gradients(batch, share)
+        loss = self.processes.total(loss)
         # With an infinite limit nothing is clipped, and the norm is computed all the same.
         limit = config.optimizer.max_gradient_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
         if not math.isfinite(loss + norm):
             raise TrainingError(
                 f"step {self.step + 1}: the loss is {loss:g} and its gradient's norm {norm:g}; lower "
                 "optimizer.learning_rate or raise optimizer.warmup, and go on from the last checkpoint or anew"
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.weights.publish()
@@ -73,7 +99,9 @@ class Run:
         return StepReport(self.step, loss, rate, norm, targets)
 
     def save(self, path: Path) -> None:
-        checkpoints.save(path, self.step, self.model, self.optimizer, self.config.identity())
+        """Writes a checkpoint, from which any number of processes can go on."""
+        identity, is_writer = self.config.identity(), self.processes.is_first
+        checkpoints.save(path, self.step, self.model, self.optimizer, identity, is_writer)
 
     def resume(self, path: Path) -> None:
         """Goes on from a checkpoint, as if it had never stopped.
@@ -97,6 +125,9 @@ class Trained:
 def train(config: TrainConfig, resume: bool = False, progress: Progress | None = None) -> Trained:
     """Trains to the last step and exports.
 
+    Processes that torchrun has started, or that have a process group, train one model together: its weights are spread
+    over them and every batch is divided among them. The losses are those of one process, to rounding.
+
     Args:
         config: the run; its folder gets ``losses.jsonl``, ``checkpoint.pt``, ``model.safetensors`` and ``hf``.
         resume: go on from the checkpoint in the folder.
@@ -106,23 +137,31 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
         ValueError: bad data, weights or tokenizer; a folder that holds a run, without ``resume``, or none, with it.
         TrainingError: the loss is not finite any more.
     """
+    with joined(config.device) as processes:
+        return _train(config, resume, progress, processes)
+
+
+def _train(config: TrainConfig, resume: bool, progress: Progress | None, processes: Processes) -> Trained:
     checkpoint, log_file = config.out / checkpoints.NAME, config.out / losses.NAME
     if checkpoint.exists() and not resume:
         raise ValueError(f"{config.out} holds a run already; go on with --resume, or give another folder as out")
     model, tokenizer = first_model(config)
-    run = Run(config, model, Batches(config.data, tokenizer, config.seed))
+    batches = Batches(config.data, tokenizer, config.seed, processes.rank, processes.count)
+    run = Run(config, model, batches, processes)
     if resume:
         run.resume(checkpoint)
     config.out.mkdir(parents=True, exist_ok=True)
-    log = LossLog(log_file, run.step)
+    log = LossLog(log_file, run.step) if processes.is_first else None
     while run.step < config.steps:
         report = run.advance()
         is_last = run.step == config.steps
-        if run.step == 1 or run.step % config.log_every == 0 or is_last:
+        if log is not None and (run.step == 1 or run.step % config.log_every == 0 or is_last):
             log.append(report)
         if run.step % config.checkpoint_every == 0 or is_last:
             run.save(checkpoint)
         if progress is not None:
             progress(report, config.steps)
-    folder, file = export(run.model, tokenizer, config.out, config.export_dtype)
+    folder, file = export(run.model, tokenizer, config.out, config.export_dtype, processes.is_first)
+    # Until the first has written all of it, which the others read.
+    processes.total(0)
     return Trained(folder, file, losses.read_losses(log_file))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,8 +62,8 @@ def require_matplotlib() -> None:
         raise ValueError('the plot needs matplotlib: pip install "comfy-nai-t5[plot]"') from error
 
 
-def plot_losses(reports: list[StepReport], path: Path) -> None:
-    """Draws the loss over the steps into a PNG.
+def plot_losses(reports: list[StepReport], path: Path, title: str = "Training") -> None:
+    """Draws the loss over the steps, with its running mean, above the learning rate, into a PNG.
 
     Raises:
         ValueError: matplotlib is not installed, or there is nothing to draw.
@@ -71,13 +72,30 @@ def plot_losses(reports: list[StepReport], path: Path) -> None:
         raise ValueError("there is nothing to plot: no step was logged")
     require_matplotlib()
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([report.step for report in reports], [report.loss for report in reports])
-    axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy per token, nats")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
+    steps, values = [report.step for report in reports], [report.loss for report in reports]
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1, label="single steps")
+    axes.plot(steps, running_mean(values), color="tab:blue", linewidth=2, label="running mean")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.set(ylabel="cross-entropy per token, nats", title=title, xlim=(0, steps[-1]))
+    axes.legend(loc="upper right")
+    below.plot(steps, [report.learning_rate for report in reports], color="tab:orange")
+    below.set(xlabel="step", ylabel="learning rate")
+    below.set_ylim(bottom=0)
+    for panel in (axes, below):
+        panel.grid(alpha=0.3)
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
+
+
+def running_mean(values: Sequence[float], share: float = 0.02) -> list[float]:
+    """The mean of each value and those beside it, ``share`` of all on both sides, and at the ends of fewer."""
+    reach = round(len(values) * share)
+    windows = (values[max(0, index - reach) : index + reach + 1] for index in range(len(values)))
+    return [sum(window) / len(window) for window in windows]

@@ -7,19 +7,17 @@ import torch
 from nai_t5_core.layers import NoInit
 from nai_t5_core.load import load_whole
 from nai_t5_core.model import T5
-from nai_t5_core.precision import resolve_device
 from nai_t5_core.tokenizer import Tokenizer, load_tokenizer
 from nai_t5_core.training.config import TrainConfig
 
 
 def first_model(config: TrainConfig) -> tuple[T5, Tokenizer]:
-    """A float32 model with the original tensors, on the device of the run, and its tokenizer.
+    """A float32 model with the original tensors, on the CPU, and its tokenizer.
 
     Raises:
         ValueError: the weights or the tokenizer cannot be read or do not go together.
     """
     section = config.model
-    device = resolve_device(config.device)
     own = load_tokenizer(section.tokenizer) if section.tokenizer is not None else None
     if section.sizes is not None:
         model = T5(section.sizes, "separate", NoInit, device="cpu", dtype=torch.float32)
@@ -39,4 +37,4 @@ def first_model(config: TrainConfig) -> tuple[T5, Tokenizer]:
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}; "
             "they do not go together"
         )
-    return model.to(device).train(), tokenizer
+    return model.train(), tokenizer

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from nai_t5_core.decoder import DecoderBlock
 from nai_t5_core.encoder import EncoderBlock
 from nai_t5_core.layers import NoInit
 from nai_t5_core.model import T5
+from nai_t5_core.sharding import shard
 from nai_t5_core.training.batches import Batch
+from nai_t5_core.training.processes import Processes
 
 
 class MasterWeights:
@@ -57,6 +60,36 @@ class MasterWeights:
         if self.compute is self.model:
             return []
         return list(zip(self.model.parameters(), self.compute.parameters(), strict=True))
+
+
+class ShardedWeights:
+    """A float32 model spread over several processes, each of which computes its part of every batch.
+
+    Weights are rounded to the compute dtype as a block's are gathered, so there is no copy of them; norms and the sum
+    of all gradients stay in float32.
+
+    Args:
+        model, dtype, gradient_checkpointing: as for :class:`MasterWeights`; the model is sharded in place.
+        processes: those that take part; their shares of a batch make 1 together.
+    """
+
+    def __init__(self, model: T5, dtype: torch.dtype, gradient_checkpointing: bool, processes: Processes) -> None:
+        self.count = processes.count
+        if gradient_checkpointing:
+            checkpoint_blocks(model)
+        mesh = init_device_mesh(processes.device.type, (processes.count,))
+        self.model = self.compute = shard(model, mesh, compute_dtype=dtype)
+
+    def add_gradients(self, batch: Batch, share: float) -> float:
+        """As :meth:`MasterWeights.add_gradients`, with the gradients of all processes' batches."""
+        loss = self.compute(batch.input_ids, batch.attention_mask, labels=batch.labels).loss
+        assert loss is not None
+        # Of the gradients the mean is taken, and the sum is wanted.
+        (loss * (share * self.count)).backward()
+        return float(loss.detach())
+
+    def publish(self) -> None:
+        """Nothing: the weights are read where they are."""
 
 
 class CheckpointedEncoderBlock(EncoderBlock):

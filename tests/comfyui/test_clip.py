@@ -24,6 +24,8 @@ from comfy_toys import (
     toy_state,
 )
 
+from comfy_nai_t5.choices import Settings
+
 require_comfyui()
 
 PROMPTS = [
@@ -46,7 +48,7 @@ def test_every_family_gives_what_stock_gives(family: str, tmp_path: Path) -> Non
     from comfy_nai_t5.clip import with_our_t5
 
     theirs = stock(toy_file(tmp_path, FAMILY_CONFIGS[family]), family)
-    ours = with_our_t5(theirs, "float32")
+    ours = with_our_t5(theirs, Settings("float32"))
     for prompt in PROMPTS:
         assert_equal_conditioning(conditioning(ours, prompt), conditioning(theirs, prompt))
 
@@ -55,7 +57,7 @@ def test_the_plain_family_gives_what_the_library_gives() -> None:
     from comfy_nai_t5.loaders import load_t5
     from nai_t5_core import TextEncoder
 
-    clip = load_t5(None, dtype="float32")
+    clip = load_t5(None, settings=Settings("float32"))
     expected = TextEncoder.from_pretrained(dtype="float32").encode(["a photo of a cat"]).hidden_states
     assert error(conditioning(clip, "a photo of a cat")["cond"], expected) < 1e-5
 
@@ -68,7 +70,8 @@ def test_clip_skip(layer: int, tmp_path: Path) -> None:
 
     theirs = stock(toy_file(tmp_path, V1_1), "ltxv")
     pair = [
-        nodes.CLIPSetLastLayer().set_last_layer(clip, layer)[0] for clip in (with_our_t5(theirs, "float32"), theirs)
+        nodes.CLIPSetLastLayer().set_last_layer(clip, layer)[0]
+        for clip in (with_our_t5(theirs, Settings("float32")), theirs)
     ]
     ours, expected = (conditioning(clip, "a cat") for clip in pair)
     assert_equal_conditioning(ours, expected)
@@ -85,7 +88,7 @@ def test_textual_inversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     write_file(tmp_path / "style.safetensors", {"t5xxl": torch.randn(3, 64)})
     monkeypatch.setattr(folder_paths, "get_folder_paths", lambda _: [str(tmp_path)])
     theirs = stock(toy_file(tmp_path, V1_1), "mochi")
-    ours = with_our_t5(theirs, "float32")
+    ours = with_our_t5(theirs, Settings("float32"))
     with_style = conditioning(ours, "a cat embedding:style (embedding:style:1.2) dog")
     assert_equal_conditioning(with_style, conditioning(theirs, "a cat embedding:style (embedding:style:1.2) dog"))
     assert error(with_style["cond"], conditioning(ours, "a cat dog")["cond"]) > 0.01
@@ -95,7 +98,7 @@ def test_tokenizer_options(tmp_path: Path) -> None:
     from comfy_nai_t5.clip import with_our_t5
 
     theirs = stock(toy_file(tmp_path, V1_1), "ltxv")
-    ours = with_our_t5(theirs, "float32")
+    ours = with_our_t5(theirs, Settings("float32"))
     for clip in (theirs, ours):
         clip.set_tokenizer_option("t5xxl_min_length", 20)
         clip.set_tokenizer_option("t5xxl_min_padding", 3)
@@ -110,8 +113,8 @@ def test_replacing_twice_and_stock_untouched(tmp_path: Path) -> None:
 
     theirs = stock(toy_file(tmp_path, V1_1), "mochi")
     before = conditioning(theirs, "a cat")
-    first = with_our_t5(theirs, "bfloat16")
-    again = with_our_t5(first, "float32")
+    first = with_our_t5(theirs, Settings("bfloat16"))
+    again = with_our_t5(first, Settings("float32"))
     assert_equal_conditioning(conditioning(again, "a cat"), before)
     assert isinstance(theirs.cond_stage_model.t5xxl.transformer, T5)
     assert isinstance(again.cond_stage_model.t5xxl.transformer, EncoderModel)
@@ -124,7 +127,7 @@ def test_nothing_is_in_memory_twice(tmp_path: Path) -> None:
     from comfy_nai_t5.clip import with_our_t5
 
     theirs = stock(toy_file(tmp_path, V1_1), "mochi")
-    ours = with_our_t5(theirs, "float32")
+    ours = with_our_t5(theirs, Settings("float32"))
     storages = {p.data_ptr() for p in theirs.cond_stage_model.parameters()}
     assert {p.data_ptr() for p in ours.cond_stage_model.parameters()} == storages
     assert ours.patcher.model_size() == theirs.patcher.model_size()
@@ -132,25 +135,33 @@ def test_nothing_is_in_memory_twice(tmp_path: Path) -> None:
     assert ours.cond_stage_model.state_dict().keys() == theirs.cond_stage_model.state_dict().keys()
 
 
-def test_two_threads_load_stock_and_ours(tmp_path: Path) -> None:
+def test_stock_is_what_it_was_before_during_and_after_ours(tmp_path: Path) -> None:
+    """Two threads load at once, one of them ours; what stock gives is the same to the bit whenever it was loaded."""
     from comfy.text_encoders.t5 import T5
 
     from comfy_nai_t5.clip import EncoderModel, with_our_t5
 
-    path, seen = toy_file(tmp_path, V1_1), []
+    path = toy_file(tmp_path, V1_1)
+    before = conditioning(stock(path, "mochi"), "a cat")
+    during: dict[bool, list[Any]] = {True: [], False: []}
 
     def load(ours: bool) -> None:
         for _ in range(4):
             clip = stock(path, "mochi")
-            clip = with_our_t5(clip, "float32") if ours else clip
-            seen.append(isinstance(clip.cond_stage_model.t5xxl.transformer, EncoderModel if ours else T5))
+            during[ours].append(with_our_t5(clip, Settings("float32")) if ours else clip)
 
     threads = [threading.Thread(target=load, args=(ours,)) for ours in (True, False)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert seen == [True] * 8
+    for clip in during[True]:
+        assert isinstance(clip.cond_stage_model.t5xxl.transformer, EncoderModel)
+        assert_equal_conditioning(conditioning(clip, "a cat"), before)
+    for clip in (*during[False], stock(path, "mochi")):
+        assert type(clip.cond_stage_model.t5xxl.transformer) is T5
+        assert torch.equal(conditioning(clip, "a cat")["cond"], before["cond"])
+    assert len(during[True]) == len(during[False]) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +204,7 @@ def test_flux(tmp_path: Path) -> None:
     from comfy_nai_t5.loaders import load_with_clip
 
     paths = [toy_clip_l(tmp_path), toy_file(tmp_path, V1_1)]
-    ours = load_with_clip(paths, "flux", "float32", "file", model_options={"model_config": dict(_TOY_CLIP)})
+    ours = load_with_clip(paths, "flux", Settings("float32", "file"), model_options={"model_config": dict(_TOY_CLIP)})
     theirs = comfy.sd.load_text_encoder_state_dicts(
         [comfy.utils.load_torch_file(str(path)) for path in paths],
         clip_type=comfy.sd.CLIPType.FLUX,
@@ -230,7 +241,7 @@ def test_sd3(parts: str) -> None:
     sizes = {"clip_l": _TOY_CLIP, "clip_g": _TOY_CLIP, "t5xxl": t5}
     model = sd3.sd3_clip(clip_l="l" in parts, clip_g="g" in parts, t5=True, dtype_t5=torch.float32)
     theirs = random_clip(model, sd3.SD3Tokenizer, sizes)
-    ours = with_our_t5(theirs, "float32")
+    ours = with_our_t5(theirs, Settings("float32"))
     for prompt in PROMPTS[:3]:
         assert_equal_conditioning(conditioning(ours, prompt), conditioning(theirs, prompt))
     if "l" in parts:
@@ -247,16 +258,103 @@ def test_hunyuan_dit() -> None:
     mt5 = server_config(UMT5.model_copy(update={"bias_per_layer": False}))
     sizes = {"hydit_clip": _TOY_BERT, "mt5xl": mt5}
     theirs = random_clip(HyditModel, HyditTokenizer, sizes, {"mt5xl.spiece_model": spiece_tensor()})
-    ours = with_our_t5(theirs, "float32")
+    ours = with_our_t5(theirs, Settings("float32"))
     for prompt in PROMPTS[:3]:
         assert_equal_conditioning(conditioning(ours, prompt), conditioning(theirs, prompt))
+
+
+TOY_LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
+
+
+def hidream_tokens(clip_parts: str) -> dict[str, Any]:
+    """Tokens as HiDream's tokenizer gives them, but for small numbers in the place of Llama's."""
+    from comfy.sd1_clip import SDTokenizer
+    from comfy.text_encoders.sd3_clip import T5XXLTokenizer
+
+    text = "a photo of a (cat:1.3)"
+    words = SDTokenizer().tokenize_with_weights(text)
+    return {
+        "l": words if "l" in clip_parts else [],
+        "g": words if "g" in clip_parts else [],
+        "t5xxl": [T5XXLTokenizer(min_length=128, max_length=128).tokenize_with_weights(text)[0]],
+        "llama": [[(token, 1.0) for token in (128, 7, 9, 11)]],
+    }
+
+
+@pytest.mark.parametrize("parts", ["lgt", "lgtm", "tm", "t"])
+def test_hidream(parts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its encoders (m: Llama) but its tokenizer, for which a checkout may lack a file."""
+    import comfy.sd
+    from comfy.text_encoders.hidream import hidream_clip
+
+    from comfy_nai_t5.clip import t5_models, with_our_t5
+    from comfy_nai_t5.families import server_config
+
+    t5 = server_config(V1_1.model_copy(update={"num_layers": 2}))
+    sizes = {"clip_l": _TOY_CLIP, "clip_g": _TOY_CLIP, "t5xxl": t5, "llama": TOY_LLAMA}
+    options = {f"{name}_model_config": config for name, config in sizes.items()} | {"vocab_size": 256}
+    model = hidream_clip(clip_l="l" in parts, clip_g="g" in parts, t5=True, llama="m" in parts, dtype_t5=torch.float32)
+    target = type("Target", (), {"params": {}, "clip": model, "tokenizer": lambda **_: None})
+    theirs = comfy.sd.CLIP(target, model_options={**options, "dtype": torch.float32})
+    theirs.cond_stage_model.load_state_dict(random_weights(theirs.cond_stage_model))
+    ours = with_our_t5(theirs, Settings("float32"))
+    assert list(t5_models(ours.cond_stage_model)) == ["t5xxl"]
+    tokens = hidream_tokens(parts)
+    with torch.inference_mode():
+        ((mine, extras),), ((expected, wanted),) = (
+            clip.encode_from_tokens_scheduled(tokens) for clip in (ours, theirs)
+        )
+    assert mine.shape == (1, 128, 64)
+    assert_equal_conditioning({"cond": mine, **extras}, {"cond": expected, **wanted})
+
+
+def test_byt5_of_hunyuan_image() -> None:
+    """The glyph encoder is a T5 too, and is replaced. Qwen beside it has no toy size; a CLIP stands for it."""
+    import comfy.sd
+    from comfy.sd1_clip import SDClipModel
+    from comfy.text_encoders.hunyuan_image import ByT5SmallModel, ByT5SmallTokenizer
+
+    from comfy_nai_t5.clip import EncoderModel, describe, t5_models, with_our_t5
+    from comfy_nai_t5.encode import tokenize
+    from comfy_nai_t5.families import server_config
+
+    class GlyphModel(torch.nn.Module):
+        def __init__(self, device: Any, dtype: Any, model_options: dict[str, Any]) -> None:
+            super().__init__()
+            self.dtypes = {dtype}
+            self.other = SDClipModel(device=device, dtype=dtype, model_options={"model_config": dict(_TOY_CLIP)})
+            self.byt5_small = ByT5SmallModel(device=device, dtype=dtype, model_options=model_options)
+
+    glyphs = server_config(V1_1.model_copy(update={"vocab_size": 1510}))
+    options = {"_model_config": glyphs, "dtype": torch.float32}  # ComfyUI gives the glyph encoder no name
+    target = type("Target", (), {"params": {}, "clip": GlyphModel, "tokenizer": lambda **_: None})
+    theirs = comfy.sd.CLIP(target, model_options=options)
+    theirs.cond_stage_model.load_state_dict(random_weights(theirs.cond_stage_model))
+    ours = with_our_t5(theirs, Settings("float32"))
+    assert isinstance(t5_models(ours.cond_stage_model)["byt5_small"].transformer, EncoderModel)
+    assert describe(ours) == "byt5_small: T5 v1.1 of 3 layers, float32, fused layout"
+    pairs = ByT5SmallTokenizer().tokenize_with_weights('Text "Straße". Text "猫". ')
+    with torch.inference_mode():
+        mine, expected = (clip.cond_stage_model.byt5_small.encode_token_weights(pairs)[0] for clip in (ours, theirs))
+    assert expected.shape[1] > 20 and error(mine, expected) < 1e-4
+    assert ours.cond_stage_model.other is theirs.cond_stage_model.other
+    without = type("Clip", (), {"tokenize": lambda self, text: {"qwen25_7b": []}})()
+    with pytest.raises(ValueError, match="tokens for qwen25_7b, and none for a T5"):
+        tokenize(without, "no quoted words")
 
 
 def test_saved_files_are_those_of_stock(tmp_path: Path) -> None:
     from comfy_nai_t5.clip import with_our_t5
 
     theirs = stock(toy_file(tmp_path, UMT5), "wan")
-    ours, expected = with_our_t5(theirs, "float32").get_sd(), theirs.get_sd()
+    ours, expected = with_our_t5(theirs, Settings("float32")).get_sd(), theirs.get_sd()
     assert ours.keys() == expected.keys() and "spiece_model" in ours
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import write_file
 from comfy_toys import (
     FAMILY_CONFIGS,
     V1_1,
@@ -17,7 +19,11 @@ from comfy_toys import (
     stock,
     toy_file,
     toy_lora,
+    toy_state,
 )
+
+from comfy_nai_t5.choices import Settings
+from nai_t5_core.scales import LayerScales, StackScales
 
 require_comfyui()
 
@@ -30,12 +36,18 @@ EVERYWHERE = (
 )
 
 
-def pair(folder: Path, family: str = "mochi") -> tuple[Any, Any]:
+@pytest.fixture(params=["fused", "separate"])
+def settings(request: pytest.FixtureRequest) -> Settings:
+    """Both layouts, where "fused" makes it an error if a layer is not."""
+    return Settings("float32", layout=request.param)
+
+
+def pair(folder: Path, settings: Settings, family: str = "mochi") -> tuple[Any, Any]:
     """Ours and ComfyUI's CLIP of the same file, loaded apart."""
     from comfy_nai_t5.clip import with_our_t5
 
     path = toy_file(folder, FAMILY_CONFIGS[family])
-    return with_our_t5(stock(path, family), "float32"), stock(path, family)
+    return with_our_t5(stock(path, family), settings), stock(path, family)
 
 
 def with_lora(clip: Any, lora: dict[str, torch.Tensor], strength: float) -> Any:
@@ -51,8 +63,8 @@ def t5_of(clip: Any) -> Any:
 @pytest.mark.parametrize(
     "keys", [EVERYWHERE, *((key,) for key in EVERYWHERE)], ids=lambda keys: keys[-1] if keys[1:] == () else "all"
 )
-def test_lora(keys: tuple[str, ...], tmp_path: Path) -> None:
-    ours, theirs = pair(tmp_path)
+def test_lora(keys: tuple[str, ...], tmp_path: Path, settings: Settings) -> None:
+    ours, theirs = pair(tmp_path, settings)
     lora = toy_lora(t5_of(theirs), keys, "t5xxl")
     plain = conditioning(ours, "a (cat:1.2)")
     patched = [with_lora(clip, lora, 0.8) for clip in (ours, theirs)]
@@ -63,8 +75,8 @@ def test_lora(keys: tuple[str, ...], tmp_path: Path) -> None:
     assert_equal_conditioning(conditioning(ours, "a (cat:1.2)"), plain, 1e-6)
 
 
-def test_lora_strengths_and_several_at_once(tmp_path: Path) -> None:
-    ours, theirs = pair(tmp_path)
+def test_lora_strengths_and_several_at_once(tmp_path: Path, settings: Settings) -> None:
+    ours, theirs = pair(tmp_path, settings)
     first = toy_lora(t5_of(theirs), EVERYWHERE[:3], "t5xxl", seed=1)
     second = toy_lora(t5_of(theirs), EVERYWHERE[2:5], "t5xxl", seed=2)
     for a, b in ((1.0, 0.5), (-0.3, 0.5), (0.0, 2.0)):
@@ -74,41 +86,98 @@ def test_lora_strengths_and_several_at_once(tmp_path: Path) -> None:
         assert_equal_conditioning(mine, expected)
 
 
-def test_lora_before_replacing(tmp_path: Path) -> None:
+def test_lora_before_replacing(tmp_path: Path, settings: Settings) -> None:
     from comfy_nai_t5.clip import with_our_t5
 
-    _, theirs = pair(tmp_path)
+    _, theirs = pair(tmp_path, settings)
     patched = with_lora(theirs, toy_lora(t5_of(theirs), EVERYWHERE, "t5xxl"), 1.0)
-    assert_equal_conditioning(conditioning(with_our_t5(patched, "float32"), "a cat"), conditioning(patched, "a cat"))
+    assert_equal_conditioning(conditioning(with_our_t5(patched, settings), "a cat"), conditioning(patched, "a cat"))
 
 
-def test_lora_in_bfloat16_and_float16(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 4e-2), ("float16", 4e-3)])
+def test_lora_in_bfloat16_and_float16(dtype: str, limit: float, tmp_path: Path, settings: Settings) -> None:
     from comfy_nai_t5.clip import with_our_t5
 
-    _, theirs = pair(tmp_path)
+    weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in toy_state(V1_1).items()}
+    theirs = stock(write_file(tmp_path / "half.safetensors", weights), "mochi")
     patched = with_lora(theirs, toy_lora(t5_of(theirs), EVERYWHERE, "t5xxl"), 1.0)
-    exact = conditioning(patched, "a cat")["cond"]
-    for dtype, limit in (("bfloat16", 4e-2), ("float16", 4e-3)):
-        assert error(conditioning(with_our_t5(patched, dtype), "a cat")["cond"], exact) < limit
+    ours = with_our_t5(patched, replace(settings, dtype=dtype))
+    assert error(conditioning(ours, "a cat")["cond"], conditioning(patched, "a cat")["cond"]) < limit
 
 
-def test_a_lora_that_matches_nothing_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ours, _ = pair(tmp_path)
-    lora = toy_lora(t5_of(ours), EVERYWHERE[:1], "t5of_another_model")
+@pytest.mark.parametrize("key", [ATTENTION.format(0, "k"), DENSE.format(0, "wi_1"), DENSE.format(1, "wo")])
+def test_lora_with_float16_scales(key: str, tmp_path: Path, settings: Settings) -> None:
+    """The scales act on activations, so a patch is the same with them: compared in float32, where both can be had."""
+    from comfy_nai_t5.clip import EncoderModel
+    from comfy_nai_t5.stack import SharedStack
+
+    ours, theirs = pair(tmp_path, settings)
+    scales = StackScales(tuple(LayerScales(2.0**-2, 2.0**-3, 2.0**-4) for _ in range(V1_1.num_layers)))
+    owner = ours.cond_stage_model.t5xxl
+    owner.transformer = EncoderModel(
+        owner.transformer, SharedStack(owner.transformer, torch.float32, scales, wish=settings.layout)
+    )
+    lora = toy_lora(t5_of(theirs), (key,), "t5xxl")
+    mine, expected = (conditioning(with_lora(clip, lora, 0.8), "a cat") for clip in (ours, theirs))
+    assert_equal_conditioning(mine, expected)
+
+
+def test_norms_and_weights_that_are_replaced(tmp_path: Path, settings: Settings) -> None:
+    """What a delta on a joined tensor could not express: the norm's own weight, and one set to another value."""
+    ours, theirs = pair(tmp_path, settings)
+    q, norm = (f"t5xxl.transformer.encoder.block.1.layer.0.{name}.weight" for name in ("SelfAttention.q", "layer_norm"))
+    patches = {q: ("set", (torch.randn(64, 64) / 8,)), norm: ("diff", (torch.rand(64),))}
+    results = []
+    for clip in (ours, theirs):
+        clone = clip.clone()
+        assert set(clone.add_patches(patches, 0.7)) == set(patches)
+        results.append(conditioning(clone, "a cat"))
+    assert_equal_conditioning(*results)
+    assert error(results[1]["cond"], conditioning(theirs, "a cat")["cond"]) > 1e-3
+
+
+def test_dora(tmp_path: Path, settings: Settings) -> None:
+    """Its magnitude is of the rows of q alone."""
+    ours, theirs = pair(tmp_path, settings)
+    key = ATTENTION.format(1, "q")
+    lora = toy_lora(t5_of(theirs), (key,), "t5xxl")
+    lora[f"text_encoders.t5xxl.transformer.{key}.dora_scale"] = torch.rand(64, 1) + 0.5
+    mine, expected = (conditioning(with_lora(clip, lora, 0.8), "a cat") for clip in (ours, theirs))
+    assert_equal_conditioning(mine, expected)
+
+
+def test_clones_with_other_strengths_take_turns(tmp_path: Path, settings: Settings) -> None:
+    ours, theirs = pair(tmp_path, settings)
+    lora = toy_lora(t5_of(theirs), EVERYWHERE, "t5xxl")
+    clones = {strength: [with_lora(clip, lora, strength) for clip in (ours, theirs)] for strength in (0.2, 1.0, -0.5)}
+    for strength in (0.2, 1.0, 0.2, -0.5, 1.0):
+        mine, expected = (conditioning(clip, "a cat") for clip in clones[strength])
+        assert_equal_conditioning(mine, expected)
+
+
+def test_a_lora_that_matches_nothing_changes_nothing_and_says_so(
+    tmp_path: Path, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, _ = pair(tmp_path, settings)
     with caplog.at_level("WARNING"):
-        patched = with_lora(ours, lora, 1.0)
+        patched = with_lora(ours, toy_lora(t5_of(ours), EVERYWHERE[:1], "t5of_another_model"), 1.0)
     assert_equal_conditioning(conditioning(patched, "a cat"), conditioning(ours, "a cat"), 1e-9)
-    assert "lora key not loaded" in caplog.text
+    assert "This LoRA changes nothing: none of its keys belongs to" in caplog.text and "(t5xxl)" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        with_lora(ours, toy_lora(t5_of(ours), EVERYWHERE[:1], "t5xxl"), 1.0)
+        ours.add_patches({"diffusion_model.x.weight": ("diff", (torch.zeros(1),))})  # LoRAs for the model alone
+    assert "changes nothing" not in caplog.text
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
-def test_hooks(scheduled: bool, tmp_path: Path) -> None:
+def test_hooks(scheduled: bool, tmp_path: Path, settings: Settings) -> None:
     """A LoRA as a hook whose strength changes over the steps: several conditionings of one prompt."""
     import comfy.hooks
     import nodes
     from comfy_extras.nodes_hooks import SetClipHooks
 
-    ours, theirs = pair(tmp_path)
+    ours, theirs = pair(tmp_path, settings)
     lora = toy_lora(t5_of(theirs), EVERYWHERE, "t5xxl")
     results = []
     for clip in (ours, theirs):
@@ -128,41 +197,50 @@ def test_hooks(scheduled: bool, tmp_path: Path) -> None:
         assert error(expected[0][0], expected[1][0]) > 1e-3
 
 
-def test_merging(tmp_path: Path) -> None:
+def test_merging(tmp_path: Path, settings: Settings) -> None:
     from comfy_extras.nodes_model_merging import CLIPMergeSimple
 
     from comfy_nai_t5.clip import with_our_t5
 
     first, second = (stock(toy_file(tmp_path, V1_1, seed), "mochi") for seed in (0, 1))
     expected = conditioning(CLIPMergeSimple().merge(first, second, 0.4)[0], "a cat")
-    both = [with_our_t5(clip, "float32") for clip in (first, second)]
+    both = [with_our_t5(clip, settings) for clip in (first, second)]
     assert_equal_conditioning(conditioning(CLIPMergeSimple().merge(*both, 0.4)[0], "a cat"), expected)
     assert error(expected["cond"], conditioning(first, "a cat")["cond"]) > 1e-3
 
 
 @pytest.mark.parametrize("family", ["mochi", "cosmos"])
-def test_weights_patched_at_every_call(family: str, tmp_path: Path) -> None:
-    """What does not fit on the device stays unpatched in memory, and is cast and patched when it is used."""
-    from comfy.model_patcher import LowVramPatch
+def test_partial_loading(family: str, tmp_path: Path) -> None:
+    """What does not fit on the device stays unpatched in memory, and is patched when it is used."""
+    from comfy.model_patcher import LowVramPatch, wipe_lowvram_weight
 
-    ours, theirs = pair(tmp_path, family)
+    ours, theirs = pair(tmp_path, Settings("float32"), family)
     keys = tuple(ATTENTION.format(layer, name) for layer in range(3) for name in "qo")
     lora = toy_lora(t5_of(theirs), (*keys, EVERYWHERE[-2]), "t5xxl")
     expected = conditioning(with_lora(theirs, lora, 1.0), "a cat")["cond"]
-    patches = with_lora(ours, lora, 1.0).patcher.patches
-    assert len(patches) == len(keys) + 1
-    for key in patches:
-        module = ours.patcher.model.get_submodule(key.removesuffix(".weight"))
-        module.weight_function = [LowVramPatch(key, patches)]
+    patched = with_lora(ours, lora, 1.0)
+    for module in patched.patcher.model.modules():
+        wipe_lowvram_weight(module)  # on a CPU, ComfyUI has loaded everything already; with a GPU, nothing
+    patched.patcher.patch_model(torch.device("cpu"), lowvram_model_memory=1)
+    late = [
+        module
+        for module in patched.patcher.model.modules()
+        if any(isinstance(function, LowVramPatch) for function in getattr(module, "weight_function", ()))
+    ]
+    assert len(late) == len(keys) + 1 and patched.patcher.model.model_lowvram
     with torch.inference_mode():
-        states = ours.cond_stage_model.encode_token_weights(ours.tokenize("a cat"))[0]
+        states = patched.cond_stage_model.encode_token_weights(patched.tokenize("a cat"))[0]
     assert error(states, expected) < 1e-4
+    assert "its weights are patched at every call" in t5_of(ours).stack.told
+    patched.patcher.detach()
+    assert_equal_conditioning(conditioning(ours, "a cat"), conditioning(theirs, "a cat"))
+    assert t5_of(ours).stack.told == "fused layout"
 
 
-def test_unloading_and_loading_again(tmp_path: Path) -> None:
+def test_unloading_and_loading_again(tmp_path: Path, settings: Settings) -> None:
     import comfy.model_management
 
-    ours, _ = pair(tmp_path)
+    ours, _ = pair(tmp_path, settings)
     patched = with_lora(ours, toy_lora(t5_of(ours), EVERYWHERE, "t5xxl"), 1.0)
     before = conditioning(patched, "a cat"), conditioning(ours, "a cat")
     comfy.model_management.unload_all_models()

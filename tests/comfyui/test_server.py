@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,26 @@ COMFYUI = os.environ.get("COMFYUI_PATH")
 if not COMFYUI:
     pytest.skip("COMFYUI_PATH is not set: give a ComfyUI checkout to run these", allow_module_level=True)
 
+aiohttp = pytest.importorskip("aiohttp", reason="ComfyUI needs aiohttp, and so does listening to it")
+
 ROOT = Path(__file__).parent.parent.parent
 EMBEDDED = "embedded tiny model (random weights, to try the nodes with)"
+
+
+# Stands for a diffusion model where only the text encoder's side of a node is of interest.
+NO_MODEL = """
+class NoModel:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "give", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def give(self):
+        return (None,)
+
+NODE_CLASS_MAPPINGS = {"NoModel": NoModel}
+"""
 
 
 class Server:
@@ -39,6 +59,7 @@ class Server:
         for folder in ("custom_nodes", "models/text_encoders", "input", "output", "temp", "user"):
             (base / folder).mkdir(parents=True)
         (base / "custom_nodes" / "comfy-nai-t5").symlink_to(ROOT, target_is_directory=True)
+        (base / "custom_nodes" / "no_model.py").write_text(NO_MODEL)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -50,7 +71,7 @@ class Server:
             self.process = subprocess.Popen(
                 [sys.executable, "main.py", *options], cwd=COMFYUI, stdout=log, stderr=log, env=environment
             )
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 480
         while not self._answers():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
@@ -69,9 +90,9 @@ class Server:
             content = reply.read()
         return json.loads(content) if reply.headers["Content-Type"].startswith("application/json") else content.decode()
 
-    def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        """Runs a workflow in API format; returns its history entry."""
-        data = json.dumps({"prompt": prompt}).encode()
+    def run(self, prompt: dict[str, Any], client: str = "") -> dict[str, Any]:
+        """Runs a workflow in API format; returns its history entry. ``client`` names a websocket that listens."""
+        data = json.dumps({"prompt": prompt, **({"client_id": client} if client else {})}).encode()
         request = urllib.request.Request(self.url + "/prompt", data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request) as reply:
             number = json.loads(reply.read())["prompt_id"]
@@ -87,6 +108,34 @@ class Server:
         entry = self.run(prompt)
         assert entry["status"]["status_str"] == "success", entry["status"]
         return dict(entry["outputs"])
+
+    def fail(self, prompt: dict[str, Any]) -> str:
+        """Runs a workflow that cannot succeed; returns what the front end shows of it."""
+        entry = self.run(prompt)
+        assert entry["status"]["status_str"] == "error", entry["status"]
+        (fault,) = [facts for kind, facts in entry["status"]["messages"] if kind == "execution_error"]
+        return str(fault["exception_message"])
+
+    def watch(self, prompt: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+        """Runs a workflow while a front end listens: the warnings that it was sent, and all texts shown on nodes."""
+
+        async def listen() -> tuple[list[dict[str, Any]], str]:
+            warnings, shown = [], b""
+            url = f"{self.url.replace('http', 'ws')}/ws?clientId=watcher"
+            async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as socket:
+                running = asyncio.create_task(asyncio.to_thread(self.run, prompt, "watcher"))
+                while not running.done():
+                    with suppress(asyncio.TimeoutError):
+                        message = await socket.receive(timeout=0.5)
+                        if message.type == aiohttp.WSMsgType.BINARY:
+                            shown += message.data
+                        elif message.type == aiohttp.WSMsgType.TEXT:
+                            content = json.loads(message.data)
+                            warnings += [content["data"]] if content["type"] == "nai-t5.warning" else []
+                assert (await running)["status"]["status_str"] == "success"
+            return warnings, shown.decode("utf-8", "replace")
+
+        return asyncio.run(listen())
 
     def conditioning(self, name: str) -> dict[str, Any]:
         (((states, extras),), _) = load_conditioning(self.base / "output" / "t5_embeddings" / f"{name}.safetensors")
@@ -217,18 +266,113 @@ def test_ours_equals_stock_at_the_size_of_stable_audio(server: Server) -> None:
         assert error(server.conditioning(name)["cond"], expected["cond"]) < limit
 
 
-def test_a_fault_is_told_and_the_server_goes_on(server: Server) -> None:
-    (server.base / "models" / "text_encoders" / "broken.safetensors").write_bytes(b"not a model at all")
-    for name, family, message in (
-        ("broken.safetensors", "auto", "neither safetensors, nor a PyTorch file"),
-        (EMBEDDED, "mochi", "Mochi was trained with a T5 v1.1 of width 4096"),
+def test_what_was_loaded_is_told(server: Server) -> None:
+    encode = node("CLIPTextEncode", clip=["1", 0], text="a")
+    _, shown = server.watch(
+        {
+            "1": load(dtype="float16"),
+            "2": encode,
+            "3": node("NAISaveT5Embedding", conditioning=["2", 0], name="a", note=""),
+        }
+    )
+    assert "t5: T5 v1.1 of 3 layers, float16, fused layout" in shown
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def count(text: str = "", **choices: Any) -> dict[str, Any]:
+    return {"1": load(**choices), "2": node("NAIT5TokenCount", clip=["1", 0], text=text, max_length=0)}
+
+
+def test_files_that_are_no_t5(server: Server) -> None:
+    folder = server.base / "models" / "text_encoders"
+    toy = random_state(named_config("t5-v1_1-small").encoder_only().model_copy(update={"num_layers": 1}))
+    clip_l = {f"text_model.encoder.layers.{i}.mlp.fc1.weight": torch.zeros(2, 2) for i in range(12)}
+    write_file(folder / "clip_l.safetensors", clip_l)
+    write_file(folder / "vae.safetensors", {"decoder.up.0.weight": torch.zeros(2, 2)})
+    whole = write_file(folder / "whole.safetensors", toy).read_bytes()
+    (folder / "cut.safetensors").write_bytes(whole[:-1000])
+    (folder / "text.safetensors").write_bytes(b"not a model at all")
+    (folder / "cut.gguf").write_bytes(b"GGUF" + b"\x03" + bytes(200))
+    server.get("/object_info/NAILoadT5")  # as the front end does when the page is loaded: new files become choices
+    for name, message in (
+        ("clip_l.safetensors", "is no T5: it looks like a CLIP"),
+        ("vae.safetensors", "is no T5: it looks like a VAE"),
+        ("cut.safetensors", "is a damaged safetensors file"),
+        ("text.safetensors", "neither safetensors, nor a PyTorch file"),
     ):
-        entry = server.run(
-            {"1": load(name, family), "2": node("NAIT5TokenCount", clip=["1", 0], text="", max_length=0)}
-        )
-        assert entry["status"]["status_str"] == "error"
-        (fault,) = [facts for kind, facts in entry["status"]["messages"] if kind == "execution_error"]
-        assert message in fault["exception_message"] and fault["exception_type"].endswith(
-            ("ValueError", "CheckpointError")
-        )
-    server.succeed({"1": load(), "2": node("NAIT5TokenCount", clip=["1", 0], text="still here", max_length=0)})
+        assert message in server.fail(count(name=name))
+    fault = server.fail(count(name="whole.safetensors", family="mochi"))
+    assert "Mochi was trained with a T5 v1.1 of width 4096; this file holds a T5 v1.1 of width 512" in fault
+    both = node(
+        "NAILoadClipT5",
+        t5_name="clip_l.safetensors",
+        family="flux",
+        clip_l="clip_l.safetensors",
+        clip_g="none",
+        llama="none",
+        dtype="float32",
+        weights="file",
+    )
+    assert "none of these files holds a T5; choose" in server.fail({**count(), "1": both})
+    server.succeed(count("still here"))
+
+
+def test_choices_that_are_impossible(server: Server) -> None:
+    for choices, message in (
+        ({"compile": True, "layout": "separate"}, "compile needs joined products; choose the layout auto or fused"),
+        ({"dtype": "bfloat16", "layout": "fused"}, "its weights are kept in float16 and cast to bfloat16"),
+    ):
+        wrong = load()
+        wrong["inputs"].update(choices)
+        assert message in server.fail({**count(), "1": wrong})
+    server.succeed(count("still here"))
+
+
+def test_a_lora_that_matches_nothing_is_told(server: Server) -> None:
+    lora = {f"lora_te_text_model_x.lora_{part}.weight": torch.zeros(4, 4) for part in ("up", "down")}
+    (server.base / "models" / "loras").mkdir(exist_ok=True)
+    write_file(server.base / "models" / "loras" / "other.safetensors", lora)
+    prompt = count("a cat")
+    prompt["3"] = node(
+        "LoraLoader", model=["4", 0], clip=["1", 0], lora_name="other.safetensors", strength_model=1, strength_clip=1
+    )
+    prompt["4"] = node("NoModel")
+    prompt["2"]["inputs"]["clip"] = ["3", 1]
+    warnings, _ = server.watch(prompt)
+    (warning,) = warnings
+    assert warning["node"] == "3" and warning["text"].startswith("This LoRA changes nothing: none of its keys belongs")
+    assert "choose one that was trained for this model" in warning["text"]
+
+
+def test_a_text_over_the_limit_is_told(server: Server) -> None:
+    encode = node("NAIT5Encode", clip=["1", 0], text="one two three four", max_length=3, pad_to=0, line_by_line=False)
+    warnings, _ = server.watch(
+        {"1": load(), "2": encode, "3": node("NAISaveT5Embedding", conditioning=["2", 0], name="cut", note="")}
+    )
+    (warning,) = warnings
+    assert warning["text"].startswith("The prompt is too long for max_length=3 and this was cut off: ")
+    assert server.conditioning("cut")["cond"].shape[1] == 3
+
+
+def test_an_embedding_of_the_wrong_width_is_told(server: Server) -> None:
+    (server.base / "models" / "embeddings").mkdir(exist_ok=True)
+    write_file(server.base / "models" / "embeddings" / "wide.safetensors", {"t5": torch.zeros(2, 7)})
+    prompt = {"1": load(), "2": node("CLIPTextEncode", clip=["1", 0], text="a embedding:wide cat")}
+    prompt["3"] = node("NAISaveT5Embedding", conditioning=["2", 0], name="wide", note="")
+    warnings, _ = server.watch(prompt)
+    (warning,) = warnings
+    assert warning["text"].startswith("An embedding in the prompt is 7 numbers wide, and the T5 takes ")
+    assert warning["node"] == "2"
+
+
+def test_out_of_memory_is_told(server: Server) -> None:
+    """A bias of [heads, tokens, tokens] that no machine holds."""
+    prompt = {"1": load(), "2": node("CLIPTextEncode", clip=["1", 0], text="cat " * 100_000)}
+    prompt["3"] = node("NAISaveT5Embedding", conditioning=["2", 0], name="long", note="")
+    fault = server.fail(prompt)
+    assert "memory ran out while the T5 encoded 1 × " in fault and "use a shorter prompt" in fault
+    server.succeed(count("still here"))

@@ -24,6 +24,7 @@ from comfy_toys import (
 from conftest import build_stack
 from torch import Tensor
 
+from comfy_nai_t5.choices import Settings
 from nai_t5_core.config import T5Config
 
 require_comfyui()
@@ -36,7 +37,7 @@ def load(path: Path, family: str, monkeypatch: pytest.MonkeyPatch, **choices: An
     from comfy_nai_t5 import families, loaders
 
     monkeypatch.setitem(families.FAMILIES, family, toy_family(family))
-    return loaders.load_t5(path, family, **choices)
+    return loaders.load_t5(path, family, Settings(**choices))
 
 
 @torch.no_grad()
@@ -125,7 +126,7 @@ def test_closer_to_float32_than_a_cast(dtype: str, tmp_path: Path) -> None:
         embeds, mask, _, _ = owner.process_tokens(tokens, "cpu")
         cast = owner.transformer(None, mask, embeds=embeds.to(getattr(torch, dtype)))[0].float()
     expected = conditioning(theirs, PROMPT)["cond"]
-    ours = conditioning(with_our_t5(theirs, dtype), PROMPT)["cond"]
+    ours = conditioning(with_our_t5(theirs, Settings(dtype)), PROMPT)["cond"]
     assert error(ours, expected) < error(cast, expected)
 
 
@@ -138,7 +139,7 @@ def test_float16_beyond_its_range(tmp_path: Path) -> None:
     for name in ("wi_0", "wi_1"):
         state[f"encoder.block.1.layer.1.DenseReluDense.{name}.weight"] *= 300
     theirs = stock(write_file(tmp_path / "loud.safetensors", state), "mochi")
-    ours = with_our_t5(theirs, "float16")
+    ours = with_our_t5(theirs, Settings("float16"))
     with pytest.warns(ScaleTightenedWarning):
         actual = conditioning(ours, PROMPT)["cond"]
     assert error(actual, conditioning(theirs, PROMPT)["cond"]) < 5e-3
@@ -194,9 +195,9 @@ def test_unknown_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown family 'pixel'; known: auto, pixart"):
         load_t5(None, "pixel")
     with pytest.raises(ValueError, match="unknown choice 'int4' for weights"):
-        load_t5(None, weights="int4")
-    with pytest.raises(ValueError, match="unknown dtype 'int8'"):
-        load_t5(None, dtype="int8")
+        load_t5(None, settings=Settings(weights="int4"))
+    with pytest.raises(ValueError, match="unknown choice 'int8' for dtype"):
+        load_t5(None, settings=Settings("int8"))
     with pytest.raises(ValueError, match="unknown family 'wan'; allowed: flux"):
         load_with_clip([], "wan")
 

@@ -1,0 +1,160 @@
+"""Joined products: one tensor in memory, and only where nothing else has a hand in a module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import write_file
+from comfy_toys import (
+    FAMILY_CONFIGS,
+    V1_1,
+    assert_equal_conditioning,
+    conditioning,
+    error,
+    knows,
+    require_comfyui,
+    stock,
+    toy_family,
+    toy_file,
+    toy_state,
+)
+
+from comfy_nai_t5.choices import Settings
+
+require_comfyui()
+
+
+def ours_of(theirs: Any, layout: str = "auto", dtype: str = "float32") -> Any:
+    from comfy_nai_t5.clip import with_our_t5
+
+    return with_our_t5(theirs, Settings(dtype, layout=layout))
+
+
+def t5_of(clip: Any) -> Any:
+    (owner,) = (module for module in clip.cond_stage_model.children() if hasattr(module, "transformer"))
+    return owner.transformer
+
+
+def bytes_of(model: torch.nn.Module) -> int:
+    """Of all storages that hold weights, each counted once."""
+    storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in model.parameters()}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_both_layouts_give_what_stock_gives(family: str, tmp_path: Path) -> None:
+    if not knows(family):
+        pytest.skip(f"this ComfyUI is older than {family}")
+    theirs = stock(toy_file(tmp_path, FAMILY_CONFIGS[family]), family)
+    expected = conditioning(theirs, "a (photo:1.3) of a cat")
+    for layout in ("fused", "separate"):
+        assert_equal_conditioning(conditioning(ours_of(theirs, layout), "a (photo:1.3) of a cat"), expected)
+
+
+def test_joined_weights_are_in_memory_once(tmp_path: Path) -> None:
+    theirs = stock(toy_file(tmp_path, V1_1), "mochi")
+    before = {name: tensor.clone() for name, tensor in theirs.cond_stage_model.state_dict().items()}
+    size = bytes_of(theirs.cond_stage_model)
+    clip = ours_of(theirs, "fused")
+    conditioning(clip, "a cat")
+    attention = t5_of(clip).encoder.block[0].layer[0].SelfAttention
+    start = attention.q.weight.data_ptr()
+    assert attention.k.weight.data_ptr() == start + attention.q.weight.nbytes
+    assert attention.v.weight.untyped_storage().data_ptr() == attention.q.weight.untyped_storage().data_ptr()
+    assert bytes_of(theirs.cond_stage_model) == size == bytes_of(clip.cond_stage_model)
+    after = theirs.cond_stage_model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    conditioning(clip, "a dog")
+    assert attention.q.weight.data_ptr() == start  # joined once, not at every call
+
+
+class ForeignLinear(torch.nn.Module):
+    """Another pack's Linear, whose weight is not what it multiplies with."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight.clone() / 2, requires_grad=False)
+        self.in_features, self.out_features = weight.shape[1], weight.shape[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight * 2)
+
+
+def test_foreign_modules_are_called(tmp_path: Path) -> None:
+    theirs = stock(toy_file(tmp_path, V1_1), "mochi")
+    expected = conditioning(theirs, "a cat")
+    for block in t5_of(theirs).encoder.block[:2]:
+        block.layer[0].SelfAttention.k = ForeignLinear(block.layer[0].SelfAttention.k.weight)
+    clip = ours_of(theirs)
+    assert_equal_conditioning(conditioning(clip, "a cat"), expected)
+    told = "fused layout but for 2 of 3 layers: its weights are in modules of another kind (ForeignLinear)"
+    assert t5_of(clip).stack.told == told
+    with pytest.raises(ValueError, match=r"cannot run in the fused layout: its weights are in modules of another kind"):
+        conditioning(ours_of(theirs, "fused"), "a cat")
+
+
+def test_replaced_calls_are_made(tmp_path: Path) -> None:
+    """As other packs add a LoRA without touching the weight: by exchanging the call of one module."""
+    theirs = stock(toy_file(tmp_path, V1_1), "mochi")
+    clip = ours_of(theirs)
+    plain = conditioning(clip, "a cat")
+    linear = t5_of(theirs).encoder.block[1].layer[1].DenseReluDense.wi_0
+    original = linear.forward
+    linear.forward = lambda x: original(x) + 0.3 * x[..., :1]
+    assert_equal_conditioning(conditioning(clip, "a cat"), conditioning(theirs, "a cat"))
+    assert error(conditioning(clip, "a cat")["cond"], plain["cond"]) > 1e-3
+    assert "1 of 3 layers: other software has hooked into its modules" in t5_of(clip).stack.told
+    del linear.forward
+    handle = linear.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    assert_equal_conditioning(conditioning(clip, "a cat"), conditioning(theirs, "a cat"))
+    handle.remove()
+    assert_equal_conditioning(conditioning(clip, "a cat"), plain, 1e-9)
+
+
+def test_streamed_modules_are_called(tmp_path: Path) -> None:
+    """Newer ComfyUI marks the modules whose weights it brings in itself."""
+    theirs = stock(toy_file(tmp_path, V1_1), "mochi")
+    expected = conditioning(theirs, "a cat")
+    clip = ours_of(theirs)
+    for module in t5_of(theirs).modules():
+        if isinstance(module, torch.nn.Linear):
+            module._v = None
+    from comfy_nai_t5.fused import obstacle
+
+    assert "dynamic memory" in str(obstacle(t5_of(clip).encoder.block[0], torch.float32))
+    for module in t5_of(theirs).modules():
+        vars(module).pop("_v", None)
+    assert_equal_conditioning(conditioning(clip, "a cat"), expected)
+
+
+@pytest.mark.parametrize("weights", ["file", "float8_e4m3fn"])
+def test_weights_in_another_dtype_stay_separate(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from comfy_nai_t5 import families
+    from comfy_nai_t5.clip import describe
+    from comfy_nai_t5.loaders import load_t5
+
+    monkeypatch.setitem(families.FAMILIES, "mochi", toy_family("mochi"))
+    path = write_file(tmp_path / "half.safetensors", {name: x.half() for name, x in toy_state(V1_1).items()})
+    kept = weights.replace("file", "float16")
+    reason = f"separate layout: its weights are kept in {kept} and cast to float32 at every call"
+    clip = load_t5(path, "mochi", Settings("float32", weights))
+    assert describe(clip).endswith(reason)
+    conditioning(clip, "a cat")
+    assert t5_of(clip).stack.told == reason
+    with pytest.raises(ValueError, match="cannot run in the fused layout: its weights are kept in"):
+        describe(load_t5(path, "mochi", Settings("float32", weights, layout="fused")))
+
+
+def test_what_a_loaded_t5_is_in_words(tmp_path: Path) -> None:
+    from comfy_nai_t5.clip import describe
+
+    theirs = stock(toy_file(tmp_path, V1_1), "mochi")
+    assert describe(ours_of(theirs)) == "t5xxl: T5 v1.1 of 3 layers, float32, fused layout"
+    assert describe(ours_of(theirs, "separate")).endswith("separate layout, as chosen")
+    with pytest.raises(ValueError, match="compile needs joined products"):
+        Settings(layout="separate", compile=True)
+    with pytest.raises(ValueError, match="unknown choice 'both' for layout; allowed: auto, fused, separate"):
+        Settings(layout="both")

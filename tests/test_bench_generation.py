@@ -1,0 +1,97 @@
+"""The benchmark of generation on a toy: complete, finite, and the same texts from everybody. No absolute times."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TOY_CONFIGS, build_stack, random_state
+from typer.testing import CliRunner
+
+from nai_t5_core.bench import (
+    GENERATION_CASES,
+    GenerationReport,
+    bench_generation,
+    generation_cases_named,
+    generation_markdown,
+)
+from nai_t5_core.bench.variants import INT8
+from nai_t5_core.cli import app
+from nai_t5_core.int8 import can_quantize
+from nai_t5_core.parity_report import OWN
+
+V1_1 = TOY_CONFIGS["v1.1"].model_copy(update={"vocab_size": 512})
+CAN_QUANTIZE = can_quantize(build_stack(V1_1, random_state(V1_1)))
+NEW_TOKENS, PROMPT_LENGTH = 12, 9
+
+
+def small_bench(**arguments: Any) -> GenerationReport:
+    arguments = {"dtype": "float32", "device": "cpu", "repeats": 2, "int8": CAN_QUANTIZE, **arguments}
+    return bench_generation(V1_1, prompt_length=PROMPT_LENGTH, new_tokens=NEW_TOKENS, **arguments)
+
+
+@pytest.fixture(scope="module")
+def report() -> GenerationReport:
+    pytest.importorskip("transformers", reason="a peer to measure")
+    return small_bench()
+
+
+def test_every_case_is_measured_and_all_write_the_same(report: GenerationReport) -> None:
+    assert [result.case for result in report.cases] == list(GENERATION_CASES)
+    for result in report.cases:
+        names = [timing.name for timing in result.timings]
+        assert names == [OWN, *([INT8] if CAN_QUANTIZE else []), "transformers"]
+        own, peer = result.timings[0], result.timings[-1]
+        assert own.ratio.median == own.same_texts == peer.same_texts == 1
+        for timing in result.timings:
+            spreads = (timing.seconds, timing.ratio, timing.tokens_per_second)
+            assert all(math.isfinite(value) and value > 0 for spread in spreads for value in (spread.low, spread.high))
+            tokens = timing.tokens_per_second.median * timing.seconds.median
+            # Of two rounds, the median of the inverses is not the inverse of the median.
+            assert tokens == pytest.approx(result.case.prompts * NEW_TOKENS, rel=1) and tokens > 0
+
+
+def test_the_cache_is_as_large_as_its_shapes_and_little_of_it_is_used(report: GenerationReport) -> None:
+    for result in report.cases:
+        memory, case = result.memory, result.case
+        per_token = 2 * V1_1.num_decoder_layers * V1_1.inner_dim * 4
+        assert memory.computed == memory.allocated == per_token * case.prompts * case.beams * (NEW_TOKENS + 1)
+        assert memory.prompts == per_token * case.prompts * PROMPT_LENGTH
+        # The last token is not read again, so that it is never written.
+        assert memory.written <= per_token * case.prompts * case.beams * NEW_TOKENS
+        if case.beams == 1:
+            assert memory.written == per_token * case.prompts * NEW_TOKENS
+        else:
+            assert memory.written < 0.8 * memory.allocated
+
+
+def test_pages_and_json(report: GenerationReport) -> None:
+    page = generation_markdown(report)
+    for text in (OWN, "transformers", *(case.name for case in GENERATION_CASES)):
+        assert text in page
+    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert [result["case"]["slug"] for result in values["cases"]] == [case.slug for case in GENERATION_CASES]
+    assert (values["new_tokens"], values["dtype"], values["repeats"]) == (NEW_TOKENS, "float32", 2)
+
+
+def test_mistakes() -> None:
+    with pytest.raises(ValueError, match=r"unknown cases \['fast'\]; allowed: beams, greedy, greedy-8"):
+        generation_cases_named(["fast"])
+    with pytest.raises(ValueError, match="repeats=0"):
+        small_bench(repeats=0)
+    with pytest.raises(ValueError, match="did you mean 't5-v1_1-base'"):
+        bench_generation("t5-v1_1-bas")
+
+
+def test_the_command(tmp_path: Path) -> None:
+    page = tmp_path / "generation.md"
+    sizes = ["--prompt-length", "4", "--new-tokens", "3", "--repeats", "1", "--threads", "1"]
+    options = ["--no-peer", "--cases", "greedy", "--markdown", str(page), "--json"]
+    found = CliRunner().invoke(app, ["bench-generate", "t5-v1_1-small", *sizes, *options])
+    assert found.exit_code == 0, found.output
+    values = json.loads(found.stdout)
+    assert [result["case"]["slug"] for result in values["cases"]] == ["greedy"]
+    assert "greedy, 1 prompt" in page.read_text(encoding="utf-8")
