@@ -32,6 +32,10 @@ def parity(
     ] = False,
     dtypes: Annotated[str, typer.Option(help="Compute dtypes, joined by commas.")] = "float32,float64",
     against: Against = "transformers",
+    prompt_lengths: Annotated[
+        str,
+        typer.Option(help="Tokens of each prompt, joined by commas; many tell the outer quantiles better."),
+    ] = "150,1,77,30",
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Also compare the residual after each layer.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Also measure our 8-bit form.")] = False,
     decoder: Annotated[bool, typer.Option("--decoder", help="Also the decoder, of a whole model.")] = False,
@@ -72,13 +76,14 @@ def parity(
         examination.refuse_faults()
         config, state = examination.config, hf_state(examination)
         chosen = choose_scales(examination, torch.float16, scales or "auto")
-    peers = against.split(",") if against else ()
+    peers, lengths = against.split(",") if against else (), _numbers("--prompt-lengths", prompt_lengths)
     with err.status("measuring") as status:
         report = measure_parity(
             config,
             state,
             dtypes.split(","),
             peers,
+            lengths,
             scales=chosen,
             per_layer=per_layer,
             int8=int8,
@@ -90,6 +95,7 @@ def parity(
                 state,
                 dtypes.split(","),
                 peers,
+                lengths,
                 scales=chosen,
                 decoder_scales=chosen_for_decoder,
                 progress=status.update,
@@ -110,6 +116,13 @@ def parity(
             say(f"wrote {plot}")
     if not report.passed:
         raise typer.Exit(1)
+
+
+def _numbers(option: str, joined: str) -> list[int]:
+    try:
+        return [int(part) for part in joined.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} {joined!r}; give whole numbers joined by commas, such as 32 or 12,77,30") from error
 
 
 def bench(
@@ -219,10 +232,7 @@ def estimate(
     """Estimate encode times on GPUs, on paper: FLOPs and bytes at the rates of data sheets. Nothing is run."""
     from nai_t5_core import roofline
 
-    try:
-        lengths = [int(part) for part in tokens.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--tokens {tokens!r}; give whole numbers joined by commas, such as 32 or 12,77,30") from error
+    lengths = _numbers("--tokens", tokens)
     found = roofline.estimate(named_config(size).encoder_only(), size, lengths, padded_to)
     if as_json:
         print_json(found.to_dict())
