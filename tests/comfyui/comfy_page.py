@@ -42,8 +42,8 @@ class Page:
         return list(self.page.evaluate("app.graph.nodes.map(node => node.type)"))
 
     def missing_nodes(self) -> list[str]:
-        """Types in the graph that the front end does not know, or draws with an error."""
-        condition = "!(node.type in LiteGraph.registered_node_types) || node.has_errors"
+        """Types in the graph that the front end does not know."""
+        condition = "!(node.type in LiteGraph.registered_node_types)"
         return list(self.page.evaluate(f"app.graph.nodes.filter(node => {condition}).map(node => node.type)"))
 
     def find_and_place(self, name: str) -> None:
