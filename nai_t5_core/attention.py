@@ -178,7 +178,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout: 
     """[batch, tokens, heads, d_kv] each, bias [batch, heads, query, key] in their dtype; result like q."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(_CUDA_KERNELS) if q.is_cuda else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale).transpose(1, 2)
 
 
 def logit_scale(config: T5Config) -> float:

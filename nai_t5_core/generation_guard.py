@@ -164,7 +164,9 @@ def _tighten(model: T5, fault: _FaultFoundError) -> str:
     block = copy.deepcopy(original).float()
     assert isinstance(block, DecoderBlock)
     seen, old = LayerMaxima.of_decoder(), model.decoder_scales.layers[index]
-    observe(block, old, fault.residual, [_with_inputs_in(model.dtype, attend) for attend in fault.attends], seen)
+    # A copy, since tensors made in inference mode cannot be changed outside of it.
+    residual = fault.residual.clone()
+    observe(block, old, residual, [_with_inputs_in(model.dtype, attend) for attend in fault.attends], seen)
     new = tighter_scales(where, old, seen, model.dtype, model.config)
     rescale_block(original, model.layout, old, new)
     model.decoder_scales = model.decoder_scales.with_layer(index, new)

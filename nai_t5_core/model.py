@@ -188,9 +188,13 @@ class T5(nn.Module):
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., d_model] to logits [..., vocab_size] in the compute dtype."""
+        """Hidden states [..., d_model] to logits [..., vocab_size] in the compute dtype.
+
+        Where a scale is taken off them again they are float32, since they may exceed the compute dtype.
+        """
         logits: Tensor = self.lm_head(scaled(hidden, self.config.head_scale))
-        return scaled(logits, 1 / self.encoder_stack.scales.embedding) if self.config.tie_word_embeddings else logits
+        embedding = self.encoder_stack.scales.embedding if self.config.tie_word_embeddings else 1.0
+        return logits if embedding == 1 else logits.to(residual_dtype(self.dtype)) / embedding
 
     def new_cache(self, prompts: int, beams: int, length: int) -> DecoderCache:
         """A cache for texts of up to ``length`` tokens, start token included; ``generate`` can use it many times."""

@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import spiece_model
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipe is not part of the installed package
 
-from embedded import make, tasks
+from embedded import tasks
 from embedded.evaluate import answers, read_pairs, wrong_answers
 from embedded.tasks import WORDINGS, held_out_tasks, is_fact, training_tasks, worded_tasks
+from nai_t5_core.hub import EMBEDDED_MODEL
+from nai_t5_core.load import load_whole
 from nai_t5_core.training.config import TrainConfig, read_config
 from nai_t5_core.training.loop import train
 
@@ -78,8 +81,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     recipe = Path(tasks.__file__).with_name("train.toml")
     (tmp_path / recipe.name).write_text(recipe.read_text())
     full = read_config(tmp_path / recipe.name)
-    assert full.model.sizes == make.CONFIG
-    small = make.CONFIG.model_copy(
+    assert full.model.sizes == load_whole(EMBEDDED_MODEL, torch.float32, "cpu").model.config
+    small = full.model.sizes.model_copy(
         update={"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_decoder_layers": 1}
     )
     sections = tuple(section.model_copy(update={"rows": section.rows // 8}) for section in full.data)
@@ -102,3 +105,9 @@ def test_the_recipe_learns(config: TrainConfig) -> None:
     assert wrong_answers(trained.file, pairs) == [row for row in rows if row[1] != row[2]]
     # Nothing is wrong where the right answers are the model's own.
     assert wrong_answers(trained.file, list(zip(questions, given, strict=True))) == []
+
+
+def test_the_model_in_the_package_answers_what_it_never_met() -> None:
+    pairs = held_out_tasks(tasks.SEED + 1, 10_000)[:400]
+    assert len(pairs) == 400
+    assert len(wrong_answers(EMBEDDED_MODEL, pairs)) <= 20

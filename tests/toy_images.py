@@ -43,7 +43,7 @@ def visualcloze() -> Toy:
     task = "from [IMAGE1] to [IMAGE2]"
     call = {"prompt": PROMPT, "task_prompt": task, "image": [[picture, picture], [picture, None]], "output_type": "pt"}
     encode = {"layout_prompt": "two rows", "task_prompt": task}
-    return Toy(pipe, {**call, "max_sequence_length": 48}, "text_encoder_2", encode, "content_prompt")
+    return Toy(pipe, {**call, "max_sequence_length": 128}, "text_encoder_2", encode, "content_prompt")
 
 
 def _flux_parts(channels: int) -> dict[str, Any]:
