@@ -60,14 +60,13 @@ class Server:
             return False
         return True
 
-    def get(self, path: str) -> Any:
-        """JSON as values, text as text, anything else as bytes."""
+    def read(self, path: str) -> bytes:
         with urllib.request.urlopen(self.url + path) as reply:
-            content = reply.read()
-        kind = reply.headers["Content-Type"]
-        if kind.startswith("application/json"):
-            return json.loads(content)
-        return content.decode() if kind.startswith("text/") else content
+            return bytes(reply.read())
+
+    def get(self, path: str) -> Any:
+        """The values of an answer in JSON."""
+        return json.loads(self.read(path))
 
     def post(self, prompt: dict[str, Any], client: str = "") -> str:
         """Queues a workflow in API format; returns its number. Events go to the client's websocket."""

@@ -23,7 +23,7 @@ def test_a_fresh_clone_runs_the_bundled_workflow(tmp_path: Path) -> None:
     try:
         templates = server.get("/workflow_templates")["comfy-nai-t5"]
         assert "t5_try_it" in templates
-        thumbnail = server.get("/api/workflow_templates/comfy-nai-t5/t5_try_it.jpg")
+        thumbnail = server.read("/api/workflow_templates/comfy-nai-t5/t5_try_it.jpg")
         assert thumbnail.startswith(b"\xff\xd8")
         workflow = server.get("/api/workflow_templates/comfy-nai-t5/t5_try_it.json")
         outputs = server.succeed(from_editor(workflow, server.get("/object_info")))

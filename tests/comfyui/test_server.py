@@ -62,7 +62,7 @@ def test_nodes_are_there_with_their_help(server: Server) -> None:
         for required in ("required", "optional"):
             for entry, (kind, *options) in info[name]["input"].get(required, {}).items():
                 assert kind in ("CLIP", "CONDITIONING") or options[0].get("tooltip"), (name, entry)
-        assert server.get(f"/extensions/comfy-nai-t5/docs/{name}.md").startswith("# ")
+        assert server.read(f"/extensions/comfy-nai-t5/docs/{name}.md").startswith(b"# ")
     assert f"Cannot import {server.base}" not in server.log.read_text()
 
 
