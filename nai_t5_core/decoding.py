@@ -48,6 +48,9 @@ class Decoding:
         self._scale = logit_scale(model.config)
         is_single = cache.beams == 1 and model.device.type == "cpu"
         self._copies = max(1, _FEWEST_ROWS // cache.prompts) if is_single else 1
+        # Weights that are spread over processes are gathered into tensors that inference mode would spoil.
+        is_spread = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+        self._without_gradients = torch.no_grad if is_spread else torch.inference_mode
         tables = model.decoder.bias_tables(model.dtype)
         self._lines = [bias_line(table, cache.length) for table in tables]
 
@@ -56,17 +59,17 @@ class Decoding:
         """(prompts, beams)"""
         return self.cache.prompts, self.cache.beams
 
-    @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Appends a token to every text: ids [prompts, beams] to the next token's logits [prompts, beams, vocab_size].
 
-        Logits are float32, whatever the model computes in, and made in inference mode.
+        Logits are float32, whatever the model computes in, and made in inference mode, unless the model is sharded.
 
         Raises:
             ValueError: the cache is full.
             NotFiniteLogitsError: a logit is not finite.
         """
-        logits = self.model.logits(self._advance(tokens)).float()
+        with self._without_gradients():
+            logits = self.model.logits(self._advance(tokens)).float()
         # The sum is not finite if any is not: one pass over the logits.
         if not bool(logits.sum().isfinite()):
             raise NotFiniteLogitsError(
@@ -75,12 +78,12 @@ class Decoding:
             )
         return logits
 
-    @torch.inference_mode()
     def begin(self, tokens: Sequence[int]) -> Tensor:
         """Gives every text the same beginning, and returns the next token's logits as :meth:`step` does."""
         *before, last = (torch.full(self.shape, token, device=self.model.device) for token in tokens)
-        for token in before:
-            self._advance(token)
+        with self._without_gradients():
+            for token in before:
+                self._advance(token)
         return self.step(last)
 
     def reorder(self, parents: Tensor) -> None:
