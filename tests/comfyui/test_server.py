@@ -94,7 +94,8 @@ def test_encode_equals_the_library(server: Server) -> None:
         }
     )
     expected = TextEncoder.from_pretrained(dtype="float32").encode(["two dogs on a sofa"]).hidden_states
-    assert error(server.conditioning("dogs")["cond"], expected) < 1e-5
+    # The file's joined weights are taken apart and kept in its float16, which rounds them once more.
+    assert error(server.conditioning("dogs")["cond"], expected) < 1e-3
 
 
 def test_an_embedding_comes_back(server: Server) -> None:
