@@ -70,16 +70,6 @@ def random_state(
     return state
 
 
-def random_t5_state(config: T5Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Weights of a whole T5: those of :func:`random_state`, and the decoder's drawn in the same way."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    decoder = {
-        name: _random_tensor(name, shape, config, generator).to(dtype)
-        for name, shape in decoder_tensors(config).items()
-    }
-    return random_state(config, seed, dtype=dtype) | decoder
-
-
 def _channel_gains(d_model: int, outliers: bool, generator: torch.Generator) -> Tensor:
     """What every channel of the residual stream is multiplied by: [d_model]."""
     gains = torch.ones(d_model)

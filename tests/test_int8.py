@@ -12,7 +12,7 @@ from nai_t5_core.encoder import LAYOUTS, Layout
 from nai_t5_core.int8 import Int8Linear, can_quantize, quantize_int8
 from nai_t5_core.parity import measure_parity
 from nai_t5_core.parity_report import OWN
-from nai_t5_core.peers import own_t5, random_state, random_t5_state
+from nai_t5_core.peers import own_t5, random_state
 from nai_t5_core.text_encoder import TextEncoder
 
 V1_1 = TOY_CONFIGS["v1.1"].encoder_only()
@@ -75,7 +75,7 @@ def test_every_kind_is_close(kind: str, layout: Layout, dtype: torch.dtype, outl
 def test_a_whole_t5_is_close(kind: str, layout: Layout) -> None:
     """Decoder, cross-attention and head as well; in steps as for a known text."""
     config = TOY_CONFIGS[kind]
-    state = random_t5_state(config)
+    state = random_state(config)
     texts = torch.randint(3, 96, (3, 7), generator=torch.Generator().manual_seed(4))
     expected = own_t5(config, state, torch.float64)(IDS, MASK, texts).logits
     model = quantize_int8(own_t5(config, state, torch.float32, layout))

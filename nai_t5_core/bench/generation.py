@@ -24,7 +24,7 @@ from nai_t5_core.model import T5
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.parity import random_batch
 from nai_t5_core.parity_report import OWN, without_nan
-from nai_t5_core.peers import State, own_t5, random_t5_state, transformers_t5
+from nai_t5_core.peers import State, own_t5, random_state, transformers_t5
 from nai_t5_core.precision import resolve_device, resolve_dtype
 
 TRANSFORMERS = "transformers"
@@ -193,7 +193,7 @@ def bench_generation(
 
 def _endless_state(config: T5Config, seed: int, dtype: torch.dtype) -> State:
     """Random weights whose logit for the end token is always 0, which no text takes among thousands of others."""
-    state = random_t5_state(config, seed, dtype)
+    state = random_state(config, seed, dtype=dtype)
     state["shared.weight" if config.tie_word_embeddings else "lm_head.weight"][config.eos_token_id] = 0
     return state
 
