@@ -145,7 +145,7 @@ def test_tightened_scales_are_saved_and_read_again(tmp_path: Path) -> None:
     assert again.stack.scales.layers[1].feed_forward_out < 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # Weights below float16's normal range were rounded before they were scaled in the one case, after it in the other.
+        # Weights below float16's normal range were rounded before scaling in the one case, and after it in the other.
         torch.testing.assert_close(again.encode(PROMPTS).hidden_states, first, rtol=2**-10, atol=2**-20)
     written = tmp_path / "own.safetensors"
     convert(folder, written, "float16", encoder_only=True, scales=saved)
