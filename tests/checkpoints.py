@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nai_t5_core.config import config_to_hf, encoder_tensors
 from nai_t5_core.examine import examine, find_tokenizer
 
 State = Mapping[str, Tensor]
@@ -77,3 +78,18 @@ def spiece_model() -> bytes:
 
 def spiece_tensor() -> Tensor:
     return torch.frombuffer(bytearray(spiece_model()), dtype=torch.uint8)
+
+
+def embedded_taken_apart(folder: Path) -> Path:
+    """A Hugging Face folder with the embedded encoder's weights out of their joined tensors, again in float16.
+
+    These are what ComfyUI's modules hold of it: taking apart and keeping in float16 is one rounding more.
+    """
+    examination = examine()
+    config = examination.config.encoder_only()
+    write_file(
+        folder / "model.safetensors", {name: examination.read(name).half() for name in encoder_tensors(config)}
+    )
+    (folder / "config.json").write_text(json.dumps(config_to_hf(config)))
+    (folder / "spiece.model").write_bytes(spiece_model())
+    return folder

@@ -51,6 +51,27 @@ def calibrated(tmp_path: Path, outlier: Outlier, kind: str = "v1.1") -> tuple[Pa
     return folder, calibrate(folder, PROMPTS)
 
 
+def error_at_tokens(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """The largest error of each token, NaN where it is not finite."""
+    return (logits.double() - expected).abs().amax(-1)
+
+
+def errors_of_rounding(config: T5Config, state: dict[str, torch.Tensor], expected: torch.Tensor) -> torch.Tensor:
+    """What half a unit of float16 in every weight does to each token in float64: the most of eight draws.
+
+    Behind an attention with large outliers, that can change what a token attends to.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def shaken(weight: torch.Tensor) -> torch.Tensor:
+        noise = 2 * torch.rand(weight.shape, dtype=torch.float64, generator=generator) - 1
+        return weight.double() * (1 + noise * 2**-11)
+
+    states = [{name: shaken(weight) for name, weight in state.items()} for _ in range(8)]
+    logits = [own_t5(config, shaken_state, torch.float64)(IDS, MASK, TEXTS).logits for shaken_state in states]
+    return torch.stack([error_at_tokens(each, expected) for each in logits]).amax(0)
+
+
 @pytest.mark.parametrize("outlier", outliers_of("decoder"))
 @torch.no_grad()
 def test_calibrated_float16_is_finite_and_plain_float16_is_not(tmp_path: Path, kind: str, outlier: Outlier) -> None:
@@ -62,12 +83,10 @@ def test_calibrated_float16_is_finite_and_plain_float16_is_not(tmp_path: Path, k
     assert found.decoder_scales is not None
     state = stress_state(config, outlier, stack="decoder")
     expected = own_t5(config, state, torch.float64)(IDS, MASK, TEXTS).logits
+    allowed = 5 * errors_of_rounding(config, state, expected)
     for layout in LAYOUTS:
         model = load_t5(folder, "float16", "cpu", layout, scales=found.scales, decoder_scales=found.decoder_scales)
-        logits = model(IDS, MASK, TEXTS).logits
-        assert logits.isfinite().all()
-        # Not the largest: behind an attention with such outliers, a rounding can change what a token attends to.
-        assert float((logits.double() - expected).abs().quantile(0.95) / expected.abs().max()) <= 0.02
+        assert (error_at_tokens(model(IDS, MASK, TEXTS).logits, expected) <= allowed).all()
     if outlier not in ("large_norm", "small_norm"):
         assert not own_t5(config, state, torch.float16)(IDS, MASK, TEXTS).logits.isfinite().all()
     if outlier in ("feed_forward_out", "hidden", "attention_out", "cross_attention_out"):
