@@ -17,7 +17,7 @@ from comfy_nai_t5.gguf_file import is_gguf, open_gguf
 from nai_t5_core.config import T5Config, encoder_tensors
 from nai_t5_core.examine import Examination, examine, examine_checkpoint, find_tokenizer
 from nai_t5_core.formats import CheckpointError, open_checkpoint
-from nai_t5_core.tokenizer import Tokenizer
+from nai_t5_core.tokenizer import JsonTokenizer, Tokenizer, tokenizer_json_to_sentencepiece
 
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.\w+")
 _T5_TENSOR = "encoder.block.0.layer.0.SelfAttention.q.weight"
@@ -57,13 +57,17 @@ class ServerCheckpoint:
         plain = {dtype: n for dtype, n in self.examination.dtypes.items() if dtype.itemsize > 1}
         return max(plain, key=plain.__getitem__) if plain else torch.float32
 
-    @property
-    def tokenizer_data(self) -> dict[str, Any]:
-        """The tokenizer for those of ComfyUI's classes that have none of their own."""
-        kind, content = self.tokenizer.serialized() if self.tokenizer else ("", b"")
-        if kind != "sentencepiece":
-            return {}
-        return {"spiece_model": torch.frombuffer(bytearray(content), dtype=torch.uint8)}
+
+def sentencepiece_tensor(tokenizer: Tokenizer) -> Tensor:
+    """A tokenizer as the SentencePiece model that some of ComfyUI's classes want, uint8 [bytes].
+
+    Raises:
+        ValueError: it is of a kind that no SentencePiece model can stand for.
+    """
+    kind, content = tokenizer.serialized()
+    if kind == JsonTokenizer.kind:
+        content = tokenizer_json_to_sentencepiece(content)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def read_checkpoint(path: str | Path | None) -> ServerCheckpoint:

@@ -42,6 +42,11 @@ class ServerFamily:
     def size_option(self) -> str:
         return self.config_key or f"{self.slot}_model_config"
 
+    @property
+    def brings_no_tokenizer(self) -> bool:
+        """Whether ComfyUI's classes want the SentencePiece model of the file."""
+        return self.slot.startswith("umt5")
+
     def classes(self) -> tuple[Any, Any]:
         """The classes of the model and of its tokenizer.
 

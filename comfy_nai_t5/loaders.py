@@ -14,13 +14,18 @@ import folder_paths
 import torch
 from torch import nn
 
-from comfy_nai_t5.checkpoint import ServerCheckpoint, holds_t5, read_checkpoint
+from comfy_nai_t5.checkpoint import ServerCheckpoint, holds_t5, read_checkpoint, sentencepiece_tensor
 from comfy_nai_t5.choices import Settings
 from comfy_nai_t5.clip import T5Clip, is_streamed, t5_models, with_our_t5
 from comfy_nai_t5.families import AUTO, ServerFamily, check_joint, family_for, server_config
 from comfy_nai_t5.plain import SPECIAL_TOKENS, TOKENIZER
-from nai_t5_core.examine import NO_TOKENIZER
 from nai_t5_core.precision import is_finite, resolve_dtype
+
+_NO_TOKENIZER = (
+    "{source} comes without its tokenizer; choose a safetensors file of the same T5 with the tokenizer inside (those "
+    "made for ComfyUI have it), a GGUF file with the vocabulary in its metadata, or the model.safetensors of a folder "
+    "with spiece.model beside the weights"
+)
 
 
 def device_options(device: str) -> dict[str, Any]:
@@ -89,13 +94,15 @@ def stock_clip(
 
 def _special_data(checkpoint: ServerCheckpoint, family: ServerFamily) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tokenizer data and model options of the families whose classes want the tokenizer of the file."""
-    needs_own = family.name == "t5"
-    if (needs_own and checkpoint.tokenizer is None) or (family.kind == "UMT5" and not checkpoint.tokenizer_data):
-        raise ValueError(NO_TOKENIZER.format(source=checkpoint.examination.checkpoint.source))
-    if not needs_own:
-        return checkpoint.tokenizer_data, {}
+    is_plain = family.name == "t5"
+    if not is_plain and not family.brings_no_tokenizer:
+        return {}, {}
     tokenizer = checkpoint.tokenizer
-    assert tokenizer is not None
+    if tokenizer is None:
+        advice = _NO_TOKENIZER.format(source=checkpoint.examination.checkpoint.source)
+        raise ValueError(f"{advice}, or choose the model family that the T5 is for" if is_plain else advice)
+    if not is_plain:
+        return {"spiece_model": sentencepiece_tensor(tokenizer)}, {}
     return {TOKENIZER: tokenizer}, {SPECIAL_TOKENS: {"end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}}
 
 

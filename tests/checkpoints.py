@@ -87,9 +87,7 @@ def embedded_taken_apart(folder: Path) -> Path:
     """
     examination = examine()
     config = examination.config.encoder_only()
-    write_file(
-        folder / "model.safetensors", {name: examination.read(name).half() for name in encoder_tensors(config)}
-    )
+    write_file(folder / "model.safetensors", {name: examination.read(name).half() for name in encoder_tensors(config)})
     (folder / "config.json").write_text(json.dumps(config_to_hf(config)))
     (folder / "spiece.model").write_bytes(spiece_model())
     return folder

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import spiece_tensor
 
-from comfy_nai_t5.checkpoint import read_checkpoint
+from comfy_nai_t5.checkpoint import read_checkpoint, sentencepiece_tensor
 from comfy_nai_t5.embeddings import describe, load_conditioning, save_conditioning
 from comfy_nai_t5.encode import encode_lines, tokenize
 from comfy_nai_t5.families import FAMILIES, check_joint, family_for, server_config
@@ -139,7 +140,8 @@ def test_sizes_in_comfyui_words() -> None:
 def test_the_embedded_checkpoint() -> None:
     checkpoint = read_checkpoint(None)
     assert checkpoint.config.num_decoder_layers == 0 and checkpoint.state["shared.weight"].ndim == 2
-    assert checkpoint.tokenizer is not None and "spiece_model" in checkpoint.tokenizer_data
+    assert checkpoint.tokenizer is not None
+    assert torch.equal(sentencepiece_tensor(checkpoint.tokenizer), spiece_tensor())
 
 
 def test_conditioning_survives_its_file(tmp_path: Path) -> None:

@@ -59,7 +59,11 @@ def test_the_plain_family_gives_what_the_library_gives(tmp_path: Path) -> None:
     from nai_t5_core import TextEncoder
 
     clip = load_t5(None, settings=Settings("float32"))
-    expected = TextEncoder.from_pretrained(embedded_taken_apart(tmp_path), dtype="float32").encode(["a photo of a cat"]).hidden_states
+    expected = (
+        TextEncoder.from_pretrained(embedded_taken_apart(tmp_path), dtype="float32")
+        .encode(["a photo of a cat"])
+        .hidden_states
+    )
     assert error(conditioning(clip, "a photo of a cat")["cond"], expected) < 1e-5
 
 
@@ -82,7 +86,7 @@ def test_clip_skip(layer: int, tmp_path: Path) -> None:
 
 def test_textual_inversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import folder_paths
-    from checkpoints import embedded_taken_apart, write_file
+    from checkpoints import write_file
 
     from comfy_nai_t5.clip import with_our_t5
 
@@ -179,7 +183,7 @@ def toy_clip_l(folder: Path) -> Path:
     """A file of a CLIP-L with random weights."""
     import comfy.clip_model
     import comfy.ops
-    from checkpoints import embedded_taken_apart, write_file
+    from checkpoints import write_file
 
     config = {**_TOY_CLIP, "hidden_act": "quick_gelu", "max_position_embeddings": 77, "vocab_size": 49408}
     model = comfy.clip_model.CLIPTextModel(

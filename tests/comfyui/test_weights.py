@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import scaled_float8, write_file, write_shards
+from checkpoints import scaled_float8, spiece_model, write_file, write_shards
 from comfy_toys import (
     UMT5,
     V1_0,
@@ -21,11 +21,12 @@ from comfy_toys import (
     toy_file,
     toy_state,
 )
-from conftest import build_stack
+from conftest import build_stack, random_state
 from torch import Tensor
 
 from comfy_nai_t5.choices import Settings
 from nai_t5_core.config import T5Config
+from nai_t5_core.tokenizer import sentencepiece_to_tokenizer_json
 
 require_comfyui()
 
@@ -112,6 +113,17 @@ def test_shards_and_files_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyP
     convert(toy_file(tmp_path, V1_1), tmp_path / "own.safetensors", dtype="float32")
     for path in (shard, tmp_path / "own.safetensors"):
         assert_equal_conditioning(conditioning(load(path, "mochi", monkeypatch, dtype="float32"), PROMPT), expected)
+
+
+@pytest.mark.parametrize("family", ["wan", "ace"])
+def test_folders_whose_tokenizer_is_in_json(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = write_file(tmp_path / "folder" / "model.safetensors", random_state(UMT5))
+    (tmp_path / "folder" / "tokenizer.json").write_bytes(sentencepiece_to_tokenizer_json(spiece_model()))
+    loaded = load(weights, family, monkeypatch, dtype="float32")
+    expected = load(toy_file(tmp_path, UMT5), family, monkeypatch, dtype="float32")
+    for text in (PROMPT, "(Ünïcode:1.2), 猫 and   spaces", ""):
+        assert loaded.tokenize(text) == expected.tokenize(text)
+        assert_equal_conditioning(conditioning(loaded, text), conditioning(expected, text))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
