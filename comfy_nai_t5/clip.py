@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from comfy_nai_t5.choices import Settings
 from comfy_nai_t5.encode import embedding_widths
+from comfy_nai_t5.idle_hooks import tell_of_idle_hooks
 from comfy_nai_t5.stack import SharedStack
 from comfy_nai_t5.telling import out_of_memory, warn
 from nai_t5_core.attention_choice import FlexUnavailableError, missing_for_flex, refuse_unsupported
@@ -204,6 +205,7 @@ def with_our_t5(clip: Any, settings: Settings | None = None) -> T5Clip:
 
     clone = _as_ours(clip.clone())
     clone.cond_stage_model = _rebuilt(clip.cond_stage_model, ours)
+    tell_of_idle_hooks(clone.patcher, _encoders(clone.cond_stage_model))
     return clone
 
 

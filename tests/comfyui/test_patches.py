@@ -197,6 +197,47 @@ def test_hooks(scheduled: bool, tmp_path: Path, settings: Settings) -> None:
         assert error(expected[0][0], expected[1][0]) > 1e-3
 
 
+def warnings_of_a_hook(clip: Any, lora: dict[str, torch.Tensor], strength: float, caplog: Any) -> list[str]:
+    """What is told when the hook of a LoRA is set on a CLIP, as its node sets it."""
+    import comfy.hooks
+    from comfy_extras.nodes_hooks import SetClipHooks
+
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        hooks = comfy.hooks.create_hook_lora(lora, 1.0, strength)
+        SetClipHooks().apply_hooks(clip, schedule_clip=True, apply_to_conds=True, hooks=hooks)
+    return [record.getMessage() for record in caplog.records if "T5 (NAI)" in record.getMessage()]
+
+
+def test_a_hook_that_matches_nothing_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from comfy_nai_t5.clip import with_our_t5
+
+    ours, _ = pair(tmp_path, Settings("float32"))
+    other = toy_lora(t5_of(ours), EVERYWHERE[:1], "t5_of_another_model")
+    (warning,) = warnings_of_a_hook(ours, other, 1.0, caplog)
+    assert "The LoRA of a hook changes nothing in the text encoders" in warning and "(t5xxl)" in warning
+    assert len(warnings_of_a_hook(with_our_t5(ours).clone(), other, -0.5, caplog)) == 1  # once, replaced twice or not
+    for lora, strength in (
+        (other, 0.0),
+        (toy_lora(t5_of(ours), EVERYWHERE[:1], "t5xxl"), 1.0),
+        ({**other, **toy_lora(t5_of(ours), EVERYWHERE[:1], "t5xxl")}, 1.0),
+        ({"lora_unet_x.lora_up.weight": torch.zeros(1, 1)}, 1.0),  # for the model alone
+    ):
+        assert warnings_of_a_hook(ours, lora, strength, caplog) == []
+
+
+@pytest.mark.parametrize("family", ["mochi", "wan"])
+def test_all_names_that_a_text_encoder_has_in_loras_are_known(family: str, tmp_path: Path) -> None:
+    import comfy.lora
+
+    from comfy_nai_t5.idle_hooks import _FOR_TEXT
+
+    ours, _ = pair(tmp_path, Settings("float32"), family)
+    names = comfy.lora.model_lora_keys_clip(ours.cond_stage_model, {})
+    assert len(names) > 20 and all(map(_FOR_TEXT.match, names))
+    assert not any(map(_FOR_TEXT.match, ("lora_unet_te_blocks_0", "diffusion_model.text_encoder.x", "transformer.x")))
+
+
 def test_merging(tmp_path: Path, settings: Settings) -> None:
     from comfy_extras.nodes_model_merging import CLIPMergeSimple
 

@@ -216,6 +216,12 @@ def test_a_lora_that_matches_nothing_is_told(server: Server) -> None:
     (warning,) = warnings
     assert warning["node"] == "3" and warning["text"].startswith("This LoRA changes nothing: none of its keys belongs")
     assert "choose one that was trained for this model" in warning["text"]
+    prompt["3"] = node("SetClipHooks", clip=["1", 0], apply_to_conds=True, schedule_clip=False, hooks=["4", 0])
+    prompt["4"] = node("CreateHookLora", lora_name="other.safetensors", strength_model=1, strength_clip=1)
+    prompt["2"]["inputs"]["clip"] = ["3", 0]
+    warnings, _ = server.watch(prompt)
+    (warning,) = warnings
+    assert warning["node"] == "3" and warning["text"].startswith("The LoRA of a hook changes nothing")
 
 
 def test_a_text_over_the_limit_is_told(server: Server) -> None:
