@@ -45,6 +45,6 @@ def tell_of_idle_hooks(patcher: Any, encoders: Sequence[str]) -> None:
 
 def _is_idle(hook: Any, patcher: Any) -> bool:
     """Whether a LoRA hook was to change a CLIP and does not. Other weight hooks bring their own names of weights."""
-    if not hook.need_weight_init or not hook.strength_clip:
+    if not hook.need_weight_init or not hook._strength_clip:  # without the schedule, which may begin with none of it
         return False
     return not patcher.hook_patches.get(hook.hook_ref) and any(map(_FOR_TEXT.match, hook.weights))

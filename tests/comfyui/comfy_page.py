@@ -11,7 +11,10 @@ from typing import Any
 
 PACK = "comfy-nai-t5"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-_PATIENCE = 240_000  # milliseconds; a busy machine starts a page slowly
+# Seconds: a busy machine starts a page slowly, and the bundled workflow calibrates a model.
+_PATIENCE, _RUN_PATIENCE = 120, 300
+# What the front end keeps of a run that failed: faults of inputs by node, and that of the node that was running.
+_ERRORS = "[app.lastExecutionError, ...Object.values(app.lastNodeErrors ?? {})].filter(Boolean)"
 
 
 class Page:
@@ -19,7 +22,7 @@ class Page:
 
     def __init__(self, page: Any) -> None:
         self.page = page
-        page.set_default_timeout(_PATIENCE)
+        page.set_default_timeout(_PATIENCE * 1000)
         self.faults: list[str] = []
         page.on("console", lambda told: told.type == "error" and self.faults.append(f"{told.text} {told.location}"))
         page.on("pageerror", lambda error: self.faults.append(f"{error} {error.stack}"))
@@ -28,12 +31,31 @@ class Page:
     def open(self, url: str) -> None:
         """Opens it, waits until our nodes are known, and empties the graph that it greets with."""
         self.page.goto(url, wait_until="domcontentloaded")
-        self.wait("Boolean(window.app?.graph && window.LiteGraph?.registered_node_types?.NAILoadT5)")
-        self.wait("app.graph.nodes.length > 0")
+        self.wait(
+            "Boolean(window.app?.graph && window.LiteGraph?.registered_node_types?.NAILoadT5)", "our nodes are known"
+        )
+        self.wait("app.graph.nodes.length > 0", "the first graph is shown")
         self.page.evaluate("app.graph.clear()")
 
-    def wait(self, condition: str, argument: Any = None) -> None:
-        self.page.wait_for_function(condition, arg=argument)
+    def wait(self, condition: str, what: str, argument: Any = None, seconds: int = _PATIENCE) -> None:
+        """Waits until a condition holds in the page; raises an AssertionError that says what did not come true."""
+        from playwright.sync_api import TimeoutError as TooLate
+
+        try:
+            self.page.wait_for_function(condition, arg=argument, timeout=seconds * 1000)
+        except TooLate:
+            raise AssertionError(f"after {seconds} s it is not so that {what}; the page told: {self.faults}") from None
+
+    def see(self, text: str, state: str = "visible") -> Any:
+        """The first element with exactly this text, when it is there; raises an AssertionError if it does not come."""
+        from playwright.sync_api import TimeoutError as TooLate
+
+        element = self.page.get_by_text(text, exact=True).first
+        try:
+            element.wait_for(state=state)
+        except TooLate:
+            raise AssertionError(f"after {_PATIENCE} s no {text!r} is {state}; the page told: {self.faults}") from None
+        return element
 
     def faults_of_ours(self) -> list[str]:
         return [fault for fault in self.faults if PACK in fault or "NAI" in fault]
@@ -51,23 +73,26 @@ class Page:
         area = self.page.locator("#graph-canvas").bounding_box()
         self.page.mouse.dblclick(area["x"] + area["width"] / 2, area["y"] + area["height"] / 2)
         self.page.keyboard.type(name, delay=20)
-        self.page.get_by_text(name, exact=True).first.wait_for()
+        self.see(name)
         self.page.keyboard.press("Enter")
-        self.wait("app.graph.nodes.length > 0")
+        self.wait("app.graph.nodes.length > 0", f"{name} is placed")
 
     def browse_templates(self) -> None:
         """Opens the template browser at this pack."""
         self.page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-        self.page.get_by_text(PACK, exact=True).first.click()
+        self.see(PACK).click()
 
-    def template(self, name: str) -> Any:
-        return self.page.get_by_text(name, exact=True).first
+    def open_template(self, name: str) -> None:
+        """Opens a workflow from the template browser, which shows it."""
+        self.see(name).click()
+        self.wait("app.graph.nodes.length > 0", f"{name} is opened")
 
     def show_workflow(self, path: Path) -> None:
         """Opens a workflow file."""
         workflow = json.loads(path.read_text(encoding="utf-8"))
         self.page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
-        self.wait("count => app.graph.nodes.length == count", len(workflow["nodes"]))
+        count = len(workflow["nodes"])
+        self.wait("count => app.graph.nodes.length == count", f"{path.stem} shows its {count} nodes", count)
 
     def fit(self) -> None:
         """Brings the whole graph into view, drawn in full at any scale."""
@@ -78,9 +103,24 @@ class Page:
         self.page.wait_for_timeout(1500)  # it moves there slowly
 
     def run(self) -> None:
-        """Runs the workflow, and waits until a picture is shown on a node."""
-        self.page.evaluate("app.queuePrompt(0)")
-        self.wait("app.graph.nodes.some(node => node.imgs?.length)")
+        """Runs the workflow, and waits until it has ended.
+
+        Raises:
+            AssertionError: the page shows an error, or no picture on any node.
+        """
+        self.page.evaluate(
+            "() => { window.hasEnded = false; for (const event of ['execution_success', 'execution_error'])"
+            " app.api.addEventListener(event, () => { window.hasEnded = true; }); app.queuePrompt(0); }"
+        )
+        self.wait(f"window.hasEnded || {_ERRORS}.length > 0", "the workflow has ended", seconds=_RUN_PATIENCE)
+        assert self.errors() == []
+        self.wait("app.graph.nodes.some(node => node.imgs?.length)", "a node shows a picture")
+
+    def errors(self) -> list[Any]:
+        """What the front end shows as the errors of the last run, and the nodes that it marks."""
+        self.page.wait_for_timeout(500)  # it learns of the end and of an error by two events
+        marked = self.page.evaluate("app.graph.nodes.filter(node => node.has_errors).map(node => node.type)")
+        return [*self.page.evaluate(_ERRORS), *marked]
 
     def picture(self, path: Path, **options: Any) -> None:
         self.page.screenshot(path=path, **options)
@@ -100,7 +140,7 @@ def open_page(width: int = 1400, height: int = 900) -> Iterator[Page]:
 
     with sync_playwright() as playwright:
         options = ["--no-sandbox", "--disable-gpu"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options, timeout=_PATIENCE)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options, timeout=_PATIENCE * 1000)
         try:
             yield Page(browser.new_page(viewport={"width": width, "height": height}))
         finally:

@@ -45,15 +45,26 @@ def test_a_node_is_found_and_placed(name: str, page: Page) -> None:
 def test_a_template_is_opened_and_runs(page: Page, server: Server, tmp_path: Path) -> None:
     page.browse_templates()
     for path in WORKFLOWS:
-        page.template(path.stem).wait_for(state="attached")
-    page.template("t5_try_it").click()
-    page.wait("app.graph.nodes.length > 0")
+        page.see(path.stem, "attached")
+    page.open_template("t5_try_it")
     assert {"NAILoadT5", "NAIT5Encode", "NAIT5TokenCount", "NAIT5PrecisionReport"} <= set(page.node_types())
     assert page.missing_nodes() == []
     page.run()
     page.fit()
     page.picture(tmp_path / "ran.png")
     assert (server.base / "output" / "t5_embeddings" / "fox.safetensors").is_file()
+
+
+def test_errors_of_a_run_are_seen(page: Page) -> None:
+    """That a run which fails is no success to these tests: at a node, and before any has run."""
+    page.show_workflow(ROOT / "example_workflows" / "t5_try_it.json")
+    loader = "app.graph.nodes.find(node => node.type == 'NAILoadT5').widgets.find(widget => widget.name == 'family')"
+    messages = {"no such family": "not in list", "wan": "Wan was trained with"}  # before any node runs, and in one
+    for family, message in messages.items():
+        page.page.evaluate(f"{loader}.value = {family!r}")
+        with pytest.raises(AssertionError, match=message):
+            page.run()
+    page.faults.clear()  # those errors, which the page tells in its console as well
 
 
 def test_every_bundled_workflow_opens(page: Page) -> None:
