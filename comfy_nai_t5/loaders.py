@@ -19,6 +19,7 @@ from comfy_nai_t5.choices import Settings
 from comfy_nai_t5.clip import T5Clip, is_streamed, t5_models, with_our_t5
 from comfy_nai_t5.families import AUTO, ServerFamily, check_joint, family_for, server_config
 from comfy_nai_t5.plain import SPECIAL_TOKENS, TOKENIZER
+from nai_t5_core.config import T5Config
 from nai_t5_core.precision import is_finite, resolve_dtype
 
 _NO_TOKENIZER = (
@@ -53,6 +54,7 @@ def load_t5(
     settings = settings or Settings()
     checkpoint = read_checkpoint(path)
     clip = stock_clip(checkpoint, family_for(checkpoint.config, family), settings.device, disable_dynamic)
+    del checkpoint  # the file's tensors, which must not be in memory beside those that they are cast to
     _store(clip, settings)
     _remember(clip, load_t5, path, family, settings)
     return with_our_t5(clip, settings)
@@ -135,9 +137,27 @@ def load_with_clip(
         ValueError: no fitting T5 among the files, too many or too few of them, a damaged one; impossible settings.
     """
     settings = settings or Settings()
-    config = None
     options = {**device_options(settings.device), **(model_options or {})}
-    states = []
+    states, config = _read_all(paths, options)
+    check_joint(family, len(paths), config)
+    clip = comfy.sd.load_text_encoder_state_dicts(
+        states,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        clip_type=getattr(comfy.sd.CLIPType, family.upper()),
+        model_options=options,
+        **({"disable_dynamic": True} if disable_dynamic else {}),
+    )
+    del states
+    _store(clip, settings)
+    _remember(clip, load_with_clip, paths, family, settings, model_options)
+    return with_our_t5(clip, settings)
+
+
+def _read_all(
+    paths: Sequence[str | Path], options: dict[str, Any]
+) -> tuple[list[dict[str, torch.Tensor]], T5Config | None]:
+    """The tensors of each file, and the config of the T5 among them, whose options are put to the others."""
+    states, config = [], None
     for path in paths:
         if not holds_t5(path):
             states.append(_other_encoder(path))
@@ -147,17 +167,7 @@ def load_with_clip(
         states.append(checkpoint.state)
         options["t5xxl_model_config"] = server_config(config)
         options |= {f"t5xxl_{name}": value for name, value in checkpoint.model_options.items()}
-    check_joint(family, len(paths), config)
-    clip = comfy.sd.load_text_encoder_state_dicts(
-        states,
-        embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        clip_type=getattr(comfy.sd.CLIPType, family.upper()),
-        model_options=options,
-        **({"disable_dynamic": True} if disable_dynamic else {}),
-    )
-    _store(clip, settings)
-    _remember(clip, load_with_clip, paths, family, settings, model_options)
-    return with_our_t5(clip, settings)
+    return states, config
 
 
 def _other_encoder(path: str | Path) -> dict[str, torch.Tensor]:

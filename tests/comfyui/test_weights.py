@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,33 @@ def test_auto_keeps_weights_as_computed_in(tmp_path: Path, monkeypatch: pytest.M
     t5 = clip.cond_stage_model.t5xxl.transformer
     assert t5.encoder.block[0].layer[0].SelfAttention.q.weight.dtype == t5.shared.weight.dtype == torch.bfloat16
     assert t5.encoder.final_layer_norm.weight.dtype == torch.float32
+
+
+def bytes_alive() -> int:
+    """Of all tensors in this process, each storage counted once."""
+    gc.collect()
+    tensors = (thing for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter) and not thing.is_meta)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def test_casting_holds_one_tensor_twice_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from comfy_nai_t5 import loaders
+
+    path = toy_file(tmp_path, V1_1)
+    size = sum(tensor.nbytes for tensor in toy_state(V1_1).values())
+    cast, seen = loaders._cast, []
+
+    def watched(*arguments: Any) -> None:
+        seen.append(bytes_alive())
+        cast(*arguments)
+
+    monkeypatch.setattr(loaders, "_cast", watched)
+    before = bytes_alive()
+    clip = load(path, "mochi", monkeypatch, dtype="bfloat16")
+    assert len(seen) == 3 * 7 + 2 and max(seen) - before < 1.1 * size  # not those of the file as well
+    assert bytes_alive() - before < 0.6 * size  # four bytes became two
+    assert clip.cond_stage_model.t5xxl.transformer.shared.weight.dtype == torch.bfloat16
 
 
 def test_shards_and_files_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
