@@ -74,8 +74,12 @@ class Page:
         self.page.mouse.dblclick(area["x"] + area["width"] / 2, area["y"] + area["height"] / 2)
         self.page.keyboard.type(name, delay=20)
         self.see(name)
-        self.page.keyboard.press("Enter")
-        self.wait("app.graph.nodes.length > 0", f"{name} is placed")
+        for _ in range(_PATIENCE // 5):  # a busy page may show what it found and not be ready to take it
+            self.page.keyboard.press("Enter")
+            self.page.wait_for_timeout(5000)
+            if self.node_types():
+                return
+        raise AssertionError(f"after {_PATIENCE} s {name} is not placed; the page told: {self.faults}")
 
     def browse_templates(self) -> None:
         """Opens the template browser at this pack."""
@@ -113,7 +117,8 @@ class Page:
             " app.api.addEventListener(event, () => { window.hasEnded = true; }); app.queuePrompt(0); }"
         )
         self.wait(f"window.hasEnded || {_ERRORS}.length > 0", "the workflow has ended", seconds=_RUN_PATIENCE)
-        assert self.errors() == []
+        if errors := self.errors():
+            raise AssertionError(f"the page shows errors: {errors}")
         self.wait("app.graph.nodes.some(node => node.imgs?.length)", "a node shows a picture")
 
     def errors(self) -> list[Any]:
