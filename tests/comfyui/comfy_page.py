@@ -15,6 +15,28 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 _PATIENCE, _RUN_PATIENCE = 120, 300
 # What the front end keeps of a run that failed: faults of inputs by node, and that of the node that was running.
 _ERRORS = "[app.lastExecutionError, ...Object.values(app.lastNodeErrors ?? {})].filter(Boolean)"
+# Pixels of the window that bars may cover: left, top, right, bottom.
+_BARS = [90, 100, 40, 60]
+_FIT = """([left, top, right, bottom]) => {
+    const { canvas, graph } = app;
+    canvas.low_quality_zoom_threshold = 0;
+    canvas.min_font_size_for_lod = 0;
+    const title = LiteGraph.NODE_TITLE_HEIGHT;
+    const boxes = [...graph.nodes.map(({ pos, size }) => [pos[0], pos[1] - title, pos[0] + size[0], pos[1] + size[1]]),
+        ...graph.groups.map(({ pos, size }) => [pos[0], pos[1], pos[0] + size[0], pos[1] + size[1]])];
+    const edge = (index, most) => most(...boxes.map(box => box[index]));
+    const [x0, y0, x1, y1] = [edge(0, Math.min), edge(1, Math.min), edge(2, Math.max), edge(3, Math.max)];
+    // The page may be larger than the window, and scrolled.
+    document.documentElement.scrollTo(0, 0);
+    document.body.scrollTo(0, 0);
+    const place = canvas.canvas.getBoundingClientRect();
+    const width = innerWidth - left - right, height = innerHeight - top - bottom;
+    const scale = Math.min(width / (x1 - x0), height / (y1 - y0));
+    canvas.ds.scale = scale;
+    canvas.ds.offset[0] = (left - place.left + width / 2) / scale - (x0 + x1) / 2;
+    canvas.ds.offset[1] = (top - place.top + height / 2) / scale - (y0 + y1) / 2;
+    canvas.setDirty(true, true);
+}"""
 
 
 class Page:
@@ -99,12 +121,9 @@ class Page:
         self.wait("count => app.graph.nodes.length == count", f"{path.stem} shows its {count} nodes", count)
 
     def fit(self) -> None:
-        """Brings the whole graph into view, drawn in full at any scale."""
-        self.page.evaluate(
-            "() => { app.canvas.low_quality_zoom_threshold = 0; app.canvas.min_font_size_for_lod = 0;"
-            " app.extensionManager.command.execute('Comfy.Canvas.FitView'); }"
-        )
-        self.page.wait_for_timeout(1500)  # it moves there slowly
+        """Brings the whole graph into view, between the bars of the page, drawn in full at any scale."""
+        self.page.evaluate(_FIT, _BARS)
+        self.page.wait_for_timeout(1500)  # it is drawn when the page has time
 
     def run(self) -> None:
         """Runs the workflow, and waits until it has ended.
