@@ -151,10 +151,10 @@ class Page:
 
 
 def greeted(base: Path) -> None:
-    """Tells a server that is not started yet that its user was here before, so that no tutorial covers the page."""
+    """Tells a server that is not started yet that its user was here before, so that nothing covers the page."""
     settings = base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}))
+    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}))
 
 
 @contextmanager

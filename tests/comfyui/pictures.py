@@ -1,4 +1,4 @@
-"""Takes the thumbnails of the bundled workflows, and the README's picture, from ComfyUI's page.
+"""Takes the thumbnails of the bundled workflows from ComfyUI's page.
 
 COMFYUI_PATH=… PYTHONPATH=.:tests python tests/comfyui/pictures.py
 """
@@ -6,13 +6,27 @@ COMFYUI_PATH=… PYTHONPATH=.:tests python tests/comfyui/pictures.py
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
 from comfy_page import Page, greeted, open_page
-from comfy_server import ROOT, WORKFLOWS, Server
+from comfy_server import WORKFLOWS, Server
 
 _RUN = "t5_try_it"
+
+
+# Where the files that the workflows name would lie.
+_FOLDERS = ("checkpoints", "diffusion_models", "text_encoders", "vae")
+
+
+def pretend_files(base: Path) -> None:
+    """Puts an empty file for every model that a workflow names, whose loaders would be shown as faulty without."""
+    names = {name for path in WORKFLOWS for name in re.findall(r'"([^"/]+\.safetensors)"', path.read_text("utf-8"))}
+    for folder in _FOLDERS:
+        (base / "models" / folder).mkdir(parents=True)
+        for name in names:
+            (base / "models" / folder / name).touch()
 
 
 def take(page: Page) -> None:
@@ -22,13 +36,13 @@ def take(page: Page) -> None:
         if path.stem == _RUN:
             page.run()
             page.page.wait_for_timeout(3000)  # the nodes behind the first picture
-            page.picture(ROOT / "docs" / "images" / "comfyui.jpg", type="jpeg", quality=70)
         page.picture(path.with_suffix(".jpg"), type="jpeg", quality=60)
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         greeted(Path(folder))
+        pretend_files(Path(folder))
         server = Server(os.environ["COMFYUI_PATH"], Path(folder))
         try:
             with open_page(1600, 900) as page:
