@@ -21,10 +21,14 @@ from nai_t5_core.text_cleaning import clean_text
 _ZEROS_WITHOUT_NEGATIVE = ("bria", "cogview3plus", "kandinsky3", "stable-audio")
 # Their call has a negative prompt, and runs `encode_prompt` a second time for it.
 _NEGATIVE_APART = ("flux", "hunyuanimage", "hunyuanvideo-1.5")
-# These cut the length to the tokenizer's own limit.
-_LIMITED_BY_TOKENIZER = ("hidream", "longcat-audiodit", "stable-audio")
-# The ids are put together by the pipeline; nothing is predicted, and each of its calls is a pass.
-_NOT_PREDICTED = ("glm-image",)
+# Their length is the tokenizer's own limit, if it has one.
+_LENGTH_OF_TOKENIZER = ("audioldm2", "longcat-audiodit", "stable-audio")
+_NO_LIMIT = 32768
+# This cuts the length to that limit.
+_LIMITED_BY_TOKENIZER = ("hidream",)
+# Nothing is predicted where the ids are put together by the pipeline, or hidden states of more layers are read: each of
+# its calls is a pass. Why words have no weights then.
+_NOT_PREDICTED = {"glm-image": "changes these prompts itself", "longcat-audiodit": "normalises each row"}
 # Each prompt goes alone and without pads into the encoder.
 _ONE_BY_ONE = ("bria",)
 # Why a prompt cannot be longer than one piece.
@@ -152,11 +156,20 @@ class Request:
             [{name: chunk(rows, place) for name, rows in each.items()} for place in range(count)] for each in pieces
         ]
 
-    def cut_text(self, texts: list[str]) -> list[str]:
+    def cut_text(self, texts: Texts) -> Texts:
         """The end of each text that exceeds the length, behind the tokens that stay and their end token."""
-        rows = self._ids(texts)
-        kept = self.length - 1
-        return [self.tokenizer.decode(row[kept:-1]) if len(row) > kept + 1 else "" for row in rows]
+        kept = self._length_of(texts) - 1
+
+        def cut(ids: list[int]) -> str:
+            return self.tokenizer.decode(ids[kept:-1]) if len(ids) > kept + 1 else ""
+
+        return {name: [cut(ids) for ids in self._ids(rows)] for name, rows in texts.items()}
+
+    def _length_of(self, texts: Texts) -> int:
+        """Tokens per text of a run: all, negative ones too, are cut to the longest prompt where pads go no further."""
+        if self.row.pad_to != "longest":
+            return self.length
+        return min(self.length, max(len(ids) for ids in self._ids(texts["prompt"])))
 
     def _fits(self, text: str) -> bool:
         return len(self._ids([text])[0]) <= self.length
@@ -171,13 +184,13 @@ class Request:
     # Tokens
     # -----------------------------------------------------------------------------------------------------------------
 
-    def batches(self, texts: Iterable[list[str]]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def batches(self, texts: Iterable[Texts]) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Ids [prompts, length] and mask of all different texts, one batch for each length."""
         if self.row.name in _NOT_PREDICTED:
             return
         lengths: dict[int, dict[tuple[int, ...], tuple[Tensor, Tensor]]] = {}
         for each in texts:
-            for ids, mask in self._tokens(each):
+            for ids, mask in self._tokens(sum(each.values(), []), self._length_of(each)):
                 key = (*ids.tolist(), int(mask.sum()))
                 lengths.setdefault(len(ids), {})[key] = (ids, mask)
         for rows in lengths.values():
@@ -185,27 +198,29 @@ class Request:
 
     def batch(self, texts: list[str]) -> tuple[Tensor, Tensor | None]:
         """Ids and mask [texts, length] of texts that the pipeline pads to one length."""
-        return self._batch(self._tokens(texts))
+        return self._batch(self._tokens(texts, self.length))
 
     def _batch(self, rows: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
         ids, mask = (torch.stack(column).to(self.pipe._execution_device) for column in zip(*rows, strict=True))
         return ids, mask if self.row.encoder_mask else None
 
-    def _tokens(self, texts: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _tokens(self, texts: list[str], length: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids and mask of each text, as the pipeline's tokenizer gives them."""
         texts = self.cleaned(texts)
         if self.row.text_cleaning in ("quoted", "double-quoted"):
             texts = [text for text in texts if text]  # nothing in quotes is not encoded
         calls = [[text] for text in texts] if self.row.name in _ONE_BY_ONE else [texts] if texts else []
-        padding = False if self.row.name in _ONE_BY_ONE else self.row.pad_to
+        padding = False if self.row.name in _ONE_BY_ONE else "max_length"
         for call in calls:
-            tokens = self.tokenizer(call, padding=padding, max_length=self.length, truncation=True, return_tensors="pt")
+            tokens = self.tokenizer(call, padding=padding, max_length=length, truncation=True, return_tensors="pt")
             yield from zip(tokens.input_ids, tokens.attention_mask, strict=True)
 
     def token_weights(self, word_weights: Mapping[str, float], texts: Iterable[str]) -> dict[tuple[int, ...], float]:
         """The weights by the words' token ids, which are the same at the beginning of a text and within it."""
         if not word_weights:
             return {}
+        if self.row.name in _NOT_PREDICTED:
+            raise ValueError(self.no_weights(_NOT_PREDICTED[self.row.name]))
         cleaned = self.cleaned(list(texts))
         weights = {}
         for words, weight in word_weights.items():
@@ -214,6 +229,10 @@ class Request:
             ids = self.tokenizer(self.cleaned([words])[0], add_special_tokens=False).input_ids
             weights[tuple(ids)] = weight
         return weights
+
+    def no_weights(self, reason: str) -> str:
+        """What to say where words can have none."""
+        return f"{type(self.pipe).__name__} {reason}, so that word_weights cannot be applied"
 
     def cleaned(self, texts: list[str]) -> list[str]:
         """The texts as the pipeline hands them to its tokenizer."""
@@ -229,11 +248,14 @@ class Request:
     @property
     def length(self) -> int:
         """Tokens per prompt, end token included."""
+        own = self.tokenizer.model_max_length
+        if self.row.name in _LENGTH_OF_TOKENIZER:
+            return int(own) if own <= _NO_LIMIT else self.row.max_length
         default = _parameters(self.pipe.encode_prompt).get("max_sequence_length")
         length = self.arguments.get("max_sequence_length", None if default is None else default.default)
         length = self.row.max_length if length is None else length
         if self.row.name in _LIMITED_BY_TOKENIZER:
-            return min(length, self.tokenizer.model_max_length)
+            return min(length, own)
         return int(length)
 
 
