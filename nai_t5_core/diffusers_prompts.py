@@ -112,15 +112,18 @@ def _encoded(
     request: Request, chunks: list[list[Texts]], weights: Mapping[tuple[int, ...], float]
 ) -> tuple[RowMemory, RowMemory]:
     """The rows of all texts: for the first chunks, and for those after them, where "" may stand for no text at all."""
-    first, later = RowMemory(), RowMemory()
+    first = RowMemory()
     encoder = getattr(request.pipe, request.component)
     for input_ids, attention_mask in request.batches(texts for each in chunks for texts in each):
-        hidden = weighted(encoder(input_ids, attention_mask)[0], input_ids, weights)
-        for memory in (first, later):
-            memory.add(input_ids, attention_mask, hidden)
-    if len(chunks[0]) > 1 and request.row.padding == "skip":
-        input_ids, attention_mask = request.batch([""])
-        later.add(input_ids, attention_mask, hidden.new_zeros(*input_ids.shape, hidden.shape[-1]))
+        hidden = encoder(input_ids, attention_mask)[0]
+        hidden = weighted(hidden, input_ids, weights) if weights else hidden
+        add = first.add_each_alone if request.asks_for_each_alone else first.add
+        add(input_ids, attention_mask, hidden)
+    if len(chunks[0]) == 1 or request.row.padding != "skip":
+        return first, first
+    later = first.copy()
+    input_ids, attention_mask = request.batch([""])
+    later.add(input_ids, attention_mask, hidden.new_zeros(*input_ids.shape, hidden.shape[-1]))
     return first, later
 
 

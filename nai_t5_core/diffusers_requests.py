@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nai_t5_core.diffusers_adapter import family_of
 from nai_t5_core.diffusers_outputs import OUTPUTS
@@ -113,7 +115,7 @@ class Request:
     @property
     def has_negative(self) -> bool:
         """Whether a run also encodes a negative prompt."""
-        takes_it = "negative_prompt" in _parameters(self.pipe.encode_prompt)
+        takes_it = "negative_prompt" in self._parameters
         return takes_it and bool(self.arguments.get("do_classifier_free_guidance", True))
 
     def _for_t5(self, run: Run, name: str) -> Any:
@@ -122,7 +124,11 @@ class Request:
 
     def _name_for_t5(self, name: str) -> str:
         own = name + self.component.removeprefix("text_encoder")
-        return own if own in _parameters(self.pipe.encode_prompt) else name
+        return own if own in self._parameters else name
+
+    @cached_property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        return _parameters(self.pipe.encode_prompt)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Chunks
@@ -185,32 +191,46 @@ class Request:
     # -----------------------------------------------------------------------------------------------------------------
 
     def batches(self, texts: Iterable[Texts]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Ids [prompts, length] and mask of all different texts, one batch for each length."""
+        """Ids [prompts, length] and mask of all different texts: one batch, or one for each length that they have."""
         if self.row.name in _NOT_PREDICTED:
             return
-        lengths: dict[int, dict[tuple[int, ...], tuple[Tensor, Tensor]]] = {}
+        rows = {}
         for each in texts:
             for ids, mask in self._tokens(sum(each.values(), []), self._length_of(each)):
-                key = (*ids.tolist(), int(mask.sum()))
-                lengths.setdefault(len(ids), {})[key] = (ids, mask)
-        for rows in lengths.values():
-            yield self._batch(rows.values())
+                rows[(*ids.tolist(), int(mask.sum()))] = (ids, mask)
+        # Where the mask hides nothing, a pad would be text.
+        hides = self.model.padding != "attend"
+        by_length = sorted(rows.values(), key=lambda row: len(row[0]))
+        for _, alike in groupby(by_length, key=lambda row: 0 if hides else len(row[0])):
+            yield self._batch(alike)
 
     def batch(self, texts: list[str]) -> tuple[Tensor, Tensor | None]:
         """Ids and mask [texts, length] of texts that the pipeline pads to one length."""
         return self._batch(self._tokens(texts, self.length))
 
     def _batch(self, rows: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
-        ids, mask = (torch.stack(column).to(self.pipe._execution_device) for column in zip(*rows, strict=True))
-        return ids, mask if self.row.encoder_mask else None
+        ids, mask = (
+            pad_sequence(list(column), batch_first=True).to(self._device) for column in zip(*rows, strict=True)
+        )
+        return ids, mask if self.row.encoder_mask or self.asks_for_each_alone else None
+
+    @property
+    def asks_for_each_alone(self) -> bool:
+        """Whether the pipeline encodes each prompt alone and without pads."""
+        return self.row.name in _ONE_BY_ONE
+
+    @cached_property
+    def _device(self) -> Any:
+        """Where the pipeline computes. It looks at every module for that, so it is asked once."""
+        return self.arguments.get("device") or self.pipe._execution_device
 
     def _tokens(self, texts: list[str], length: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids and mask of each text, as the pipeline's tokenizer gives them."""
         texts = self.cleaned(texts)
         if self.row.text_cleaning in ("quoted", "double-quoted"):
             texts = [text for text in texts if text]  # nothing in quotes is not encoded
-        calls = [[text] for text in texts] if self.row.name in _ONE_BY_ONE else [texts] if texts else []
-        padding = False if self.row.name in _ONE_BY_ONE else "max_length"
+        calls = [[text] for text in texts] if self.asks_for_each_alone else [texts] if texts else []
+        padding = False if self.asks_for_each_alone else "max_length"
         for call in calls:
             tokens = self.tokenizer(call, padding=padding, max_length=length, truncation=True, return_tensors="pt")
             yield from zip(tokens.input_ids, tokens.attention_mask, strict=True)
@@ -245,13 +265,13 @@ class Request:
     def tokenizer(self) -> Any:
         return getattr(self.pipe, self.component.replace("text_encoder", "tokenizer"))
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Tokens per prompt, end token included."""
         own = self.tokenizer.model_max_length
         if self.row.name in _LENGTH_OF_TOKENIZER:
             return int(own) if own <= _NO_LIMIT else self.row.max_length
-        default = _parameters(self.pipe.encode_prompt).get("max_sequence_length")
+        default = self._parameters.get("max_sequence_length")
         length = self.arguments.get("max_sequence_length", None if default is None else default.default)
         length = self.row.max_length if length is None else length
         if self.row.name in _LIMITED_BY_TOKENIZER:
@@ -301,12 +321,13 @@ def _arguments(pipe: Any, row: Family, prompt: str | list[str], options: dict[st
         "prompt_3": None,
         "do_classifier_free_guidance": True,
         "num_waveforms_per_prompt": 1,
-        "device": pipe._execution_device,
         "batch_size": 1 if isinstance(prompt, str) else len(prompt),
         "_cut_context": True,
         **{name: of_call[name].default for name in ("max_sequence_length", "clean_caption") if name in of_call},
     }
     defaults = {name: value for name, value in needed.items() if name in taken}
+    if "device" in taken and "device" not in options:
+        defaults["device"] = pipe._execution_device
     arguments = {**defaults, "prompt" if "prompt" in taken else "content_prompt": prompt, **options}
     missing = [
         name

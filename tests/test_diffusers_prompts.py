@@ -38,8 +38,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
-# Prompts that are not padded to one length need a pass for each length; GLM-Image puts its ids together itself.
-SEVERAL_PASSES = ("bria", "glm-image")
+SEVERAL_PASSES = ("glm-image",)  # puts its ids together itself
 NEED_QUOTES = ("hunyuanimage", "hunyuanvideo-1.5")
 
 
@@ -176,6 +175,18 @@ def test_a_wrong_prediction_changes_nothing(passes: list[int]) -> None:
     passes.clear()
     toy.encode_prompt(PROMPT)
     assert len(passes) == 1, "nothing is remembered after the call"
+
+
+def test_prompts_of_several_lengths_where_pads_are_text(passes: list[int]) -> None:
+    """Bria's are encoded without pads; with the policy "attend" each length needs a pass."""
+    toy = make("bria")
+    prompts = [PROMPT, "a fox", "cat", "dog"]
+    expected = toy.encode_prompt(prompts)
+    replace_text_encoder(toy.pipe, padding="attend")
+    result = encode_prompt(toy.pipe, **toy.encode_arguments(prompts))
+    assert_same(list(result.outputs.values()), expected, 1e-5)
+    lengths = {len(toy.tokenizer(text).input_ids) for text in [*prompts, NEGATIVE]}
+    assert len(passes) == len(lengths) > 1
 
 
 @pytest.mark.parametrize("name", ["flux", "pixart-sigma", "wan", "bria"])
