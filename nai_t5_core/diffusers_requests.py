@@ -196,7 +196,8 @@ class Request:
             return
         rows = {}
         for each in texts:
-            for ids, mask in self._tokens(sum(each.values(), []), self._length_of(each)):
+            of_both = [text for prompts in each.values() for text in prompts]
+            for ids, mask in self._tokens(of_both, self._length_of(each)):
                 rows[(*ids.tolist(), int(mask.sum()))] = (ids, mask)
         # Where the mask hides nothing, a pad would be text.
         hides = self.model.padding != "attend"

@@ -1,4 +1,4 @@
-"""Tiny random models and tokenizers under the names that diffusers' own tests ask the hub for, laid out as its cache."""
+"""Tiny random models under the names that diffusers' own tests ask the hub for, laid out as the hub's cache."""
 
 from __future__ import annotations
 
