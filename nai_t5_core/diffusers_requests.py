@@ -23,9 +23,9 @@ from nai_t5_core.text_cleaning import clean_text
 _ZEROS_WITHOUT_NEGATIVE = ("bria", "cogview3plus", "kandinsky3", "stable-audio")
 # Their call has a negative prompt, and runs `encode_prompt` a second time for it.
 _NEGATIVE_APART = ("flux", "hunyuanimage", "hunyuanvideo-1.5")
-# Their length is the tokenizer's own limit, if it has one.
+# Their length is the tokenizer's own limit; a greater number than this stands for none.
 _LENGTH_OF_TOKENIZER = ("audioldm2", "longcat-audiodit", "stable-audio")
-_NO_LIMIT = 32768
+_GREATEST_LIMIT = 32768
 # This cuts the length to that limit.
 _LIMITED_BY_TOKENIZER = ("hidream",)
 # Nothing is predicted where the ids are put together by the pipeline, or hidden states of more layers are read: each of
@@ -271,7 +271,7 @@ class Request:
         """Tokens per prompt, end token included."""
         own = self.tokenizer.model_max_length
         if self.row.name in _LENGTH_OF_TOKENIZER:
-            return int(own) if own <= _NO_LIMIT else self.row.max_length
+            return int(own) if own <= _GREATEST_LIMIT else self.row.max_length
         default = self._parameters.get("max_sequence_length")
         length = self.arguments.get("max_sequence_length", None if default is None else default.default)
         length = self.row.max_length if length is None else length

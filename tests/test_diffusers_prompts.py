@@ -132,6 +132,24 @@ def test_equal_prompts_are_encoded_once(passes: list[int]) -> None:
     )
 
 
+def test_the_device_is_asked_for_once() -> None:
+    """A pipeline looks at all modules of all its parts for an answer."""
+    toy = make("pixart-sigma")
+    asked = []
+
+    class Counting(type(toy.pipe)):  # type: ignore[misc]
+        @property
+        def _execution_device(self) -> torch.device:
+            asked.append(self)
+            device: torch.device = super()._execution_device
+            return device
+
+    pipe = Counting(**toy.pipe.components)
+    replace_text_encoder(pipe)
+    encode_prompt(pipe, PROMPT, negative_prompt=NEGATIVE)
+    assert len(asked) == 1
+
+
 def test_prompts_for_each_encoder(passes: list[int]) -> None:
     toy = make("sd3")
     options = {"prompt_2": "two", "prompt_3": "three foxes", "negative_prompt_3": "four", "negative_prompt": NEGATIVE}
