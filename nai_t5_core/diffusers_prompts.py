@@ -117,8 +117,11 @@ def _encoded(
     for input_ids, attention_mask in request.batches(texts for each in chunks for texts in each):
         hidden = encoder(input_ids, attention_mask)[0]
         hidden = weighted(hidden, input_ids, weights) if weights else hidden
-        add = first.add_each_alone if request.asks_for_each_alone else first.add
-        add(input_ids, attention_mask, hidden)
+        if request.asks_for_each_alone:
+            assert attention_mask is not None
+            first.add_each_alone(input_ids, attention_mask, hidden)
+        else:
+            first.add(input_ids, attention_mask, hidden)
     if len(chunks[0]) == 1 or request.row.padding != "skip":
         return first, first
     later = first.copy()

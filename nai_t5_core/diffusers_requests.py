@@ -198,7 +198,8 @@ class Request:
         for each in texts:
             of_both = [text for prompts in each.values() for text in prompts]
             for ids, mask in self._tokens(of_both, self._length_of(each)):
-                rows[(*ids.tolist(), int(mask.sum()))] = (ids, mask)
+                key = (*ids.tolist(), int(mask.sum()))
+                rows[key] = (ids, mask)
         # Where the mask hides nothing, a pad would be text.
         hides = self.model.padding != "attend"
         by_length = sorted(rows.values(), key=lambda row: len(row[0]))
