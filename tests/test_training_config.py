@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
 from toy_training import SIZES, config_in, toml, write_data
 
 from nai_t5_core.config import T5Config
-from nai_t5_core.training.config import ModelSection, read_config
+from nai_t5_core.training.config import read_config
 from nai_t5_core.training.start import first_model
 
 
@@ -49,8 +46,6 @@ def test_config_paths_start_at_its_folder(folder: Path) -> None:
         ("steps = 6", "steps = ", "cannot be read as TOML"),
         ("steps = 6", "steps = 6\ndropout = 1.0", "dropout: Input should be less than 1"),
         ("steps = 6", 'steps = 6\ndropout = 0.1\nattention = "flex"', "flex attention has no dropout"),
-        ("[model]", "[model]\nmatching_heads = 5", "model: matching_heads is 5, and sizes have 4 heads in a layer"),
-        ("[model]", "[model]\nmatching_heads = -1", "model.matching_heads: Input should be greater"),
     ],
 )
 def test_mistakes_in_a_config(folder: Path, old: str, new: str, message: str) -> None:
@@ -68,26 +63,6 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
     small = config.model_copy(update={"model": config.model.model_copy(update={"sizes": sizes})})
     with pytest.raises(ValueError, match="the tokenizer has 4096 tokens, the model 100"):
         first_model(small)
-
-
-def test_weights_of_a_source_have_their_own_heads() -> None:
-    with pytest.raises(ValueError, match="matching_heads is 1, and source brings its own heads"):
-        ModelSection(source="google/t5", matching_heads=1)
-
-
-@torch.no_grad()
-def test_matching_heads_attend_to_like_tokens(folder: Path) -> None:
-    """In the first three heads of four, most tokens' largest logit is that with their like; by chance, one in 64."""
-    config = config_in(folder)
-    section = config.model.model_copy(update={"matching_heads": 3})
-    model, _ = first_model(config.model_copy(update={"model": section}))
-    tokens = F.rms_norm(torch.randn(64, 32, generator=torch.Generator().manual_seed(3)), (32,))
-    block: Any
-    for block in model.encoder.block:
-        attention = block.layer[0].SelfAttention
-        q, k = (project(tokens).unflatten(-1, (4, 8)).transpose(0, 1) for project in (attention.q, attention.k))
-        finds_like = ((q @ k.mT).argmax(dim=-1) == torch.arange(64)).float().mean(dim=-1)
-        assert (finds_like[:3] > 0.5).all() and finds_like[3] < 0.1
 
 
 def test_the_config_in_the_docs_is_one(tmp_path: Path) -> None:

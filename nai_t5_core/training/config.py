@@ -40,13 +40,11 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """What is trained: the weights of ``source``, a hub id, folder or file; or random ones of these ``sizes``.
 
-    ``tokenizer`` is a file or folder; by default the one that comes with ``source``. Random weights may begin with
-    ``matching_heads`` in every encoder layer: heads that attend to tokens like the one they read for.
+    ``tokenizer`` is a file or folder; by default the one that comes with ``source``.
     """
 
     source: Annotated[str | None, AfterValidator(_local_source)] = None
     sizes: T5Config | None = None
-    matching_heads: int = Field(default=0, ge=0)
     tokenizer: ConfigPath | None = None
 
     @model_validator(mode="after")
@@ -57,10 +55,6 @@ class ModelSection(_Section):
             raise ValueError("sizes.num_decoder_layers is 0 or absent: a decoder is needed to train")
         if self.sizes is not None and self.tokenizer is None:
             raise ValueError("sizes without a tokenizer; give the path of a spiece.model or tokenizer.json")
-        heads = 0 if self.sizes is None else self.sizes.num_heads
-        if self.matching_heads > heads:
-            told = "source brings its own heads" if self.sizes is None else f"sizes have {heads} heads in a layer"
-            raise ValueError(f"matching_heads is {self.matching_heads}, and {told}")
         return self
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from nai_t5_core.layers import NoInit
@@ -25,7 +23,6 @@ def first_model(config: TrainConfig) -> tuple[T5, Tokenizer]:
         model = T5(section.sizes, "separate", NoInit, device="cpu", dtype=torch.float32)
         # On the CPU, so that the same seed gives the same weights everywhere.
         model.init_weights(torch.Generator().manual_seed(config.seed))
-        let_heads_match(model, section.matching_heads)
         tokenizer = own
     else:
         loaded = load_whole(section.source, torch.float32, "cpu", layout="separate")
@@ -41,21 +38,3 @@ def first_model(config: TrainConfig) -> tuple[T5, Tokenizer]:
             "they do not go together"
         )
     return model.train(), tokenizer
-
-
-@torch.no_grad()
-def let_heads_match(model: T5, heads: int) -> None:
-    """Makes the first heads of every encoder layer attend to tokens like the one they read for, itself among them.
-
-    Their queries begin as their keys, to scale (Mimetic Initialization of Self-Attention Layers, Trockman and Kolter,
-    2023). A small model may else not find in any reasonable time that a word of a question is a word of the text.
-
-    Args:
-        model: in the separate layout, with random weights.
-        heads: how many in each layer; none by default.
-    """
-    d_kv = model.config.d_kv
-    for block in model.encoder.block:
-        attention: Any = block.layer[0].SelfAttention
-        rows = heads * d_kv
-        attention.q.weight[:rows] = attention.k.weight[:rows] * d_kv**-0.5
