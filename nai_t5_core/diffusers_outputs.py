@@ -58,10 +58,18 @@ class EncodedPrompt(Mapping[str, Any]):
     Attributes:
         outputs: all that the pipeline's ``encode_prompt`` gave, by name, in its order.
         cut_text: what the T5 has not seen of each prompt because it is too long; "" where it has seen all.
+        negative_cut_text: the same of each negative prompt; empty where the T5 got none.
     """
 
-    def __init__(self, outputs: dict[str, Any], cut_text: list[str], arguments: dict[str, Any], pipeline: str) -> None:
-        self.outputs, self.cut_text = outputs, cut_text
+    def __init__(
+        self,
+        outputs: dict[str, Any],
+        cut_text: list[str],
+        negative_cut_text: list[str],
+        arguments: dict[str, Any],
+        pipeline: str,
+    ) -> None:
+        self.outputs, self.cut_text, self.negative_cut_text = outputs, cut_text, negative_cut_text
         self._arguments, self._pipeline = arguments, pipeline
 
     def _taken(self) -> dict[str, Any]:

@@ -54,12 +54,12 @@ def encode_prompt(
     Returns:
         What the call takes: ``pipe(**encode_prompt(pipe, …), …)``. ``outputs`` holds all that the pipeline's function
         gives, in its order: shapes, dtypes and masks are those of the pipeline, and with the policy ``"skip"``, rows of
-        pads that it would keep are zeros. ``cut_text`` tells what is too long.
+        pads that it would keep are zeros. ``cut_text`` and ``negative_cut_text`` tell what is too long.
 
     Raises:
         ValueError: another pipeline, one whose T5 is not ours, no prompt, an option that its ``encode_prompt`` has
-            not, words that stand in no prompt, a prompt that is changed in unforeseen ways before it is weighted, or
-            ``max_chunks`` for a family whose model takes no longer text.
+            not, words that stand in no prompt, a prompt that is changed in unforeseen ways before it is weighted,
+            weights for a family that cannot have them, or ``max_chunks`` for one whose model takes no longer text.
     """
     request = Request.of(pipe, prompt, options)
     runs = request.runs()
@@ -71,12 +71,12 @@ def encode_prompt(
     for run, chunks_of_run in zip(runs, chunks, strict=True):
         outputs |= _results(request, run, chunks_of_run, memories)
     if weights and any(memory.missed for memory in memories):
-        raise ValueError(f"{type(pipe).__name__} changes these prompts itself, so that word_weights cannot be applied")
+        raise ValueError(request.no_weights("changes these prompts itself"))
     if request.row.name == "stable-audio":
         arguments = _before_projection(request, chunks[0], memories)
     else:
         arguments = call_arguments(pipe, request.row.name, request.arguments, outputs)
-    return EncodedPrompt(outputs, _cut(request, chunks), arguments, type(pipe).__name__)
+    return EncodedPrompt(outputs, *_cut(request, chunks), arguments, type(pipe).__name__)
 
 
 def cut_text(pipe: Any, prompt: str | list[str], **options: Any) -> list[str]:
@@ -84,6 +84,15 @@ def cut_text(pipe: Any, prompt: str | list[str], **options: Any) -> list[str]:
 
     Arguments and errors as for :func:`encode_prompt`; the text is that of the tokens, so it may be written differently.
     """
+    return _cut_whole(pipe, prompt, options)[0]
+
+
+def negative_cut_text(pipe: Any, prompt: str | list[str], **options: Any) -> list[str]:
+    """The same of each negative prompt; an empty list where the T5 gets none."""
+    return _cut_whole(pipe, prompt, options)[1]
+
+
+def _cut_whole(pipe: Any, prompt: str | list[str], options: dict[str, Any]) -> tuple[list[str], list[str]]:
     request = Request.of(pipe, prompt, options)
     return _cut(request, [[request.texts(run)] for run in request.runs()])
 
@@ -103,17 +112,21 @@ def _encoded(
     request: Request, chunks: list[list[Texts]], weights: Mapping[tuple[int, ...], float]
 ) -> tuple[RowMemory, RowMemory]:
     """The rows of all texts: for the first chunks, and for those after them, where "" may stand for no text at all."""
-    first, later = RowMemory(), RowMemory()
+    first = RowMemory()
     encoder = getattr(request.pipe, request.component)
-    for input_ids, attention_mask in request.batches(
-        rows for each in chunks for texts in each for rows in texts.values()
-    ):
-        hidden = weighted(encoder(input_ids, attention_mask)[0], input_ids, weights)
-        for memory in (first, later):
-            memory.add(input_ids, attention_mask, hidden)
-    if len(chunks[0]) > 1 and request.row.padding == "skip":
-        input_ids, attention_mask = request.batch([""])
-        later.add(input_ids, attention_mask, hidden.new_zeros(*input_ids.shape, hidden.shape[-1]))
+    for input_ids, attention_mask in request.batches(texts for each in chunks for texts in each):
+        hidden = encoder(input_ids, attention_mask)[0]
+        hidden = weighted(hidden, input_ids, weights) if weights else hidden
+        if request.asks_for_each_alone:
+            assert attention_mask is not None
+            first.add_each_alone(input_ids, attention_mask, hidden)
+        else:
+            first.add(input_ids, attention_mask, hidden)
+    if len(chunks[0]) == 1 or request.row.padding != "skip":
+        return first, first
+    later = first.copy()
+    input_ids, attention_mask = request.batch([""])
+    later.add(input_ids, attention_mask, hidden.new_zeros(*input_ids.shape, hidden.shape[-1]))
     return first, later
 
 
@@ -154,13 +167,15 @@ def _before_projection(request: Request, chunks: list[Texts], memories: tuple[Ro
     return join_chunks(parts, request.length)
 
 
-def _cut(request: Request, chunks: list[list[Texts]]) -> list[str]:
-    """What is cut off of the prompts; only the last chunk of one can be too long."""
-    for each in chunks:
-        rows = [request.cut_text(next(iter(texts.values()))) for texts in each if texts]
-        if rows:
-            return ["".join(cuts) for cuts in zip(*rows, strict=True)]
-    return []
+def _cut(request: Request, chunks: list[list[Texts]]) -> tuple[list[str], list[str]]:
+    """What is cut off of prompts and of negative prompts; of a text in chunks only the last can be too long."""
+    cut: dict[bool, list[str]] = {}
+    for run, chunks_of_run in zip(request.runs(), chunks, strict=True):
+        pieces = [request.cut_text(texts) for texts in chunks_of_run]
+        for name in pieces[0]:
+            is_negative = run.naming.format(name).startswith("negative_")
+            cut[is_negative] = ["".join(ends) for ends in zip(*(piece[name] for piece in pieces), strict=True)]
+    return cut.get(False, []), cut.get(True, [])
 
 
 def _all(texts: Texts) -> Iterable[str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nai_t5_core.diffusers_adapter import family_of
 from nai_t5_core.diffusers_outputs import OUTPUTS
@@ -21,10 +23,14 @@ from nai_t5_core.text_cleaning import clean_text
 _ZEROS_WITHOUT_NEGATIVE = ("bria", "cogview3plus", "kandinsky3", "stable-audio")
 # Their call has a negative prompt, and runs `encode_prompt` a second time for it.
 _NEGATIVE_APART = ("flux", "hunyuanimage", "hunyuanvideo-1.5")
-# These cut the length to the tokenizer's own limit.
-_LIMITED_BY_TOKENIZER = ("hidream", "longcat-audiodit", "stable-audio")
-# The ids are put together by the pipeline; nothing is predicted, and each of its calls is a pass.
-_NOT_PREDICTED = ("glm-image",)
+# Their length is the tokenizer's own limit; a greater number than this stands for none.
+_LENGTH_OF_TOKENIZER = ("audioldm2", "longcat-audiodit", "stable-audio")
+_GREATEST_LIMIT = 32768
+# This cuts the length to that limit.
+_LIMITED_BY_TOKENIZER = ("hidream",)
+# Nothing is predicted where the ids are put together by the pipeline, or hidden states of more layers are read: each of
+# its calls is a pass. Why words have no weights then.
+_NOT_PREDICTED = {"glm-image": "changes these prompts itself", "longcat-audiodit": "normalises each row"}
 # Each prompt goes alone and without pads into the encoder.
 _ONE_BY_ONE = ("bria",)
 # Why a prompt cannot be longer than one piece.
@@ -109,7 +115,7 @@ class Request:
     @property
     def has_negative(self) -> bool:
         """Whether a run also encodes a negative prompt."""
-        takes_it = "negative_prompt" in _parameters(self.pipe.encode_prompt)
+        takes_it = "negative_prompt" in self._parameters
         return takes_it and bool(self.arguments.get("do_classifier_free_guidance", True))
 
     def _for_t5(self, run: Run, name: str) -> Any:
@@ -118,7 +124,11 @@ class Request:
 
     def _name_for_t5(self, name: str) -> str:
         own = name + self.component.removeprefix("text_encoder")
-        return own if own in _parameters(self.pipe.encode_prompt) else name
+        return own if own in self._parameters else name
+
+    @cached_property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        return _parameters(self.pipe.encode_prompt)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Chunks
@@ -152,11 +162,20 @@ class Request:
             [{name: chunk(rows, place) for name, rows in each.items()} for place in range(count)] for each in pieces
         ]
 
-    def cut_text(self, texts: list[str]) -> list[str]:
+    def cut_text(self, texts: Texts) -> Texts:
         """The end of each text that exceeds the length, behind the tokens that stay and their end token."""
-        rows = self._ids(texts)
-        kept = self.length - 1
-        return [self.tokenizer.decode(row[kept:-1]) if len(row) > kept + 1 else "" for row in rows]
+        kept = self._length_of(texts) - 1
+
+        def cut(ids: list[int]) -> str:
+            return self.tokenizer.decode(ids[kept:-1]) if len(ids) > kept + 1 else ""
+
+        return {name: [cut(ids) for ids in self._ids(rows)] for name, rows in texts.items()}
+
+    def _length_of(self, texts: Texts) -> int:
+        """Tokens per text of a run: all, negative ones too, are cut to the longest prompt where pads go no further."""
+        if self.row.pad_to != "longest":
+            return self.length
+        return min(self.length, max(len(ids) for ids in self._ids(texts["prompt"])))
 
     def _fits(self, text: str) -> bool:
         return len(self._ids([text])[0]) <= self.length
@@ -171,41 +190,59 @@ class Request:
     # Tokens
     # -----------------------------------------------------------------------------------------------------------------
 
-    def batches(self, texts: Iterable[list[str]]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Ids [prompts, length] and mask of all different texts, one batch for each length."""
+    def batches(self, texts: Iterable[Texts]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Ids [prompts, length] and mask of all different texts: one batch, or one for each length that they have."""
         if self.row.name in _NOT_PREDICTED:
             return
-        lengths: dict[int, dict[tuple[int, ...], tuple[Tensor, Tensor]]] = {}
+        rows = {}
         for each in texts:
-            for ids, mask in self._tokens(each):
+            of_both = [text for prompts in each.values() for text in prompts]
+            for ids, mask in self._tokens(of_both, self._length_of(each)):
                 key = (*ids.tolist(), int(mask.sum()))
-                lengths.setdefault(len(ids), {})[key] = (ids, mask)
-        for rows in lengths.values():
-            yield self._batch(rows.values())
+                rows[key] = (ids, mask)
+        # Where the mask hides nothing, a pad would be text.
+        hides = self.model.padding != "attend"
+        by_length = sorted(rows.values(), key=lambda row: len(row[0]))
+        for _, alike in groupby(by_length, key=lambda row: 0 if hides else len(row[0])):
+            yield self._batch(alike)
 
     def batch(self, texts: list[str]) -> tuple[Tensor, Tensor | None]:
         """Ids and mask [texts, length] of texts that the pipeline pads to one length."""
-        return self._batch(self._tokens(texts))
+        return self._batch(self._tokens(texts, self.length))
 
     def _batch(self, rows: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
-        ids, mask = (torch.stack(column).to(self.pipe._execution_device) for column in zip(*rows, strict=True))
-        return ids, mask if self.row.encoder_mask else None
+        ids, mask = (
+            pad_sequence(list(column), batch_first=True).to(self._device) for column in zip(*rows, strict=True)
+        )
+        return ids, mask if self.row.encoder_mask or self.asks_for_each_alone else None
 
-    def _tokens(self, texts: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    @property
+    def asks_for_each_alone(self) -> bool:
+        """Whether the pipeline encodes each prompt alone and without pads."""
+        return self.row.name in _ONE_BY_ONE
+
+    @cached_property
+    def _device(self) -> Any:
+        """Where the pipeline computes. It looks at every module for that, so it is asked once."""
+        return self.arguments.get("device") or self.pipe._execution_device
+
+    def _tokens(self, texts: list[str], length: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids and mask of each text, as the pipeline's tokenizer gives them."""
         texts = self.cleaned(texts)
         if self.row.text_cleaning in ("quoted", "double-quoted"):
             texts = [text for text in texts if text]  # nothing in quotes is not encoded
-        calls = [[text] for text in texts] if self.row.name in _ONE_BY_ONE else [texts] if texts else []
-        padding = False if self.row.name in _ONE_BY_ONE else self.row.pad_to
+        calls = [[text] for text in texts] if self.asks_for_each_alone else [texts] if texts else []
+        padding = False if self.asks_for_each_alone else "max_length"
         for call in calls:
-            tokens = self.tokenizer(call, padding=padding, max_length=self.length, truncation=True, return_tensors="pt")
+            tokens = self.tokenizer(call, padding=padding, max_length=length, truncation=True, return_tensors="pt")
             yield from zip(tokens.input_ids, tokens.attention_mask, strict=True)
 
     def token_weights(self, word_weights: Mapping[str, float], texts: Iterable[str]) -> dict[tuple[int, ...], float]:
         """The weights by the words' token ids, which are the same at the beginning of a text and within it."""
         if not word_weights:
             return {}
+        if self.row.name in _NOT_PREDICTED:
+            raise ValueError(self.no_weights(_NOT_PREDICTED[self.row.name]))
         cleaned = self.cleaned(list(texts))
         weights = {}
         for words, weight in word_weights.items():
@@ -214,6 +251,10 @@ class Request:
             ids = self.tokenizer(self.cleaned([words])[0], add_special_tokens=False).input_ids
             weights[tuple(ids)] = weight
         return weights
+
+    def no_weights(self, reason: str) -> str:
+        """What to say where words can have none."""
+        return f"{type(self.pipe).__name__} {reason}, so that word_weights cannot be applied"
 
     def cleaned(self, texts: list[str]) -> list[str]:
         """The texts as the pipeline hands them to its tokenizer."""
@@ -226,14 +267,17 @@ class Request:
     def tokenizer(self) -> Any:
         return getattr(self.pipe, self.component.replace("text_encoder", "tokenizer"))
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Tokens per prompt, end token included."""
-        default = _parameters(self.pipe.encode_prompt).get("max_sequence_length")
+        own = self.tokenizer.model_max_length
+        if self.row.name in _LENGTH_OF_TOKENIZER:
+            return int(own) if own <= _GREATEST_LIMIT else self.row.max_length
+        default = self._parameters.get("max_sequence_length")
         length = self.arguments.get("max_sequence_length", None if default is None else default.default)
         length = self.row.max_length if length is None else length
         if self.row.name in _LIMITED_BY_TOKENIZER:
-            return min(length, self.tokenizer.model_max_length)
+            return min(length, own)
         return int(length)
 
 
@@ -279,12 +323,13 @@ def _arguments(pipe: Any, row: Family, prompt: str | list[str], options: dict[st
         "prompt_3": None,
         "do_classifier_free_guidance": True,
         "num_waveforms_per_prompt": 1,
-        "device": pipe._execution_device,
         "batch_size": 1 if isinstance(prompt, str) else len(prompt),
         "_cut_context": True,
         **{name: of_call[name].default for name in ("max_sequence_length", "clean_caption") if name in of_call},
     }
     defaults = {name: value for name, value in needed.items() if name in taken}
+    if "device" in taken and "device" not in options:
+        defaults["device"] = pipe._execution_device
     arguments = {**defaults, "prompt" if "prompt" in taken else "content_prompt": prompt, **options}
     missing = [
         name

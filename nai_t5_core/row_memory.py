@@ -11,14 +11,23 @@ from torch import Tensor
 class RowMemory:
     """Rows of encoder output, each under the ids and the mask that it was computed from."""
 
-    def __init__(self) -> None:
-        self._rows: dict[tuple[bytes, bytes], Tensor] = {}
+    def __init__(self, rows: dict[tuple[bytes, bytes], Tensor] | None = None) -> None:
+        self._rows = rows or {}
         self.missed = False
         """Whether a batch was asked for that is not all here."""
 
     def add(self, input_ids: Tensor, attention_mask: Tensor | None, hidden: Tensor) -> None:
         """Keeps a batch: ids and mask [batch, length], hidden states [batch, length, d_model]."""
         self._rows.update(zip(_keys(input_ids, attention_mask), hidden, strict=True))
+
+    def add_each_alone(self, input_ids: Tensor, attention_mask: Tensor, hidden: Tensor) -> None:
+        """The same, each prompt without its pads."""
+        for ids, real, rows in zip(input_ids, attention_mask != 0, hidden, strict=True):
+            self.add(ids[real][None], None, rows[real][None])
+
+    def copy(self) -> RowMemory:
+        """Another with the same rows, to which others may be added."""
+        return RowMemory(dict(self._rows))
 
     def find(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """A new [batch, length, d_model], or None if a row is missing."""

@@ -13,7 +13,7 @@ from test_diffusers_families import READ_PADS, assert_same, other_prompt, prompt
 from toy_pipelines import NEGATIVE, PROMPT, TOYS, Toy, make
 
 from nai_t5_core.diffusers_adapter import replace_text_encoder
-from nai_t5_core.diffusers_prompts import adapted_families, cut_text, encode_prompt
+from nai_t5_core.diffusers_prompts import adapted_families, cut_text, encode_prompt, negative_cut_text
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -28,18 +28,17 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from nai_t5_core.encoder import Encoder
 
     rows: list[int] = []
-    real = Encoder.forward
+    real = Encoder._own_residual
 
-    def counting(self: Encoder, embeddings: torch.Tensor, *others: Any) -> torch.Tensor:
+    def counting(embeddings: torch.Tensor, *others: Any) -> torch.Tensor:
         rows.append(len(embeddings))
-        return real(self, embeddings, *others)
+        return real(embeddings, *others)
 
-    monkeypatch.setattr(Encoder, "forward", counting)
+    monkeypatch.setattr(Encoder, "_own_residual", staticmethod(counting))
     return rows
 
 
-# Prompts that are not padded to one length need a pass for each length; GLM-Image puts its ids together itself.
-SEVERAL_PASSES = ("bria", "longcat-audiodit", "audioldm2", "glm-image")
+SEVERAL_PASSES = ("glm-image",)  # puts its ids together itself
 NEED_QUOTES = ("hunyuanimage", "hunyuanvideo-1.5")
 
 
@@ -133,6 +132,24 @@ def test_equal_prompts_are_encoded_once(passes: list[int]) -> None:
     )
 
 
+def test_the_device_is_asked_for_once() -> None:
+    """A pipeline looks at all modules of all its parts for an answer."""
+    toy = make("pixart-sigma")
+    asked = []
+
+    class Counting(type(toy.pipe)):  # type: ignore[misc]
+        @property
+        def _execution_device(self) -> torch.device:
+            asked.append(self)
+            device: torch.device = super()._execution_device
+            return device
+
+    pipe = Counting(**toy.pipe.components)
+    replace_text_encoder(pipe)
+    encode_prompt(pipe, PROMPT, negative_prompt=NEGATIVE)
+    assert len(asked) == 1
+
+
 def test_prompts_for_each_encoder(passes: list[int]) -> None:
     toy = make("sd3")
     options = {"prompt_2": "two", "prompt_3": "three foxes", "negative_prompt_3": "four", "negative_prompt": NEGATIVE}
@@ -178,6 +195,18 @@ def test_a_wrong_prediction_changes_nothing(passes: list[int]) -> None:
     assert len(passes) == 1, "nothing is remembered after the call"
 
 
+def test_prompts_of_several_lengths_where_pads_are_text(passes: list[int]) -> None:
+    """Bria's are encoded without pads; with the policy "attend" each length needs a pass."""
+    toy = make("bria")
+    prompts = [PROMPT, "a fox", "cat", "dog"]
+    expected = toy.encode_prompt(prompts)
+    replace_text_encoder(toy.pipe, padding="attend")
+    result = encode_prompt(toy.pipe, **toy.encode_arguments(prompts))
+    assert_same(list(result.outputs.values()), expected, 1e-5)
+    lengths = {len(toy.tokenizer(text).input_ids) for text in [*prompts, NEGATIVE]}
+    assert len(passes) == len(lengths) > 1
+
+
 @pytest.mark.parametrize("name", ["flux", "pixart-sigma", "wan", "bria"])
 def test_word_weights(name: str, passes: list[int]) -> None:
     toy = make(name)
@@ -207,6 +236,10 @@ def test_weights_that_cannot_be_applied_are_told() -> None:
     replace_text_encoder(toy.pipe)
     with pytest.raises(ValueError, match="GlmImagePipeline changes these prompts itself"):
         encode_prompt(toy.pipe, "says 'fox'", word_weights={"fox": 2})
+    toy = make("longcat-audiodit")
+    replace_text_encoder(toy.pipe)
+    with pytest.raises(ValueError, match="normalises each row, so that word_weights cannot be applied"):
+        encode_prompt(toy.pipe, PROMPT, word_weights={"fox": 2})
 
 
 def test_cut_text() -> None:
@@ -219,6 +252,36 @@ def test_cut_text() -> None:
     kept = len(toy.tokenizer(long).input_ids) - len(toy.tokenizer(cut[1]).input_ids) + 1
     assert kept == 40
     assert cut_text(toy.pipe, long, max_sequence_length=300) == [""]
+
+
+@pytest.mark.parametrize("name", ["pixart-sigma", "flux", "sd3", "hunyuandit", "kandinsky3", "wan"])
+def test_cut_text_of_negative_prompts(name: str) -> None:
+    toy = make(name)
+    replace_text_encoder(toy.pipe)
+    long = "a red fox on a green hill " * 90
+    _, toy.call = own_options(toy)
+    both = encode_prompt(toy.pipe, ["a fox", long], negative_prompt=[long, "dog"])
+    assert both.cut_text[0] == both.negative_cut_text[1] == ""
+    assert both.cut_text[1] == both.negative_cut_text[0] and long.strip().endswith(both.cut_text[1].strip())
+    assert len(both.cut_text[1]) > 20
+    assert negative_cut_text(toy.pipe, "a fox", negative_prompt=long) == both.cut_text[1:]
+    none = encode_prompt(toy.pipe, long)
+    assert none.cut_text == both.cut_text[1:]
+    assert none.negative_cut_text == ([] if name in ("flux", "kandinsky3") else [""])  # those encode no empty one
+
+
+def test_negative_prompts_as_long_as_the_longest_prompt() -> None:
+    """AudioLDM 2 pads prompts to the longest, and cuts the negative ones to it."""
+    toy = make("audioldm2")
+    asked = []
+    toy.encoder.register_forward_pre_hook(lambda module, inputs: asked.append(inputs[0]), prepend=True)
+    negative = "a red fox on a green hill with two dogs"
+    toy.encode_prompt(["a fox", "a blue bird"], negative_prompt=[negative, "dog"])
+    seen = toy.tokenizer.decode(asked[1][0], skip_special_tokens=True)
+    replace_text_encoder(toy.pipe)
+    cut = negative_cut_text(toy.pipe, ["a fox", "a blue bird"], negative_prompt=[negative, "dog"], **toy.encode)
+    assert 0 < len(seen) < len(negative)
+    assert f"{seen} {cut[0]}" == negative and cut[1] == ""
 
 
 def test_what_is_not_known_is_said() -> None:

@@ -21,6 +21,7 @@ from toy_parts import (
     clip,
     drawn,
     flow,
+    llama,
     qwen_sizes,
     short_square,
     square,
@@ -114,17 +115,6 @@ def hidream() -> Toy:
         max_resolution=(32, 32),
         llama_layers=(0, 1),
     )
-    torch.manual_seed(0)
-    llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            pad_token_id=0,
-        )
-    )
     pipe = diffusers.HiDreamImagePipeline(
         flow(),
         tiny_vae(),
@@ -134,7 +124,7 @@ def hidream() -> Toy:
         tokenizer(77),
         text_encoder(),
         tokenizer(),
-        llama.eval(),
+        llama(),
         tokenizer(),
         drawn(transformer),
     )

@@ -173,6 +173,20 @@ def clip(with_projection: bool, positions: int = 77) -> Any:
     return kind(config).eval()
 
 
+def llama() -> Any:
+    """HiDream's fourth text encoder."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 def flow() -> Any:
     return schedulers.FlowMatchEulerDiscreteScheduler()
 

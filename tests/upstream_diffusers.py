@@ -14,20 +14,16 @@ What passes with theirs and not with ours is printed, and the exit status is 1 t
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 from xml.etree import ElementTree
 
 import typer
-from tokenizers.pre_tokenizers import ByteLevel
-from toy_pipelines import T5, UMT5, VOCABULARY, text_encoder, tokenizer
-from transformers import BertConfig, BertModel
+from upstream_hub import write_hub
 
 TESTS = Path(__file__).parent
 Outcomes = dict[str, str]
@@ -53,6 +49,17 @@ FAMILIES = {
     "cosmos": "cosmos/test_cosmos2_text2image.py",
     "skyreels-v2": "skyreels_v2/test_skyreels_v2.py",
     "bria": "bria/test_pipeline_bria.py",
+    "visualcloze": "visualcloze/test_pipeline_visualcloze_combined.py "
+    "visualcloze/test_pipeline_visualcloze_generation.py",
+    "hidream": "hidream_image/test_pipeline_hidream.py",
+    "deepfloyd-if": "deepfloyd_if/test_if.py deepfloyd_if/test_if_img2img.py deepfloyd_if/test_if_inpainting.py "
+    "deepfloyd_if/test_if_superresolution.py",
+    "helios": "helios/test_helios.py",
+    "hunyuanimage": "hunyuan_image_21/test_hunyuanimage.py",
+    "hunyuanvideo-1.5": "hunyuan_video1_5/test_hunyuan_1_5.py",
+    "stable-audio": "stable_audio/test_stable_audio.py",
+    "audioldm2": "audioldm2/test_audioldm2.py",
+    "longcat-audiodit": "longcat_audio_dit/test_longcat_audio_dit.py",
 }
 
 
@@ -118,58 +125,6 @@ def difference(stock: Outcomes, ours: Outcomes) -> str:
     gained = lost_tests(ours, stock)
     lost = lost_tests(stock, ours)
     return "none" if not gained and not lost else f"theirs {len(lost)}, ours {len(gained)}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The local hub
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def write_hub(hub: Path) -> None:
-    """Fills a folder with what the tests ask for, as if it had been downloaded."""
-    for name, write in _REPOSITORIES.items():
-        repository = hub / f"models--hf-internal-testing--{name}"
-        revision = "0" * 40
-        snapshot = repository / "snapshots" / revision
-        snapshot.mkdir(parents=True)
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text(revision)
-        write(snapshot)
-
-
-def _write_t5(folder: Path) -> None:
-    plain = T5.model_copy(update={"gated": False, "activation": "relu", "num_layers": 5})
-    text_encoder(plain).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-
-
-def _write_umt5(folder: Path) -> None:
-    text_encoder(UMT5).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-
-
-def _write_clip(folder: Path) -> None:
-    """A tokenizer of single bytes: its ids stay below the 1000 of the tests' text models."""
-    letters = sorted(ByteLevel.alphabet())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: place for place, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    values = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(values))
-
-
-def _write_bert(folder: Path) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
-    BertModel(BertConfig(vocab_size=VOCABULARY, **sizes)).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-
-
-_REPOSITORIES: dict[str, Callable[[Path], None]] = {
-    "tiny-random-t5": _write_t5,
-    "tiny-random-umt5": _write_umt5,
-    "tiny-random-clip": _write_clip,
-    "tiny-random-BertModel": _write_bert,
-}
 
 
 if __name__ == "__main__":
