@@ -19,8 +19,8 @@ from embedded.vocabulary import train_vocabulary
 
 SEED = 1
 CAPTIONS, TASKS, HELD_OUT = 60_000, 400_000, 2_000
-# Kinds of questions that a model this small does not learn in so short a time: of numbers and orders, and those that name
-# one of two things in a text, which has to be found by its name.
+# Kinds of questions that a model this small does not learn in so short a time: of numbers and orders, and those that
+# name one of two things in a text, which has to be found by its name.
 _TOO_HARD = re.compile(r"(larger of|in order|reverse|is there|how many|colour of [^:]+:).*")
 WORDINGS = ("{}", "{}?", "question: {}", "answer this: {}")
 
