@@ -46,7 +46,8 @@ def sentencepiece_model(metadata: Mapping[str, Any]) -> bytes | None:
     """
     facts = {key.removeprefix(_PREFIX): value for key, value in metadata.items() if key.startswith(_PREFIX)}
     columns = [facts.get(key, ()) for key in ("tokens", "scores", "token_type")]
-    if facts.get("model") != _UNIGRAM or len({len(column) for column in columns} - {0}) != 1:
+    lengths = {len(column) for column in columns}
+    if facts.get("model") != _UNIGRAM or len(lengths) != 1 or 0 in lengths:
         return None
     pieces = [(token.decode(), float(score), int(kind)) for token, score, kind in zip(*columns, strict=True)]
     ids = {field: facts.get(key, -1) for key, field in _SPECIAL.items()}
