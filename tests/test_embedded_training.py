@@ -107,11 +107,7 @@ def test_the_recipe_learns(config: TrainConfig) -> None:
     assert wrong_answers(trained.file, list(zip(questions, given, strict=True))) == []
 
 
-def test_the_model_in_the_package_answers_most_of_what_it_never_met() -> None:
+def test_the_model_in_the_package_answers_what_it_never_met() -> None:
     pairs = held_out_tasks(tasks.SEED + 1, 16_000)[:400]
     assert len(pairs) == 400
-    wrong = [question for question, _, _ in wrong_answers(EMBEDDED_MODEL, pairs)]
-    # Of two things that a text names, it does not find the one that is asked for.
-    unmatched = [question for question in wrong if "how many" in question or "colour of" in question]
-    assert len(wrong) <= 60
-    assert len(wrong) - len(unmatched) <= 20
+    assert len(wrong_answers(EMBEDDED_MODEL, pairs)) <= 20
