@@ -1,4 +1,4 @@
-"""The encoder compiled as one graph for each of a few token counts, so that no length of prompt compiles anew."""
+"""What torch compiles: the encoder, one graph for each of a few token counts, and the step of a lone text."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from nai_t5_core.attention_choice import FlexUnavailableError, missing_for_flex, refuse_unsupported
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.flex import BLOCK
 from nai_t5_core.int8 import Int8Linear
+from nai_t5_core.model import T5
 from nai_t5_core.optimize import PackedLinear
 from nai_t5_core.packing import TOKEN_BUCKETS
+from nai_t5_core.single_text import SingleTextDecoder
 
 # Graphs beyond the buckets: rows longer than the largest, and calls with gradients or under inference mode.
 _SPARE_GRAPHS = 8
@@ -48,12 +51,10 @@ def compile_stack(
     if not sizes or any(size < 1 or size % BLOCK for size in sizes) or list(sizes) != sorted(set(sizes)):
         raise ValueError(f"buckets={sizes}; they must be rising multiples of {BLOCK}, and at least one")
     refuse_unsupported(stack.device, stack.dtype, stack.config.d_kv)
-    if any(isinstance(module, PackedLinear | Int8Linear) for module in stack.modules()):
-        raise ValueError("the model is prepacked or quantised for this CPU already; load it with optimize=False")
+    _refuse_packed(stack)
     if missing := missing_for_flex(stack.device):
         raise FlexUnavailableError(f"the encoder cannot be compiled here: {missing}")
-    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
-        raise ValueError(f"torch {torch.__version__} cannot bound its compilations per model; update torch")
+    _refuse_old_torch()
     stack.buckets = sizes
     stack.encoder.compile(
         fullgraph=True,
@@ -65,6 +66,46 @@ def compile_stack(
         **options,
     )
     return stack
+
+
+def compile_single_text(model: T5, **options: Any) -> T5:
+    """Has torch compile the decoder's step for one prompt with one text, greedy or sampled, on the CPU.
+
+    It takes a few seconds when the first token is wanted, and again where a prompt or text is longer than any before by
+    so much that its keys get a larger bucket (128, 256, 512 …). Beams and several prompts run as before. Call it before
+    the model is prepacked, and after its weights were changed for the last time.
+
+    Args:
+        options: passed on to torch.compile.
+
+    Returns:
+        The same model, changed.
+
+    Raises:
+        ValueError: the model is not on the CPU, in float16, prepacked or quantised, or torch is too old.
+        FlexUnavailableError: there is no compiler.
+    """
+    if model.device.type != "cpu" or model.dtype == torch.float16:
+        raise ValueError(
+            f"the model is in {model.dtype} on {model.device}; one text at a time is compiled on the CPU in bfloat16 "
+            "or float32"
+        )
+    _refuse_packed(model.decoder)
+    _refuse_old_torch()
+    if missing := missing_for_flex(model.device):
+        raise FlexUnavailableError(f"the decoder cannot be compiled here: {missing}")
+    model.single_text = SingleTextDecoder(model, **options)
+    return model
+
+
+def _refuse_packed(module: nn.Module) -> None:
+    if any(isinstance(child, PackedLinear | Int8Linear) for child in module.modules()):
+        raise ValueError("the model is prepacked or quantised for this CPU already; compile it before, or load it anew")
+
+
+def _refuse_old_torch() -> None:
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        raise ValueError(f"torch {torch.__version__} cannot bound its compilations per model; update torch")
 
 
 @torch.no_grad()

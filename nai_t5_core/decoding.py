@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nai_t5_core.attention import logit_scale
 from nai_t5_core.decoder_attention import CrossMemory, DecoderCache, bias_line
+from nai_t5_core.single_text import SingleText
 
 if TYPE_CHECKING:
     from nai_t5_core.model import T5
@@ -46,13 +47,19 @@ class Decoding:
         self.model, self.memory, self.cache = model, memory, cache
         self.fixed_shapes = fixed_shapes
         self._scale = logit_scale(model.config)
-        is_single = cache.beams == 1 and model.device.type == "cpu"
-        self._copies = max(1, _FEWEST_ROWS // cache.prompts) if is_single else 1
+        # How the lone text of a model that was compiled for one is computed; None for all others.
+        self._single: SingleText | None = None
+        if model.single_text is not None and self.shape == (1, 1):
+            self._single = SingleText(model.single_text, memory, cache)
+        is_narrow = cache.beams == 1 and model.device.type == "cpu"
+        self._copies = max(1, _FEWEST_ROWS // cache.prompts) if is_narrow else 1
         # Weights that are spread over processes are gathered into tensors that inference mode would spoil.
         is_spread = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
         self._without_gradients = torch.no_grad if is_spread else torch.inference_mode
         tables = model.decoder.bias_tables(model.dtype)
         self._lines = [bias_line(table, cache.length) for table in tables]
+        # Kept: memory that is asked for anew at every step comes in pages that the system has to clear first.
+        self._logits = torch.empty(*self.shape, model.config.vocab_size, device=model.device)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,14 +69,14 @@ class Decoding:
     def step(self, tokens: Tensor) -> Tensor:
         """Appends a token to every text: ids [prompts, beams] to the next token's logits [prompts, beams, vocab_size].
 
-        Logits are float32, whatever the model computes in, and made in inference mode, unless the model is sharded.
+        Logits are float32, whatever the model computes in. They may be changed, and the next step overwrites them.
 
         Raises:
             ValueError: the cache is full.
             NotFiniteLogitsError: a logit is not finite.
         """
         with self._without_gradients():
-            logits = self.model.logits(self._advance(tokens)).float()
+            logits = self._logits.copy_(self._compute(tokens))
         # The sum is not finite if any is not: one pass over the logits.
         if not bool(logits.sum().isfinite()):
             raise NotFiniteLogitsError(
@@ -80,21 +87,21 @@ class Decoding:
 
     def begin(self, tokens: Sequence[int]) -> Tensor:
         """Gives every text the same beginning, and returns the next token's logits as :meth:`step` does."""
-        *before, last = (torch.full(self.shape, token, device=self.model.device) for token in tokens)
-        with self._without_gradients():
-            for token in before:
-                self._advance(token)
-        return self.step(last)
+        for token in tokens:
+            logits = self.step(torch.full(self.shape, token, device=self.model.device))
+        return logits
 
     def reorder(self, parents: Tensor) -> None:
         """Lets every beam go on from another beam of its prompt: [prompts, beams] int64."""
         self.cache.reorder(parents)
 
-    def _advance(self, tokens: Tensor) -> Tensor:
-        """Hidden states [prompts, beams, d_model] of these tokens."""
-        plan = self.cache.step(self._lines, self._scale, self.fixed_shapes)
+    def _compute(self, tokens: Tensor) -> Tensor:
+        """Logits in any dtype."""
         embeddings = self.model.encoder_stack.embed(tokens)
+        if self._single is not None:
+            return self._single.logits(embeddings)
+        plan = self.cache.step(self._lines, self._scale, self.fixed_shapes)
         if self._copies > 1:
             embeddings = embeddings.expand(-1, self._copies, -1)
         hidden: Tensor = self.model.decoder(embeddings, plan, self.memory, self.model.dtype)
-        return hidden[:, : self.cache.beams]
+        return self.model.logits(hidden[:, : self.cache.beams])

@@ -18,6 +18,7 @@ from nai_t5_core.generation import GenerationOptions, generate, stream
 from nai_t5_core.layers import residual_dtype, scaled
 from nai_t5_core.packing import PaddingPolicy
 from nai_t5_core.scales import StackScales, unscaled
+from nai_t5_core.single_text import SingleTextDecoder, keys_for
 
 IGNORE_INDEX = -100
 
@@ -69,6 +70,8 @@ class T5(nn.Module):
         self.shared, self.encoder = stack.shared, stack.encoder
         self.decoder = Decoder(config, layout, self.decoder_scales, ops, device=device, dtype=dtype)
         self.lm_head = ops.Linear(config.d_model, config.vocab_size, bias=False, device=device, dtype=dtype)
+        # How a lone text is generated once `nai_t5_core.compiled.compile_single_text` was called.
+        self.single_text: SingleTextDecoder | None = None
         # In a tuple, for its modules are this module's own, and should not be listed twice.
         self._encoder_stack = (stack,)
         self._tie()
@@ -198,6 +201,8 @@ class T5(nn.Module):
 
     def new_cache(self, prompts: int, beams: int, length: int) -> DecoderCache:
         """A cache for texts of up to ``length`` tokens, start token included; ``generate`` can use it many times."""
+        if self.single_text is not None and (prompts, beams) == (1, 1):
+            length = keys_for(length)
         return DecoderCache(self.config, prompts, beams, length, self.dtype, self.device)
 
     def generate(

@@ -16,7 +16,8 @@ from torch import Tensor
 from nai_t5_core.bench.machine import device_name, threads_set
 from nai_t5_core.bench.results import Spread
 from nai_t5_core.bench.timing import timed
-from nai_t5_core.bench.variants import INT8
+from nai_t5_core.bench.variants import INT8, OWN_COMPILED
+from nai_t5_core.compiled import compile_single_text
 from nai_t5_core.config import T5Config, named_config
 from nai_t5_core.decoder_attention import DecoderCache
 from nai_t5_core.int8 import quantize_int8
@@ -41,6 +42,11 @@ class GenerationCase:
     name: str
     prompts: int
     beams: int
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one text for one prompt."""
+        return self.prompts == self.beams == 1
 
 
 GENERATION_CASES = (
@@ -135,6 +141,7 @@ def bench_generation(
     new_tokens: int = 64,
     with_peer: bool = True,
     int8: bool = False,
+    compiled: bool = False,
     device: str = "auto",
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
@@ -149,11 +156,12 @@ def bench_generation(
         prompt_length, new_tokens: tokens of each prompt and of each text.
         with_peer: also time transformers.
         int8: ours also in 8 bits.
+        compiled: a single text also by :func:`nai_t5_core.compiled.compile_single_text`.
         progress: called with what is being done, in words.
 
     Raises:
-        ValueError: an unknown size, dtype or device, fewer than one repeat, transformers or fast products of bytes are
-            wanted and absent.
+        ValueError: an unknown size, dtype or device, fewer than one repeat, transformers, fast products of bytes or a
+            compiler are wanted and absent.
     """
     tell = progress or (lambda _: None)
     config = named_config(size) if isinstance(size, str) else size
@@ -165,17 +173,21 @@ def bench_generation(
         tell("drawing weights")
         state = _endless_state(config, seed, model_dtype)
         own = own_t5(config, state, model_dtype).to(place)
-        ready = prepack(own) if can_prepack(own) else own
+        ready = _prepacked(own)
         contenders: dict[str, Generate] = {OWN: _own(ready)}
         if int8:
             tell("quantising")
             contenders[INT8] = _own(quantize_int8(own_t5(config, state, model_dtype)))
+        if compiled:
+            tell("compiling")
+            contenders[OWN_COMPILED] = _own(_prepacked(compile_single_text(own_t5(config, state, model_dtype))))
         if with_peer:
             contenders[TRANSFORMERS] = _peer(config, state, model_dtype, place)
         results = []
         for case in cases:
             ids, _ = random_batch(config, [prompt_length] * case.prompts, prompt_length, seed)
-            timings = _time_case(case, contenders, ids.to(place), new_tokens, repeats, tell)
+            running = {name: run for name, run in contenders.items() if name != OWN_COMPILED or case.is_single}
+            timings = _time_case(case, running, ids.to(place), new_tokens, repeats, tell)
             results.append(GenerationResult(case, timings, _memory(ready, case, ids, new_tokens)))
     peer = {TRANSFORMERS: importlib.metadata.version(TRANSFORMERS)} if with_peer else {}
     return GenerationReport(
@@ -196,6 +208,10 @@ def _endless_state(config: T5Config, seed: int, dtype: torch.dtype) -> State:
     state = random_state(config, seed, dtype=dtype)
     state["shared.weight" if config.tie_word_embeddings else "lm_head.weight"][config.eos_token_id] = 0
     return state
+
+
+def _prepacked(model: T5) -> T5:
+    return prepack(model) if can_prepack(model) else model
 
 
 def _own(model: T5) -> Generate:
