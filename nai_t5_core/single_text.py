@@ -145,7 +145,7 @@ class SingleText:
         self._lines = [bias_line(table.to(exact), cache.length) for table in decoder.decoder.bias_tables(decoder.dtype)]
 
     def logits(self, residual: Tensor) -> Tensor:
-        """Appends a token: its embedding [1, 1, d_model], which is changed, to the next one's logits [1, 1, vocab_size]."""
+        """Appends a token: its embedding [1, 1, d_model], which is changed, to logits [1, 1, vocab_size]."""
         slot, layers = self.cache.append()
         length = self.cache.length
         # Contiguous, since a graph is compiled for one way that a tensor lies in memory.
