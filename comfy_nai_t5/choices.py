@@ -10,8 +10,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 # server streams weights from the file.
 WEIGHTS = ("auto", "file", "float8_e4m3fn", "float8_e5m2")
 ATTENTIONS = ("auto", "flex", "sdpa")
-# "auto" joins products where that changes nothing; "fused" makes it an error where it would.
-LAYOUTS = ("auto", "fused", "separate")
+# "auto" joins products where that changes nothing; "fused" makes it an error where it would; "packed" keeps a second,
+# faster copy of the joined weights for the CPU.
+LAYOUTS = ("auto", "fused", "packed", "separate")
 _ALLOWED = {"dtype": DTYPES, "weights": WEIGHTS, "attention": ATTENTIONS, "layout": LAYOUTS}
 
 
@@ -20,7 +21,7 @@ class Settings:
     """The choices of one T5; ``device`` is ``"default"`` or a torch device.
 
     Raises:
-        ValueError: an unknown choice, or compilation in the separate layout.
+        ValueError: an unknown choice, or compilation in a layout that it is not for.
     """
 
     dtype: str = "auto"
@@ -37,5 +38,7 @@ class Settings:
                 raise ValueError(f"unknown choice {chosen!r} for {field.name}; allowed: {', '.join(allowed)}")
         if self.compile and self.layout == "separate":
             raise ValueError("compile needs joined products; choose the layout auto or fused, or switch compile off")
+        if self.compile and self.layout == "packed":
+            raise ValueError("packed weights are not compiled; choose the layout auto or fused, or switch compile off")
         if self.compile and self.attention == "sdpa":
             raise ValueError("compile brings flex attention; choose the attention auto or flex, or switch compile off")

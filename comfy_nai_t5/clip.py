@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import comfy.sd
@@ -17,6 +17,7 @@ from comfy_nai_t5.stack import SharedStack
 from comfy_nai_t5.telling import out_of_memory, warn
 from nai_t5_core.attention_choice import FlexUnavailableError, missing_for_flex, refuse_unsupported
 from nai_t5_core.guard import encode_guarded, is_finite
+from nai_t5_core.optimize import packs
 from nai_t5_core.packing import PaddingPolicy
 from nai_t5_core.precision import resolve_dtype
 
@@ -117,6 +118,12 @@ class T5Clip(comfy.sd.CLIP):
     def clone(self, *arguments: Any, **options: Any) -> T5Clip:
         return _as_ours(super().clone(*arguments, **options))
 
+    def load_model(self, *arguments: Any, **options: Any) -> Any:
+        """Has the weights where they are needed, before every encode."""
+        for owner in t5_models(self.cond_stage_model).values():
+            owner.transformer.stack.is_hooked = bool(self.patcher.hook_patches)
+        return super().load_model(*arguments, **options)
+
     def tokenize(self, text: str, *arguments: Any, **options: Any) -> dict[str, Any]:
         tokens: dict[str, Any] = super().tokenize(text, *arguments, **options)
         (owner, *_) = t5_models(self.cond_stage_model).values()
@@ -150,11 +157,20 @@ def _as_ours(clip: Any) -> T5Clip:
     return ours
 
 
-def _encoders(model: nn.Module) -> list[str]:
-    """The names of the text encoders in a CLIP's model."""
+def _owners(module: nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every ``SDClipModel`` in a CLIP's model, by its name there (``t5xxl`` and the like). Nothing is within one."""
     from comfy.sd1_clip import SDClipModel
 
-    return [name for name, module in model.named_modules() if isinstance(module, SDClipModel)]
+    if isinstance(module, SDClipModel):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _owners(child, child_name)
+
+
+def _encoders(model: nn.Module) -> list[str]:
+    """The names of the text encoders in a CLIP's model."""
+    return [name for name, _ in _owners(model)]
 
 
 def is_t5(model: Any) -> bool:
@@ -165,14 +181,8 @@ def is_t5(model: Any) -> bool:
 
 
 def t5_models(model: nn.Module) -> dict[str, Any]:
-    """The ``SDClipModel`` of every T5 in a CLIP's model, by its name there (``t5xxl`` and the like)."""
-    from comfy.sd1_clip import SDClipModel
-
-    return {
-        name.rpartition(".")[2]: module
-        for name, module in model.named_modules()
-        if isinstance(module, SDClipModel) and is_t5(module.transformer)
-    }
+    """The ``SDClipModel`` of every T5 in a CLIP's model, by its name there."""
+    return {name: owner for name, owner in _owners(model) if is_t5(owner.transformer)}
 
 
 def with_our_t5(clip: Any, settings: Settings | None = None) -> T5Clip:
@@ -200,6 +210,8 @@ def with_our_t5(clip: Any, settings: Settings | None = None) -> T5Clip:
         )
         if settings.compile or settings.attention == "flex":
             _refuse_without_flex(device, compute_dtype, stack.config.d_kv)
+        if settings.layout == "packed":
+            _refuse_packing(device, compute_dtype)
         # Where the owner multiplies masked rows by zero, they need not be computed.
         return EncoderModel(owner.transformer, stack, "skip" if owner.zero_out_masked else "exact")
 
@@ -218,6 +230,15 @@ def _refuse_without_flex(device: torch.device, dtype: torch.dtype, d_kv: int) ->
     refuse_unsupported(device, dtype, d_kv)
     if missing := missing_for_flex(device):
         raise FlexUnavailableError(f"flex attention and compilation are not possible here: {missing}; switch them off")
+
+
+def _refuse_packing(device: torch.device, dtype: torch.dtype) -> None:
+    if not packs(device, dtype):
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"the packed layout is for a T5 on the CPU in float32, or in bfloat16 where the processor computes in it; "
+            f"this one computes in {name} on {device}: choose the layout auto"
+        )
 
 
 def describe(clip: T5Clip) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import comfy.ops
 import torch
@@ -20,6 +20,22 @@ from torch import Tensor, nn
 from nai_t5_core.attention import Attend
 from nai_t5_core.encoder import EncoderBlock
 from nai_t5_core.layers import ACTIVATIONS, GatedFeedForward, add_sublayer, gated, scaled
+
+
+class Products(Protocol):
+    """The matrix products of one layer."""
+
+    def qkv(self, hidden: Tensor) -> Tensor:
+        """[tokens, d_model] to queries, keys and values side by side: [tokens, 3 · inner]."""
+        ...
+
+    def o(self, attended: Tensor) -> Tensor:
+        """[tokens, inner] to [tokens, d_model]."""
+        ...
+
+    def feed_forward(self, hidden: Tensor, dense: Any) -> Tensor:
+        """[tokens, d_model] to [tokens, d_model], as the module ``dense`` does."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,39 +50,52 @@ class FusedWeights:
     wo: Tensor
 
 
-class SharedBlock(EncoderBlock):
-    """A layer on ComfyUI's modules, which runs on ``weights`` while it is given some."""
+@dataclass(frozen=True)
+class FusedProducts:
+    """Products with the joined weights as they lie in memory."""
 
-    weights: FusedWeights | None = None
+    weights: FusedWeights
 
-    def forward(self, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
-        if self.weights is None:
-            return super().forward(residual, attend, dtype)
-        residual = self._attention(self.weights, residual, attend, dtype)
-        return self._feed_forward(self.weights, residual, dtype)
+    def qkv(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weights.qkv)
 
-    def _attention(self, weights: FusedWeights, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
-        layer: Any = self.layer[0]
-        attention = layer.SelfAttention
-        hidden = _norm(residual, weights.attention_norm, layer.layer_norm, dtype)
-        q, k, v = F.linear(hidden, weights.qkv).unflatten(-1, (3, attention.heads, attention.d_kv)).unbind(-3)
-        out = F.linear(scaled(attend(q, k, v).flatten(-2), attention.scale), weights.o)
-        return add_sublayer(residual, out, layer.out_scale)
+    def o(self, attended: Tensor) -> Tensor:
+        return F.linear(attended, self.weights.o)
 
-    def _feed_forward(self, weights: FusedWeights, residual: Tensor, dtype: torch.dtype) -> Tensor:
-        layer: Any = self.layer[-1]
-        dense = layer.DenseReluDense
-        hidden = _norm(residual, weights.dense_norm, layer.layer_norm, dtype)
+    def feed_forward(self, hidden: Tensor, dense: Any) -> Tensor:
+        wi = self.weights.wi
         if not isinstance(dense, GatedFeedForward):
-            inner = ACTIVATIONS[dense.activation](F.linear(scaled(hidden, dense.scale), weights.wi))
+            inner = ACTIVATIONS[dense.activation](F.linear(scaled(hidden, dense.scale), wi))
         elif dense.scale == 1:
-            gate, up = F.linear(hidden, weights.wi).chunk(2, dim=-1)
+            gate, up = F.linear(hidden, wi).chunk(2, dim=-1)
             inner = gated(gate, up, dense.activation)
         else:
             # Only up is scaled, and before its product, which might overflow: so these two are taken apart.
-            gate_rows, up_rows = weights.wi.chunk(2)
+            gate_rows, up_rows = wi.chunk(2)
             inner = gated(F.linear(hidden, gate_rows), F.linear(hidden * dense.scale, up_rows), dense.activation)
-        return add_sublayer(residual, F.linear(inner, weights.wo), layer.out_scale)
+        return F.linear(inner, self.weights.wo)
+
+
+class SharedBlock(EncoderBlock):
+    """A layer on ComfyUI's modules, which runs by ``products`` with the norms of ``weights`` while it is given some."""
+
+    weights: FusedWeights | None = None
+    products: Products | None = None
+
+    def forward(self, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
+        if self.weights is None or self.products is None:
+            return super().forward(residual, attend, dtype)
+        attention: Any = self.layer[0]
+        dense: Any = self.layer[-1]
+        hidden = _norm(residual, self.weights.attention_norm, attention.layer_norm, dtype)
+        residual = add_sublayer(residual, self._attention(self.products, hidden, attend), attention.out_scale)
+        hidden = _norm(residual, self.weights.dense_norm, dense.layer_norm, dtype)
+        return add_sublayer(residual, self.products.feed_forward(hidden, dense.DenseReluDense), dense.out_scale)
+
+    def _attention(self, products: Products, hidden: Tensor, attend: Attend) -> Tensor:
+        module: Any = self.layer[0].SelfAttention
+        q, k, v = products.qkv(hidden).unflatten(-1, (3, module.heads, module.d_kv)).unbind(-3)
+        return products.o(scaled(attend(q, k, v).flatten(-2), module.scale))
 
 
 def _norm(residual: Tensor, weight: Tensor, norm: Any, dtype: torch.dtype) -> Tensor:
@@ -75,15 +104,14 @@ def _norm(residual: Tensor, weight: Tensor, norm: Any, dtype: torch.dtype) -> Te
 
 def fuse(block: Any) -> FusedWeights:
     """The weights of a layer, joined, for which there must be no :func:`obstacle`."""
-    attention, dense = block.layer[0].SelfAttention, block.layer[-1].DenseReluDense
-    inner = (dense.wi_0, dense.wi_1) if isinstance(dense, GatedFeedForward) else (dense.wi,)
+    q, k, v, o, *inner, wo = projections(block)
     return FusedWeights(
         attention_norm=block.layer[0].layer_norm.weight,
-        qkv=_joined([attention.q, attention.k, attention.v]),
-        o=attention.o.weight,
+        qkv=_joined([q, k, v]),
+        o=o.weight,
         dense_norm=block.layer[-1].layer_norm.weight,
         wi=_joined(inner),
-        wo=dense.wo.weight,
+        wo=wo.weight,
     )
 
 
@@ -92,19 +120,27 @@ def obstacle(block: Any, dtype: torch.dtype, device: torch.device | None = None)
 
     ``device`` is where it is to run; None where that is not to be considered, since the weights are not there yet.
     """
-    for name, module in block.named_modules():
-        if next(module.children(), None) is not None or name.endswith("relative_attention_bias"):
-            continue
-        if _has_hooks(module):
-            return "other software has hooked into its modules"
-        if not name.endswith("layer_norm") and (reason := _not_plain(module)):
+    norms = [layer.layer_norm for layer in (block.layer[0], block.layer[-1])]
+    linears = projections(block)
+    if any(map(_has_hooks, (*norms, *linears))):
+        return "other software has hooked into its modules"
+    for linear in linears:
+        if reason := _not_plain(linear):
             return reason
-        weight = module.weight
-        if device is not None and weight.device != device:
-            return f"its weights come from {weight.device} to {device} at every call"
-        if weight.dtype != dtype and not name.endswith("layer_norm"):
-            return f"its weights are kept in {_short(weight.dtype)} and cast to {_short(dtype)} at every call"
+    for module in (*norms, *linears):
+        if device is not None and module.weight.device != device:
+            return f"its weights come from {module.weight.device} to {device} at every call"
+    for linear in linears:
+        if linear.weight.dtype != dtype:
+            return f"its weights are kept in {_short(linear.weight.dtype)} and cast to {_short(dtype)} at every call"
     return None
+
+
+def projections(block: Any) -> list[Any]:
+    """The modules of a layer's matrix products."""
+    attention, dense = block.layer[0].SelfAttention, block.layer[-1].DenseReluDense
+    inner = (dense.wi_0, dense.wi_1) if isinstance(dense, GatedFeedForward) else (dense.wi,)
+    return [attention.q, attention.k, attention.v, attention.o, *inner, dense.wo]
 
 
 def _not_plain(linear: Any) -> str | None:

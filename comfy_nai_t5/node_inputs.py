@@ -25,7 +25,8 @@ _TIPS = {
     "attention": "How attention is computed. auto: flex for long prompts on CUDA, SDPA elsewhere. flex needs a "
     "compiler, and is compiled when it is first used.",
     "layout": "fused: products that have the same input run as one. auto: fused layer by layer, wherever that changes "
-    "nothing, LoRA included; the log says where not, and why. separate: every product by itself.",
+    "nothing, LoRA included; the log says where not, and why. packed: for a T5 on the CPU, up to 1.5 times faster by a "
+    "second copy of the weights, which takes as much memory again. separate: every product by itself.",
     "compile": "Have torch compile the encoder for each of a few prompt lengths, when it first meets one: slow once, "
     "faster afterwards. For GPUs.",
 }

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comfy_nai_t5.fused import SharedBlock, fuse, obstacle
+from comfy_nai_t5.fused import FusedProducts, SharedBlock, fuse, obstacle
+from comfy_nai_t5.packed import PackedProducts
 from nai_t5_core.attention import AttentionPlan, distance_table
 from nai_t5_core.attention_choice import AttentionChoice
 from nai_t5_core.compiled import compile_stack
@@ -64,6 +65,7 @@ class SharedEncoder(Encoder):
         super().__init__(config, "separate", scales, NoInit, device="meta")
         blocks: Any = self.block
         self.block = nn.ModuleList(SharedBlock(*block.layer) for block in blocks)
+        self.kept: dict[SharedBlock, PackedProducts] = {}
 
     def bias_table(self, index: int, device: torch.device | None = None) -> Tensor:
         if self.tables is not None:
@@ -80,8 +82,11 @@ class SharedEncoder(Encoder):
         weight = norm.weight.to(residual)
         return F.rms_norm(residual, residual.shape[-1:], weight, norm.variance_epsilon).to(dtype)
 
-    def join(self, dtype: torch.dtype) -> Counter[str]:
-        """Joins the products of every layer where that changes nothing; returns why other layers are as they are."""
+    def join(self, dtype: torch.dtype, is_packed: bool) -> Counter[str]:
+        """Joins the products of every layer where that changes nothing; returns why other layers are as they are.
+
+        With ``is_packed``, the products of a layer are kept for later calls, as long as its weights stay the same.
+        """
         reasons: Counter[str] = Counter()
         block: Any
         for block in self.block:
@@ -90,17 +95,24 @@ class SharedEncoder(Encoder):
                 reasons[reason] += 1
             else:
                 block.weights = fuse(block)
+                block.products = self._packed(block) if is_packed else FusedProducts(block.weights)
         if not reasons:
             count = len(self.block) if self.bias_per_layer else 1
             self.tables = [self.bias_table(index) for index in range(count)]
         return reasons
+
+    def _packed(self, block: Any) -> PackedProducts:
+        kept = self.kept.get(block)
+        if kept is None or not kept.is_made_of(block):
+            self.kept[block] = kept = PackedProducts(block, block.weights)
+        return kept
 
     def release(self) -> None:
         """Ends what :meth:`join` began: between calls the modules are the only owners of their weights."""
         self.tables = None
         block: Any
         for block in self.block:
-            block.weights = None
+            block.weights = block.products = None
 
 
 class SharedStack(T5EncoderStack):
@@ -111,8 +123,11 @@ class SharedStack(T5EncoderStack):
 
     Args:
         wish: ``"auto"`` joins products wherever that changes nothing, ``"fused"`` makes anything else an error,
-            ``"separate"`` joins none.
+            ``"packed"`` keeps those that are joined in oneDNN's order, ``"separate"`` joins none.
         compiled: have torch compile the encoder, on its first call with all products joined.
+
+    Attributes:
+        is_hooked: whether ComfyUI may change weights in place now, by hooks, so that nothing made of them can be kept.
     """
 
     encoder: SharedEncoder
@@ -133,6 +148,7 @@ class SharedStack(T5EncoderStack):
         self.compute_dtype = dtype
         self.wish, self.compiled, self.is_compiled = wish, compiled, False
         self.told = ""
+        self.is_hooked = False
         self.encoder = SharedEncoder(config, self.scales)
         _take_modules(self, t5)
 
@@ -149,6 +165,11 @@ class SharedStack(T5EncoderStack):
     def device(self, device: torch.device) -> None:
         self.encoder.device = device
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the next call's products are packed ones where they can be joined."""
+        return self.wish == "packed" and not self.is_hooked
+
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         """See :class:`T5EncoderStack`.
 
@@ -158,7 +179,7 @@ class SharedStack(T5EncoderStack):
         if self.wish == "separate":
             return super().forward(*inputs, **options)
         try:
-            reasons = self.encoder.join(self.dtype)
+            reasons = self.encoder.join(self.dtype, self.is_packed)
             self._tell(reasons)
             self._compile_if(self.compiled and not reasons)
             return super().forward(*inputs, **options)
@@ -168,7 +189,7 @@ class SharedStack(T5EncoderStack):
     def _tell(self, reasons: Counter[str]) -> None:
         if reasons and self.wish == "fused":
             raise ValueError(f"the T5 cannot run in the fused layout: {next(iter(reasons))}; choose the layout auto")
-        text = describe_layout(reasons, len(self.encoder.block))
+        text = describe_layout(reasons, len(self.encoder.block), "packed" if self.is_packed else "fused")
         if text != self.told:
             log.info("T5 (NAI): %s", text)
         self.told = text
@@ -193,16 +214,18 @@ class SharedStack(T5EncoderStack):
         reasons = Counter(reason for block in blocks if (reason := obstacle(block, self.dtype)) is not None)
         if reasons and self.wish == "fused":
             raise ValueError(f"the T5 cannot run in the fused layout: {next(iter(reasons))}; choose the layout auto")
-        return describe_layout(reasons, len(blocks))
+        return describe_layout(reasons, len(blocks), "packed" if self.is_packed else "fused")
 
 
-def describe_layout(reasons: Counter[str], layers: int) -> str:
-    """Which layout so many layers run in, and why those that are not joined are not."""
+def describe_layout(reasons: Counter[str], layers: int, joined: str) -> str:
+    """Which layout so many layers run in, ``joined`` if they can, and why those that are not joined are not."""
     if not reasons:
-        return "fused layout"
+        return f"{joined} layout"
     why = "; ".join(reasons)
     apart = reasons.total()
-    return f"separate layout: {why}" if apart == layers else f"fused layout but for {apart} of {layers} layers: {why}"
+    return (
+        f"separate layout: {why}" if apart == layers else f"{joined} layout but for {apart} of {layers} layers: {why}"
+    )
 
 
 def _take_modules(stack: nn.Module, t5: nn.Module) -> None:

@@ -113,11 +113,16 @@ class PackedGatedFeedForward(nn.Module):
 
 def can_prepack(stack: T5EncoderStack | T5) -> bool:
     """Whether this machine's oneDNN takes this model's weights."""
-    if stack.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    return packs(stack.device, stack.dtype)
+
+
+def packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights of this dtype on this device can be packed."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if stack.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return stack.dtype == torch.float32
+    return dtype == torch.float32
 
 
 def prepack(stack: Model) -> Model:

@@ -19,6 +19,7 @@ from comfy_toys import (
     stock,
     toy_family,
     toy_file,
+    toy_lora,
     toy_state,
 )
 
@@ -45,12 +46,12 @@ def bytes_of(model: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
-def test_both_layouts_give_what_stock_gives(family: str, tmp_path: Path) -> None:
+def test_all_layouts_give_what_stock_gives(family: str, tmp_path: Path) -> None:
     if not knows(family):
         pytest.skip(f"this ComfyUI is older than {family}")
     theirs = stock(toy_file(tmp_path, FAMILY_CONFIGS[family]), family)
     expected = conditioning(theirs, "a (photo:1.3) of a cat")
-    for layout in ("fused", "separate"):
+    for layout in ("fused", "packed", "packed", "separate"):
         assert_equal_conditioning(conditioning(ours_of(theirs, layout), "a (photo:1.3) of a cat"), expected)
 
 
@@ -69,6 +70,73 @@ def test_joined_weights_are_in_memory_once(tmp_path: Path) -> None:
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     conditioning(clip, "a dog")
     assert attention.q.weight.data_ptr() == start  # joined once, not at every call
+
+
+def kept_products(clip: Any) -> list[Any]:
+    return list(t5_of(clip).stack.encoder.kept.values())
+
+
+def test_packed_products_are_kept_while_the_weights_stay(tmp_path: Path) -> None:
+    import comfy.sd
+
+    theirs = stock(toy_file(tmp_path, V1_1), "mochi")
+    clip = ours_of(theirs, "packed")
+    expected = [conditioning(clip, "a cat") for _ in range(2)][-1]
+    assert t5_of(clip).stack.told == "packed layout"
+    first = kept_products(clip)
+    assert len(first) == 3 and all(products.qkv.packed is not None for products in first)
+    conditioning(clip, "a dog")
+    assert all(now is before for now, before in zip(kept_products(clip), first, strict=True))
+    # Where the weights are others, so are the products; and where they are as before, they come out as before.
+    lora = toy_lora(t5_of(theirs), ("encoder.block.1.layer.0.SelfAttention.q",), "t5xxl")
+    patched = comfy.sd.load_lora_for_models(None, clip, lora, 0, 1.0)[1]
+    with_lora = [conditioning(patched, "a cat") for _ in range(3)]
+    reference = conditioning(comfy.sd.load_lora_for_models(None, theirs, lora, 0, 1.0)[1], "a cat")
+    for found in with_lora:
+        assert_equal_conditioning(found, reference)
+    assert kept_products(clip)[1] is not first[1]
+    for _ in range(3):
+        assert_equal_conditioning(conditioning(clip, "a cat"), expected, 1e-6)
+    # In place, in a way that torch sees.
+    with torch.no_grad():
+        t5_of(clip).encoder.block[0].layer[1].DenseReluDense.wo.weight.mul_(1.5)
+    for _ in range(3):
+        assert_equal_conditioning(conditioning(clip, "a cat"), conditioning(theirs, "a cat"))
+
+
+def test_nothing_is_kept_of_weights_that_hooks_change(tmp_path: Path) -> None:
+    """They do so where torch does not see it."""
+    import comfy.hooks
+    import nodes
+    from comfy_extras.nodes_hooks import SetClipHooks
+
+    theirs = stock(toy_file(tmp_path, V1_1), "mochi")
+    clip = ours_of(theirs, "packed")
+    lora = toy_lora(t5_of(theirs), ("encoder.block.1.layer.0.SelfAttention.q",), "t5xxl")
+
+    def encoded(model: Any, strength: float | None) -> torch.Tensor:
+        if strength is not None:
+            hooks = comfy.hooks.create_hook_lora(lora, 0, strength)
+            model = SetClipHooks().apply_hooks(model, schedule_clip=False, apply_to_conds=True, hooks=hooks)[0]
+        with torch.inference_mode():
+            ((tensor, _),) = nodes.CLIPTextEncode().encode(model, "a cat")[0]
+        return tensor
+
+    strengths = (None, 1.0, None, 0.3, 1.0, 1.0, None, None)
+    found = [encoded(clip, strength) for strength in strengths]
+    for tensor, strength in zip(found, strengths, strict=True):
+        assert error(tensor, encoded(theirs, strength)) < 1e-4
+    assert error(found[0], found[1]) > 1e-3
+    encoded(clip, 1.0)
+    assert t5_of(clip).stack.told == "fused layout"
+
+
+def test_where_nothing_can_be_packed_is_said(tmp_path: Path) -> None:
+    theirs = stock(toy_file(tmp_path, V1_1), "mochi")
+    with pytest.raises(ValueError, match=r"packed layout is for a T5 on the CPU.*computes in float16 on cpu: choose"):
+        ours_of(theirs, "packed", "float16")
+    with pytest.raises(ValueError, match="packed weights are not compiled"):
+        Settings(layout="packed", compile=True)
 
 
 class ForeignLinear(torch.nn.Module):
@@ -156,5 +224,5 @@ def test_what_a_loaded_t5_is_in_words(tmp_path: Path) -> None:
     assert describe(ours_of(theirs, "separate")).endswith("separate layout, as chosen")
     with pytest.raises(ValueError, match="compile needs joined products"):
         Settings(layout="separate", compile=True)
-    with pytest.raises(ValueError, match="unknown choice 'both' for layout; allowed: auto, fused, separate"):
+    with pytest.raises(ValueError, match="unknown choice 'both' for layout; allowed: auto, fused, packed, separate"):
         Settings(layout="both")

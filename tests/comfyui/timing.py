@@ -27,7 +27,7 @@ def modules(options: argparse.Namespace) -> None:
     print("| | length | stock | ours | times faster | each prompt | difference |\n|---|---|---|---|---|---|---|")
     for name in options.only or CASES:
         with tempfile.TemporaryDirectory() as folder:
-            result = time_case(CASES[name], config, Path(folder), options.rounds)
+            result = time_case(CASES[name], config, Path(folder), options.rounds, options.layout)
         print(f"| {CASES[name].title} | {CASES[name].length} | {result.cells()} |", flush=True)
 
 
@@ -52,6 +52,7 @@ def main() -> None:
         one.add_argument("--rounds", type=int, default=5, help="that count, for each prompt")
         if command is modules:
             one.add_argument("--threads", type=int, default=2)
+            one.add_argument("--layout", default="auto", help="of ours: auto, or packed")
             one.add_argument("--size", default="t5-v1_1-large", help="width, depth and heads")
     options = parser.parse_args()
     if "COMFYUI_PATH" not in os.environ:

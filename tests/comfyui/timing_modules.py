@@ -67,12 +67,13 @@ class Times:
         return f"{stock} | {ours} | {statistics.median(self.ratios):.1f}× | {each} | {self.difference:.1e}"
 
 
-def time_case(case: Case, sizes: T5Config, folder: Path, rounds: int) -> Times:
+def time_case(case: Case, sizes: T5Config, folder: Path, rounds: int, layout: str) -> Times:
     """Both from one file in float16: stock, which computes in float32, and *Load T5 (NAI)* in bfloat16."""
     require_comfyui()
     path = _file(folder, sizes.model_copy(update=case.kind))
-    clips = [stock(path, case.family), _ours(path, case.family)]
+    clips = [stock(path, case.family), _ours(path, case.family, layout)]
     slot = toy_family(case.family).slot
+    conditioning(clips[1], _TEXT)  # packed weights are packed by the second call
     prompts = [_prompt(clips[0], slot, count) for count in TOKENS]
     for clip in clips:
         clip.set_tokenizer_option(f"{slot}_min_length", case.length)
@@ -104,7 +105,7 @@ def _file(folder: Path, config: T5Config) -> Path:
     return write_file(folder / "t5.safetensors", state)
 
 
-def _ours(path: Path, family: str) -> Any:
+def _ours(path: Path, family: str, layout: str) -> Any:
     """From the node, for a family that takes a T5 of any size."""
     import folder_paths
 
@@ -113,7 +114,7 @@ def _ours(path: Path, family: str) -> Any:
     folder_paths.add_model_folder_path("text_encoders", str(path.parent), is_default=True)
     folder_paths.filename_list_cache.clear()
     families.FAMILIES[family] = toy_family(family)
-    settings = {"dtype": "bfloat16", "weights": "auto", "device": "default"}
+    settings = {"dtype": "bfloat16", "weights": "auto", "device": "default", "layout": layout}
     return nodes.LoadT5.execute(t5_name=path.name, family=family, **settings).args[0]
 
 
