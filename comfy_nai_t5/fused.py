@@ -115,10 +115,11 @@ def fuse(block: Any) -> FusedWeights:
     )
 
 
-def obstacle(block: Any, dtype: torch.dtype, device: torch.device | None = None) -> str | None:
+def obstacle(block: Any, dtype: torch.dtype | None, device: torch.device | None = None) -> str | None:
     """Why a layer cannot be joined at this moment, as the end of a sentence; None if it can.
 
-    ``device`` is where it is to run; None where that is not to be considered, since the weights are not there yet.
+    ``dtype`` is what its weights must have, None for any. ``device`` is where it is to run; None where that is not to
+    be considered, since the weights are not there yet.
     """
     norms = [layer.layer_norm for layer in (block.layer[0], block.layer[-1])]
     linears = projections(block)
@@ -131,7 +132,7 @@ def obstacle(block: Any, dtype: torch.dtype, device: torch.device | None = None)
         if device is not None and module.weight.device != device:
             return f"its weights come from {module.weight.device} to {device} at every call"
     for linear in linears:
-        if linear.weight.dtype != dtype:
+        if dtype is not None and linear.weight.dtype != dtype:
             return f"its weights are kept in {_short(linear.weight.dtype)} and cast to {_short(dtype)} at every call"
     return None
 

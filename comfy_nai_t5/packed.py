@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from comfy_nai_t5.fused import FusedWeights, projections
@@ -12,22 +13,23 @@ from nai_t5_core.optimize import PackedFeedForward, PackedGatedFeedForward, Pack
 
 
 class PackedProducts:
-    """The products of one layer, made of the weights that it has now. Each is packed by its second call.
+    """The products of one layer in ``dtype``, made of the weights that it has now. Each is packed by its second call.
 
     What ComfyUI patches are the originals, so these serve while the originals are the same parameters with the same
     values. Of values that are changed behind torch's back they know nothing: see ``SharedStack.is_hooked``.
     """
 
-    def __init__(self, block: Any, weights: FusedWeights) -> None:
+    def __init__(self, block: Any, weights: FusedWeights, dtype: torch.dtype) -> None:
         self._made_of = _originals(block)
         dense = block.layer[-1].DenseReluDense
-        self.qkv, self.o = PackedLinear(weights.qkv), PackedLinear(weights.o)
+        qkv, o, wi, wo = (weight.detach().to(dtype) for weight in (weights.qkv, weights.o, weights.wi, weights.wo))
+        self.qkv, self.o = PackedLinear(qkv), PackedLinear(o)
         self.dense: nn.Module
         if isinstance(dense, GatedFeedForward):
-            gate, up = weights.wi.chunk(2)
-            self.dense = PackedGatedFeedForward(gate, up, weights.wo, dense.activation, dense.scale)
+            gate, up = wi.chunk(2)
+            self.dense = PackedGatedFeedForward(gate, up, wo, dense.activation, dense.scale)
         else:
-            self.dense = PackedFeedForward(dense)
+            self.dense = PackedFeedForward(wi, wo, dense.activation, dense.scale)
 
     def is_made_of(self, block: Any) -> bool:
         """Whether the layer still has the weights that these products were made of."""

@@ -90,21 +90,21 @@ class SharedEncoder(Encoder):
         reasons: Counter[str] = Counter()
         block: Any
         for block in self.block:
-            reason = obstacle(block, dtype, self.device)
+            reason = obstacle(block, None if is_packed else dtype, self.device)
             if reason:
                 reasons[reason] += 1
             else:
                 block.weights = fuse(block)
-                block.products = self._packed(block) if is_packed else FusedProducts(block.weights)
+                block.products = self._packed(block, dtype) if is_packed else FusedProducts(block.weights)
         if not reasons:
             count = len(self.block) if self.bias_per_layer else 1
             self.tables = [self.bias_table(index) for index in range(count)]
         return reasons
 
-    def _packed(self, block: Any) -> PackedProducts:
+    def _packed(self, block: Any, dtype: torch.dtype) -> PackedProducts:
         kept = self.kept.get(block)
         if kept is None or not kept.is_made_of(block):
-            self.kept[block] = kept = PackedProducts(block, block.weights)
+            self.kept[block] = kept = PackedProducts(block, block.weights, dtype)
         return kept
 
     def release(self) -> None:
@@ -211,7 +211,8 @@ class SharedStack(T5EncoderStack):
         if self.wish == "separate":
             return "separate layout, as chosen"
         blocks: Any = self.encoder.block
-        reasons = Counter(reason for block in blocks if (reason := obstacle(block, self.dtype)) is not None)
+        dtype = None if self.is_packed else self.dtype
+        reasons = Counter(reason for block in blocks if (reason := obstacle(block, dtype)) is not None)
         if reasons and self.wish == "fused":
             raise ValueError(f"the T5 cannot run in the fused layout: {next(iter(reasons))}; choose the layout auto")
         return describe_layout(reasons, len(blocks), "packed" if self.is_packed else "fused")

@@ -83,11 +83,11 @@ class PackedLinear(nn.Module):
 class PackedFeedForward(nn.Module):
     """wo(act(wi(x))), with the activation inside the first product."""
 
-    def __init__(self, dense: FeedForward) -> None:
+    def __init__(self, wi: Tensor, wo: Tensor, activation: Activation, scale: float = 1.0) -> None:
         super().__init__()
-        self.scale = dense.scale
-        self.wi = PackedLinear(dense.wi.weight, dense.activation)
-        self.wo = PackedLinear(dense.wo.weight)
+        self.scale = scale
+        self.wi = PackedLinear(wi, activation)
+        self.wo = PackedLinear(wo)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[tokens, d_model] to [tokens, d_model]."""
@@ -160,7 +160,7 @@ def _packed(module: nn.Module) -> nn.Module | None:
     if not all(type(child) in PLAIN_LINEARS for child in module.children()):
         return None
     if isinstance(module, FeedForward):
-        return PackedFeedForward(module)
+        return PackedFeedForward(module.wi.weight, module.wo.weight, module.activation, module.scale)
     if isinstance(module, GatedFeedForward):
         gate, up, wo = module.wi_0.weight, module.wi_1.weight, module.wo.weight
         return PackedGatedFeedForward(gate, up, wo, module.activation, module.scale)

@@ -216,6 +216,19 @@ def test_weights_in_another_dtype_stay_separate(weights: str, tmp_path: Path, mo
         describe(load_t5(path, "mochi", Settings("float32", weights, layout="fused")))
 
 
+@pytest.mark.parametrize("family", ["mochi", "cosmos", "wan"])
+def test_packed_weights_of_another_dtype_are_cast_once(family: str, tmp_path: Path) -> None:
+    state = toy_state(FAMILY_CONFIGS[family])
+    half = {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
+    theirs = stock(write_file(tmp_path / "half.safetensors", half), family)
+    expected = conditioning(theirs, "a cat")
+    clip = ours_of(theirs, "packed")
+    for _ in range(3):
+        assert_equal_conditioning(conditioning(clip, "a cat"), expected)
+    assert t5_of(clip).stack.told == "packed layout"
+    assert {weight.dtype for weight in t5_of(clip).encoder.block[0].layer[-1].parameters()} == {torch.float16}
+
+
 def test_what_a_loaded_t5_is_in_words(tmp_path: Path) -> None:
     from comfy_nai_t5.clip import describe
 
