@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +47,23 @@ def _stock(family: str) -> dict[str, Any]:
     return {_LOADER: loader, _ENCODE: node("CLIPTextEncode", clip=[_LOADER, 0])}
 
 
-def _replaced(family: str) -> dict[str, Any]:
-    replace = node("NAIReplaceT5", clip=[_LOADER, 0], dtype="bfloat16")
+def _replaced(family: str, layout: str) -> dict[str, Any]:
+    replace = node("NAIReplaceT5", clip=[_LOADER, 0], dtype="bfloat16", layout=layout)
     return {**_stock(family), _CLIP: replace, _ENCODE: node("CLIPTextEncode", clip=[_CLIP, 0])}
 
 
-def _loaded(family: str) -> dict[str, Any]:
-    loader = node("NAILoadT5", t5_name=FILE, family=family, dtype="bfloat16", weights="auto", device="default")
+def _loaded(family: str, layout: str) -> dict[str, Any]:
+    how = {"dtype": "bfloat16", "weights": "auto", "device": "default", "layout": layout}
+    loader = node("NAILoadT5", t5_name=FILE, family=family, **how)
     return {_LOADER: loader, _ENCODE: node("CLIPTextEncode", clip=[_LOADER, 0])}
 
 
 WAYS: dict[str, Callable[[str], dict[str, Any]]] = {
     "stock": _stock,
-    "Replace T5, bfloat16": _replaced,
-    "Load T5, bfloat16": _loaded,
+    "Replace T5, bfloat16": partial(_replaced, layout="auto"),
+    "Replace T5, bfloat16, packed": partial(_replaced, layout="packed"),
+    "Load T5, bfloat16": partial(_loaded, layout="auto"),
+    "Load T5, bfloat16, packed": partial(_loaded, layout="packed"),
 }
 
 
