@@ -220,10 +220,10 @@ class DecoderCache:
         places = self.positions[:, None, : self.used] + (self.length - 1 - self.position)
         places = torch.where(self.visible[:, :, : self.used], places, 2 * self.length - 1)
         self.position += 1
-        return CachedAttention(self.keys_values[..., : self.used, :], self.rows, slots, lines, places, scale)
+        return CachedAttention(self._layers(self.used), self.rows, slots, lines, places, scale)
 
     def append(self) -> tuple[int, list[tuple[Tensor, Tensor]]]:
-        """The slot of the next token of a lone text, and keys and values of every layer: [heads, slots, d_kv] each.
+        """The slot of a lone text's next token, and keys and values of every layer: [1, heads, slots, d_kv] each.
 
         Raises:
             ValueError: the cache is full.
@@ -232,7 +232,14 @@ class DecoderCache:
         slot = self.position
         self._use(self.positions.shape[1])
         self.position += 1
-        return slot, [(keys[0], values[0]) for keys, values in self.keys_values]
+        return slot, self._layers(self.used)
+
+    def _layers(self, slots: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer, the first ``slots`` of them: [prompts, heads, slots, d_kv] each.
+
+        Each a tensor by itself: of the whole, a compiler would copy all to write a part.
+        """
+        return [(keys, values) for keys, values in self.keys_values[..., :slots, :]]
 
     def _refuse_if_full(self) -> None:
         if self.position >= self.length:
@@ -267,14 +274,14 @@ class CachedAttention:
     A lone token may come in several copies, of which the first is written.
 
     Attributes:
-        keys_values: [layers, 2, prompts, heads, slots, d_kv]
+        layers: keys and values of every layer, [prompts, heads, slots, d_kv] each.
         rows, slots: where the last tokens go, [prompts, 1] and [prompts, beams].
         lines: the bias of every layer that has its own, by distance.
         places: [prompts, beams, slots], where on the line the bias of a slot is.
         scale: what q·k is multiplied by.
     """
 
-    keys_values: Tensor
+    layers: Sequence[tuple[Tensor, Tensor]]
     rows: Tensor
     slots: Tensor
     lines: Sequence[Tensor]
@@ -285,7 +292,7 @@ class CachedAttention:
         return self.lines[index][:, self.places].transpose(0, 1)
 
     def layer(self, index: int, bias: Tensor) -> Attend:
-        keys, values = self.keys_values[index].unbind(0)
+        keys, values = self.layers[index]
         beams = self.slots.shape[1]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

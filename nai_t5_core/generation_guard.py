@@ -100,9 +100,11 @@ def _tighten_first_fault(model: T5, generate: Callable[[], Tensor]) -> str | Non
 @contextmanager
 def _watching(model: T5) -> Iterator[None]:
     """While it is open, the first fault in the decoder raises an error, with what is needed to mend it."""
-    # A compiled decoder runs without its hooks.
+    # A compiled decoder runs without its hooks, and that of a lone text is another one.
     eager: Any = getattr(torch.compiler, "set_stance", None)
     with ExitStack() as open_contexts:
+        open_contexts.callback(setattr, model, "single_text", model.single_text)
+        model.single_text = None
         if eager is not None:
             open_contexts.enter_context(eager("force_eager"))
         for index, block in enumerate(model.decoder.block):

@@ -153,7 +153,8 @@ class SingleText:
         at = torch.tensor([slot])
         for index, block in enumerate(self.decoder.decoder.block):
             bias = biases[index if self.decoder.decoder.bias_per_layer else 0]
-            attend = _SelfAttention(*layers[index], bias, at, self._scale)
+            keys, values = layers[index]
+            attend = _SelfAttention(keys[0], values[0], bias, at, self._scale)
             attend_across = _CrossAttention(*self._prompt[index], self._prompt_bias, self._scale)
             residual = self.decoder.run_block(block, residual, attend, attend_across, self.decoder.dtype)
         return self.decoder.finish(residual)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import TOY_CONFIGS, build_stack, random_state
 from typer.testing import CliRunner
 
+from nai_t5_core.attention_choice import missing_for_flex
 from nai_t5_core.bench import (
     GENERATION_CASES,
     GenerationReport,
@@ -18,12 +20,13 @@ from nai_t5_core.bench import (
     generation_cases_named,
     generation_markdown,
 )
-from nai_t5_core.bench.variants import INT8
+from nai_t5_core.bench.variants import INT8, OWN_COMPILED
 from nai_t5_core.cli import app
 from nai_t5_core.int8 import can_quantize
 from nai_t5_core.parity_report import OWN
 
 V1_1 = TOY_CONFIGS["v1.1"].model_copy(update={"vocab_size": 512})
+MISSING = missing_for_flex(torch.device("cpu"))
 CAN_QUANTIZE = can_quantize(build_stack(V1_1, random_state(V1_1)))
 NEW_TOKENS, PROMPT_LENGTH = 12, 9
 
@@ -75,6 +78,15 @@ def test_pages_and_json(report: GenerationReport) -> None:
     values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert [result["case"]["slug"] for result in values["cases"]] == [case.slug for case in GENERATION_CASES]
     assert (values["new_tokens"], values["dtype"], values["repeats"]) == (NEW_TOKENS, "float32", 2)
+
+
+@pytest.mark.skipif(MISSING is not None, reason=f"nothing can be compiled here: {MISSING}")
+def test_a_single_text_also_compiled() -> None:
+    compiled = small_bench(compiled=True, with_peer=False, int8=False, repeats=1)
+    names = {result.case.slug: [timing.name for timing in result.timings] for result in compiled.cases}
+    assert names == {"beams": [OWN], "greedy": [OWN, OWN_COMPILED], "greedy-8": [OWN]}
+    (found,) = (timing for result in compiled.cases for timing in result.timings if timing.name == OWN_COMPILED)
+    assert found.same_texts == 1
 
 
 def test_mistakes() -> None:

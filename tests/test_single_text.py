@@ -11,6 +11,8 @@ from nai_t5_core.attention_choice import missing_for_flex
 from nai_t5_core.compiled import compile_single_text
 from nai_t5_core.decoding import Decoding
 from nai_t5_core.encoder import Layout
+from nai_t5_core.generation_guard import generate_guarded
+from nai_t5_core.guard import NotFiniteError
 from nai_t5_core.model import T5
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.peers import own_t5
@@ -122,6 +124,16 @@ def test_a_prepacked_model_keeps_its_compiled_step() -> None:
         pytest.skip("oneDNN does not pack here")
     compiled = prepack(compiled)
     assert all(torch.equal(compiled.generate(PROMPT, max_new_tokens=9), expected) for _ in range(3))
+
+
+def test_a_damaged_weight_is_named() -> None:
+    model = compile_single_text(toy(), backend="aot_eager")
+    compiled = model.single_text
+    with torch.no_grad():
+        model.decoder.block[1].layer[1].EncDecAttention.o.weight[0, 0] = torch.nan
+    with pytest.raises(NotFiniteError, match=r"decoder\.block\.1\.layer\.1\.EncDecAttention\.o\.weight holds values"):
+        generate_guarded(model, PROMPT, max_new_tokens=3)
+    assert model.single_text is compiled is not None
 
 
 def test_mistakes() -> None:
