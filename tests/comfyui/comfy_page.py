@@ -93,14 +93,15 @@ class Page:
     def find_and_place(self, name: str) -> None:
         """Searches for a node by double click and its full name, and places the first that is found."""
         area = self.page.locator("#graph-canvas").bounding_box()
-        self.page.mouse.dblclick(area["x"] + area["width"] / 2, area["y"] + area["height"] / 2)
-        self.page.keyboard.type(name, delay=20)
-        self.see(name)
-        for _ in range(_PATIENCE // 5):  # a busy page may show what it found and not be ready to take it
+        for _ in range(_PATIENCE // 10):  # a busy page may show what it found and not take it, then or later
+            self.page.mouse.dblclick(area["x"] + area["width"] / 2, area["y"] + area["height"] / 2)
+            self.page.keyboard.type(name, delay=20)
+            self.see(name)
             self.page.keyboard.press("Enter")
             self.page.wait_for_timeout(5000)
             if self.node_types():
                 return
+            self.page.keyboard.press("Escape")
         raise AssertionError(f"after {_PATIENCE} s {name} is not placed; the page told: {self.faults}")
 
     def browse_templates(self) -> None:
