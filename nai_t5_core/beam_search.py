@@ -98,7 +98,7 @@ class _Search:
     def _candidates(self, logits: Tensor, length: int) -> tuple[_Texts, Tensor]:
         """The best 2 · beams continuations, of which at least half do not end, and the beams they come from."""
         prompts, beams, vocab_size = logits.shape
-        scores = torch.log_softmax(logits, dim=-1, out=logits).flatten(0, 1)
+        scores = logits.log_softmax(dim=-1).flatten(0, 1)
         scores = self.options.apply_rules(scores, self.running.tokens[:, :, :length].flatten(0, 1))
         scores = scores.unflatten(0, (prompts, beams)).add_(self.running.scores[:, :, None])
         best, places = find_largest(scores.flatten(1), 2 * beams)

@@ -58,8 +58,6 @@ class Decoding:
         self._without_gradients = torch.no_grad if is_spread else torch.inference_mode
         tables = model.decoder.bias_tables(model.dtype)
         self._lines = [bias_line(table, cache.length) for table in tables]
-        # Kept: memory that is asked for anew at every step comes in pages that the system has to clear first.
-        self._logits = torch.empty(*self.shape, model.config.vocab_size, device=model.device)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,14 +67,14 @@ class Decoding:
     def step(self, tokens: Tensor) -> Tensor:
         """Appends a token to every text: ids [prompts, beams] to the next token's logits [prompts, beams, vocab_size].
 
-        Logits are float32, whatever the model computes in. They may be changed, and the next step overwrites them.
+        Logits are float32, whatever the model computes in, and made in inference mode, unless the model is sharded.
 
         Raises:
             ValueError: the cache is full.
             NotFiniteLogitsError: a logit is not finite.
         """
         with self._without_gradients():
-            logits = self._logits.copy_(self._compute(tokens))
+            logits = self._compute(tokens).float()
         # The sum is not finite if any is not: one pass over the logits.
         if not bool(logits.sum().isfinite()):
             raise NotFiniteLogitsError(
