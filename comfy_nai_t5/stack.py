@@ -187,9 +187,7 @@ class SharedStack(T5EncoderStack):
             self.encoder.release()
 
     def _tell(self, reasons: Counter[str]) -> None:
-        if reasons and self.wish == "fused":
-            raise ValueError(f"the T5 cannot run in the fused layout: {next(iter(reasons))}; choose the layout auto")
-        text = describe_layout(reasons, len(self.encoder.block), "packed" if self.is_packed else "fused")
+        text = self._described(reasons)
         if text != self.told:
             log.info("T5 (NAI): %s", text)
         self.told = text
@@ -213,9 +211,13 @@ class SharedStack(T5EncoderStack):
         blocks: Any = self.encoder.block
         dtype = None if self.is_packed else self.dtype
         reasons = Counter(reason for block in blocks if (reason := obstacle(block, dtype)) is not None)
+        return self._described(reasons)
+
+    def _described(self, reasons: Counter[str]) -> str:
+        """The layout in words; an error where the fused one was asked for and a layer cannot be joined."""
         if reasons and self.wish == "fused":
             raise ValueError(f"the T5 cannot run in the fused layout: {next(iter(reasons))}; choose the layout auto")
-        return describe_layout(reasons, len(blocks), "packed" if self.is_packed else "fused")
+        return describe_layout(reasons, len(self.encoder.block), "packed" if self.is_packed else "fused")
 
 
 def describe_layout(reasons: Counter[str], layers: int, joined: str) -> str:
