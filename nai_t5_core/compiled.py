@@ -1,4 +1,4 @@
-"""What torch compiles: the encoder, one graph for each of a few token counts, and the step of a lone text."""
+"""What torch compiles: the encoder, one graph for each of a few token counts, and the step of generation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from nai_t5_core.attention_choice import FlexUnavailableError, missing_for_flex, refuse_unsupported
+from nai_t5_core.compiled_steps import CompiledSteps
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.flex import BLOCK
 from nai_t5_core.int8 import Int8Linear
 from nai_t5_core.model import T5
 from nai_t5_core.optimize import PackedLinear
 from nai_t5_core.packing import TOKEN_BUCKETS
-from nai_t5_core.single_text import SingleTextDecoder
 
 # Graphs beyond the buckets: rows longer than the largest, and calls with gradients or under inference mode.
 _SPARE_GRAPHS = 8
@@ -68,12 +68,11 @@ def compile_stack(
     return stack
 
 
-def compile_single_text(model: T5, **options: Any) -> T5:
-    """Has torch compile the decoder's step for one prompt with one text, greedy or sampled, on the CPU.
+def compile_steps(model: T5, **options: Any) -> T5:
+    """Has torch compile the decoder's step in generation on the CPU: greedy, sampled and with beams.
 
-    It takes a few seconds when the first token is wanted, and again where a prompt or text is longer than any before by
-    so much that its keys get a larger bucket (128, 256, 512 …). Beams and several prompts run as before. Call it before
-    the model is prepacked, and after its weights were changed for the last time.
+    It takes some seconds when the first token is wanted, for a lone text, several prompts, and every other number of
+    beams. Call it before the model is prepacked, and after its weights were changed for the last time.
 
     Args:
         options: passed on to torch.compile.
@@ -87,14 +86,13 @@ def compile_single_text(model: T5, **options: Any) -> T5:
     """
     if model.device.type != "cpu" or model.dtype == torch.float16:
         raise ValueError(
-            f"the model is in {model.dtype} on {model.device}; one text at a time is compiled on the CPU in bfloat16 "
-            "or float32"
+            f"the model is in {model.dtype} on {model.device}; steps are compiled on the CPU in bfloat16 or float32"
         )
     _refuse_packed(model.decoder)
     _refuse_old_torch()
     if missing := missing_for_flex(model.device):
         raise FlexUnavailableError(f"the decoder cannot be compiled here: {missing}")
-    model.single_text = SingleTextDecoder(model, **options)
+    model.compiled_steps = CompiledSteps(model, **options)
     return model
 
 

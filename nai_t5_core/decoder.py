@@ -5,6 +5,7 @@ What attends to what is a plan of :mod:`nai_t5_core.decoder_attention`, for a wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -142,6 +143,18 @@ class DecoderBlock(nn.Module):
         return out
 
 
+# Calls a block with what its forward takes.
+RunBlock = Callable[[nn.Module, Tensor, Attend, CrossAttend, torch.dtype], Tensor]
+
+
+def run_block(
+    block: nn.Module, residual: Tensor, attend: Attend, attend_across: CrossAttend, dtype: torch.dtype
+) -> Tensor:
+    """Calls a block as it is."""
+    out: Tensor = block(residual, attend, attend_across, dtype)
+    return out
+
+
 class Decoder(nn.Module):
     """The stack of blocks: embeddings in, hidden states out."""
 
@@ -156,15 +169,25 @@ class Decoder(nn.Module):
         )
         self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, factory.get("device"))
 
-    def forward(self, embeddings: Tensor, plan: DecoderPlan, memory: CrossMemory, dtype: torch.dtype) -> Tensor:
-        """[prompts, queries, d_model] in any float dtype to the same in ``dtype``, after the final norm."""
+    def forward(
+        self,
+        embeddings: Tensor,
+        plan: DecoderPlan,
+        memory: CrossMemory,
+        dtype: torch.dtype,
+        run_block: RunBlock = run_block,
+    ) -> Tensor:
+        """[prompts, queries, d_model] in any float dtype to the same in ``dtype``, after the final norm.
+
+        ``run_block`` is how a block is called, such as compiled.
+        """
         # A copy, since blocks change it in place.
         residual = embeddings.to(residual_dtype(dtype), copy=True)
         bias: Tensor | None = None
         for index, block in enumerate(self.block):
             if bias is None or self.bias_per_layer:
                 bias = plan.bias(index)
-            residual = block(residual, plan.layer(index, bias), memory.layer(index), dtype)
+            residual = run_block(block, residual, plan.layer(index, bias), memory.layer(index), dtype)
         hidden: Tensor = self.final_layer_norm(residual)
         return hidden.to(dtype)
 

@@ -18,9 +18,13 @@ from torch import Tensor
 
 from nai_t5_core.attention import Attend, distance_table, position_bias
 from nai_t5_core.config import T5Config
+from nai_t5_core.layers import residual_dtype
 
 # Queries [prompts, queries, heads, d_kv] to attention output of the same shape.
 CrossAttend = Callable[[Tensor], Tensor]
+
+# Queries that a compiled step spells out one by one; more are left to torch's own kernel.
+_MOST_SPELLED_OUT = 8
 
 
 class DecoderPlan(Protocol):
@@ -49,8 +53,11 @@ def attend_to(
     q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float, dropout: float = 0.0
 ) -> Tensor:
     """q [prompts, queries, heads, d_kv] over keys and values [prompts, heads, keys, d_kv]; result like q."""
-    if q.shape[1] == 1 and q.is_cpu and q.dtype in (torch.bfloat16, torch.float16) and dropout == 0:
-        return _attend_in_float32(q, keys, values, bias, scale)
+    if q.is_cpu and dropout == 0:
+        if torch.compiler.is_compiling() and q.shape[1] <= _MOST_SPELLED_OUT:
+            return _attend_one_by_one(q, keys, values, bias, scale)
+        if q.shape[1] == 1 and q.dtype in (torch.bfloat16, torch.float16):
+            return _attend_in_float32(q, keys, values, bias, scale)
     return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, bias, dropout, scale=scale).transpose(1, 2)
 
 
@@ -59,6 +66,19 @@ def _attend_in_float32(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | N
     logits = torch.matmul(q.transpose(1, 2).float(), keys.float().transpose(-1, -2)) * scale
     weights = (logits if bias is None else logits + bias).softmax(dim=-1)
     return torch.matmul(weights, values.float()).to(q.dtype).transpose(1, 2)
+
+
+def _attend_one_by_one(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """The same as multiplications and sums, which a compiler joins, so that keys and values are read once for all."""
+    exact = residual_dtype(q.dtype)
+    keys, values = keys.to(exact), values.to(exact)
+    outputs = []
+    for query in range(q.shape[1]):
+        logits = (keys * q[:, query, :, None].to(exact)).sum(dim=-1) * scale
+        if bias is not None:
+            logits = logits + bias[:, :, min(query, bias.shape[2] - 1)].to(exact)
+        outputs.append((logits.softmax(dim=-1)[..., None] * values).sum(dim=-2))
+    return torch.stack(outputs, dim=1).to(q.dtype)
 
 
 @dataclass(frozen=True)
@@ -115,12 +135,21 @@ class CrossMemory:
 
     def layer(self, index: int) -> CrossAttend:
         """The attention function of a layer."""
-        keys, values = self.layers[index]
+        return CrossLayer(*self.layers[index], self.bias, self.scale, self.dropout)
 
-        def attend(q: Tensor) -> Tensor:
-            return attend_to(q, keys, values, self.bias, self.scale, self.dropout)
 
-        return attend
+@dataclass(frozen=True)
+class CrossLayer:
+    """Attention of one layer to the prompts; see :class:`CrossMemory`. A class, since compilers look into it."""
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor | None
+    scale: float
+    dropout: float
+
+    def __call__(self, q: Tensor) -> Tensor:
+        return attend_to(q, self.keys, self.values, self.bias, self.scale, self.dropout)
 
 
 def cross_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,6 +199,8 @@ class DecoderCache:
         slots = length * beams
         shape = (config.num_decoder_layers, 2, prompts, config.num_heads, slots, config.d_kv)
         self.keys_values = torch.zeros(shape, dtype=dtype, device=device)
+        # Each a tensor by itself: of the whole, a compiler would copy all to write a part.
+        self.layers = [(keys, values) for keys, values in self.keys_values]
         self.positions = torch.zeros(prompts, slots, dtype=torch.int64, device=device)
         self.visible = torch.zeros(prompts, beams, slots, dtype=torch.bool, device=device)
         self.own = torch.eye(beams, dtype=torch.bool, device=device).expand(prompts, beams, beams)
@@ -184,7 +215,7 @@ class DecoderCache:
     @property
     def written_nbytes(self) -> int:
         """Memory of the slots that the last texts have used."""
-        return self.nbytes // self.positions.shape[1] * self.used
+        return self.nbytes // self.slots * self.used
 
     def fits(self, config: T5Config, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether it is a cache for such a model."""
@@ -205,41 +236,28 @@ class DecoderCache:
         index = parents[:, :, None].expand_as(self.visible)
         self.visible.copy_(self.visible.gather(1, index))
 
-    def step(self, lines: Sequence[Tensor], scale: float, fixed_shapes: bool) -> CachedAttention:
+    @property
+    def slots(self) -> int:
+        """Tokens that there is room for beside each prompt."""
+        return self.positions.shape[1]
+
+    def step(self, lines: Sequence[Tensor], scale: float, granularity: int = 1) -> CachedAttention:
         """The plan of the next step; see :func:`bias_line` for ``lines``.
 
-        With ``fixed_shapes`` every step reads all slots, else only those in use.
+        It reads the slots in use and no others, but for as many as make their number a multiple of ``granularity``.
 
         Raises:
             ValueError: the cache is full.
         """
         self._refuse_if_full()
         slots = self._take_slots()
-        self._use(self.positions.shape[1] if fixed_shapes else int(slots.max()) + 1)
+        in_use = int(slots.max()) + 1
+        self._use(min(self.slots, -(-in_use // granularity) * granularity))
         # Places on the bias line, whose last is hidden from every query.
         places = self.positions[:, None, : self.used] + (self.length - 1 - self.position)
         places = torch.where(self.visible[:, :, : self.used], places, 2 * self.length - 1)
         self.position += 1
-        return CachedAttention(self._layers(self.used), self.rows, slots, lines, places, scale)
-
-    def append(self) -> tuple[int, list[tuple[Tensor, Tensor]]]:
-        """The slot of a lone text's next token, and keys and values of every layer: [1, heads, slots, d_kv] each.
-
-        Raises:
-            ValueError: the cache is full.
-        """
-        self._refuse_if_full()
-        slot = self.position
-        self._use(self.positions.shape[1])
-        self.position += 1
-        return slot, self._layers(self.used)
-
-    def _layers(self, slots: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer, the first ``slots`` of them: [prompts, heads, slots, d_kv] each.
-
-        Each a tensor by itself: of the whole, a compiler would copy all to write a part.
-        """
-        return [(keys, values) for keys, values in self.keys_values[..., :slots, :]]
+        return CachedAttention(self.layers, self.rows, slots, lines, places, scale)
 
     def _refuse_if_full(self) -> None:
         if self.position >= self.length:
@@ -248,7 +266,9 @@ class DecoderCache:
     def _take_slots(self) -> Tensor:
         """A free slot for the next token of every beam: [prompts, beams]."""
         candidates = self.visible[:, :, : self.used + self.beams]
-        slots = candidates.any(dim=1).byte().sort(dim=1, stable=True).indices[:, : self.beams].contiguous()
+        slots = candidates.any(dim=1).byte().sort(dim=1, stable=True).indices[:, : self.beams]
+        # The same strides always, for which compilers look even where a size is 1.
+        slots = slots.clone(memory_format=torch.contiguous_format)
         self.visible.scatter_(2, slots[:, None].expand_as(self.own), self.own)
         self.positions.scatter_(1, slots, self.position)
         return slots
@@ -271,13 +291,11 @@ def bias_line(table: Tensor, length: int) -> Tensor:
 class CachedAttention:
     """One step: the last tokens write their keys and values and attend to what they may see.
 
-    A lone token may come in several copies, of which the first is written.
-
     Attributes:
         layers: keys and values of every layer, [prompts, heads, slots, d_kv] each.
         rows, slots: where the last tokens go, [prompts, 1] and [prompts, beams].
         lines: the bias of every layer that has its own, by distance.
-        places: [prompts, beams, slots], where on the line the bias of a slot is.
+        places: [prompts, beams, slots in use], where on the line the bias of a slot is.
         scale: what q·k is multiplied by.
     """
 
@@ -292,12 +310,22 @@ class CachedAttention:
         return self.lines[index][:, self.places].transpose(0, 1)
 
     def layer(self, index: int, bias: Tensor) -> Attend:
-        keys, values = self.layers[index]
-        beams = self.slots.shape[1]
+        return CachedLayer(*self.layers[index], self.rows, self.slots, bias, self.scale)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys[self.rows, :, self.slots] = k[:, :beams]
-            values[self.rows, :, self.slots] = v[:, :beams]
-            return attend_to(q, keys, values, bias, self.scale)
 
-        return attend
+@dataclass(frozen=True)
+class CachedLayer:
+    """One layer of :class:`CachedAttention`. A lone token may come in several copies, of which the first is written."""
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+    slots: Tensor
+    bias: Tensor
+    scale: float
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        beams, used = self.slots.shape[1], self.bias.shape[-1]
+        self.keys[self.rows, :, self.slots] = k[:, :beams]
+        self.values[self.rows, :, self.slots] = v[:, :beams]
+        return attend_to(q, self.keys[:, :, :used], self.values[:, :, :used], self.bias, self.scale)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.attention import logit_scale
+from nai_t5_core.compiled_steps import SLOTS_AT_ONCE
 from nai_t5_core.decoder_attention import CrossMemory, DecoderCache, bias_line
-from nai_t5_core.single_text import SingleText
 
 if TYPE_CHECKING:
     from nai_t5_core.model import T5
@@ -45,13 +45,13 @@ class Decoding:
             raise ValueError("the cache is for another model, dtype or device; make one by this model's new_cache()")
         cache.clear()
         self.model, self.memory, self.cache = model, memory, cache
-        self.fixed_shapes = fixed_shapes
+        # Of the slots that a step reads.
+        self._granularity = cache.slots if fixed_shapes else 1 if model.compiled_steps is None else SLOTS_AT_ONCE
+        if model.compiled_steps is not None:
+            model.compiled_steps.prepare(cache, memory)
         self._scale = logit_scale(model.config)
-        # How the lone text of a model that was compiled for one is computed; None for all others.
-        self._single: SingleText | None = None
-        if model.single_text is not None and self.shape == (1, 1):
-            self._single = SingleText(model.single_text, memory, cache)
-        is_narrow = cache.beams == 1 and model.device.type == "cpu"
+        is_lone_and_compiled = self.shape == (1, 1) and model.compiled_steps is not None
+        is_narrow = cache.beams == 1 and model.device.type == "cpu" and not is_lone_and_compiled
         self._copies = max(1, _FEWEST_ROWS // cache.prompts) if is_narrow else 1
         # Weights that are spread over processes are gathered into tensors that inference mode would spoil.
         is_spread = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
@@ -96,10 +96,10 @@ class Decoding:
     def _compute(self, tokens: Tensor) -> Tensor:
         """Logits in any dtype."""
         embeddings = self.model.encoder_stack.embed(tokens)
-        if self._single is not None:
-            return self._single.logits(embeddings)
-        plan = self.cache.step(self._lines, self._scale, self.fixed_shapes)
+        plan = self.cache.step(self._lines, self._scale, self._granularity)
         if self._copies > 1:
             embeddings = embeddings.expand(-1, self._copies, -1)
+        if self.model.compiled_steps is not None:
+            return self.model.compiled_steps.logits(self.model, embeddings, plan, self.memory)[:, : self.cache.beams]
         hidden: Tensor = self.model.decoder(embeddings, plan, self.memory, self.model.dtype)
         return self.model.logits(hidden[:, : self.cache.beams])

@@ -103,8 +103,8 @@ def _watching(model: T5) -> Iterator[None]:
     # A compiled decoder runs without its hooks, and that of a lone text is another one.
     eager: Any = getattr(torch.compiler, "set_stance", None)
     with ExitStack() as open_contexts:
-        open_contexts.callback(setattr, model, "single_text", model.single_text)
-        model.single_text = None
+        open_contexts.callback(setattr, model, "compiled_steps", model.compiled_steps)
+        model.compiled_steps = None
         if eager is not None:
             open_contexts.enter_context(eager("force_eager"))
         for index, block in enumerate(model.decoder.block):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nai_t5_core.attention import logit_scale
+from nai_t5_core.compiled_steps import SLOTS_AT_ONCE, CompiledSteps
 from nai_t5_core.config import T5Config
 from nai_t5_core.decoder import Decoder
 from nai_t5_core.decoder_attention import CausalAttention, CrossMemory, DecoderCache
@@ -18,7 +19,6 @@ from nai_t5_core.generation import GenerationOptions, generate, stream
 from nai_t5_core.layers import residual_dtype, scaled
 from nai_t5_core.packing import PaddingPolicy
 from nai_t5_core.scales import StackScales, unscaled
-from nai_t5_core.single_text import SingleTextDecoder, keys_for
 
 IGNORE_INDEX = -100
 
@@ -70,8 +70,8 @@ class T5(nn.Module):
         self.shared, self.encoder = stack.shared, stack.encoder
         self.decoder = Decoder(config, layout, self.decoder_scales, ops, device=device, dtype=dtype)
         self.lm_head = ops.Linear(config.d_model, config.vocab_size, bias=False, device=device, dtype=dtype)
-        # How a lone text is generated once `nai_t5_core.compiled.compile_single_text` was called.
-        self.single_text: SingleTextDecoder | None = None
+        # How a step is computed once `nai_t5_core.compiled.compile_steps` was called.
+        self.compiled_steps: CompiledSteps | None = None
         # In a tuple, for its modules are this module's own, and should not be listed twice.
         self._encoder_stack = (stack,)
         self._tie()
@@ -190,19 +190,21 @@ class T5(nn.Module):
         hidden: Tensor = self.decoder(embeddings, plan, memory, self.dtype)
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Hidden states [..., d_model] to logits [..., vocab_size] in the compute dtype.
 
-        Where a scale is taken off them again they are float32, since they may exceed the compute dtype.
+        Where a scale is taken off them again they are float32, since they may exceed the compute dtype. ``head`` is
+        called instead of the model's own.
         """
-        logits: Tensor = self.lm_head(scaled(hidden, self.config.head_scale))
+        logits: Tensor = (self.lm_head if head is None else head)(scaled(hidden, self.config.head_scale))
         embedding = self.encoder_stack.scales.embedding if self.config.tie_word_embeddings else 1.0
         return logits if embedding == 1 else logits.to(residual_dtype(self.dtype)) / embedding
 
     def new_cache(self, prompts: int, beams: int, length: int) -> DecoderCache:
         """A cache for texts of up to ``length`` tokens, start token included; ``generate`` can use it many times."""
-        if self.single_text is not None and (prompts, beams) == (1, 1):
-            length = keys_for(length)
+        if self.compiled_steps is not None:
+            # So that no step ever reads all slots, which would be compiled anew.
+            length += SLOTS_AT_ONCE
         return DecoderCache(self.config, prompts, beams, length, self.dtype, self.device)
 
     def generate(

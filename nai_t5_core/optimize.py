@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,10 @@ _POST_OPERATIONS: dict[Activation | None, tuple[str, list[Any], str]] = {
     "silu": ("swish", [], ""),
 }
 
+# By which a compiled graph finds the modules of its products, for it cannot hold weights in oneDNN's order.
+_NUMBERS = itertools.count()
+_BY_NUMBER: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
+
 
 class PackedLinear(nn.Module):
     """A product with a weight that lies in oneDNN's own blocked order, which saves reordering it in every call.
@@ -41,6 +47,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, activation: Activation | None = None) -> None:
         super().__init__()
+        self._take_number()
         self.out_features, self.in_features = weight.shape
         self.activation = activation
         self.plain: Tensor | None = weight.detach()
@@ -52,6 +59,13 @@ class PackedLinear(nn.Module):
 
         ``factor`` and ``addend`` are [..., out_features]; the factor only for products without activation.
         """
+        if torch.compiler.is_compiling():
+            product: Tensor = torch.ops.nai_t5.packed_product(x, self.number, self.out_features, factor, addend)
+            return product
+        return self.product(x, factor, addend)
+
+    def product(self, x: Tensor, factor: Tensor | None, addend: Tensor | None) -> Tensor:
+        """See :meth:`forward`."""
         if self.plain is not None:
             if not self.called:
                 self.called = True
@@ -69,6 +83,16 @@ class PackedLinear(nn.Module):
             out = pointwise(x, self.packed, None, *_POST_OPERATIONS[self.activation])
         return out
 
+    def _take_number(self) -> None:
+        # A tensor, since a plain number would be compiled into the graph, which then served one module alone.
+        self.number = torch.tensor(next(_NUMBERS), device="cpu")
+        _BY_NUMBER[int(self.number)] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and what comes back from a file have a number of their own."""
+        super().__setstate__(state)
+        self._take_number()
+
     def _finished(self, product: Tensor, factor: Tensor | None) -> Tensor:
         if self.activation is not None:
             product = ACTIVATIONS[self.activation](product)
@@ -78,6 +102,19 @@ class PackedLinear(nn.Module):
         state = "to be packed" if self.packed is None else "packed"
         activation = f", {self.activation}" if self.activation else ""
         return f"in_features={self.in_features}, out_features={self.out_features}{activation}, {state}"
+
+
+@torch.library.custom_op("nai_t5::packed_product", mutates_args=())
+def _packed_product(
+    x: Tensor, number: Tensor, out_features: int, factor: Tensor | None, addend: Tensor | None
+) -> Tensor:
+    """The product of the module with this number."""
+    return _BY_NUMBER[int(number)].product(x, factor, addend)
+
+
+@_packed_product.register_fake
+def _(x: Tensor, number: Tensor, out_features: int, factor: Tensor | None, addend: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 class PackedFeedForward(nn.Module):

@@ -14,7 +14,7 @@ ROWS = [
     "config families prompt_chunks scales text_cleaning tokenizer",
     # 1: mathematics
     "layers attention attention_choice flex packing encoder "
-    "decoder_attention decoder single_text decoding token_scores beam_search generation model",
+    "decoder_attention decoder compiled_steps decoding token_scores beam_search generation model",
     # 2: weights
     "formats keymaps fuse precision hub native examine load conversion maxima scales_file "
     "lora_keys lora_files lora_set lora",

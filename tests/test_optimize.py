@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
+from torch._dynamo.utils import counters
 
 from nai_t5_core.encoder import LAYOUTS, Layout
 from nai_t5_core.optimize import PackedLinear, can_prepack, prepack
@@ -48,6 +51,22 @@ def test_originals_are_kept_for_one_call_and_then_let_go() -> None:
     stack(IDS)
     assert all(module.packed is not None and module.plain is None for module in packed)
     assert not any(original() for original in originals)
+
+
+@torch.no_grad()
+def test_one_graph_computes_the_products_of_many_modules() -> None:
+    weights = [torch.randn(48, 32), torch.randn(48, 32)]
+    x, addend = torch.randn(5, 32), torch.randn(5, 48)
+    modules = [PackedLinear(weight, "relu") for weight in weights]
+    modules.append(copy.deepcopy(modules[0]))
+    del modules[0]
+    torch._dynamo.reset()
+    counters.clear()
+    run = torch.compile(lambda module: module(x, None, addend) * 2, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        for module, weight in zip(modules, reversed(weights), strict=True):
+            assert torch.allclose(run(module), F.relu(x @ weight.T + addend) * 2, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_what_cannot_be_packed_is_refused() -> None:

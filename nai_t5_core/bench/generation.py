@@ -17,7 +17,7 @@ from nai_t5_core.bench.machine import device_name, threads_set
 from nai_t5_core.bench.results import Spread
 from nai_t5_core.bench.timing import timed
 from nai_t5_core.bench.variants import INT8, OWN_COMPILED
-from nai_t5_core.compiled import compile_single_text
+from nai_t5_core.compiled import compile_steps
 from nai_t5_core.config import T5Config, named_config
 from nai_t5_core.decoder_attention import DecoderCache
 from nai_t5_core.int8 import quantize_int8
@@ -42,11 +42,6 @@ class GenerationCase:
     name: str
     prompts: int
     beams: int
-
-    @property
-    def is_single(self) -> bool:
-        """Whether it is one text for one prompt."""
-        return self.prompts == self.beams == 1
 
 
 GENERATION_CASES = (
@@ -156,7 +151,7 @@ def bench_generation(
         prompt_length, new_tokens: tokens of each prompt and of each text.
         with_peer: also time transformers.
         int8: ours also in 8 bits.
-        compiled: a single text also by :func:`nai_t5_core.compiled.compile_single_text`.
+        compiled: ours also with :func:`nai_t5_core.compiled.compile_steps`.
         progress: called with what is being done, in words.
 
     Raises:
@@ -180,14 +175,13 @@ def bench_generation(
             contenders[INT8] = _own(quantize_int8(own_t5(config, state, model_dtype)))
         if compiled:
             tell("compiling")
-            contenders[OWN_COMPILED] = _own(_prepacked(compile_single_text(own_t5(config, state, model_dtype))))
+            contenders[OWN_COMPILED] = _own(_prepacked(compile_steps(own_t5(config, state, model_dtype))))
         if with_peer:
             contenders[TRANSFORMERS] = _peer(config, state, model_dtype, place)
         results = []
         for case in cases:
             ids, _ = random_batch(config, [prompt_length] * case.prompts, prompt_length, seed)
-            running = {name: run for name, run in contenders.items() if name != OWN_COMPILED or case.is_single}
-            timings = _time_case(case, running, ids.to(place), new_tokens, repeats, tell)
+            timings = _time_case(case, contenders, ids.to(place), new_tokens, repeats, tell)
             results.append(GenerationResult(case, timings, _memory(ready, case, ids, new_tokens)))
     peer = {TRANSFORMERS: importlib.metadata.version(TRANSFORMERS)} if with_peer else {}
     return GenerationReport(

@@ -192,7 +192,7 @@ def bench_generate(
     new_tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 64,
     peer: Annotated[bool, typer.Option("--peer/--no-peer", help="Also time transformers.")] = True,
     int8: Annotated[bool, typer.Option("--int8", help="Ours also in 8 bits.")] = False,
-    compiled: Annotated[bool, typer.Option("--compiled", help="A single text also under torch.compile.")] = False,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Ours also with steps under torch.compile.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown.")] = None,
     as_json: Json = False,
 ) -> None:

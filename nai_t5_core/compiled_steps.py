@@ -1,0 +1,100 @@
+"""The decoder's step on the CPU as torch compiles it: what is between the products becomes a few passes over memory.
+
+One block is compiled and runs as every block, for texts and prompts of any length. The attention of a few beams reads
+keys and values once for all of them, and the products of several texts are those of :mod:`nai_t5_core.optimize`.
+
+A lone text is another matter. Its step is bound by memory, for it takes all of the decoder's weights and does little
+with each; oneDNN's product of one row gets half of what the memory gives. Written as a multiplication and a sum, each
+becomes one pass over the weight as it lies in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nai_t5_core.attention import Attend
+from nai_t5_core.decoder import Decoder, run_block
+from nai_t5_core.decoder_attention import (
+    CachedAttention,
+    CachedLayer,
+    CrossAttend,
+    CrossLayer,
+    CrossMemory,
+    DecoderCache,
+)
+from nai_t5_core.layers import NoInit, residual_dtype
+
+if TYPE_CHECKING:
+    from nai_t5_core.model import T5
+
+# Of the cache, that are read: whole vectors, and never one alone, which would be compiled anew.
+SLOTS_AT_ONCE = 16
+
+# Each number of beams is compiled on its own, as are single prompts beside several; this bounds how many may meet.
+_MOST_GRAPHS = 64
+
+
+class SingleRow(NoInit):
+    """``ops`` for a model that is compiled to compute one token at a time."""
+
+    class Linear(NoInit.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            """[1, 1, in_features] to [1, 1, out_features]; not compiled, it would take a copy of the weight."""
+            exact = residual_dtype(x.dtype)
+            return (self.weight.to(exact) * x[0, 0].to(exact)).sum(-1).to(x.dtype)[None, None]
+
+
+class CompiledSteps:
+    """The decoder's blocks, compiled at their first use, and a second decoder on the same weights for a lone text.
+
+    Args:
+        model: neither prepacked nor quantised; it may be prepacked later.
+        options: passed on to torch.compile.
+    """
+
+    def __init__(self, model: T5, **options: Any) -> None:
+        graphs: dict[str, Any] = {"fullgraph": True, "recompile_limit": _MOST_GRAPHS, "isolate_recompiles": True}
+        self._run_block: Callable[..., Tensor] = torch.compile(run_block, **graphs, **options)
+        place: dict[str, Any] = {"device": "meta", "dtype": model.dtype}
+        self.single_decoder = Decoder(model.config, model.layout, model.decoder_scales, SingleRow, **place)
+        self.single_decoder.load_state_dict(model.decoder.state_dict(), assign=True)
+        self.single_decoder.eval().requires_grad_(False)
+        head = SingleRow.Linear(model.config.d_model, model.config.vocab_size, bias=False, **place)
+        head.weight = nn.Parameter(model.lm_head.weight.detach(), requires_grad=False)
+        self.single_head: Callable[[Tensor], Tensor] = torch.compile(head, **graphs, **options)
+
+    def prepare(self, cache: DecoderCache, memory: CrossMemory) -> None:
+        """To be called once, before the steps of a generation."""
+        _let_vary(cache.rows, 0)
+        for keys_and_values in (*cache.layers, *memory.layers):
+            for tensor in keys_and_values:
+                _let_vary(tensor, 0, 2)
+
+    def logits(self, model: T5, embeddings: Tensor, plan: CachedAttention, memory: CrossMemory) -> Tensor:
+        """The last tokens' embeddings [prompts, queries, d_model] to logits [prompts, queries, vocab_size]."""
+        _let_vary(plan.slots, 0)
+        is_single = embeddings.shape[:2] == (1, 1)
+        decoder = self.single_decoder if is_single else model.decoder
+        hidden = decoder(embeddings, plan, memory, model.dtype, self.run_block)
+        return model.logits(hidden, self.single_head if is_single else None)
+
+    def run_block(
+        self, block: nn.Module, residual: Tensor, attend: Attend, attend_across: CrossAttend, dtype: torch.dtype
+    ) -> Tensor:
+        """See :func:`nai_t5_core.decoder.run_block`."""
+        assert isinstance(attend, CachedLayer) and isinstance(attend_across, CrossLayer)
+        _let_vary(residual, 0)
+        _let_vary(attend.bias, 0, 3)
+        if attend_across.bias is not None:
+            _let_vary(attend_across.bias, 0, 3)
+        return self._run_block(block, residual, attend, attend_across, dtype)
+
+
+def _let_vary(tensor: Tensor, *dimensions: int) -> None:
+    """Sizes that are not to be compiled into a graph."""
+    for dimension in dimensions:
+        torch._dynamo.maybe_mark_dynamic(tensor, dimension)
