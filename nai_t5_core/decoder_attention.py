@@ -251,8 +251,7 @@ class DecoderCache:
         """
         self._refuse_if_full()
         slots = self._take_slots()
-        in_use = int(slots.max()) + 1
-        self._use(min(self.slots, -(-in_use // granularity) * granularity))
+        self._use(self._slots_to_read(slots, granularity))
         # Places on the bias line, whose last is hidden from every query.
         places = self.positions[:, None, : self.used] + (self.length - 1 - self.position)
         places = torch.where(self.visible[:, :, : self.used], places, 2 * self.length - 1)
@@ -272,6 +271,12 @@ class DecoderCache:
         self.visible.scatter_(2, slots[:, None].expand_as(self.own), self.own)
         self.positions.scatter_(1, slots, self.position)
         return slots
+
+    def _slots_to_read(self, taken: Tensor, granularity: int) -> int:
+        if granularity >= self.slots:
+            return self.slots  # all: an accelerator need not be waited for
+        in_use = int(taken.max()) + 1
+        return min(self.slots, -(-in_use // granularity) * granularity)
 
     def _use(self, slots: int) -> None:
         """Takes more slots into use. They are read before each is written, by a probability of zero, times zero."""
