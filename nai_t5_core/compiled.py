@@ -71,8 +71,9 @@ def compile_stack(
 def compile_steps(model: T5, **options: Any) -> T5:
     """Has torch compile the decoder's step in generation on the CPU: greedy, sampled and with beams.
 
-    It takes some seconds when the first token is wanted, for a lone text, several prompts, and every other number of
-    beams. Call it before the model is prepacked, and after its weights were changed for the last time.
+    It takes some seconds when the first token is wanted, for a lone text, several prompts, every other number of beams,
+    the first mask and the first prompt of a single token. Call it before the model is prepacked, and after its weights
+    were changed for the last time.
 
     Args:
         options: passed on to torch.compile.

@@ -45,12 +45,15 @@ class Decoding:
             raise ValueError("the cache is for another model, dtype or device; make one by this model's new_cache()")
         cache.clear()
         self.model, self.memory, self.cache = model, memory, cache
-        # Of the slots that a step reads.
-        self._granularity = cache.slots if fixed_shapes else 1 if model.compiled_steps is None else SLOTS_AT_ONCE
-        if model.compiled_steps is not None:
-            model.compiled_steps.prepare(cache, memory)
+        compiled = model.compiled_steps
+        if compiled is not None:
+            compiled.prepare(cache, memory)
+        # A step reads a multiple of so many slots.
+        self._granularity = 1 if compiled is None else SLOTS_AT_ONCE
+        if fixed_shapes:
+            self._granularity = cache.slots
         self._scale = logit_scale(model.config)
-        is_lone_and_compiled = self.shape == (1, 1) and model.compiled_steps is not None
+        is_lone_and_compiled = self.shape == (1, 1) and compiled is not None
         is_narrow = cache.beams == 1 and model.device.type == "cpu" and not is_lone_and_compiled
         self._copies = max(1, _FEWEST_ROWS // cache.prompts) if is_narrow else 1
         # Weights that are spread over processes are gathered into tensors that inference mode would spoil.

@@ -106,6 +106,9 @@ def test_one_graph_serves_all_blocks_and_all_lengths() -> None:
     for prompts, length in ((4, 7), (9, 30), (5, 200)):
         model.generate(PROMPT[:, :1].expand(prompts, length), max_new_tokens=length // 4, num_beams=4)
     assert counters["stats"]["unique_graphs"] == 3
+    for prompts in (4, 9):
+        model.generate(PROMPT.expand(prompts, -1), PADDED.expand(prompts, -1), max_new_tokens=20, num_beams=4)
+    assert counters["stats"]["unique_graphs"] == 4
     assert not counters["graph_break"]
 
 
