@@ -17,6 +17,7 @@ from nai_t5_core.peers import own_t5
 from nai_t5_core.sharding import shard, whole
 from nai_t5_core.training.config import read_config
 from nai_t5_core.training.loop import train
+from nai_t5_core.training.processes import joined
 from nai_t5_core.training.weights import checkpoint_blocks
 
 PROMPTS, LENGTH, TEXT = 4, 9, 6
@@ -72,7 +73,6 @@ def shared_models(kind: str) -> dict[str, Any]:
 
 
 def main(folder: Path, configs: list[str]) -> None:
-    dist.init_process_group("gloo")
     found: dict[str, Any] = {kind: shared_models(kind) for kind in KINDS}
     found["reports"] = {}
     for name in configs:
@@ -83,8 +83,8 @@ def main(folder: Path, configs: list[str]) -> None:
             found["reports"][name] = str(error)
     if dist.get_rank() == 0:
         torch.save(found, folder / "found.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    with joined("cpu"):
+        main(Path(sys.argv[1]), sys.argv[2:])

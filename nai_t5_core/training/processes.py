@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ import torch
 import torch.distributed as dist
 
 from nai_t5_core.precision import resolve_device
+
+# Far more than a waiting thread needs to take the lock and free two tensors.
+_FREEING_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -63,4 +67,14 @@ def joined(device: str) -> Iterator[Processes]:
         yield Processes(dist.get_rank(), dist.get_world_size(), place)
     finally:
         if not has_group:
-            dist.destroy_process_group()
+            _leave_group()
+
+
+def _leave_group() -> None:
+    """Ends the process group that this process has joined.
+
+    A thread of gloo's frees the tensors of a collective, for which it needs Python's lock. torch does not wait for it,
+    and aborts a process that ends meanwhile: one in five that end right after a collective. Sleeping gives up the lock.
+    """
+    time.sleep(_FREEING_SECONDS)
+    dist.destroy_process_group()
