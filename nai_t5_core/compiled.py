@@ -68,7 +68,7 @@ def compile_stack(
     return stack
 
 
-def compile_steps(model: T5, **options: Any) -> T5:
+def compile_steps(model: T5, blocks_at_once: int = 4, **options: Any) -> T5:
     """Has torch compile the decoder's step in generation on the CPU: greedy, sampled and with beams.
 
     It takes some seconds when the first token is wanted, for a lone text, several prompts, every other number of beams,
@@ -76,24 +76,29 @@ def compile_steps(model: T5, **options: Any) -> T5:
     were changed for the last time.
 
     Args:
+        blocks_at_once: so many blocks at most are one graph, which then serves all others. With more of them a step
+            calls fewer graphs, and compiling takes as many times longer.
         options: passed on to torch.compile.
 
     Returns:
         The same model, changed.
 
     Raises:
-        ValueError: the model is not on the CPU, in float16, prepacked or quantised, or torch is too old.
+        ValueError: the model is not on the CPU, in float16, prepacked or quantised, or torch is too old; or no block
+            at once.
         FlexUnavailableError: there is no compiler.
     """
     if model.device.type != "cpu" or model.dtype == torch.float16:
         raise ValueError(
             f"the model is in {model.dtype} on {model.device}; steps are compiled on the CPU in bfloat16 or float32"
         )
+    if blocks_at_once < 1:
+        raise ValueError(f"blocks_at_once={blocks_at_once}; it must be at least 1")
     _refuse_packed(model.decoder)
     _refuse_old_torch()
     if missing := missing_for_flex(model.device):
         raise FlexUnavailableError(f"the decoder cannot be compiled here: {missing}")
-    model.compiled_steps = CompiledSteps(model, **options)
+    model.compiled_steps = CompiledSteps(model, blocks_at_once, **options)
     return model
 
 

@@ -1,7 +1,8 @@
 """The decoder's step on the CPU as torch compiles it: what is between the products becomes a few passes over memory.
 
-One block is compiled and runs as every block, for texts and prompts of any length. The attention of a few beams reads
-keys and values once for all of them, and the products of several texts are those of :mod:`nai_t5_core.optimize`.
+A few blocks are compiled as one graph, which then runs all others, for texts and prompts of any length. The attention
+of a few beams reads keys and values once for all of them, and the products of several texts are those of
+:mod:`nai_t5_core.optimize`.
 
 A lone text is another matter. Its step is bound by memory, for it takes all of the decoder's weights and does little
 with each; oneDNN's product of one row gets half of what the memory gives. Written as a multiplication and a sum, each
@@ -10,22 +11,15 @@ becomes one pass over the weight as it lies in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.attention import Attend
-from nai_t5_core.decoder import Decoder, run_block
-from nai_t5_core.decoder_attention import (
-    CachedAttention,
-    CachedLayer,
-    CrossAttend,
-    CrossLayer,
-    CrossMemory,
-    DecoderCache,
-)
+from nai_t5_core.decoder import BlockInPlan, Decoder, run_blocks
+from nai_t5_core.decoder_attention import CachedAttention, CachedLayer, CrossLayer, CrossMemory, DecoderCache
 from nai_t5_core.layers import NoInit, residual_dtype
 
 if TYPE_CHECKING:
@@ -53,12 +47,16 @@ class CompiledSteps:
 
     Args:
         model: neither prepacked nor quantised; it may be prepacked later.
+        blocks_at_once: see :func:`nai_t5_core.compiled.compile_steps`.
         options: passed on to torch.compile.
     """
 
-    def __init__(self, model: T5, **options: Any) -> None:
+    def __init__(self, model: T5, blocks_at_once: int, **options: Any) -> None:
+        blocks = model.config.num_decoder_layers
+        # A divisor, or the last few would be another graph.
+        self.blocks_at_once = max(size for size in range(1, blocks_at_once + 1) if blocks % size == 0)
         graphs: dict[str, Any] = {"fullgraph": True, "recompile_limit": _MOST_GRAPHS, "isolate_recompiles": True}
-        self._run_block: Callable[..., Tensor] = torch.compile(run_block, **graphs, **options)
+        self._run_group: Callable[..., Tensor] = torch.compile(run_blocks, **graphs, **options)
         place: dict[str, Any] = {"device": "meta", "dtype": model.dtype}
         self.single_decoder = Decoder(model.config, model.layout, model.decoder_scales, SingleRow, **place)
         self.single_decoder.load_state_dict(model.decoder.state_dict(), assign=True)
@@ -79,19 +77,23 @@ class CompiledSteps:
         _let_vary(plan.slots, 0)
         is_single = embeddings.shape[:2] == (1, 1)
         decoder = self.single_decoder if is_single else model.decoder
-        hidden = decoder(embeddings, plan, memory, model.dtype, self.run_block)
+        hidden = decoder(embeddings, plan, memory, model.dtype, self.run_blocks)
         return model.logits(hidden, self.single_head if is_single else None)
 
-    def run_block(
-        self, block: nn.Module, residual: Tensor, attend: Attend, attend_across: CrossAttend, dtype: torch.dtype
-    ) -> Tensor:
-        """See :func:`nai_t5_core.decoder.run_block`."""
-        assert isinstance(attend, CachedLayer) and isinstance(attend_across, CrossLayer)
-        _let_vary(residual, 0)
-        _let_vary(attend.bias, 0, 3)
-        if attend_across.bias is not None:
-            _let_vary(attend_across.bias, 0, 3)
-        return self._run_block(block, residual, attend, attend_across, dtype)
+    def run_blocks(self, blocks: Iterable[BlockInPlan], residual: Tensor, dtype: torch.dtype) -> Tensor:
+        """See :func:`nai_t5_core.decoder.run_blocks`."""
+        # For a lone text groups were no faster.
+        size = 1 if residual.shape[:2] == (1, 1) else self.blocks_at_once
+        upcoming = iter(blocks)
+        while group := tuple(itertools.islice(upcoming, size)):
+            _let_vary(residual, 0)
+            for _, attend, attend_across in group:
+                assert isinstance(attend, CachedLayer) and isinstance(attend_across, CrossLayer)
+                _let_vary(attend.bias, 0, 3)
+                if attend_across.bias is not None:
+                    _let_vary(attend_across.bias, 0, 3)
+            residual = self._run_group(group, residual, dtype)
+        return residual
 
 
 def _let_vary(tensor: Tensor, *dimensions: int) -> None:

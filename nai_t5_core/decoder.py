@@ -5,7 +5,7 @@ What attends to what is a plan of :mod:`nai_t5_core.decoder_attention`, for a wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -143,16 +143,16 @@ class DecoderBlock(nn.Module):
         return out
 
 
-# Calls a block with what its forward takes.
-RunBlock = Callable[[nn.Module, Tensor, Attend, CrossAttend, torch.dtype], Tensor]
+# A block and what it attends to: the text so far, and the prompt.
+BlockInPlan = tuple[nn.Module, Attend, CrossAttend]
+RunBlocks = Callable[[Iterable[BlockInPlan], Tensor, torch.dtype], Tensor]
 
 
-def run_block(
-    block: nn.Module, residual: Tensor, attend: Attend, attend_across: CrossAttend, dtype: torch.dtype
-) -> Tensor:
-    """Calls a block as it is."""
-    out: Tensor = block(residual, attend, attend_across, dtype)
-    return out
+def run_blocks(blocks: Iterable[BlockInPlan], residual: Tensor, dtype: torch.dtype) -> Tensor:
+    """[prompts, queries, d_model] residual to residual, through one block after the other."""
+    for block, attend, attend_across in blocks:
+        residual = block(residual, attend, attend_across, dtype)
+    return residual
 
 
 class Decoder(nn.Module):
@@ -175,21 +175,23 @@ class Decoder(nn.Module):
         plan: DecoderPlan,
         memory: CrossMemory,
         dtype: torch.dtype,
-        run_block: RunBlock = run_block,
+        run_blocks: RunBlocks = run_blocks,
     ) -> Tensor:
         """[prompts, queries, d_model] in any float dtype to the same in ``dtype``, after the final norm.
 
-        ``run_block`` is how a block is called, such as compiled.
+        ``run_blocks`` is how the blocks are run, such as compiled.
         """
         # A copy, since blocks change it in place.
         residual = embeddings.to(residual_dtype(dtype), copy=True)
+        hidden: Tensor = self.final_layer_norm(run_blocks(self._blocks_in(plan, memory), residual, dtype))
+        return hidden.to(dtype)
+
+    def _blocks_in(self, plan: DecoderPlan, memory: CrossMemory) -> Iterator[BlockInPlan]:
         bias: Tensor | None = None
         for index, block in enumerate(self.block):
             if bias is None or self.bias_per_layer:
                 bias = plan.bias(index)
-            residual = run_block(block, residual, plan.layer(index, bias), memory.layer(index), dtype)
-        hidden: Tensor = self.final_layer_norm(residual)
-        return hidden.to(dtype)
+            yield block, plan.layer(index, bias), memory.layer(index)
 
     def bias_tables(self, dtype: torch.dtype) -> list[Tensor]:
         """The bias by distance of every layer that has its own: [heads, 2 · max_distance + 1] each.

@@ -198,7 +198,7 @@ class DecoderCache:
         self.prompts, self.beams, self.length = prompts, beams, length
         slots = length * beams
         shape = (config.num_decoder_layers, 2, prompts, config.num_heads, slots, config.d_kv)
-        self.keys_values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys_values = torch.empty(shape, dtype=dtype, device=device)
         # Each a tensor by itself: of the whole, a compiler would copy all to write a part.
         self.layers = [(keys, values) for keys, values in self.keys_values]
         self.positions = torch.zeros(prompts, slots, dtype=torch.int64, device=device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import TOY_CONFIGS, random_state
@@ -95,13 +97,17 @@ def test_every_kind_and_layout(kind: str, dtype: torch.dtype, layout: Layout, sh
     assert is_near(logits_of(compiled, PADDED, *shape), logits_of(eager, PADDED, *shape))
 
 
-def test_one_graph_serves_all_blocks_and_all_lengths() -> None:
-    model = compile_steps(toy(), backend="aot_eager")
+@pytest.mark.parametrize("blocks_at_once", [1, 3])
+def test_one_graph_serves_all_blocks_and_all_lengths(blocks_at_once: int) -> None:
+    """Of four blocks, in groups of one, and of two where three are allowed."""
+    config = dataclasses.replace(TOY_CONFIGS["v1.1"], num_decoder_layers=4)
+    model = own_t5(config, random_state(config), torch.float32)
+    model = compile_steps(model, blocks_at_once, backend="aot_eager")
     torch._dynamo.reset()
     counters.clear()
     for length in (2, 5, 40, 128, 300):
         model.generate(PROMPT[:, :1].expand(1, length), max_new_tokens=length // 8 + 1)
-    # A block, and the head behind the last one.
+    # Some blocks, and the head behind the last one.
     assert counters["stats"]["unique_graphs"] == 2
     for prompts, length in ((4, 7), (9, 30), (5, 200)):
         model.generate(PROMPT[:, :1].expand(prompts, length), max_new_tokens=length // 4, num_beams=4)
@@ -161,6 +167,8 @@ def test_a_damaged_weight_is_named() -> None:
 def test_mistakes() -> None:
     with pytest.raises(ValueError, match=r"torch\.float16 on cpu; steps are compiled on the CPU in bfloat16"):
         compile_steps(toy(dtype=torch.float16))
+    with pytest.raises(ValueError, match="blocks_at_once=0; it must be at least 1"):
+        compile_steps(toy(), 0)
     packed = toy()
     if can_prepack(packed):
         with pytest.raises(ValueError, match="prepacked or quantised for this CPU already"):
