@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from conftest import TOY_CONFIGS, random_state
@@ -100,7 +98,7 @@ def test_every_kind_and_layout(kind: str, dtype: torch.dtype, layout: Layout, sh
 @pytest.mark.parametrize("blocks_at_once", [1, 3])
 def test_one_graph_serves_all_blocks_and_all_lengths(blocks_at_once: int) -> None:
     """Of four blocks, in groups of one, and of two where three are allowed."""
-    config = dataclasses.replace(TOY_CONFIGS["v1.1"], num_decoder_layers=4)
+    config = TOY_CONFIGS["v1.1"].model_copy(update={"num_decoder_layers": 4})
     model = own_t5(config, random_state(config), torch.float32)
     model = compile_steps(model, blocks_at_once, backend="aot_eager")
     torch._dynamo.reset()
