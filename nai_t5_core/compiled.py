@@ -71,13 +71,13 @@ def compile_stack(
 def compile_steps(model: T5, blocks_at_once: int = 4, **options: Any) -> T5:
     """Has torch compile the decoder's step in generation on the CPU: greedy, sampled and with beams.
 
-    It takes some seconds when the first token is wanted, for a lone text, several prompts, every other number of beams,
-    the first mask and the first prompt of a single token. Call it before the model is prepacked, and after its weights
-    were changed for the last time.
+    It takes up to half a minute when the first token is wanted, for a lone text, several prompts, every other number of
+    beams, the first mask and the first prompt of a single token. Call it before the model is prepacked, and after its
+    weights were changed for the last time.
 
     Args:
         blocks_at_once: so many blocks at most are one graph, which then serves all others. With more of them a step
-            calls fewer graphs, and compiling takes as many times longer.
+            calls fewer graphs, and compiling takes longer.
         options: passed on to torch.compile.
 
     Returns:
