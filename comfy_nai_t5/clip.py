@@ -208,6 +208,7 @@ def with_our_t5(clip: Any, settings: Settings | None = None) -> T5Clip:
         stack = SharedStack(
             owner.transformer, compute_dtype, attention=attention, wish=settings.layout, compiled=settings.compile
         )
+        stack.device = device
         if settings.compile or settings.attention == "flex":
             _refuse_without_flex(device, compute_dtype, stack.config.d_kv)
         if settings.layout == "packed":

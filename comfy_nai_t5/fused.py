@@ -8,8 +8,8 @@ call joins anew. A layer that cannot be joined at this moment runs module by mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import comfy.ops
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nai_t5_core.attention import Attend
 from nai_t5_core.encoder import EncoderBlock
+from nai_t5_core.kernel_block import KernelBlock
 from nai_t5_core.layers import ACTIVATIONS, GatedFeedForward, add_sublayer, gated, scaled
 
 
@@ -49,6 +50,11 @@ class FusedWeights:
     wi: Tensor
     wo: Tensor
 
+    def cast(self, dtype: torch.dtype) -> FusedWeights:
+        """The same in ``dtype``, but for the norms."""
+        names = ("qkv", "o", "wi", "wo")
+        return replace(self, **{name: getattr(self, name).detach().to(dtype) for name in names})
+
 
 @dataclass(frozen=True)
 class FusedProducts:
@@ -77,12 +83,19 @@ class FusedProducts:
 
 
 class SharedBlock(EncoderBlock):
-    """A layer on ComfyUI's modules, which runs by ``products`` with the norms of ``weights`` while it is given some."""
+    """A layer on ComfyUI's modules.
+
+    It runs by ``kernels``, or by ``products``, with the norms of ``weights`` while it is given some.
+    """
 
     weights: FusedWeights | None = None
     products: Products | None = None
+    kernels: KernelBlock | None = None
 
     def forward(self, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
+        if self.weights is not None and self.kernels is not None:
+            norms = (self.weights.attention_norm, self.weights.dense_norm)
+            return self.kernels(residual, attend, *(norm.detach().to(residual.dtype) for norm in norms))
         if self.weights is None or self.products is None:
             return super().forward(residual, attend, dtype)
         attention: Any = self.layer[0]
@@ -115,11 +128,20 @@ def fuse(block: Any) -> FusedWeights:
     )
 
 
-def obstacle(block: Any, dtype: torch.dtype | None, device: torch.device | None = None) -> str | None:
+def kernels_on(block: Any, weights: FusedWeights) -> KernelBlock:
+    """The kernels on a layer's joined weights."""
+    attention, dense = block.layer[0], block.layer[-1].DenseReluDense
+    heads, epsilon = attention.SelfAttention.heads, attention.layer_norm.variance_epsilon
+    return KernelBlock.of(weights.qkv, weights.o, weights.wi, weights.wo, dense, heads, epsilon)
+
+
+def obstacle(
+    block: Any, dtype: torch.dtype, others: Collection[torch.dtype], device: torch.device | None = None
+) -> str | None:
     """Why a layer cannot be joined at this moment, as the end of a sentence; None if it can.
 
-    ``dtype`` is what its weights must have, None for any. ``device`` is where it is to run; None where that is not to
-    be considered, since the weights are not there yet.
+    ``dtype`` is what it computes in, and ``others`` the dtypes of weights that are cast for it without ado. ``device``
+    is where it is to run; None where that is not to be considered, since the weights are not there yet.
     """
     norms = [layer.layer_norm for layer in (block.layer[0], block.layer[-1])]
     linears = projections(block)
@@ -132,8 +154,11 @@ def obstacle(block: Any, dtype: torch.dtype | None, device: torch.device | None 
         if device is not None and module.weight.device != device:
             return f"its weights come from {module.weight.device} to {device} at every call"
     for linear in linears:
-        if dtype is not None and linear.weight.dtype != dtype:
+        if linear.weight.dtype != dtype and linear.weight.dtype not in others:
             return f"its weights are kept in {_short(linear.weight.dtype)} and cast to {_short(dtype)} at every call"
+    for group in (linears[:3], linears[4:-1]):
+        if len({linear.weight.dtype for linear in group}) > 1:
+            return "weights to be joined are of different dtypes"
     return None
 
 

@@ -1,4 +1,4 @@
-"""A layer's products with weights in oneDNN's own order, for a T5 on the CPU. They are a second copy, and faster."""
+"""A layer's products with weights in an order of their own, for a T5 on the CPU. They are a second copy, and faster."""
 
 from __future__ import annotations
 
@@ -7,37 +7,61 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from comfy_nai_t5.fused import FusedWeights, projections
+from comfy_nai_t5.fused import FusedWeights, kernels_on, projections
+from nai_t5_core.kernel_block import KernelBlock
 from nai_t5_core.layers import GatedFeedForward
 from nai_t5_core.optimize import PackedFeedForward, PackedGatedFeedForward, PackedLinear
 
 
-class PackedProducts:
-    """The products of one layer in ``dtype``, made of the weights that it has now. Each is packed by its second call.
+class Kept:
+    """What is made of the weights that a layer has now.
 
-    What ComfyUI patches are the originals, so these serve while the originals are the same parameters with the same
-    values. Of values that are changed behind torch's back they know nothing: see ``SharedStack.is_hooked``.
+    What ComfyUI patches are the originals, so it serves while the originals are the same parameters with the same
+    values. Of values that are changed behind torch's back it knows nothing: see ``SharedStack.is_hooked``.
     """
 
-    def __init__(self, block: Any, weights: FusedWeights, dtype: torch.dtype) -> None:
+    def __init__(self, block: Any) -> None:
         self._made_of = _originals(block)
-        dense = block.layer[-1].DenseReluDense
-        qkv, o, wi, wo = (weight.detach().to(dtype) for weight in (weights.qkv, weights.o, weights.wi, weights.wo))
-        self.qkv, self.o = PackedLinear(qkv), PackedLinear(o)
-        self.dense: nn.Module
-        if isinstance(dense, GatedFeedForward):
-            gate, up = wi.chunk(2)
-            self.dense = PackedGatedFeedForward(gate, up, wo, dense.activation, dense.scale)
-        else:
-            self.dense = PackedFeedForward(wi, wo, dense.activation, dense.scale)
 
     def is_made_of(self, block: Any) -> bool:
-        """Whether the layer still has the weights that these products were made of."""
+        """Whether the layer still has the weights that this was made of."""
         now = _originals(block)
         return all(
             weight is old and version == old_version
             for (weight, version), (old, old_version) in zip(now, self._made_of, strict=True)
         )
+
+
+class PackedKernels(Kept):
+    """The kernels on the weights of one layer, packed by their second call."""
+
+    def __init__(self, block: Any, weights: FusedWeights, dtype: torch.dtype) -> None:
+        super().__init__(block)
+        self.kernels = kernels_on(block, weights.cast(dtype))
+        self.is_packed = False
+        self._called = False
+
+    def ready(self) -> KernelBlock:
+        if self._called and not self.is_packed:
+            self.kernels, self.is_packed = self.kernels.packed(), True
+        self._called = True
+        return self.kernels
+
+
+class PackedProducts(Kept):
+    """The products of one layer in ``dtype``, by oneDNN. Each is packed by its second call."""
+
+    def __init__(self, block: Any, weights: FusedWeights, dtype: torch.dtype) -> None:
+        super().__init__(block)
+        dense = block.layer[-1].DenseReluDense
+        cast = weights.cast(dtype)
+        self.qkv, self.o = PackedLinear(cast.qkv), PackedLinear(cast.o)
+        self.dense: nn.Module
+        if isinstance(dense, GatedFeedForward):
+            gate, up = cast.wi.chunk(2)
+            self.dense = PackedGatedFeedForward(gate, up, cast.wo, dense.activation, dense.scale)
+        else:
+            self.dense = PackedFeedForward(cast.wi, cast.wo, dense.activation, dense.scale)
 
     def feed_forward(self, hidden: Tensor, _: nn.Module) -> Tensor:
         out: Tensor = self.dense(hidden)

@@ -8,24 +8,38 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from typing import Any
+from collections.abc import Collection
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comfy_nai_t5.fused import FusedProducts, SharedBlock, fuse, obstacle
-from comfy_nai_t5.packed import PackedProducts
+from comfy_nai_t5.fused import FusedProducts, SharedBlock, fuse, kernels_on, obstacle
+from comfy_nai_t5.packed import Kept, PackedKernels, PackedProducts
 from nai_t5_core.attention import AttentionPlan, distance_table
 from nai_t5_core.attention_choice import AttentionChoice
 from nai_t5_core.compiled import compile_stack
 from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import Encoder, T5EncoderStack
+from nai_t5_core.kernel_block import is_supported, torch_is_needed
+from nai_t5_core.kernels.build import missing_for_kernels
+from nai_t5_core.kernels.calls import WEIGHT_FORMATS
 from nai_t5_core.layers import NoInit
 from nai_t5_core.packing import TOKEN_BUCKETS
 from nai_t5_core.scales import StackScales, published_scales
 
 log = logging.getLogger(__name__)
+
+KeptKind = TypeVar("KeptKind", PackedKernels, PackedProducts)
+
+# Of weights that can be cast to what is computed in, once.
+_CASTABLE = (*WEIGHT_FORMATS, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def dtypes_cast(is_packed: bool, by_kernels: bool) -> Collection[torch.dtype]:
+    """Of weights that need not be kept in what is computed in to be joined."""
+    return _CASTABLE if is_packed else WEIGHT_FORMATS if by_kernels else ()
 
 
 def config_of(t5: Any) -> T5Config:
@@ -65,7 +79,7 @@ class SharedEncoder(Encoder):
         super().__init__(config, "separate", scales, NoInit, device="meta")
         blocks: Any = self.block
         self.block = nn.ModuleList(SharedBlock(*block.layer) for block in blocks)
-        self.kept: dict[SharedBlock, PackedProducts] = {}
+        self.kept: dict[SharedBlock, Kept] = {}
 
     def bias_table(self, index: int, device: torch.device | None = None) -> Tensor:
         if self.tables is not None:
@@ -82,29 +96,35 @@ class SharedEncoder(Encoder):
         weight = norm.weight.to(residual)
         return F.rms_norm(residual, residual.shape[-1:], weight, norm.variance_epsilon).to(dtype)
 
-    def join(self, dtype: torch.dtype, is_packed: bool) -> Counter[str]:
+    def join(self, dtype: torch.dtype, is_packed: bool, by_kernels: bool) -> Counter[str]:
         """Joins the products of every layer where that changes nothing; returns why other layers are as they are.
 
         With ``is_packed``, the products of a layer are kept for later calls, as long as its weights stay the same.
         """
         reasons: Counter[str] = Counter()
+        others = dtypes_cast(is_packed, by_kernels)
         block: Any
         for block in self.block:
-            reason = obstacle(block, None if is_packed else dtype, self.device)
+            reason = obstacle(block, dtype, others, self.device)
             if reason:
                 reasons[reason] += 1
+                continue
+            block.weights = fuse(block)
+            if by_kernels:
+                kept = self._keep(block, PackedKernels, dtype).ready() if is_packed else None
+                block.kernels = kept or kernels_on(block, block.weights)
             else:
-                block.weights = fuse(block)
-                block.products = self._packed(block, dtype) if is_packed else FusedProducts(block.weights)
+                block.products = self._keep(block, PackedProducts, dtype) if is_packed else FusedProducts(block.weights)
         if not reasons:
             count = len(self.block) if self.bias_per_layer else 1
             self.tables = [self.bias_table(index) for index in range(count)]
         return reasons
 
-    def _packed(self, block: Any, dtype: torch.dtype) -> PackedProducts:
+    def _keep(self, block: Any, kind: type[KeptKind], dtype: torch.dtype) -> KeptKind:
+        """What is kept of a layer, made anew where it is of another kind or of other weights."""
         kept = self.kept.get(block)
-        if kept is None or not kept.is_made_of(block):
-            self.kept[block] = kept = PackedProducts(block, block.weights, dtype)
+        if not isinstance(kept, kind) or not kept.is_made_of(block):
+            self.kept[block] = kept = kind(block, block.weights, dtype)
         return kept
 
     def release(self) -> None:
@@ -112,7 +132,7 @@ class SharedEncoder(Encoder):
         self.tables = None
         block: Any
         for block in self.block:
-            block.weights = block.products = None
+            block.weights = block.products = block.kernels = None
 
 
 class SharedStack(T5EncoderStack):
@@ -170,6 +190,17 @@ class SharedStack(T5EncoderStack):
         """Whether the next call's products are packed ones where they can be joined."""
         return self.wish == "packed" and not self.is_hooked
 
+    @property
+    def takes_kernels(self) -> bool:
+        """Whether joined products are computed by the kernels: in bfloat16 on a CPU that has the instructions."""
+        return (
+            self.dtype == torch.bfloat16
+            and self.device.type == "cpu"
+            and not self.compiled
+            and all(map(is_supported, self.encoder.block))
+            and missing_for_kernels() is None
+        )
+
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         """See :class:`T5EncoderStack`.
 
@@ -179,7 +210,7 @@ class SharedStack(T5EncoderStack):
         if self.wish == "separate":
             return super().forward(*inputs, **options)
         try:
-            reasons = self.encoder.join(self.dtype, self.is_packed)
+            reasons = self.encoder.join(self.dtype, self.is_packed, self.takes_kernels and not torch_is_needed())
             self._tell(reasons)
             self._compile_if(self.compiled and not reasons)
             return super().forward(*inputs, **options)
@@ -209,15 +240,16 @@ class SharedStack(T5EncoderStack):
         if self.wish == "separate":
             return "separate layout, as chosen"
         blocks: Any = self.encoder.block
-        dtype = None if self.is_packed else self.dtype
-        reasons = Counter(reason for block in blocks if (reason := obstacle(block, dtype)) is not None)
-        return self._described(reasons)
+        others = dtypes_cast(self.is_packed, self.takes_kernels)
+        return self._described(Counter(reason for block in blocks if (reason := obstacle(block, self.dtype, others))))
 
     def _described(self, reasons: Counter[str]) -> str:
         """The layout in words; an error where the fused one was asked for and a layer cannot be joined."""
         if reasons and self.wish == "fused":
             raise ValueError(f"the T5 cannot run in the fused layout: {next(iter(reasons))}; choose the layout auto")
-        return describe_layout(reasons, len(self.encoder.block), "packed" if self.is_packed else "fused")
+        layers = len(self.encoder.block)
+        text = describe_layout(reasons, layers, "packed" if self.is_packed else "fused")
+        return f"{text}, kernels for AVX512-BF16" if self.takes_kernels and reasons.total() < layers else text
 
 
 def describe_layout(reasons: Counter[str], layers: int, joined: str) -> str:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -116,17 +116,35 @@ class DocumentAttention:
     dropout: float = 0.0
 
     def layer(self, table: Tensor) -> Attend:
-        if not self.groups:
-            return _attend_to_nothing
+        # With gradients the biases belong to the graph outside of the blocks, some of which may be computed twice.
+        return DocumentLayer(self, table, self.biases(table) if torch.is_grad_enabled() else None)
+
+    @cached_property
+    def documents(self) -> Tensor | None:
+        """Every document as [documents, 4] int64: first row, rows, first key in the document, keys.
+
+        None where that does not say all: where a document has holes, or no keys.
+        """
+        if any(group.keys == 0 or group.positions is not None for group in self.groups):
+            return None
+        rows = [
+            (start, group.queries, group.key_start, group.keys)
+            for group in self.groups
+            for start in range(group.start, group.stop, group.queries)
+        ]
+        return torch.tensor(rows, dtype=torch.long).reshape(-1, 4)
+
+    def biases(self, table: Tensor) -> list[Tensor]:
+        """The bias of every group, [heads, queries, keys]."""
         longest = max([1, *(group.queries for group in self.groups if group.positions is None)])
         bias = position_bias(table, longest)
-        biases = [self._bias_of(group, table, bias) for group in self.groups]
+        return [self._bias_of(group, table, bias) for group in self.groups]
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            outputs = [self._attend_group(*item, q, k, v) for item in zip(self.groups, biases, strict=True)]
-            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-        return attend
+    def attend(self, biases: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries, keys and values [tokens, heads, d_kv] to attention output [tokens, heads, d_kv]."""
+        outputs = [self._attend_group(*item, q, k, v) for item in zip(self.groups, biases, strict=True)]
+        # The row is empty where every prompt is masked and no pad row is computed.
+        return q if not outputs else outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @staticmethod
     def _bias_of(group: DocumentGroup, table: Tensor, bias: Tensor) -> Tensor:
@@ -152,9 +170,28 @@ class DocumentAttention:
         return out.flatten(0, 1)
 
 
-def _attend_to_nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """For a batch in which every prompt is masked and no pad row is computed: the row is empty."""
-    return q
+class DocumentLayer:
+    """:class:`DocumentAttention` with a layer's bias, which layers share where they share the bias.
+
+    Attributes:
+        plan: what attends to what.
+        table: the bias by distance, [heads, distances].
+    """
+
+    def __init__(self, plan: DocumentAttention, table: Tensor, biases: list[Tensor] | None = None) -> None:
+        self.plan = plan
+        self.table = table
+        self._biases = biases
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._biases is None:
+            self._biases = self.plan.biases(self.table)
+        return self.plan.attend(self._biases, q, k, v)
+
+    @cached_property
+    def exact_table(self) -> Tensor:
+        """The table in float32, for the kernels."""
+        return self.table.float().contiguous()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.flex import BLOCK
 from nai_t5_core.int8 import Int8Linear
 from nai_t5_core.model import T5
-from nai_t5_core.optimize import PackedLinear
+from nai_t5_core.optimize import is_packed
 from nai_t5_core.packing import TOKEN_BUCKETS
 
 # Graphs beyond the buckets: rows longer than the largest, and calls with gradients or under inference mode.
@@ -103,7 +103,7 @@ def compile_steps(model: T5, blocks_at_once: int = 4, **options: Any) -> T5:
 
 
 def _refuse_packed(module: nn.Module) -> None:
-    if any(isinstance(child, PackedLinear | Int8Linear) for child in module.modules()):
+    if is_packed(module) or any(isinstance(child, Int8Linear) for child in module.modules()):
         raise ValueError("the model is prepacked or quantised for this CPU already; compile it before, or load it anew")
 
 

@@ -20,6 +20,7 @@ from nai_t5_core.attention import (
 )
 from nai_t5_core.attention_choice import ATTENTION_CHOICES, AttentionChoice, describe_attention, document_plan
 from nai_t5_core.config import T5Config
+from nai_t5_core.kernel_block import kernels_of
 from nai_t5_core.layers import (
     FeedForward,
     FeedForwardLayer,
@@ -86,7 +87,9 @@ class EncoderBlock(nn.Module):
         self.layer = nn.ModuleList([attention, feed_forward])
 
     def forward(self, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
-        """[tokens, d_model] residual to residual; ``dtype`` is the compute dtype."""
+        """[tokens, d_model] residual to residual, changed in place in inference; ``dtype`` is the compute dtype."""
+        if kernels := kernels_of(self, dtype):
+            return kernels(residual, attend)
         residual = self.layer[0](residual, attend, dtype)
         out: Tensor = self.layer[-1](residual, dtype)
         return out

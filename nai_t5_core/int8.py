@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from nai_t5_core.attention import SelfAttentionLayer
 from nai_t5_core.decoder import CrossAttention, CrossAttentionLayer
 from nai_t5_core.encoder import T5EncoderStack
+from nai_t5_core.kernel_block import PLAIN_LINEARS
 from nai_t5_core.layers import FeedForwardLayer, FoldedRMSNorm
 from nai_t5_core.model import T5
-from nai_t5_core.optimize import PLAIN_LINEARS, Model
+from nai_t5_core.optimize import Model
 
 # Activations are stored from 0 to 255 around this zero: oneDNN has fast products of unsigned with signed bytes only.
 _ZERO_POINT = 128

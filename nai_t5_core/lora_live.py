@@ -21,7 +21,7 @@ from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.fuse import Recipe, folded_norm
 from nai_t5_core.layers import residual_dtype
 from nai_t5_core.lora_set import HasStack, LoraSet, NamedLoras
-from nai_t5_core.optimize import PackedGatedFeedForward, PackedLinear
+from nai_t5_core.optimize import PackedGatedFeedForward, PackedLinear, pack_for_onednn
 
 # What PackedGatedFeedForward calls the projections of a gate.
 _PACKED_NAMES = {"wi_0": "gate", "wi_1": "up"}
@@ -98,6 +98,8 @@ class LiveLoras(LoraSet):
 
     @torch.no_grad()
     def _apply(self, loras: NamedLoras, changed: Iterable[str]) -> None:
+        # The kernels have no place for what is added to their products.
+        pack_for_onednn(self._stack.encoder.block)
         projections = [found for recipe in self._recipes(changed) for found in self._projections(recipe)]
         before, self._loras = self._loras, loras
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 from weakref import WeakValueDictionary
 
 import torch
@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nai_t5_core.config import Activation
-from nai_t5_core.encoder import T5EncoderStack
-from nai_t5_core.layers import ACTIVATIONS, FeedForward, FusedGatedFeedForward, GatedFeedForward, NoInit, scaled
+from nai_t5_core.encoder import EncoderBlock, T5EncoderStack
+from nai_t5_core.kernel_block import PLAIN_LINEARS
+from nai_t5_core.kernels.build import missing_for_kernels
+from nai_t5_core.layers import ACTIVATIONS, FeedForward, FusedGatedFeedForward, GatedFeedForward, scaled
 from nai_t5_core.model import T5
+from nai_t5_core.packed_block import PackedBlock
 
 Model = TypeVar("Model", T5EncoderStack, T5)
 
-# Not their subclasses: what those do beyond a product (adapters, quantisation, offloading) packing would lose.
-PLAIN_LINEARS = (nn.Linear, NoInit.Linear)
+ProductsChoice = Literal["auto", "kernels", "onednn"]
+PRODUCTS_CHOICES: tuple[ProductsChoice, ...] = get_args(ProductsChoice)
 
 # How oneDNN names what it does to a product before rounding it.
 _POST_OPERATIONS: dict[Activation | None, tuple[str, list[Any], str]] = {
@@ -149,7 +152,7 @@ class PackedGatedFeedForward(nn.Module):
 
 
 def can_prepack(stack: T5EncoderStack | T5) -> bool:
-    """Whether this machine's oneDNN takes this model's weights."""
+    """Whether this machine can pack this model's weights."""
     return packs(stack.device, stack.dtype)
 
 
@@ -162,27 +165,69 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def prepack(stack: Model) -> Model:
+def prepack(stack: Model, products: ProductsChoice = "auto") -> Model:
     """Has every projection packed for fast inference on this CPU; each original is let go when its copy is made.
+
+    Args:
+        products: ``"auto"`` has the blocks of the encoder computed by the kernels where these can do it (in bfloat16,
+            see :mod:`nai_t5_core.kernels`), and all else by oneDNN; ``"kernels"`` makes it an error where they cannot,
+            ``"onednn"`` does without them.
 
     Returns:
         The same model, changed. It can no longer be moved, cast, saved or trained. A tied head gets a copy of its own,
         since the embedding stays as it was.
 
     Raises:
-        ValueError: the model is not on the CPU, or not in float32 or a bfloat16 that this processor's oneDNN supports.
+        ValueError: the model is not on the CPU, or not in float32 or a bfloat16 that this processor's oneDNN supports;
+            or the kernels were asked for and cannot compute it.
     """
+    if products not in PRODUCTS_CHOICES:
+        raise ValueError(f"unknown products {products!r}; allowed: {', '.join(PRODUCTS_CHOICES)}")
     if not can_prepack(stack):
         raise ValueError(
             f"cannot prepack a model in {stack.dtype} on {stack.device}: oneDNN packs float32, and bfloat16 where the "
             "processor supports it, on the CPU"
         )
+    obstacle = _obstacle_to_kernels(stack)
+    if products == "kernels" and obstacle:
+        raise ValueError(f"products='kernels' is not possible: {obstacle}; use products='auto' or 'onednn'")
+    if products != "onednn" and not obstacle:
+        _pack_blocks(stack.encoder.block)
     _replace_children(stack)
     return stack
 
 
+def _obstacle_to_kernels(stack: T5EncoderStack | T5) -> str | None:
+    if stack.dtype != torch.bfloat16:
+        return f"the kernels compute in torch.bfloat16, and the model is in {stack.dtype}"
+    if not all(PackedBlock.takes(block) for block in stack.encoder.block):
+        return "the model has scales, an activation that the kernels do not know, or projections of other classes"
+    return missing_for_kernels()
+
+
+def _pack_blocks(blocks: nn.ModuleList) -> None:
+    for index, block in enumerate(blocks):
+        assert isinstance(block, EncoderBlock)
+        blocks[index] = PackedBlock(block)
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether any weight of a model was given to :func:`prepack`."""
+    return any(isinstance(module, PackedLinear | PackedBlock) for module in model.modules())
+
+
+def pack_for_onednn(blocks: nn.ModuleList) -> None:
+    """Gives blocks packed for the kernels to oneDNN: its products have places for what is added to them."""
+    for index, block in enumerate(blocks):
+        if isinstance(block, PackedBlock):
+            blocks[index] = block.unpacked()
+            _replace_children(blocks[index])
+
+
 def _replace_children(parent: nn.Module) -> None:
     for name, child in parent.named_children():
+        if isinstance(child, PackedBlock):
+            continue
         packed = _packed(child)
         if packed is None:
             _replace_children(child)

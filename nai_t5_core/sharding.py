@@ -18,7 +18,7 @@ from nai_t5_core.encoder import EncoderBlock, T5EncoderStack
 from nai_t5_core.int8 import Int8Linear
 from nai_t5_core.layers import RMSNorm
 from nai_t5_core.model import T5
-from nai_t5_core.optimize import PackedLinear
+from nai_t5_core.optimize import is_packed
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -50,7 +50,7 @@ def shard(model: Model, mesh: DeviceMesh | None = None, compute_dtype: torch.dty
     fully_shard, policy_class, register_entry = _torchs_own()
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("there is no process group; start the program with torchrun, or call init_process_group first")
-    if any(isinstance(module, PackedLinear | Int8Linear) for module in model.modules()):
+    if is_packed(model) or any(isinstance(module, Int8Linear) for module in model.modules()):
         raise ValueError("packed and 8-bit weights cannot be spread over processes; load the model with optimize=False")
     # Activations keep their precision: the residual and what norms read are float32 whatever the products are in.
     own_dtype = next(model.parameters()).dtype

@@ -1,0 +1,128 @@
+"""An encoder block computed by the kernels for AVX512-BF16: from the modules' own weights, or from packed copies.
+
+Less is rounded than where torch computes the block: activation and gating are applied to float32 sums, and what is
+added to the residual is not rounded before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nai_t5_core.attention import Attend, DocumentLayer, FusedSelfAttention
+from nai_t5_core.config import Activation
+from nai_t5_core.kernels.build import missing_for_kernels
+from nai_t5_core.kernels.calls import ACTIVATION_NUMBERS, KernelWeight, add_product, attention, normed_product
+from nai_t5_core.layers import FeedForward, FusedGatedFeedForward, NoInit
+
+# Not their subclasses, which do more than a product (adapters, quantisation, offloading).
+PLAIN_LINEARS = (nn.Linear, NoInit.Linear)
+
+
+@dataclass(frozen=True)
+class KernelBlock:
+    """A block's products. ``inner`` is the feed-forward's first weight, gated or not.
+
+    The weights are read where they lie, so that a block of plain weights sees every change that is made to them.
+    """
+
+    qkv: KernelWeight
+    o: KernelWeight
+    inner: KernelWeight
+    wo: KernelWeight
+    activation: Activation
+    heads: int
+    epsilon: float
+
+    @classmethod
+    def of(
+        cls, qkv: Tensor, o: Tensor, inner: Tensor, wo: Tensor, dense: Any, heads: int, epsilon: float
+    ) -> KernelBlock:
+        """From weights [out_features, in_features]: q, k, v and gate, up one above the other.
+
+        ``dense`` is the feed-forward module that says which activation there is.
+        """
+        return cls(
+            qkv=KernelWeight.plain(qkv),
+            o=KernelWeight.plain(o),
+            inner=KernelWeight.plain(inner, is_gated=not isinstance(dense, FeedForward)),
+            wo=KernelWeight.plain(wo),
+            activation=dense.activation,
+            heads=heads,
+            epsilon=epsilon,
+        )
+
+    def packed(self) -> KernelBlock:
+        """The same on copies in panels, for which nothing is rearranged in every call."""
+        weights = {name: getattr(self, name).packed() for name in ("qkv", "o", "inner", "wo")}
+        return replace(self, **weights)
+
+    def __call__(
+        self, residual: Tensor, attend: Attend, attention_norm: Tensor | None = None, dense_norm: Tensor | None = None
+    ) -> Tensor:
+        """The residual [tokens, d_model], float32, changed in place. Norm weights are [d_model] in float32."""
+        projected = normed_product(residual, attention_norm, self.epsilon, self.qkv)
+        add_product(self._attend(projected, attend), self.o, residual)
+        inner = normed_product(residual, dense_norm, self.epsilon, self.inner, self.activation)
+        add_product(inner, self.wo, residual)
+        return residual
+
+    def _attend(self, projected: Tensor, attend: Attend) -> Tensor:
+        """[tokens, 3 · inner] to [tokens, inner]."""
+        if isinstance(attend, DocumentLayer) and (documents := attend.plan.documents) is not None:
+            return attention(projected, self.heads, documents, attend.exact_table, attend.plan.scale)
+        q, k, v = projected.unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return attend(q, k, v).flatten(-2).contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether the kernels compute a block
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kernels_of(block: Any, dtype: torch.dtype) -> KernelBlock | None:
+    """The kernels on the weights of a block in the fused layout, as these are now; None where torch computes it."""
+    if dtype != torch.bfloat16 or torch_is_needed():
+        return None
+    attention_layer, feed_forward_layer = block.layer
+    attends, dense = attention_layer.SelfAttention, feed_forward_layer.DenseReluDense
+    if not isinstance(attends, FusedSelfAttention) or type(dense) not in (FusedGatedFeedForward, FeedForward):
+        return None
+    linears = (attends.qkv, attends.o, dense.wi, dense.wo)
+    if not all(type(linear) in PLAIN_LINEARS and _is_usable(linear.weight) for linear in linears):
+        return None
+    if not is_supported(block) or is_watched(block.modules()) or missing_for_kernels() is not None:
+        return None
+    qkv, o, wi, wo = (linear.weight for linear in linears)
+    return KernelBlock.of(qkv, o, wi, wo, dense, attends.heads, attention_layer.layer_norm.eps)
+
+
+def is_supported(block: Any) -> bool:
+    """Whether the kernels know all that this block does: its activation, and that nothing is scaled or of odd size."""
+    attention_layer, feed_forward_layer = block.layer
+    attends, dense = attention_layer.SelfAttention, feed_forward_layer.DenseReluDense
+    scales = [layer.out_scale for layer in block.layer] + [getattr(module, "scale", 1) for module in (attends, dense)]
+    return (
+        all(scale == 1 for scale in scales)
+        and dense.activation in ACTIVATION_NUMBERS
+        and attends.d_kv % 2 == 0
+        and dense.wo.in_features % 2 == 0
+    )
+
+
+def is_watched(modules: Iterable[nn.Module]) -> bool:
+    """Whether other software wants to know of calls of these modules, or has put its own in place of their calls."""
+    return any(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in modules)
+
+
+def torch_is_needed() -> bool:
+    """Whether operations must be torch's now: gradients are recorded, a compiler traces them, or a mode counts them."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _is_usable(weight: Tensor) -> bool:
+    return type(weight) is nn.Parameter and weight.dtype == torch.bfloat16 and weight.is_cpu and weight.is_contiguous()

@@ -1,0 +1,5 @@
+"""One block of a T5 encoder in bfloat16 on processors with AVX512-BF16, written in C++.
+
+``tiles.h`` has the product that everything is made of; ``products.cpp`` and ``attention.cpp``, what a block computes
+with it. :mod:`nai_t5_core.kernels.build` compiles them on first use; :mod:`nai_t5_core.kernels.calls` calls them.
+"""

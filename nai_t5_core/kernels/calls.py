@@ -1,0 +1,176 @@
+"""The kernels as functions of tensors. All are for inference: nothing is recorded for gradients."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.config import Activation
+from nai_t5_core.kernels.build import library
+
+# Numbers of the activations in tiles.h, and of the formats in products.cpp.
+ACTIVATION_NUMBERS: dict[Activation | None, int] = {None: 0, "relu": 1, "gelu_new": 2, "silu": 3}
+WEIGHT_FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_PANELS = 3
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "t5_panel_numbers": (_LONG, [_LONG, _LONG, _INT]),
+    "t5_pack": (None, [_POINTER, _INT, _LONG, _LONG, _INT, _POINTER]),
+    "t5_unpack": (None, [_POINTER, _LONG, _LONG, _INT, _POINTER]),
+    "t5_normed_product": (
+        _INT,
+        [_POINTER, _LONG, _POINTER, _FLOAT, _POINTER, _INT, _LONG, _LONG, _INT, _INT, _POINTER],
+    ),
+    "t5_added_product": (_INT, [_POINTER, _LONG, _POINTER, _INT, _LONG, _LONG, _POINTER]),
+    "t5_attention": (_INT, [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG, _FLOAT, _POINTER]),
+}
+
+
+@lru_cache
+def _kernels() -> ctypes.CDLL:
+    kernels = library()
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(kernels, name)
+        function.restype, function.argtypes = result, arguments
+    return kernels
+
+
+@dataclass(frozen=True)
+class KernelWeight:
+    """A weight as the kernels take it: [columns, depth] as it lies in memory, or a copy in panels.
+
+    A gated weight has the columns of the gate and then those of up. What is not in bfloat16 is rounded to it in every
+    call. Panels save that, and rearranging the weight.
+    """
+
+    values: Tensor
+    format: int
+    columns: int
+    depth: int
+    is_gated: bool = False
+
+    @classmethod
+    def plain(cls, weight: Tensor, is_gated: bool = False) -> KernelWeight:
+        """A contiguous weight [columns, depth] in a float dtype, of even depth, and even in columns if it is gated."""
+        columns, depth = weight.shape
+        if weight.dtype not in WEIGHT_FORMATS or not weight.is_contiguous() or depth % 2 or (is_gated and columns % 2):
+            raise ValueError(
+                "the kernels take contiguous weights of even sizes in bfloat16, float16 or float32; "
+                f"got {weight.dtype} {list(weight.shape)}"
+            )
+        return cls(weight.detach(), WEIGHT_FORMATS[weight.dtype], columns, depth, is_gated)
+
+    def packed(self) -> KernelWeight:
+        """A copy in panels."""
+        kernels = _kernels()
+        panels = torch.empty(kernels.t5_panel_numbers(self.columns, self.depth, self.is_gated), dtype=torch.bfloat16)
+        shape = (self.columns, self.depth, self.is_gated)
+        kernels.t5_pack(self.values.data_ptr(), self.format, *shape, panels.data_ptr())
+        return KernelWeight(panels, _PANELS, *shape)
+
+    def unpacked(self) -> Tensor:
+        """Panels as a weight [columns, depth] in bfloat16."""
+        assert self.format == _PANELS
+        weight = torch.empty(self.columns, self.depth, dtype=torch.bfloat16)
+        _kernels().t5_unpack(self.values.data_ptr(), self.columns, self.depth, self.is_gated, weight.data_ptr())
+        return weight
+
+
+def normed_product(
+    residual: Tensor, norm: Tensor | None, epsilon: float, weight: KernelWeight, activation: Activation | None = None
+) -> Tensor:
+    """act(norm(residual) · weightᵀ), of a gated weight act(norm(residual) · gateᵀ) · (norm(residual) · upᵀ).
+
+    Args:
+        residual: [tokens, depth], float32.
+        norm: the weight of the RMS norm, [depth], float32; None for ones.
+
+    Returns:
+        [tokens, columns], or [tokens, columns / 2] of a gated weight, in bfloat16, rounded once.
+    """
+    tokens = len(residual)
+    _check(residual, torch.float32, tokens, weight.depth)
+    out = torch.empty(tokens, weight.columns // (2 if weight.is_gated else 1), dtype=torch.bfloat16)
+    if tokens:
+        status = _kernels().t5_normed_product(
+            residual.data_ptr(),
+            tokens,
+            None if norm is None else norm.data_ptr(),
+            epsilon,
+            weight.values.data_ptr(),
+            weight.format,
+            weight.columns,
+            weight.depth,
+            weight.is_gated,
+            ACTIVATION_NUMBERS[activation],
+            out.data_ptr(),
+        )
+        _refuse(status)
+    return out
+
+
+def add_product(x: Tensor, weight: KernelWeight, residual: Tensor) -> None:
+    """residual += x · weightᵀ, in float32: bfloat16 [tokens, depth] to float32 [tokens, columns]."""
+    tokens = len(x)
+    _check(x, torch.bfloat16, tokens, weight.depth)
+    _check(residual, torch.float32, tokens, weight.columns)
+    if tokens:
+        status = _kernels().t5_added_product(
+            x.data_ptr(),
+            tokens,
+            weight.values.data_ptr(),
+            weight.format,
+            weight.columns,
+            weight.depth,
+            residual.data_ptr(),
+        )
+        _refuse(status)
+
+
+def attention(projected: Tensor, heads: int, documents: Tensor, table: Tensor, scale: float) -> Tensor:
+    """softmax(q · kᵀ · scale + bias) · v in every document: [tokens, heads · d_kv] in bfloat16.
+
+    Args:
+        projected: [tokens, 3 · heads · d_kv] in bfloat16: queries, keys and values, d_kv being even.
+        documents: [documents, 4] int64: first row, rows, first key relative to the first row, keys (at least one). The
+            keys are rows of their document.
+        table: the bias by distance, [heads, distances] in float32.
+    """
+    tokens, width = projected.shape
+    _check(projected, torch.bfloat16, tokens, width)
+    _check(table, torch.float32, heads, table.shape[1])
+    out = torch.empty(tokens, width // 3, dtype=torch.bfloat16)
+    if len(documents):
+        status = _kernels().t5_attention(
+            projected.data_ptr(),
+            heads,
+            width // 3 // heads,
+            documents.data_ptr(),
+            len(documents),
+            table.data_ptr(),
+            table.shape[1] // 2,
+            scale,
+            out.data_ptr(),
+        )
+        _refuse(status)
+    return out
+
+
+def _check(tensor: Tensor, dtype: torch.dtype, rows: int, columns: int) -> None:
+    """What the kernels would read past, or misread, must not reach them."""
+    if tensor.dtype != dtype or tensor.shape != (rows, columns) or not tensor.is_contiguous() or not tensor.is_cpu:
+        raise ValueError(
+            f"expected a contiguous {dtype} tensor [{rows}, {columns}] on the CPU; got {tensor.dtype} "
+            f"{list(tensor.shape)} on {tensor.device}"
+        )
+
+
+def _refuse(status: int) -> None:
+    if status:
+        raise MemoryError("there is no memory left for the T5's activations; encode fewer or shorter prompts at a time")

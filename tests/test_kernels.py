@@ -1,0 +1,330 @@
+"""The kernels for AVX512-BF16: each against the same in float32, and a whole encoder against float64."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from nai_t5_core.attention import position_bias
+from nai_t5_core.config import T5Config
+from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
+from nai_t5_core.kernel_block import kernels_of
+from nai_t5_core.kernels import build
+from nai_t5_core.kernels.build import missing_for_kernels
+from nai_t5_core.kernels.calls import KernelWeight, add_product, attention, normed_product
+from nai_t5_core.optimize import PackedLinear, prepack
+from nai_t5_core.packed_block import PackedBlock
+from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
+
+needs_kernels = pytest.mark.skipif(bool(missing_for_kernels()), reason=f"no kernels here: {missing_for_kernels()}")
+
+# One rounding to bfloat16, whose steps are 2⁻⁸ apart, of the largest number.
+ONE_ROUNDING = 2.0**-8
+
+# Rows below, at and above a tile; sizes with and without a rest beyond whole panels and registers.
+ROWS = (1, 5, 12, 13, 37)
+SIZES = ((64, 80), (80, 64), (128, 96), (32, 6))
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    return float((found.float() - expected).abs().max() / expected.abs().max())
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def normed(residual: Tensor, norm: Tensor | None) -> Tensor:
+    return F.rms_norm(residual, residual.shape[-1:], norm, 1e-6).bfloat16().float()
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("depth", "columns"), SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_equal_those_in_float32(rows: int, depth: int, columns: int, dtype: torch.dtype) -> None:
+    weight = (draw(columns, depth) * depth**-0.5).to(dtype)
+    exact = weight.bfloat16().float()
+    residual, norm = draw(rows, depth, seed=1) * 7, draw(depth, seed=2).abs() + 0.5
+    plain = KernelWeight.plain(weight)
+    x, addend = draw(rows, depth, seed=3).bfloat16(), draw(rows, columns, seed=4)
+    for ours in (plain, plain.packed()):
+        for ones_or_norm in (None, norm):
+            found = normed_product(residual, ones_or_norm, 1e-6, ours)
+            assert error(found, normed(residual, ones_or_norm) @ exact.T) < ONE_ROUNDING
+        total = addend.clone()
+        add_product(x, ours, total)
+        assert error(total, addend + x.float() @ exact.T) < 1e-5
+    assert torch.equal(plain.packed().unpacked(), weight.bfloat16())
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", ["relu", "gelu_new", "silu", None])
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_activation_and_gating_are_rounded_once(activation: str | None, is_gated: bool) -> None:
+    functions = {
+        "relu": F.relu,
+        "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+        "silu": F.silu,
+        None: lambda x: x,
+    }
+    weight, residual = (draw(96, 64) * 0.5).bfloat16(), draw(13, 64, seed=1)
+    product = normed(residual, None) @ weight.float().T
+    gate, up = product.chunk(2, dim=-1)
+    expected = functions[activation](gate) * up if is_gated else functions[activation](product)
+    plain = KernelWeight.plain(weight, is_gated)
+    for ours in (plain, plain.packed()):
+        assert error(normed_product(residual, None, 1e-6, ours, activation), expected) < ONE_ROUNDING  # type: ignore[arg-type]
+    assert torch.equal(plain.packed().unpacked(), weight)
+
+
+@needs_kernels
+def test_functions_hold_at_the_ends_of_float32() -> None:
+    """Of a weight that is the identity, activations come out as they are for the residual's own numbers."""
+    values = torch.tensor([[-3e38, -100.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 3e38]]).repeat(1, 4)
+    weight = KernelWeight.plain(torch.eye(32).bfloat16())
+    for activation, function in (("gelu_new", lambda x: F.gelu(x, approximate="tanh")), ("silu", F.silu)):
+        for value in values.unique():
+            # A norm's weight brings any number out: the row itself is ones.
+            scaled = torch.full((32,), float(value)).bfloat16().float()
+            found = normed_product(torch.ones(1, 32), scaled, 0.0, weight, activation)  # type: ignore[arg-type]
+            expected = function(scaled.double()).to(torch.bfloat16)
+            torch.testing.assert_close(found[0], expected, rtol=ONE_ROUNDING, atol=1e-30)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("heads", "size"), [(4, 16), (3, 64), (2, 128), (2, 6)])
+@pytest.mark.parametrize(
+    "documents",
+    [
+        [(0, 1, 0, 1)],
+        [(0, 7, 0, 7)],
+        [(0, 33, 0, 20), (33, 5, 2, 3), (38, 100, 0, 100)],
+        [(0, 300, 0, 300)],
+    ],
+)
+def test_attention_equals_that_in_float32(heads: int, size: int, documents: list[tuple[int, int, int, int]]) -> None:
+    tokens = sum(rows for _, rows, _, _ in documents)
+    projected, table = draw(tokens, 3 * heads * size).bfloat16(), draw(heads, 257, seed=1)
+    found = attention(projected, heads, torch.tensor(documents), table, 0.5)
+    queries, keys, values = projected.float().unflatten(-1, (3, heads, size)).permute(1, 2, 0, 3)
+    for start, rows, first_key, count in documents:
+        seen = slice(start + first_key, start + first_key + count)
+        bias = position_bias(table, rows)[:, :, first_key : first_key + count]
+        weights = (queries[:, start : start + rows] @ keys[:, seen].mT * 0.5 + bias).softmax(-1)
+        expected = (weights @ values[:, seen]).transpose(0, 1).flatten(1)
+        # The weights are rounded as well.
+        assert error(found[start : start + rows], expected) < 2 * ONE_ROUNDING
+
+
+@needs_kernels
+def test_what_is_not_a_number_is_not_lost() -> None:
+    """The guard looks for it at the end of the encoder."""
+    weight = KernelWeight.plain(draw(32, 32).bfloat16())
+    residual = draw(3, 32)
+    residual[1, 5] = float("nan")
+    for activation in ("relu", "gelu_new", "silu", None):
+        found = normed_product(residual, None, 1e-6, weight, activation)  # type: ignore[arg-type]
+        assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
+    projected = draw(40, 3 * 32).bfloat16()
+    projected[30, 40] = float("nan")  # a key that all queries of its document see
+    found = attention(projected, 1, torch.tensor([(0, 20, 0, 20), (20, 20, 0, 20)]), torch.zeros(1, 257), 1.0)
+    assert found[20:].isnan().all() and found[:20].isfinite().all()
+
+
+@needs_kernels
+def test_wrong_tensors_are_refused() -> None:
+    weight = KernelWeight.plain(torch.zeros(4, 8, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"contiguous torch.float32 tensor \[2, 8\] on the CPU; got torch.bfloat16"):
+        normed_product(torch.zeros(2, 8, dtype=torch.bfloat16), None, 1e-6, weight)
+    with pytest.raises(ValueError, match=r"tensor \[2, 4\] on the CPU; got torch.float32 \[2, 5\]"):
+        add_product(torch.zeros(2, 8, dtype=torch.bfloat16), weight, torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"even sizes in bfloat16, float16 or float32; got torch.float64 \[4, 7\]"):
+        KernelWeight.plain(torch.zeros(4, 7, dtype=torch.float64))
+
+
+@needs_kernels
+def test_torchs_number_of_threads_holds() -> None:
+    code = (
+        "import torch; torch.set_num_threads(3); from nai_t5_core.kernels.build import library; "
+        "print(library().t5_threads())"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["3"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoders
+# ---------------------------------------------------------------------------------------------------------------------
+
+LENGTHS = (12, 5, 1)
+IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
+MASK = padding_mask(list(LENGTHS), 12)
+HOLES = torch.tensor([[1] * 12, [1, 0, 1, 1] + [0] * 8, [0] * 12])
+
+
+def exact_and_rounded(config: T5Config, layout: Layout = "fused") -> tuple[T5EncoderStack, T5EncoderStack]:
+    """Encoders in float64 and bfloat16, the first with the second's weights."""
+    state = {name: tensor.bfloat16().float() for name, tensor in random_state(config).items()}
+    exact = build_stack(config, state, torch.float64, layout)
+    return exact.requires_grad_(False), build_stack(config, state, torch.bfloat16, layout).requires_grad_(False)
+
+
+def by_torch(stack: T5EncoderStack, *inputs: Tensor, **options: PaddingPolicy) -> Tensor:
+    """What torch computes, for which gradients need only be on."""
+    with torch.enable_grad():
+        return stack(*inputs, **options)
+
+
+@needs_kernels
+@pytest.mark.parametrize("padding", PADDING_POLICIES)
+@pytest.mark.parametrize("mask", [MASK, HOLES], ids=["runs", "holes"])
+@torch.no_grad()
+def test_encoders_are_as_exact_as_torchs(kind: str, mask: Tensor, padding: PaddingPolicy) -> None:
+    exact, rounded = exact_and_rounded(TOY_CONFIGS[kind])
+    assert all(kernels_of(block, rounded.dtype) for block in rounded.encoder.block)
+    expected = exact(IDS, mask, padding=padding).float()
+    found, theirs = rounded(IDS, mask, padding=padding), by_torch(rounded, IDS, mask, padding=padding)
+    mean = [float((x.float() - expected).abs().mean()) for x in (found, theirs)]
+    assert mean[0] <= 1.1 * mean[1]
+    assert not torch.equal(found, theirs)
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_packed_encoders_give_what_plain_ones_give(kind: str, layout: Layout) -> None:
+    _, plain = exact_and_rounded(TOY_CONFIGS[kind], layout)
+    packed = prepack(copy.deepcopy(plain), "kernels")
+    assert all(isinstance(block, PackedBlock) for block in packed.encoder.block)
+    found = [packed(IDS, MASK) for _ in range(3)]
+    assert torch.equal(found[1], found[2])
+    if layout == "fused":
+        assert torch.equal(found[0], plain(IDS, MASK)) and torch.equal(found[0], found[1])
+    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    block = packed.encoder.block[1]
+    assert isinstance(block, PackedBlock)
+    original = plain.encoder.block[1].state_dict()
+    given_back = block.unpacked().state_dict()
+    assert given_back.keys() == original.keys()
+    assert all(torch.equal(given_back[name], original[name]) for name in original)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_prompts_come_out_the_same_whatever_is_beside_them() -> None:
+    _, stack = exact_and_rounded(TOY_CONFIGS["v1.1"])
+    together = stack(IDS, MASK, padding="skip")
+    for row, length in enumerate(LENGTHS):
+        assert torch.equal(together[row, :length], stack(IDS[row : row + 1, :length])[0])
+
+
+@needs_kernels
+def test_torch_computes_where_it_is_needed() -> None:
+    _, stack = exact_and_rounded(TOY_CONFIGS["v1.1"])
+    block = stack.encoder.block[0]
+    assert kernels_of(block, torch.bfloat16) is None  # gradients
+    with torch.no_grad():
+        assert kernels_of(block, torch.bfloat16) is not None
+        with FlopCounterMode(display=False) as counter:
+            stack(IDS)
+        assert counter.get_total_flops() > 0
+        handle = block.layer[0].SelfAttention.o.register_forward_hook(lambda *_: None)
+        assert kernels_of(block, torch.bfloat16) is None
+        handle.remove()
+        block.layer[0].out_scale = 0.5
+        assert kernels_of(block, torch.bfloat16) is None
+    packed = prepack(exact_and_rounded(TOY_CONFIGS["v1.1"])[1], "kernels")
+    packed.shared.weight.requires_grad_(True)
+    packed(IDS)
+    with pytest.raises(RuntimeError, match=r"records no gradients; call it within torch.no_grad"):
+        packed(IDS)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_weights_changed_in_place_are_seen() -> None:
+    _, stack = exact_and_rounded(TOY_CONFIGS["v1.1"])
+    before = stack(IDS)
+    stack.encoder.block[0].layer[1].DenseReluDense.wo.weight.mul_(2)
+    after = stack(IDS)
+    assert not torch.equal(before, after)
+    assert error(after, by_torch(stack, IDS).float()) < 3e-2
+
+
+@needs_kernels
+@torch.no_grad()
+def test_threads_may_call_at_the_same_time() -> None:
+    _, stack = exact_and_rounded(TOY_CONFIGS["v1.1"])
+    expected = stack(IDS, MASK)
+    wrong: list[int] = []
+
+    def call(number: int) -> None:
+        with torch.no_grad():
+            if not all(torch.equal(stack(IDS, MASK), expected) for _ in range(20)):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_products_are_a_choice() -> None:
+    config = TOY_CONFIGS["v1.1"]
+    with pytest.raises(ValueError, match="unknown products 'mkl'; allowed: auto, kernels, onednn"):
+        prepack(build_stack(config, random_state(config)), "mkl")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"products='kernels' is not possible: the kernels compute in torch.bfloat16"):
+        prepack(build_stack(config, random_state(config)), "kernels")
+
+
+@needs_kernels
+def test_onednn_computes_what_the_kernels_cannot() -> None:
+    config = TOY_CONFIGS["v1.1"].model_copy(update={"activation": "gelu"})
+    _, stack = exact_and_rounded(config)
+    with pytest.raises(ValueError, match="an activation that the kernels do not know"):
+        prepack(copy.deepcopy(stack), "kernels")
+    for packed in (prepack(stack), prepack(exact_and_rounded(TOY_CONFIGS["v1.1"])[1], "onednn")):
+        assert any(isinstance(module, PackedLinear) for module in packed.modules())
+        assert not any(isinstance(module, PackedBlock) for module in packed.modules())
+
+
+def test_without_a_compiler_torch_computes_and_says_so(tmp_path: Path) -> None:
+    """In a process of its own, whose search path is empty and whose cache is new."""
+    if not missing_for_kernels():
+        code = "import torch; from nai_t5_core.kernels.build import missing_for_kernels; print(missing_for_kernels())"
+        environment = {**os.environ, "PATH": "", "XDG_CACHE_HOME": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+        assert done.stdout.strip() == "there is no C++ compiler to build them with (install g++)"
+        assert "the T5 goes without its kernels" in done.stderr
+        assert not list(tmp_path.rglob("*.so"))
+    else:
+        config = TOY_CONFIGS["v1.1"]
+        stack = build_stack(config, random_state(config), torch.bfloat16)
+        with torch.no_grad():
+            assert kernels_of(stack.encoder.block[0], torch.bfloat16) is None and stack(IDS).isfinite().all()
+
+
+@needs_kernels
+def test_a_faulty_compiler_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho 'tiles.h:1: error: no such instruction' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"could not compile the kernels: tiles.h:1: error: no such instruction"):
+        build._build(tmp_path / "cache" / "kernels.so")
+    assert not list(tmp_path.rglob("*.so"))
