@@ -50,10 +50,10 @@ class FusedWeights:
     wi: Tensor
     wo: Tensor
 
-    def cast(self, dtype: torch.dtype) -> FusedWeights:
-        """The same in ``dtype``, but for the norms."""
-        names = ("qkv", "o", "wi", "wo")
-        return replace(self, **{name: getattr(self, name).detach().to(dtype) for name in names})
+    def cast(self, dtype: torch.dtype, but: Collection[torch.dtype] = ()) -> FusedWeights:
+        """The same in ``dtype``; norms, and weights in one of the dtypes ``but``, as they are."""
+        weights = {name: getattr(self, name).detach() for name in ("qkv", "o", "wi", "wo")}
+        return replace(self, **{name: x if x.dtype in but else x.to(dtype) for name, x in weights.items()})
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,11 @@ def fuse(block: Any) -> FusedWeights:
     )
 
 
-def kernels_on(block: Any, weights: FusedWeights) -> KernelBlock:
-    """The kernels on a layer's joined weights."""
+def kernels_on(block: Any, weights: FusedWeights, dtype: torch.dtype) -> KernelBlock:
+    """The kernels on a layer's joined weights, computing in ``dtype``."""
     attention, dense = block.layer[0], block.layer[-1].DenseReluDense
     heads, epsilon = attention.SelfAttention.heads, attention.layer_norm.variance_epsilon
-    return KernelBlock.of(weights.qkv, weights.o, weights.wi, weights.wo, dense, heads, epsilon)
+    return KernelBlock.of((weights.qkv, weights.o, weights.wi, weights.wo), dtype, dense, heads, epsilon)
 
 
 def obstacle(

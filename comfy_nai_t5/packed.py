@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from comfy_nai_t5.fused import FusedWeights, kernels_on, projections
 from nai_t5_core.kernel_block import KernelBlock
+from nai_t5_core.kernels.calls import WEIGHT_FORMATS
 from nai_t5_core.layers import GatedFeedForward
 from nai_t5_core.optimize import PackedFeedForward, PackedGatedFeedForward, PackedLinear
 
@@ -37,7 +38,7 @@ class PackedKernels(Kept):
 
     def __init__(self, block: Any, weights: FusedWeights, dtype: torch.dtype) -> None:
         super().__init__(block)
-        self.kernels = kernels_on(block, weights.cast(dtype))
+        self.kernels = kernels_on(block, weights.cast(dtype, but=WEIGHT_FORMATS), dtype)
         self.is_packed = False
         self._called = False
 

@@ -24,7 +24,7 @@ from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import Encoder, T5EncoderStack
 from nai_t5_core.kernel_block import is_supported, torch_is_needed
 from nai_t5_core.kernels.build import missing_for_kernels
-from nai_t5_core.kernels.calls import WEIGHT_FORMATS
+from nai_t5_core.kernels.calls import COMPUTE_DTYPES, WEIGHT_FORMATS
 from nai_t5_core.layers import NoInit
 from nai_t5_core.packing import TOKEN_BUCKETS
 from nai_t5_core.scales import StackScales, published_scales
@@ -112,7 +112,7 @@ class SharedEncoder(Encoder):
             block.weights = fuse(block)
             if by_kernels:
                 kept = self._keep(block, PackedKernels, dtype).ready() if is_packed else None
-                block.kernels = kept or kernels_on(block, block.weights)
+                block.kernels = kept or kernels_on(block, block.weights, dtype)
             else:
                 block.products = self._keep(block, PackedProducts, dtype) if is_packed else FusedProducts(block.weights)
         if not reasons:
@@ -192,9 +192,9 @@ class SharedStack(T5EncoderStack):
 
     @property
     def takes_kernels(self) -> bool:
-        """Whether joined products are computed by the kernels: in bfloat16 on a CPU that has the instructions."""
+        """Whether joined products are computed by the kernels: on a CPU that has the instructions."""
         return (
-            self.dtype == torch.bfloat16
+            self.dtype in COMPUTE_DTYPES
             and self.device.type == "cpu"
             and not self.compiled
             and all(map(is_supported, self.encoder.block))
@@ -249,7 +249,7 @@ class SharedStack(T5EncoderStack):
             raise ValueError(f"the T5 cannot run in the fused layout: {next(iter(reasons))}; choose the layout auto")
         layers = len(self.encoder.block)
         text = describe_layout(reasons, layers, "packed" if self.is_packed else "fused")
-        return f"{text}, kernels for AVX512-BF16" if self.takes_kernels and reasons.total() < layers else text
+        return f"{text}, kernels for AVX512" if self.takes_kernels and reasons.total() < layers else text
 
 
 def describe_layout(reasons: Counter[str], layers: int, joined: str) -> str:

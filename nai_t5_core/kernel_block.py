@@ -1,12 +1,12 @@
-"""An encoder block computed by the kernels for AVX512-BF16: from the modules' own weights, or from packed copies.
+"""An encoder block computed by the kernels for AVX512: from the modules' own weights, or from packed copies.
 
-Less is rounded than where torch computes the block: activation and gating are applied to float32 sums, and what is
-added to the residual is not rounded before.
+In bfloat16 less is rounded than where torch computes the block: activation and gating are applied to float32 sums, and
+what is added to the residual is not rounded before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from nai_t5_core.attention import Attend, DocumentLayer, FusedSelfAttention
 from nai_t5_core.config import Activation
 from nai_t5_core.kernels.build import missing_for_kernels
-from nai_t5_core.kernels.calls import ACTIVATION_NUMBERS, KernelWeight, add_product, attention, normed_product
+from nai_t5_core.kernels.calls import (
+    ACTIVATION_NUMBERS,
+    COMPUTE_DTYPES,
+    KernelWeight,
+    add_product,
+    attention,
+    normed_product,
+)
 from nai_t5_core.layers import FeedForward, FusedGatedFeedForward, NoInit
 
 # Not their subclasses, which do more than a product (adapters, quantisation, offloading).
@@ -39,18 +46,18 @@ class KernelBlock:
     epsilon: float
 
     @classmethod
-    def of(
-        cls, qkv: Tensor, o: Tensor, inner: Tensor, wo: Tensor, dense: Any, heads: int, epsilon: float
-    ) -> KernelBlock:
-        """From weights [out_features, in_features]: q, k, v and gate, up one above the other.
+    def of(cls, weights: Sequence[Tensor], dtype: torch.dtype, dense: Any, heads: int, epsilon: float) -> KernelBlock:
+        """From the weights of qkv, o, wi and wo, [out_features, in_features]; q, k, v and gate, up one above the other.
 
-        ``dense`` is the feed-forward module that says which activation there is.
+        ``dtype`` is what to compute in, ``dense`` the feed-forward module that says which activation there is.
         """
+        qkv, o, inner, wo = weights
+        is_gated = not isinstance(dense, FeedForward)
         return cls(
-            qkv=KernelWeight.plain(qkv),
-            o=KernelWeight.plain(o),
-            inner=KernelWeight.plain(inner, is_gated=not isinstance(dense, FeedForward)),
-            wo=KernelWeight.plain(wo),
+            qkv=KernelWeight.plain(qkv, dtype),
+            o=KernelWeight.plain(o, dtype),
+            inner=KernelWeight.plain(inner, dtype, is_gated),
+            wo=KernelWeight.plain(wo, dtype),
             activation=dense.activation,
             heads=heads,
             epsilon=epsilon,
@@ -86,19 +93,19 @@ class KernelBlock:
 
 def kernels_of(block: Any, dtype: torch.dtype) -> KernelBlock | None:
     """The kernels on the weights of a block in the fused layout, as these are now; None where torch computes it."""
-    if dtype != torch.bfloat16 or torch_is_needed():
+    if dtype not in COMPUTE_DTYPES or torch_is_needed():
         return None
     attention_layer, feed_forward_layer = block.layer
     attends, dense = attention_layer.SelfAttention, feed_forward_layer.DenseReluDense
     if not isinstance(attends, FusedSelfAttention) or type(dense) not in (FusedGatedFeedForward, FeedForward):
         return None
     linears = (attends.qkv, attends.o, dense.wi, dense.wo)
-    if not all(type(linear) in PLAIN_LINEARS and _is_usable(linear.weight) for linear in linears):
+    if not all(type(linear) in PLAIN_LINEARS and _is_usable(linear.weight, dtype) for linear in linears):
         return None
     if not is_supported(block) or is_watched(block.modules()) or missing_for_kernels() is not None:
         return None
-    qkv, o, wi, wo = (linear.weight for linear in linears)
-    return KernelBlock.of(qkv, o, wi, wo, dense, attends.heads, attention_layer.layer_norm.eps)
+    weights = [linear.weight for linear in linears]
+    return KernelBlock.of(weights, dtype, dense, attends.heads, attention_layer.layer_norm.eps)
 
 
 def is_supported(block: Any) -> bool:
@@ -124,5 +131,5 @@ def torch_is_needed() -> bool:
     return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def _is_usable(weight: Tensor) -> bool:
-    return type(weight) is nn.Parameter and weight.dtype == torch.bfloat16 and weight.is_cpu and weight.is_contiguous()
+def _is_usable(weight: Tensor, dtype: torch.dtype) -> bool:
+    return type(weight) is nn.Parameter and weight.dtype == dtype and weight.is_cpu and weight.is_contiguous()

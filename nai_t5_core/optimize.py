@@ -169,8 +169,8 @@ def prepack(stack: Model, products: ProductsChoice = "auto") -> Model:
     """Has every projection packed for fast inference on this CPU; each original is let go when its copy is made.
 
     Args:
-        products: ``"auto"`` has the blocks of the encoder computed by the kernels where these can do it (in bfloat16,
-            see :mod:`nai_t5_core.kernels`), and all else by oneDNN; ``"kernels"`` makes it an error where they cannot,
+        products: ``"auto"`` has the blocks of the encoder computed by the kernels where these can do it (see
+            :mod:`nai_t5_core.kernels`), and all else by oneDNN; ``"kernels"`` makes it an error where they cannot,
             ``"onednn"`` does without them.
 
     Returns:
@@ -198,8 +198,6 @@ def prepack(stack: Model, products: ProductsChoice = "auto") -> Model:
 
 
 def _obstacle_to_kernels(stack: T5EncoderStack | T5) -> str | None:
-    if stack.dtype != torch.bfloat16:
-        return f"the kernels compute in torch.bfloat16, and the model is in {stack.dtype}"
     if not all(PackedBlock.takes(block) for block in stack.encoder.block):
         return "the model has scales, an activation that the kernels do not know, or projections of other classes"
     return missing_for_kernels()

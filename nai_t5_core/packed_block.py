@@ -38,24 +38,17 @@ class PackedBlock(EncoderBlock):
             if not self.called:
                 self.called = True
                 return super().forward(residual, attend, dtype)
-            self._pack()
+            self._pack(dtype)
         assert self.kernels is not None
         if residual.requires_grad:
             raise RuntimeError("a prepacked model records no gradients; call it within torch.no_grad()")
         return self.kernels(residual, attend, *(getattr(layer.layer_norm, "weight", None) for layer in self.layer))
 
-    def _pack(self) -> None:
+    def _pack(self, dtype: torch.dtype) -> None:
         attends, dense = _sublayers(self)
         qkv_names, inner_names = _names(self)
-        self.kernels = KernelBlock.of(
-            _joined(attends, qkv_names),
-            _joined(attends, ("o",)),
-            _joined(dense, inner_names),
-            _joined(dense, ("wo",)),
-            dense,
-            attends.heads,
-            self.epsilon,
-        ).packed()
+        weights = [_joined(attends, qkv_names), attends.o.weight, _joined(dense, inner_names), dense.wo.weight]
+        self.kernels = KernelBlock.of(weights, dtype, dense, attends.heads, self.epsilon).packed()
         for module, names in ((attends, (*qkv_names, "o")), (dense, (*inner_names, "wo"))):
             for name in names:
                 delattr(module, name)
@@ -100,7 +93,7 @@ def _has_plain_projections(block: EncoderBlock) -> bool:
 
 def _joined(module: nn.Module, names: tuple[str, ...]) -> Tensor:
     weights = [getattr(module, name).weight.detach() for name in names]
-    return weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
 def _part(module: nn.Module, names: tuple[str, ...], weight: Tensor) -> None:

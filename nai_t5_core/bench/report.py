@@ -86,7 +86,7 @@ def _machine(report: BenchReport) -> Table:
     rows: list[tuple[str, ...]] = [
         (result.case.name, *_limit_cells(result), *_guard_cells(result)) for result in report.cases
     ]
-    headings = ("case", "products alone", "share of ours", "check for NaN", "share of ours")
+    headings = ("case", "oneDNN's products alone", "share of ours", "check for NaN", "share of ours")
     return Table("Ours beside this machine's packed products, and what the guard costs", headings, rows)
 
 

@@ -15,11 +15,13 @@ from nai_t5_core.compiled import compile_stack
 from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.int8 import quantize_int8
+from nai_t5_core.kernels.build import missing_for_kernels
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.parity_report import OWN
 from nai_t5_core.peers import Peer, State, build_peer, own_encoder
 
 NOT_PREPACKED = f"{OWN}, not prepacked"
+BY_ONEDNN = f"{OWN}, by oneDNN"
 INT8 = f"{OWN}, int8"
 COMPILED = ", compiled"
 OWN_COMPILED = f"{OWN}{COMPILED}"
@@ -100,6 +102,8 @@ def _own_variants(stack: T5EncoderStack, wanted: Wanted) -> dict[str, Optimize]:
     variants: dict[str, Optimize] = {OWN: _unchanged}
     if can_prepack(stack):
         variants = {OWN: prepack, NOT_PREPACKED: _unchanged}
+        if missing_for_kernels() is None:
+            variants[BY_ONEDNN] = _by_onednn
     if wanted.int8:
         variants[INT8] = quantize_int8
     if wanted.compiled:
@@ -112,6 +116,11 @@ def _twin(stack: T5EncoderStack) -> T5EncoderStack:
     twin = T5EncoderStack(stack.config, stack.layout, scales=stack.scales, device="meta", dtype=stack.dtype)
     twin.load_state_dict(stack.state_dict(), assign=True)
     return twin.eval().requires_grad_(False)
+
+
+def _by_onednn(stack: T5EncoderStack) -> Callable[..., Tensor]:
+    """As on processors for which there are no kernels."""
+    return prepack(stack, "onednn")
 
 
 def _unchanged(stack: T5EncoderStack) -> Callable[..., Tensor]:

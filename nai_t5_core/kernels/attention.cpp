@@ -14,11 +14,12 @@ struct Document {
 };
 
 // Where queries, keys and values of all heads lie beside each other: [tokens, 3 · heads · size].
+template <class Number>
 struct Projected {
-    const bfloat16* values;
+    const Number* values;
     long heads, size;
 
-    const bfloat16* at(long row, long part, long head) const {
+    const Number* at(long row, long part, long head) const {
         return values + (row * 3 + part) * heads * size + head * size;
     }
 };
@@ -26,21 +27,24 @@ struct Projected {
 long padded(long count, long multiple) { return (count + multiple - 1) / multiple * multiple; }
 
 // One head of one document at a time; the memory serves the largest.
+template <class Kind>
 class Head {
+    using Number = typename Kind::Number;
+
   public:
     Head(long most_queries, long most_keys, long size)
         : size_(size), reach_(most_queries + most_keys),
-          keys_(allocate<bfloat16>(padded(most_keys, kPanelColumns) * size)),
-          values_(allocate<bfloat16>(padded(most_keys, kPanelColumns) * padded(size, kPanelColumns))),
-          queries_(allocate<bfloat16>(kTileRows * size)),
-          weights_(allocate<bfloat16>(kTileRows * padded(most_keys, kPanelColumns))),
+          keys_(allocate<Step>(padded(most_keys, kPanelColumns) * size / Kind::kPerStep)),
+          values_(allocate<Number>(padded(most_keys, kPanelColumns) * padded(size, kPanelColumns))),
+          queries_(allocate<Step>(kTileRows * size / Kind::kPerStep)),
+          weights_(allocate<Step>(kTileRows * padded(most_keys, kPanelColumns) / Kind::kPerStep)),
           logits_(allocate<float>(kTileRows * padded(most_keys, kPanelColumns))),
           bias_(allocate<float>(2 * (most_queries + most_keys) + kPanelColumns)) {}
 
     bool has_memory() const { return keys_ && values_ && queries_ && weights_ && logits_ && bias_; }
 
-    void attend(const Projected& from, const Document& document, long head, const float* table, long table_reach,
-                float scale, bfloat16* out) {
+    void attend(const Projected<Number>& from, const Document& document, long head, const float* table, long table_reach,
+                float scale, Number* out) {
         const long first_key = document.start + document.key_start;
         spread_bias(table, table_reach);
         pack_keys(from, first_key, document.keys, head);
@@ -57,6 +61,11 @@ class Head {
     }
 
   private:
+    template <class Finish>
+    static void multiply_in_cache(long rows, const Step* tile, const Step* panel, long steps, Finish finish) {
+        multiply_tile<Kind>(rows, tile, panel, panel, steps, finish);
+    }
+
     // The bias of a key at distance d lies at reach_ + d, and beyond the table's reach is that at its end.
     void spread_bias(const float* table, long table_reach) {
         for (long place = 0; place < 2 * reach_ + kPanelColumns; place++) {
@@ -66,33 +75,33 @@ class Head {
     }
 
     // Keys are the columns of a product with queries.
-    void pack_keys(const Projected& from, long first, long count, long head) {
-        int32_t* panels = reinterpret_cast<int32_t*>(keys_.get());
-        const long pairs = size_ / 2;
+    void pack_keys(const Projected<Number>& from, long first, long count, long head) {
+        const long steps = size_ / Kind::kPerStep;
         for (long key = 0; key < padded(count, kPanelColumns); key++) {
-            int32_t* place = panels + key / kPanelColumns * pairs * kPanelColumns + key % kPanelColumns;
-            const int32_t* numbers =
-                key < count ? reinterpret_cast<const int32_t*>(from.at(first + key, 1, head)) : nullptr;
-            for (long pair = 0; pair < pairs; pair++) place[pair * kPanelColumns] = numbers ? numbers[pair] : 0;
+            Step* place = keys_.get() + key / kPanelColumns * steps * kPanelColumns + key % kPanelColumns;
+            const Step* numbers = key < count ? reinterpret_cast<const Step*>(from.at(first + key, 1, head)) : nullptr;
+            for (long step = 0; step < steps; step++) place[step * kPanelColumns] = numbers ? numbers[step] : 0;
         }
     }
 
     // Keys are what a product with values sums over.
-    void pack_values(const Projected& from, long first, long count, long head) {
+    void pack_values(const Projected<Number>& from, long first, long count, long head) {
         const long depth = padded(count, kPanelColumns);
-        std::memset(values_.get(), 0, depth * padded(size_, kPanelColumns) * sizeof(bfloat16));
+        std::memset(values_.get(), 0, depth * padded(size_, kPanelColumns) * sizeof(Number));
         for (long key = 0; key < count; key++) {
-            const bfloat16* numbers = from.at(first + key, 2, head);
+            const Number* numbers = from.at(first + key, 2, head);
+            Number* step = values_.get() + key / Kind::kPerStep * kPanelColumns * Kind::kPerStep + key % Kind::kPerStep;
             for (long column = 0; column < size_; column++)
-                values_[column / kPanelColumns * depth * kPanelColumns + key / 2 * kPanelPair +
-                        column % kPanelColumns * 2 + key % 2] = numbers[column];
+                step[column / kPanelColumns * depth * kPanelColumns + column % kPanelColumns * Kind::kPerStep] =
+                    numbers[column];
         }
     }
 
-    void put_query(const bfloat16* numbers, long rows, long row) {
+    void put_query(const Number* numbers, long rows, long row) {
         for (long column = 0; column < size_; column += kLanes) {
             const long count = std::min(kLanes, size_ - column);
-            put_in_tile(queries_.get(), rows, row, column, _mm256_maskz_loadu_epi16(first_lanes(count), numbers + column), count);
+            const __m512 values = Kind::load(numbers + column, first_lanes(count));
+            put_in_tile<Kind>(queries_.get(), rows, row, column, values, count);
         }
     }
 
@@ -101,14 +110,14 @@ class Head {
         const long depth = padded(keys, kPanelColumns);
         const __m512 factor = _mm512_set1_ps(scale);
         for (long key = 0; key < keys; key += kPanelColumns)
-            multiply_tile(rows, queries_.get(), keys_.get() + key * size_, keys_.get() + key * size_, size_ / 2,
-                          [&](long row, __m512 left, __m512 right) {
-                              const float* bias = bias_.get() + reach_ + shift + key - row;
-                              float* place = logits_.get() + row * depth + key;
-                              _mm512_storeu_ps(place, _mm512_fmadd_ps(left, factor, _mm512_loadu_ps(bias)));
-                              _mm512_storeu_ps(place + kLanes,
-                                               _mm512_fmadd_ps(right, factor, _mm512_loadu_ps(bias + kLanes)));
-                          });
+            multiply_in_cache(rows, queries_.get(), keys_.get() + key * size_ / Kind::kPerStep, size_ / Kind::kPerStep,
+                              [&](long row, __m512 left, __m512 right) {
+                                  const float* bias = bias_.get() + reach_ + shift + key - row;
+                                  const __m512 other = _mm512_loadu_ps(bias + kLanes);
+                                  float* place = logits_.get() + row * depth + key;
+                                  _mm512_storeu_ps(place, _mm512_fmadd_ps(left, factor, _mm512_loadu_ps(bias)));
+                                  _mm512_storeu_ps(place + kLanes, _mm512_fmadd_ps(right, factor, other));
+                              });
     }
 
     // The softmax of a row before it is divided by the sum of its weights, which is returned: that of the rounded ones,
@@ -123,57 +132,69 @@ class Head {
         __m512 sum = _mm512_setzero_ps();
         for (long key = 0; key < depth; key += kLanes) {
             const __m512 weights = exponential(_mm512_sub_ps(_mm512_loadu_ps(logits + key), offset));
-            const __m256i round = rounded(_mm512_maskz_mov_ps(first_lanes(keys - key), weights));
-            sum = _mm512_add_ps(sum, widened(round));
-            put_in_tile(weights_.get(), rows, row, key, round, kLanes);
+            const __m512 rounded = Kind::rounded(_mm512_maskz_mov_ps(first_lanes(keys - key), weights));
+            sum = _mm512_add_ps(sum, rounded);
+            put_in_tile<Kind>(weights_.get(), rows, row, key, rounded, kLanes);
         }
         return _mm512_reduce_add_ps(sum);
     }
 
-    void add_values(long rows, long keys, bfloat16* out, long out_width) {
+    void add_values(long rows, long keys, Number* out, long out_width) {
         const long depth = padded(keys, kPanelColumns);
+        const Step* values = reinterpret_cast<const Step*>(values_.get());
         for (long column = 0; column < size_; column += kPanelColumns)
-            multiply_tile(rows, weights_.get(), values_.get() + column * depth, values_.get() + column * depth, depth / 2,
-                          [&](long row, __m512 left, __m512 right) {
-                              const __m512 sum = _mm512_set1_ps(sums_[row]);
-                              bfloat16* place = out + row * out_width + column;
-                              const long columns = size_ - column;
-                              _mm256_mask_storeu_epi16(place, first_lanes(columns), rounded(_mm512_div_ps(left, sum)));
-                              _mm256_mask_storeu_epi16(place + kLanes, first_lanes(columns - kLanes),
-                                                       rounded(_mm512_div_ps(right, sum)));
-                          });
+            multiply_in_cache(rows, weights_.get(), values + column * depth / Kind::kPerStep, depth / Kind::kPerStep,
+                              [&](long row, __m512 left, __m512 right) {
+                                  const __m512 sum = _mm512_set1_ps(sums_[row]);
+                                  Number* place = out + row * out_width + column;
+                                  Kind::store(place, first_lanes(size_ - column), _mm512_div_ps(left, sum));
+                                  Kind::store(place + kLanes, first_lanes(size_ - column - kLanes),
+                                              _mm512_div_ps(right, sum));
+                              });
     }
 
     const long size_, reach_;
-    const Buffer<bfloat16> keys_, values_, queries_, weights_;
+    const Buffer<Step> keys_;
+    const Buffer<Number> values_;
+    const Buffer<Step> queries_, weights_;
     const Buffer<float> logits_, bias_;
     float sums_[kTileRows];
 };
 
-}  // namespace
-
-// softmax(q · kᵀ · scale + bias) · v for every document and head. `table` is the bias by distance, [heads,
-// 2 · table_reach + 1]; `projected` is [tokens, 3 · heads · size], the result [tokens, heads · size].
-extern "C" int t5_attention(const bfloat16* projected, long heads, long size, const int64_t* documents, long count,
-                            const float* table, long table_reach, float scale, bfloat16* out) {
-    const Projected from{projected, heads, size};
-    const Document* all = reinterpret_cast<const Document*>(documents);
+template <class Kind>
+Status attend(const void* projected, long heads, long size, const Document* documents, long count, const float* table,
+              long table_reach, float scale, void* out) {
+    using Number = typename Kind::Number;
+    const Projected<Number> from{static_cast<const Number*>(projected), heads, size};
+    Number* to = static_cast<Number*>(out);
     long most_queries = 0, most_keys = 0;
     for (long i = 0; i < count; i++) {
-        most_queries = std::max<long>(most_queries, all[i].queries);
-        most_keys = std::max<long>(most_keys, all[i].keys);
+        most_queries = std::max<long>(most_queries, documents[i].queries);
+        most_keys = std::max<long>(most_keys, documents[i].keys);
     }
     bool failed = false;
 #pragma omp parallel reduction(|| : failed)
     {
-        Head work(most_queries, most_keys, size);
+        Head<Kind> work(most_queries, most_keys, size);
         failed = !work.has_memory();
 #pragma omp for schedule(dynamic)
         for (long task = 0; task < count * heads; task++) {
             const long head = task % heads;
-            if (!failed)
-                work.attend(from, all[task / heads], head, table + head * (2 * table_reach + 1), table_reach, scale, out);
+            const float* own_table = table + head * (2 * table_reach + 1);
+            if (!failed) work.attend(from, documents[task / heads], head, own_table, table_reach, scale, to);
         }
     }
     return failed ? kOutOfMemory : kOk;
+}
+
+}  // namespace
+
+// softmax(q · kᵀ · scale + bias) · v for every document and head. `table` is the bias by distance, [heads,
+// 2 · table_reach + 1]; `projected` is [tokens, 3 · heads · size], the result [tokens, heads · size], both in float32
+// or in bfloat16.
+extern "C" int t5_attention(const void* projected, long heads, long size, const int64_t* documents, long count,
+                            const float* table, long table_reach, float scale, int in_float32, void* out) {
+    const Document* all = reinterpret_cast<const Document*>(documents);
+    if (in_float32) return attend<Float32>(projected, heads, size, all, count, table, table_reach, scale, out);
+    return attend<Bfloat16>(projected, heads, size, all, count, table, table_reach, scale, out);
 }

@@ -34,7 +34,7 @@ def missing_for_kernels() -> str | None:
     try:
         library()
     except (RuntimeError, OSError) as error:
-        log.warning("the T5 goes without its kernels for AVX512-BF16: %s", error)
+        log.warning("the T5 goes without its kernels for AVX512: %s", error)
         return str(error)
     return None
 
@@ -73,7 +73,7 @@ def library() -> ctypes.CDLL:
 def _build(target: Path) -> None:
     if shutil.which("g++") is None:
         raise RuntimeError("there is no C++ compiler to build them with (install g++)")
-    log.info("compiling the kernels for AVX512-BF16 into %s, once", target)
+    log.info("compiling the kernels for AVX512 into %s, once", target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         unfinished = Path(folder) / target.name

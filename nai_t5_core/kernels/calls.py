@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,17 +18,20 @@ ACTIVATION_NUMBERS: dict[Activation | None, int] = {None: 0, "relu": 1, "gelu_ne
 WEIGHT_FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _PANELS = 3
 
+# What the kernels compute in.
+COMPUTE_DTYPES = (torch.bfloat16, torch.float32)
+
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "t5_panel_numbers": (_LONG, [_LONG, _LONG, _INT]),
-    "t5_pack": (None, [_POINTER, _INT, _LONG, _LONG, _INT, _POINTER]),
-    "t5_unpack": (None, [_POINTER, _LONG, _LONG, _INT, _POINTER]),
+    "t5_panel_steps": (_LONG, [_LONG, _LONG, _INT, _INT]),
+    "t5_pack": (None, [_POINTER, _INT, _LONG, _LONG, _INT, _INT, _POINTER]),
+    "t5_unpack": (None, [_POINTER, _LONG, _LONG, _INT, _INT, _POINTER]),
     "t5_normed_product": (
         _INT,
-        [_POINTER, _LONG, _POINTER, _FLOAT, _POINTER, _INT, _LONG, _LONG, _INT, _INT, _POINTER],
+        [_POINTER, _LONG, _POINTER, _FLOAT, _POINTER, _INT, _LONG, _LONG, _INT, _INT, _INT, _POINTER],
     ),
-    "t5_added_product": (_INT, [_POINTER, _LONG, _POINTER, _INT, _LONG, _LONG, _POINTER]),
-    "t5_attention": (_INT, [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG, _FLOAT, _POINTER]),
+    "t5_added_product": (_INT, [_POINTER, _LONG, _POINTER, _INT, _LONG, _LONG, _INT, _POINTER]),
+    "t5_attention": (_INT, [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG, _FLOAT, _INT, _POINTER]),
 }
 
 
@@ -45,41 +48,54 @@ def _kernels() -> ctypes.CDLL:
 class KernelWeight:
     """A weight as the kernels take it: [columns, depth] as it lies in memory, or a copy in panels.
 
-    A gated weight has the columns of the gate and then those of up. What is not in bfloat16 is rounded to it in every
-    call. Panels save that, and rearranging the weight.
+    A gated weight has the columns of the gate and then those of up. What is not in ``dtype``, which is computed in, is
+    rounded to it in every call. Panels save that, and rearranging the weight.
     """
 
     values: Tensor
     format: int
     columns: int
     depth: int
+    dtype: torch.dtype
     is_gated: bool = False
 
     @classmethod
-    def plain(cls, weight: Tensor, is_gated: bool = False) -> KernelWeight:
-        """A contiguous weight [columns, depth] in a float dtype, of even depth, and even in columns if it is gated."""
+    def plain(cls, weight: Tensor, dtype: torch.dtype, is_gated: bool = False) -> KernelWeight:
+        """A contiguous weight [columns, depth] of even depth, and even in columns if it is gated.
+
+        Args:
+            weight: in bfloat16, float16 or float32.
+            dtype: what to compute in, bfloat16 or float32.
+        """
+        if dtype not in COMPUTE_DTYPES:
+            raise ValueError(f"the kernels compute in bfloat16 or float32, and not in {dtype}")
         columns, depth = weight.shape
         if weight.dtype not in WEIGHT_FORMATS or not weight.is_contiguous() or depth % 2 or (is_gated and columns % 2):
             raise ValueError(
                 "the kernels take contiguous weights of even sizes in bfloat16, float16 or float32; "
                 f"got {weight.dtype} {list(weight.shape)}"
             )
-        return cls(weight.detach(), WEIGHT_FORMATS[weight.dtype], columns, depth, is_gated)
+        return cls(weight.detach(), WEIGHT_FORMATS[weight.dtype], columns, depth, dtype, is_gated)
 
     def packed(self) -> KernelWeight:
         """A copy in panels."""
-        kernels = _kernels()
-        panels = torch.empty(kernels.t5_panel_numbers(self.columns, self.depth, self.is_gated), dtype=torch.bfloat16)
-        shape = (self.columns, self.depth, self.is_gated)
-        kernels.t5_pack(self.values.data_ptr(), self.format, *shape, panels.data_ptr())
-        return KernelWeight(panels, _PANELS, *shape)
+        shape = (self.columns, self.depth, self.is_gated, self.in_float32)
+        steps = _kernels().t5_panel_steps(*shape)
+        panels = torch.empty(steps * (1 if self.in_float32 else 2), dtype=self.dtype)
+        _kernels().t5_pack(self.values.data_ptr(), self.format, *shape, panels.data_ptr())
+        return replace(self, values=panels, format=_PANELS)
 
     def unpacked(self) -> Tensor:
-        """Panels as a weight [columns, depth] in bfloat16."""
+        """Panels as a weight [columns, depth] in ``dtype``."""
         assert self.format == _PANELS
-        weight = torch.empty(self.columns, self.depth, dtype=torch.bfloat16)
-        _kernels().t5_unpack(self.values.data_ptr(), self.columns, self.depth, self.is_gated, weight.data_ptr())
+        weight = torch.empty(self.columns, self.depth, dtype=self.dtype)
+        shape = (self.columns, self.depth, self.is_gated, self.in_float32)
+        _kernels().t5_unpack(self.values.data_ptr(), *shape, weight.data_ptr())
         return weight
+
+    @property
+    def in_float32(self) -> bool:
+        return self.dtype == torch.float32
 
 
 def normed_product(
@@ -92,11 +108,11 @@ def normed_product(
         norm: the weight of the RMS norm, [depth], float32; None for ones.
 
     Returns:
-        [tokens, columns], or [tokens, columns / 2] of a gated weight, in bfloat16, rounded once.
+        [tokens, columns], or [tokens, columns / 2] of a gated weight, in the weight's ``dtype``, rounded once.
     """
     tokens = len(residual)
     _check(residual, torch.float32, tokens, weight.depth)
-    out = torch.empty(tokens, weight.columns // (2 if weight.is_gated else 1), dtype=torch.bfloat16)
+    out = torch.empty(tokens, weight.columns // (2 if weight.is_gated else 1), dtype=weight.dtype)
     if tokens:
         status = _kernels().t5_normed_product(
             residual.data_ptr(),
@@ -109,6 +125,7 @@ def normed_product(
             weight.depth,
             weight.is_gated,
             ACTIVATION_NUMBERS[activation],
+            weight.in_float32,
             out.data_ptr(),
         )
         _refuse(status)
@@ -116,9 +133,9 @@ def normed_product(
 
 
 def add_product(x: Tensor, weight: KernelWeight, residual: Tensor) -> None:
-    """residual += x · weightᵀ, in float32: bfloat16 [tokens, depth] to float32 [tokens, columns]."""
+    """residual += x · weightᵀ, in float32: [tokens, depth] in the weight's ``dtype`` to float32 [tokens, columns]."""
     tokens = len(x)
-    _check(x, torch.bfloat16, tokens, weight.depth)
+    _check(x, weight.dtype, tokens, weight.depth)
     _check(residual, torch.float32, tokens, weight.columns)
     if tokens:
         status = _kernels().t5_added_product(
@@ -128,24 +145,25 @@ def add_product(x: Tensor, weight: KernelWeight, residual: Tensor) -> None:
             weight.format,
             weight.columns,
             weight.depth,
+            weight.in_float32,
             residual.data_ptr(),
         )
         _refuse(status)
 
 
 def attention(projected: Tensor, heads: int, documents: Tensor, table: Tensor, scale: float) -> Tensor:
-    """softmax(q · kᵀ · scale + bias) · v in every document: [tokens, heads · d_kv] in bfloat16.
+    """softmax(q · kᵀ · scale + bias) · v in every document: [tokens, heads · d_kv] in the dtype of ``projected``.
 
     Args:
-        projected: [tokens, 3 · heads · d_kv] in bfloat16: queries, keys and values, d_kv being even.
+        projected: [tokens, 3 · heads · d_kv] in bfloat16 or float32: queries, keys and values, d_kv being even.
         documents: [documents, 4] int64: first row, rows, first key relative to the first row, keys (at least one). The
             keys are rows of their document.
         table: the bias by distance, [heads, distances] in float32.
     """
     tokens, width = projected.shape
-    _check(projected, torch.bfloat16, tokens, width)
+    _check(projected, torch.float32 if projected.dtype == torch.float32 else torch.bfloat16, tokens, width)
     _check(table, torch.float32, heads, table.shape[1])
-    out = torch.empty(tokens, width // 3, dtype=torch.bfloat16)
+    out = torch.empty(tokens, width // 3, dtype=projected.dtype)
     if len(documents):
         status = _kernels().t5_attention(
             projected.data_ptr(),
@@ -156,6 +174,7 @@ def attention(projected: Tensor, heads: int, documents: Tensor, table: Tensor, s
             table.data_ptr(),
             table.shape[1] // 2,
             scale,
+            projected.dtype == torch.float32,
             out.data_ptr(),
         )
         _refuse(status)

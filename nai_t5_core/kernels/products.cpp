@@ -11,27 +11,30 @@ namespace {
 // How many tiles a thread takes a panel through before it goes on to the next: their rows stay in its cache.
 constexpr long kTilesAtOnce = 8;
 
-// How the numbers of a weight lie in memory: row by row in one of these, or as panels of bfloat16.
+// How the numbers of a weight lie in memory: row by row in one of these, or as panels.
 enum Format { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2, kPanels = 3 };
 
-// Up to 16 pairs of a row, rounded to bfloat16; zeros beyond.
 template <Format format>
-__m512i load_pairs(const char* row, long first_pair, long count) {
-    const __mmask16 pairs = first_lanes(count);
-    if (format == kBfloat16) return _mm512_maskz_loadu_epi32(pairs, row + first_pair * 4);
-    if (format == kFloat16) {
-        const __m512i halves = _mm512_maskz_loadu_epi32(pairs, row + first_pair * 4);
-        const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
-        return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)), low);
-    }
-    const float* numbers = reinterpret_cast<const float*>(row) + first_pair * 2;
-    const __m512 low = _mm512_maskz_loadu_ps(first_lanes(2 * count), numbers);
-    const __m512 high = _mm512_maskz_loadu_ps(first_lanes(2 * count - kLanes), numbers + kLanes);
+__m512 load_numbers(const char* row, long first, long count) {
+    const __mmask16 lanes = first_lanes(count);
+    if (format == kFloat32) return Float32::load(reinterpret_cast<const float*>(row) + first, lanes);
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(row) + first;
+    return format == kFloat16 ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, halves)) : Bfloat16::load(halves, lanes);
+}
+
+// Up to 16 steps of a row, in what is computed in; zeros beyond.
+template <class Kind, Format format>
+__m512i load_steps(const char* row, long first, long count) {
+    if (Kind::kPerStep == 1) return _mm512_castps_si512(load_numbers<format>(row, first, count));
+    if (format == kBfloat16) return _mm512_maskz_loadu_epi32(first_lanes(count), row + first * sizeof(Step));
+    const __m512 low = load_numbers<format>(row, 2 * first, 2 * count);
+    const __m512 high = load_numbers<format>(row, 2 * first + kLanes, 2 * count - kLanes);
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// A weight [columns, depth]. Gated weights are those of the gate, one above the other, and then those of up; a panel has
-// 16 columns of each.
+// A weight [columns, depth]. Gated weights are those of the gate, one above the other, and then those of up; a panel
+// has 16 columns of each.
+template <class Kind>
 struct Weight {
     const char* values;
     Format format;
@@ -47,36 +50,35 @@ struct Weight {
         const long side = is_gated ? columns / 2 : columns;
         return (side + panel_width() - 1) / panel_width();
     }
-    long panel_numbers() const { return depth / 2 * kPanelPair; }
+    long steps() const { return depth / Kind::kPerStep; }
+    long panel_steps() const { return steps() * kPanelColumns; }
     const char* row(long column) const { return values + column * depth * (format == kFloat32 ? 4 : 2); }
-    const bfloat16* packed(long panel) const {
-        return reinterpret_cast<const bfloat16*>(values) + panel * panel_numbers();
-    }
+    const Step* packed(long panel) const { return reinterpret_cast<const Step*>(values) + panel * panel_steps(); }
 
     // What to bring closer to the processor while a tile is multiplied with a panel. Packed, it is what comes a little
     // later; otherwise the next panel's columns, of which the first tile brings in all, or the gate's, and the second
     // those of up. It need not be there.
-    const void* ahead(const bfloat16* numbers, long panel, long tile) const {
-        if (format == kPanels) return numbers + kPrefetchPairs * kPanelPair;
+    const void* ahead(const Step* numbers, long panel, long tile) const {
+        if (format == kPanels) return numbers + kPrefetchSteps * kPanelColumns;
         if (tile == 0) return row((panel + 1) * panel_width());
         if (tile == 1 && is_gated) return row(columns / 2 + (panel + 1) * panel_width());
         return numbers;
     }
 
-    void pack(long panel, bfloat16* packed) const {
+    void pack(long panel, Step* packed) const {
         const long first = panel * panel_width();
         if (is_gated) {
             const long count = std::min(kLanes, columns / 2 - first);
             pack_half(first, count, packed);
-            pack_half(columns / 2 + first, count, packed + kPanelPair / 2);
+            pack_half(columns / 2 + first, count, packed + kLanes);
         } else {
             pack_half(first, columns - first, packed);
-            pack_half(first + kLanes, columns - first - kLanes, packed + kPanelPair / 2);
+            pack_half(first + kLanes, columns - first - kLanes, packed + kLanes);
         }
     }
 
   private:
-    void pack_half(long first, long count, bfloat16* half) const {
+    void pack_half(long first, long count, Step* half) const {
         switch (format) {
             case kFloat16: return pack_half_from<kFloat16>(first, count, half);
             case kFloat32: return pack_half_from<kFloat32>(first, count, half);
@@ -84,22 +86,21 @@ struct Weight {
         }
     }
 
-    // Sixteen columns of a panel: [depth / 2][16][2] of [depth / 2][32][2]; those beyond `count` are zeros.
+    // Sixteen columns of a panel: [steps][16] of [steps][32]; those beyond `count` are zeros.
     template <Format from>
-    void pack_half_from(long first, long count, bfloat16* half) const {
-        const long pairs = depth / 2;
-        for (long pair = 0; pair < pairs; pair += kLanes) {
+    void pack_half_from(long first, long count, Step* half) const {
+        for (long step = 0; step < steps(); step += kLanes) {
             __m512i rows[16];
             for (long column = 0; column < 16; column++)
-                rows[column] = column < count ? load_pairs<from>(row(first + column), pair, pairs - pair)
+                rows[column] = column < count ? load_steps<Kind, from>(row(first + column), step, steps() - step)
                                               : _mm512_setzero_si512();
             transpose(rows);
-            for (long k = 0; k < std::min(kLanes, pairs - pair); k++)
-                _mm512_storeu_si512(half + (pair + k) * kPanelPair, rows[k]);
+            for (long k = 0; k < std::min(kLanes, steps() - step); k++)
+                _mm512_storeu_si512(half + (step + k) * kPanelColumns, rows[k]);
         }
     }
 
-    // 16 · 16 pairs, by exchanging ever larger squares.
+    // 16 · 16 steps, by exchanging ever larger squares.
     static void transpose(__m512i (&rows)[16]) {
         __m512i other[16];
         for (int i = 0; i < 16; i += 2) {
@@ -127,28 +128,30 @@ struct Weight {
     }
 };
 
-// Rows of bfloat16 as they are.
+// Rows as they are.
+template <class Kind>
 struct PlainRows {
-    const bfloat16* values;
+    const typename Kind::Number* values;
     long width;
 
-    void put(long row, bfloat16* tile, long tile_rows, long tile_row) const {
-        const bfloat16* numbers = values + row * width;
+    void put(long row, Step* tile, long tile_rows, long tile_row) const {
         for (long column = 0; column < width; column += kLanes) {
             const long count = std::min(kLanes, width - column);
-            put_in_tile(tile, tile_rows, tile_row, column, _mm256_maskz_loadu_epi16(first_lanes(count), numbers + column), count);
+            const __m512 some = Kind::load(values + row * width + column, first_lanes(count));
+            put_in_tile<Kind>(tile, tile_rows, tile_row, column, some, count);
         }
     }
 };
 
 // Rows of the residual after their norm: x / sqrt(mean(x²) + epsilon) · weight, rounded once. The weight may be null.
+template <class Kind>
 struct NormedRows {
     const float* values;
     long width;
     const float* weight;
     float epsilon;
 
-    void put(long row, bfloat16* tile, long tile_rows, long tile_row) const {
+    void put(long row, Step* tile, long tile_rows, long tile_row) const {
         const float* numbers = values + row * width;
         __m512 squares = _mm512_setzero_ps();
         for (long column = 0; column < width; column += kLanes) {
@@ -160,128 +163,159 @@ struct NormedRows {
             const __mmask16 lanes = first_lanes(width - column);
             __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, numbers + column), _mm512_set1_ps(scale));
             if (weight) x = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(lanes, weight + column));
-            put_in_tile(tile, tile_rows, tile_row, column, rounded(x), std::min(kLanes, width - column));
+            put_in_tile<Kind>(tile, tile_rows, tile_row, column, x, std::min(kLanes, width - column));
         }
     }
 };
 
 // Calls finish(row, panel, left sums, right sums) for every row and panel, from several threads.
-template <class Rows, class Finish>
-Status compute(const Rows& source, long row_count, const Weight& weight, Finish finish) {
+template <class Kind, class Rows, class Finish>
+Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, Finish finish) {
     const Tiles tiles(row_count);
-    const long pairs = weight.depth / 2, panels = weight.panels(), groups = (tiles.count + kTilesAtOnce - 1) / kTilesAtOnce;
-    const Buffer<bfloat16> tiled = allocate<bfloat16>(row_count * weight.depth);
+    const long steps = weight.steps(), panels = weight.panels();
+    const long groups = (tiles.count + kTilesAtOnce - 1) / kTilesAtOnce;
+    const Buffer<Step> tiled = allocate<Step>(row_count * steps);
     if (!tiled) return kOutOfMemory;
     bool failed = false;
 #pragma omp parallel reduction(|| : failed)
     {
-        const Buffer<bfloat16> own = allocate<bfloat16>(weight.format == kPanels ? 1 : weight.panel_numbers());
+        const Buffer<Step> own = allocate<Step>(weight.format == kPanels ? 1 : weight.panel_steps());
         failed = !own;
         long packed_now = -1;
 #pragma omp for schedule(static)
-        for (long tile = 0; tile < tiles.count; tile++)
+        for (long tile = 0; tile < tiles.count; tile++) {
+            const long start = tiles.start(tile);
             for (long row = 0; row < tiles.size(tile); row++)
-                source.put(tiles.start(tile) + row, tiled.get() + tiles.start(tile) * weight.depth, tiles.size(tile), row);
+                source.put(start + row, tiled.get() + start * steps, tiles.size(tile), row);
+        }
 #pragma omp for schedule(static)
         for (long task = 0; task < panels * groups; task++) {
             const long panel = task / groups, group = task % groups;
             if (failed) continue;
             if (weight.format != kPanels && packed_now != panel) weight.pack(packed_now = panel, own.get());
-            const bfloat16* numbers = weight.format == kPanels ? weight.packed(panel) : own.get();
+            const Step* numbers = weight.format == kPanels ? weight.packed(panel) : own.get();
             for (long tile = group * kTilesAtOnce; tile < std::min(tiles.count, (group + 1) * kTilesAtOnce); tile++) {
                 const long start = tiles.start(tile);
-                multiply_tile(tiles.size(tile), tiled.get() + start * weight.depth, numbers,
-                              weight.ahead(numbers, panel, tile), pairs,
-                              [&](long row, __m512 left, __m512 right) { finish(start + row, panel, left, right); });
+                multiply_tile<Kind>(
+                    tiles.size(tile), tiled.get() + start * steps, numbers, weight.ahead(numbers, panel, tile), steps,
+                    [&](long row, __m512 left, __m512 right) { finish(start + row, panel, left, right); });
             }
         }
     }
     return failed ? kOutOfMemory : kOk;
 }
 
-void store(bfloat16* place, long columns, __m512 values) {
-    _mm256_mask_storeu_epi16(place, first_lanes(columns), rounded(values));
-}
-
-template <Activation activation>
-Status normed_product(const NormedRows& source, long rows, const Weight& weight, bfloat16* out) {
-    if (weight.is_gated) {
-        const long width = weight.columns / 2;
+template <class Kind, Activation activation>
+Status normed_product(const NormedRows<Kind>& source, long rows, const Weight<Kind>& weight,
+                      typename Kind::Number* out) {
+    const long width = weight.is_gated ? weight.columns / 2 : weight.columns;
+    if (weight.is_gated)
         return compute(source, rows, weight, [=](long row, long panel, __m512 gate, __m512 up) {
             const long column = panel * kLanes;
-            store(out + row * width + column, width - column, _mm512_mul_ps(activated<activation>(gate), up));
+            const __m512 product = _mm512_mul_ps(activated<activation>(gate), up);
+            Kind::store(out + row * width + column, first_lanes(width - column), product);
         });
-    }
-    const long width = weight.columns;
     return compute(source, rows, weight, [=](long row, long panel, __m512 left, __m512 right) {
         const long column = panel * kPanelColumns;
-        bfloat16* place = out + row * width + column;
-        store(place, width - column, activated<activation>(left));
-        store(place + kLanes, width - column - kLanes, activated<activation>(right));
+        typename Kind::Number* place = out + row * width + column;
+        Kind::store(place, first_lanes(width - column), activated<activation>(left));
+        Kind::store(place + kLanes, first_lanes(width - column - kLanes), activated<activation>(right));
     });
 }
 
-void add_to(float* place, long columns, __m512 values) {
-    const __mmask16 lanes = first_lanes(columns);
-    _mm512_mask_storeu_ps(place, lanes, _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, place), values));
+template <class Kind>
+Status normed_product(const NormedRows<Kind>& source, long rows, const Weight<Kind>& weight, int activation,
+                      void* out) {
+    auto* numbers = static_cast<typename Kind::Number*>(out);
+    switch (activation) {
+        case kRelu: return normed_product<Kind, kRelu>(source, rows, weight, numbers);
+        case kGeluTanh: return normed_product<Kind, kGeluTanh>(source, rows, weight, numbers);
+        case kSilu: return normed_product<Kind, kSilu>(source, rows, weight, numbers);
+        default: return normed_product<Kind, kNone>(source, rows, weight, numbers);
+    }
+}
+
+void add_to(float* place, __mmask16 lanes, __m512 values) {
+    Float32::store(place, lanes, _mm512_add_ps(Float32::load(place, lanes), values));
+}
+
+template <class Kind>
+Status added_product(const void* x, long rows, const Weight<Kind>& weight, float* residual) {
+    const PlainRows<Kind> source{static_cast<const typename Kind::Number*>(x), weight.depth};
+    const long columns = weight.columns;
+    return compute(source, rows, weight, [=](long row, long panel, __m512 left, __m512 right) {
+        const long column = panel * kPanelColumns;
+        float* place = residual + row * columns + column;
+        add_to(place, first_lanes(columns - column), left);
+        add_to(place + kLanes, first_lanes(columns - column - kLanes), right);
+    });
+}
+
+template <class Kind>
+void pack(const Weight<Kind>& weight, void* panels) {
+#pragma omp parallel for schedule(static)
+    for (long panel = 0; panel < weight.panels(); panel++)
+        weight.pack(panel, static_cast<Step*>(panels) + panel * weight.panel_steps());
+}
+
+template <class Kind>
+void unpack(const Weight<Kind>& weight, void* values) {
+    using Number = typename Kind::Number;
+#pragma omp parallel for schedule(static)
+    for (long column = 0; column < weight.columns; column++) {
+        const bool is_up = weight.is_gated && column >= weight.columns / 2;
+        const long side = is_up ? column - weight.columns / 2 : column;
+        const long place = side % weight.panel_width() + (is_up ? kLanes : 0);
+        const Number* panel = reinterpret_cast<const Number*>(weight.packed(side / weight.panel_width()));
+        for (long k = 0; k < weight.depth; k++) {
+            const long step = k / Kind::kPerStep * kPanelColumns + place;
+            static_cast<Number*>(values)[column * weight.depth + k] = panel[step * Kind::kPerStep + k % Kind::kPerStep];
+        }
+    }
 }
 
 }  // namespace
 
+// In these, `in_float32` says what is computed in, and so what everything is in but the residual, the norm's weight and
+// a weight's own format; otherwise it is bfloat16.
 extern "C" {
 
 // How many threads a call takes at most.
 int t5_threads() { return omp_get_max_threads(); }
 
-// How many numbers the panels of a weight take.
-long t5_panel_numbers(long columns, long depth, int is_gated) {
-    const Weight weight(nullptr, kPanels, columns, depth, is_gated);
-    return weight.panels() * weight.panel_numbers();
+// How many steps the panels of a weight take.
+long t5_panel_steps(long columns, long depth, int is_gated, int in_float32) {
+    const Weight<Float32> weight(nullptr, kPanels, columns, in_float32 ? depth : depth / 2, is_gated);
+    return weight.panels() * weight.panel_steps();
 }
 
 // A weight [columns, depth] in panels.
-void t5_pack(const void* values, int format, long columns, long depth, int is_gated, bfloat16* packed) {
-    const Weight weight(values, format, columns, depth, is_gated);
-#pragma omp parallel for schedule(static)
-    for (long panel = 0; panel < weight.panels(); panel++) weight.pack(panel, packed + panel * weight.panel_numbers());
+void t5_pack(const void* values, int format, long columns, long depth, int is_gated, int in_float32, void* panels) {
+    if (in_float32) return pack(Weight<Float32>(values, format, columns, depth, is_gated), panels);
+    pack(Weight<Bfloat16>(values, format, columns, depth, is_gated), panels);
 }
 
-// The reverse: panels to a weight [columns, depth] of bfloat16.
-void t5_unpack(const void* panels, long columns, long depth, int is_gated, bfloat16* values) {
-    const Weight weight(panels, kPanels, columns, depth, is_gated);
-#pragma omp parallel for schedule(static)
-    for (long column = 0; column < columns; column++) {
-        const bool is_up = is_gated && column >= columns / 2;
-        const long side = is_up ? column - columns / 2 : column;
-        const bfloat16* panel = weight.packed(side / weight.panel_width());
-        const long place = side % weight.panel_width() + (is_up ? kLanes : 0);
-        for (long k = 0; k < depth; k++) values[column * depth + k] = panel[k / 2 * kPanelPair + place * 2 + k % 2];
-    }
+// The reverse: panels to a weight [columns, depth].
+void t5_unpack(const void* panels, long columns, long depth, int is_gated, int in_float32, void* values) {
+    if (in_float32) return unpack(Weight<Float32>(panels, kPanels, columns, depth, is_gated), values);
+    unpack(Weight<Bfloat16>(panels, kPanels, columns, depth, is_gated), values);
 }
 
-// act(norm(residual) · weightᵀ), or act(norm(residual) · gateᵀ) · (norm(residual) · upᵀ), to bfloat16.
+// act(norm(residual) · weightᵀ), or act(norm(residual) · gateᵀ) · (norm(residual) · upᵀ).
 int t5_normed_product(const float* residual, long rows, const float* norm_weight, float epsilon, const void* values,
-                      int format, long columns, long depth, int is_gated, int activation, bfloat16* out) {
-    const NormedRows source{residual, depth, norm_weight, epsilon};
-    const Weight weight(values, format, columns, depth, is_gated);
-    switch (activation) {
-        case kRelu: return normed_product<kRelu>(source, rows, weight, out);
-        case kGeluTanh: return normed_product<kGeluTanh>(source, rows, weight, out);
-        case kSilu: return normed_product<kSilu>(source, rows, weight, out);
-        default: return normed_product<kNone>(source, rows, weight, out);
-    }
+                      int format, long columns, long depth, int is_gated, int activation, int in_float32, void* out) {
+    if (in_float32)
+        return normed_product(NormedRows<Float32>{residual, depth, norm_weight, epsilon}, rows,
+                              Weight<Float32>(values, format, columns, depth, is_gated), activation, out);
+    return normed_product(NormedRows<Bfloat16>{residual, depth, norm_weight, epsilon}, rows,
+                          Weight<Bfloat16>(values, format, columns, depth, is_gated), activation, out);
 }
 
 // residual += x · weightᵀ, in float32.
-int t5_added_product(const bfloat16* x, long rows, const void* values, int format, long columns, long depth,
-                     float* residual) {
-    const Weight weight(values, format, columns, depth, false);
-    return compute(PlainRows{x, depth}, rows, weight, [=](long row, long panel, __m512 left, __m512 right) {
-        const long column = panel * kPanelColumns;
-        float* place = residual + row * columns + column;
-        add_to(place, columns - column, left);
-        add_to(place + kLanes, columns - column - kLanes, right);
-    });
+int t5_added_product(const void* x, long rows, const void* values, int format, long columns, long depth,
+                     int in_float32, float* residual) {
+    if (in_float32) return added_product(x, rows, Weight<Float32>(values, format, columns, depth, false), residual);
+    return added_product(x, rows, Weight<Bfloat16>(values, format, columns, depth, false), residual);
 }
 
 }  // extern "C"

@@ -1,9 +1,9 @@
 // What all kernels share: the order of rows and weights in memory, and the product of a tile with a panel.
 //
-// A product takes rows (activations) in tiles of up to 12, and weights in panels of 32 columns. Both hold pairs of
-// bfloat16 along the summed dimension, as the instruction vdpbf16ps adds them: a tile is [pairs][rows][2], a panel is
-// [pairs][32][2]. The sums of a tile and a panel stay in registers (12 · 2 of 32), in float32, until all pairs are
-// added. Every element is summed in the same order whatever is computed beside it.
+// A product takes rows (activations) in tiles of up to 12, and weights in panels of 32 columns. Both advance along the
+// summed dimension in steps of four bytes: a pair of bfloat16, as the instruction vdpbf16ps adds them, or one float32. A
+// tile is [steps][rows], a panel [steps][32]. The sums of a tile and a panel stay in registers (12 · 2 of 32), in
+// float32, until all steps are done. Every element is summed in the same order whatever is computed beside it.
 
 #pragma once
 
@@ -14,13 +14,12 @@
 #include <cstdlib>
 #include <memory>
 
-using bfloat16 = uint16_t;
+using Step = int32_t;
 
 constexpr long kTileRows = 12;
 constexpr long kLanes = 16;  // float32 numbers in a register
 constexpr long kPanelColumns = 2 * kLanes;
-constexpr long kPanelPair = 2 * kPanelColumns;  // numbers of a panel that belong to one pair
-constexpr long kPrefetchPairs = 64;             // 8 KiB: about what is on its way from memory at any time
+constexpr long kPrefetchSteps = 64;  // 8 KiB: about what is on its way from memory at any time
 
 enum Status { kOk = 0, kOutOfMemory = 1 };
 
@@ -46,9 +45,48 @@ inline __mmask16 first_lanes(long count) {
     return count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
 
-inline __m512 widened(__m256i values) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16)); }
+// ---------------------------------------------------------------------------------------------------------------------
+// What is computed in
+// ---------------------------------------------------------------------------------------------------------------------
 
-inline __m256i rounded(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
+struct Bfloat16 {
+    using Number = uint16_t;
+    static constexpr long kPerStep = 2;
+
+    static __m512 add_products(__m512 sums, __m512i row, __m512i columns) {
+        return _mm512_dpbf16_ps(sums, (__m512bh)row, (__m512bh)columns);
+    }
+    static __m512 widened(__m256i numbers) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+    }
+    static __m512 load(const Number* place, __mmask16 lanes) {
+        return widened(_mm256_maskz_loadu_epi16(lanes, place));
+    }
+    static void store(Number* place, __mmask16 lanes, __m512 values) {
+        _mm256_mask_storeu_epi16(place, lanes, (__m256i)_mm512_cvtneps_pbh(values));
+    }
+    static __m512 rounded(__m512 values) { return widened((__m256i)_mm512_cvtneps_pbh(values)); }
+    static long put_steps(Step* steps, __m512 values) {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(steps), (__m256i)_mm512_cvtneps_pbh(values));
+        return kLanes / kPerStep;
+    }
+};
+
+struct Float32 {
+    using Number = float;
+    static constexpr long kPerStep = 1;
+
+    static __m512 add_products(__m512 sums, __m512i row, __m512i columns) {
+        return _mm512_fmadd_ps(_mm512_castsi512_ps(row), _mm512_castsi512_ps(columns), sums);
+    }
+    static __m512 load(const Number* place, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, place); }
+    static void store(Number* place, __mmask16 lanes, __m512 values) { _mm512_mask_storeu_ps(place, lanes, values); }
+    static __m512 rounded(__m512 values) { return values; }
+    static long put_steps(Step* steps, __m512 values) {
+        _mm512_store_ps(steps, values);
+        return kLanes;
+    }
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Rows in tiles
@@ -64,63 +102,69 @@ struct Tiles {
 };
 
 // Puts up to 16 numbers of one row of a tile, those from `column` on, into their places.
-inline void put_in_tile(bfloat16* tile, long rows, long row, long column, __m256i values, long count) {
-    alignas(32) int32_t pairs[8];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), values);
-    int32_t* place = reinterpret_cast<int32_t*>(tile) + column / 2 * rows + row;
-    for (long pair = 0; pair < (count + 1) / 2; pair++) place[pair * rows] = pairs[pair];
+template <class Kind>
+void put_in_tile(Step* tile, long rows, long row, long column, __m512 values, long count) {
+    alignas(64) Step steps[kLanes];
+    const long all = Kind::put_steps(steps, values), present = (count + Kind::kPerStep - 1) / Kind::kPerStep;
+    Step* place = tile + column / Kind::kPerStep * rows + row;
+    for (long step = 0; step < std::min(all, present); step++) place[step * rows] = steps[step];
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The product
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Calls finish(row, left sums, right sums) for each row of a tile. As many bytes as the panel has, from `ahead` on, are
-// brought into the second-level cache meanwhile.
-template <int rows, class Finish>
-__attribute__((noinline)) void multiply_exactly(const bfloat16* tile, const bfloat16* panel, const void* ahead, long pairs, Finish finish) {
+// As many bytes as the panel has, from `ahead` on, are brought into the second-level cache meanwhile.
+template <class Kind, int rows>
+void multiply_exactly(const Step* tile, const Step* panel, const void* ahead, long steps, __m512 (*sums_of_rows)[2]) {
     __m512 sums[rows][2];
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
-    for (long pair = 0; pair < pairs; pair++, panel += kPanelPair, tile += 2 * rows) {
-        const __m512bh left = (__m512bh)_mm512_loadu_si512(panel);
-        const __m512bh right = (__m512bh)_mm512_loadu_si512(panel + kPanelPair / 2);
-        _mm_prefetch(static_cast<const char*>(ahead) + pair * 128, _MM_HINT_T1);
-        _mm_prefetch(static_cast<const char*>(ahead) + pair * 128 + 64, _MM_HINT_T1);
+    for (long step = 0; step < steps; step++, panel += kPanelColumns, tile += rows) {
+        const __m512i left = _mm512_loadu_si512(panel), right = _mm512_loadu_si512(panel + kLanes);
+        _mm_prefetch(static_cast<const Step*>(ahead) + step * kPanelColumns, _MM_HINT_T1);
+        _mm_prefetch(static_cast<const Step*>(ahead) + step * kPanelColumns + kLanes, _MM_HINT_T1);
 #pragma GCC unroll 12
         for (int row = 0; row < rows; row++) {
-            const __m512bh both = (__m512bh)_mm512_set1_epi32(*reinterpret_cast<const int32_t*>(tile + 2 * row));
-            sums[row][0] = _mm512_dpbf16_ps(sums[row][0], both, left);
-            sums[row][1] = _mm512_dpbf16_ps(sums[row][1], both, right);
+            const __m512i numbers = _mm512_set1_epi32(tile[row]);
+            sums[row][0] = Kind::add_products(sums[row][0], numbers, left);
+            sums[row][1] = Kind::add_products(sums[row][1], numbers, right);
         }
     }
 #pragma GCC unroll 12
-    for (int row = 0; row < rows; row++) finish(row, sums[row][0], sums[row][1]);
+    for (int row = 0; row < rows; row++) {
+        sums_of_rows[row][0] = sums[row][0];
+        sums_of_rows[row][1] = sums[row][1];
+    }
 }
 
-template <class Finish>
-void multiply_tile(long rows, const bfloat16* tile, const bfloat16* panel, const void* ahead, long pairs, Finish finish) {
+// Calls finish(row, left sums, right sums) for each row of a tile.
+template <class Kind, class Finish>
+void multiply_tile(long rows, const Step* tile, const Step* panel, const void* ahead, long steps, Finish finish) {
+    __m512 sums[kTileRows][2];
     switch (rows) {
-        case 1: return multiply_exactly<1>(tile, panel, ahead, pairs, finish);
-        case 2: return multiply_exactly<2>(tile, panel, ahead, pairs, finish);
-        case 3: return multiply_exactly<3>(tile, panel, ahead, pairs, finish);
-        case 4: return multiply_exactly<4>(tile, panel, ahead, pairs, finish);
-        case 5: return multiply_exactly<5>(tile, panel, ahead, pairs, finish);
-        case 6: return multiply_exactly<6>(tile, panel, ahead, pairs, finish);
-        case 7: return multiply_exactly<7>(tile, panel, ahead, pairs, finish);
-        case 8: return multiply_exactly<8>(tile, panel, ahead, pairs, finish);
-        case 9: return multiply_exactly<9>(tile, panel, ahead, pairs, finish);
-        case 10: return multiply_exactly<10>(tile, panel, ahead, pairs, finish);
-        case 11: return multiply_exactly<11>(tile, panel, ahead, pairs, finish);
-        default: return multiply_exactly<12>(tile, panel, ahead, pairs, finish);
+        case 1: multiply_exactly<Kind, 1>(tile, panel, ahead, steps, sums); break;
+        case 2: multiply_exactly<Kind, 2>(tile, panel, ahead, steps, sums); break;
+        case 3: multiply_exactly<Kind, 3>(tile, panel, ahead, steps, sums); break;
+        case 4: multiply_exactly<Kind, 4>(tile, panel, ahead, steps, sums); break;
+        case 5: multiply_exactly<Kind, 5>(tile, panel, ahead, steps, sums); break;
+        case 6: multiply_exactly<Kind, 6>(tile, panel, ahead, steps, sums); break;
+        case 7: multiply_exactly<Kind, 7>(tile, panel, ahead, steps, sums); break;
+        case 8: multiply_exactly<Kind, 8>(tile, panel, ahead, steps, sums); break;
+        case 9: multiply_exactly<Kind, 9>(tile, panel, ahead, steps, sums); break;
+        case 10: multiply_exactly<Kind, 10>(tile, panel, ahead, steps, sums); break;
+        case 11: multiply_exactly<Kind, 11>(tile, panel, ahead, steps, sums); break;
+        default: multiply_exactly<Kind, 12>(tile, panel, ahead, steps, sums);
     }
+    for (long row = 0; row < rows; row++) finish(row, sums[row][0], sums[row][1]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Functions of float32 numbers; not-a-number stays what it is
 // ---------------------------------------------------------------------------------------------------------------------
 
-// e^x with a relative error below 2e-7, infinite where float32 ends: 2^n · e^r with n = round(x / ln 2), and a polynomial for e^r.
+// e^x with a relative error below 2e-7, infinite where float32 ends: 2^n · e^r with n = round(x / ln 2), and a
+// polynomial for e^r.
 inline __m512 exponential(__m512 x) {
     // The second operand is what comes out when either is not a number.
     x = _mm512_min_ps(_mm512_set1_ps(100.f), _mm512_max_ps(_mm512_set1_ps(-104.f), x));
