@@ -15,20 +15,31 @@ constexpr long kTilesAtOnce = 8;
 enum Format { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2, kPanels = 3 };
 
 template <Format format>
-__m512 load_numbers(const char* row, long first, long count) {
-    const __mmask16 lanes = first_lanes(count);
-    if (format == kFloat32) return Float32::load(reinterpret_cast<const float*>(row) + first, lanes);
-    const uint16_t* halves = reinterpret_cast<const uint16_t*>(row) + first;
-    return format == kFloat16 ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, halves)) : Bfloat16::load(halves, lanes);
+constexpr long kBytes = format == kFloat32 ? 4 : 2;
+
+// What of a row's 16 steps there is, told once for all rows.
+struct Present {
+    __mmask16 steps, first_numbers, other_numbers;
+
+    Present(long steps, long per_step)
+        : steps(first_lanes(steps)), first_numbers(first_lanes(steps * per_step)),
+          other_numbers(first_lanes(steps * per_step - kLanes)) {}
+};
+
+template <Format format>
+inline __attribute__((always_inline)) __m512 load_numbers(const char* place, __mmask16 lanes) {
+    if (format == kFloat32) return _mm512_maskz_loadu_ps(lanes, place);
+    const __m256i halves = _mm256_maskz_loadu_epi16(lanes, place);
+    return format == kFloat16 ? _mm512_cvtph_ps(halves) : Bfloat16::widened(halves);
 }
 
-// Up to 16 steps of a row, in what is computed in; zeros beyond.
+// Sixteen steps of a row, in what is computed in; zeros for those that are not there.
 template <class Kind, Format format>
-__m512i load_steps(const char* row, long first, long count) {
-    if (Kind::kPerStep == 1) return _mm512_castps_si512(load_numbers<format>(row, first, count));
-    if (format == kBfloat16) return _mm512_maskz_loadu_epi32(first_lanes(count), row + first * sizeof(Step));
-    const __m512 low = load_numbers<format>(row, 2 * first, 2 * count);
-    const __m512 high = load_numbers<format>(row, 2 * first + kLanes, 2 * count - kLanes);
+inline __attribute__((always_inline)) __m512i load_steps(const char* place, const Present& present) {
+    if (Kind::kPerStep == 1) return _mm512_castps_si512(load_numbers<format>(place, present.steps));
+    if (format == kBfloat16) return _mm512_maskz_loadu_epi32(present.steps, place);
+    const __m512 low = load_numbers<format>(place, present.first_numbers);
+    const __m512 high = load_numbers<format>(place + kLanes * kBytes<format>, present.other_numbers);
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
@@ -89,13 +100,17 @@ struct Weight {
     // Sixteen columns of a panel: [steps][16] of [steps][32]; those beyond `count` are zeros.
     template <Format from>
     void pack_half_from(long first, long count, Step* half) const {
-        for (long step = 0; step < steps(); step += kLanes) {
+        const long all = steps(), stride = depth * kBytes<from>;
+        const char* place = row(first);
+        for (long step = 0; step < all; step += kLanes, place += kLanes * Kind::kPerStep * kBytes<from>) {
+            const Present present(all - step, Kind::kPerStep);
             __m512i rows[16];
+#pragma GCC unroll 16
             for (long column = 0; column < 16; column++)
-                rows[column] = column < count ? load_steps<Kind, from>(row(first + column), step, steps() - step)
+                rows[column] = column < count ? load_steps<Kind, from>(place + column * stride, present)
                                               : _mm512_setzero_si512();
             transpose(rows);
-            for (long k = 0; k < std::min(kLanes, steps() - step); k++)
+            for (long k = 0; k < std::min(kLanes, all - step); k++)
                 _mm512_storeu_si512(half + (step + k) * kPanelColumns, rows[k]);
         }
     }
@@ -103,22 +118,26 @@ struct Weight {
     // 16 · 16 steps, by exchanging ever larger squares.
     static void transpose(__m512i (&rows)[16]) {
         __m512i other[16];
+#pragma GCC unroll 16
         for (int i = 0; i < 16; i += 2) {
             other[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
             other[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
         }
+#pragma GCC unroll 16
         for (int i = 0; i < 16; i += 4) {
             rows[i] = _mm512_unpacklo_epi64(other[i], other[i + 2]);
             rows[i + 1] = _mm512_unpackhi_epi64(other[i], other[i + 2]);
             rows[i + 2] = _mm512_unpacklo_epi64(other[i + 1], other[i + 3]);
             rows[i + 3] = _mm512_unpackhi_epi64(other[i + 1], other[i + 3]);
         }
+#pragma GCC unroll 16
         for (int i = 0; i < 4; i++) {
             other[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
             other[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
             other[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
             other[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
         }
+#pragma GCC unroll 16
         for (int i = 0; i < 4; i++) {
             rows[i] = _mm512_shuffle_i32x4(other[i], other[i + 8], 0x88);
             rows[i + 8] = _mm512_shuffle_i32x4(other[i], other[i + 8], 0xdd);
