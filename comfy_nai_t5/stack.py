@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comfy_nai_t5.fused import FusedProducts, SharedBlock, fuse, kernels_on, obstacle
+from comfy_nai_t5.fused import FusedProducts, Products, SharedBlock, fuse, kernels_on, obstacle
 from comfy_nai_t5.packed import Kept, PackedKernels, PackedProducts
 from nai_t5_core.attention import AttentionPlan, distance_table
 from nai_t5_core.attention_choice import AttentionChoice
 from nai_t5_core.compiled import compile_stack
 from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import Encoder, T5EncoderStack
-from nai_t5_core.kernel_block import is_supported, torch_is_needed
+from nai_t5_core.kernel_block import KernelBlock, is_supported, torch_is_needed
 from nai_t5_core.kernels.build import missing_for_kernels
 from nai_t5_core.kernels.calls import COMPUTE_DTYPES, WEIGHT_FORMATS
 from nai_t5_core.layers import NoInit
@@ -110,15 +110,21 @@ class SharedEncoder(Encoder):
                 reasons[reason] += 1
                 continue
             block.weights = fuse(block)
-            if by_kernels:
-                kept = self._keep(block, PackedKernels, dtype).ready() if is_packed else None
-                block.kernels = kept or kernels_on(block, block.weights, dtype)
-            else:
-                block.products = self._keep(block, PackedProducts, dtype) if is_packed else FusedProducts(block.weights)
+            # Both, whichever it is: attributes that come and go would be compiled anew.
+            block.kernels = self._kernels(block, dtype, is_packed) if by_kernels else None
+            block.products = None if by_kernels else self._products(block, dtype, is_packed)
         if not reasons:
             count = len(self.block) if self.bias_per_layer else 1
             self.tables = [self.bias_table(index) for index in range(count)]
         return reasons
+
+    def _kernels(self, block: Any, dtype: torch.dtype, is_packed: bool) -> KernelBlock:
+        if is_packed:
+            return self._keep(block, PackedKernels, dtype).ready()
+        return kernels_on(block, block.weights, dtype)
+
+    def _products(self, block: Any, dtype: torch.dtype, is_packed: bool) -> Products:
+        return self._keep(block, PackedProducts, dtype) if is_packed else FusedProducts(block.weights)
 
     def _keep(self, block: Any, kind: type[KeptKind], dtype: torch.dtype) -> KeptKind:
         """What is kept of a layer, made anew where it is of another kind or of other weights."""
@@ -247,20 +253,19 @@ class SharedStack(T5EncoderStack):
         """The layout in words; an error where the fused one was asked for and a layer cannot be joined."""
         if reasons and self.wish == "fused":
             raise ValueError(f"the T5 cannot run in the fused layout: {next(iter(reasons))}; choose the layout auto")
-        layers = len(self.encoder.block)
-        text = describe_layout(reasons, layers, "packed" if self.is_packed else "fused")
-        return f"{text}, kernels for AVX512" if self.takes_kernels and reasons.total() < layers else text
+        joined = "packed layout" if self.is_packed else "fused layout"
+        if self.takes_kernels:
+            joined += " with AVX512 kernels"
+        return describe_layout(reasons, len(self.encoder.block), joined)
 
 
 def describe_layout(reasons: Counter[str], layers: int, joined: str) -> str:
     """Which layout so many layers run in, ``joined`` if they can, and why those that are not joined are not."""
     if not reasons:
-        return f"{joined} layout"
+        return joined
     why = "; ".join(reasons)
     apart = reasons.total()
-    return (
-        f"separate layout: {why}" if apart == layers else f"{joined} layout but for {apart} of {layers} layers: {why}"
-    )
+    return f"separate layout: {why}" if apart == layers else f"{joined} but for {apart} of {layers} layers: {why}"
 
 
 def _take_modules(stack: nn.Module, t5: nn.Module) -> None:

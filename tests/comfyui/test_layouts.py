@@ -10,6 +10,9 @@ import torch
 from checkpoints import write_file
 from comfy_toys import (
     FAMILY_CONFIGS,
+    FUSED,
+    KERNELS,
+    PACKED,
     V1_1,
     assert_equal_conditioning,
     conditioning,
@@ -82,9 +85,10 @@ def test_packed_products_are_kept_while_the_weights_stay(tmp_path: Path) -> None
     theirs = stock(toy_file(tmp_path, V1_1), "mochi")
     clip = ours_of(theirs, "packed")
     expected = [conditioning(clip, "a cat") for _ in range(2)][-1]
-    assert t5_of(clip).stack.told == "packed layout"
+    assert t5_of(clip).stack.told == PACKED
     first = kept_products(clip)
-    assert len(first) == 3 and all(products.qkv.packed is not None for products in first)
+    assert len(first) == 3
+    assert all(kept.is_packed if KERNELS else kept.qkv.packed is not None for kept in first)
     conditioning(clip, "a dog")
     assert all(now is before for now, before in zip(kept_products(clip), first, strict=True))
     # Where the weights are others, so are the products; and where they are as before, they come out as before.
@@ -128,7 +132,7 @@ def test_nothing_is_kept_of_weights_that_hooks_change(tmp_path: Path) -> None:
         assert error(tensor, encoded(theirs, strength)) < 1e-4
     assert error(found[0], found[1]) > 1e-3
     encoded(clip, 1.0)
-    assert t5_of(clip).stack.told == "fused layout"
+    assert t5_of(clip).stack.told == FUSED
 
 
 def test_where_nothing_can_be_packed_is_said(tmp_path: Path) -> None:
@@ -158,7 +162,7 @@ def test_foreign_modules_are_called(tmp_path: Path) -> None:
         block.layer[0].SelfAttention.k = ForeignLinear(block.layer[0].SelfAttention.k.weight)
     clip = ours_of(theirs)
     assert_equal_conditioning(conditioning(clip, "a cat"), expected)
-    told = "fused layout but for 2 of 3 layers: its weights are in modules of another kind (ForeignLinear)"
+    told = f"{FUSED} but for 2 of 3 layers: its weights are in modules of another kind (ForeignLinear)"
     assert t5_of(clip).stack.told == told
     with pytest.raises(ValueError, match=r"cannot run in the fused layout: its weights are in modules of another kind"):
         conditioning(ours_of(theirs, "fused"), "a cat")
@@ -192,14 +196,17 @@ def test_streamed_modules_are_called(tmp_path: Path) -> None:
             module._v = None
     from comfy_nai_t5.fused import obstacle
 
-    assert "dynamic memory" in str(obstacle(t5_of(clip).encoder.block[0], torch.float32))
+    assert "dynamic memory" in str(obstacle(t5_of(clip).encoder.block[0], torch.float32, ()))
     for module in t5_of(theirs).modules():
         vars(module).pop("_v", None)
     assert_equal_conditioning(conditioning(clip, "a cat"), expected)
 
 
 @pytest.mark.parametrize("weights", ["file", "float8_e4m3fn"])
-def test_weights_in_another_dtype_stay_separate(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_in_another_dtype_are_cast_at_every_call(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the kernels those that they can read, and else module by module."""
     from comfy_nai_t5 import families
     from comfy_nai_t5.clip import describe
     from comfy_nai_t5.loaders import load_t5
@@ -208,12 +215,36 @@ def test_weights_in_another_dtype_stay_separate(weights: str, tmp_path: Path, mo
     path = write_file(tmp_path / "half.safetensors", {name: x.half() for name, x in toy_state(V1_1).items()})
     kept = weights.replace("file", "float16")
     reason = f"separate layout: its weights are kept in {kept} and cast to float32 at every call"
+    told = FUSED if KERNELS and weights == "file" else reason
     clip = load_t5(path, "mochi", Settings("float32", weights))
-    assert describe(clip).endswith(reason)
-    conditioning(clip, "a cat")
-    assert t5_of(clip).stack.told == reason
-    with pytest.raises(ValueError, match="cannot run in the fused layout: its weights are kept in"):
-        describe(load_t5(path, "mochi", Settings("float32", weights, layout="fused")))
+    assert describe(clip).endswith(told)
+    apart = load_t5(path, "mochi", Settings("float32", weights, layout="separate"))
+    assert_equal_conditioning(conditioning(clip, "a cat"), conditioning(apart, "a cat"), 1e-5)
+    assert t5_of(clip).stack.told == told
+    assert t5_of(clip).encoder.block[0].layer[-1].DenseReluDense.wo.weight.dtype == getattr(torch, kept)
+    if told == reason:
+        with pytest.raises(ValueError, match="cannot run in the fused layout: its weights are kept in"):
+            describe(load_t5(path, "mochi", Settings("float32", weights, layout="fused")))
+
+
+@pytest.mark.skipif(not KERNELS, reason="no kernels here")
+@pytest.mark.parametrize("layout", ["auto", "packed"])
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_kernels_in_bfloat16_are_as_exact_as_stocks_modules(family: str, layout: str, tmp_path: Path) -> None:
+    """Of weights that bfloat16 holds, so that all that differs is what is computed in."""
+    if not knows(family):
+        pytest.skip(f"this ComfyUI is older than {family}")
+    state = toy_state(FAMILY_CONFIGS[family])
+    rounded = {name: x.bfloat16() if x.is_floating_point() else x for name, x in state.items()}
+    theirs = stock(write_file(tmp_path / "rounded.safetensors", rounded), family)
+    exact = conditioning(theirs, "a (photo:1.3) of a cat")["cond"]
+    apart = conditioning(ours_of(theirs, "separate", "bfloat16"), "a (photo:1.3) of a cat")["cond"]
+    clip = ours_of(theirs, layout, "bfloat16")
+    for _ in range(2):
+        found = conditioning(clip, "a (photo:1.3) of a cat")["cond"]
+    assert t5_of(clip).stack.told == (PACKED if layout == "packed" else FUSED)
+    assert (found - exact).abs().mean() <= 1.1 * (apart - exact).abs().mean()
+    assert not torch.equal(found, apart)
 
 
 @pytest.mark.parametrize("family", ["mochi", "cosmos", "wan"])
@@ -225,7 +256,7 @@ def test_packed_weights_of_another_dtype_are_cast_once(family: str, tmp_path: Pa
     clip = ours_of(theirs, "packed")
     for _ in range(3):
         assert_equal_conditioning(conditioning(clip, "a cat"), expected)
-    assert t5_of(clip).stack.told == "packed layout"
+    assert t5_of(clip).stack.told == PACKED
     assert {weight.dtype for weight in t5_of(clip).encoder.block[0].layer[-1].parameters()} == {torch.float16}
 
 
@@ -233,7 +264,7 @@ def test_what_a_loaded_t5_is_in_words(tmp_path: Path) -> None:
     from comfy_nai_t5.clip import describe
 
     theirs = stock(toy_file(tmp_path, V1_1), "mochi")
-    assert describe(ours_of(theirs)) == "t5xxl: T5 v1.1 of 3 layers, float32, fused layout"
+    assert describe(ours_of(theirs)) == f"t5xxl: T5 v1.1 of 3 layers, float32, {FUSED}"
     assert describe(ours_of(theirs, "separate")).endswith("separate layout, as chosen")
     with pytest.raises(ValueError, match="compile needs joined products"):
         Settings(layout="separate", compile=True)

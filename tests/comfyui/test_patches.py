@@ -11,6 +11,7 @@ import torch
 from checkpoints import write_file
 from comfy_toys import (
     FAMILY_CONFIGS,
+    FUSED,
     V1_1,
     assert_equal_conditioning,
     conditioning,
@@ -279,7 +280,7 @@ def test_partial_loading(family: str, tmp_path: Path) -> None:
     assert "its weights are patched at every call" in t5_of(ours).stack.told
     patched.patcher.detach()
     assert_equal_conditioning(conditioning(ours, "a cat"), conditioning(theirs, "a cat"))
-    assert t5_of(ours).stack.told == "fused layout"
+    assert t5_of(ours).stack.told == FUSED
 
 
 def test_unloading_and_loading_again(tmp_path: Path, settings: Settings) -> None:

@@ -194,7 +194,10 @@ def test_files_that_are_no_t5(server: Server) -> None:
 def test_choices_that_are_impossible(server: Server) -> None:
     for choices, message in (
         ({"compile": True, "layout": "separate"}, "compile needs joined products; choose the layout auto or fused"),
-        ({"dtype": "bfloat16", "layout": "fused"}, "its weights are kept in float16 and cast to bfloat16"),
+        (
+            {"dtype": "bfloat16", "weights": "float8_e4m3fn", "layout": "fused"},
+            "its weights are kept in float8_e4m3fn and cast to bfloat16",
+        ),
     ):
         wrong = load()
         wrong["inputs"].update(choices)
