@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from nai_t5_core.attention import Attend
 from nai_t5_core.encoder import EncoderBlock
 from nai_t5_core.kernel_block import KernelBlock
+from nai_t5_core.kernels.build import missing_for_kernels
+from nai_t5_core.kernels.calls import COMPUTE_DTYPES
 from nai_t5_core.layers import ACTIVATIONS, GatedFeedForward, add_sublayer, gated, scaled
 
 
@@ -126,6 +128,11 @@ def fuse(block: Any) -> FusedWeights:
         wi=_joined(inner),
         wo=wo.weight,
     )
+
+
+def takes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels compute joined products in ``dtype``: on a CPU that has the instructions."""
+    return device.type == "cpu" and dtype in COMPUTE_DTYPES and missing_for_kernels() is None
 
 
 def kernels_on(block: Any, weights: FusedWeights, dtype: torch.dtype) -> KernelBlock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from comfy_nai_t5.checkpoint import ServerCheckpoint, holds_t5, read_checkpoint,
 from comfy_nai_t5.choices import Settings
 from comfy_nai_t5.clip import T5Clip, is_streamed, t5_models, with_our_t5
 from comfy_nai_t5.families import AUTO, ServerFamily, check_joint, family_for, server_config
+from comfy_nai_t5.fused import takes_kernels
 from comfy_nai_t5.plain import SPECIAL_TOKENS, TOKENIZER
 from nai_t5_core.config import T5Config
 from nai_t5_core.precision import is_finite, resolve_dtype
@@ -188,20 +189,24 @@ def _store(clip: Any, settings: Settings) -> None:
     choice = settings.weights
     if choice == "file" or (choice == "auto" and is_streamed(clip)):
         return
-    wanted = resolve_dtype(settings.dtype, clip.patcher.load_device) if choice == "auto" else getattr(torch, choice)
+    device = clip.patcher.load_device
+    wanted = resolve_dtype(settings.dtype, device) if choice == "auto" else getattr(torch, choice)
+    # The kernels round float16 as they read it, and loading need not.
+    by_kernels = settings.layout != "separate" and not settings.compile and takes_kernels(device, wanted)
+    kept = (torch.float16,) if choice == "auto" and by_kernels else ()
     for owner in t5_models(clip.cond_stage_model).values():
         for name, module in owner.transformer.named_modules():
             if isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and wanted.itemsize > 1):
-                _cast(module, wanted, name)
+                _cast(module, wanted, name, kept)
     clip.patcher.size = 0  # counted anew when it is next asked for
     if hasattr(comfy.model_management, "archive_model_dtypes"):
         comfy.model_management.archive_model_dtypes(clip.cond_stage_model)
 
 
-def _cast(module: Any, wanted: torch.dtype, name: str) -> None:
-    """Casts a weight, unless it is quantised, or smaller than what is wanted."""
+def _cast(module: Any, wanted: torch.dtype, name: str, kept: Collection[torch.dtype]) -> None:
+    """Casts a weight, unless it is quantised, or smaller than what is wanted, or in a dtype that is kept."""
     old = module.weight
-    if old.dtype == wanted or old.dtype.itemsize == 1 or old.dtype.itemsize < wanted.itemsize:
+    if old.dtype == wanted or old.dtype in kept or old.dtype.itemsize == 1 or old.dtype.itemsize < wanted.itemsize:
         return
     weight = old.detach().to(wanted)
     if not is_finite(weight.float() if wanted.itemsize == 1 else weight):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comfy_nai_t5.fused import FusedProducts, Products, SharedBlock, fuse, kernels_on, obstacle
+from comfy_nai_t5.fused import FusedProducts, Products, SharedBlock, fuse, kernels_on, obstacle, takes_kernels
 from comfy_nai_t5.packed import Kept, PackedKernels, PackedProducts
 from nai_t5_core.attention import AttentionPlan, distance_table
 from nai_t5_core.attention_choice import AttentionChoice
@@ -23,8 +23,7 @@ from nai_t5_core.compiled import compile_stack
 from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import Encoder, T5EncoderStack
 from nai_t5_core.kernel_block import KernelBlock, is_supported, torch_is_needed
-from nai_t5_core.kernels.build import missing_for_kernels
-from nai_t5_core.kernels.calls import COMPUTE_DTYPES, WEIGHT_FORMATS
+from nai_t5_core.kernels.calls import WEIGHT_FORMATS
 from nai_t5_core.layers import NoInit
 from nai_t5_core.packing import TOKEN_BUCKETS
 from nai_t5_core.scales import StackScales, published_scales
@@ -198,14 +197,9 @@ class SharedStack(T5EncoderStack):
 
     @property
     def takes_kernels(self) -> bool:
-        """Whether joined products are computed by the kernels: on a CPU that has the instructions."""
-        return (
-            self.dtype in COMPUTE_DTYPES
-            and self.device.type == "cpu"
-            and not self.compiled
-            and all(map(is_supported, self.encoder.block))
-            and missing_for_kernels() is None
-        )
+        """Whether joined products are computed by the kernels."""
+        supported = not self.compiled and all(map(is_supported, self.encoder.block))
+        return supported and takes_kernels(self.device, self.dtype)
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         """See :class:`T5EncoderStack`.

@@ -108,12 +108,14 @@ class AttentionPlan(Protocol):
 class DocumentAttention:
     """Every document of a packed row attends to its own keys, through SDPA, one call per group of equal documents.
 
-    ``dropout`` is the share of attention weights that are set to zero, in training.
+    ``dropout`` is the share of attention weights that are set to zero, in training; ``by_kernels`` allows blocks that
+    are computed by the kernels to have these attend as well.
     """
 
     groups: Sequence[DocumentGroup]
     scale: float
     dropout: float = 0.0
+    by_kernels: bool = True
 
     def layer(self, table: Tensor) -> Attend:
         # With gradients the biases belong to the graph outside of the blocks, some of which may be computed twice.
@@ -121,11 +123,11 @@ class DocumentAttention:
 
     @cached_property
     def documents(self) -> Tensor | None:
-        """Every document as [documents, 4] int64: first row, rows, first key in the document, keys.
+        """For the kernels, every document as [documents, 4] int64: first row, rows, first key in the document, keys.
 
-        None where that does not say all: where a document has holes, or no keys.
+        None where they are not to attend, or that does not say all: a document has holes, or no keys.
         """
-        if any(group.keys == 0 or group.positions is not None for group in self.groups):
+        if not self.by_kernels or any(group.keys == 0 or group.positions is not None for group in self.groups):
             return None
         rows = [
             (start, group.queries, group.key_start, group.keys)

@@ -1,4 +1,8 @@
-"""Which attention a batch gets: flex or SDPA, by the caller's wish, the device and the batch."""
+"""Which attention a batch gets: flex or SDPA, by the caller's wish, the device and the batch.
+
+What is said of SDPA holds for the kernels' own attention as well, which a block that the kernels compute takes in its
+place unless the caller names SDPA.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from nai_t5_core.attention import AttentionPlan, DocumentAttention
+from nai_t5_core.kernels.build import missing_for_kernels
 from nai_t5_core.packing import Packing
 
 AttentionChoice = Literal["auto", "flex", "sdpa"]
@@ -45,10 +50,12 @@ def choose_attention(device_type: str, tokens: int, sparsity: float) -> Literal[
     return "flex" if tokens >= crossover else "sdpa"
 
 
-def describe_attention(attention: AttentionChoice, device_type: str) -> str:
-    """The choice, and what ``"auto"`` comes to on a device: ``"auto: sdpa"`` on the CPU."""
+def describe_attention(attention: AttentionChoice, device_type: str, by_kernels: bool = False) -> str:
+    """The choice, and what ``"auto"`` comes to on a device: ``"auto: sdpa"``, or ``"auto: kernels"``, on the CPU."""
     if attention != "auto":
         return attention
+    if by_kernels:
+        return "auto: kernels"
     if device_type != "cuda":
         return "auto: sdpa"
     return f"auto: flex from {FLEX_FROM_TOKENS} tokens ({FLEX_FROM_TOKENS_IF_SPARSE} if sparse), else sdpa"
@@ -57,7 +64,7 @@ def describe_attention(attention: AttentionChoice, device_type: str) -> str:
 def automatic_attention() -> dict[str, str]:
     """What ``"auto"`` comes to, in words, by device and batch."""
     return {
-        "cpu": "sdpa",
+        "cpu": "sdpa" if missing_for_kernels() else "kernels in bfloat16 and float32, else sdpa",
         "cuda": f"flex from {FLEX_FROM_TOKENS} tokens",
         "cuda, sparse": f"flex from {FLEX_FROM_TOKENS_IF_SPARSE} tokens",
     }
@@ -87,7 +94,7 @@ def document_plan(
         from nai_t5_core.flex import FlexAttention
 
         return FlexAttention.over(packing.groups, scale, device, kernel_options, bucket)
-    return DocumentAttention(packing.groups, scale)
+    return DocumentAttention(packing.groups, scale, by_kernels=attention != "sdpa")
 
 
 def _takes_flex(

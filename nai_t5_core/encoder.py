@@ -94,6 +94,11 @@ class EncoderBlock(nn.Module):
         out: Tensor = self.layer[-1](residual, dtype)
         return out
 
+    def runs_by_kernels(self, dtype: torch.dtype) -> bool:
+        """Whether the kernels compute this block in inference."""
+        with torch.no_grad():
+            return kernels_of(self, dtype) is not None
+
 
 class Encoder(nn.Module):
     """The stack of blocks on a packed row: embeddings in, hidden states out."""
@@ -356,7 +361,10 @@ class T5EncoderStack(nn.Module):
 
     def describe_attention(self) -> str:
         """How attention is computed, in words: ``"auto: sdpa"``, ``"flex, compiled"``."""
-        return "flex, compiled" if self.buckets is not None else describe_attention(self.attention, self.device.type)
+        if self.buckets is not None:
+            return "flex, compiled"
+        blocks: Any = self.encoder.block
+        return describe_attention(self.attention, self.device.type, blocks[0].runs_by_kernels(self.dtype))
 
 
 def init_modules(stack: nn.Module, config: T5Config, generator: torch.Generator | None = None) -> None:

@@ -44,6 +44,9 @@ class PackedBlock(EncoderBlock):
             raise RuntimeError("a prepacked model records no gradients; call it within torch.no_grad()")
         return self.kernels(residual, attend, *(getattr(layer.layer_norm, "weight", None) for layer in self.layer))
 
+    def runs_by_kernels(self, dtype: torch.dtype) -> bool:
+        return True
+
     def _pack(self, dtype: torch.dtype) -> None:
         attends, dense = _sublayers(self)
         qkv_names, inner_names = _names(self)

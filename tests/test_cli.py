@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from nai_t5_core.cli import main
 from nai_t5_core.config import T5Config
+from nai_t5_core.kernels.build import missing_for_kernels
 from nai_t5_core.text_encoder import TextEncoder
 
 V1_1 = TOY_CONFIGS["v1.1"]
@@ -178,8 +179,14 @@ def test_inspect_the_embedded_model(run: Run) -> None:
 
 def test_inspect_and_encode_tell_which_attention(run: Run) -> None:
     attention = run("inspect", "--json").json["attention"]
-    assert attention == {"cpu": "sdpa", "cuda": "flex from 512 tokens", "cuda, sparse": "flex from 256 tokens"}
-    for choice, told in (([], "attention=auto: sdpa)"), (["--attention", "sdpa"], "attention=sdpa)")):
+    missing = missing_for_kernels()
+    assert attention == {
+        "cpu": "sdpa" if missing else "kernels in bfloat16 and float32, else sdpa",
+        "cuda": "flex from 512 tokens",
+        "cuda, sparse": "flex from 256 tokens",
+    }
+    automatic = "sdpa" if missing else "kernels"
+    for choice, told in (([], f"attention=auto: {automatic})"), (["--attention", "sdpa"], "attention=sdpa)")):
         assert run("encode", "a cat", "--device", "cpu", *choice, "--json").json["model"].endswith(told)
     refused = run("encode", "a cat", "--device", "cpu", "--dtype", "float64", "--attention", "flex")
     assert refused.status != 0 and "float64; allowed: float32, bfloat16, float16" in " ".join(refused.stderr.split())
@@ -208,7 +215,9 @@ def test_inspect_a_part_of_a_larger_file(run: Run, tmp_path: Path) -> None:
         "vae.decoder.conv_in.weight": "not under 'text_encoders.t5xxl.transformer.': another part of the file"
     }
     result = run("inspect", path)
-    assert "ignored vae.decoder.conv_in.weight: not under" in result.stdout and "flux [dev]" in result.stdout
+    assert "ignored vae.decoder.conv_in.weight: not under" in result.stdout and "flux [dev]" in " ".join(
+        result.stdout.split()
+    )
 
 
 def test_inspect_shows_every_fault(run: Run, tmp_path: Path) -> None:

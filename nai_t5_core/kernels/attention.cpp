@@ -1,7 +1,6 @@
 // Attention of documents in a packed row, with T5's bias by distance.
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "tiles.h"
@@ -35,7 +34,7 @@ class Head {
     Head(long most_queries, long most_keys, long size)
         : size_(size), reach_(most_queries + most_keys),
           keys_(allocate<Step>(padded(most_keys, kPanelColumns) * size / Kind::kPerStep)),
-          values_(allocate<Number>(padded(most_keys, kPanelColumns) * padded(size, kPanelColumns))),
+          values_(allocate<Step>(padded(most_keys, kPanelColumns) * padded(size, kPanelColumns) / Kind::kPerStep)),
           queries_(allocate<Step>(kTileRows * size / Kind::kPerStep)),
           weights_(allocate<Step>(kTileRows * padded(most_keys, kPanelColumns) / Kind::kPerStep)),
           logits_(allocate<float>(kTileRows * padded(most_keys, kPanelColumns))),
@@ -52,9 +51,11 @@ class Head {
         const Tiles tiles(document.queries);
         for (long tile = 0; tile < tiles.count; tile++) {
             const long first = tiles.start(tile), rows = tiles.size(tile);
-            for (long row = 0; row < rows; row++) put_query(from.at(document.start + first + row, 0, head), rows, row);
+            put_in_tile(queries_.get(), rows, size_ / Kind::kPerStep, [&](long row, long step) {
+                return steps_at(from.at(document.start + first + row, 0, head), step);
+            });
             find_logits(rows, document.keys, document.key_start - first, scale);
-            for (long row = 0; row < rows; row++) sums_[row] = find_weights(rows, row, document.keys);
+            find_weights(rows, document.keys);
             add_values(rows, document.keys, out + (document.start + first) * from.heads * size_ + head * size_,
                        from.heads * size_);
         }
@@ -74,34 +75,35 @@ class Head {
         }
     }
 
+    __m512i steps_at(const Number* row, long step) const {
+        return _mm512_maskz_loadu_epi32(first_lanes(size_ / Kind::kPerStep - step),
+                                        reinterpret_cast<const Step*>(row) + step);
+    }
+
     // Keys are the columns of a product with queries.
     void pack_keys(const Projected<Number>& from, long first, long count, long head) {
         const long steps = size_ / Kind::kPerStep;
-        for (long key = 0; key < padded(count, kPanelColumns); key++) {
-            Step* place = keys_.get() + key / kPanelColumns * steps * kPanelColumns + key % kPanelColumns;
-            const Step* numbers = key < count ? reinterpret_cast<const Step*>(from.at(first + key, 1, head)) : nullptr;
-            for (long step = 0; step < steps; step++) place[step * kPanelColumns] = numbers ? numbers[step] : 0;
+        for (long key = 0; key < padded(count, kPanelColumns); key += kLanes) {
+            Step* half = keys_.get() + key / kPanelColumns * steps * kPanelColumns + key % kPanelColumns;
+            put_as_columns(half, kPanelColumns, kLanes, count - key, steps, [&](long column, long step) {
+                return steps_at(from.at(first + key + column, 1, head), step);
+            });
         }
     }
 
     // Keys are what a product with values sums over.
     void pack_values(const Projected<Number>& from, long first, long count, long head) {
-        const long depth = padded(count, kPanelColumns);
-        std::memset(values_.get(), 0, depth * padded(size_, kPanelColumns) * sizeof(Number));
-        for (long key = 0; key < count; key++) {
-            const Number* numbers = from.at(first + key, 2, head);
-            Number* step = values_.get() + key / Kind::kPerStep * kPanelColumns * Kind::kPerStep + key % Kind::kPerStep;
-            for (long column = 0; column < size_; column++)
-                step[column / kPanelColumns * depth * kPanelColumns + column % kPanelColumns * Kind::kPerStep] =
-                    numbers[column];
-        }
-    }
-
-    void put_query(const Number* numbers, long rows, long row) {
-        for (long column = 0; column < size_; column += kLanes) {
-            const long count = std::min(kLanes, size_ - column);
-            const __m512 values = Kind::load(numbers + column, first_lanes(count));
-            put_in_tile<Kind>(queries_.get(), rows, row, column, values, count);
+        const long steps = padded(count, kPanelColumns) / Kind::kPerStep;
+        for (long step = 0; step < steps; step++) {
+            const long key = step * Kind::kPerStep;
+            const Number* row = key < count ? from.at(first + key, 2, head) : nullptr;
+            const Number* next = key + 1 < count ? from.at(first + key + 1, 2, head) : nullptr;
+            for (long column = 0; column < padded(size_, kPanelColumns); column += kLanes) {
+                const __mmask16 lanes = row ? first_lanes(size_ - column) : 0;
+                Step* panel = values_.get() + column / kPanelColumns * steps * kPanelColumns;
+                _mm512_storeu_si512(panel + step * kPanelColumns + column % kPanelColumns,
+                                    Kind::step_of_columns(row + column, next ? next + column : nullptr, lanes));
+            }
         }
     }
 
@@ -120,30 +122,35 @@ class Head {
                               });
     }
 
-    // The softmax of a row before it is divided by the sum of its weights, which is returned: that of the rounded ones,
-    // so that those add up to 1.
-    float find_weights(long rows, long row, long keys) {
+    // The softmax of every row before it is divided by the sum of its weights: that of the rounded ones, so that those
+    // add up to 1.
+    void find_weights(long rows, long keys) {
         const long depth = padded(keys, kPanelColumns);
-        const float* logits = logits_.get() + row * depth;
-        __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-        for (long key = 0; key < keys; key += kLanes)
-            largest = _mm512_mask_max_ps(largest, first_lanes(keys - key), largest, _mm512_loadu_ps(logits + key));
-        const __m512 offset = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
-        __m512 sum = _mm512_setzero_ps();
-        for (long key = 0; key < depth; key += kLanes) {
-            const __m512 weights = exponential(_mm512_sub_ps(_mm512_loadu_ps(logits + key), offset));
-            const __m512 rounded = Kind::rounded(_mm512_maskz_mov_ps(first_lanes(keys - key), weights));
-            sum = _mm512_add_ps(sum, rounded);
-            put_in_tile<Kind>(weights_.get(), rows, row, key, rounded, kLanes);
+        __m512 largest[kTileRows], sums[kTileRows];
+        for (long row = 0; row < rows; row++) {
+            const float* logits = logits_.get() + row * depth;
+            __m512 large = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+            for (long key = 0; key < keys; key += kLanes)
+                large = _mm512_mask_max_ps(large, first_lanes(keys - key), large, _mm512_loadu_ps(logits + key));
+            largest[row] = _mm512_set1_ps(_mm512_reduce_max_ps(large));
+            sums[row] = _mm512_setzero_ps();
         }
-        return _mm512_reduce_add_ps(sum);
+        put_in_tile(weights_.get(), rows, depth / Kind::kPerStep, [&](long row, long step) {
+            const __m512i steps = Kind::steps([&](long offset) {
+                const long key = step * Kind::kPerStep + offset;
+                const __m512 logits = _mm512_loadu_ps(logits_.get() + row * depth + key);
+                return _mm512_maskz_mov_ps(first_lanes(keys - key), exponential(_mm512_sub_ps(logits, largest[row])));
+            });
+            sums[row] = _mm512_add_ps(sums[row], Kind::added_up(steps));
+            return steps;
+        });
+        for (long row = 0; row < rows; row++) sums_[row] = _mm512_reduce_add_ps(sums[row]);
     }
 
     void add_values(long rows, long keys, Number* out, long out_width) {
-        const long depth = padded(keys, kPanelColumns);
-        const Step* values = reinterpret_cast<const Step*>(values_.get());
+        const long steps = padded(keys, kPanelColumns) / Kind::kPerStep;
         for (long column = 0; column < size_; column += kPanelColumns)
-            multiply_in_cache(rows, weights_.get(), values + column * depth / Kind::kPerStep, depth / Kind::kPerStep,
+            multiply_in_cache(rows, weights_.get(), values_.get() + column * steps, steps,
                               [&](long row, __m512 left, __m512 right) {
                                   const __m512 sum = _mm512_set1_ps(sums_[row]);
                                   Number* place = out + row * out_width + column;
@@ -154,9 +161,7 @@ class Head {
     }
 
     const long size_, reach_;
-    const Buffer<Step> keys_;
-    const Buffer<Number> values_;
-    const Buffer<Step> queries_, weights_;
+    const Buffer<Step> keys_, values_, queries_, weights_;
     const Buffer<float> logits_, bias_;
     float sums_[kTileRows];
 };

@@ -17,30 +17,11 @@ enum Format { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2, kPanels = 3 };
 template <Format format>
 constexpr long kBytes = format == kFloat32 ? 4 : 2;
 
-// What of a row's 16 steps there is, told once for all rows.
-struct Present {
-    __mmask16 steps, first_numbers, other_numbers;
-
-    Present(long steps, long per_step)
-        : steps(first_lanes(steps)), first_numbers(first_lanes(steps * per_step)),
-          other_numbers(first_lanes(steps * per_step - kLanes)) {}
-};
-
 template <Format format>
 inline __attribute__((always_inline)) __m512 load_numbers(const char* place, __mmask16 lanes) {
     if (format == kFloat32) return _mm512_maskz_loadu_ps(lanes, place);
     const __m256i halves = _mm256_maskz_loadu_epi16(lanes, place);
     return format == kFloat16 ? _mm512_cvtph_ps(halves) : Bfloat16::widened(halves);
-}
-
-// Sixteen steps of a row, in what is computed in; zeros for those that are not there.
-template <class Kind, Format format>
-inline __attribute__((always_inline)) __m512i load_steps(const char* place, const Present& present) {
-    if (Kind::kPerStep == 1) return _mm512_castps_si512(load_numbers<format>(place, present.steps));
-    if (format == kBfloat16) return _mm512_maskz_loadu_epi32(present.steps, place);
-    const __m512 low = load_numbers<format>(place, present.first_numbers);
-    const __m512 high = load_numbers<format>(place + kLanes * kBytes<format>, present.other_numbers);
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
 // A weight [columns, depth]. Gated weights are those of the gate, one above the other, and then those of up; a panel
@@ -100,50 +81,18 @@ struct Weight {
     // Sixteen columns of a panel: [steps][16] of [steps][32]; those beyond `count` are zeros.
     template <Format from>
     void pack_half_from(long first, long count, Step* half) const {
-        const long all = steps(), stride = depth * kBytes<from>;
-        const char* place = row(first);
-        for (long step = 0; step < all; step += kLanes, place += kLanes * Kind::kPerStep * kBytes<from>) {
-            const Present present(all - step, Kind::kPerStep);
-            __m512i rows[16];
-#pragma GCC unroll 16
-            for (long column = 0; column < 16; column++)
-                rows[column] = column < count ? load_steps<Kind, from>(place + column * stride, present)
-                                              : _mm512_setzero_si512();
-            transpose(rows);
-            for (long k = 0; k < std::min(kLanes, all - step); k++)
-                _mm512_storeu_si512(half + (step + k) * kPanelColumns, rows[k]);
-        }
-    }
-
-    // 16 · 16 steps, by exchanging ever larger squares.
-    static void transpose(__m512i (&rows)[16]) {
-        __m512i other[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i += 2) {
-            other[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-            other[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i += 4) {
-            rows[i] = _mm512_unpacklo_epi64(other[i], other[i + 2]);
-            rows[i + 1] = _mm512_unpackhi_epi64(other[i], other[i + 2]);
-            rows[i + 2] = _mm512_unpacklo_epi64(other[i + 1], other[i + 3]);
-            rows[i + 3] = _mm512_unpackhi_epi64(other[i + 1], other[i + 3]);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < 4; i++) {
-            other[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-            other[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
-            other[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-            other[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < 4; i++) {
-            rows[i] = _mm512_shuffle_i32x4(other[i], other[i + 8], 0x88);
-            rows[i + 8] = _mm512_shuffle_i32x4(other[i], other[i + 8], 0xdd);
-            rows[i + 4] = _mm512_shuffle_i32x4(other[i + 4], other[i + 12], 0x88);
-            rows[i + 12] = _mm512_shuffle_i32x4(other[i + 4], other[i + 12], 0xdd);
-        }
+        const long all = steps(), stride = depth * kBytes<from>, step_bytes = Kind::kPerStep * kBytes<from>;
+        const char* start = row(first);
+        put_as_columns(half, kPanelColumns, kLanes, count, all, [=](long column, long step) {
+            const char* place = start + column * stride + step * step_bytes;
+            // As it is, where that is what is computed in.
+            if (step_bytes == sizeof(Step) && (Kind::kPerStep == 1) == (from == kFloat32) && from != kFloat16)
+                return _mm512_maskz_loadu_epi32(first_lanes(all - step), place);
+            return Kind::steps([=](long offset) {
+                return load_numbers<from>(place + offset * kBytes<from>,
+                                          first_lanes((all - step) * Kind::kPerStep - offset));
+            });
+        });
     }
 };
 
@@ -153,12 +102,12 @@ struct PlainRows {
     const typename Kind::Number* values;
     long width;
 
-    void put(long row, Step* tile, long tile_rows, long tile_row) const {
-        for (long column = 0; column < width; column += kLanes) {
-            const long count = std::min(kLanes, width - column);
-            const __m512 some = Kind::load(values + row * width + column, first_lanes(count));
-            put_in_tile<Kind>(tile, tile_rows, tile_row, column, some, count);
-        }
+    void put(long first, long rows, Step* tile) const {
+        const long steps = width / Kind::kPerStep;
+        const Step* start = reinterpret_cast<const Step*>(values + first * width);
+        put_in_tile(tile, rows, steps, [=](long row, long step) {
+            return _mm512_maskz_loadu_epi32(first_lanes(steps - step), start + row * steps + step);
+        });
     }
 };
 
@@ -170,20 +119,28 @@ struct NormedRows {
     const float* weight;
     float epsilon;
 
-    void put(long row, Step* tile, long tile_rows, long tile_row) const {
-        const float* numbers = values + row * width;
+    float scale(const float* numbers) const {
         __m512 squares = _mm512_setzero_ps();
         for (long column = 0; column < width; column += kLanes) {
             const __m512 x = _mm512_maskz_loadu_ps(first_lanes(width - column), numbers + column);
             squares = _mm512_fmadd_ps(x, x, squares);
         }
-        const float scale = 1.f / std::sqrt(_mm512_reduce_add_ps(squares) / width + epsilon);
-        for (long column = 0; column < width; column += kLanes) {
-            const __mmask16 lanes = first_lanes(width - column);
-            __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, numbers + column), _mm512_set1_ps(scale));
-            if (weight) x = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(lanes, weight + column));
-            put_in_tile<Kind>(tile, tile_rows, tile_row, column, x, std::min(kLanes, width - column));
-        }
+        return 1.f / std::sqrt(_mm512_reduce_add_ps(squares) / width + epsilon);
+    }
+
+    void put(long first, long rows, Step* tile) const {
+        const float* start = values + first * width;
+        float scales[kTileRows];
+        for (long row = 0; row < rows; row++) scales[row] = scale(start + row * width);
+        put_in_tile(tile, rows, width / Kind::kPerStep, [&](long row, long step) {
+            const __m512 factor = _mm512_set1_ps(scales[row]);
+            return Kind::steps([&](long offset) {
+                const long column = step * Kind::kPerStep + offset;
+                const __mmask16 lanes = first_lanes(width - column);
+                const __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, start + row * width + column), factor);
+                return weight ? _mm512_mul_ps(x, _mm512_maskz_loadu_ps(lanes, weight + column)) : x;
+            });
+        });
     }
 };
 
@@ -202,11 +159,8 @@ Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, F
         failed = !own;
         long packed_now = -1;
 #pragma omp for schedule(static)
-        for (long tile = 0; tile < tiles.count; tile++) {
-            const long start = tiles.start(tile);
-            for (long row = 0; row < tiles.size(tile); row++)
-                source.put(start + row, tiled.get() + start * steps, tiles.size(tile), row);
-        }
+        for (long tile = 0; tile < tiles.count; tile++)
+            source.put(tiles.start(tile), tiles.size(tile), tiled.get() + tiles.start(tile) * steps);
 #pragma omp for schedule(static)
         for (long task = 0; task < panels * groups; task++) {
             const long panel = task / groups, group = task % groups;
@@ -255,7 +209,7 @@ Status normed_product(const NormedRows<Kind>& source, long rows, const Weight<Ki
 }
 
 void add_to(float* place, __mmask16 lanes, __m512 values) {
-    Float32::store(place, lanes, _mm512_add_ps(Float32::load(place, lanes), values));
+    Float32::store(place, lanes, _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, place), values));
 }
 
 template <class Kind>

@@ -59,16 +59,25 @@ struct Bfloat16 {
     static __m512 widened(__m256i numbers) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
     }
-    static __m512 load(const Number* place, __mmask16 lanes) {
-        return widened(_mm256_maskz_loadu_epi16(lanes, place));
-    }
     static void store(Number* place, __mmask16 lanes, __m512 values) {
         _mm256_mask_storeu_epi16(place, lanes, (__m256i)_mm512_cvtneps_pbh(values));
     }
-    static __m512 rounded(__m512 values) { return widened((__m256i)_mm512_cvtneps_pbh(values)); }
-    static long put_steps(Step* steps, __m512 values) {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(steps), (__m256i)_mm512_cvtneps_pbh(values));
-        return kLanes / kPerStep;
+    // Sixteen steps of a row whose numbers from an offset on are numbers(offset).
+    template <class Numbers>
+    static __m512i steps(Numbers numbers) {
+        const __m512 low = numbers(0);
+        return (__m512i)_mm512_cvtne2ps_pbh(numbers(kLanes), low);
+    }
+    static __m512 added_up(__m512i steps) {
+        const __m512i high = _mm512_and_si512(steps, _mm512_set1_epi32(int(0xffff0000u)));
+        return _mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32(steps, 16)), _mm512_castsi512_ps(high));
+    }
+    // One step of sixteen columns, from the rows that it consists of; zeros for a row that is null.
+    static __m512i step_of_columns(const Number* first, const Number* second, __mmask16 lanes) {
+        const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, first));
+        if (!second) return low;
+        const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, second));
+        return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
     }
 };
 
@@ -79,12 +88,14 @@ struct Float32 {
     static __m512 add_products(__m512 sums, __m512i row, __m512i columns) {
         return _mm512_fmadd_ps(_mm512_castsi512_ps(row), _mm512_castsi512_ps(columns), sums);
     }
-    static __m512 load(const Number* place, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, place); }
     static void store(Number* place, __mmask16 lanes, __m512 values) { _mm512_mask_storeu_ps(place, lanes, values); }
-    static __m512 rounded(__m512 values) { return values; }
-    static long put_steps(Step* steps, __m512 values) {
-        _mm512_store_ps(steps, values);
-        return kLanes;
+    template <class Numbers>
+    static __m512i steps(Numbers numbers) {
+        return _mm512_castps_si512(numbers(0));
+    }
+    static __m512 added_up(__m512i steps) { return _mm512_castsi512_ps(steps); }
+    static __m512i step_of_columns(const Number* row, const Number*, __mmask16 lanes) {
+        return _mm512_maskz_loadu_epi32(lanes, row);
     }
 };
 
@@ -101,13 +112,55 @@ struct Tiles {
     long size(long tile) const { return start(tile + 1) - start(tile); }
 };
 
-// Puts up to 16 numbers of one row of a tile, those from `column` on, into their places.
-template <class Kind>
-void put_in_tile(Step* tile, long rows, long row, long column, __m512 values, long count) {
-    alignas(64) Step steps[kLanes];
-    const long all = Kind::put_steps(steps, values), present = (count + Kind::kPerStep - 1) / Kind::kPerStep;
-    Step* place = tile + column / Kind::kPerStep * rows + row;
-    for (long step = 0; step < std::min(all, present); step++) place[step * rows] = steps[step];
+// 16 · 16 steps, by exchanging ever larger squares.
+inline __attribute__((always_inline)) void transpose(__m512i (&rows)[16]) {
+    __m512i other[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) {
+        other[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        other[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 4) {
+        rows[i] = _mm512_unpacklo_epi64(other[i], other[i + 2]);
+        rows[i + 1] = _mm512_unpackhi_epi64(other[i], other[i + 2]);
+        rows[i + 2] = _mm512_unpacklo_epi64(other[i + 1], other[i + 3]);
+        rows[i + 3] = _mm512_unpackhi_epi64(other[i + 1], other[i + 3]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; i++) {
+        other[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+        other[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
+        other[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
+        other[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; i++) {
+        rows[i] = _mm512_shuffle_i32x4(other[i], other[i + 8], 0x88);
+        rows[i + 8] = _mm512_shuffle_i32x4(other[i], other[i + 8], 0xdd);
+        rows[i + 4] = _mm512_shuffle_i32x4(other[i + 4], other[i + 12], 0x88);
+        rows[i + 12] = _mm512_shuffle_i32x4(other[i + 4], other[i + 12], 0xdd);
+    }
+}
+
+// Rows to columns: steps_of(row, step) is 16 steps of a row, and step s of row r goes to place[s · stride + r], for
+// `lanes` rows; those from `present` on are zeros.
+template <class Steps>
+inline void put_as_columns(Step* place, long stride, long lanes, long present, long steps, Steps steps_of) {
+    const __mmask16 stored = first_lanes(lanes);
+    for (long step = 0; step < steps; step += kLanes) {
+        __m512i rows[16];
+#pragma GCC unroll 16
+        for (long row = 0; row < 16; row++) rows[row] = row < present ? steps_of(row, step) : _mm512_setzero_si512();
+        transpose(rows);
+        for (long k = 0; k < std::min(kLanes, steps - step); k++)
+            _mm512_mask_storeu_epi32(place + (step + k) * stride, stored, rows[k]);
+    }
+}
+
+template <class Steps>
+void put_in_tile(Step* tile, long rows, long steps, Steps steps_of) {
+    put_as_columns(tile, rows, rows, rows, steps, steps_of);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
