@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nai_t5_core.config import Shape
+from nai_t5_core.kernels.calls import counted
 
 
 def count_flops(call: Callable[[], Any]) -> int:
@@ -20,9 +21,10 @@ def count_flops(call: Callable[[], Any]) -> int:
     """
     # torch 2.5 has no stances; nothing is compiled there.
     eager = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
-    with eager, FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+    mode = FlopCounterMode(display=False, custom_mapping=_formulas())
+    with eager, counted() as by_kernels, mode as by_torch:
         call()
-    return int(counter.get_total_flops())
+    return int(by_torch.get_total_flops()) + by_kernels.flops
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:

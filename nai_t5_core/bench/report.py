@@ -86,8 +86,8 @@ def _machine(report: BenchReport) -> Table:
     rows: list[tuple[str, ...]] = [
         (result.case.name, *_limit_cells(result), *_guard_cells(result)) for result in report.cases
     ]
-    headings = ("case", "oneDNN's products alone", "share of ours", "check for NaN", "share of ours")
-    return Table("Ours beside this machine's packed products, and what the guard costs", headings, rows)
+    headings = ("case", "oneDNN alone", "share of ours", "check for NaN", "share of ours")
+    return Table("Ours beside oneDNN's products alone, packed, and what the guard costs", headings, rows)
 
 
 def _limit_cells(result: CaseResult) -> tuple[str, str]:

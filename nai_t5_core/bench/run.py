@@ -34,6 +34,7 @@ def run_bench(
     comfyui: Path | None = None,
     compiled: bool = False,
     int8: bool = False,
+    onednn: bool = False,
 ) -> BenchReport:
     """Times our encoder and its peers on random weights of a published size.
 
@@ -53,6 +54,7 @@ def run_bench(
         comfyui: a checkout of ComfyUI, whose T5 becomes one more peer; it computes in float32.
         compiled: every implementation also under ``torch.compile``.
         int8: ours also in 8 bits.
+        onednn: ours also without its own kernels, as it is on processors for which there are none.
 
     Raises:
         ValueError: unknown size, dtype, device or peer, fewer than one repeat, or no compiler for ``compiled``.
@@ -65,7 +67,7 @@ def run_bench(
         raise ValueError(f"unknown peers {sorted(unknown)}; allowed: {', '.join(PEERS)}")
     if repeats < 1:
         raise ValueError(f"repeats={repeats}; at least 1 round must count")
-    wanted = Wanted(tuple(peers), comfyui, compiled, int8)
+    wanted = Wanted(tuple(peers), comfyui, compiled, int8, onednn)
     with threads_set(threads) as used_threads:
         tell("drawing weights")
         state = random_state(config, seed, dtype=model_dtype)

@@ -15,13 +15,12 @@ from nai_t5_core.compiled import compile_stack
 from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.int8 import quantize_int8
-from nai_t5_core.kernels.build import missing_for_kernels
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.parity_report import OWN
 from nai_t5_core.peers import Peer, State, build_peer, own_encoder
 
 NOT_PREPACKED = f"{OWN}, not prepacked"
-BY_ONEDNN = f"{OWN}, by oneDNN"
+BY_ONEDNN = f"{OWN}, oneDNN"
 INT8 = f"{OWN}, int8"
 COMPILED = ", compiled"
 OWN_COMPILED = f"{OWN}{COMPILED}"
@@ -32,12 +31,16 @@ Encode = Callable[[Case, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which implementations to build: peers by name, ComfyUI from a checkout, ours in 8 bits, all compiled as well."""
+    """Which implementations to build: peers by name, ComfyUI from a checkout, ours in 8 bits or by oneDNN alone.
+
+    With ``compiled``, all of them compiled as well.
+    """
 
     peers: tuple[str, ...] = ()
     comfyui: Path | None = None
     compiled: bool = False
     int8: bool = False
+    onednn: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def _own_variants(stack: T5EncoderStack, wanted: Wanted) -> dict[str, Optimize]:
     variants: dict[str, Optimize] = {OWN: _unchanged}
     if can_prepack(stack):
         variants = {OWN: prepack, NOT_PREPACKED: _unchanged}
-        if missing_for_kernels() is None:
+        if wanted.onednn:
             variants[BY_ONEDNN] = _by_onednn
     if wanted.int8:
         variants[INT8] = quantize_int8
@@ -119,7 +122,6 @@ def _twin(stack: T5EncoderStack) -> T5EncoderStack:
 
 
 def _by_onednn(stack: T5EncoderStack) -> Callable[..., Tensor]:
-    """As on processors for which there are no kernels."""
     return prepack(stack, "onednn")
 
 

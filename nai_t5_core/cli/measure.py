@@ -38,6 +38,7 @@ def parity(
     ] = "150,1,77,30",
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Also compare the residual after each layer.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Also measure our 8-bit form.")] = False,
+    onednn: Annotated[bool, typer.Option("--onednn", help="Also measure ours without its own kernels.")] = False,
     decoder: Annotated[bool, typer.Option("--decoder", help="Also the decoder, of a whole model.")] = False,
     scales: ScalesOption = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file with the errors of all.")] = None,
@@ -87,6 +88,7 @@ def parity(
             scales=chosen,
             per_layer=per_layer,
             int8=int8,
+            onednn=onednn,
             progress=status.update,
         )
         if decoder:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -42,6 +44,32 @@ def _kernels() -> ctypes.CDLL:
         function = getattr(kernels, name)
         function.restype, function.argtypes = result, arguments
     return kernels
+
+
+@dataclass
+class Counted:
+    """Floating-point operations of products and attention."""
+
+    flops: int = 0
+
+
+_COUNTING: list[Counted] = []
+
+
+@contextmanager
+def counted() -> Iterator[Counted]:
+    """Counts what the kernels execute meanwhile, which torch's own counters do not see."""
+    counter = Counted()
+    _COUNTING.append(counter)
+    try:
+        yield counter
+    finally:
+        _COUNTING.remove(counter)
+
+
+def _count(flops: int) -> None:
+    for counter in _COUNTING:
+        counter.flops += flops
 
 
 @dataclass(frozen=True)
@@ -112,6 +140,7 @@ def normed_product(
     """
     tokens = len(residual)
     _check(residual, torch.float32, tokens, weight.depth)
+    _count(2 * tokens * weight.columns * weight.depth)
     out = torch.empty(tokens, weight.columns // (2 if weight.is_gated else 1), dtype=weight.dtype)
     if tokens:
         status = _kernels().t5_normed_product(
@@ -137,6 +166,7 @@ def add_product(x: Tensor, weight: KernelWeight, residual: Tensor) -> None:
     tokens = len(x)
     _check(x, weight.dtype, tokens, weight.depth)
     _check(residual, torch.float32, tokens, weight.columns)
+    _count(2 * tokens * weight.columns * weight.depth)
     if tokens:
         status = _kernels().t5_added_product(
             x.data_ptr(),
@@ -163,6 +193,8 @@ def attention(projected: Tensor, heads: int, documents: Tensor, table: Tensor, s
     tokens, width = projected.shape
     _check(projected, torch.float32 if projected.dtype == torch.float32 else torch.bfloat16, tokens, width)
     _check(table, torch.float32, heads, table.shape[1])
+    if _COUNTING:
+        _count(4 * width // 3 * int((documents[:, 1] * documents[:, 3]).sum()))
     out = torch.empty(tokens, width // 3, dtype=projected.dtype)
     if len(documents):
         status = _kernels().t5_attention(
