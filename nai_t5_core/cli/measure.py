@@ -38,7 +38,6 @@ def parity(
     ] = "150,1,77,30",
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Also compare the residual after each layer.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Also measure our 8-bit form.")] = False,
-    onednn: Annotated[bool, typer.Option("--onednn", help="Also measure ours without its own kernels.")] = False,
     decoder: Annotated[bool, typer.Option("--decoder", help="Also the decoder, of a whole model.")] = False,
     scales: ScalesOption = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file with the errors of all.")] = None,
@@ -88,7 +87,6 @@ def parity(
             scales=chosen,
             per_layer=per_layer,
             int8=int8,
-            onednn=onednn,
             progress=status.update,
         )
         if decoder:
@@ -143,6 +141,7 @@ def bench(
     comfyui: Annotated[Path | None, typer.Option(help="A checkout of ComfyUI, whose T5 joins the peers.")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="Each also under torch.compile.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Ours also in 8 bits.")] = False,
+    onednn: Annotated[bool, typer.Option("--onednn", help="Ours also without its own kernels.")] = False,
     load: Annotated[bool, typer.Option(help="Also measure cold start and memory while loading.")] = True,
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file with the times relative to ours.")] = None,
@@ -168,6 +167,7 @@ def bench(
             comfyui=comfyui,
             compiled=compiled,
             int8=int8,
+            onednn=onednn,
         )
     if markdown is not None:
         markdown.write_text(timing.markdown(report), encoding="utf-8")
