@@ -113,12 +113,8 @@ def is_supported(block: Any) -> bool:
     attention_layer, feed_forward_layer = block.layer
     attends, dense = attention_layer.SelfAttention, feed_forward_layer.DenseReluDense
     scales = [layer.out_scale for layer in block.layer] + [getattr(module, "scale", 1) for module in (attends, dense)]
-    return (
-        all(scale == 1 for scale in scales)
-        and dense.activation in ACTIVATION_NUMBERS
-        and attends.d_kv % 2 == 0
-        and dense.wo.in_features % 2 == 0
-    )
+    is_known = dense.activation in ACTIVATION_NUMBERS and attends.d_kv % 2 == 0
+    return is_known and all(scale == 1 for scale in scales)
 
 
 def is_watched(modules: Iterable[nn.Module]) -> bool:
@@ -132,4 +128,10 @@ def torch_is_needed() -> bool:
 
 
 def _is_usable(weight: Tensor, dtype: torch.dtype) -> bool:
-    return type(weight) is nn.Parameter and weight.dtype == dtype and weight.is_cpu and weight.is_contiguous()
+    return (
+        type(weight) is nn.Parameter
+        and weight.dtype == dtype
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and weight.shape[1] % 2 == 0
+    )

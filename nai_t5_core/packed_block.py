@@ -31,7 +31,7 @@ class PackedBlock(EncoderBlock):
     @staticmethod
     def takes(block: nn.Module) -> bool:
         """Whether a block can be packed."""
-        return isinstance(block, EncoderBlock) and is_supported(block) and _has_plain_projections(block)
+        return isinstance(block, EncoderBlock) and _has_plain_projections(block) and is_supported(block)
 
     def forward(self, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
         if self.kernels is None:
@@ -91,7 +91,7 @@ def _has_plain_projections(block: EncoderBlock) -> bool:
     attends, dense = _sublayers(block)
     projections = [getattr(attends, name) for name in (*qkv_names, "o")]
     projections += [getattr(dense, name) for name in (*inner_names, "wo")]
-    return all(type(projection) in PLAIN_LINEARS for projection in projections)
+    return all(type(linear) in PLAIN_LINEARS and linear.in_features % 2 == 0 for linear in projections)
 
 
 def _joined(module: nn.Module, names: tuple[str, ...]) -> Tensor:
