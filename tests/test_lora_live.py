@@ -34,7 +34,7 @@ from nai_t5_core.guard import rescale
 from nai_t5_core.int8 import Int8Linear, can_quantize, quantize_int8
 from nai_t5_core.lora import Loras
 from nai_t5_core.lora_live import LiveLinear, LiveLoras
-from nai_t5_core.optimize import PackedLinear, can_prepack, prepack
+from nai_t5_core.optimize import PackedLinear, can_prepack, is_packed, prepack
 from nai_t5_core.peers import transformers_encoder
 from nai_t5_core.scales import LayerScales
 from nai_t5_core.text_encoder import TextEncoder
@@ -112,7 +112,7 @@ def test_one_packed_projection(target: str) -> None:
 @needs_packing
 def test_a_text_encoder_as_it_is_loaded() -> None:
     encoder = TextEncoder.from_pretrained(dtype="float32", device="cpu")
-    assert any(isinstance(module, PackedLinear) for module in encoder.stack.modules())
+    assert is_packed(encoder.stack)
     lora = toy_lora(encoder.stack.config)
     merged = TextEncoder.from_pretrained(dtype="float32", device="cpu", loras=[(lora, 0.6)])
     before = encoder.encode(["a cat"]).hidden_states
