@@ -26,7 +26,7 @@ from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.examine import Examination, examine_checkpoint
 from nai_t5_core.guard import encode_guarded, is_finite
 from nai_t5_core.hf_weights import (
-    DropInOps,
+    CastingOps,
     encoder_from_model,
     give_back,
     open_source,
@@ -74,7 +74,7 @@ class NAIT5EncoderModel(PreTrainedModel):
         """A model around a finished encoder, or, without one, a random model of the sizes in ``config``."""
         super().__init__(_own_config(config))
         if stack is None:
-            stack = T5EncoderStack(config_from_hf(config.to_dict()).encoder_only(), "fused", DropInOps)
+            stack = T5EncoderStack(config_from_hf(config.to_dict()).encoder_only(), "fused", CastingOps)
             if not stack.shared.weight.is_meta:
                 stack.init_weights()
         # In a tuple, so that the modules are registered once, under the names that Hugging Face checkpoints have.
@@ -164,7 +164,7 @@ class NAIT5EncoderModel(PreTrainedModel):
         if wanted == "auto":
             wanted = main_dtype(examination)
         model_dtype = resolve_dtype(torch.float32 if wanted is None else wanted, device)
-        stack, _ = assemble(examination, model_dtype, device, layout, scales, DropInOps)
+        stack, _ = assemble(examination, model_dtype, device, layout, scales, CastingOps)
         model = cls(_hf_config(examination), stack)
         model.name_or_path = model.config.name_or_path = str(source or "")
         return model.eval()

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nai_t5_core import native
 from nai_t5_core.config import Shape, encoder_tensors
@@ -24,22 +23,8 @@ from nai_t5_core.examine import Examination, examine_checkpoint
 from nai_t5_core.formats import Checkpoint, CheckpointError, TensorInfo, open_checkpoint, write_safetensors
 from nai_t5_core.fuse import cook, fused_recipes, separate_recipes, unfuse
 from nai_t5_core.hub import find_model
-from nai_t5_core.layers import NoInit
+from nai_t5_core.layers import CastingOps
 from nai_t5_core.load import ScalesChoice, assemble
-
-
-class DropInOps:
-    """``ops`` for models that stand in for transformers' own: its users cast single projections to another dtype."""
-
-    class Linear(NoInit.Linear):
-        """Casts its input to the dtype of its weight."""
-
-        def forward(self, x: Tensor) -> Tensor:
-            """[..., in_features] to [..., out_features] in the dtype of the weight."""
-            return F.linear(x.to(self.weight.dtype), self.weight)
-
-    Embedding = NoInit.Embedding
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a loaded transformers model, and back into it
@@ -93,7 +78,7 @@ def encoder_from_model(
     examination.refuse_faults()
     embedding: Any = model.get_submodule("shared")
     if not release:
-        return assemble(examination, dtype, embedding.weight.device, layout, scales, DropInOps)[0]
+        return assemble(examination, dtype, embedding.weight.device, layout, scales, CastingOps)[0]
     held = {name: model.get_parameter(full) for name, full in examination.keymap.names.items()}
     device = embedding.weight.device
     # Read through the parameters: a dictionary of the tensors would keep them alive.
@@ -104,7 +89,7 @@ def encoder_from_model(
             _empty(model, held.pop(name))
 
     try:
-        return assemble(examination, dtype, device, layout, scales, DropInOps, let_go)[0]
+        return assemble(examination, dtype, device, layout, scales, CastingOps, let_go)[0]
     except CheckpointError as error:
         raise CheckpointError(f"{error}\nWeights were taken already: load {type(model).__name__} again") from error
 

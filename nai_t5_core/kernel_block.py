@@ -24,10 +24,12 @@ from nai_t5_core.kernels.calls import (
     attention,
     normed_product,
 )
-from nai_t5_core.layers import FeedForward, FusedGatedFeedForward, NoInit
+from nai_t5_core.layers import CastingOps, FeedForward, FusedGatedFeedForward, NoInit
 
 # Not their subclasses, which do more than a product (adapters, quantisation, offloading).
 PLAIN_LINEARS = (nn.Linear, NoInit.Linear)
+# Those whose call is a product where the weight is in the compute dtype.
+_PRODUCTS = (*PLAIN_LINEARS, CastingOps.Linear)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def kernels_of(block: Any, dtype: torch.dtype) -> KernelBlock | None:
     if not isinstance(attends, FusedSelfAttention) or type(dense) not in (FusedGatedFeedForward, FeedForward):
         return None
     linears = (attends.qkv, attends.o, dense.wi, dense.wo)
-    if not all(type(linear) in PLAIN_LINEARS and _is_usable(linear.weight, dtype) for linear in linears):
+    if not all(type(linear) in _PRODUCTS and _is_usable(linear.weight, dtype) for linear in linears):
         return None
     if not is_supported(block) or is_watched(block.modules()) or missing_for_kernels() is not None:
         return None

@@ -71,6 +71,19 @@ class NoInit:
             """Leaves the weight as it was allocated."""
 
 
+class CastingOps:
+    """``ops`` for models that stand in for transformers' own: its users cast single projections to another dtype."""
+
+    class Linear(NoInit.Linear):
+        """Casts its input to the dtype of its weight."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            """[..., in_features] to [..., out_features] in the dtype of the weight."""
+            return F.linear(x.to(self.weight.dtype), self.weight)
+
+    Embedding = NoInit.Embedding
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, in the precision of x (Zhang and Sennrich, 2019)."""
 

@@ -19,11 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nai_t5_core.attention import position_bias
 from nai_t5_core.config import Activation, T5Config
-from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
+from nai_t5_core.encoder import LAYOUTS, EncoderBlock, Layout, T5EncoderStack
 from nai_t5_core.kernel_block import kernels_of
 from nai_t5_core.kernels import build
 from nai_t5_core.kernels.build import missing_for_kernels
 from nai_t5_core.kernels.calls import KernelWeight, add_product, attention, normed_product
+from nai_t5_core.layers import CastingOps
 from nai_t5_core.optimize import PackedLinear, prepack
 from nai_t5_core.packed_block import PackedBlock
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
@@ -272,6 +273,17 @@ def test_torch_computes_where_it_is_needed() -> None:
     packed(IDS)
     with pytest.raises(RuntimeError, match=r"records no gradients; call it within torch.no_grad"):
         packed(IDS)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_drop_ins_run_by_them_until_a_projection_is_cast() -> None:
+    config = TOY_CONFIGS["v1.1"].encoder_only()
+    stack = T5EncoderStack(config, ops=CastingOps, dtype=torch.bfloat16)
+    block = stack.encoder.block[0]
+    assert isinstance(block, EncoderBlock) and block.runs_by_kernels(torch.bfloat16)
+    block.layer[1].DenseReluDense.wo.to(torch.float32)
+    assert not block.runs_by_kernels(torch.bfloat16)
 
 
 @needs_kernels
