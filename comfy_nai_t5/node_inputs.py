@@ -18,12 +18,12 @@ EMBEDDED = "embedded tiny model (to try the nodes with)"
 _TIPS = {
     "dtype": "What is computed in. auto: float16 on a GPU; on a CPU bfloat16 where it is fast, else float32. float16 "
     "is kept in range by scales, and nothing is clipped. ComfyUI's own T5 computes in float32.",
-    "weights": "How the weights are kept in memory. auto: as computed in, unless the file's own form is smaller. file: "
-    "as they are in the file. float8: half the memory of float16; each layer is cast as it is used. Scaled float8 "
-    "files stay as they are whatever is chosen.",
+    "weights": "How the weights are kept in memory. auto: as computed in, unless the file's own form is smaller or the "
+    "kernels read it. file: as they are in the file. float8: half the memory of float16; each layer is cast as it is "
+    "used. Scaled float8 files stay as they are whatever is chosen.",
     "device": "Where the encoder runs. default: where ComfyUI puts text encoders.",
-    "attention": "How attention is computed. auto: flex for long prompts on CUDA, SDPA elsewhere. flex needs a "
-    "compiler, and is compiled when it is first used.",
+    "attention": "How attention is computed. auto: flex for long prompts on CUDA, the kernels' or SDPA elsewhere. flex "
+    "needs a compiler, and is compiled when it is first used.",
     "layout": "fused: products that have the same input run as one. auto: fused layer by layer, wherever that changes "
     "nothing, LoRA included; the log says where not, and why. packed: for a T5 on the CPU, up to 1.5 times faster by a "
     "second copy of the weights, which takes as much memory again. separate: every product by itself.",

@@ -192,7 +192,7 @@ def prepack(stack: Model, products: ProductsChoice = "auto") -> Model:
     if products == "kernels" and obstacle:
         raise ValueError(f"products='kernels' is not possible: {obstacle}; use products='auto' or 'onednn'")
     if products != "onednn" and not obstacle:
-        _pack_blocks(stack.encoder.block)
+        _pack_blocks(stack.encoder.block, stack.dtype)
     _replace_children(stack)
     return stack
 
@@ -203,10 +203,10 @@ def _obstacle_to_kernels(stack: T5EncoderStack | T5) -> str | None:
     return missing_for_kernels()
 
 
-def _pack_blocks(blocks: nn.ModuleList) -> None:
+def _pack_blocks(blocks: nn.ModuleList, dtype: torch.dtype) -> None:
     for index, block in enumerate(blocks):
         assert isinstance(block, EncoderBlock)
-        blocks[index] = PackedBlock(block)
+        blocks[index] = PackedBlock(block, dtype)
 
 
 def is_packed(model: nn.Module) -> bool:

@@ -18,15 +18,20 @@ class PackedBlock(EncoderBlock):
 
     They are packed by the second call: a process that encodes once never pays for it. For inference on the CPU only:
     the weights are no parameters, and can neither be moved nor saved.
+
+    Args:
+        block: one that :meth:`takes` accepts; its projections are taken out of it.
+        dtype: what to compute in, that of the weights.
     """
 
-    def __init__(self, block: EncoderBlock) -> None:
+    def __init__(self, block: EncoderBlock, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.layer = block.layer
+        self.called = self.is_packed = False
+        attends, dense = _sublayers(self)
         layers: Any = block.layer
-        self.epsilon: float = layers[0].layer_norm.eps
-        self.called = False
-        self.kernels: KernelBlock | None = None
+        weights = [_taken(module, names) for module, names in self._places()]
+        self.kernels = KernelBlock.of(weights, dtype, dense, attends.heads, layers[0].layer_norm.eps)
 
     @staticmethod
     def takes(block: nn.Module) -> bool:
@@ -34,41 +39,33 @@ class PackedBlock(EncoderBlock):
         return isinstance(block, EncoderBlock) and _has_plain_projections(block) and is_supported(block)
 
     def forward(self, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
-        if self.kernels is None:
-            if not self.called:
-                self.called = True
-                return super().forward(residual, attend, dtype)
-            self._pack(dtype)
-        assert self.kernels is not None
         if residual.requires_grad:
             raise RuntimeError("a prepacked model records no gradients; call it within torch.no_grad()")
+        if self.called and not self.is_packed:
+            self.kernels, self.is_packed = self.kernels.packed(), True
+        self.called = True
         return self.kernels(residual, attend, *(getattr(layer.layer_norm, "weight", None) for layer in self.layer))
 
     def runs_by_kernels(self, dtype: torch.dtype) -> bool:
         return True
 
-    def _pack(self, dtype: torch.dtype) -> None:
-        attends, dense = _sublayers(self)
-        qkv_names, inner_names = _names(self)
-        weights = [_joined(attends, qkv_names), attends.o.weight, _joined(dense, inner_names), dense.wo.weight]
-        self.kernels = KernelBlock.of(weights, dtype, dense, attends.heads, self.epsilon).packed()
-        for module, names in ((attends, (*qkv_names, "o")), (dense, (*inner_names, "wo"))):
-            for name in names:
-                delattr(module, name)
-
     def unpacked(self) -> EncoderBlock:
         """The block as it was, with its weights in modules."""
-        if self.kernels is not None:
-            attends, dense = _sublayers(self)
-            qkv_names, inner_names = _names(self)
-            _part(attends, qkv_names, self.kernels.qkv.unpacked())
-            _part(attends, ("o",), self.kernels.o.unpacked())
-            _part(dense, inner_names, self.kernels.inner.unpacked())
-            _part(dense, ("wo",), self.kernels.wo.unpacked())
+        kernels = self.kernels
+        weights = (kernels.qkv, kernels.o, kernels.inner, kernels.wo)
+        for (module, names), weight in zip(self._places(), weights, strict=True):
+            for name, part in zip(names, weight.unpacked().chunk(len(names)), strict=True):
+                setattr(module, name, _linear(part))
         return EncoderBlock(*self.layer)
 
+    def _places(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
+        """Where the weights of qkv, o, inner and wo are, or were."""
+        attends, dense = _sublayers(self)
+        qkv_names, inner_names = _names(self)
+        return [(attends, qkv_names), (attends, ("o",)), (dense, inner_names), (dense, ("wo",))]
+
     def extra_repr(self) -> str:
-        return "kernels, to be packed" if self.kernels is None else "kernels, packed"
+        return "kernels, packed" if self.is_packed else "kernels, to be packed"
 
 
 def _sublayers(block: EncoderBlock) -> tuple[Any, Any]:
@@ -94,13 +91,15 @@ def _has_plain_projections(block: EncoderBlock) -> bool:
     return all(type(linear) in PLAIN_LINEARS and linear.in_features % 2 == 0 for linear in projections)
 
 
-def _joined(module: nn.Module, names: tuple[str, ...]) -> Tensor:
+def _taken(module: Any, names: tuple[str, ...]) -> Tensor:
+    """The weights of these projections one above the other; the projections are gone from the module then."""
     weights = [getattr(module, name).weight.detach() for name in names]
+    for name in names:
+        delattr(module, name)
     return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
-def _part(module: nn.Module, names: tuple[str, ...], weight: Tensor) -> None:
-    for name, part in zip(names, weight.chunk(len(names)), strict=True):
-        linear = NoInit.Linear(part.shape[1], part.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(part, requires_grad=False)
-        setattr(module, name, linear)
+def _linear(weight: Tensor) -> nn.Module:
+    linear = NoInit.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -246,6 +247,26 @@ def test_packed_encoders_give_what_plain_ones_give(kind: str, layout: Layout, dt
 
 @needs_kernels
 @torch.no_grad()
+def test_originals_are_kept_for_one_call_and_then_let_go() -> None:
+    _, stack = exact_and_rounded(TOY_CONFIGS["v1.1"])
+    originals = [weakref.ref(module.weight) for module in stack.modules() if isinstance(module, torch.nn.Linear)]
+    prepack(stack, "kernels")
+    blocks = [block for block in stack.encoder.block if isinstance(block, PackedBlock)]
+    assert {name for name, _ in stack.named_parameters()} == {
+        "shared.weight",
+        "encoder.final_layer_norm.weight",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    }
+    assert not any(original() for original in originals)
+    kept = [weakref.ref(block.kernels.wo.values) for block in blocks]
+    stack(IDS)
+    assert not any(block.is_packed for block in blocks) and all(weight() is not None for weight in kept)
+    stack(IDS)
+    assert all(block.is_packed for block in blocks) and not any(weight() is not None for weight in kept)
+
+
+@needs_kernels
+@torch.no_grad()
 def test_prompts_come_out_the_same_whatever_is_beside_them() -> None:
     _, stack = exact_and_rounded(TOY_CONFIGS["v1.1"])
     together = stack(IDS, MASK, padding="skip")
@@ -270,7 +291,6 @@ def test_torch_computes_where_it_is_needed() -> None:
         assert kernels_of(block, torch.bfloat16) is None
     packed = prepack(exact_and_rounded(TOY_CONFIGS["v1.1"])[1], "kernels")
     packed.shared.weight.requires_grad_(True)
-    packed(IDS)
     with pytest.raises(RuntimeError, match=r"records no gradients; call it within torch.no_grad"):
         packed(IDS)
 

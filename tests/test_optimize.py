@@ -41,7 +41,7 @@ def test_originals_are_kept_for_one_call_and_then_let_go() -> None:
         pytest.skip("this machine's torch has no oneDNN")
     originals = [weakref.ref(module.weight) for module in stack.modules() if isinstance(module, torch.nn.Linear)]
     linears = [weakref.ref(module) for module in stack.modules() if isinstance(module, torch.nn.Linear)]
-    prepack(stack)
+    prepack(stack, "onednn")
     packed = [module for module in stack.modules() if isinstance(module, PackedLinear)]
     # The gate and up of each layer are products of their own.
     assert len(packed) == len(originals) + TOY_CONFIGS["v1.1"].num_layers

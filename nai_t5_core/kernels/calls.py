@@ -114,8 +114,9 @@ class KernelWeight:
         return replace(self, values=panels, format=_PANELS)
 
     def unpacked(self) -> Tensor:
-        """Panels as a weight [columns, depth] in ``dtype``."""
-        assert self.format == _PANELS
+        """[columns, depth]; panels give it in ``dtype``."""
+        if self.format != _PANELS:
+            return self.values
         weight = torch.empty(self.columns, self.depth, dtype=self.dtype)
         shape = (self.columns, self.depth, self.is_gated, self.in_float32)
         _kernels().t5_unpack(self.values.data_ptr(), *shape, weight.data_ptr())
