@@ -13,7 +13,7 @@ from nai_t5_core.attention_choice import FlexUnavailableError, missing_for_flex,
 from nai_t5_core.compiled_steps import CompiledSteps
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.flex import BLOCK
-from nai_t5_core.int8 import Int8Linear
+from nai_t5_core.int8_linear import Int8Linear
 from nai_t5_core.model import T5
 from nai_t5_core.optimize import is_packed
 from nai_t5_core.packing import TOKEN_BUCKETS

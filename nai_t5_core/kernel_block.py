@@ -34,50 +34,50 @@ _PRODUCTS = (*PLAIN_LINEARS, CastingOps.Linear)
 
 @dataclass(frozen=True)
 class KernelBlock:
-    """A block's products. ``inner`` is the feed-forward's first weight, gated or not.
+    """A block's products.
 
-    The weights are read where they lie, so that a block of plain weights sees every change that is made to them.
+    ``weights`` are those of qkv, o, the feed-forward's first, gated or not, and wo. They are read where they lie, so
+    that a block of plain weights sees every change that is made to them.
     """
 
-    qkv: KernelWeight
-    o: KernelWeight
-    inner: KernelWeight
-    wo: KernelWeight
+    weights: tuple[KernelWeight, KernelWeight, KernelWeight, KernelWeight]
     activation: Activation
     heads: int
     epsilon: float
 
     @classmethod
-    def of(cls, weights: Sequence[Tensor], dtype: torch.dtype, dense: Any, heads: int, epsilon: float) -> KernelBlock:
+    def of(
+        cls,
+        weights: Sequence[Tensor],
+        dtype: torch.dtype,
+        dense: Any,
+        heads: int,
+        epsilon: float,
+        scales: Sequence[Tensor | None] = (None,) * 4,
+    ) -> KernelBlock:
         """From the weights of qkv, o, wi and wo, [out_features, in_features]; q, k, v and gate, up one above the other.
 
-        ``dtype`` is what to compute in, ``dense`` the feed-forward module that says which activation there is.
+        ``dtype`` is that of the activations, ``dense`` the feed-forward module that says which activation there is.
+        Weights in int8 have ``scales``, and must be packed.
         """
-        qkv, o, inner, wo = weights
-        is_gated = not isinstance(dense, FeedForward)
-        return cls(
-            qkv=KernelWeight.plain(qkv, dtype),
-            o=KernelWeight.plain(o, dtype),
-            inner=KernelWeight.plain(inner, dtype, is_gated),
-            wo=KernelWeight.plain(wo, dtype),
-            activation=dense.activation,
-            heads=heads,
-            epsilon=epsilon,
-        )
+        is_gated = (False, False, not isinstance(dense, FeedForward), False)
+        qkv, o, inner, wo = map(KernelWeight.plain, weights, (dtype,) * 4, is_gated, scales)
+        return cls((qkv, o, inner, wo), dense.activation, heads, epsilon)
 
     def packed(self) -> KernelBlock:
         """The same on copies in panels, for which nothing is rearranged in every call."""
-        weights = {name: getattr(self, name).packed() for name in ("qkv", "o", "inner", "wo")}
-        return replace(self, **weights)
+        qkv, o, inner, wo = map(KernelWeight.packed, self.weights)
+        return replace(self, weights=(qkv, o, inner, wo))
 
     def __call__(
         self, residual: Tensor, attend: Attend, attention_norm: Tensor | None = None, dense_norm: Tensor | None = None
     ) -> Tensor:
         """The residual [tokens, d_model], float32, changed in place. Norm weights are [d_model] in float32."""
-        projected = normed_product(residual, attention_norm, self.epsilon, self.qkv)
-        add_product(self._attend(projected, attend), self.o, residual)
-        inner = normed_product(residual, dense_norm, self.epsilon, self.inner, self.activation)
-        add_product(inner, self.wo, residual)
+        qkv, o, inner, wo = self.weights
+        projected = normed_product(residual, attention_norm, self.epsilon, qkv)
+        add_product(self._attend(projected, attend), o, residual)
+        hidden = normed_product(residual, dense_norm, self.epsilon, inner, self.activation)
+        add_product(hidden, wo, residual)
         return residual
 
     def _attend(self, projected: Tensor, attend: Attend) -> Tensor:

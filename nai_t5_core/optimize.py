@@ -181,32 +181,35 @@ def prepack(stack: Model, products: ProductsChoice = "auto") -> Model:
         ValueError: the model is not on the CPU, or not in float32 or a bfloat16 that this processor's oneDNN supports;
             or the kernels were asked for and cannot compute it.
     """
-    if products not in PRODUCTS_CHOICES:
-        raise ValueError(f"unknown products {products!r}; allowed: {', '.join(PRODUCTS_CHOICES)}")
     if not can_prepack(stack):
         raise ValueError(
             f"cannot prepack a model in {stack.dtype} on {stack.device}: oneDNN packs float32, and bfloat16 where the "
             "processor supports it, on the CPU"
         )
-    obstacle = _obstacle_to_kernels(stack)
-    if products == "kernels" and obstacle:
-        raise ValueError(f"products='kernels' is not possible: {obstacle}; use products='auto' or 'onednn'")
-    if products != "onednn" and not obstacle:
-        _pack_blocks(stack.encoder.block, stack.dtype)
+    take_blocks(stack, products, PackedBlock)
     _replace_children(stack)
     return stack
 
 
-def _obstacle_to_kernels(stack: T5EncoderStack | T5) -> str | None:
-    if not all(PackedBlock.takes(block) for block in stack.encoder.block):
-        return "the model has scales, an activation that the kernels do not know, or projections of other classes"
-    return missing_for_kernels()
+def take_blocks(stack: T5EncoderStack | T5, products: ProductsChoice, form: type[PackedBlock]) -> None:
+    """Puts the encoder's blocks into a form for the kernels, if that is wanted and possible.
 
-
-def _pack_blocks(blocks: nn.ModuleList, dtype: torch.dtype) -> None:
-    for index, block in enumerate(blocks):
+    Raises:
+        ValueError: unknown products, or the kernels were asked for and cannot compute this model.
+    """
+    if products not in PRODUCTS_CHOICES:
+        raise ValueError(f"unknown products {products!r}; allowed: {', '.join(PRODUCTS_CHOICES)}")
+    if products == "onednn":
+        return
+    blocks = stack.encoder.block
+    obstacle = missing_for_kernels()
+    if not all(form.takes(block) for block in blocks):
+        obstacle = "the model has scales, an activation that the kernels do not know, or projections of other classes"
+    if obstacle and products == "kernels":
+        raise ValueError(f"products='kernels' is not possible: {obstacle}; use products='auto' or 'onednn'")
+    for index, block in enumerate(() if obstacle else blocks):
         assert isinstance(block, EncoderBlock)
-        blocks[index] = PackedBlock(block, dtype)
+        blocks[index] = form(block, stack.dtype)
 
 
 def is_packed(model: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,17 +25,16 @@ class PackedBlock(EncoderBlock):
         dtype: what to compute in, that of the weights.
     """
 
+    kernels: KernelBlock
+
     def __init__(self, block: EncoderBlock, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.layer = block.layer
         self.called = self.is_packed = False
-        attends, dense = _sublayers(self)
-        layers: Any = block.layer
-        weights = [_taken(module, names) for module, names in self._places()]
-        self.kernels = KernelBlock.of(weights, dtype, dense, attends.heads, layers[0].layer_norm.eps)
+        self._prepare([_taken(module, names) for module, names in self._places()], dtype)
 
-    @staticmethod
-    def takes(block: nn.Module) -> bool:
+    @classmethod
+    def takes(cls, block: nn.Module) -> bool:
         """Whether a block can be packed."""
         return isinstance(block, EncoderBlock) and _has_plain_projections(block) and is_supported(block)
 
@@ -44,19 +44,36 @@ class PackedBlock(EncoderBlock):
         if self.called and not self.is_packed:
             self.kernels, self.is_packed = self.kernels.packed(), True
         self.called = True
-        return self.kernels(residual, attend, *(getattr(layer.layer_norm, "weight", None) for layer in self.layer))
+        return self.kernels(residual, attend, *self._norm_weights())
 
     def runs_by_kernels(self, dtype: torch.dtype) -> bool:
         return True
 
     def unpacked(self) -> EncoderBlock:
         """The block as it was, with its weights in modules."""
-        kernels = self.kernels
-        weights = (kernels.qkv, kernels.o, kernels.inner, kernels.wo)
-        for (module, names), weight in zip(self._places(), weights, strict=True):
-            for name, part in zip(names, weight.unpacked().chunk(len(names)), strict=True):
-                setattr(module, name, _linear(part))
+        for place, (module, names) in enumerate(self._places()):
+            for name, projection in zip(names, self._projections(place, names), strict=True):
+                setattr(module, name, projection)
         return EncoderBlock(*self.layer)
+
+    def _prepare(self, weights: list[Tensor], dtype: torch.dtype) -> None:
+        """Sets ``kernels`` on the weights of qkv, o, inner and wo."""
+        self.kernels = self._kernels_on(weights, dtype)
+
+    def _kernels_on(
+        self, weights: Sequence[Tensor], dtype: torch.dtype, scales: Sequence[Tensor | None] = (None,) * 4
+    ) -> KernelBlock:
+        attends, dense = _sublayers(self)
+        layers: Any = self.layer
+        return KernelBlock.of(weights, dtype, dense, attends.heads, layers[0].layer_norm.eps, scales)
+
+    def _norm_weights(self) -> list[Tensor | None]:
+        """Of attention and feed-forward; None where it is multiplied into a projection."""
+        return [getattr(layer.layer_norm, "weight", None) for layer in self.layer]
+
+    def _projections(self, place: int, names: tuple[str, ...]) -> list[nn.Module]:
+        """The modules of what was taken from a place."""
+        return [_linear(part) for part in self.kernels.weights[place].unpacked().chunk(len(names))]
 
     def _places(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
         """Where the weights of qkv, o, inner and wo are, or were."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nai_t5_core.decoder import DecoderBlock
 from nai_t5_core.encoder import EncoderBlock, T5EncoderStack
-from nai_t5_core.int8 import Int8Linear
+from nai_t5_core.int8_linear import Int8Linear
 from nai_t5_core.layers import RMSNorm
 from nai_t5_core.model import T5
 from nai_t5_core.optimize import is_packed

@@ -14,10 +14,13 @@ from torch import Tensor
 from nai_t5_core.config import T5Config, config_to_hf, decoder_tensors, encoder_tensors
 from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.fuse import cook, fused_recipes, separate_recipes
+from nai_t5_core.kernels.build import missing_for_kernels
 from nai_t5_core.layers import NoInit
 
 # Toys gain nothing from more, and threads that wait for each other on a busy machine take several times longer.
 torch.set_num_threads(1)
+
+needs_kernels = pytest.mark.skipif(bool(missing_for_kernels()), reason=f"no kernels here: {missing_for_kernels()}")
 
 _TOY = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 80, "num_heads": 4, "num_layers": 3}
 

@@ -21,7 +21,8 @@ ROWS = [
     "formats keymaps fuse precision hub native examine load conversion maxima scales_file "
     "lora_keys lora_files lora_set lora",
     # 4: use
-    "optimize packed_block int8 compiled sharding lora_live guard generation_guard calibration_report calibrate stress "
+    "optimize packed_block int8_linear int8_block int8 compiled sharding lora_live guard generation_guard "
+    "calibration_report calibrate stress "
     "text_encoder textual_inversion peers comfyui_peer parity parity_report decoder_peers decoder_parity "
     "bench roofline cli row_memory hf_weights hf diffusers_adapter diffusers_outputs diffusers_requests "
     "diffusers_prompts training",

@@ -1,15 +1,22 @@
-"""8-bit products: close to the exact ones, fully quantised, and refused where they cannot be had."""
+"""8-bit products, by the kernels and by oneDNN: close to the exact ones, fully quantised, and refused where they cannot
+be had."""
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
-from conftest import TOY_CONFIGS, build_stack, padding_mask
+from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask
 from torch import nn
 
 from nai_t5_core.decoding import Decoding
 from nai_t5_core.encoder import LAYOUTS, Layout
-from nai_t5_core.int8 import Int8Linear, can_quantize, quantize_int8
+from nai_t5_core.int8 import can_quantize, quantize_int8
+from nai_t5_core.int8_block import Int8Block
+from nai_t5_core.int8_linear import Int8Linear, Int8Weight
+from nai_t5_core.optimize import ProductsChoice
 from nai_t5_core.parity import measure_parity
 from nai_t5_core.parity_report import OWN
 from nai_t5_core.peers import own_t5, random_state
@@ -18,6 +25,8 @@ from nai_t5_core.text_encoder import TextEncoder
 V1_1 = TOY_CONFIGS["v1.1"].encoder_only()
 IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
 MASK = padding_mask([12, 5, 1], 12)
+
+PRODUCTS: list[Any] = [pytest.param("kernels", marks=needs_kernels), "onednn"]
 
 pytestmark = pytest.mark.skipif(
     not can_quantize(build_stack(V1_1, random_state(V1_1), torch.float32)), reason="this processor has no VNNI"
@@ -30,7 +39,7 @@ def test_a_product_is_within_the_rounding_of_its_bytes() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 96, generator=generator)
     x = torch.randn(7, 96, generator=generator) * torch.tensor([1e-4, 1, 10, 1e4, 1, 1, 0])[:, None]
-    out = Int8Linear(weight)(x)
+    out = Int8Linear(Int8Weight.of(weight))(x)
     step_x = x.abs().amax(dim=1, keepdim=True) / 127
     step_w = weight.abs().amax(dim=1) / 127
     bound = 0.5 * step_x * weight.abs().sum(dim=1) + 0.5 * step_w * x.abs().sum(dim=1)[:, None]
@@ -48,26 +57,45 @@ def test_the_norm_weight_holds_down_large_channels() -> None:
     norm[6] = 0
     folded = weight * norm
     expected = x @ folded.T
-    plain, smooth = Int8Linear(folded)(x), Int8Linear(folded, norm)(x)
+    plain, smooth = (Int8Linear(Int8Weight.of(folded, scale))(x) for scale in (None, norm))
     assert float((smooth - expected).abs().max()) < 0.1 * float((plain - expected).abs().max())
 
 
+@pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("outliers", [False, True])
 @torch.no_grad()
-def test_every_kind_is_close(kind: str, layout: Layout, dtype: torch.dtype, outliers: bool) -> None:
+def test_every_kind_is_close(
+    kind: str, layout: Layout, dtype: torch.dtype, outliers: bool, products: ProductsChoice
+) -> None:
     config = TOY_CONFIGS[kind].encoder_only()
     state = random_state(config, outliers=outliers)
     expected = build_stack(config, state, torch.float64)(IDS, MASK)
-    stack = quantize_int8(build_stack(config, state, dtype, layout))
+    stack = quantize_int8(build_stack(config, state, dtype, layout), products)
     assert not any(isinstance(module, nn.Linear) for module in stack.modules())
+    assert all(isinstance(block, Int8Block) == (products == "kernels") for block in stack.encoder.block)
     out = stack(IDS, MASK)
     assert out.dtype == dtype
     errors = (out - expected)[MASK.bool()].abs()
     assert float(errors.median()) < 0.03
     assert float(errors.max()) < 0.3 * float(expected.abs().max())
     assert not stack(IDS, torch.zeros_like(MASK), padding="skip").any()
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_blocks_go_back_to_onednn_with_the_same_bytes(layout: Layout) -> None:
+    stack = build_stack(V1_1, random_state(V1_1, outliers=True), torch.float32, layout)
+    by_onednn = quantize_int8(copy.deepcopy(stack), "onednn")
+    block = quantize_int8(stack, "kernels").encoder.block[1]
+    assert isinstance(block, Int8Block)
+    given_back = dict(block.unpacked().named_modules())
+    x = torch.randn(5, V1_1.d_ff, generator=torch.Generator().manual_seed(0))
+    for name, module in by_onednn.encoder.block[1].named_modules():
+        if isinstance(module, Int8Linear):
+            assert torch.equal(given_back[name](x[:, : module.in_features]), module(x[:, : module.in_features]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -98,7 +126,7 @@ def test_parity_prints_its_accuracy() -> None:
 
 def test_text_encoder_takes_it_by_name() -> None:
     encoder = TextEncoder.from_pretrained(quantize="int8")
-    assert any(isinstance(module, Int8Linear) for module in encoder.stack.modules())
+    assert any(isinstance(module, Int8Linear | Int8Block) for module in encoder.stack.modules())
     exact = TextEncoder.from_pretrained(dtype="float32").encode(["a cat"]).hidden_states
     out = encoder.encode(["a cat"]).hidden_states.float()
     assert float((out - exact).abs().max()) < 0.3 * float(exact.abs().max())
@@ -112,3 +140,7 @@ def test_what_cannot_be_quantised_is_refused() -> None:
     stack = build_stack(V1_1, random_state(V1_1), torch.float16)
     with pytest.raises(ValueError, match=r"cannot quantise a model in torch.float16 on cpu to int8"):
         quantize_int8(stack)
+    stack = build_stack(V1_1, random_state(V1_1), torch.float32)
+    with pytest.raises(ValueError, match=r"unknown products 'mine'; allowed: auto, kernels, onednn"):
+        quantize_int8(stack, "mine")  # type: ignore[arg-type]
+    assert any(isinstance(module, nn.Linear) for module in stack.modules())

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
+from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask, random_state
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,8 +29,6 @@ from nai_t5_core.layers import CastingOps
 from nai_t5_core.optimize import PackedLinear, prepack
 from nai_t5_core.packed_block import PackedBlock
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
-
-needs_kernels = pytest.mark.skipif(bool(missing_for_kernels()), reason=f"no kernels here: {missing_for_kernels()}")
 
 # One rounding, of the largest number, and sums in another order.
 ONE_ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 1e-5}
@@ -76,6 +74,48 @@ def test_products_equal_those_in_float32(
         add_product(x, ours, total)
         assert error(total, addend + x.float() @ exact.T) < 1e-5
     assert torch.equal(plain.packed().unpacked(), weight.to(dtype))
+
+
+def in_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers from -127 to 127, and what a unit of each row is worth."""
+    unit = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127
+    return (x / unit).round(), unit
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("depth", "columns"), [(64, 80), (80, 64), (128, 96), (36, 6)])
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_in_8_bits_are_exact_sums(
+    rows: int, depth: int, columns: int, is_gated: bool, dtype: torch.dtype
+) -> None:
+    """Of whole numbers, two of which in a row may be one off: halves go either way, depending on the order of sums."""
+    values, unit = in_bytes(draw(columns, depth))
+    weight = KernelWeight.plain(values.to(torch.int8), dtype, is_gated, unit[:, 0]).packed()
+    exact = (values * unit).double()
+
+    def product(x: Tensor) -> tuple[Tensor, float]:
+        numbers, row_unit = in_bytes(x)
+        return ((numbers * row_unit).double() @ exact.T).float(), 2 * float(row_unit.max() * exact.abs().max())
+
+    residual, norm = draw(rows, depth, seed=1) * 7, draw(depth, seed=2).abs() + 0.5
+    residual[-1] = 0
+    for ones_or_norm in (None, norm):
+        expected, bound = product(F.rms_norm(residual, (depth,), ones_or_norm, 1e-6))
+        if is_gated:
+            gate, up = expected.chunk(2, dim=-1)
+            expected, bound = gate * up, bound * 2 * float(expected.abs().max())
+        found = normed_product(residual, ones_or_norm, 1e-6, weight)
+        assert found.dtype == dtype and not found[-1].any()
+        assert float((found - expected).abs().max()) <= bound + ONE_ROUNDING[dtype] * float(expected.abs().max())
+    if not is_gated:
+        x, total = draw(rows, depth, seed=3).to(dtype), draw(rows, columns, seed=4)
+        expected, bound = product(x.float())
+        expected += total
+        add_product(x, weight, total)
+        assert float((total - expected).abs().max()) <= bound + 1e-5 * float(expected.abs().max())
+    assert torch.equal(weight.unpacked(), values.to(torch.int8))
 
 
 FUNCTIONS: dict[Activation | None, Callable[[Tensor], Tensor]] = {
@@ -148,12 +188,16 @@ def test_attention_equals_that_in_float32(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_a_number_is_not_lost(dtype: torch.dtype) -> None:
     """The guard looks for it at the end of the encoder."""
-    weight = KernelWeight.plain(draw(32, 32), dtype)
+    plain = KernelWeight.plain(draw(32, 32), dtype)
+    in_8_bits = KernelWeight.plain(torch.ones(32, 32, dtype=torch.int8), dtype, scales=torch.ones(32)).packed()
     residual = draw(3, 32)
     residual[1, 5] = float("nan")
-    for activation in FUNCTIONS:
-        found = normed_product(residual, None, 1e-6, weight, activation)
-        assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
+    for weight in (plain, in_8_bits):
+        for activation in FUNCTIONS:
+            found = normed_product(residual, None, 1e-6, weight, activation)
+            assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
+        add_product(residual.to(dtype), weight, total := torch.zeros(3, 32))
+        assert total[1].isnan().all() and total[[0, 2]].isfinite().all()
     projected = draw(40, 3 * 32).to(dtype)
     projected[30, 40] = float("nan")  # a key that all queries of its document see
     found = attention(projected, 1, torch.tensor([(0, 20, 0, 20), (20, 20, 0, 20)]), torch.zeros(1, 257), 1.0)
@@ -167,8 +211,13 @@ def test_wrong_tensors_are_refused() -> None:
         normed_product(torch.zeros(2, 8, dtype=torch.bfloat16), None, 1e-6, weight)
     with pytest.raises(ValueError, match=r"tensor \[2, 4\] on the CPU; got torch.float32 \[2, 5\]"):
         add_product(torch.zeros(2, 8, dtype=torch.bfloat16), weight, torch.zeros(2, 5))
-    with pytest.raises(ValueError, match=r"even sizes in bfloat16, float16 or float32; got torch.float64 \[4, 7\]"):
+    with pytest.raises(ValueError, match=r"even sizes in bfloat16, float16 or float32, .* got torch.float64 \[4, 7\]"):
         KernelWeight.plain(torch.zeros(4, 7, dtype=torch.float64), torch.float32)
+    with pytest.raises(ValueError, match=r"scales and a depth that is a multiple of 4; got torch.int8 \[4, 6\]"):
+        KernelWeight.plain(torch.zeros(4, 6, dtype=torch.int8), torch.float32, scales=torch.ones(4))
+    with pytest.raises(ValueError, match=r"must be packed"):
+        in_8_bits = KernelWeight.plain(torch.zeros(4, 8, dtype=torch.int8), torch.float32, scales=torch.ones(4))
+        normed_product(torch.zeros(2, 8), None, 1e-6, in_8_bits)
     with pytest.raises(ValueError, match=r"compute in bfloat16 or float32, and not in torch.float16"):
         KernelWeight.plain(torch.zeros(4, 8), torch.float16)
 
@@ -258,7 +307,7 @@ def test_originals_are_kept_for_one_call_and_then_let_go() -> None:
         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
     }
     assert not any(original() for original in originals)
-    kept = [weakref.ref(block.kernels.wo.values) for block in blocks]
+    kept = [weakref.ref(block.kernels.weights[-1].values) for block in blocks]
     stack(IDS)
     assert not any(block.is_packed for block in blocks) and all(weight() is not None for weight in kept)
     stack(IDS)

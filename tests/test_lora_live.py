@@ -31,7 +31,8 @@ from nai_t5_core.attention_choice import missing_for_flex
 from nai_t5_core.compiled import compile_stack
 from nai_t5_core.encoder import LAYOUTS, Layout
 from nai_t5_core.guard import rescale
-from nai_t5_core.int8 import Int8Linear, can_quantize, quantize_int8
+from nai_t5_core.int8 import can_quantize, quantize_int8
+from nai_t5_core.int8_linear import Int8Linear
 from nai_t5_core.lora import Loras
 from nai_t5_core.lora_live import LiveLinear, LiveLoras
 from nai_t5_core.optimize import PackedLinear, can_prepack, is_packed, prepack

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
 _SOURCES = ("tiles.h", "products.cpp", "attention.cpp")
-_INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "fma")
+_INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "avx512vnni", "fma")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", *(f"-m{name}" for name in _INSTRUCTIONS))
 
 
@@ -27,8 +27,8 @@ def missing_for_kernels() -> str | None:
     if not sys.platform.startswith("linux"):
         return "the kernels are for Linux"
     flags = _processor_flags()
-    if "avx512_bf16" not in flags:
-        return "this processor has no AVX512-BF16"
+    if not flags >= {"avx512_bf16", "avx512_vnni"}:
+        return "this processor has no AVX512-BF16, or no AVX512-VNNI"
     if "amx_bf16" in flags:
         return "this processor has AMX, which oneDNN uses and the kernels do not"
     try:

@@ -18,15 +18,16 @@ from nai_t5_core.kernels.build import library
 # Numbers of the activations in tiles.h, and of the formats in products.cpp.
 ACTIVATION_NUMBERS: dict[Activation | None, int] = {None: 0, "relu": 1, "gelu_new": 2, "silu": 3}
 WEIGHT_FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_PANELS = 3
+_WITH_SCALES = {torch.int8: 3}
+_PANELS = 4
 
-# What the kernels compute in.
+# What the kernels compute in, besides bytes, and what activations are stored in.
 COMPUTE_DTYPES = (torch.bfloat16, torch.float32)
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "t5_panel_steps": (_LONG, [_LONG, _LONG, _INT, _INT]),
-    "t5_pack": (None, [_POINTER, _INT, _LONG, _LONG, _INT, _INT, _POINTER]),
+    "t5_pack": (None, [_POINTER, _INT, _LONG, _LONG, _INT, _INT, _POINTER, _POINTER]),
     "t5_unpack": (None, [_POINTER, _LONG, _LONG, _INT, _INT, _POINTER]),
     "t5_normed_product": (
         _INT,
@@ -76,8 +77,10 @@ def _count(flops: int) -> None:
 class KernelWeight:
     """A weight as the kernels take it: [columns, depth] as it lies in memory, or a copy in panels.
 
-    A gated weight has the columns of the gate and then those of up. What is not in ``dtype``, which is computed in, is
-    rounded to it in every call. Panels save that, and rearranging the weight.
+    A gated weight has the columns of the gate and then those of up. ``dtype`` is that of the activations, in which
+    products are computed; what is not in it is rounded to it in every call. Panels save that, and rearranging the
+    weight. Weights in 8 bits have the ``scales`` of their columns; their products are computed in 8 bits, and from
+    panels only.
     """
 
     values: Tensor
@@ -86,45 +89,59 @@ class KernelWeight:
     depth: int
     dtype: torch.dtype
     is_gated: bool = False
+    scales: Tensor | None = None
 
     @classmethod
-    def plain(cls, weight: Tensor, dtype: torch.dtype, is_gated: bool = False) -> KernelWeight:
+    def plain(
+        cls, weight: Tensor, dtype: torch.dtype, is_gated: bool = False, scales: Tensor | None = None
+    ) -> KernelWeight:
         """A contiguous weight [columns, depth] of even depth, and even in columns if it is gated.
 
         Args:
-            weight: in bfloat16, float16 or float32.
-            dtype: what to compute in, bfloat16 or float32.
+            weight: in bfloat16, float16 or float32; or int8, of a depth that is a multiple of 4.
+            dtype: of the activations, bfloat16 or float32.
+            scales: [columns] float32, of a weight in int8: what a unit is worth.
         """
         if dtype not in COMPUTE_DTYPES:
             raise ValueError(f"the kernels compute in bfloat16 or float32, and not in {dtype}")
         columns, depth = weight.shape
-        if weight.dtype not in WEIGHT_FORMATS or not weight.is_contiguous() or depth % 2 or (is_gated and columns % 2):
+        formats, unit = (WEIGHT_FORMATS, 2) if scales is None else (_WITH_SCALES, 4)
+        if weight.dtype not in formats or not weight.is_contiguous() or depth % unit or (is_gated and columns % 2):
             raise ValueError(
-                "the kernels take contiguous weights of even sizes in bfloat16, float16 or float32; "
-                f"got {weight.dtype} {list(weight.shape)}"
+                "the kernels take contiguous weights of even sizes in bfloat16, float16 or float32, or in int8 with "
+                f"scales and a depth that is a multiple of 4; got {weight.dtype} {list(weight.shape)}"
             )
-        return cls(weight.detach(), WEIGHT_FORMATS[weight.dtype], columns, depth, dtype, is_gated)
+        own_scales = None if scales is None else scales.float().contiguous()
+        return cls(weight.detach(), formats[weight.dtype], columns, depth, dtype, is_gated, own_scales)
 
     def packed(self) -> KernelWeight:
         """A copy in panels."""
-        shape = (self.columns, self.depth, self.is_gated, self.in_float32)
-        steps = _kernels().t5_panel_steps(*shape)
-        panels = torch.empty(steps * (1 if self.in_float32 else 2), dtype=self.dtype)
-        _kernels().t5_pack(self.values.data_ptr(), self.format, *shape, panels.data_ptr())
+        panels = torch.empty(_kernels().t5_panel_steps(*self._shape), dtype=torch.int32)
+        scales = None if self.scales is None else self.scales.data_ptr()
+        _kernels().t5_pack(self.values.data_ptr(), self.format, *self._shape, scales, panels.data_ptr())
         return replace(self, values=panels, format=_PANELS)
 
     def unpacked(self) -> Tensor:
-        """[columns, depth]; panels give it in ``dtype``."""
+        """[columns, depth]; panels give it in ``dtype``, or in int8."""
         if self.format != _PANELS:
             return self.values
-        weight = torch.empty(self.columns, self.depth, dtype=self.dtype)
-        shape = (self.columns, self.depth, self.is_gated, self.in_float32)
-        _kernels().t5_unpack(self.values.data_ptr(), *shape, weight.data_ptr())
+        weight = torch.empty(self.columns, self.depth, dtype=self.dtype if self.scales is None else torch.int8)
+        _kernels().t5_unpack(self.values.data_ptr(), *self._shape, weight.data_ptr())
         return weight
 
+    def check_packing(self) -> None:
+        """Raises ValueError where this can only be computed once it is packed."""
+        if self.scales is not None and self.format != _PANELS:
+            raise ValueError("a weight in int8 must be packed before it is used: call packed()")
+
     @property
-    def in_float32(self) -> bool:
-        return self.dtype == torch.float32
+    def kind(self) -> int:
+        """The number of what is computed in, in products.cpp."""
+        return COMPUTE_DTYPES.index(self.dtype) + (0 if self.scales is None else len(COMPUTE_DTYPES))
+
+    @property
+    def _shape(self) -> tuple[int, int, int, int]:
+        return self.columns, self.depth, self.is_gated, self.kind
 
 
 def normed_product(
@@ -140,6 +157,7 @@ def normed_product(
         [tokens, columns], or [tokens, columns / 2] of a gated weight, in the weight's ``dtype``, rounded once.
     """
     tokens = len(residual)
+    weight.check_packing()
     _check(residual, torch.float32, tokens, weight.depth)
     _count(2 * tokens * weight.columns * weight.depth)
     out = torch.empty(tokens, weight.columns // (2 if weight.is_gated else 1), dtype=weight.dtype)
@@ -155,7 +173,7 @@ def normed_product(
             weight.depth,
             weight.is_gated,
             ACTIVATION_NUMBERS[activation],
-            weight.in_float32,
+            weight.kind,
             out.data_ptr(),
         )
         _refuse(status)
@@ -165,6 +183,7 @@ def normed_product(
 def add_product(x: Tensor, weight: KernelWeight, residual: Tensor) -> None:
     """residual += x · weightᵀ, in float32: [tokens, depth] in the weight's ``dtype`` to float32 [tokens, columns]."""
     tokens = len(x)
+    weight.check_packing()
     _check(x, weight.dtype, tokens, weight.depth)
     _check(residual, torch.float32, tokens, weight.columns)
     _count(2 * tokens * weight.columns * weight.depth)
@@ -176,7 +195,7 @@ def add_product(x: Tensor, weight: KernelWeight, residual: Tensor) -> None:
             weight.format,
             weight.columns,
             weight.depth,
-            weight.in_float32,
+            weight.kind,
             residual.data_ptr(),
         )
         _refuse(status)

@@ -11,11 +11,11 @@ namespace {
 // How many tiles a thread takes a panel through before it goes on to the next: their rows stay in its cache.
 constexpr long kTilesAtOnce = 8;
 
-// How the numbers of a weight lie in memory: row by row in one of these, or as panels.
-enum Format { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2, kPanels = 3 };
+// How the numbers of a weight lie in memory: row by row in one of these, or as panels. Bytes are for the 8-bit form, and
+// nothing else is.
+enum Format { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2, kBytes = 3, kPanels = 4 };
 
-template <Format format>
-constexpr long kBytes = format == kFloat32 ? 4 : 2;
+constexpr long size_of(Format format) { return format == kFloat32 ? 4 : format == kBytes ? 1 : 2; }
 
 template <Format format>
 inline __attribute__((always_inline)) __m512 load_numbers(const char* place, __mmask16 lanes) {
@@ -32,10 +32,11 @@ struct Weight {
     Format format;
     long columns, depth;
     bool is_gated;
+    const float* scales;  // of the columns, for packing bytes
 
-    Weight(const void* values, int format, long columns, long depth, int is_gated)
+    Weight(const void* values, int format, long columns, long depth, int is_gated, const float* scales = nullptr)
         : values(static_cast<const char*>(values)), format(Format(format)), columns(columns), depth(depth),
-          is_gated(is_gated) {}
+          is_gated(is_gated), scales(scales) {}
 
     long panel_width() const { return is_gated ? kLanes : kPanelColumns; }
     long panels() const {
@@ -43,8 +44,8 @@ struct Weight {
         return (side + panel_width() - 1) / panel_width();
     }
     long steps() const { return depth / Kind::kPerStep; }
-    long panel_steps() const { return steps() * kPanelColumns; }
-    const char* row(long column) const { return values + column * depth * (format == kFloat32 ? 4 : 2); }
+    long panel_steps() const { return (steps() + Kind::kTrailing) * kPanelColumns; }
+    const char* row(long column) const { return values + column * depth * size_of(format); }
     const Step* packed(long panel) const { return reinterpret_cast<const Step*>(values) + panel * panel_steps(); }
 
     // What to bring closer to the processor while a tile is multiplied with a panel. Packed, it is what comes a little
@@ -70,31 +71,64 @@ struct Weight {
     }
 
   private:
+    // Sixteen columns of a panel: [steps][16] of [steps][32]; those beyond `count` are zeros.
     void pack_half(long first, long count, Step* half) const {
-        switch (format) {
-            case kFloat16: return pack_half_from<kFloat16>(first, count, half);
-            case kFloat32: return pack_half_from<kFloat32>(first, count, half);
-            default: return pack_half_from<kBfloat16>(first, count, half);
+        if constexpr (kIsInt8<Kind>) {
+            pack_half_as_it_is(first, count, half);
+            end_half(first, count, half);
+        } else {
+            if (format == (Kind::kPerStep == 1 ? kFloat32 : kBfloat16)) return pack_half_as_it_is(first, count, half);
+            switch (format) {
+                case kFloat16: return pack_half_from<kFloat16>(first, count, half);
+                case kFloat32: return pack_half_from<kFloat32>(first, count, half);
+                default: return pack_half_from<kBfloat16>(first, count, half);
+            }
         }
     }
 
-    // Sixteen columns of a panel: [steps][16] of [steps][32]; those beyond `count` are zeros.
+    void pack_half_as_it_is(long first, long count, Step* half) const {
+        const long all = steps();
+        const Step* start = reinterpret_cast<const Step*>(row(first));
+        put_as_columns(half, kPanelColumns, kLanes, count, all, [=](long column, long step) {
+            return _mm512_maskz_loadu_epi32(first_lanes(all - step), start + column * all + step);
+        });
+    }
+
     template <Format from>
     void pack_half_from(long first, long count, Step* half) const {
-        const long all = steps(), stride = depth * kBytes<from>, step_bytes = Kind::kPerStep * kBytes<from>;
+        const long all = steps();
         const char* start = row(first);
         put_as_columns(half, kPanelColumns, kLanes, count, all, [=](long column, long step) {
-            const char* place = start + column * stride + step * step_bytes;
-            // As it is, where that is what is computed in.
-            if (step_bytes == sizeof(Step) && (Kind::kPerStep == 1) == (from == kFloat32) && from != kFloat16)
-                return _mm512_maskz_loadu_epi32(first_lanes(all - step), place);
             return Kind::steps([=](long offset) {
-                return load_numbers<from>(place + offset * kBytes<from>,
-                                          first_lanes((all - step) * Kind::kPerStep - offset));
+                const long number = step * Kind::kPerStep + offset;
+                return load_numbers<from>(start + (column * depth + number) * size_of(from),
+                                          first_lanes(depth - number));
             });
         });
     }
+
+    void end_half(long first, long count, Step* half) const {
+        const __m512i zero = _mm512_set1_epi32(Kind::kZeros);
+        __m512i sums = _mm512_setzero_si512();
+        Step* end = half + steps() * kPanelColumns;
+        for (; half < end; half += kPanelColumns) sums = _mm512_dpbusd_epi32(sums, zero, _mm512_loadu_si512(half));
+        _mm512_storeu_ps(end, _mm512_maskz_loadu_ps(first_lanes(count), scales + first));
+        _mm512_storeu_si512(end + kPanelColumns, sums);
+    }
 };
+
+// The scales of rows in bytes: what a unit is worth, from the largest number of a row.
+template <class Numbers>
+float unit_of(long width, Numbers numbers) {
+    const __m512 zero = _mm512_setzero_ps();
+    __m512 largest = _mm512_set1_ps(1e-30f), strange = zero;
+    for (long column = 0; column < width; column += kLanes) {
+        const __m512 x = numbers(column, first_lanes(width - column));
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(x));
+        strange = _mm512_fmadd_ps(x, zero, strange);  // not a number where x is none, or is infinite
+    }
+    return _mm512_reduce_max_ps(largest) / 127 + _mm512_reduce_add_ps(strange);
+}
 
 // Rows as they are.
 template <class Kind>
@@ -102,12 +136,28 @@ struct PlainRows {
     const typename Kind::Number* values;
     long width;
 
-    void put(long first, long rows, Step* tile) const {
+    void put(long first, long rows, Step* tile, float* units) const {
         const long steps = width / Kind::kPerStep;
-        const Step* start = reinterpret_cast<const Step*>(values + first * width);
-        put_in_tile(tile, rows, steps, [=](long row, long step) {
-            return _mm512_maskz_loadu_epi32(first_lanes(steps - step), start + row * steps + step);
-        });
+        const auto* start = values + first * width;
+        if constexpr (kIsInt8<Kind>) {
+            for (long row = 0; row < rows; row++)
+                units[row] = unit_of(width, [=](long column, __mmask16 lanes) {
+                    return Kind::load(start + row * width + column, lanes);
+                });
+            put_in_tile(tile, rows, steps, [=](long row, long step) {
+                const __m512 factor = _mm512_set1_ps(1 / units[row]);
+                return Kind::steps([=](long offset) {
+                    const long column = step * Kind::kPerStep + offset;
+                    const __m512 x = Kind::load(start + row * width + column, first_lanes(width - column));
+                    return _mm512_mul_ps(x, factor);
+                });
+            });
+        } else {
+            put_in_tile(tile, rows, steps, [=](long row, long step) {
+                const Step* place = reinterpret_cast<const Step*>(start) + row * steps + step;
+                return _mm512_maskz_loadu_epi32(first_lanes(steps - step), place);
+            });
+        }
     }
 };
 
@@ -128,17 +178,28 @@ struct NormedRows {
         return 1.f / std::sqrt(_mm512_reduce_add_ps(squares) / width + epsilon);
     }
 
-    void put(long first, long rows, Step* tile) const {
+    __m512 weighted(const float* numbers, long column, __m512 factor) const {
+        const __mmask16 lanes = first_lanes(width - column);
+        const __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, numbers + column), factor);
+        return weight ? _mm512_mul_ps(x, _mm512_maskz_loadu_ps(lanes, weight + column)) : x;
+    }
+
+    void put(long first, long rows, Step* tile, float* units) const {
         const float* start = values + first * width;
-        float scales[kTileRows];
-        for (long row = 0; row < rows; row++) scales[row] = scale(start + row * width);
+        float factors[kTileRows];
+        for (long row = 0; row < rows; row++) {
+            const float* numbers = start + row * width;
+            factors[row] = scale(numbers);
+            if constexpr (kIsInt8<Kind>) {
+                const __m512 factor = _mm512_set1_ps(factors[row]);
+                units[row] = unit_of(width, [=](long column, __mmask16) { return weighted(numbers, column, factor); });
+                factors[row] /= units[row];
+            }
+        }
         put_in_tile(tile, rows, width / Kind::kPerStep, [&](long row, long step) {
-            const __m512 factor = _mm512_set1_ps(scales[row]);
+            const __m512 factor = _mm512_set1_ps(factors[row]);
             return Kind::steps([&](long offset) {
-                const long column = step * Kind::kPerStep + offset;
-                const __mmask16 lanes = first_lanes(width - column);
-                const __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, start + row * width + column), factor);
-                return weight ? _mm512_mul_ps(x, _mm512_maskz_loadu_ps(lanes, weight + column)) : x;
+                return weighted(start + row * width, step * Kind::kPerStep + offset, factor);
             });
         });
     }
@@ -151,7 +212,8 @@ Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, F
     const long steps = weight.steps(), panels = weight.panels();
     const long groups = (tiles.count + kTilesAtOnce - 1) / kTilesAtOnce;
     const Buffer<Step> tiled = allocate<Step>(row_count * steps);
-    if (!tiled) return kOutOfMemory;
+    const Buffer<float> units = allocate<float>(kIsInt8<Kind> ? row_count : 1);
+    if (!tiled || !units) return kOutOfMemory;
     bool failed = false;
 #pragma omp parallel reduction(|| : failed)
     {
@@ -159,8 +221,10 @@ Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, F
         failed = !own;
         long packed_now = -1;
 #pragma omp for schedule(static)
-        for (long tile = 0; tile < tiles.count; tile++)
-            source.put(tiles.start(tile), tiles.size(tile), tiled.get() + tiles.start(tile) * steps);
+        for (long tile = 0; tile < tiles.count; tile++) {
+            const long start = tiles.start(tile);
+            source.put(start, tiles.size(tile), tiled.get() + start * steps, units.get() + start);
+        }
 #pragma omp for schedule(static)
         for (long task = 0; task < panels * groups; task++) {
             const long panel = task / groups, group = task % groups;
@@ -171,7 +235,12 @@ Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, F
                 const long start = tiles.start(tile);
                 multiply_tile<Kind>(
                     tiles.size(tile), tiled.get() + start * steps, numbers, weight.ahead(numbers, panel, tile), steps,
-                    [&](long row, __m512 left, __m512 right) { finish(start + row, panel, left, right); });
+                    [&](long row, __m512 left, __m512 right) {
+                        const float unit = kIsInt8<Kind> ? units[start + row] : 1;
+                        const Step* end = numbers + steps * kPanelColumns;
+                        finish(start + row, panel, Kind::finished(left, unit, end),
+                               Kind::finished(right, unit, end + kLanes));
+                    });
             }
         }
     }
@@ -233,7 +302,7 @@ void pack(const Weight<Kind>& weight, void* panels) {
 
 template <class Kind>
 void unpack(const Weight<Kind>& weight, void* values) {
-    using Number = typename Kind::Number;
+    using Number = typename Kind::Weight;
 #pragma omp parallel for schedule(static)
     for (long column = 0; column < weight.columns; column++) {
         const bool is_up = weight.is_gated && column >= weight.columns / 2;
@@ -247,48 +316,66 @@ void unpack(const Weight<Kind>& weight, void* values) {
     }
 }
 
+// Calls function(Kind()) with the kind of this number.
+template <class Function>
+auto with_kind(int number, Function function) {
+    switch (number) {
+        case 1: return function(Float32());
+        case 2: return function(Int8<Bfloat16>());
+        case 3: return function(Int8<Float32>());
+        default: return function(Bfloat16());
+    }
+}
+
 }  // namespace
 
-// In these, `in_float32` says what is computed in, and so what everything is in but the residual, the norm's weight and
-// a weight's own format; otherwise it is bfloat16.
+// In these, `kind` says what is computed in: 0 bfloat16, 1 float32, 2 bytes beside bfloat16, 3 bytes beside float32.
+// Activations are in bfloat16 or float32; the residual, the norm's weight and scales always are in float32. The weights
+// of bytes are panels.
 extern "C" {
 
 // How many threads a call takes at most.
 int t5_threads() { return omp_get_max_threads(); }
 
 // How many steps the panels of a weight take.
-long t5_panel_steps(long columns, long depth, int is_gated, int in_float32) {
-    const Weight<Float32> weight(nullptr, kPanels, columns, in_float32 ? depth : depth / 2, is_gated);
-    return weight.panels() * weight.panel_steps();
+long t5_panel_steps(long columns, long depth, int is_gated, int kind) {
+    return with_kind(kind, [=](auto a_kind) {
+        const Weight<decltype(a_kind)> weight(nullptr, kPanels, columns, depth, is_gated);
+        return weight.panels() * weight.panel_steps();
+    });
 }
 
-// A weight [columns, depth] in panels.
-void t5_pack(const void* values, int format, long columns, long depth, int is_gated, int in_float32, void* panels) {
-    if (in_float32) return pack(Weight<Float32>(values, format, columns, depth, is_gated), panels);
-    pack(Weight<Bfloat16>(values, format, columns, depth, is_gated), panels);
+// A weight [columns, depth] in panels. `scales` are those of the columns of bytes, and else null.
+void t5_pack(const void* values, int format, long columns, long depth, int is_gated, int kind, const float* scales,
+             void* panels) {
+    with_kind(kind, [=](auto a_kind) {
+        pack(Weight<decltype(a_kind)>(values, format, columns, depth, is_gated, scales), panels);
+    });
 }
 
 // The reverse: panels to a weight [columns, depth].
-void t5_unpack(const void* panels, long columns, long depth, int is_gated, int in_float32, void* values) {
-    if (in_float32) return unpack(Weight<Float32>(panels, kPanels, columns, depth, is_gated), values);
-    unpack(Weight<Bfloat16>(panels, kPanels, columns, depth, is_gated), values);
+void t5_unpack(const void* panels, long columns, long depth, int is_gated, int kind, void* values) {
+    with_kind(kind, [=](auto a_kind) {
+        unpack(Weight<decltype(a_kind)>(panels, kPanels, columns, depth, is_gated), values);
+    });
 }
 
 // act(norm(residual) · weightᵀ), or act(norm(residual) · gateᵀ) · (norm(residual) · upᵀ).
 int t5_normed_product(const float* residual, long rows, const float* norm_weight, float epsilon, const void* values,
-                      int format, long columns, long depth, int is_gated, int activation, int in_float32, void* out) {
-    if (in_float32)
-        return normed_product(NormedRows<Float32>{residual, depth, norm_weight, epsilon}, rows,
-                              Weight<Float32>(values, format, columns, depth, is_gated), activation, out);
-    return normed_product(NormedRows<Bfloat16>{residual, depth, norm_weight, epsilon}, rows,
-                          Weight<Bfloat16>(values, format, columns, depth, is_gated), activation, out);
+                      int format, long columns, long depth, int is_gated, int activation, int kind, void* out) {
+    return with_kind(kind, [=](auto a_kind) {
+        using Kind = decltype(a_kind);
+        return normed_product(NormedRows<Kind>{residual, depth, norm_weight, epsilon}, rows,
+                              Weight<Kind>(values, format, columns, depth, is_gated), activation, out);
+    });
 }
 
 // residual += x · weightᵀ, in float32.
-int t5_added_product(const void* x, long rows, const void* values, int format, long columns, long depth,
-                     int in_float32, float* residual) {
-    if (in_float32) return added_product(x, rows, Weight<Float32>(values, format, columns, depth, false), residual);
-    return added_product(x, rows, Weight<Bfloat16>(values, format, columns, depth, false), residual);
+int t5_added_product(const void* x, long rows, const void* values, int format, long columns, long depth, int kind,
+                     float* residual) {
+    return with_kind(kind, [=](auto a_kind) {
+        return added_product(x, rows, Weight<decltype(a_kind)>(values, format, columns, depth, false), residual);
+    });
 }
 
 }  // extern "C"

@@ -1,9 +1,10 @@
 // What all kernels share: the order of rows and weights in memory, and the product of a tile with a panel.
 //
 // A product takes rows (activations) in tiles of up to 12, and weights in panels of 32 columns. Both advance along the
-// summed dimension in steps of four bytes: a pair of bfloat16, as the instruction vdpbf16ps adds them, or one float32. A
-// tile is [steps][rows], a panel [steps][32]. The sums of a tile and a panel stay in registers (12 · 2 of 32), in
-// float32, until all steps are done. Every element is summed in the same order whatever is computed beside it.
+// summed dimension in steps of four bytes: a pair of bfloat16, as the instruction vdpbf16ps adds them, one float32, or
+// four bytes of the 8-bit form (vpdpbusd). A tile is [steps][rows], a panel [steps][32]. The sums of a tile and a panel
+// stay in registers (12 · 2 of 32), in float32 or int32, until all steps are done. Every element is summed in the same
+// order whatever is computed beside it.
 
 #pragma once
 
@@ -13,6 +14,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <type_traits>
 
 using Step = int32_t;
 
@@ -49,15 +51,23 @@ inline __mmask16 first_lanes(long count) {
 // What is computed in
 // ---------------------------------------------------------------------------------------------------------------------
 
+// Of each: Number is what activations are stored as, Weight what the numbers of a packed weight are, kPerStep how many of
+// them a step has, and kTrailing how many more steps of 32 columns end a panel.
+
 struct Bfloat16 {
     using Number = uint16_t;
-    static constexpr long kPerStep = 2;
+    using Weight = uint16_t;
+    static constexpr long kPerStep = 2, kTrailing = 0;
 
     static __m512 add_products(__m512 sums, __m512i row, __m512i columns) {
         return _mm512_dpbf16_ps(sums, (__m512bh)row, (__m512bh)columns);
     }
+    static __m512 finished(__m512 sums, float, const Step*) { return sums; }
     static __m512 widened(__m256i numbers) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+    }
+    static __m512 load(const Number* place, __mmask16 lanes) {
+        return widened(_mm256_maskz_loadu_epi16(lanes, place));
     }
     static void store(Number* place, __mmask16 lanes, __m512 values) {
         _mm256_mask_storeu_epi16(place, lanes, (__m256i)_mm512_cvtneps_pbh(values));
@@ -83,11 +93,14 @@ struct Bfloat16 {
 
 struct Float32 {
     using Number = float;
-    static constexpr long kPerStep = 1;
+    using Weight = float;
+    static constexpr long kPerStep = 1, kTrailing = 0;
 
     static __m512 add_products(__m512 sums, __m512i row, __m512i columns) {
         return _mm512_fmadd_ps(_mm512_castsi512_ps(row), _mm512_castsi512_ps(columns), sums);
     }
+    static __m512 finished(__m512 sums, float, const Step*) { return sums; }
+    static __m512 load(const Number* place, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, place); }
     static void store(Number* place, __mmask16 lanes, __m512 values) { _mm512_mask_storeu_ps(place, lanes, values); }
     template <class Numbers>
     static __m512i steps(Numbers numbers) {
@@ -98,6 +111,39 @@ struct Float32 {
         return _mm512_maskz_loadu_epi32(lanes, row);
     }
 };
+
+// Bytes, between activations that are stored as `Outside` has them. The weights are signed, with a scale per column, and
+// the rows unsigned around 128, with a scale per row. Two lines end a panel: the scales of its columns, and what the 128
+// adds to their sums.
+template <class Outside>
+struct Int8 : Outside {
+    using Weight = int8_t;
+    static constexpr long kPerStep = 4, kTrailing = 2;
+    static constexpr float kLargest = 127;
+    static constexpr int kZeros = int(0x80808080u);
+
+    static __m512 add_products(__m512 sums, __m512i row, __m512i columns) {
+        return _mm512_castsi512_ps(_mm512_dpbusd_epi32(_mm512_castps_si512(sums), row, columns));
+    }
+    static __m512 finished(__m512 sums, float row_scale, const Step* trailing) {
+        const __m512i zeros = _mm512_loadu_si512(trailing + kPanelColumns);
+        const __m512 scales = _mm512_mul_ps(_mm512_set1_ps(row_scale), _mm512_loadu_ps(trailing));
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_castps_si512(sums), zeros)), scales);
+    }
+    // The numbers are between -127 and 127.
+    template <class Numbers>
+    static __m512i steps(Numbers numbers) {
+        __m512i bytes = _mm512_castsi128_si512(byte_of_each(numbers(0)));
+        bytes = _mm512_inserti32x4(bytes, byte_of_each(numbers(kLanes)), 1);
+        bytes = _mm512_inserti32x4(bytes, byte_of_each(numbers(2 * kLanes)), 2);
+        bytes = _mm512_inserti32x4(bytes, byte_of_each(numbers(3 * kLanes)), 3);
+        return _mm512_xor_si512(bytes, _mm512_set1_epi32(kZeros));
+    }
+    static __m128i byte_of_each(__m512 numbers) { return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(numbers)); }
+};
+
+template <class Kind>
+constexpr bool kIsInt8 = std::is_same_v<typename Kind::Weight, int8_t>;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Rows in tiles

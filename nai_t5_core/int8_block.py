@@ -1,0 +1,50 @@
+"""An encoder block in 8 bits, computed by the kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nai_t5_core.int8_linear import Int8Linear, Int8Weight
+from nai_t5_core.layers import FoldedRMSNorm
+from nai_t5_core.packed_block import PackedBlock
+
+
+class Int8Block(PackedBlock):
+    """A block with its weights packed in 8 bits; activations are stored in the model's dtype.
+
+    Args:
+        block: one that :meth:`takes` accepts; its projections are taken out of it.
+        dtype: that of the model, bfloat16 or float32.
+    """
+
+    @classmethod
+    def takes(cls, block: nn.Module) -> bool:
+        """Whether the kernels can compute a block in 8 bits."""
+        linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+        return super().takes(block) and all(linear.in_features % 4 == 0 for linear in linears)
+
+    def _prepare(self, weights: list[Tensor], dtype: torch.dtype) -> None:
+        norms = [layer.layer_norm for layer in self.layer]
+        # A norm's weight that was folded into a projection is taken out of it, and multiplies activations again.
+        folded = [norm.folded_weight if isinstance(norm, FoldedRMSNorm) else None for norm in norms]
+        in_scales = (folded[0], None, folded[1], None)
+        quantised = [Int8Weight.of(weight, in_scale) for weight, in_scale in zip(weights, in_scales, strict=True)]
+        self.in_scales = [weight.in_scale for weight in quantised]
+        values, scales = zip(*((weight.values, weight.scale) for weight in quantised), strict=True)
+        self.kernels = self._kernels_on(values, dtype, scales).packed()
+        self.is_packed = True
+
+    def _norm_weights(self) -> list[Tensor | None]:
+        in_scales = (self.in_scales[0], self.in_scales[2])
+        both = zip(super()._norm_weights(), in_scales, strict=True)
+        return [in_scale if weight is None else weight for weight, in_scale in both]
+
+    def _projections(self, place: int, names: tuple[str, ...]) -> list[nn.Module]:
+        kept = self.kernels.weights[place]
+        assert kept.scales is not None
+        parts = Int8Weight(kept.unpacked(), kept.scales, self.in_scales[place]).chunk(len(names))
+        return [Int8Linear.named(name, part, kept.dtype) for name, part in zip(names, parts, strict=True)]
+
+    def extra_repr(self) -> str:
+        return "kernels, in 8 bits"
