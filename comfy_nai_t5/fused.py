@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nai_t5_core.attention import Attend
-from nai_t5_core.encoder import EncoderBlock
+from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.kernel_block import KernelBlock
 from nai_t5_core.kernels.build import missing_for_kernels
 from nai_t5_core.kernels.calls import COMPUTE_DTYPES

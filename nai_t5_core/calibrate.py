@@ -19,7 +19,7 @@ from nai_t5_core.calibration_report import Calibration, StackMaxima
 from nai_t5_core.config import T5Config, decoder_tensors, encoder_tensors
 from nai_t5_core.decoder import DecoderBlock
 from nai_t5_core.decoder_attention import CausalAttention, CrossMemory, causal_table, cross_bias
-from nai_t5_core.encoder import EncoderBlock
+from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.examine import (
     Examination,
     ModelSource,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from nai_t5_core.attention import Attend, SelfAttentionLayer, query_std
 from nai_t5_core.config import T5Config
 from nai_t5_core.decoder_attention import CrossAttend, CrossMemory, DecoderPlan, causal_table, cross_bias
-from nai_t5_core.encoder import EncoderBlock, Layout
+from nai_t5_core.encoder import Layout
+from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.layers import FeedForwardLayer, FoldedRMSNorm, RMSNorm, add_sublayer, residual_dtype, scaled
 from nai_t5_core.packing import Packing
 from nai_t5_core.scales import LayerScales, StackScales

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from nai_t5_core.config import T5Config
 from nai_t5_core.decoder import DecoderBlock
-from nai_t5_core.encoder import EncoderBlock, Layout, T5EncoderStack
+from nai_t5_core.encoder import Layout, T5EncoderStack
+from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.layers import FusedGatedFeedForward, residual_dtype
 from nai_t5_core.lora_live import LiveLinear
 from nai_t5_core.maxima import LayerMaxima, observe, scales_for

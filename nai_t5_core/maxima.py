@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nai_t5_core.attention import FusedSelfAttention
 from nai_t5_core.decoder import DecoderBlock
-from nai_t5_core.encoder import EncoderBlock
+from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.layers import FusedGatedFeedForward, GatedFeedForward
 from nai_t5_core.scales import LayerScales, scale_for
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nai_t5_core.config import Activation
-from nai_t5_core.encoder import EncoderBlock, T5EncoderStack
+from nai_t5_core.encoder import T5EncoderStack
+from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.kernel_block import PLAIN_LINEARS
 from nai_t5_core.kernels.build import missing_for_kernels
 from nai_t5_core.layers import ACTIVATIONS, FeedForward, FusedGatedFeedForward, GatedFeedForward, scaled

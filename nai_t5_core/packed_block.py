@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nai_t5_core.attention import Attend, FusedSelfAttention
-from nai_t5_core.encoder import EncoderBlock
+from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.kernel_block import PLAIN_LINEARS, KernelBlock, is_supported
 from nai_t5_core.layers import GatedFeedForward, NoInit
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nai_t5_core.decoder import DecoderBlock
-from nai_t5_core.encoder import EncoderBlock, T5EncoderStack
+from nai_t5_core.encoder import T5EncoderStack
+from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.int8_linear import Int8Linear
 from nai_t5_core.layers import RMSNorm
 from nai_t5_core.model import T5

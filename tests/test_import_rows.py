@@ -15,7 +15,7 @@ ROWS = [
     # 1: what a processor computes
     "kernels",
     # 2: mathematics
-    "layers attention kernel_block attention_choice flex packing encoder "
+    "layers attention kernel_block attention_choice flex packing encoder_block encoder "
     "decoder_attention decoder compiled_steps decoding token_scores beam_search generation model",
     # 3: weights
     "formats keymaps fuse precision hub native examine load conversion maxima scales_file "

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nai_t5_core.attention import position_bias
 from nai_t5_core.config import Activation, T5Config
-from nai_t5_core.encoder import LAYOUTS, EncoderBlock, Layout, T5EncoderStack
+from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
+from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.kernel_block import kernels_of
 from nai_t5_core.kernels import build
 from nai_t5_core.kernels.build import missing_for_kernels

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from nai_t5_core.decoder import DecoderBlock
-from nai_t5_core.encoder import EncoderBlock
+from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.layers import NoInit
 from nai_t5_core.model import T5
 from nai_t5_core.sharding import shard
