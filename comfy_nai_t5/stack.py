@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 KeptKind = TypeVar("KeptKind", PackedKernels, PackedProducts)
 
 # Of weights that can be cast to what is computed in, once.
-_CASTABLE = (*WEIGHT_FORMATS, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+_CASTABLE = (*WEIGHT_FORMATS, torch.float64)
 
 
 def dtypes_cast(is_packed: bool, by_kernels: bool) -> Collection[torch.dtype]:

@@ -25,7 +25,7 @@ from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.kernel_block import kernels_of
 from nai_t5_core.kernels import build
 from nai_t5_core.kernels.build import missing_for_kernels
-from nai_t5_core.kernels.calls import KernelWeight, add_product, attention, normed_product
+from nai_t5_core.kernels.calls import WEIGHT_FORMATS, KernelWeight, add_product, attention, normed_product
 from nai_t5_core.layers import CastingOps
 from nai_t5_core.optimize import PackedLinear, prepack
 from nai_t5_core.packed_block import PackedBlock
@@ -56,7 +56,7 @@ def normed(residual: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tensor:
 @needs_kernels
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("depth", "columns"), SIZES)
-@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kept", WEIGHT_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_equal_those_in_float32(
     rows: int, depth: int, columns: int, kept: torch.dtype, dtype: torch.dtype
@@ -75,6 +75,17 @@ def test_products_equal_those_in_float32(
         add_product(x, ours, total)
         assert error(total, addend + x.float() @ exact.T) < 1e-5
     assert torch.equal(plain.packed().unpacked(), weight.to(dtype))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_number_of_float8_is_read_exactly(dtype: torch.dtype) -> None:
+    numbers = torch.arange(256, dtype=torch.uint8).view(dtype)
+    weight = torch.zeros(256, 256, dtype=torch.uint8).view(dtype)
+    weight[:, 0] = numbers
+    found = KernelWeight.plain(weight, torch.float32).packed().unpacked()[:, 0]
+    assert torch.equal(found.nan_to_num(1e9), numbers.float().nan_to_num(1e9))
+    assert torch.equal(found.signbit() | found.isnan(), numbers.float().signbit() | found.isnan())
 
 
 def in_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,7 +223,9 @@ def test_wrong_tensors_are_refused() -> None:
         normed_product(torch.zeros(2, 8, dtype=torch.bfloat16), None, 1e-6, weight)
     with pytest.raises(ValueError, match=r"tensor \[2, 4\] on the CPU; got torch.float32 \[2, 5\]"):
         add_product(torch.zeros(2, 8, dtype=torch.bfloat16), weight, torch.zeros(2, 5))
-    with pytest.raises(ValueError, match=r"even sizes in bfloat16, float16 or float32, .* got torch.float64 \[4, 7\]"):
+    with pytest.raises(
+        ValueError, match=r"even sizes in bfloat16.* or float8.* got torch.float64 \[4, 7\]"
+    ):
         KernelWeight.plain(torch.zeros(4, 7, dtype=torch.float64), torch.float32)
     with pytest.raises(ValueError, match=r"scales and a depth that is a multiple of 4; got torch.int8 \[4, 6\]"):
         KernelWeight.plain(torch.zeros(4, 6, dtype=torch.int8), torch.float32, scales=torch.ones(4))

@@ -17,9 +17,15 @@ from nai_t5_core.kernels.build import library
 
 # Numbers of the activations in tiles.h, and of the formats in products.cpp.
 ACTIVATION_NUMBERS: dict[Activation | None, int] = {None: 0, "relu": 1, "gelu_new": 2, "silu": 3}
-WEIGHT_FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_WITH_SCALES = {torch.int8: 3}
-_PANELS = 4
+WEIGHT_FORMATS = {
+    torch.bfloat16: 0,
+    torch.float16: 1,
+    torch.float32: 2,
+    torch.float8_e4m3fn: 3,
+    torch.float8_e5m2: 4,
+}
+_WITH_SCALES = {torch.int8: 5}
+_PANELS = 6
 
 # What the kernels compute in, besides bytes, and what activations are stored in.
 COMPUTE_DTYPES = (torch.bfloat16, torch.float32)
@@ -98,7 +104,7 @@ class KernelWeight:
         """A contiguous weight [columns, depth] of even depth, and even in columns if it is gated.
 
         Args:
-            weight: in bfloat16, float16 or float32; or int8, of a depth that is a multiple of 4.
+            weight: in a dtype of :data:`WEIGHT_FORMATS`; or int8, of a depth that is a multiple of 4.
             dtype: of the activations, bfloat16 or float32.
             scales: [columns] float32, of a weight in int8: what a unit is worth.
         """
@@ -108,8 +114,8 @@ class KernelWeight:
         formats, unit = (WEIGHT_FORMATS, 2) if scales is None else (_WITH_SCALES, 4)
         if weight.dtype not in formats or not weight.is_contiguous() or depth % unit or (is_gated and columns % 2):
             raise ValueError(
-                "the kernels take contiguous weights of even sizes in bfloat16, float16 or float32, or in int8 with "
-                f"scales and a depth that is a multiple of 4; got {weight.dtype} {list(weight.shape)}"
+                "the kernels take contiguous weights of even sizes in bfloat16, float16, float32 or float8, or in int8 "
+                f"with scales and a depth that is a multiple of 4; got {weight.dtype} {list(weight.shape)}"
             )
         own_scales = None if scales is None else scales.float().contiguous()
         return cls(weight.detach(), formats[weight.dtype], columns, depth, dtype, is_gated, own_scales)

@@ -11,15 +11,33 @@ namespace {
 // How many tiles a thread takes a panel through before it goes on to the next: their rows stay in its cache.
 constexpr long kTilesAtOnce = 8;
 
-// How the numbers of a weight lie in memory: row by row in one of these, or as panels. Bytes are for the 8-bit form, and
-// nothing else is.
-enum Format { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2, kBytes = 3, kPanels = 4 };
+// How the numbers of a weight lie in memory: row by row in one of these, or as panels. kInt8 is for products in 8 bits,
+// and nothing else is.
+enum Format { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2, kFloat8E4m3 = 3, kFloat8E5m2 = 4, kInt8 = 5, kPanels = 6 };
 
-constexpr long size_of(Format format) { return format == kFloat32 ? 4 : format == kBytes ? 1 : 2; }
+constexpr long size_of(Format format) { return format == kFloat32 ? 4 : format >= kFloat8E4m3 ? 1 : 2; }
+
+// Sixteen numbers of 8 bits, each the high byte of its lane, as those of float16 with the same bits for the exponent.
+inline __m512 of_float8_e5m2(__m256i high) { return _mm512_cvtph_ps(high); }
+
+// Those with four bits of exponent and no infinity (e4m3fn): moved to where float16 has its exponent, which is 8 larger
+// there for the same power of two.
+inline __m512 of_float8_e4m3(__m256i high) {
+    const __m256i sign = _mm256_and_si256(high, _mm256_set1_epi16(short(0x8000)));
+    const __m256i rest = _mm256_srli_epi16(_mm256_slli_epi16(high, 1), 2);
+    const __m512 numbers = _mm512_cvtph_ps(_mm256_or_si256(sign, rest));
+    const __mmask16 none = _mm256_cmpeq_epi16_mask(rest, _mm256_set1_epi16(0x3f80));
+    return _mm512_mask_mov_ps(_mm512_mul_ps(numbers, _mm512_set1_ps(256.f)), none, _mm512_set1_ps(NAN));
+}
 
 template <Format format>
 inline __attribute__((always_inline)) __m512 load_numbers(const char* place, __mmask16 lanes) {
     if (format == kFloat32) return _mm512_maskz_loadu_ps(lanes, place);
+    if (size_of(format) == 1) {
+        const __m128i bytes = _mm_maskz_loadu_epi8(lanes, place);
+        const __m256i high = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8);
+        return format == kFloat8E4m3 ? of_float8_e4m3(high) : of_float8_e5m2(high);
+    }
     const __m256i halves = _mm256_maskz_loadu_epi16(lanes, place);
     return format == kFloat16 ? _mm512_cvtph_ps(halves) : Bfloat16::widened(halves);
 }
@@ -81,6 +99,8 @@ struct Weight {
             switch (format) {
                 case kFloat16: return pack_half_from<kFloat16>(first, count, half);
                 case kFloat32: return pack_half_from<kFloat32>(first, count, half);
+                case kFloat8E4m3: return pack_half_from<kFloat8E4m3>(first, count, half);
+                case kFloat8E5m2: return pack_half_from<kFloat8E5m2>(first, count, half);
                 default: return pack_half_from<kBfloat16>(first, count, half);
             }
         }

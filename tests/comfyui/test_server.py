@@ -195,8 +195,8 @@ def test_choices_that_are_impossible(server: Server) -> None:
     for choices, message in (
         ({"compile": True, "layout": "separate"}, "compile needs joined products; choose the layout auto or fused"),
         (
-            {"dtype": "bfloat16", "weights": "float8_e4m3fn", "layout": "fused"},
-            "its weights are kept in float8_e4m3fn and cast to bfloat16",
+            {"dtype": "float16", "weights": "float8_e4m3fn", "layout": "fused"},
+            "its weights are kept in float8_e4m3fn and cast to float16",
         ),
     ):
         wrong = load()
