@@ -178,8 +178,11 @@ def projections(block: Any) -> list[Any]:
 
 def _not_plain(linear: Any) -> str | None:
     """Why a module's call is more than a product with the weight that lies there; None if it is no more."""
-    if getattr(type(linear), "forward", None) is not comfy.ops.disable_weight_init.Linear.forward:
-        return f"its weights are in modules of another kind ({type(linear).__name__})"
+    plain, own = comfy.ops.disable_weight_init.Linear, type(linear)
+    if getattr(own, "forward", None) is not plain.forward:
+        return f"its weights are in modules of another kind ({own.__name__})"
+    if own.forward_comfy_cast_weights is not plain.forward_comfy_cast_weights:
+        return "ComfyUI makes numbers of its quantised weights at every call"
     if hasattr(linear, "_v"):
         return "ComfyUI streams its weights (dynamic memory)"
     if linear.weight_function:

@@ -52,23 +52,24 @@ def exact(clip: Any, config: T5Config, state: dict[str, Tensor], family: str) ->
     return stack(ids, mask, padding="skip" if family in ("wan", "cosmos") else "exact")
 
 
+@pytest.mark.parametrize("layout", ["auto", "packed"])
 @pytest.mark.parametrize("spelling", ["scale_weight", "weight_scale"])
 @pytest.mark.parametrize(("family", "config"), [("mochi", V1_1), ("wan", UMT5), ("cosmos", V1_0)])
 def test_scaled_float8(
-    family: str, config: T5Config, spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, config: T5Config, spelling: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = toy_state(config)
     weights = {name: tensor for name, tensor in state.items() if name != "spiece_model"}
     stored, meant = scaled_float8(weights, spelling)
     path = write_file(tmp_path / "scaled.safetensors", stored | {k: v for k, v in state.items() if k not in weights})
-    clip = load(path, family, monkeypatch, dtype="float32")
+    clip = load(path, family, monkeypatch, dtype="float32", layout=layout)
     assert error(conditioning(clip, PROMPT)["cond"], exact(clip, config, meant, family)) < 1e-4
     kept = clip.cond_stage_model.state_dict()
     for name, tensor in stored.items():
         if tensor.dtype == torch.float8_e4m3fn and name != "scaled_fp8":
             assert kept[f"{toy_family(family).slot}.transformer.{name}"].dtype == tensor.dtype
     for dtype, limit in (("bfloat16", 3e-2), ("float16", 5e-3)):
-        half = load(path, family, monkeypatch, dtype=dtype)
+        half = load(path, family, monkeypatch, dtype=dtype, layout="auto" if dtype == "float16" else layout)
         assert error(conditioning(half, PROMPT)["cond"], exact(clip, config, meant, family)) < limit
 
 
