@@ -24,10 +24,11 @@ from nai_t5_core.config import named_config
 def modules(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     config = named_config(options.size).encoder_only()
+    stored = getattr(torch, options.file)
     print("| | length | stock | ours | times faster | each prompt | difference |\n|---|---|---|---|---|---|---|")
     for name in options.only or CASES:
         with tempfile.TemporaryDirectory() as folder:
-            result = time_case(CASES[name], config, Path(folder), options.rounds, options.layout)
+            result = time_case(CASES[name], config, Path(folder), options.rounds, options.layout, stored)
         print(f"| {CASES[name].title} | {CASES[name].length} | {result.cells()} |", flush=True)
 
 
@@ -53,6 +54,7 @@ def main() -> None:
         if command is modules:
             one.add_argument("--threads", type=int, default=2)
             one.add_argument("--layout", default="auto", help="of ours: auto, or packed")
+            one.add_argument("--file", default="float16", choices=("float16", "float8_e4m3fn"), help="its dtype")
             one.add_argument("--size", default="t5-v1_1-large", help="width, depth and heads")
     options = parser.parse_args()
     if "COMFYUI_PATH" not in os.environ:

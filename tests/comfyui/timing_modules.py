@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from checkpoints import spiece_tensor, write_file
 from comfy_toys import conditioning, error, require_comfyui, stock, toy_family
 from conftest import random_state
@@ -67,10 +68,12 @@ class Times:
         return f"{stock} | {ours} | {statistics.median(self.ratios):.1f}× | {each} | {self.difference:.1e}"
 
 
-def time_case(case: Case, sizes: T5Config, folder: Path, rounds: int, layout: str) -> Times:
-    """Both from one file in float16: stock, which computes in float32, and *Load T5 (NAI)* in bfloat16."""
+def time_case(
+    case: Case, sizes: T5Config, folder: Path, rounds: int, layout: str, stored: torch.dtype = torch.float16
+) -> Times:
+    """Both from one file in ``stored``: stock, which computes in float32, and *Load T5 (NAI)* in bfloat16."""
     require_comfyui()
-    path = _file(folder, sizes.model_copy(update=case.kind))
+    path = _file(folder, sizes.model_copy(update=case.kind), stored)
     clips = [stock(path, case.family), _ours(path, case.family, layout)]
     slot = toy_family(case.family).slot
     conditioning(clips[1], _TEXT)  # packed weights are packed by the second call
@@ -98,8 +101,8 @@ def _prompt(clip: Any, slot: str, count: int) -> str:
     return " ".join(words)
 
 
-def _file(folder: Path, config: T5Config) -> Path:
-    state = {name: tensor.half() for name, tensor in random_state(config).items()}
+def _file(folder: Path, config: T5Config, stored: torch.dtype) -> Path:
+    state = {name: tensor.to(stored) for name, tensor in random_state(config).items()}
     if config.vocab_size == _UMT5["vocab_size"]:
         state["spiece_model"] = spiece_tensor()
     return write_file(folder / "t5.safetensors", state)
