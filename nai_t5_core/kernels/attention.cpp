@@ -69,10 +69,11 @@ class Head {
 
     // The bias of a key at distance d lies at reach_ + d, and beyond the table's reach is that at its end.
     void spread_bias(const float* table, long table_reach) {
-        for (long place = 0; place < 2 * reach_ + kPanelColumns; place++) {
-            const long distance = std::max(-table_reach, std::min(table_reach, place - reach_));
-            bias_[place] = table[distance + table_reach];
-        }
+        const long near = std::min(reach_, table_reach);
+        float *start = bias_.get(), *middle = start + reach_, *end = start + 2 * reach_ + kPanelColumns;
+        std::fill(start, middle - near, table[0]);
+        std::copy(table + table_reach - near, table + table_reach + near + 1, middle - near);
+        std::fill(middle + near + 1, end, table[2 * table_reach]);
     }
 
     __m512i steps_at(const Number* row, long step) const {
