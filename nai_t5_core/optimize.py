@@ -214,7 +214,7 @@ def take_blocks(stack: T5EncoderStack | T5, products: ProductsChoice, form: type
 
 
 def is_packed(model: nn.Module) -> bool:
-    """Whether any weight of a model was given to :func:`prepack`."""
+    """Whether any weight of a model is packed, by :func:`prepack` or in 8 bits for the kernels."""
     return any(isinstance(module, PackedLinear | PackedBlock) for module in model.modules())
 
 
