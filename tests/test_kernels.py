@@ -78,6 +78,20 @@ def test_products_equal_those_in_float32(
 
 
 @needs_kernels
+def test_long_sums_in_float32_are_no_less_exact_than_torchs() -> None:
+    weight, x = draw(64, 4000) * 4000**-0.5, draw(50, 4000, seed=1)
+    exact = x.double() @ weight.double().T
+    add_product(x, KernelWeight.plain(weight, torch.float32), found := torch.zeros(50, 64))
+    assert (found - exact).abs().mean() < 1.2 * (F.linear(x, weight) - exact).abs().mean()
+    # Keys that all have the same weight, so that values are all that is summed.
+    projected = draw(3000, 3 * 64, seed=2)
+    projected[:, :128] = 0
+    values = attention(projected, 1, torch.tensor([(0, 3000, 0, 3000)]), torch.zeros(1, 257), 1.0)[0]
+    mean = projected[:, 128:].double().mean(dim=0)
+    assert (values - mean).abs().mean() < 1.2 * (torch.full((3000,), 1 / 3000) @ projected[:, 128:] - mean).abs().mean()
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_every_number_of_float8_is_read_exactly(dtype: torch.dtype) -> None:
     numbers = torch.arange(256, dtype=torch.uint8).view(dtype)

@@ -21,6 +21,7 @@ using Step = int32_t;
 constexpr long kTileRows = 12;
 constexpr long kLanes = 16;  // float32 numbers in a register
 constexpr long kPanelColumns = 2 * kLanes;
+constexpr long kFloat32Part = 128;  // steps that are summed at once
 constexpr long kPrefetchSteps = 64;  // 8 KiB: about what is on its way from memory at any time
 
 enum Status { kOk = 0, kOutOfMemory = 1 };
@@ -237,10 +238,8 @@ void multiply_exactly(const Step* tile, const Step* panel, const void* ahead, lo
     }
 }
 
-// Calls finish(row, left sums, right sums) for each row of a tile.
-template <class Kind, class Finish>
-void multiply_tile(long rows, const Step* tile, const Step* panel, const void* ahead, long steps, Finish finish) {
-    __m512 sums[kTileRows][2];
+template <class Kind>
+void multiply_rows(long rows, const Step* tile, const Step* panel, const void* ahead, long steps, __m512 (*sums)[2]) {
     switch (rows) {
         case 1: multiply_exactly<Kind, 1>(tile, panel, ahead, steps, sums); break;
         case 2: multiply_exactly<Kind, 2>(tile, panel, ahead, steps, sums); break;
@@ -254,6 +253,22 @@ void multiply_tile(long rows, const Step* tile, const Step* panel, const void* a
         case 10: multiply_exactly<Kind, 10>(tile, panel, ahead, steps, sums); break;
         case 11: multiply_exactly<Kind, 11>(tile, panel, ahead, steps, sums); break;
         default: multiply_exactly<Kind, 12>(tile, panel, ahead, steps, sums);
+    }
+}
+
+// Calls finish(row, left sums, right sums) for each row of a tile. In float32, sums of parts are added up: a single sum
+// over thousands of steps would be rounded thousands of times.
+template <class Kind, class Finish>
+void multiply_tile(long rows, const Step* tile, const Step* panel, const void* ahead, long steps, Finish finish) {
+    const long part = std::is_same_v<Kind, Float32> ? kFloat32Part : steps;
+    __m512 sums[kTileRows][2], more[kTileRows][2];
+    multiply_rows<Kind>(rows, tile, panel, ahead, std::min(steps, part), sums);
+    for (long step = part; step < steps; step += part) {
+        const Step* numbers = panel + step * kPanelColumns;
+        const Step* next = static_cast<const Step*>(ahead) + step * kPanelColumns;
+        multiply_rows<Kind>(rows, tile + step * rows, numbers, next, std::min(steps - step, part), more);
+        for (long row = 0; row < rows; row++)
+            for (long half = 0; half < 2; half++) sums[row][half] = _mm512_add_ps(sums[row][half], more[row][half]);
     }
     for (long row = 0; row < rows; row++) finish(row, sums[row][0], sums[row][1]);
 }
