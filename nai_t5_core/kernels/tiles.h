@@ -120,7 +120,6 @@ template <class Outside>
 struct Int8 : Outside {
     using Weight = int8_t;
     static constexpr long kPerStep = 4, kTrailing = 2;
-    static constexpr float kLargest = 127;
     static constexpr int kZeros = int(0x80808080u);
 
     static __m512 add_products(__m512 sums, __m512i row, __m512i columns) {
