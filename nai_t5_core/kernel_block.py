@@ -21,7 +21,7 @@ from nai_t5_core.kernels.calls import (
     COMPUTE_DTYPES,
     KernelWeight,
     add_product,
-    attention,
+    encode_block,
     normed_product,
 )
 from nai_t5_core.layers import CastingOps, FeedForward, FusedGatedFeedForward, NoInit
@@ -73,19 +73,18 @@ class KernelBlock:
         self, residual: Tensor, attend: Attend, attention_norm: Tensor | None = None, dense_norm: Tensor | None = None
     ) -> Tensor:
         """The residual [tokens, d_model], float32, changed in place. Norm weights are [d_model] in float32."""
+        if isinstance(attend, DocumentLayer) and (documents := attend.plan.documents) is not None:
+            norms, table, scale = (attention_norm, dense_norm), attend.exact_table, attend.plan.scale
+            numbers = (self.heads, self.epsilon, self.activation)
+            encode_block(residual, self.weights, norms, *numbers, documents, table, scale)
+            return residual
         qkv, o, inner, wo = self.weights
         projected = normed_product(residual, attention_norm, self.epsilon, qkv)
-        add_product(self._attend(projected, attend), o, residual)
+        q, k, v = projected.unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        add_product(attend(q, k, v).flatten(-2).contiguous(), o, residual)
         hidden = normed_product(residual, dense_norm, self.epsilon, inner, self.activation)
         add_product(hidden, wo, residual)
         return residual
-
-    def _attend(self, projected: Tensor, attend: Attend) -> Tensor:
-        """[tokens, 3 · inner] to [tokens, inner]."""
-        if isinstance(attend, DocumentLayer) and (documents := attend.plan.documents) is not None:
-            return attention(projected, self.heads, documents, attend.exact_table, attend.plan.scale)
-        q, k, v = projected.unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        return attend(q, k, v).flatten(-2).contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -122,9 +122,13 @@ def encoder_work(config: T5Config, document_lengths: Sequence[int]) -> Work:
 
 def encoder_flops(config: T5Config, document_lengths: Sequence[int]) -> int:
     """Floating-point operations of the products and of attention when each document attends to itself alone."""
-    projections = 2 * sum(document_lengths) * _layer_weights(config)
     attention = sum(4 * length * length * config.inner_dim for length in document_lengths)
-    return config.num_layers * (projections + attention)
+    return projection_flops(config, sum(document_lengths)) + config.num_layers * attention
+
+
+def projection_flops(config: T5Config, tokens: int) -> int:
+    """Floating-point operations of the encoder's projections alone."""
+    return 2 * tokens * config.num_layers * _layer_weights(config)
 
 
 def projection_shapes(config: T5Config) -> tuple[Shape, ...]:

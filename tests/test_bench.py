@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOY_CONFIGS, build_stack, random_state
+from conftest import TOY_CONFIGS, build_stack, needs_kernels, random_state
 from typer.testing import CliRunner
 
 from nai_t5_core.bench import CASES, cases_named, markdown, plot, render, run_bench, timing, variants
@@ -21,9 +21,10 @@ from nai_t5_core.bench.flops import count_flops
 from nai_t5_core.bench.limits import BareProjections
 from nai_t5_core.bench.memory import peak_bytes
 from nai_t5_core.bench.results import BenchReport, Spread
-from nai_t5_core.bench.variants import COMPILED, NOT_PREPACKED, Built
+from nai_t5_core.bench.variants import COMPILED, INT8, NOT_PREPACKED, Built
 from nai_t5_core.cli import app
 from nai_t5_core.encoder import T5EncoderStack
+from nai_t5_core.kernels.build import missing_for_kernels
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.parity import random_batch
 from nai_t5_core.parity_report import OWN
@@ -41,6 +42,7 @@ def shrunken(case: Case) -> Case:
 
 SMALL_CASES = tuple(map(shrunken, CASES))
 CAN_PREPACK = can_prepack(T5EncoderStack(V1_1, dtype=torch.float32))
+HAS_KERNELS = missing_for_kernels() is None
 
 
 def small_bench(**arguments: Any) -> BenchReport:
@@ -65,6 +67,7 @@ def spreads(report: BenchReport) -> list[Spread]:
         found += [result.guard.seconds, result.guard.share]
         if result.limit is not None:
             found += [result.limit.seconds, result.limit.reached]
+        found += [spread for each in result.least for spread in (each.rate, each.seconds, each.reached)]
     return found
 
 
@@ -75,6 +78,7 @@ def test_every_case_and_implementation_is_measured(report: BenchReport) -> None:
         assert [item.name for item in result.timings] == [*own, "transformers", "nai-t5"]
         assert result.timings[0].ratio == Spread(1, 1, 1)
         assert (result.limit is not None) == CAN_PREPACK
+        assert [item.name for item in result.least] == ([OWN] if HAS_KERNELS else [])
     for spread in spreads(report):
         assert all(math.isfinite(value) and value > 0 for value in (spread.low, spread.median, spread.high))
         assert spread.low <= spread.high
@@ -158,13 +162,20 @@ def test_implementations_the_guard_and_the_limit_take_turns(monkeypatch: pytest.
         def of(self, tokens: int) -> Any:
             return lambda: turns.append(f"products of {tokens}")
 
-    built = Built({name: encoder(name) for name in (OWN, "b")}, {}, (), can_prepack=True)
+    def rate(dtype: torch.dtype) -> float:
+        turns.append(f"rate in {dtype}")
+        return 1e9
+
+    kernel_dtypes = {OWN: torch.bfloat16, "b": torch.int8}
+    built = Built({name: encoder(name) for name in kernel_dtypes}, {}, (), True, kernel_dtypes)
     monkeypatch.setattr("nai_t5_core.bench.run.build_variants", lambda *_: built)
     monkeypatch.setattr("nai_t5_core.bench.run.BareProjections", Products)
+    monkeypatch.setattr(timing, "register_rate", rate)
     monkeypatch.setattr(timing, "is_finite", lambda out: turns.append("guard"))
     small_bench(cases=SMALL_CASES[:1], repeats=2)
     products = f"products of {SMALL_CASES[0].computed_tokens}"
-    assert turns == [*[OWN] * 3, *["b"] * 3, products, *[OWN, "guard", "b", products] * 2]
+    rates = ["rate in torch.bfloat16", "rate in torch.int8"]
+    assert turns == [*[OWN] * 3, *["b"] * 3, products, *[OWN, "guard", "b", products, *rates] * 2]
 
 
 def test_own_figures_only_and_peers_that_cannot() -> None:
@@ -244,6 +255,23 @@ def test_packed_products_are_counted_like_plain_ones(kind: str) -> None:
         assert count_flops(lambda: packed(ids, mask, padding="skip")) == plain == encoder_flops(config, (9, 30))
 
 
+@needs_kernels
+def test_the_least_time_is_that_of_all_operations_at_the_rate_of_their_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {torch.float32: 1e9, torch.int8: 4e9}
+    monkeypatch.setattr(timing, "register_rate", rates.__getitem__)
+    found = small_bench(int8=True, peers=(), cases=SMALL_CASES[1:2]).cases[0]
+    lengths = SMALL_CASES[1].prompt_lengths
+    attention = V1_1.num_layers * sum(4 * tokens**2 * V1_1.inner_dim for tokens in lengths)
+    projections = encoder_flops(V1_1, lengths) - attention
+    least = {item.name: item for item in found.least}
+    assert least[OWN].seconds.median == pytest.approx((projections + attention) / 1e9)
+    assert least[INT8].seconds.median == pytest.approx(projections / 4e9 + attention / 1e9)
+    for item in found.timings:
+        if item.name in least:
+            reached = least[item.name].seconds.median / item.seconds.median
+            assert least[item.name].reached.median == pytest.approx(reached)
+
+
 @pytest.mark.skipif(not CAN_PREPACK, reason="oneDNN does not take this model here")
 @pytest.mark.parametrize("kind", ["v1.0", "v1.1"])
 def test_the_limit_does_the_work_of_the_projections_with_weights_of_their_size(kind: str) -> None:
@@ -321,7 +349,9 @@ def test_pages_for_people(report: BenchReport) -> None:
         assert text in markdown(report)
     names = len(report.cases[0].timings)
     tables = [part.splitlines() for part in markdown(report).split("\n\n") if part.startswith("|")]
-    assert [len(lines) for lines in tables] == [2 + len(CASES), *[2 + names] * len(CASES), *[2 + len(CASES)] * 2]
+    after_cases = 3 if HAS_KERNELS else 2
+    wanted = [2 + len(CASES), *[2 + names] * len(CASES), *[2 + len(CASES)] * after_cases]
+    assert [len(lines) for lines in tables] == wanted
     for lines in tables:
         assert len({line.count("|") for line in lines}) == 1
 

@@ -25,7 +25,16 @@ from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.kernel_block import kernels_of
 from nai_t5_core.kernels import build
 from nai_t5_core.kernels.build import missing_for_kernels
-from nai_t5_core.kernels.calls import WEIGHT_FORMATS, KernelWeight, add_product, attention, normed_product
+from nai_t5_core.kernels.calls import (
+    WEIGHT_FORMATS,
+    KernelWeight,
+    add_product,
+    attention,
+    counted,
+    encode_block,
+    multiply_in_registers,
+    normed_product,
+)
 from nai_t5_core.layers import CastingOps
 from nai_t5_core.optimize import PackedLinear, prepack
 from nai_t5_core.packed_block import PackedBlock
@@ -228,6 +237,62 @@ def test_what_is_not_a_number_is_not_lost(dtype: torch.dtype) -> None:
     projected[30, 40] = float("nan")  # a key that all queries of its document see
     found = attention(projected, 1, torch.tensor([(0, 20, 0, 20), (20, 20, 0, 20)]), torch.zeros(1, 257), 1.0)
     assert found[20:].isnan().all() and found[:20].isfinite().all()
+
+
+def block_weights(is_gated: bool, in_8_bits: bool, dtype: torch.dtype) -> list[KernelWeight]:
+    """Of 3 heads of 16, d_model 40 and d_ff 56."""
+    shapes = [(144, 40), (40, 48), (112 if is_gated else 56, 40), (40, 56)]
+    weights = []
+    for number, (columns, depth) in enumerate(shapes):
+        weight, unit = draw(columns, depth, seed=number) * depth**-0.5, None
+        if in_8_bits:
+            weight, unit = in_bytes(weight)
+        kept = weight.to(torch.int8 if in_8_bits else dtype)
+        scales = None if unit is None else unit[:, 0]
+        weights.append(KernelWeight.plain(kept, dtype, is_gated and number == 2, scales).packed())
+    return weights
+
+
+@needs_kernels
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("in_8_bits", [False, True])
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_block_is_its_parts(is_gated: bool, in_8_bits: bool, has_norms: bool, dtype: torch.dtype) -> None:
+    weights = block_weights(is_gated, in_8_bits, dtype)
+    norms = (draw(40, seed=5).abs(), draw(40, seed=6).abs()) if has_norms else (None, None)
+    documents, table = torch.tensor([(0, 9, 0, 9), (9, 21, 2, 15)]), draw(3, 257, seed=7)
+    residual = draw(30, 40, seed=8)
+    found, expected = residual.clone(), residual.clone()
+    with counted() as whole:
+        encode_block(found, weights, norms, 3, 1e-6, "gelu_new", documents, table, 0.5)
+    qkv, o, inner, wo = weights
+    with counted() as parts:
+        projected = normed_product(expected, norms[0], 1e-6, qkv)
+        add_product(attention(projected, 3, documents, table, 0.5), o, expected)
+        add_product(normed_product(expected, norms[1], 1e-6, inner, "gelu_new"), wo, expected)
+    assert torch.equal(found, expected) and not torch.equal(found, residual)
+    assert whole == parts and whole.flops > 0
+
+
+@needs_kernels
+def test_parts_that_make_no_block_are_refused() -> None:
+    weights = block_weights(True, False, torch.float32)
+    arguments = ((None, None), 3, 1e-6, "relu", torch.tensor([(0, 2, 0, 2)]), torch.zeros(3, 257), 1.0)
+    with pytest.raises(ValueError, match=r"3 heads do not fit each other; they are \[\(144, 40\), \(40, 48\), "):
+        encode_block(torch.zeros(2, 40), [*weights[:3], weights[1]], *arguments)
+    with pytest.raises(ValueError, match=r"expected a contiguous torch.float32 tensor \[2, 40\]"):
+        encode_block(torch.zeros(2, 48), weights, *arguments)
+    with pytest.raises(ValueError, match=r"expected a contiguous torch.float32 tensor \[3, 9\]"):
+        encode_block(torch.zeros(2, 40), weights, *arguments[:5], torch.zeros(2, 9), 1.0)
+
+
+@needs_kernels
+def test_operations_of_registers_are_counted() -> None:
+    """Of each thread: 24 registers of 16 sums, and of each sum a product and an addition for each number of a step."""
+    threads = torch.get_num_threads()
+    for dtype, numbers in ((torch.float32, 1), (torch.bfloat16, 2), (torch.int8, 4)):
+        assert multiply_in_registers(dtype, 100) == threads * 100 * 24 * 16 * 2 * numbers
 
 
 @needs_kernels

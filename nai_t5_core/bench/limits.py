@@ -1,14 +1,25 @@
-"""The machine's own limit: the encoder's projections as bare products, with nothing between them."""
+"""What ours is held against: its projections as bare products of a library, and the processor's instruction alone."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from nai_t5_core.config import T5Config
+from nai_t5_core.kernels.calls import multiply_in_registers
 from nai_t5_core.roofline import projection_shapes
+
+_ROUNDS = 4_000_000  # some hundredths of a second
+
+
+def register_rate(dtype: torch.dtype) -> float:
+    """Operations per second of the instruction that the kernels multiply with, on registers and nothing else."""
+    started = time.perf_counter()
+    operations = multiply_in_registers(dtype, _ROUNDS)
+    return operations / (time.perf_counter() - started)
 
 
 class BareProjections:

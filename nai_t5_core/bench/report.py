@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from nai_t5_core.bench.results import BenchReport, CaseResult, LoadingReport, Timing
+from nai_t5_core.bench.results import BenchReport, CaseResult, LeastTime, LoadingReport, Timing
 from nai_t5_core.bench.tables import Table, as_markdown, for_terminal, milliseconds, percent, seconds, times
 from nai_t5_core.parity_report import OWN
 
@@ -37,6 +37,8 @@ def _tables(report: BenchReport) -> Iterator[Table]:
         yield from map(_timings, report.cases)
         yield _call_memory(report)
         yield _machine(report)
+        if report.cases[0].least:
+            yield _least(report)
     if report.loading is not None:
         yield _cold_starts(report.loading)
         if report.loading.memory:
@@ -95,6 +97,18 @@ def _limit_cells(result: CaseResult) -> tuple[str, str]:
     return (milliseconds(limit.seconds), percent(limit.reached)) if limit is not None else ("not measured",) * 2
 
 
+def _least(report: BenchReport) -> Table:
+    rows: list[tuple[str, ...]] = [
+        (result.case.name, *_least_cells(each)) for result in report.cases for each in result.least
+    ]
+    headings = ("case", "", "G/s at most", "least time", "share of ours")
+    return Table("Ours beside what the processor can do at most", headings, rows)
+
+
+def _least_cells(least: LeastTime) -> tuple[str, ...]:
+    return least.name, f"{least.rate.median / 1e9:.0f}", milliseconds(least.seconds), percent(least.reached)
+
+
 def _guard_cells(result: CaseResult) -> tuple[str, str]:
     microseconds = result.guard.seconds.median * 1e6
     return f"{microseconds:.0f} µs", f"{result.guard.share.median * 100:.2f}%"
@@ -125,6 +139,10 @@ def _notes(report: BenchReport) -> Iterator[str]:
         yield f"skipped {reason}"
     if report.cases:
         yield "tokens/s: real tokens, pads do not count; ÷ real: FLOPs divided by those of the real tokens alone"
+        yield (
+            "at most: operations of the multiplying instruction alone, on registers; least time: our operations at "
+            "that rate"
+        )
         yield "memory of one call: what torch allocated at once meanwhile, with its result and without the weights"
     if report.loading is not None and report.loading.memory:
         weights, work = report.loading.weights / 1e6, report.loading.work_space / 1e6

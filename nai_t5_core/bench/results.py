@@ -59,13 +59,30 @@ class Timing:
 
 @dataclass(frozen=True)
 class Limit:
-    """What this machine allows.
+    """What oneDNN reaches on this machine.
 
     Attributes:
         seconds: of the projections alone, as packed products of the same shapes with as many bytes of weights.
         reached: that time divided by the time of our call: 1 would be an encoder that costs nothing but its products.
     """
 
+    seconds: Spread
+    reached: Spread
+
+
+@dataclass(frozen=True)
+class LeastTime:
+    """What no program can undercut on this processor.
+
+    Attributes:
+        name: the variant of ours that it is for.
+        rate: operations per second of the instruction that its projections are multiplied with, on registers alone.
+        seconds: what the variant's operations take at that rate; those of attention are never in 8 bits.
+        reached: that time divided by the time of the variant's call.
+    """
+
+    name: str
+    rate: Spread
     seconds: Spread
     reached: Spread
 
@@ -80,11 +97,15 @@ class GuardCost:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case: our timing first, then the others; ``limit`` is None where it cannot be measured."""
+    """One case: our timing first, then the others.
+
+    ``limit`` is None and ``least`` empty where they cannot be measured.
+    """
 
     case: Case
     timings: tuple[Timing, ...]
     limit: Limit | None
+    least: tuple[LeastTime, ...]
     guard: GuardCost
 
 

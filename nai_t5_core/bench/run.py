@@ -39,9 +39,9 @@ def run_bench(
     """Times our encoder and its peers on random weights of a published size.
 
     Ours runs as ``TextEncoder.from_pretrained`` gives it on this device, and once more without prepacking where that
-    differs. In every round each implementation encodes once, in turn, and the projections alone are multiplied once,
-    which is this machine's limit. Tensors are shared between the implementations where their layouts agree; about five
-    copies of the weights are in memory.
+    differs. In every round each implementation encodes once, in turn, the projections alone are multiplied once, and
+    the instruction that the kernels multiply with is timed alone. Tensors are shared between the implementations where
+    their layouts agree; about five copies of the weights are in memory.
 
     Args:
         size: a name that :func:`nai_t5_core.config.named_config` knows, or a config. Only the encoder is used.
@@ -114,5 +114,5 @@ def _measure(
     if built.can_prepack:
         tell("packing the projections alone")
         projections = BareProjections(config, dtype)
-    bench = Bench(config, built.encoders, projections, device, repeats, seed, tell)
+    bench = Bench(config, built.encoders, projections, built.kernel_dtypes, device, repeats, seed, tell)
     return _Measured(tuple(run_case(case, bench) for case in cases), built.versions, built.skipped)

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from nai_t5_core.bench.cases import Case
 from nai_t5_core.bench.flops import count_flops
-from nai_t5_core.bench.limits import BareProjections
+from nai_t5_core.bench.limits import BareProjections, register_rate
 from nai_t5_core.bench.memory import peak_bytes
-from nai_t5_core.bench.results import CaseResult, GuardCost, Limit, Spread, Timing
+from nai_t5_core.bench.results import CaseResult, GuardCost, LeastTime, Limit, Spread, Timing
 from nai_t5_core.bench.variants import OWN_COMPILED, Encode
 from nai_t5_core.config import T5Config
 from nai_t5_core.guard import is_finite
 from nai_t5_core.parity import random_batch
 from nai_t5_core.parity_report import OWN
-from nai_t5_core.roofline import encoder_flops
+from nai_t5_core.roofline import encoder_flops, projection_flops
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Bench:
     config: T5Config
     encoders: dict[str, Encode]
     projections: BareProjections | None
+    kernel_dtypes: Mapping[str, torch.dtype]
     device: torch.device
     repeats: int
     seed: int
@@ -39,11 +40,12 @@ class Bench:
 
 @dataclass(frozen=True)
 class _Rounds:
-    """Seconds of each round."""
+    """Seconds of each round, and the rates at which registers are multiplied."""
 
     encoders: dict[str, list[float]]
     guard: list[float] = field(default_factory=list)
     limit: list[float] = field(default_factory=list)
+    rates: dict[torch.dtype, list[float]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -78,7 +80,20 @@ def run_case(case: Case, bench: Bench) -> CaseResult:
         for name, seconds in rounds.encoders.items()
     )
     limit = Limit(Spread.of(rounds.limit), Spread.of_ratio(rounds.limit, own)) if rounds.limit else None
-    return CaseResult(case, timings, limit, GuardCost(Spread.of(rounds.guard), Spread.of_ratio(rounds.guard, own)))
+    least = _least_times(case, bench, rounds, flops[OWN] or 0)
+    guard = GuardCost(Spread.of(rounds.guard), Spread.of_ratio(rounds.guard, own))
+    return CaseResult(case, timings, limit, least, guard)
+
+
+def _least_times(case: Case, bench: Bench, rounds: _Rounds, flops: int) -> tuple[LeastTime, ...]:
+    projections = projection_flops(bench.config, case.computed_tokens)
+    found = []
+    for name, dtype in bench.kernel_dtypes.items():
+        rates = zip(rounds.rates[dtype], rounds.rates[bench.kernel_dtypes[OWN]], strict=True)
+        seconds = [projections / rate + (flops - projections) / own_rate for rate, own_rate in rates]
+        reached = Spread.of_ratio(seconds, rounds.encoders[name])
+        found.append(LeastTime(name, Spread.of(rounds.rates[dtype]), Spread.of(seconds), reached))
+    return tuple(found)
 
 
 def _divided(flops: int | None, real_flops: int) -> float | None:
@@ -89,7 +104,7 @@ def _run_rounds(case: Case, bench: Bench, calls: Mapping[str, Callable[[], Tenso
     products = bench.projections.of(case.computed_tokens) if bench.projections is not None else None
     if products is not None:
         products()
-    rounds = _Rounds({name: [] for name in calls})
+    rounds = _Rounds({name: [] for name in calls}, rates={dtype: [] for dtype in bench.kernel_dtypes.values()})
     for number in range(bench.repeats):
         bench.tell(f"{case.name}: round {number + 1} of {bench.repeats}")
         for name, call in calls.items():
@@ -99,6 +114,8 @@ def _run_rounds(case: Case, bench: Bench, calls: Mapping[str, Callable[[], Tenso
                 rounds.guard.append(timed(partial(is_finite, out), bench.device)[0])
         if products is not None:
             rounds.limit.append(timed(products, bench.device)[0])
+        for dtype, rates in rounds.rates.items():
+            rates.append(register_rate(dtype))
     return rounds
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from nai_t5_core.compiled import compile_stack
 from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.int8 import quantize_int8
+from nai_t5_core.kernels.build import missing_for_kernels
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.parity_report import OWN
 from nai_t5_core.peers import Peer, State, build_peer, own_encoder
@@ -45,12 +46,16 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Built:
-    """Ready implementations by name, ours first; versions of the peers; what could not be built, and why."""
+    """Ready implementations by name, ours first; versions of the peers; what could not be built, and why.
+
+    ``kernel_dtypes`` says what the kernels multiply the projections in, for those variants of ours that they compute.
+    """
 
     encoders: dict[str, Encode]
     versions: dict[str, str]
     skipped: tuple[str, ...]
     can_prepack: bool
+    kernel_dtypes: Mapping[str, torch.dtype]
 
 
 def build_variants(
@@ -89,7 +94,7 @@ def build_variants(
             forward = _compiled(peer.implementation.forward)
             compiled = replace(peer, implementation=replace(peer.implementation, forward=forward))
             encoders[f"{name}{COMPILED}"] = _of_peer(compiled)
-    return Built(encoders, versions, tuple(skipped), can_prepack(eager))
+    return Built(encoders, versions, tuple(skipped), can_prepack(eager), _kernel_dtypes(eager, wanted))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,6 +117,12 @@ def _own_variants(stack: T5EncoderStack, wanted: Wanted) -> dict[str, Optimize]:
     if wanted.compiled:
         variants[OWN_COMPILED] = compile_stack
     return variants
+
+
+def _kernel_dtypes(stack: T5EncoderStack, wanted: Wanted) -> dict[str, torch.dtype]:
+    if not can_prepack(stack) or missing_for_kernels() is not None:
+        return {}
+    return {OWN: stack.dtype, **({INT8: torch.int8} if wanted.int8 else {})}
 
 
 def _twin(stack: T5EncoderStack) -> T5EncoderStack:

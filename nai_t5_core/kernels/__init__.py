@@ -1,5 +1,6 @@
 """A block of a T5 encoder on processors with AVX512-BF16, in bfloat16 or float32, written in C++.
 
 ``tiles.h`` has the product that everything is made of; ``products.cpp`` and ``attention.cpp``, what a block computes
-with it. :mod:`nai_t5_core.kernels.build` compiles them on first use; :mod:`nai_t5_core.kernels.calls` calls them.
+with it; ``block.cpp``, a block. ``kernels.h`` says what each function does.
+:mod:`nai_t5_core.kernels.build` compiles them on first use; :mod:`nai_t5_core.kernels.calls` calls them.
 """

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels.h"
 #include "tiles.h"
 
 namespace {
@@ -168,13 +169,13 @@ class Head {
 };
 
 template <class Kind>
-Status attend(const void* projected, long heads, long size, const Document* documents, long count, const float* table,
-              long table_reach, float scale, void* out) {
+Status attend(const void* projected, long heads, long size, const Bias& bias, void* out) {
     using Number = typename Kind::Number;
     const Projected<Number> from{static_cast<const Number*>(projected), heads, size};
     Number* to = static_cast<Number*>(out);
+    const Document* documents = reinterpret_cast<const Document*>(bias.documents);
     long most_queries = 0, most_keys = 0;
-    for (long i = 0; i < count; i++) {
+    for (long i = 0; i < bias.count; i++) {
         most_queries = std::max<long>(most_queries, documents[i].queries);
         most_keys = std::max<long>(most_keys, documents[i].keys);
     }
@@ -184,10 +185,10 @@ Status attend(const void* projected, long heads, long size, const Document* docu
         Head<Kind> work(most_queries, most_keys, size);
         failed = !work.has_memory();
 #pragma omp for schedule(dynamic)
-        for (long task = 0; task < count * heads; task++) {
+        for (long task = 0; task < bias.count * heads; task++) {
             const long head = task % heads;
-            const float* own_table = table + head * (2 * table_reach + 1);
-            if (!failed) work.attend(from, documents[task / heads], head, own_table, table_reach, scale, to);
+            const float* table = bias.table + head * (2 * bias.table_reach + 1);
+            if (!failed) work.attend(from, documents[task / heads], head, table, bias.table_reach, bias.scale, to);
         }
     }
     return failed ? kOutOfMemory : kOk;
@@ -195,12 +196,7 @@ Status attend(const void* projected, long heads, long size, const Document* docu
 
 }  // namespace
 
-// softmax(q · kᵀ · scale + bias) · v for every document and head. `table` is the bias by distance, [heads,
-// 2 · table_reach + 1]; `projected` is [tokens, 3 · heads · size], the result [tokens, heads · size], both in float32
-// or in bfloat16.
-extern "C" int t5_attention(const void* projected, long heads, long size, const int64_t* documents, long count,
-                            const float* table, long table_reach, float scale, int in_float32, void* out) {
-    const Document* all = reinterpret_cast<const Document*>(documents);
-    if (in_float32) return attend<Float32>(projected, heads, size, all, count, table, table_reach, scale, out);
-    return attend<Bfloat16>(projected, heads, size, all, count, table, table_reach, scale, out);
+int t5_attention(const void* projected, long heads, long size, const Bias* bias, int in_float32, void* out) {
+    if (in_float32) return attend<Float32>(projected, heads, size, *bias, out);
+    return attend<Bfloat16>(projected, heads, size, *bias, out);
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("tiles.h", "products.cpp", "attention.cpp")
+_SOURCES = ("kernels.h", "tiles.h", "products.cpp", "attention.cpp", "block.cpp", "limit.cpp")
 _INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "avx512vnni", "fma")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", *(f"-m{name}" for name in _INSTRUCTIONS))
 

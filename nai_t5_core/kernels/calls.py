@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,6 +14,41 @@ from torch import Tensor
 
 from nai_t5_core.config import Activation
 from nai_t5_core.kernels.build import library
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("columns", ctypes.c_long),
+        ("depth", ctypes.c_long),
+        ("format", ctypes.c_int),
+        ("is_gated", ctypes.c_int),
+        ("kind", ctypes.c_int),
+    )
+
+
+class _BlockWeights(ctypes.Structure):
+    _fields_ = (
+        ("qkv", _Matrix),
+        ("o", _Matrix),
+        ("inner", _Matrix),
+        ("wo", _Matrix),
+        ("heads", ctypes.c_long),
+        ("epsilon", ctypes.c_float),
+        ("activation", ctypes.c_int),
+    )
+
+
+class _Bias(ctypes.Structure):
+    _fields_ = (
+        ("documents", ctypes.c_void_p),
+        ("count", ctypes.c_long),
+        ("table", ctypes.c_void_p),
+        ("table_reach", ctypes.c_long),
+        ("scale", ctypes.c_float),
+    )
+
 
 # Numbers of the activations in tiles.h, and of the formats in products.cpp.
 ACTIVATION_NUMBERS: dict[Activation | None, int] = {None: 0, "relu": 1, "gelu_new": 2, "silu": 3}
@@ -31,16 +66,16 @@ _PANELS = 6
 COMPUTE_DTYPES = (torch.bfloat16, torch.float32)
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+# What kernels.h declares.
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "t5_panel_steps": (_LONG, [_LONG, _LONG, _INT, _INT]),
-    "t5_pack": (None, [_POINTER, _INT, _LONG, _LONG, _INT, _INT, _POINTER, _POINTER]),
-    "t5_unpack": (None, [_POINTER, _LONG, _LONG, _INT, _INT, _POINTER]),
-    "t5_normed_product": (
-        _INT,
-        [_POINTER, _LONG, _POINTER, _FLOAT, _POINTER, _INT, _LONG, _LONG, _INT, _INT, _INT, _POINTER],
-    ),
-    "t5_added_product": (_INT, [_POINTER, _LONG, _POINTER, _INT, _LONG, _LONG, _INT, _POINTER]),
-    "t5_attention": (_INT, [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG, _FLOAT, _INT, _POINTER]),
+    "t5_panel_steps": (_LONG, [_POINTER]),
+    "t5_pack": (None, [_POINTER, _POINTER]),
+    "t5_unpack": (None, [_POINTER, _POINTER]),
+    "t5_normed_product": (_INT, [_POINTER, _LONG, _POINTER, _FLOAT, _POINTER, _INT, _POINTER]),
+    "t5_added_product": (_INT, [_POINTER, _LONG, _POINTER, _POINTER]),
+    "t5_attention": (_INT, [_POINTER, _LONG, _LONG, _POINTER, _INT, _POINTER]),
+    "t5_block": (_INT, [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _POINTER]),
+    "t5_multiply_in_registers": (_LONG, [_INT, _LONG]),
 }
 
 
@@ -122,9 +157,9 @@ class KernelWeight:
 
     def packed(self) -> KernelWeight:
         """A copy in panels."""
-        panels = torch.empty(_kernels().t5_panel_steps(*self._shape), dtype=torch.int32)
-        scales = None if self.scales is None else self.scales.data_ptr()
-        _kernels().t5_pack(self.values.data_ptr(), self.format, *self._shape, scales, panels.data_ptr())
+        matrix = self.matrix()
+        panels = torch.empty(_kernels().t5_panel_steps(ctypes.byref(matrix)), dtype=torch.int32)
+        _kernels().t5_pack(ctypes.byref(matrix), panels.data_ptr())
         return replace(self, values=panels, format=_PANELS)
 
     def unpacked(self) -> Tensor:
@@ -132,7 +167,7 @@ class KernelWeight:
         if self.format != _PANELS:
             return self.values
         weight = torch.empty(self.columns, self.depth, dtype=self.dtype if self.scales is None else torch.int8)
-        _kernels().t5_unpack(self.values.data_ptr(), *self._shape, weight.data_ptr())
+        _kernels().t5_unpack(ctypes.byref(self.matrix()), weight.data_ptr())
         return weight
 
     def check_packing(self) -> None:
@@ -140,14 +175,11 @@ class KernelWeight:
         if self.scales is not None and self.format != _PANELS:
             raise ValueError("a weight in int8 must be packed before it is used: call packed()")
 
-    @property
-    def kind(self) -> int:
-        """The number of what is computed in, in products.cpp."""
-        return COMPUTE_DTYPES.index(self.dtype) + (0 if self.scales is None else len(COMPUTE_DTYPES))
-
-    @property
-    def _shape(self) -> tuple[int, int, int, int]:
-        return self.columns, self.depth, self.is_gated, self.kind
+    def matrix(self) -> _Matrix:
+        """What the kernels are told; it is of no use once the tensors are gone."""
+        kind = COMPUTE_DTYPES.index(self.dtype) + (0 if self.scales is None else len(COMPUTE_DTYPES))
+        scales = None if self.scales is None else self.scales.data_ptr()
+        return _Matrix(self.values.data_ptr(), scales, self.columns, self.depth, self.format, self.is_gated, kind)
 
 
 def normed_product(
@@ -173,13 +205,8 @@ def normed_product(
             tokens,
             None if norm is None else norm.data_ptr(),
             epsilon,
-            weight.values.data_ptr(),
-            weight.format,
-            weight.columns,
-            weight.depth,
-            weight.is_gated,
+            ctypes.byref(weight.matrix()),
             ACTIVATION_NUMBERS[activation],
-            weight.kind,
             out.data_ptr(),
         )
         _refuse(status)
@@ -194,17 +221,8 @@ def add_product(x: Tensor, weight: KernelWeight, residual: Tensor) -> None:
     _check(residual, torch.float32, tokens, weight.columns)
     _count(2 * tokens * weight.columns * weight.depth)
     if tokens:
-        status = _kernels().t5_added_product(
-            x.data_ptr(),
-            tokens,
-            weight.values.data_ptr(),
-            weight.format,
-            weight.columns,
-            weight.depth,
-            weight.kind,
-            residual.data_ptr(),
-        )
-        _refuse(status)
+        matrix = weight.matrix()
+        _refuse(_kernels().t5_added_product(x.data_ptr(), tokens, ctypes.byref(matrix), residual.data_ptr()))
 
 
 def attention(projected: Tensor, heads: int, documents: Tensor, table: Tensor, scale: float) -> Tensor:
@@ -217,26 +235,87 @@ def attention(projected: Tensor, heads: int, documents: Tensor, table: Tensor, s
         table: the bias by distance, [heads, distances] in float32.
     """
     tokens, width = projected.shape
-    _check(projected, torch.float32 if projected.dtype == torch.float32 else torch.bfloat16, tokens, width)
-    _check(table, torch.float32, heads, table.shape[1])
-    if _COUNTING:
-        _count(4 * width // 3 * int((documents[:, 1] * documents[:, 3]).sum()))
+    in_float32 = projected.dtype == torch.float32
+    _check(projected, torch.float32 if in_float32 else torch.bfloat16, tokens, width)
+    bias = _bias(documents, table, heads, scale)
+    _count_attention(documents, width // 3)
     out = torch.empty(tokens, width // 3, dtype=projected.dtype)
     if len(documents):
-        status = _kernels().t5_attention(
-            projected.data_ptr(),
-            heads,
-            width // 3 // heads,
-            documents.data_ptr(),
-            len(documents),
-            table.data_ptr(),
-            table.shape[1] // 2,
-            scale,
-            projected.dtype == torch.float32,
-            out.data_ptr(),
-        )
-        _refuse(status)
+        size = width // 3 // heads
+        call = _kernels().t5_attention
+        _refuse(call(projected.data_ptr(), heads, size, ctypes.byref(bias), in_float32, out.data_ptr()))
     return out
+
+
+def encode_block(
+    residual: Tensor,
+    weights: Sequence[KernelWeight],
+    norms: tuple[Tensor | None, Tensor | None],
+    heads: int,
+    epsilon: float,
+    activation: Activation,
+    documents: Tensor,
+    table: Tensor,
+    scale: float,
+) -> None:
+    """A layer of the encoder on the residual [tokens, d_model], float32, in place.
+
+    The same as :func:`normed_product`, :func:`attention`, :func:`add_product`, :func:`normed_product` and
+    :func:`add_product`, whose arguments these are. ``weights`` are those of qkv, o, the feed-forward's first and wo,
+    ``norms`` those of attention and feed-forward.
+    """
+    tokens = len(residual)
+    for weight in weights:
+        weight.check_packing()
+        _count(2 * tokens * weight.columns * weight.depth)
+    _check_block(residual, weights, heads)
+    bias = _bias(documents, table, heads, scale)
+    _count_attention(documents, weights[1].depth)
+    if tokens and len(documents):
+        matrices = [weight.matrix() for weight in weights]
+        block = _BlockWeights(*matrices, heads, epsilon, ACTIVATION_NUMBERS[activation])
+        norm_places = [None if norm is None else norm.data_ptr() for norm in norms]
+        call = _kernels().t5_block
+        _refuse(call(ctypes.byref(block), residual.data_ptr(), tokens, *norm_places, ctypes.byref(bias)))
+
+
+def multiply_in_registers(dtype: torch.dtype, rounds: int) -> int:
+    """The instruction that products in ``dtype`` are made of, on all threads and on nothing but registers.
+
+    Nothing is computed: the operations that are returned, divided by the time of the call, are a rate which no product
+    on this processor can exceed. A round takes some nanoseconds.
+
+    Args:
+        dtype: bfloat16, float32 or int8.
+    """
+    kind = len(COMPUTE_DTYPES) if dtype == torch.int8 else COMPUTE_DTYPES.index(dtype)
+    operations: int = _kernels().t5_multiply_in_registers(kind, rounds)
+    return operations
+
+
+def _check_block(residual: Tensor, weights: Sequence[KernelWeight], heads: int) -> None:
+    _, o, inner, wo = weights
+    width, attended, hidden = wo.columns, o.depth, wo.depth
+    _check(residual, torch.float32, len(residual), width)
+    fitting = [
+        (3 * attended, width),
+        (width, attended),
+        (hidden * (2 if inner.is_gated else 1), width),
+        (width, hidden),
+    ]
+    shapes = [(weight.columns, weight.depth) for weight in weights]
+    if shapes != fitting or attended % heads:
+        raise ValueError(f"the weights of a block with {heads} heads do not fit each other; they are {shapes}")
+
+
+def _bias(documents: Tensor, table: Tensor, heads: int, scale: float) -> _Bias:
+    _check(table, torch.float32, heads, table.shape[1])
+    return _Bias(documents.data_ptr(), len(documents), table.data_ptr(), table.shape[1] // 2, scale)
+
+
+def _count_attention(documents: Tensor, width: int) -> None:
+    if _COUNTING:
+        _count(4 * width * int((documents[:, 1] * documents[:, 3]).sum()))
 
 
 def _check(tensor: Tensor, dtype: torch.dtype, rows: int, columns: int) -> None:

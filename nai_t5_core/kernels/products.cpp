@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "kernels.h"
 #include "tiles.h"
 
 namespace {
@@ -52,9 +53,9 @@ struct Weight {
     bool is_gated;
     const float* scales;  // of the columns, for packing bytes
 
-    Weight(const void* values, int format, long columns, long depth, int is_gated, const float* scales = nullptr)
-        : values(static_cast<const char*>(values)), format(Format(format)), columns(columns), depth(depth),
-          is_gated(is_gated), scales(scales) {}
+    explicit Weight(const Matrix& matrix)
+        : values(static_cast<const char*>(matrix.values)), format(Format(matrix.format)), columns(matrix.columns),
+          depth(matrix.depth), is_gated(matrix.is_gated), scales(matrix.scales) {}
 
     long panel_width() const { return is_gated ? kLanes : kPanelColumns; }
     long panels() const {
@@ -225,9 +226,10 @@ struct NormedRows {
     }
 };
 
-// Calls finish(row, panel, left sums, right sums) for every row and panel, from several threads.
-template <class Kind, class Rows, class Finish>
-Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, Finish finish) {
+// Calls finish(row, panel, left sums, right sums) for every row and panel, from several threads, and expect(row, panel)
+// some time before.
+template <class Kind, class Rows, class Expect, class Finish>
+Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, Expect expect, Finish finish) {
     const Tiles tiles(row_count);
     const long steps = weight.steps(), panels = weight.panels();
     const long groups = (tiles.count + kTilesAtOnce - 1) / kTilesAtOnce;
@@ -245,16 +247,19 @@ Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, F
             const long start = tiles.start(tile);
             source.put(start, tiles.size(tile), tiled.get() + start * steps, units.get() + start);
         }
-#pragma omp for schedule(static)
+        // Neighbouring panels to a thread, since those are prefetched; less and less at once, since a processor that is
+        // shared runs its threads at different speeds.
+#pragma omp for schedule(guided, groups)
         for (long task = 0; task < panels * groups; task++) {
             const long panel = task / groups, group = task % groups;
             if (failed) continue;
             if (weight.format != kPanels && packed_now != panel) weight.pack(packed_now = panel, own.get());
             const Step* numbers = weight.format == kPanels ? weight.packed(panel) : own.get();
             for (long tile = group * kTilesAtOnce; tile < std::min(tiles.count, (group + 1) * kTilesAtOnce); tile++) {
-                const long start = tiles.start(tile);
+                const long start = tiles.start(tile), rows = tiles.size(tile);
+                for (long row = start; row < start + rows; row++) expect(row, panel);
                 multiply_tile<Kind>(
-                    tiles.size(tile), tiled.get() + start * steps, numbers, weight.ahead(numbers, panel, tile), steps,
+                    rows, tiled.get() + start * steps, numbers, weight.ahead(numbers, panel, tile), steps,
                     [&](long row, __m512 left, __m512 right) {
                         const float unit = kIsInt8<Kind> ? units[start + row] : 1;
                         const Step* end = numbers + steps * kPanelColumns;
@@ -271,13 +276,14 @@ template <class Kind, Activation activation>
 Status normed_product(const NormedRows<Kind>& source, long rows, const Weight<Kind>& weight,
                       typename Kind::Number* out) {
     const long width = weight.is_gated ? weight.columns / 2 : weight.columns;
+    const auto expect_nothing = [](long, long) {};
     if (weight.is_gated)
-        return compute(source, rows, weight, [=](long row, long panel, __m512 gate, __m512 up) {
+        return compute(source, rows, weight, expect_nothing, [=](long row, long panel, __m512 gate, __m512 up) {
             const long column = panel * kLanes;
             const __m512 product = _mm512_mul_ps(activated<activation>(gate), up);
             Kind::store(out + row * width + column, first_lanes(width - column), product);
         });
-    return compute(source, rows, weight, [=](long row, long panel, __m512 left, __m512 right) {
+    return compute(source, rows, weight, expect_nothing, [=](long row, long panel, __m512 left, __m512 right) {
         const long column = panel * kPanelColumns;
         typename Kind::Number* place = out + row * width + column;
         Kind::store(place, first_lanes(width - column), activated<activation>(left));
@@ -305,7 +311,13 @@ template <class Kind>
 Status added_product(const void* x, long rows, const Weight<Kind>& weight, float* residual) {
     const PlainRows<Kind> source{static_cast<const typename Kind::Number*>(x), weight.depth};
     const long columns = weight.columns;
-    return compute(source, rows, weight, [=](long row, long panel, __m512 left, __m512 right) {
+    // The residual's rows lie pages apart, so that the processor does not foresee them.
+    const auto expect = [=](long row, long panel) {
+        const float* place = residual + row * columns + panel * kPanelColumns;
+        _mm_prefetch(place, _MM_HINT_T1);
+        _mm_prefetch(place + kLanes, _MM_HINT_T1);
+    };
+    return compute(source, rows, weight, expect, [=](long row, long panel, __m512 left, __m512 right) {
         const long column = panel * kPanelColumns;
         float* place = residual + row * columns + column;
         add_to(place, first_lanes(columns - column), left);
@@ -336,66 +348,35 @@ void unpack(const Weight<Kind>& weight, void* values) {
     }
 }
 
-// Calls function(Kind()) with the kind of this number.
-template <class Function>
-auto with_kind(int number, Function function) {
-    switch (number) {
-        case 1: return function(Float32());
-        case 2: return function(Int8<Bfloat16>());
-        case 3: return function(Int8<Float32>());
-        default: return function(Bfloat16());
-    }
-}
-
 }  // namespace
 
-// In these, `kind` says what is computed in: 0 bfloat16, 1 float32, 2 bytes beside bfloat16, 3 bytes beside float32.
-// Activations are in bfloat16 or float32; the residual, the norm's weight and scales always are in float32. The weights
-// of bytes are panels.
-extern "C" {
-
-// How many threads a call takes at most.
 int t5_threads() { return omp_get_max_threads(); }
 
-// How many steps the panels of a weight take.
-long t5_panel_steps(long columns, long depth, int is_gated, int kind) {
-    return with_kind(kind, [=](auto a_kind) {
-        const Weight<decltype(a_kind)> weight(nullptr, kPanels, columns, depth, is_gated);
-        return weight.panels() * weight.panel_steps();
+long t5_panel_steps(const Matrix* weight) {
+    return with_kind(weight->kind, [=](auto kind) {
+        const Weight<decltype(kind)> typed(*weight);
+        return typed.panels() * typed.panel_steps();
     });
 }
 
-// A weight [columns, depth] in panels. `scales` are those of the columns of bytes, and else null.
-void t5_pack(const void* values, int format, long columns, long depth, int is_gated, int kind, const float* scales,
-             void* panels) {
-    with_kind(kind, [=](auto a_kind) {
-        pack(Weight<decltype(a_kind)>(values, format, columns, depth, is_gated, scales), panels);
+void t5_pack(const Matrix* weight, void* panels) {
+    with_kind(weight->kind, [=](auto kind) { pack(Weight<decltype(kind)>(*weight), panels); });
+}
+
+void t5_unpack(const Matrix* weight, void* values) {
+    with_kind(weight->kind, [=](auto kind) { unpack(Weight<decltype(kind)>(*weight), values); });
+}
+
+int t5_normed_product(const float* residual, long rows, const float* norm_weight, float epsilon, const Matrix* weight,
+                      int activation, void* out) {
+    return with_kind(weight->kind, [=](auto kind) {
+        using Kind = decltype(kind);
+        const NormedRows<Kind> source{residual, weight->depth, norm_weight, epsilon};
+        return normed_product(source, rows, Weight<Kind>(*weight), activation, out);
     });
 }
 
-// The reverse: panels to a weight [columns, depth].
-void t5_unpack(const void* panels, long columns, long depth, int is_gated, int kind, void* values) {
-    with_kind(kind, [=](auto a_kind) {
-        unpack(Weight<decltype(a_kind)>(panels, kPanels, columns, depth, is_gated), values);
-    });
+int t5_added_product(const void* x, long rows, const Matrix* weight, float* residual) {
+    return with_kind(weight->kind,
+                     [=](auto kind) { return added_product(x, rows, Weight<decltype(kind)>(*weight), residual); });
 }
-
-// act(norm(residual) · weightᵀ), or act(norm(residual) · gateᵀ) · (norm(residual) · upᵀ).
-int t5_normed_product(const float* residual, long rows, const float* norm_weight, float epsilon, const void* values,
-                      int format, long columns, long depth, int is_gated, int activation, int kind, void* out) {
-    return with_kind(kind, [=](auto a_kind) {
-        using Kind = decltype(a_kind);
-        return normed_product(NormedRows<Kind>{residual, depth, norm_weight, epsilon}, rows,
-                              Weight<Kind>(values, format, columns, depth, is_gated), activation, out);
-    });
-}
-
-// residual += x · weightᵀ, in float32.
-int t5_added_product(const void* x, long rows, const void* values, int format, long columns, long depth, int kind,
-                     float* residual) {
-    return with_kind(kind, [=](auto a_kind) {
-        return added_product(x, rows, Weight<decltype(a_kind)>(values, format, columns, depth, false), residual);
-    });
-}
-
-}  // extern "C"

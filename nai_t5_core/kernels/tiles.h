@@ -145,6 +145,18 @@ struct Int8 : Outside {
 template <class Kind>
 constexpr bool kIsInt8 = std::is_same_v<typename Kind::Weight, int8_t>;
 
+// Calls function(Kind()) with the kind of this number: 0 bfloat16, 1 float32, 2 bytes beside bfloat16, 3 bytes beside
+// float32.
+template <class Function>
+auto with_kind(int number, Function function) {
+    switch (number) {
+        case 1: return function(Float32());
+        case 2: return function(Int8<Bfloat16>());
+        case 3: return function(Int8<Float32>());
+        default: return function(Bfloat16());
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Rows in tiles
 // ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,69 @@
+// What the kernels offer to Python, and to each other.
+
+#pragma once
+
+#include <cstdint>
+
+// A weight [columns, depth]. `format` is one of products.cpp, `kind` a number of with_kind. `scales` are those of the
+// columns of bytes that are still to be packed, and else null.
+struct Matrix {
+    const void* values;
+    const float* scales;
+    long columns, depth;
+    int format, is_gated, kind;
+};
+
+// The weights of an encoder's layer, `inner` being the feed-forward's first, and numbers that belong to them.
+struct BlockWeights {
+    Matrix qkv, o, inner, wo;
+    long heads;
+    float epsilon;
+    int activation;
+};
+
+// What attends to what, and with which bias: see t5_attention.
+struct Bias {
+    const int64_t* documents;
+    long count;
+    const float* table;
+    long table_reach;
+    float scale;
+};
+
+// Activations are in bfloat16 or float32; the residual, the norm's weight and scales always are in float32. Weights in
+// bytes are panels. Where an int is returned, it is a Status.
+extern "C" {
+
+// How many threads a call takes at most.
+int t5_threads();
+
+// How many steps the panels of a weight take.
+long t5_panel_steps(const Matrix* weight);
+
+// A weight in panels.
+void t5_pack(const Matrix* weight, void* panels);
+
+// The reverse: panels to a weight [columns, depth].
+void t5_unpack(const Matrix* weight, void* values);
+
+// act(norm(residual) · weightᵀ), or act(norm(residual) · gateᵀ) · (norm(residual) · upᵀ). The norm's weight may be null.
+int t5_normed_product(const float* residual, long rows, const float* norm_weight, float epsilon, const Matrix* weight,
+                      int activation, void* out);
+
+// residual += x · weightᵀ, in float32.
+int t5_added_product(const void* x, long rows, const Matrix* weight, float* residual);
+
+// softmax(q · kᵀ · scale + bias) · v for every document and head. `table` is the bias by distance, [heads,
+// 2 · table_reach + 1]; `projected` is [tokens, 3 · heads · size], the result [tokens, heads · size], both in float32
+// or in bfloat16.
+int t5_attention(const void* projected, long heads, long size, const Bias* bias, int in_float32, void* out);
+
+// A layer of the encoder: attention and feed-forward, each added to the residual.
+int t5_block(const BlockWeights* weights, float* residual, long rows, const float* attention_norm,
+             const float* dense_norm, const Bias* bias);
+
+// Multiplies in all threads at once, for some 7 ns a round. The result is the number of operations: a product and its sum
+// are two. `kind` is a number of with_kind.
+long t5_multiply_in_registers(int kind, long rounds);
+
+}  // extern "C"

@@ -1,0 +1,40 @@
+// What no product of this processor can exceed: the instruction that products are made of, and nothing else.
+
+#include "kernels.h"
+#include "tiles.h"
+
+namespace {
+
+constexpr int kSums = 2 * kTileRows;
+
+// As many sums as a product has under way, from numbers that are in registers already.
+template <class Kind>
+void add_products(long rounds) {
+    __m512 sums[kSums];
+#pragma GCC unroll 24
+    for (int i = 0; i < kSums; i++) sums[i] = _mm512_setzero_ps();
+    const __m512i ones = _mm512_set1_epi32(1);
+    for (long round = 0; round < rounds; round++) {
+#pragma GCC unroll 24
+        for (int i = 0; i < kSums; i++) {
+            sums[i] = Kind::add_products(sums[i], ones, ones);
+            // The compiler must neither see that all are the same nor that nobody reads them.
+            asm volatile("" : "+v"(sums[i]));
+        }
+    }
+}
+
+}  // namespace
+
+long t5_multiply_in_registers(int kind, long rounds) {
+    return with_kind(kind, [=](auto a_kind) {
+        using Kind = decltype(a_kind);
+        long threads = 0;
+#pragma omp parallel reduction(+ : threads)
+        {
+            add_products<Kind>(rounds);
+            threads = 1;
+        }
+        return threads * rounds * kSums * kLanes * Kind::kPerStep * 2;
+    });
+}
