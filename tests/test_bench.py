@@ -349,7 +349,7 @@ def test_pages_for_people(report: BenchReport) -> None:
         assert text in markdown(report)
     names = len(report.cases[0].timings)
     tables = [part.splitlines() for part in markdown(report).split("\n\n") if part.startswith("|")]
-    after_cases = 3 if HAS_KERNELS else 2
+    after_cases = 4 if HAS_KERNELS else 2
     wanted = [2 + len(CASES), *[2 + names] * len(CASES), *[2 + len(CASES)] * after_cases]
     assert [len(lines) for lines in tables] == wanted
     for lines in tables:

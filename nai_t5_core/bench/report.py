@@ -39,6 +39,8 @@ def _tables(report: BenchReport) -> Iterator[Table]:
         yield _machine(report)
         if report.cases[0].least:
             yield _least(report)
+            if _of_peers(report.cases[0]):
+                yield _highest_ratios(report)
     if report.loading is not None:
         yield _cold_starts(report.loading)
         if report.loading.memory:
@@ -109,6 +111,24 @@ def _least_cells(least: LeastTime) -> tuple[str, ...]:
     return least.name, f"{least.rate.median / 1e9:.0f}", milliseconds(least.seconds), percent(least.reached)
 
 
+def _highest_ratios(report: BenchReport) -> Table:
+    rows: list[tuple[str, ...]] = [
+        (result.case.name, *(_ratio_of_highest(timing, result.least[0]) for timing in _of_peers(result)))
+        for result in report.cases
+    ]
+    headings = ("case", *(timing.name for timing in _of_peers(report.cases[0])))
+    return Table("How many times longer others take, of how many at most", headings, rows)
+
+
+def _of_peers(result: CaseResult) -> list[Timing]:
+    return [timing for timing in result.timings if not timing.name.startswith(OWN)]
+
+
+def _ratio_of_highest(timing: Timing, least: LeastTime) -> str:
+    """The ratio, and what it would be if ours took the least time."""
+    return f"{timing.ratio.median:.2f}× of {timing.seconds.median / least.seconds.median:.2f}×"
+
+
 def _guard_cells(result: CaseResult) -> tuple[str, str]:
     microseconds = result.guard.seconds.median * 1e6
     return f"{microseconds:.0f} µs", f"{result.guard.share.median * 100:.2f}%"
@@ -140,8 +160,8 @@ def _notes(report: BenchReport) -> Iterator[str]:
     if report.cases:
         yield "tokens/s: real tokens, pads do not count; ÷ real: FLOPs divided by those of the real tokens alone"
         yield (
-            "at most: operations of the multiplying instruction alone, on registers; least time: our operations at "
-            "that rate"
+            "at most: with operations as fast as the multiplying instruction alone, on registers; least time: our "
+            "operations at that rate"
         )
         yield "memory of one call: what torch allocated at once meanwhile, with its result and without the weights"
     if report.loading is not None and report.loading.memory:
