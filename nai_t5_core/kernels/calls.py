@@ -74,7 +74,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "t5_normed_product": (_INT, [_POINTER, _LONG, _POINTER, _FLOAT, _POINTER, _INT, _POINTER]),
     "t5_added_product": (_INT, [_POINTER, _LONG, _POINTER, _POINTER]),
     "t5_attention": (_INT, [_POINTER, _LONG, _LONG, _POINTER, _INT, _POINTER]),
-    "t5_block": (_INT, [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _POINTER]),
+    "t5_block": (_INT, [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
     "t5_multiply_in_registers": (_LONG, [_INT, _LONG]),
 }
 
@@ -270,13 +270,23 @@ def encode_block(
         _count(2 * tokens * weight.columns * weight.depth)
     _check_block(residual, weights, heads)
     bias = _bias(documents, table, heads, scale)
-    _count_attention(documents, weights[1].depth)
-    if tokens and len(documents):
-        matrices = [weight.matrix() for weight in weights]
-        block = _BlockWeights(*matrices, heads, epsilon, ACTIVATION_NUMBERS[activation])
+    qkv, o, _, wo = weights
+    _count_attention(documents, o.depth)
+    if tokens:
+        block = _BlockWeights(*(weight.matrix() for weight in weights), heads, epsilon, ACTIVATION_NUMBERS[activation])
         norm_places = [None if norm is None else norm.data_ptr() for norm in norms]
-        call = _kernels().t5_block
-        _refuse(call(ctypes.byref(block), residual.data_ptr(), tokens, *norm_places, ctypes.byref(bias)))
+        wide = torch.empty(tokens, max(qkv.columns, wo.depth), dtype=qkv.dtype)
+        attended = torch.empty(tokens, o.depth, dtype=qkv.dtype)
+        status = _kernels().t5_block(
+            ctypes.byref(block),
+            residual.data_ptr(),
+            tokens,
+            *norm_places,
+            ctypes.byref(bias),
+            wide.data_ptr(),
+            attended.data_ptr(),
+        )
+        _refuse(status)
 
 
 def multiply_in_registers(dtype: torch.dtype, rounds: int) -> int:

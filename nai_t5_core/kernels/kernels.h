@@ -58,9 +58,10 @@ int t5_added_product(const void* x, long rows, const Matrix* weight, float* resi
 // or in bfloat16.
 int t5_attention(const void* projected, long heads, long size, const Bias* bias, int in_float32, void* out);
 
-// A layer of the encoder: attention and feed-forward, each added to the residual.
+// A layer of the encoder: attention and feed-forward, each added to the residual. Activations are put into `attended`,
+// [rows, depth of o], and `wide`: queries, keys and values first, and what wo is multiplied with later.
 int t5_block(const BlockWeights* weights, float* residual, long rows, const float* attention_norm,
-             const float* dense_norm, const Bias* bias);
+             const float* dense_norm, const Bias* bias, void* wide, void* attended);
 
 // Multiplies in all threads at once, for some 7 ns a round. The result is the number of operations: a product and its sum
 // are two. `kind` is a number of with_kind.
