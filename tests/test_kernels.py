@@ -293,6 +293,8 @@ def test_operations_of_registers_are_counted() -> None:
     threads = torch.get_num_threads()
     for dtype, numbers in ((torch.float32, 1), (torch.bfloat16, 2), (torch.int8, 4)):
         assert multiply_in_registers(dtype, 100) == threads * 100 * 24 * 16 * 2 * numbers
+    with pytest.raises(ValueError, match=r"multiply in torch.bfloat16, .*, and not in torch.float16"):
+        multiply_in_registers(torch.float16, 100)
 
 
 @needs_kernels

@@ -260,9 +260,19 @@ def encode_block(
 ) -> None:
     """A layer of the encoder on the residual [tokens, d_model], float32, in place.
 
-    The same as :func:`normed_product`, :func:`attention`, :func:`add_product`, :func:`normed_product` and
-    :func:`add_product`, whose arguments these are. ``weights`` are those of qkv, o, the feed-forward's first and wo,
-    ``norms`` those of attention and feed-forward.
+    The same, bit for bit, as :func:`normed_product`, :func:`attention`, :func:`add_product`, :func:`normed_product` and
+    :func:`add_product`.
+
+    Args:
+        weights: of qkv [3 · heads · d_kv, d_model], o [d_model, heads · d_kv], the feed-forward's first, gated or not,
+            [d_ff or 2 · d_ff, d_model], and wo [d_model, d_ff]; activations are kept in their ``dtype``.
+        norms: the weights of attention's and the feed-forward's, [d_model] in float32; None for ones.
+        documents, table, scale: as for :func:`attention`.
+
+    Raises:
+        ValueError: weights that do not fit each other, or are in int8 and not packed; a tensor of another shape or
+            dtype.
+        MemoryError: there is no memory for the activations.
     """
     tokens = len(residual)
     for weight in weights:
@@ -297,9 +307,14 @@ def multiply_in_registers(dtype: torch.dtype, rounds: int) -> int:
 
     Args:
         dtype: bfloat16, float32 or int8.
+
+    Raises:
+        ValueError: another dtype.
     """
-    kind = len(COMPUTE_DTYPES) if dtype == torch.int8 else COMPUTE_DTYPES.index(dtype)
-    operations: int = _kernels().t5_multiply_in_registers(kind, rounds)
+    kinds = (*COMPUTE_DTYPES, torch.int8)
+    if dtype not in kinds:
+        raise ValueError(f"the kernels multiply in {', '.join(map(str, kinds))}, and not in {dtype}")
+    operations: int = _kernels().t5_multiply_in_registers(kinds.index(dtype), rounds)
     return operations
 
 
