@@ -29,6 +29,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 # without a word, and has given NaN gradients; flash attention takes no mask at all.
 _CUDA_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+# torch's efficient kernel reads a bias in runs of 8 numbers: one whose rows have another width is copied in every call,
+# and one that begins elsewhere is an error, or a crash of the whole device.
+BIAS_ALIGNMENT = 8
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Relative position bias
@@ -71,24 +75,41 @@ def _buckets_by_distance(max_distance: int, bidirectional: bool, num_buckets: in
     return relative_position_bucket(distances, bidirectional, num_buckets, max_distance)
 
 
-# A dozen small operations whose result never changes.
-_cached_buckets_by_distance = lru_cache(_buckets_by_distance)
+# A dozen small operations whose result never changes. Never an inference tensor, or a first call under inference mode
+# would spoil later ones with gradients.
+@lru_cache
+@torch.inference_mode(False)
+def _cached_buckets_by_distance(
+    max_distance: int, bidirectional: bool, num_buckets: int, device: torch.device
+) -> Tensor:
+    return _buckets_by_distance(max_distance, bidirectional, num_buckets, device)
 
 
-def position_bias(table: Tensor, length: int) -> Tensor:
-    """Bias of every query and key of one document: [heads, 2 · max_distance + 1] to [heads, length, length]."""
+def aligned(width: int) -> int:
+    """The next multiple of :data:`BIAS_ALIGNMENT`."""
+    return -(-width // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
+
+
+def position_bias(table: Tensor, queries: int, keys: int | None = None, key_start: int = 0) -> Tensor:
+    """Bias of a run of queries and a run of keys: [heads, 2 · max_distance + 1] to [heads, queries, keys].
+
+    ``key_start`` is where the first key stands, counted from the first query; by default keys are the queries. The
+    result is a view of rows of :func:`aligned` width.
+    """
     reach = table.shape[-1] // 2
+    keys = queries if keys is None else keys
+    width = aligned(keys)
     # Row q of the result is the run of the distance line that starts at distance −q: overlapping windows, copied once.
-    distances = torch.arange(1 - length, length, device=table.device).clamp(-reach, reach) + reach
-    windows = table[:, distances].unfold(-1, length, 1)
-    return windows.flip(-2)
+    distances = torch.arange(key_start - queries + 1, key_start + width, device=table.device)
+    windows = table[:, distances.clamp(-reach, reach) + reach].unfold(-1, width, 1)
+    return windows.flip(-2)[..., :keys]
 
 
 def scattered_bias(table: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """Bias between arbitrary positions: [queries] and [keys] to [heads, queries, keys]."""
+    """Bias between arbitrary positions: [queries] and [keys] to [heads, queries, keys], as :func:`position_bias`."""
     reach = table.shape[-1] // 2
-    distance = (keys[None, :] - queries[:, None]).clamp(-reach, reach)
-    return table[:, distance + reach]
+    distance = (F.pad(keys, (0, aligned(len(keys)) - len(keys)))[None, :] - queries[:, None]).clamp(-reach, reach)
+    return table[:, distance + reach][..., : len(keys)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,7 +125,7 @@ class AttentionPlan(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DocumentAttention:
     """Every document of a packed row attends to its own keys, through SDPA, one call per group of equal documents.
 
@@ -139,8 +160,8 @@ class DocumentAttention:
     def biases(self, table: Tensor) -> list[Tensor]:
         """The bias of every group, [heads, queries, keys]."""
         longest = max([1, *(group.queries for group in self.groups if group.positions is None)])
-        bias = position_bias(table, longest)
-        return [self._bias_of(group, table, bias) for group in self.groups]
+        whole = position_bias(table, longest)
+        return [self._bias_of(group, table, whole) for group in self.groups]
 
     def attend(self, biases: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries, keys and values [tokens, heads, d_kv] to attention output [tokens, heads, d_kv]."""
@@ -149,11 +170,13 @@ class DocumentAttention:
         return q if not outputs else outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @staticmethod
-    def _bias_of(group: DocumentGroup, table: Tensor, bias: Tensor) -> Tensor:
-        """[heads, queries, keys]"""
-        if group.positions is None:
-            return bias[:, : group.queries, group.key_start : group.key_start + group.keys]
-        return scattered_bias(table, group.positions, group.positions[group.key_rows])
+    def _bias_of(group: DocumentGroup, table: Tensor, whole: Tensor) -> Tensor:
+        """[heads, queries, keys]; a part of the ``whole`` bias of the longest document, where that is aligned."""
+        if group.positions is not None:
+            return scattered_bias(table, group.positions, group.positions[group.key_rows])
+        if group.key_start % BIAS_ALIGNMENT:
+            return position_bias(table, group.queries, group.keys, group.key_start)
+        return whole[:, : group.queries, group.key_start : group.key_start + group.keys]
 
     def _attend_group(self, group: DocumentGroup, bias: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         shape = (group.count, group.queries)
@@ -168,8 +191,9 @@ class DocumentAttention:
         if group.keys == 1 and self.dropout == 0:
             # All the weight is on it. An empty negative prompt is such a document, and a kernel call costs something.
             return v.expand_as(q).flatten(0, 1)
-        out = _sdpa(q, k, v, bias.expand(group.count, *bias.shape), self.scale, self.dropout)
-        return out.flatten(0, 1)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = sdpa(q, k, v, bias.expand(group.count, *bias.shape), self.scale, self.dropout)
+        return out.transpose(1, 2).flatten(0, 1)
 
 
 class DocumentLayer:
@@ -196,7 +220,7 @@ class DocumentLayer:
         return self.table.float().contiguous()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DenseAttention:
     """A whole padded batch under a mask of any pattern; ``mask`` is bool [batch, 1 or heads, query, key]."""
 
@@ -207,20 +231,24 @@ class DenseAttention:
         batch, _, length, _ = self.mask.shape
         # The lowest finite number and not −∞: a row masked everywhere then attends evenly, as in the reference.
         hidden = torch.finfo(table.dtype).min
-        bias = position_bias(table, length).masked_fill(~self.mask, hidden)
+        bias = position_bias(table, aligned(length))[:, :length]
+        mask = F.pad(self.mask, (0, aligned(length) - length))
+        bias = bias.masked_fill(~mask, hidden)[..., :length]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.unflatten(0, (batch, length)) for x in (q, k, v))
-            return _sdpa(q, k, v, bias, self.scale).flatten(0, 1)
+            q, k, v = (x.unflatten(0, (batch, length)).transpose(1, 2) for x in (q, k, v))
+            return sdpa(q, k, v, bias, self.scale).transpose(1, 2).flatten(0, 1)
 
         return attend
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
-    """[batch, tokens, heads, d_kv] each, bias [batch, heads, query, key] in their dtype; result like q."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
+    """torch's attention by a kernel that is right: [batch, heads, tokens, d_kv] each, and the result like q.
+
+    ``bias`` is in their dtype, and can be expanded to [batch, heads, queries, keys].
+    """
     with sdpa_kernel(_CUDA_KERNELS) if q.is_cuda else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
 
 
 def logit_scale(config: T5Config) -> float:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from nai_t5_core.attention_choice import FlexUnavailableError, missing_for_flex, refuse_unsupported
+from nai_t5_core.compile_limit import compile_with_limit
 from nai_t5_core.compiled_steps import CompiledSteps
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.flex import BLOCK
@@ -44,7 +45,7 @@ def compile_stack(
 
     Raises:
         ValueError: buckets that are none, a model that is prepacked or quantised or that flex attention does not
-            support, or a torch without ``recompile_limit`` in torch.compile.
+            support.
         FlexUnavailableError: there is no compiler.
     """
     sizes = tuple(buckets)
@@ -54,17 +55,10 @@ def compile_stack(
     _refuse_packed(stack)
     if missing := missing_for_flex(stack.device):
         raise FlexUnavailableError(f"the encoder cannot be compiled here: {missing}")
-    _refuse_old_torch()
     stack.buckets = sizes
-    stack.encoder.compile(
-        fullgraph=True,
-        dynamic=False,
-        mode=mode,
-        # Not torch's default of 8 for all models together, beyond which the call would fail.
-        recompile_limit=len(sizes) + _SPARE_GRAPHS,
-        isolate_recompiles=True,
-        **options,
-    )
+    compile_bounded = partial(compile_with_limit, limit=len(sizes) + _SPARE_GRAPHS, mode=mode, **options)
+    # What Module.compile sets: calls of the module take it in place of forward.
+    stack.encoder._compiled_call_impl = compile_bounded(stack.encoder._call_impl, dynamic=False)
     return stack
 
 
@@ -84,8 +78,7 @@ def compile_steps(model: T5, blocks_at_once: int = 4, **options: Any) -> T5:
         The same model, changed.
 
     Raises:
-        ValueError: the model is not on the CPU, in float16, prepacked or quantised, or torch is too old; or no block
-            at once.
+        ValueError: the model is not on the CPU, in float16, prepacked or quantised; or no block at once.
         FlexUnavailableError: there is no compiler.
     """
     if model.device.type != "cpu" or model.dtype == torch.float16:
@@ -95,7 +88,6 @@ def compile_steps(model: T5, blocks_at_once: int = 4, **options: Any) -> T5:
     if blocks_at_once < 1:
         raise ValueError(f"blocks_at_once={blocks_at_once}; it must be at least 1")
     _refuse_packed(model.decoder)
-    _refuse_old_torch()
     if missing := missing_for_flex(model.device):
         raise FlexUnavailableError(f"the decoder cannot be compiled here: {missing}")
     model.compiled_steps = CompiledSteps(model, blocks_at_once, **options)
@@ -105,11 +97,6 @@ def compile_steps(model: T5, blocks_at_once: int = 4, **options: Any) -> T5:
 def _refuse_packed(module: nn.Module) -> None:
     if is_packed(module) or any(isinstance(child, Int8Linear) for child in module.modules()):
         raise ValueError("the model is prepacked or quantised for this CPU already; compile it before, or load it anew")
-
-
-def _refuse_old_torch() -> None:
-    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
-        raise ValueError(f"torch {torch.__version__} cannot bound its compilations per model; update torch")
 
 
 @torch.no_grad()

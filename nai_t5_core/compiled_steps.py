@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from nai_t5_core.compile_limit import compile_with_limit
 from nai_t5_core.decoder import BlockInPlan, Decoder, run_blocks
 from nai_t5_core.decoder_attention import CachedAttention, CachedLayer, CrossLayer, CrossMemory, DecoderCache
 from nai_t5_core.layers import NoInit, residual_dtype
@@ -55,15 +56,14 @@ class CompiledSteps:
         blocks = model.config.num_decoder_layers
         # A divisor, or the last few would be another graph.
         self.blocks_at_once = max(size for size in range(1, blocks_at_once + 1) if blocks % size == 0)
-        graphs: dict[str, Any] = {"fullgraph": True, "recompile_limit": _MOST_GRAPHS, "isolate_recompiles": True}
-        self._run_group: Callable[..., Tensor] = torch.compile(run_blocks, **graphs, **options)
+        self._run_group: Callable[..., Tensor] = compile_with_limit(run_blocks, _MOST_GRAPHS, **options)
         place: dict[str, Any] = {"device": "meta", "dtype": model.dtype}
         self.single_decoder = Decoder(model.config, model.layout, model.decoder_scales, SingleRow, **place)
         self.single_decoder.load_state_dict(model.decoder.state_dict(), assign=True)
         self.single_decoder.eval().requires_grad_(False)
         head = SingleRow.Linear(model.config.d_model, model.config.vocab_size, bias=False, **place)
         head.weight = nn.Parameter(model.lm_head.weight.detach(), requires_grad=False)
-        self.single_head: Callable[[Tensor], Tensor] = torch.compile(head, **graphs, **options)
+        self.single_head: Callable[[Tensor], Tensor] = compile_with_limit(head, _MOST_GRAPHS, **options)
 
     def prepare(self, cache: DecoderCache, memory: CrossMemory) -> None:
         """To be called once, before the steps of a generation."""

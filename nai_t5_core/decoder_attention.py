@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nai_t5_core.attention import Attend, distance_table, position_bias
+from nai_t5_core.attention import Attend, aligned, distance_table, position_bias, sdpa
 from nai_t5_core.config import T5Config
 from nai_t5_core.layers import residual_dtype
 
@@ -58,7 +58,7 @@ def attend_to(
             return _attend_one_by_one(q, keys, values, bias, scale)
         if q.shape[1] == 1 and q.dtype in (torch.bfloat16, torch.float16):
             return _attend_in_float32(q, keys, values, bias, scale)
-    return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, bias, dropout, scale=scale).transpose(1, 2)
+    return sdpa(q.transpose(1, 2), keys, values, bias, scale, dropout).transpose(1, 2)
 
 
 def _attend_in_float32(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -81,7 +81,7 @@ def _attend_one_by_one(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | N
     return torch.stack(outputs, dim=1).to(q.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CausalAttention:
     """Every position of a text at once; each sees itself and what is before it.
 
@@ -108,7 +108,7 @@ class CausalAttention:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CrossMemory:
     """What the decoder reads of the prompts: the keys and values of every layer, computed once.
 
@@ -138,7 +138,7 @@ class CrossMemory:
         return CrossLayer(*self.layers[index], self.bias, self.scale, self.dropout)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CrossLayer:
     """Attention of one layer to the prompts; see :class:`CrossMemory`. A class, since compilers look into it."""
 
@@ -156,7 +156,9 @@ def cross_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Bool [prompts, length] to what is added to the logits: [prompts, 1, 1, length]."""
     # The lowest finite number and not −∞: a prompt masked everywhere is then read evenly, as in the reference.
     hidden = torch.finfo(dtype).min
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, hidden)[:, None, None]
+    length = mask.shape[1]
+    mask = F.pad(mask, (0, aligned(length) - length))
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, hidden)[:, None, None, :length]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,7 +198,8 @@ class DecoderCache:
         if min(prompts, beams, length) < 1:
             raise ValueError(f"a cache of {prompts} prompts, {beams} beams, {length} tokens; each must be at least 1")
         self.prompts, self.beams, self.length = prompts, beams, length
-        slots = length * beams
+        # Whole runs of numbers for torch's attention; what no text needs is never seen.
+        slots = aligned(length * beams)
         shape = (config.num_decoder_layers, 2, prompts, config.num_heads, slots, config.d_kv)
         self.keys_values = torch.empty(shape, dtype=dtype, device=device)
         # Each a tensor by itself: of the whole, a compiler would copy all to write a part.
@@ -292,7 +295,7 @@ def bias_line(table: Tensor, length: int) -> Tensor:
     return table[:, distances]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CachedAttention:
     """One step: the last tokens write their keys and values and attend to what they may see.
 
@@ -318,7 +321,7 @@ class CachedAttention:
         return CachedLayer(*self.layers[index], self.rows, self.slots, bias, self.scale)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CachedLayer:
     """One layer of :class:`CachedAttention`. A lone token may come in several copies, of which the first is written."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nai_t5_core.attention import logit_scale
+from nai_t5_core.attention import BIAS_ALIGNMENT, logit_scale
 from nai_t5_core.compiled_steps import SLOTS_AT_ONCE
 from nai_t5_core.decoder_attention import CrossMemory, DecoderCache, bias_line
 
@@ -49,7 +49,8 @@ class Decoding:
         if compiled is not None:
             compiled.prepare(cache, memory)
         # A step reads a multiple of so many slots.
-        self._granularity = 1 if compiled is None else SLOTS_AT_ONCE
+        smallest = 1 if model.device.type == "cpu" else BIAS_ALIGNMENT
+        self._granularity = smallest if compiled is None else SLOTS_AT_ONCE
         if fixed_shapes:
             self._granularity = cache.slots
         self._scale = logit_scale(model.config)

@@ -16,7 +16,7 @@ ROWS = [
     "kernels",
     # 2: mathematics
     "layers attention kernel_block attention_choice flex packing encoder_block encoder "
-    "decoder_attention decoder compiled_steps decoding token_scores beam_search generation model",
+    "decoder_attention decoder compile_limit compiled_steps decoding token_scores beam_search generation model",
     # 3: weights
     "formats keymaps fuse precision hub native examine load conversion maxima scales_file "
     "lora_keys lora_files lora_set lora",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from nai_t5_core.attention import _sdpa
+from nai_t5_core.attention import sdpa
 
 KERNELS: dict[str, Callable[[], bool]] = {
     "flash": torch.backends.cuda.flash_sdp_enabled,
@@ -59,8 +59,8 @@ def test_bias_and_mask_have_the_dtype_of_the_queries(kind: str, dtype: torch.dty
 
 def attend(device: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """SDPA of two documents of three tokens."""
-    q, k, v = (torch.zeros(2, 3, 4, 16, device=device, dtype=dtype) for _ in range(3))
-    return _sdpa(q, k, v, torch.zeros(2, 4, 3, 3, device=device, dtype=dtype), scale=1.0)
+    q, k, v = (torch.zeros(2, 4, 3, 16, device=device, dtype=dtype) for _ in range(3))
+    return sdpa(q, k, v, torch.zeros(2, 4, 3, 3, device=device, dtype=dtype), scale=1.0)
 
 
 def test_on_cuda_the_kernel_is_never_cudnn_or_flash() -> None:
@@ -89,7 +89,7 @@ def test_it_compiles_as_one_graph(device: str) -> None:
     torch._dynamo.reset()
     with FakeTensorMode():
         out = torch.compile(attend, fullgraph=True, backend=keep)(device)
-    assert out.shape == (2, 3, 4, 16) and len(graphs) == 1
+    assert out.shape == (2, 4, 3, 16) and len(graphs) == 1
     names = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert any("scaled_dot_product_attention" in name for name in names)
     assert any("sdpa_kernel" in name for name in names) == (device == "cuda")

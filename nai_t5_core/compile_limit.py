@@ -1,0 +1,26 @@
+"""torch.compile with a limit of its own on the number of graphs, in every torch that can compile the model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Before torch 2.12 graphs are counted for all models of a class together.
+_MODELS_TOGETHER = 8
+
+
+def compile_with_limit(function: Callable[..., Any], limit: int, **options: Any) -> Callable[..., Any]:
+    """``torch.compile(function, fullgraph=True, **options)`` that may compile ``limit`` graphs.
+
+    torch's own limit is 8 for all models together, beyond which a call fails.
+    """
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options |= {"recompile_limit": limit, "isolate_recompiles": True}
+        compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, **options)
+        return compiled
+    within = torch._dynamo.config.patch(recompile_limit=limit * _MODELS_TOGETHER)
+    limited: Callable[..., Any] = within(torch.compile(function, fullgraph=True, **options))
+    return limited
