@@ -44,8 +44,7 @@ def choose_attention(device_type: str, tokens: int, sparsity: float) -> Literal[
         tokens: rows of the packed row.
         sparsity: the share of [tokens, tokens] that no query may see.
     """
-    if device_type != "cuda":
-        return "sdpa"
+    return "sdpa"
     crossover = FLEX_FROM_TOKENS_IF_SPARSE if sparsity >= SPARSE_FROM else FLEX_FROM_TOKENS
     return "flex" if tokens >= crossover else "sdpa"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -56,9 +55,11 @@ def compile_stack(
     if missing := missing_for_flex(stack.device):
         raise FlexUnavailableError(f"the encoder cannot be compiled here: {missing}")
     stack.buckets = sizes
-    compile_bounded = partial(compile_with_limit, limit=len(sizes) + _SPARE_GRAPHS, mode=mode, **options)
+    options |= {"mode": mode, "dynamic": False}
     # What Module.compile sets: calls of the module take it in place of forward.
-    stack.encoder._compiled_call_impl = compile_bounded(stack.encoder._call_impl, dynamic=False)
+    stack.encoder._compiled_call_impl = compile_with_limit(
+        stack.encoder._call_impl, len(sizes) + _SPARE_GRAPHS, **options
+    )
     return stack
 
 

@@ -150,16 +150,19 @@ def cook(recipe: Recipe, read: Callable[[str], Tensor], model_dtype: torch.dtype
         return read(recipe.parts[0]).to(dtype)
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     norm = None if recipe.norm is None else read(recipe.norm).to(precision)
-    out = torch.empty(recipe.shape, dtype=dtype)
+    out: Tensor | None = None
     row = 0
     for name, scale in zip(recipe.parts, recipe.scales, strict=True):
         part = read(name)
+        if out is None:  # on the device of the originals, which may hold a loaded model
+            out = torch.empty(recipe.shape, dtype=dtype, device=part.device)
         factor = scale if norm is None else norm * scale
         # In slices: large temporaries between the results would leave memory in holes that nothing fits into.
         for rows in part.split(max(1, _SLICE // max(1, part[0].numel()))):
             target = out[row : row + rows.shape[0]]
             target.copy_(rows if norm is None and scale == 1 else rows.to(precision) * factor)
             row += rows.shape[0]
+    assert out is not None, "a recipe has parts"
     return out
 
 

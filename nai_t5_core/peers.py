@@ -38,7 +38,11 @@ _OUTLIER_OFFSET = 8.0
 
 
 def random_state(
-    config: T5Config, seed: int = 0, outliers: bool = False, dtype: torch.dtype = torch.float32
+    config: T5Config,
+    seed: int = 0,
+    outliers: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
     """Random weights under Hugging Face names that exercise every part of the model; the decoder's if it has one.
 
@@ -51,8 +55,9 @@ def random_state(
         outliers: one channel in 64 of the residual stream is several hundred times larger than the others, and the norm
             weights take that back, as in trained T5 models.
         dtype: drawn in float32 and cast tensor by tensor.
+        device: where they are drawn and stay; one seed gives other weights on another type of device.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     gains = _channel_gains(config.d_model, outliers, generator)
     state = {}
     for name, shape in (encoder_tensors(config) | decoder_tensors(config)).items():
@@ -72,17 +77,19 @@ def random_state(
 
 def _channel_gains(d_model: int, outliers: bool, generator: torch.Generator) -> Tensor:
     """What every channel of the residual stream is multiplied by: [d_model]."""
-    gains = torch.ones(d_model)
+    device = generator.device
+    gains = torch.ones(d_model, device=device)
     if outliers:
         count = max(1, d_model // _CHANNELS_PER_OUTLIER)
-        gains[torch.randperm(d_model, generator=generator)[:count]] = _OUTLIER_GAIN
+        gains[torch.randperm(d_model, generator=generator, device=device)[:count]] = _OUTLIER_GAIN
     return gains
 
 
 def _random_tensor(name: str, shape: Shape, config: T5Config, generator: torch.Generator) -> Tensor:
+    device = generator.device
     if "layer_norm" in name:
-        return torch.rand(shape, generator=generator) + 0.5
-    tensor = torch.randn(shape, generator=generator)
+        return torch.rand(shape, generator=generator, device=device) + 0.5
+    tensor = torch.randn(shape, generator=generator, device=device)
     if name == "shared.weight" or "relative_attention_bias" in name:
         return tensor
     tensor *= shape[1] ** -0.5

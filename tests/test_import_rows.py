@@ -24,7 +24,7 @@ ROWS = [
     "optimize packed_block int8_linear int8_block int8 compiled sharding lora_live guard generation_guard "
     "calibration_report calibrate stress "
     "text_encoder textual_inversion peers comfyui_peer parity parity_report decoder_peers decoder_parity "
-    "bench roofline cli row_memory hf_weights hf diffusers_adapter diffusers_outputs diffusers_requests "
+    "bench roofline doctor cli row_memory hf_weights hf diffusers_adapter diffusers_outputs diffusers_requests "
     "diffusers_prompts training",
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}

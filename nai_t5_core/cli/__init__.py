@@ -13,6 +13,7 @@ import typer
 from rich.markup import escape
 
 from nai_t5_core.cli.checkpoints import calibrate, convert, inspect, stress
+from nai_t5_core.cli.doctor import doctor
 from nai_t5_core.cli.generate import generate
 from nai_t5_core.cli.measure import bench, bench_generate, estimate, parity
 from nai_t5_core.cli.prompts import count, encode, warm_up
@@ -28,7 +29,7 @@ app = typer.Typer(
 for command in (
     *(encode, count, warm_up, generate),
     *(inspect, convert, calibrate, stress),
-    *(parity, bench, bench_generate, estimate, train),
+    *(doctor, parity, bench, bench_generate, estimate, train),
 ):
     app.command()(command)
 

@@ -1,0 +1,46 @@
+"""``doctor``: what this machine is, what of ours runs on it, whether it is right, and how fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nai_t5_core.cli.options import DeviceOption, Json
+from nai_t5_core.cli.terminal import err, out, print_json, say
+
+
+def doctor(
+    size: Annotated[
+        str | None, typer.Argument(help="The published size to time; by default one for the device.")
+    ] = None,
+    device: DeviceOption = "auto",
+    full: Annotated[
+        bool, typer.Option("--full", help="Also the largest size, peers, and compiled graphs; minutes.")
+    ] = False,
+    budget: Annotated[float, typer.Option(help="Seconds for everything; what does not fit is left out.")] = 480.0,
+    only: Annotated[
+        str | None, typer.Option(metavar="STEP,…", help="Only these steps (a wrong one lists all).")
+    ] = None,
+    results: Annotated[Path | None, typer.Option(help="File for what each step found, as it is found.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the report as Markdown.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Examine this machine: what can run, whether it computes right, how fast, and which settings suit it."""
+    from nai_t5_core.doctor import DoctorSettings, examine_machine
+    from nai_t5_core.doctor.report import as_markdown, render
+
+    settings = DoctorSettings(device, size, full, budget, tuple(only.split(",")) if only else (), results)
+    with err.status("looking") as status:
+        diagnosis = examine_machine(settings, status.update)
+    if markdown is not None:
+        markdown.write_text(as_markdown(diagnosis), encoding="utf-8")
+    if as_json:
+        print_json(diagnosis.to_dict())
+    else:
+        out.print(render(diagnosis))
+        if markdown is not None:
+            say(f"wrote {markdown}")
+    if not diagnosis.passed:
+        raise typer.Exit(1)

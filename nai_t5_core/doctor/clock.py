@@ -1,0 +1,51 @@
+"""How long a call takes on a device, and how long it keeps the host."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LEAST_SECONDS = 0.4  # for which a call is repeated,
+_LEAST_ROUNDS, _MOST_ROUNDS = 3, 50
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def timed(call: Callable[[], Any], device: torch.device, warm_ups: int = 2) -> dict[str, float]:
+    """Milliseconds: ``ms`` until the device is done, ``host_ms`` until the call returns; medians, and the lowest."""
+    for _ in range(warm_ups):
+        call()
+    synchronize(device)
+    whole, host = list[float](), list[float]()
+    while len(whole) < _LEAST_ROUNDS or (sum(whole) < _LEAST_SECONDS and len(whole) < _MOST_ROUNDS):
+        started = time.perf_counter()
+        call()
+        host.append(time.perf_counter() - started)
+        synchronize(device)
+        whole.append(time.perf_counter() - started)
+    return {
+        "ms": round(statistics.median(whole) * 1e3, 4),
+        "lowest_ms": round(min(whole) * 1e3, 4),
+        "host_ms": round(statistics.median(host) * 1e3, 4),
+    }
+
+
+def device_seconds(call: Callable[[int], Any], device: torch.device, rounds: int = 20) -> float:
+    """Seconds of one of ``rounds`` calls that follow each other without a wait; each is given its number."""
+    for number in range(2):
+        call(number)
+    synchronize(device)
+    started = time.perf_counter()
+    for number in range(rounds):
+        call(number)
+    synchronize(device)
+    return (time.perf_counter() - started) / rounds

@@ -1,0 +1,55 @@
+"""What the steps share: the device, and models that are built when a step first asks for them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+
+from nai_t5_core.config import T5Config, named_config
+from nai_t5_core.doctor.settings import DoctorSettings
+from nai_t5_core.encoder import T5EncoderStack
+from nai_t5_core.optimize import can_prepack, prepack
+from nai_t5_core.peers import State, own_encoder, random_state
+from nai_t5_core.precision import resolve_device, resolve_dtype
+
+_SIZES = {"cpu": "t5-v1_1-base", "mps": "t5-v1_1-large", "cuda": "t5-v1_1-large"}
+_FULL_SIZES = {"cpu": "t5-v1_1-large", "mps": "t5-v1_1-xxl", "cuda": "t5-v1_1-xxl"}
+
+
+class Patient:
+    """The device under examination, and the model that is timed on it."""
+
+    def __init__(self, settings: DoctorSettings) -> None:
+        self.settings = settings
+        self.device = resolve_device(settings.device)
+
+    @property
+    def size(self) -> str:
+        """The published size that is timed."""
+        return self.settings.size or (_FULL_SIZES if self.settings.full else _SIZES)[self.device.type]
+
+    @cached_property
+    def config(self) -> T5Config:
+        return named_config(self.size).encoder_only()
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """What ``dtype="auto"`` takes here."""
+        return resolve_dtype("auto", self.device)
+
+    @cached_property
+    def state(self) -> State:
+        """Random weights under Hugging Face names, drawn on the device."""
+        return random_state(self.config, dtype=self.dtype, device=self.device)
+
+    @cached_property
+    def stack(self) -> T5EncoderStack:
+        """Ours, as ``TextEncoder.from_pretrained`` gives it."""
+        stack = own_encoder(self.config, self.state, self.dtype)
+        return prepack(stack) if can_prepack(stack) else stack
+
+    def ids(self, batch: int, length: int) -> torch.Tensor:
+        """Random ids on the CPU, where tokenizers leave them: [batch, length]."""
+        generator = torch.Generator().manual_seed(length)
+        return torch.randint(self.config.vocab_size, (batch, length), generator=generator)
