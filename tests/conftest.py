@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.fuse import cook, fused_recipes, separate_recipes
 from nai_t5_core.kernels.build import missing_for_kernels
 from nai_t5_core.layers import NoInit
+
+# Triton, where there is one, is told before it is first imported that it has no GPU to compile for.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Toys gain nothing from more, and threads that wait for each other on a busy machine take several times longer.
 torch.set_num_threads(1)

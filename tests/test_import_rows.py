@@ -23,7 +23,7 @@ ROWS = [
     # 4: use
     "optimize packed_block int8_linear int8_block int8 compiled sharding lora_live guard generation_guard "
     "calibration_report calibrate stress "
-    "text_encoder textual_inversion peers comfyui_peer parity parity_report decoder_peers decoder_parity "
+    "cuda text_encoder textual_inversion peers comfyui_peer parity parity_report decoder_peers decoder_parity "
     "bench roofline doctor cli row_memory hf_weights hf diffusers_adapter diffusers_outputs diffusers_requests "
     "diffusers_prompts training",
 ]
