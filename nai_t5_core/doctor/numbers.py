@@ -96,7 +96,7 @@ def check_stacks(patient: Patient) -> Finding:
         asked = list(questions(config, 96))
         answers = [question.ask(exact) for question in asked]
         for name, stack, tolerance in _forms(config, state, patient.device):
-            found = [_difference(question.ask(stack), answer) for question, answer in zip(asked, answers, strict=True)]
+            found = [difference(question.ask(stack), answer) for question, answer in zip(asked, answers, strict=True)]
             errors[f"{kind}, {name}"] = max(found)
             wrong += [
                 f"{kind}, {name}, {question.name}: off by {error:.2g} of the largest value (limit {tolerance:g})"
@@ -119,7 +119,7 @@ def check_masks(patient: Patient) -> Finding:
         for question in questions(config, length):
             answer = question.ask(exact)
             for asked in map(question.on, devices):
-                error = _difference(asked.ask(stack), answer)
+                error = difference(asked.ask(stack), answer)
                 checked, worst = checked + 1, max(worst, error)
                 if not error <= TOLERANCES[dtype]:
                     wrong.append(f"length {length}, {question.name}, ids on {asked.ids.device}: off by {error:.2g}")
@@ -133,7 +133,7 @@ def check_attention(attention: AttentionChoice, device: torch.device, dtype: tor
     exact = own_encoder(config, state, torch.float64, "separate")
     stack = _placed(own_encoder(config, state, dtype), device, attention)
     asked = [question for question in questions(config, 300) if not question.name.startswith("dense")]
-    errors = {question.name: _difference(question.ask(stack), question.ask(exact)) for question in asked}
+    errors = {question.name: difference(question.ask(stack), question.ask(exact)) for question in asked}
     wrong = [
         f"{attention}, {name}: off by {error:.2g}" for name, error in errors.items() if not error <= TOLERANCES[dtype]
     ]
@@ -164,7 +164,7 @@ def _placed(stack: T5EncoderStack, device: torch.device, attention: AttentionCho
     return stack.to(device)
 
 
-def _difference(found: Tensor, wanted: Tensor) -> float:
+def difference(found: Tensor, wanted: Tensor) -> float:
     """The largest, relative to the largest wanted value; NaN stays NaN, and other shapes are infinitely wrong."""
     if found.shape != wanted.shape:
         return math.inf
@@ -198,7 +198,7 @@ def check_generation(patient: Patient) -> Finding:
             model = own_t5(config, state, dtype).to(patient.device)
             with torch.no_grad():
                 logits = model(*(x.to(patient.device) for x in (ids, mask)), labels=labels.to(patient.device))[0]
-            error = _difference(logits.double().cpu(), exact)
+            error = difference(logits.double().cpu(), exact)
             checked += 1
             if not error <= TOLERANCES[dtype]:
                 wrong.append(f"{kind}, {str(dtype).removeprefix('torch.')}, logits: off by {error:.2g}")

@@ -74,6 +74,8 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
     for step in ("transformers", "nai-t5"):
         if found := diagnosis.data(step):
             yield _peer(step, found)
+    if found := diagnosis.data("kernel-speed"):
+        yield _kernels(found)
     if flex := diagnosis.data("flex"):
         yield _flex(flex)
     for step, title in _COMPILED.items():
@@ -163,6 +165,12 @@ def _flex(flex: dict[str, Any]) -> Section:
         if isinstance(times["sdpa"], dict)
     ]
     return Section("Attention", ("tokens", "SDPA", "flex"), tuple(rows))
+
+
+def _kernels(found: dict[str, Any]) -> Section:
+    variants = list(next(iter(found["times"].values())))
+    rows = [(name, *(f"{times[each]['ms']:.2f} ms" for each in variants)) for name, times in found["times"].items()]
+    return Section("Our kernels for CUDA", ("tokens", *variants), tuple(rows))
 
 
 def _compiled(title: str, found: dict[str, Any]) -> Section:

@@ -37,7 +37,7 @@ class Step:
 def all_steps() -> tuple[Step, ...]:
     """Every step, in order."""
     # Only now: these import torch.
-    from nai_t5_core.doctor import ceilings, graphs, machine, numbers, peers, speed
+    from nai_t5_core.doctor import ceilings, graphs, machine, numbers, own_kernels, peers, speed
 
     return (
         Step("machine", "what the machine is", machine.describe, 60),
@@ -45,10 +45,14 @@ def all_steps() -> tuple[Step, ...]:
         Step("numbers", "a small model of each kind against float64", numbers.check_stacks, 120),
         Step("masks", "masks that begin or end at odd places", numbers.check_masks, 60),
         Step("generation", "generation against float32 on the CPU", numbers.check_generation, 60),
+        Step("kernels", "our kernels for CUDA against float64", own_kernels.check, 120, devices=("cuda",)),
         Step("sums", "float16 sums of many products", numbers.check_sums, 30, devices=("cuda",)),
         Step("speed", "our encoder at typical lengths", speed.measure_lengths, 120),
         Step("batches", "our encoder with many prompts", speed.measure_batches, 60),
         Step("launches", "what one encode has the device do", speed.count_launches, 60, devices=("cuda",)),
+        Step(
+            "kernel-speed", "our kernels for CUDA, eager and in graphs", own_kernels.time_kernels, 90, True, ("cuda",)
+        ),
         Step("products", "the bare products of a layer", speed.measure_products, 60, True, ("cuda",)),
         Step("transformers", "transformers beside ours", peers.time_transformers, 90, True),
         Step("nai-t5", "nai-t5 beside ours", peers.time_nai_t5, 60, True),
