@@ -102,14 +102,15 @@ def position_bias(table: Tensor, queries: int, keys: int | None = None, key_star
     # Row q of the result is the run of the distance line that starts at distance −q: overlapping windows, copied once.
     distances = torch.arange(key_start - queries + 1, key_start + width, device=table.device)
     windows = table[:, distances.clamp(-reach, reach) + reach].unfold(-1, width, 1)
-    return windows.flip(-2)[..., :keys]
+    # Not flip(), which may lay out what it makes with rows and columns exchanged.
+    return windows.index_select(-2, torch.arange(queries - 1, -1, -1, device=table.device))[..., :keys]
 
 
 def scattered_bias(table: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     """Bias between arbitrary positions: [queries] and [keys] to [heads, queries, keys], as :func:`position_bias`."""
     reach = table.shape[-1] // 2
     distance = (F.pad(keys, (0, aligned(len(keys)) - len(keys)))[None, :] - queries[:, None]).clamp(-reach, reach)
-    return table[:, distance + reach][..., : len(keys)]
+    return table[:, distance + reach].contiguous()[..., : len(keys)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,15 +28,17 @@ def allowed_kernels() -> set[str]:
 
 
 class Calls(TorchFunctionMode):
-    """Keeps the dtypes of every SDPA call and the kernels it may choose from."""
+    """Keeps the bias of every SDPA call, the dtypes, and the kernels it may choose from."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.biases: list[Tensor] = []
         self.dtypes: list[set[torch.dtype]] = []
         self.kernels: list[set[str]] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.scaled_dot_product_attention:
+            self.biases.append(kwargs["attn_mask"])
             self.dtypes.append({tensor.dtype for tensor in (*args, kwargs["attn_mask"])})
             self.kernels.append(allowed_kernels())
         return function(*args, **(kwargs or {}))
@@ -55,6 +57,33 @@ def test_bias_and_mask_have_the_dtype_of_the_queries(kind: str, dtype: torch.dty
         stack(ids, mask)
         stack(ids, mask[:, None] * mask[:, :, None])
     assert calls.dtypes == [{dtype}] * (3 * config.num_layers + config.num_layers)
+
+
+@pytest.mark.parametrize("length", [9, 12, 16, 45, 64])
+@pytest.mark.parametrize("layout", ["right", "left", "holes", "empty", "dense", "none"])
+@pytest.mark.parametrize("padding", ["exact", "skip", "attend"])
+@torch.no_grad()
+def test_a_bias_lies_in_memory_as_torchs_kernels_for_cuda_read_it(layout: str, padding: Any, length: int) -> None:
+    """A row of another width is copied in every call, one that begins elsewhere fails, and other strides are slow."""
+    config = TOY_CONFIGS["umt5"]
+    stack = build_stack(config, random_state(config))
+    stack.attention = "sdpa"
+    mask = padding_mask([length - 3, length, 3], length)
+    if layout == "left":
+        mask = mask.flip(1)
+    elif layout == "holes":
+        mask[1, 4] = 0
+    elif layout == "empty":
+        mask[1] = 0
+    elif layout == "dense":
+        mask = mask[:, None] * mask[:, :, None]
+    with Calls() as calls:
+        stack(torch.ones(3, length, dtype=torch.long), None if layout == "none" else mask, padding=padding)
+    assert calls.biases
+    for bias in calls.biases:
+        *others, last = bias.stride()
+        assert last == 1 and bias.storage_offset() % 8 == 0
+        assert all(stride % 8 == 0 for stride in others), (tuple(bias.shape), bias.stride())
 
 
 def attend(device: str, dtype: torch.dtype = torch.float32) -> Tensor:
