@@ -19,6 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nai_t5_core.cuda import kernels
+from nai_t5_core.cuda.launches import norm_warps
+from nai_t5_core.cuda.product_kernel import multiply
+from nai_t5_core.cuda.products import CONFIGURATIONS
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -56,10 +59,25 @@ def all_of(capability: int) -> Iterator[dict[str, Any]]:
                 types = {"residual": "*fp32", "delta": delta, "weight": "*fp32", "out": half, "finite": "*i32"}
                 types |= {"count": "*i32", "epsilon": "fp32", "inv_scale": "fp32"}
                 constants = {"width": width, "block": block, "parts": parts, "has_weight": True, "watches": True}
-                yield compiled(kernels.add_norm, capability, types, constants, 8 if block >= 2048 else 4)
+                yield compiled(kernels.add_norm, capability, types, constants, norm_warps(block))
         for activation in ("relu", "gelu", "gelu_new", "silu"):
             constants = {"width": 10240, "activation": activation, "is_gated": activation != "relu", "block": 1024}
             yield compiled(kernels.gate, capability, {"joined": half, "out": half}, constants, 4)
+    for (kind, rows), configurations in CONFIGURATIONS.items():
+        for configuration in configurations:
+            types = {"x": "*fp16", "weight": "*fp16", "out": "*fp32" if kind == "summed" else "*fp16", "rows": "i32"}
+            constants = {
+                "columns": 4096,
+                "depth": 10240,
+                "block_rows": rows,
+                "block_columns": configuration.block_columns,
+                "block_depth": configuration.block_depth,
+                "parts": configuration.parts,
+                "activation": "gelu_new" if kind == "gated" else "none",
+                "is_gated": kind == "gated",
+                "stages": configuration.stages,
+            }
+            yield compiled(multiply, capability, types, constants, configuration.warps)
 
 
 if __name__ == "__main__":

@@ -180,6 +180,8 @@ def _packed_ids(packing: Packing, index: Tensor | None, input_ids: Tensor) -> Te
 
 
 def _products(choice: ProductsChoice) -> Products:
+    from nai_t5_core.cuda.products import TritonProducts
     from nai_t5_core.cuda.torch_products import TorchProducts, UnroundedTorchProducts
 
-    return UnroundedTorchProducts() if choice == "torch-float32" else TorchProducts()
+    classes = {"torch": TorchProducts, "torch-float32": UnroundedTorchProducts, "triton": TritonProducts}
+    return classes[choice]()

@@ -108,9 +108,14 @@ def add_norm(
         parts=0 if delta is None else 1 if delta.ndim == 2 else len(delta),
         has_weight=weight is not None,
         watches=watch is not None,
-        num_warps=8 if block >= 2048 else 4,
+        num_warps=norm_warps(block),
     )
     return out
+
+
+def norm_warps(block: int) -> int:
+    """For rows of a norm that are computed as ``block`` numbers."""
+    return min(max(block // 256, 4), 16)
 
 
 def gate(joined: Tensor, activation: Activation, is_gated: bool) -> Tensor:

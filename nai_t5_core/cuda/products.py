@@ -1,0 +1,143 @@
+"""Products of up to 128 rows by our own kernel, in configurations that are written down here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.config import Activation
+from nai_t5_core.cuda.product_kernel import multiply
+from nai_t5_core.cuda.torch_products import TorchProducts
+
+MOST_ROWS = 128
+
+# What becomes of a product: it is rounded, activated and gated before that, or summed up in float32.
+Kind = Literal["plain", "gated", "summed"]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How a product is divided among programs: each has so many columns, and one of the parts of the depth."""
+
+    block_columns: int
+    block_depth: int
+    parts: int = 1
+    stages: int = 4
+    warps: int = 4
+
+    def fits(self, columns: int, depth: int) -> bool:
+        """Whether blocks and parts divide a product."""
+        return columns % self.block_columns == 0 and depth % (self.parts * self.block_depth) == 0
+
+
+# For sizes that no other fits.
+_SMALLEST = Configuration(16, 16, 1, 2)
+
+# NOT MEASURED: estimates. The first that fits a product is taken, by its kind and the rows of a block; all of them
+# keep within the shared memory of consumer cards.
+_PLAIN = (Configuration(64, 64), Configuration(32, 64), _SMALLEST)
+_PLAIN_WIDE = (Configuration(64, 64, stages=3), Configuration(32, 64, stages=3), _SMALLEST)
+_GATED = (Configuration(64, 64), Configuration(32, 64), _SMALLEST)
+_GATED_WIDE = (Configuration(64, 64, stages=3, warps=8), Configuration(32, 64, stages=3), _SMALLEST)
+_SUMMED = (*(Configuration(64, 64, parts) for parts in (4, 2, 1)), _SMALLEST)
+_SUMMED_WIDE = (*(Configuration(64, 64, parts, stages=3) for parts in (4, 2, 1)), _SMALLEST)
+
+CONFIGURATIONS: dict[tuple[Kind, int], tuple[Configuration, ...]] = {
+    **{("plain", rows): _PLAIN for rows in (16, 32, 64)},
+    **{("gated", rows): _GATED for rows in (16, 32, 64)},
+    **{("summed", rows): _SUMMED for rows in (16, 32, 64)},
+    ("plain", 128): _PLAIN_WIDE,
+    ("gated", 128): _GATED_WIDE,
+    ("summed", 128): _SUMMED_WIDE,
+}
+
+
+def block_rows(rows: int) -> int:
+    """The rows that a program computes for so many: 16, 32, 64 or 128."""
+    return max(16, 1 << (rows - 1).bit_length())
+
+
+class TritonProducts(TorchProducts):
+    """Products of up to 128 rows by our own kernel; torch has those of more, and those that no configuration fits."""
+
+    def plain(self, x: Tensor, weight: Tensor) -> Tensor:
+        chosen = _chosen("plain", x, *weight.shape)
+        return super().plain(x, weight) if chosen is None else product(x, weight, chosen, x.dtype)[0]
+
+    def activated(self, x: Tensor, weight: Tensor, activation: Activation, is_gated: bool) -> Tensor:
+        columns, depth = weight.shape
+        chosen = _chosen("gated" if is_gated else "plain", x, columns // 2 if is_gated else columns, depth)
+        if chosen is None:
+            return super().activated(x, weight, activation, is_gated)
+        return product(x, weight, chosen, x.dtype, activation, is_gated)[0]
+
+    def summed(self, x: Tensor, weight: Tensor) -> Tensor:
+        chosen = _chosen("summed", x, *weight.shape)
+        return super().summed(x, weight) if chosen is None else product(x, weight, chosen, torch.float32)
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    configuration: Configuration,
+    dtype: torch.dtype,
+    activation: Activation | None = None,
+    is_gated: bool = False,
+) -> Tensor:
+    """x · weightᵀ in parts, summed in float32.
+
+    Args:
+        x: [rows, depth], contiguous, of up to 128 rows.
+        weight: [columns, depth] in the same dtype; with ``is_gated`` gate and up, one above the other.
+        dtype: of the result.
+        activation: of the product, or of its gate; it needs the whole depth in one part, and so does gating.
+
+    Returns:
+        [parts, rows, columns].
+
+    Raises:
+        ValueError: rows or a configuration that do not fit.
+    """
+    (rows, depth), columns = x.shape, weight.shape[0] // (2 if is_gated else 1)
+    parts = configuration.parts
+    if rows > MOST_ROWS or not configuration.fits(columns, depth) or ((activation or is_gated) and parts > 1):
+        raise ValueError(f"{configuration} does not fit {rows} rows, {columns} columns and a depth of {depth}")
+    out = torch.empty(parts, rows, columns, dtype=dtype, device=x.device)
+    tensors, constants = arguments(x, weight, out, configuration, activation, is_gated)
+    multiply[(columns // configuration.block_columns, parts)](*tensors, **constants)
+    return out
+
+
+def arguments(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    configuration: Configuration,
+    activation: Activation | None = None,
+    is_gated: bool = False,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the kernel is called with for a :func:`product`, and what it is compiled for."""
+    constants = {
+        "columns": out.shape[2],
+        "depth": x.shape[1],
+        "block_rows": block_rows(len(x)),
+        "block_columns": configuration.block_columns,
+        "block_depth": configuration.block_depth,
+        "parts": configuration.parts,
+        "activation": activation or "none",
+        "is_gated": is_gated,
+        "stages": configuration.stages,
+        "num_warps": configuration.warps,
+    }
+    return (x, weight, out, len(x)), constants
+
+
+def _chosen(kind: Kind, x: Tensor, columns: int, depth: int) -> Configuration | None:
+    """The first configuration that fits; None for rows beyond the kernel's, or where there is none."""
+    if not 0 < len(x) <= MOST_ROWS:
+        return None
+    known = CONFIGURATIONS[kind, block_rows(len(x))]
+    return next((configuration for configuration in known if configuration.fits(columns, depth)), None)
