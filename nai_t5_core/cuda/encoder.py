@@ -44,11 +44,13 @@ def cuda_encoder(stack: T5EncoderStack, eager: bool = False, products: ProductsC
             ``"triton"``, which has rows of up to 128 tokens multiplied by kernels of our own.
 
     Raises:
-        ValueError: the kernels cannot run this stack, see :func:`nai_t5_core.cuda.refusals.refuses`; unknown products;
-            graphs on the CPU.
+        ValueError: the kernels cannot run this stack, see :func:`nai_t5_core.cuda.refusals.refuses`; unknown products,
+            or a torch before 2.8 with ``"torch-float32"``; graphs on the CPU.
     """
     if products not in PRODUCTS_CHOICES:
         raise ValueError(f"unknown products {products!r}; allowed: {', '.join(PRODUCTS_CHOICES)}")
+    if products == "torch-float32" and not hasattr(torch.ops.aten.mm, "dtype"):
+        raise ValueError(f"products='torch-float32' needs torch 2.8, this is {torch.__version__}; take 'torch'")
     if reason := refuses_for_good(stack):
         raise ValueError(f"the kernels for CUDA cannot run this encoder: {reason}; call the encoder itself")
     if not eager and stack.device.type != "cuda":
@@ -169,6 +171,8 @@ def moved(values: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device, brought there without waiting for it."""
     if values.device == device or device.type != "cuda":
         return values
+    if values.numel() == 0:
+        return values.to(device)
     return (values if values.is_cuda else values.pin_memory()).to(device, non_blocking=True)
 
 
