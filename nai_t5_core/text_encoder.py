@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nai_t5_core.attention_choice import AttentionChoice
+from nai_t5_core.cuda.encoder import cuda_encoder
+from nai_t5_core.cuda.guarded import GuardedCudaEncoder
+from nai_t5_core.cuda.refusals import refuses_for_good
 from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.examine import NO_TOKENIZER, ModelSource
 from nai_t5_core.families import Family
@@ -78,6 +82,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.report = report
         self.token_budget = token_budget
+        self._by_kernels: GuardedCudaEncoder | None = None
 
     @classmethod
     def from_pretrained(
@@ -101,6 +106,8 @@ class TextEncoder:
         Args:
             tokenizer: a tokenizer file or folder, for weight files that have none beside or inside them.
             optimize: prepack the weights where that speeds up this device. The model can then not be moved or trained.
+                On CUDA in half precision our own kernels encode, from CUDA graphs, see :mod:`nai_t5_core.cuda`; that
+                takes nothing from the model.
             quantize: ``"int8"`` computes the projections in 8 bits, see :func:`nai_t5_core.int8.quantize_int8`.
             compile: True, or a mode of torch.compile, compiles the encoder, see
                 :func:`nai_t5_core.compiled.compile_stack`; the weights are then not prepacked.
@@ -133,7 +140,15 @@ class TextEncoder:
             compile_stack(stack, mode=compile if isinstance(compile, str) else None)
         elif optimize and can_prepack(stack):
             prepack(stack)
-        return cls(stack, found, loaded.report, token_budget)
+        encoder = cls(stack, found, loaded.report, token_budget)
+        if optimize and not compile and attention == "auto":
+            encoder._use_kernels_for_cuda()
+        return encoder
+
+    def _use_kernels_for_cuda(self) -> None:
+        """Has them encode what they can, where there are any."""
+        if self.stack.device.type == "cuda" and refuses_for_good(self.stack) is None:
+            self._by_kernels = GuardedCudaEncoder(cuda_encoder(self.stack))
 
     def save_scales(self, path: str | Path) -> None:
         """Writes the float16 scales in use, those that a warning said were tightened included, to a JSON file.
@@ -211,8 +226,9 @@ class TextEncoder:
         """[batch, length, d_model], computed in parts of at most ``token_budget`` rows."""
         parts = []
         policy = {"padding": settings.padding, "extra_pad": settings.extra_pad}
+        encode = self._by_kernels or partial(encode_guarded, self.stack)
         for part in self._parts(mask, settings):
-            states = encode_guarded(self.stack, ids[part], mask[part], **policy)
+            states = encode(ids[part], mask[part], **policy)
             parts.append(states if output_device is None else states.to(output_device))
         if len(parts) == 1:
             return parts[0]
@@ -239,6 +255,9 @@ class TextEncoder:
     def __repr__(self) -> str:
         size = self.stack.config.size_name or f"d_model {self.stack.config.d_model}"
         attention = self.stack.describe_attention()
+        if self._by_kernels is not None:
+            reason = self._by_kernels.refusal()
+            attention = f"{attention} (not the kernels for CUDA: {reason})" if reason else "auto: kernels for CUDA"
         return (
             f"TextEncoder({self.stack.config.kind}, {size}, {self.stack.dtype}, {self.stack.device}, "
             f"attention={attention})"

@@ -123,17 +123,21 @@ class CudaEncoder:
             hidden, finite = self._run(ids, packing)
         return Encoded(packing.unpack(hidden), finite)
 
+    def refusal(self) -> str | None:
+        """Why the kernels cannot run the stack now; None if they can."""
+        return refuses_now() or (None if self._examined.is_unchanged else self._refusal_of_the_changed())
+
+    def _refusal_of_the_changed(self) -> str | None:
+        before, now = self._biases.tables.device, self.stack.device
+        has_moved = f"it was on {before} and is on {now} now; make another with cuda_encoder()"
+        return refuses_for_good(self.stack) or (None if before == now else has_moved)
+
     def _examine(self) -> None:
         """Refuses what the kernels cannot run now, and reads anew what has changed."""
         from nai_t5_core.cuda.examined import ExaminedStack, refuse
 
-        refuse(refuses_now())
+        refuse(self.refusal())
         if not self._examined.is_unchanged:
-            refuse(refuses_for_good(self.stack))
-            before, now = self._biases.tables.device, self.stack.device
-            refuse(
-                None if before == now else f"it was on {before} and is on {now} now; make another with cuda_encoder()"
-            )
             self._examined = ExaminedStack(self.stack, self._biases.tables)
 
     def _run(self, ids: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:

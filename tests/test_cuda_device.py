@@ -1,0 +1,195 @@
+"""What users do, on a CUDA device: run with ``pytest -m cuda``."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from conftest import TOY_CONFIGS, build_stack, random_state
+from hf_toys import MASK, V1_1_IDS, assert_near, hf_model
+from toy_loras import toy_lora
+
+from nai_t5_core.compiled import compile_stack
+from nai_t5_core.cuda.encoder import cuda_encoder
+from nai_t5_core.cuda.guarded import GuardedCudaEncoder
+from nai_t5_core.families import family_names
+from nai_t5_core.guard import NotFiniteError, ScaleTightenedWarning, encode_guarded
+from nai_t5_core.lora_live import LiveLoras
+from nai_t5_core.peers import own_t5
+from nai_t5_core.text_encoder import TextEncoder
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
+]
+
+CONFIG = TOY_CONFIGS["v1.1"]
+PROMPTS = ["a red cat", "", "two dogs play with a ball in the park, soft light, 35mm film", "a fox"]
+
+
+def embedded(**options: Any) -> TextEncoder:
+    return TextEncoder.from_pretrained(device="cuda", dtype="float16", **options)
+
+
+@pytest.fixture(scope="module")
+def exact() -> TextEncoder:
+    return TextEncoder.from_pretrained(device="cpu", dtype="float64")
+
+
+@pytest.mark.parametrize("family", [None, *family_names()])
+@pytest.mark.parametrize("optimize", [True, False])
+def test_every_family_is_encoded_as_on_the_cpu(exact: TextEncoder, family: Any, optimize: bool) -> None:
+    encoder = embedded(optimize=optimize)
+    assert ("kernels for CUDA" in repr(encoder)) == optimize
+    found, expected = encoder.encode(PROMPTS, family), exact.encode(PROMPTS, family)
+    assert found.hidden_states.is_cuda and found.attention_mask.is_cuda
+    assert torch.equal(found.attention_mask.cpu(), expected.attention_mask)
+    assert_near(found.hidden_states.double().cpu(), expected.hidden_states, 5e-3)
+
+
+@pytest.mark.parametrize("by_kernels", [True, False])
+def test_float16_that_overflows_is_tightened_and_exact(by_kernels: bool) -> None:
+    state = random_state(CONFIG)
+    state["encoder.block.1.layer.1.DenseReluDense.wo.weight"] *= 5e4
+    stack = build_stack(CONFIG, state, torch.float16).cuda()
+    expected = build_stack(CONFIG, state, torch.float64)(V1_1_IDS, MASK)
+    run: Any = GuardedCudaEncoder(cuda_encoder(stack)) if by_kernels else lambda *batch: encode_guarded(stack, *batch)
+    with pytest.warns(ScaleTightenedWarning):
+        found = run(V1_1_IDS, MASK)
+    assert_near(found.double().cpu(), expected, 5e-3)
+    assert_near(run(V1_1_IDS, MASK).double().cpu(), expected, 5e-3)
+
+
+@pytest.mark.parametrize("by_kernels", [True, False])
+def test_a_damaged_weight_is_named(by_kernels: bool) -> None:
+    stack = build_stack(CONFIG, random_state(CONFIG), torch.float16).cuda()
+    stack.encoder.block[1].layer[0].SelfAttention.o.weight.data[3, 3] = float("nan")  # type: ignore[union-attr, index]
+    run: Any = GuardedCudaEncoder(cuda_encoder(stack)) if by_kernels else lambda *batch: encode_guarded(stack, *batch)
+    with pytest.raises(NotFiniteError, match=r"block\.1"):
+        run(V1_1_IDS, MASK)
+
+
+def test_live_loras_come_and_go() -> None:
+    encoder = embedded()
+    before = encoder.encode(PROMPTS).hidden_states
+    loras = LiveLoras(encoder)
+    loras.add(toy_lora(encoder.stack.config), 0.5)
+    assert "not the kernels" in repr(encoder)
+    assert not torch.allclose(encoder.encode(PROMPTS).hidden_states, before, atol=1e-2)
+    loras.clear()
+    assert torch.equal(encoder.encode(PROMPTS).hidden_states, before)
+
+
+def test_encoders_can_be_copied_after_use() -> None:
+    encoder = embedded()
+    before = encoder.encode(PROMPTS).hidden_states
+    assert torch.equal(copy.deepcopy(encoder.stack)(*_batch(encoder)), encoder.stack(*_batch(encoder)))
+    assert torch.equal(encoder.encode(PROMPTS).hidden_states, before)
+
+
+def _batch(encoder: TextEncoder) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = encoder.tokenizer(PROMPTS)
+    return torch.tensor(tokens.input_ids), torch.tensor(tokens.attention_mask)
+
+
+def test_threads_and_streams_do_not_meet() -> None:
+    encoder = embedded()
+    expected = [encoder.encode([prompt]).hidden_states for prompt in PROMPTS]
+    wrong = []
+
+    def work(number: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                found = encoder.encode([PROMPTS[number]]).hidden_states
+                torch.cuda.current_stream().synchronize()
+                if not torch.equal(found, expected[number]):
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The drop-in class
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["v1.1", "v1.0", "umt5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_drop_in_class_is_made_and_given_back_on_the_device(kind: str, dtype: torch.dtype) -> None:
+    from nai_t5_core.hf import NAIT5EncoderModel
+
+    theirs: Any = hf_model(TOY_CONFIGS[kind], dtype=dtype).cuda()
+    ids, mask = V1_1_IDS.cuda(), MASK.cuda()
+    with torch.no_grad():
+        expected = theirs(ids, mask)[0]
+        ours = NAIT5EncoderModel.from_hf(theirs, release=True)
+        assert ours.device.type == "cuda"
+        assert_near(ours(ids, mask)[0], expected, 1e-5 if dtype == torch.float32 else 1e-2)
+        ours.give_back(theirs)
+        assert_near(theirs(ids, mask)[0], expected, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("mode", ["cpu_offload", "cpu_offload_with_hook"])
+def test_the_drop_in_class_is_offloaded(mode: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    from nai_t5_core.hf import NAIT5EncoderModel
+
+    ours = NAIT5EncoderModel.from_hf(hf_model(CONFIG, dtype=torch.float16))
+    with torch.no_grad():
+        expected = copy.deepcopy(ours).double()(V1_1_IDS, MASK)[0]
+        getattr(accelerate, mode)(ours, torch.device("cuda", 0))
+        found = ours(V1_1_IDS.cuda(), MASK.cuda())[0]
+    assert found.is_cuda
+    assert_near(found.double().cpu(), expected, 1e-2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation, and what torch compiles
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["v1.1", "v1.0", "umt5"])
+@pytest.mark.parametrize("beams", [1, 4])
+def test_texts_are_those_of_the_cpu(kind: str, beams: int) -> None:
+    state = random_state(TOY_CONFIGS[kind])
+    here, there = (own_t5(TOY_CONFIGS[kind], state, torch.float32).to(device) for device in ("cpu", "cuda"))
+    options: dict[str, Any] = {"num_beams": beams, "max_new_tokens": 20}
+    expected = here.generate(V1_1_IDS, MASK, **options)
+    assert torch.equal(there.generate(V1_1_IDS.cuda(), MASK.cuda(), **options).cpu(), expected)
+    assert torch.equal(there.generate(V1_1_IDS.cuda(), MASK.cuda(), fixed_shapes=True, **options).cpu(), expected)
+
+
+def test_a_compiled_decoder_gives_the_same_text() -> None:
+    state = random_state(CONFIG)
+    model = own_t5(CONFIG, state, torch.float32).cuda()
+    expected = model.generate(V1_1_IDS.cuda(), MASK.cuda(), max_new_tokens=12, fixed_shapes=True)
+    model.decoder.compile()
+    found = model.generate(V1_1_IDS.cuda(), MASK.cuda(), max_new_tokens=12, fixed_shapes=True)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_a_compiled_encoder_is_as_exact(mode: str | None) -> None:
+    state = random_state(CONFIG)
+    expected = build_stack(CONFIG, state, torch.float64)(V1_1_IDS, MASK)
+    stack = compile_stack(build_stack(CONFIG, state, torch.float16).cuda(), mode=mode, buckets=(128,))
+    with torch.no_grad():
+        for _ in range(3):
+            assert_near(stack(V1_1_IDS, MASK).double().cpu(), expected, 5e-3)
+
+
+def test_gradients_are_recorded_after_a_call_in_inference_mode() -> None:
+    stack = build_stack(CONFIG, random_state(CONFIG)).cuda()
+    with torch.inference_mode():
+        stack(V1_1_IDS, MASK)
+    stack.requires_grad_(True)
+    stack(V1_1_IDS, MASK).sum().backward()
+    assert all(parameter.grad is not None for parameter in stack.parameters())
