@@ -474,7 +474,7 @@ def test_graphs_equal_the_stack_for_batches_of_many_shapes(kind: str, dtype: tor
     found = [encoder.encode(**batch) for batch in batches()]
     again = [encoder(**batch) for batch in batches()]
     assert encoder.graphs is not None
-    assert len(encoder.graphs.sizes) > 6
+    assert len(encoder.graphs.sizes) >= 6
     for batch, first, second in zip(batches(), found, again, strict=True):
         assert torch.equal(first.hidden, second)
         assert int(first.finite) == 1
