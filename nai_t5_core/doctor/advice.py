@@ -18,8 +18,7 @@ def advice(diagnosis: Diagnosis) -> list[str]:
 
 
 def _computing(diagnosis: Diagnosis, machine: dict[str, Any]) -> str:
-    attention = diagnosis.data("speed").get("attention")
-    by = f", attention {attention}" if attention else ""
+    by = f", by {found}" if (found := diagnosis.data("speed").get("by")) else ""
     text = f'Leave dtype="auto": it computes in {machine["dtype"]} here{by}.'
     if diagnosis.device == "cpu" and (reason := machine["missing"].get("kernels")):
         text += f" The kernels do not run here ({reason}); torch computes."

@@ -18,7 +18,7 @@ from nai_t5_core.parity import TOLERANCES
 from nai_t5_core.peers import own_encoder, random_state
 
 _LENGTHS = (96, 101, 200)
-_PRODUCTS: tuple[ProductsChoice, ...] = ("torch", "torch-float32")
+_PRODUCTS: tuple[ProductsChoice, ...] = ("torch", "torch-float32", "triton")
 
 
 @torch.no_grad()
@@ -58,6 +58,7 @@ def time_kernels(patient: Patient) -> Finding:
         ("eager", True, "torch"),
         ("graphs", False, "torch"),
         ("graphs, unrounded", False, "torch-float32"),
+        ("graphs, own products", False, "triton"),
     ):
         encode = cuda_encoder(patient.stack, eager, products)  # type: ignore[arg-type]
         for name, (ids, mask) in cases.items():
@@ -69,6 +70,18 @@ def time_kernels(patient: Patient) -> Finding:
             expected = patient.stack(ids, mask, padding="skip").double()
             times[name][variant]["differs"] = difference(encode(ids, mask, "skip").double(), expected)
     return {"times": times}
+
+
+def time_products(patient: Patient) -> Finding:
+    """The products of a T5-XXL's layer in every configuration of our kernel: torch's, and the fastest three of ours."""
+    from nai_t5_core.cuda.product_times import time_products
+
+    found: dict[str, Any] = {}
+    for each in time_products(device=patient.device):
+        those = found.setdefault(f"{each.shape.name}, {each.rows} rows", [])
+        if isinstance(each.how, str) or sum("Configuration" in line for line in those) < 3:
+            those.append(str(each))
+    return {"times": found}
 
 
 def _finished(encode: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> None:

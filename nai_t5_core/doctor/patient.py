@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 
 import torch
+from torch import Tensor
 
 from nai_t5_core.config import T5Config, named_config
+from nai_t5_core.cuda.encoder import cuda_encoder
+from nai_t5_core.cuda.guarded import GuardedCudaEncoder
+from nai_t5_core.cuda.refusals import refuses_for_good
 from nai_t5_core.doctor.settings import DoctorSettings
 from nai_t5_core.encoder import T5EncoderStack
+from nai_t5_core.guard import encode_guarded
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.peers import State, own_encoder, random_state
 from nai_t5_core.precision import resolve_device, resolve_dtype
@@ -49,7 +55,20 @@ class Patient:
         stack = own_encoder(self.config, self.state, self.dtype)
         return prepack(stack) if can_prepack(stack) else stack
 
-    def ids(self, batch: int, length: int) -> torch.Tensor:
+    @cached_property
+    def encode(self) -> Callable[..., Tensor]:
+        """Ids, mask and policy to hidden states by what ``TextEncoder`` has encode here, under guard."""
+        if self.device.type == "cuda" and refuses_for_good(self.stack) is None:
+            return GuardedCudaEncoder(cuda_encoder(self.stack))
+        return partial(encode_guarded, self.stack)
+
+    @property
+    def encoded_by(self) -> str:
+        """What encodes, in words."""
+        by_kernels = isinstance(self.encode, GuardedCudaEncoder)
+        return "kernels for CUDA, in graphs" if by_kernels else f"attention {self.stack.describe_attention()}"
+
+    def ids(self, batch: int, length: int) -> Tensor:
         """Random ids on the CPU, where tokenizers leave them: [batch, length]."""
         generator = torch.Generator().manual_seed(length)
         return torch.randint(self.config.vocab_size, (batch, length), generator=generator)

@@ -14,7 +14,6 @@ from nai_t5_core.doctor.clock import timed
 from nai_t5_core.doctor.patient import Patient
 from nai_t5_core.doctor.speed import PADDED_TO, padded
 from nai_t5_core.doctor.steps import Finding
-from nai_t5_core.guard import encode_guarded
 from nai_t5_core.peers import Peer, build_peer
 
 # Prompts of one batch and what they are padded to; None: not at all.
@@ -66,7 +65,7 @@ def _beside_ours(patient: Patient, name: str, dtype: torch.dtype) -> dict[str, A
         mask = None if mask is None else mask.to(patient.device)
         found[case] = {
             name: timed(partial(peer, ids, mask), patient.device),
-            "ours": timed(partial(encode_guarded, patient.stack, ids, mask, padding="skip"), patient.device),
+            "ours": timed(partial(patient.encode, ids, mask, padding="skip"), patient.device),
         }
         found[case]["ratio"] = round(found[case][name]["ms"] / found[case]["ours"]["ms"], 3)
         found[case]["differs"] = _difference(peer(ids, mask), patient.stack(ids, mask), mask)

@@ -135,7 +135,7 @@ def _speed(diagnosis: Diagnosis) -> Section:
                 what = f"{name} tokens" if step == "speed" else f"{name}, pads skipped"
                 share = f"{least:.2f} ms, {least / time['ms']:.0%}" if least else ""
                 rows.append((what, f"{time['ms']:.2f} ms", f"{time['host_ms']:.2f} ms", share))
-    title = f"Ours: {about['size']}, {about['dtype']}, attention {about['attention']}"
+    title = f"Ours: {about['size']}, {about['dtype']}, {about['by']}"
     return Section(title, ("batch", "time", "of it the host's", "least by the ceilings, share"), tuple(rows))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from nai_t5_core.cuda.encoder import cuda_encoder
+from nai_t5_core.cuda.guarded import GuardedCudaEncoder
+from nai_t5_core.cuda.refusals import refuses_for_good
 from nai_t5_core.doctor.clock import device_seconds, synchronize, timed
 from nai_t5_core.doctor.patient import Patient
 from nai_t5_core.doctor.steps import Finding
-from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.guard import encode_guarded
 from nai_t5_core.roofline import encoder_work, projection_shapes
 
@@ -28,7 +31,7 @@ def measure_lengths(patient: Patient) -> Finding:
     found: dict[str, Any] = {}
     for length in LENGTHS:
         ids = patient.ids(1, length)
-        found[str(length)] = timed(partial(encode_guarded, patient.stack, ids), patient.device)
+        found[str(length)] = timed(partial(patient.encode, ids), patient.device)
         found[str(length)]["work"] = _work(patient, (length,))
     return _about(patient, found)
 
@@ -39,7 +42,7 @@ def measure_batches(patient: Patient) -> Finding:
     found: dict[str, Any] = {}
     for name, lengths in BATCHES.items():
         ids, mask = padded(patient, lengths)
-        found[name] = timed(partial(encode_guarded, patient.stack, ids, mask, padding="skip"), patient.device)
+        found[name] = timed(partial(patient.encode, ids, mask, padding="skip"), patient.device)
         found[name]["work"] = _work(patient, lengths)
     return _about(patient, found)
 
@@ -56,11 +59,10 @@ def _work(patient: Patient, lengths: tuple[int, ...]) -> dict[str, int]:
 
 
 def _about(patient: Patient, times: dict[str, Any]) -> Finding:
-    stack: T5EncoderStack = patient.stack
     return {
         "size": patient.size,
-        "dtype": str(stack.dtype).removeprefix("torch."),
-        "attention": stack.describe_attention(),
+        "dtype": str(patient.dtype).removeprefix("torch."),
+        "by": patient.encoded_by,
         "times": times,
     }
 
@@ -70,13 +72,19 @@ def count_launches(patient: Patient) -> Finding:
     """Kernels, copies and waits of one encode, by torch's profiler and its warnings of waits."""
     cases: dict[str, tuple[Tensor, Tensor | None]] = {"1 prompt of 64": (patient.ids(1, 64), None)}
     cases |= {name: padded(patient, lengths) for name, lengths in BATCHES.items()}
-    return {name: _counted(patient, *case) for name, case in cases.items()}
+    encoders: dict[str, Callable[..., Tensor]] = {"torch": partial(encode_guarded, patient.stack)}
+    if refuses_for_good(patient.stack) is None:
+        encoders["kernels"] = GuardedCudaEncoder(cuda_encoder(patient.stack, eager=True))
+        encoders["graphs"] = GuardedCudaEncoder(cuda_encoder(patient.stack))
+    return {
+        f"{name}, by {by}": _counted(patient, partial(encode, *case, padding="skip"))
+        for name, case in cases.items()
+        for by, encode in encoders.items()
+    }
 
 
-def _counted(patient: Patient, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
-    def call() -> None:
-        encode_guarded(patient.stack, ids, mask, padding="skip")
-
+def _counted(patient: Patient, call: Callable[[], Tensor]) -> dict[str, Any]:
+    call()
     call()
     synchronize(patient.device)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:

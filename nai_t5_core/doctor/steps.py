@@ -53,6 +53,7 @@ def all_steps() -> tuple[Step, ...]:
         Step(
             "kernel-speed", "our kernels for CUDA, eager and in graphs", own_kernels.time_kernels, 90, True, ("cuda",)
         ),
+        Step("own-products", "the products of our kernels", own_kernels.time_products, 120, True, ("cuda",)),
         Step("products", "the bare products of a layer", speed.measure_products, 60, True, ("cuda",)),
         Step("transformers", "transformers beside ours", peers.time_transformers, 90, True),
         Step("nai-t5", "nai-t5 beside ours", peers.time_nai_t5, 60, True),
