@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,19 +13,23 @@ import torch
 from torch import Tensor
 
 from comfy_nai_t5.gguf_file import is_gguf, open_gguf
+from nai_t5_core import keymaps, native
 from nai_t5_core.config import T5Config, encoder_tensors
 from nai_t5_core.examine import Examination, examine, examine_checkpoint, find_tokenizer
 from nai_t5_core.formats import CheckpointError, open_checkpoint
+from nai_t5_core.shards import index_of, shard_count
 from nai_t5_core.tokenizer import JsonTokenizer, Tokenizer, tokenizer_json_to_sentencepiece
-
-_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.\w+")
-_T5_TENSOR = "encoder.block.0.layer.0.SelfAttention.q.weight"
 
 
 def holds_t5(path: str | Path) -> bool:
-    """Whether there is a T5 in a file, under any prefix."""
-    tensors = (open_gguf(path) if is_gguf(path) else open_checkpoint(path)).tensors
-    return any(name.endswith(_T5_TENSOR) for name in tensors)
+    """Whether there is a T5 in a file, under any prefix and in any spelling. One shard stands for all."""
+    checkpoint = open_gguf(path) if is_gguf(path) else open_checkpoint(_whole(path))
+    return native.is_native(checkpoint) or keymaps.holds_t5(checkpoint.tensors)
+
+
+def _whole(path: str | Path) -> str | Path:
+    """The index that lists a shard; any other path as it is."""
+    return (index_of(path) if shard_count(path) > 1 else None) or path
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,10 @@ def read_checkpoint(path: str | Path | None) -> ServerCheckpoint:
     Raises:
         CheckpointError: a ValueError that says all that is wrong with the file, and what to give instead.
     """
-    if path is not None and _SHARD.fullmatch(str(path)):
-        path = Path(path).parent
-    examination = examine_checkpoint(open_gguf(path)) if path and is_gguf(path) else examine(path)
+    if path and is_gguf(path):
+        examination = examine_checkpoint(open_gguf(path))
+    else:
+        examination = examine(_whole(path) if path else None)
     examination.refuse_faults()
     names = encoder_tensors(examination.config.encoder_only())
     scales = {name: full for name, full in examination.keymap.scales.items() if name in names}

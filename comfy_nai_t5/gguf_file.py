@@ -22,6 +22,8 @@ from nai_t5_core.formats import Checkpoint, CheckpointError, TensorInfo
 
 # What ComfyUI's single files call the SentencePiece model in them.
 TOKENIZER = "spiece_model"
+# In the header of a file that was split: into how many.
+_PARTS = "split.count"
 _BLOCK = re.compile(r"enc\.blk\.(\d+)\.(\w+)\.weight")
 _WHOLE = {"token_embd.weight": "shared.weight", "enc.output_norm.weight": "encoder.final_layer_norm.weight"}
 _IN_BLOCK = {
@@ -64,6 +66,12 @@ def open_gguf(path: str | Path) -> Checkpoint:
         tokenizer = sentencepiece_model(header.metadata)
     except (ValueError, struct.error) as error:
         raise CheckpointError(f"{path} is a damaged GGUF file ({error}); fetch it again") from error
+    parts = int(header.metadata.get(_PARTS, 1))
+    if parts > 1:
+        raise CheckpointError(
+            f"{path} is one of {parts} parts of a GGUF file; join them with 'llama-gguf-split --merge', or use a whole "
+            "file of the same model"
+        )
     is_gated = "enc.blk.0.ffn_gate.weight" in header.tensors
     named = {_hf_name(name, is_gated): tensor for name, tensor in header.tensors.items()}
     blocks = {name: _Blocks.of(tensor, name, Path(path)) for name, tensor in named.items() if name}
@@ -120,13 +128,16 @@ class _Blocks:
 
         data = np.fromfile(self.path, np.uint8, math.prod(self.packed), offset=self.start).reshape(self.packed)
         try:
-            values = torch.from_numpy(dequantize(data, self.kind)).to(self.dtype)
+            exact = torch.from_numpy(dequantize(data, self.kind))
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{self.path} keeps {self.name} as {self.kind.name}, which the package gguf cannot unpack; use another "
                 "file of the same model"
             ) from error
-        if not values.isfinite().all():
+        values = exact.to(self.dtype)
+        # Rows of the embedding that no prompt uses may be anything in the original.
+        may_be_odd = ~exact.isfinite() if self.name == "shared.weight" else torch.tensor(False)
+        if not (values.isfinite() | may_be_odd).all():
             raise CheckpointError(
                 f"{self.path} holds {self.name} beyond float16's range; use a safetensors file of the same model"
             )

@@ -21,7 +21,7 @@ from comfy_nai_t5.families import AUTO, ServerFamily, check_joint, family_for, s
 from comfy_nai_t5.fused import takes_kernels
 from comfy_nai_t5.plain import SPECIAL_TOKENS, TOKENIZER
 from nai_t5_core.config import T5Config
-from nai_t5_core.precision import is_finite, resolve_dtype
+from nai_t5_core.precision import is_finite, keeps_finite, resolve_dtype
 
 _NO_TOKENIZER = (
     "{source} comes without its tokenizer; choose a safetensors file of the same T5 with the tokenizer inside (those "
@@ -209,6 +209,8 @@ def _cast(module: Any, wanted: torch.dtype, name: str, kept: Collection[torch.dt
     if old.dtype == wanted or old.dtype in kept or old.dtype.itemsize == 1 or old.dtype.itemsize < wanted.itemsize:
         return
     weight = old.detach().to(wanted)
-    if not is_finite(weight.float() if wanted.itemsize == 1 else weight):
+    # Rows of the embedding that no prompt uses may be anything in the file.
+    is_table = isinstance(module, nn.Embedding)
+    if not (keeps_finite(old, weight) if is_table else is_finite(weight.float() if wanted.itemsize == 1 else weight)):
         raise ValueError(f"{name}.weight exceeds the range of {wanted}; keep the weights as they are in the file")
     module.weight = nn.Parameter(weight, requires_grad=False)

@@ -28,10 +28,11 @@ from nai_t5_core.examine import (
     find_tokenizer_for,
     settle_head,
 )
+from nai_t5_core.formats import CheckpointError
 from nai_t5_core.layers import NoInit, RMSNorm
 from nai_t5_core.maxima import LayerMaxima, observe, scales_for
 from nai_t5_core.packing import Packing, pack_batch
-from nai_t5_core.precision import largest_absolute
+from nai_t5_core.precision import is_finite, largest_finite
 from nai_t5_core.scales import LayerScales, StackScales, scale_for
 from nai_t5_core.tokenizer import Tokenizer
 
@@ -140,8 +141,8 @@ def _calibrate_encoder(
     config = examination.config
     plan = DocumentAttention(packing.groups, logit_scale(config))
     table = examination.read("shared.weight")
-    residual = table[packing.pack(ids)].float()
-    embedding = scale_for(largest_absolute(table), headroom=1)
+    residual = _rows(table, packing.pack(ids))
+    embedding = scale_for(largest_finite(table), headroom=1)
     del table
     layers, attend = [], None
     for index in range(config.num_layers):
@@ -174,7 +175,7 @@ def _calibrate_decoder(
     scale, hides_pads = logit_scale(config), cross_bias(mask, torch.float32)
     before = texts.roll(1, dims=1)
     before[:, 0] = config.decoder_start_token_id
-    residual = examination.read("shared.weight")[before].float()
+    residual = _rows(examination.read("shared.weight"), before)
     layers, attend = [], None
     for index in range(config.num_decoder_layers):
         block = DecoderBlock.separate(config, **_block_arguments(config, index))
@@ -195,6 +196,18 @@ def _calibrate_decoder(
     return _chosen(layers, headroom, config)
 
 
+def _rows(table: Tensor, ids: Tensor) -> Tensor:
+    """Embeddings of ids in float32: [..., d_model]. Rows that nothing uses may be anything."""
+    rows = table[ids].float()
+    if not is_finite(rows):
+        odd = sorted(set(ids[~rows.isfinite().all(-1)].tolist()))
+        raise CheckpointError(
+            f"shared.weight holds values that are not finite in the rows of the tokens {', '.join(map(str, odd[:8]))}, "
+            "which the prompts use; leave those tokens out, or use another file of the same model"
+        )
+    return rows
+
+
 def _block_arguments(config: T5Config, index: int) -> dict[str, Any]:
     return {
         "has_bias": config.bias_per_layer or index == 0,
@@ -209,7 +222,11 @@ def _fill(module: torch.nn.Module, examination: Examination, prefix: str) -> Non
     """Reads the tensors of a module on the meta device, in float32."""
     names = encoder_tensors(examination.config) | decoder_tensors(examination.config)
     own = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
-    module.load_state_dict({part: examination.read(name).float() for part, name in own.items()}, assign=True)
+    tensors = {part: examination.read(name).float() for part, name in own.items()}
+    damaged = next((own[part] for part, tensor in tensors.items() if not is_finite(tensor)), None)
+    if damaged is not None:
+        raise CheckpointError(f"{damaged} holds values that are not finite; the weights are damaged: fetch them again")
+    module.load_state_dict(tensors, assign=True)
 
 
 def _bias_weight(block: Any) -> Tensor:

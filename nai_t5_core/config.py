@@ -24,6 +24,7 @@ _ACTIVATION_NAMES: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
 }
+_BYT5_TOKENS = 384
 _MODEL_TYPES = ("t5", "mt5", "umt5")
 
 
@@ -80,13 +81,22 @@ class T5Config(BaseModel):
     @property
     def kind(self) -> str:
         """The family this model belongs to, as people call it."""
-        if self.vocab_size == 384:
+        if self._reads_bytes:
             return "ByT5"
         if self.bias_per_layer:
             return "UMT5" if self.vocab_size > 100_000 else "Pile-T5"
         if not self.gated:
             return "T5 v1.0"
         return "mT5" if self.vocab_size > 100_000 else "T5 v1.1"
+
+    @property
+    def _reads_bytes(self) -> bool:
+        # 256 bytes, 3 special tokens and 125 sentinels; tokens for colours and fonts may follow. Vocabularies of pieces
+        # have thousands, but a published size of ByT5 is one with any number.
+        sizes = (self.d_model, self.d_kv, self.d_ff, self.num_heads, self.num_layers)
+        is_published = any(sizes == published[:5] for published in _SIZES_BYT5.values())
+        most = 32_000 if is_published else 2_048
+        return self.gated and not self.bias_per_layer and _BYT5_TOKENS <= self.vocab_size < most
 
     @property
     def size_name(self) -> str | None:
@@ -119,7 +129,7 @@ def _dimensions(config: T5Config) -> tuple[int | bool, ...]:
         config.gated,
         config.bias_per_layer,
         config.vocab_size > 100_000,
-        config.vocab_size < 1_000,
+        config.kind == "ByT5",
     )
 
 

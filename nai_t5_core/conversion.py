@@ -16,7 +16,7 @@ from nai_t5_core.examine import Examination, ModelSource, decoder_faults, examin
 from nai_t5_core.formats import CheckpointError, tensor_bytes, write_safetensors
 from nai_t5_core.fuse import cook, fused_recipes
 from nai_t5_core.load import ScalesChoice, choose_decoder_scales, choose_scales
-from nai_t5_core.precision import DTYPES, is_finite
+from nai_t5_core.precision import DTYPES, is_finite, keeps_finite
 from nai_t5_core.scales import StackScales
 from nai_t5_core.tokenizer import load_tokenizer
 
@@ -91,7 +91,7 @@ def convert(
         written = 0
         for recipe in recipes:
             tensor = cook(recipe, read, model_dtype)
-            _refuse_overflow(recipe.target, tensor)
+            _refuse_overflow(recipe.target, tensor, examination.read)
             yield recipe.target, tensor
             written += tensor.nbytes
             if progress is not None:
@@ -140,8 +140,11 @@ def _vocabulary_tensor(serialized: tuple[str, bytes]) -> dict[str, Tensor]:
     return {} if name is None else {name: torch.frombuffer(bytearray(content), dtype=torch.uint8)}
 
 
-def _refuse_overflow(name: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() and not is_finite(tensor):
+def _refuse_overflow(name: str, tensor: Tensor, read: Callable[[str], Tensor]) -> None:
+    if not tensor.is_floating_point() or is_finite(tensor):
+        return
+    # Rows of the embedding that no prompt uses may be anything in the original.
+    if name != "shared.weight" or not keeps_finite(read(name), tensor):
         raise CheckpointError(
             f"{name} has values that are not finite in {tensor.dtype}: the weights are damaged, or exceed its range; "
             "use bfloat16 or float32"

@@ -14,16 +14,25 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from nai_t5_core import native
+from nai_t5_core import native, neighbours
 from nai_t5_core.config import Shape, T5Config, config_from_hf, decoder_tensors, encoder_tensors, infer_config
 from nai_t5_core.formats import Checkpoint, CheckpointError, open_checkpoint
 from nai_t5_core.fuse import Recipe, fused_recipes, uncook
 from nai_t5_core.hub import find_model
 from nai_t5_core.keymaps import KeyMap, map_names
+from nai_t5_core.precision import DTYPES
+from nai_t5_core.quantised import refuse_quantised
 from nai_t5_core.scales import StackScales
 from nai_t5_core.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_bytes
 
 ModelSource = str | Path | None
+_WEIGHT_DTYPES = (
+    *DTYPES.values(),
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+)
 
 
 @dataclass
@@ -85,8 +94,12 @@ class Examination:
         if self.is_native:
             return dict(uncook(self._fused_home[name], self.checkpoint.read, self._original_shapes))[name]
         tensor = self.checkpoint.read(self.keymap.names[name])
-        scale = self.keymap.scales.get(name)
-        return tensor if scale is None else tensor.float() * self.checkpoint.read(scale).float()
+        if name not in self.keymap.scales:
+            return tensor
+        scale = self.checkpoint.read(self.keymap.scales[name]).float()
+        if scale.ndim == 1:  # one for each row, or for all
+            scale = scale.reshape(-1, *[1] * (tensor.ndim - 1))
+        return tensor.float() * scale
 
 
 def examine(source: ModelSource = None, subfolder: str = "") -> Examination:
@@ -95,7 +108,11 @@ def examine(source: ModelSource = None, subfolder: str = "") -> Examination:
     Raises:
         CheckpointError: there is no readable checkpoint, or no T5 in it.
     """
-    return examine_checkpoint(open_checkpoint(find_model(source, subfolder)))
+    path = find_model(source, subfolder)
+    try:
+        return examine_checkpoint(open_checkpoint(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{neighbours.advice(path)}") from error
 
 
 def examine_checkpoint(checkpoint: Checkpoint) -> Examination:
@@ -109,6 +126,8 @@ def examine_checkpoint(checkpoint: Checkpoint) -> Examination:
         return examination
 
     keymap = map_names(checkpoint.tensors, checkpoint.source)
+    refuse_quantised(checkpoint, keymap)
+    keymap.ignored |= checkpoint.others
     shapes = {name: checkpoint.tensors[full].shape for name, full in keymap.names.items()}
     hf_config = checkpoint.hf_config()
     try:
@@ -161,13 +180,16 @@ def _are_the_same(tensor: Tensor, other: Tensor) -> bool:
 
 
 def _shape_faults(examination: Examination, expected: dict[str, tuple[int, ...]], config_source: str) -> Iterator[str]:
+    keymap = examination.keymap
+    unreadable = {keymap.hf_name(full): what for full, what in examination.checkpoint.others.items()}
     for name, shape in expected.items():
-        if name not in examination.keymap.names:
-            yield f"{name} is missing (expected {list(shape)} according to {config_source})"
+        if name not in keymap.names:
+            found = f"is {unreadable[name]}" if name in unreadable else "is missing"
+            yield f"{name} {found} (expected {list(shape)} according to {config_source})"
             continue
-        found = examination.checkpoint.tensors[examination.keymap.names[name]].shape
-        if found != shape:
-            yield f"{name} has shape {list(found)}, but {config_source} asks for {list(shape)}"
+        shape_found = examination.checkpoint.tensors[keymap.names[name]].shape
+        if shape_found != shape:
+            yield f"{name} has shape {list(shape_found)}, but {config_source} asks for {list(shape)}"
 
 
 def _surplus_faults(examination: Examination) -> Iterator[str]:
@@ -189,13 +211,13 @@ def _number_faults(examination: Examination) -> Iterator[str]:
     tensors, names = examination.checkpoint.tensors, examination.keymap.names
     for name, full in names.items():
         dtype = tensors[full].dtype
-        if not dtype.is_floating_point:
+        if dtype not in _WEIGHT_DTYPES:
             yield f"{name} is {dtype}: quantised weights other than float8 cannot be read"
     for name, full in examination.keymap.scales.items():
         shape = tensors[full].shape
         if name not in names:
             yield f"{full} is the scale of {name}, which is not in the file"
-        elif shape not in ((), (1,), (tensors[names[name]].shape[0], 1)):
+        elif shape not in ((), (1,), tensors[names[name]].shape[:1], (*tensors[names[name]].shape[:1], 1)):
             yield f"{full} has shape {list(shape)}; only one scale for a whole weight, or one for each row, can be read"
 
 

@@ -7,20 +7,22 @@ lives, so that a whole checkpoint is never in memory twice.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nai_t5_core.config import Shape
+from nai_t5_core.pytorch_files import read_state
+from nai_t5_core.shards import index_of, shard_count
 
 # What a folder's weights are called, the preferred first. A single file goes before an index: the hub's folders often
 # have the index of a second, sharded form that was never downloaded.
@@ -34,20 +36,30 @@ _WEIGHT_FILES = (
 )
 # A file of such a name is a whole model of the Hugging Face layout: config.json and tokenizer beside it belong to it.
 _WHOLE_MODELS = ("model.safetensors", "pytorch_model.bin")
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+# Types of 4 and 6 bits are not among these: no tensor has one number of them in each place.
+_TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "C64": "complex64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
+# Older versions of torch lack some.
+_SAFETENSORS_DTYPES = {kind: getattr(torch, name) for kind, name in _TORCH_NAMES.items() if hasattr(torch, name)}
 _DTYPE_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
 # Tensors start at multiples of this many bytes in the files we write, so that a mapped tensor suits vector loads.
 _ALIGNMENT = 64
@@ -65,10 +77,6 @@ class TensorInfo:
     dtype: torch.dtype
     file: Path
 
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
-
 
 @dataclass
 class Checkpoint:
@@ -81,14 +89,12 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     folder: Path | None = None
     """The folder that may hold config.json and a tokenizer; None for a lone file."""
+    others: dict[str, str] = field(default_factory=dict)
+    """Entries that torch has no tensor for, and what they are. Whether one is needed is for others to say."""
 
     @property
     def shapes(self) -> dict[str, Shape]:
         return {name: info.shape for name, info in self.tensors.items()}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(info.nbytes for info in self.tensors.values())
 
     def hf_config(self) -> dict[str, Any] | None:
         """The config.json beside the weights, or None where there is none."""
@@ -136,6 +142,11 @@ def _open_folder(folder: Path) -> Checkpoint:
 def _weights_in(folder: Path) -> Path | None:
     for pattern in _WEIGHT_FILES:
         found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        if len(found) > 1 and all(shard_count(file) > 1 for file in found):
+            raise CheckpointError(
+                f"{folder} holds {len(found)} of {shard_count(found[0])} shards ({found[0].name}, …) without the index "
+                f"that lists them; fetch the *.index.json of the same model as well"
+            )
         if len(found) > 1:
             names = ", ".join(file.name for file in found[:5])
             more = f" and {len(found) - 5} more" if found[5:] else ""
@@ -151,10 +162,20 @@ def _open_file(path: Path) -> Checkpoint:
     head = _head(path)
     if head.lstrip()[:1] == b"{" and not _is_safetensors(head):
         return _open_index(path)
+    _refuse_single_shard(path)
     checkpoint = _open_weights(path)
     if path.name in _WHOLE_MODELS:
         checkpoint.folder = path.parent
     return checkpoint
+
+
+def _refuse_single_shard(path: Path) -> None:
+    count = shard_count(path)
+    if count == 1:
+        return
+    index = index_of(path)
+    advice = f"give their index {index}, or the folder" if index else "the index that lists them is not beside it"
+    raise CheckpointError(f"{path} is one of {count} shards of a checkpoint; {advice}")
 
 
 def _open_weights(path: Path) -> Checkpoint:
@@ -183,17 +204,19 @@ def _is_safetensors(head: bytes) -> bool:
 
 
 def _open_safetensors(path: Path) -> Checkpoint:
+    tensors, others = {}, {}
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {}
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 piece = file.get_slice(name)
-                tensors[name] = TensorInfo(tuple(piece.get_shape()), _dtype_named(piece.get_dtype(), path), path)
+                kind = piece.get_dtype()
+                if kind in _SAFETENSORS_DTYPES:
+                    tensors[name] = TensorInfo(tuple(piece.get_shape()), _SAFETENSORS_DTYPES[kind], path)
+                else:
+                    others[name] = f"a tensor of type {kind}, which cannot be read"
     except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is a damaged safetensors file ({path.stat().st_size:,} bytes: {error}); fetch it again"
-        ) from error
+        raise CheckpointError(_safetensors_fault(path, error)) from error
 
     def read(name: str) -> Tensor:
         # A handle for each tensor: its mapping ends with the tensor, and memory holds only what is in use.
@@ -201,42 +224,26 @@ def _open_safetensors(path: Path) -> Checkpoint:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
-    return Checkpoint(str(path), "safetensors", tensors, read, metadata)
+    return Checkpoint(str(path), "safetensors", tensors, read, metadata, others=others)
 
 
-def _dtype_named(name: str, path: Path) -> torch.dtype:
-    if name not in _SAFETENSORS_DTYPES:
-        raise CheckpointError(f"{path} holds tensors of type {name}; known are {', '.join(_SAFETENSORS_DTYPES)}")
-    return _SAFETENSORS_DTYPES[name]
+def _safetensors_fault(path: Path, error: SafetensorError) -> str:
+    unknown = re.search(r"unknown variant `(\w+)`", str(error))
+    if unknown:
+        return (
+            f"{path} holds tensors of type {unknown[1]}, which the installed package safetensors does not know; "
+            "update it, or use another file of the same model"
+        )
+    return f"{path} is a damaged safetensors file ({path.stat().st_size:,} bytes: {error}); fetch it again"
 
 
 def _open_pytorch(path: Path) -> Checkpoint:
     try:
-        state = _unpickle(path)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is not a readable PyTorch weight file ({reason}); fetch it again") from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not _is_state_dict(state):
-        raise CheckpointError(f"{path} is a PyTorch file but no dictionary of tensors; save the model's state_dict")
+        state, others = read_state(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from error
     tensors = {name: TensorInfo(tuple(value.shape), value.dtype, path) for name, value in state.items()}
-    return Checkpoint(str(path), "PyTorch", tensors, state.__getitem__)
-
-
-def _unpickle(path: Path) -> Any:
-    # weights_only: a pickle may otherwise run code. mmap works for the zip form, which is all files since 2020.
-    if path.suffix != ".safetensors":
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    # torch.load goes by this suffix and not by the content, unless it is given no name.
-    with path.open("rb") as file:
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _is_state_dict(state: object) -> TypeGuard[Mapping[str, Tensor]]:
-    return isinstance(state, Mapping) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    )
+    return Checkpoint(str(path), "PyTorch", tensors, state.__getitem__, others=others)
 
 
 def _open_index(path: Path) -> Checkpoint:
@@ -253,7 +260,8 @@ def _open_index(path: Path) -> Checkpoint:
             "fetch them again"
         )
     shards = {name: _open_weights(path.parent / name) for name in names}
-    lost = [name for name, shard in weight_map.items() if name not in shards[shard].tensors]
+    others = {name: kind for shard in shards.values() for name, kind in shard.others.items()}
+    lost = [name for name, shard in weight_map.items() if name not in shards[shard].tensors and name not in others]
     if lost:
         raise CheckpointError(
             f"{path} promises tensors that its shards do not hold: {', '.join(lost[:5])}; fetch both again"
@@ -262,9 +270,11 @@ def _open_index(path: Path) -> Checkpoint:
     def read(name: str) -> Tensor:
         return shards[weight_map[name]].read(name)
 
-    tensors = {name: shards[shard].tensors[name] for name, shard in weight_map.items()}
+    tensors = {name: shards[shard].tensors[name] for name, shard in weight_map.items() if name not in others}
     kind = shards[names[0]].format
-    return Checkpoint(str(path), f"sharded {kind}, {len(names)} files", tensors, read, folder=path.parent)
+    return Checkpoint(
+        str(path), f"sharded {kind}, {len(names)} files", tensors, read, folder=path.parent, others=others
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -69,8 +69,11 @@ def is_finite(values: Tensor) -> bool:
 
 def _tighten_first_fault(stack: T5EncoderStack, *inputs: Any, **options: Any) -> str:
     """Finds the first layer that gives something not finite and tightens its scales; returns what was done."""
-    embeddings, plan, _ = stack.prepare(*inputs, **options)
+    embeddings, plan, packing = stack.prepare(*inputs, **options)
     if not is_finite(embeddings):
+        input_ids = options.get("input_ids", inputs[0] if inputs else None)
+        if input_ids is not None:
+            _refuse_rows(packing.pack(input_ids.to(embeddings.device)), embeddings)
         raise NotFiniteError(f"{culprit(stack, 'shared') or 'inputs_embeds'} holds values that are not finite")
     before = embeddings
     for index, after in enumerate(stack.encoder.residuals(embeddings, plan, stack.dtype)):
@@ -82,6 +85,16 @@ def _tighten_first_fault(stack: T5EncoderStack, *inputs: Any, **options: Any) ->
         f"{found} holds values that are not finite"
         if found
         else f"the output itself exceeds {stack.dtype}; use bfloat16 or float32"
+    )
+
+
+def _refuse_rows(ids: Tensor, embeddings: Tensor) -> None:
+    """Names the tokens whose embeddings are not finite: ids [tokens], embeddings [tokens, d_model]."""
+    odd = ids[~embeddings.isfinite().all(-1)].unique().tolist()
+    shown = ", ".join(map(str, odd[:8])) + (f" and {len(odd) - 8} more" if odd[8:] else "")
+    raise NotFiniteError(
+        f"shared.weight holds values that are not finite in the rows of token ids {shown}, which this batch uses; "
+        "leave those tokens out, or use another file of the same model"
     )
 
 

@@ -27,7 +27,7 @@ from nai_t5_core.fuse import Recipe, cook, fused_recipes, separate_recipes
 from nai_t5_core.keymaps import KeyMap
 from nai_t5_core.layers import NoInit
 from nai_t5_core.model import T5
-from nai_t5_core.precision import is_finite, largest_absolute, resolve_device, resolve_dtype
+from nai_t5_core.precision import is_finite, keeps_finite, largest_finite, resolve_device, resolve_dtype
 from nai_t5_core.scales import StackScales, published_scales, scale_for, unscaled
 from nai_t5_core.scales_file import read_decoder_scales, read_scales
 from nai_t5_core.tokenizer import Tokenizer
@@ -262,7 +262,7 @@ def _tensors(
 ) -> dict[str, Tensor]:
     tensors = {}
     for recipe in recipes:
-        tensors[recipe.target] = _checked(recipe, cook(recipe, read, dtype)).to(device)
+        tensors[recipe.target] = _checked(recipe, cook(recipe, read, dtype), read).to(device)
         release(recipe.parts)
     return tensors
 
@@ -303,8 +303,9 @@ def choose_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesCh
     if dtype != torch.float16 or (scales is not None and scales.embedding < 1):
         return scales
     info = examination.checkpoint.tensors[examination.keymap.names["shared.weight"]]
-    if info.dtype in (torch.float32, torch.float64, torch.bfloat16):
-        embedding = scale_for(largest_absolute(examination.read("shared.weight")), headroom=1)
+    is_wider = info.dtype in (torch.float32, torch.float64, torch.bfloat16)
+    if is_wider or "shared.weight" in examination.keymap.scales:
+        embedding = scale_for(largest_finite(examination.read("shared.weight")), headroom=1)
         if embedding < 1:
             return replace(scales or unscaled(config.num_layers), embedding=embedding)
     return scales
@@ -344,9 +345,14 @@ def _recipes(
     return recipes, examination.read
 
 
-def _checked(recipe: Recipe, tensor: Tensor) -> Tensor:
-    """Refuses a weight that float16 has made infinite; what the guard would find later, it could not mend."""
-    if tensor.dtype == torch.float16 and not recipe.is_plain and not is_finite(tensor):
+def _checked(recipe: Recipe, tensor: Tensor, read: Callable[[str], Tensor]) -> Tensor:
+    """Refuses a weight that float16 has made infinite; what the guard would find later, it could not mend.
+
+    Rows of the embedding may be anything in the file, since most prompts use few of them; the guard tells who does.
+    """
+    if tensor.dtype != torch.float16 or recipe.is_plain or is_finite(tensor):
+        return tensor
+    if recipe.target != "shared.weight" or not keeps_finite(read("shared.weight"), tensor):
         raise CheckpointError(
             f"{recipe.target} has values that are not finite in {tensor.dtype}: the weights are damaged, or exceed its "
             "range; use bfloat16 or float32"

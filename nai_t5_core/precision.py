@@ -13,6 +13,8 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# Of a weight, as many are looked at together.
+_ROWS = 1024
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -67,3 +69,18 @@ def largest_absolute(weight: Tensor) -> float:
     """The largest absolute value; NaN if there is one."""
     low, high = weight.aminmax()
     return float(torch.stack((low.float(), high.float())).abs().max())
+
+
+def largest_finite(weight: Tensor) -> float:
+    """The largest absolute value among those that are finite; 0 where there is none. Takes float8 as well."""
+    if weight.dtype.itemsize > 1 and math.isfinite(largest := largest_absolute(weight)):
+        return largest
+    # By rows: a copy of the whole table in float32 would be a model's worth of memory.
+    slices = (rows.float().nan_to_num(nan=0, posinf=0, neginf=0) for rows in weight.split(_ROWS))
+    return max(largest_absolute(rows) for rows in slices)
+
+
+def keeps_finite(original: Tensor, made: Tensor) -> bool:
+    """Whether what was finite in a weight still is in another one that was made of it, of the same shape."""
+    pairs = zip(original.split(_ROWS), made.split(_ROWS), strict=True)
+    return all(bool((now.isfinite() | ~before.float().isfinite()).all()) for before, now in pairs)

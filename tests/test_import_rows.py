@@ -18,8 +18,8 @@ ROWS = [
     "layers attention kernel_block attention_choice flex packing encoder_block encoder "
     "decoder_attention decoder compile_limit compiled_steps decoding token_scores beam_search generation model",
     # 3: weights
-    "formats keymaps fuse precision hub native examine load conversion maxima scales_file "
-    "lora_keys lora_files lora_set lora",
+    "shards pytorch_files formats quantised keymaps neighbours fuse precision hub native examine load conversion "
+    "maxima scales_file lora_keys lora_files lora_set lora",
     # 4: use
     "optimize packed_block int8_linear int8_block int8 compiled sharding lora_live guard generation_guard "
     "calibration_report calibrate stress "

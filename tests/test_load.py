@@ -398,7 +398,7 @@ def faulty(state: State) -> dict[str, Tensor]:
     changed["encoder.block.0.layer.0.SelfAttention.q.bias"] = torch.zeros(64)
     changed["encoder.block.0.layer.0.SelfAttention.v.weight"] = torch.zeros(64, 64, dtype=torch.int8)
     changed["encoder.block.7.layer.0.SelfAttention.v.scale_weight"] = torch.tensor(1.0)
-    changed["encoder.block.0.layer.0.SelfAttention.q.scale_weight"] = torch.ones(64)
+    changed["encoder.block.0.layer.0.SelfAttention.q.scale_weight"] = torch.ones(63)
     return changed
 
 
@@ -411,7 +411,7 @@ FAULTS = [
     r"encoder.block.0.layer.0.SelfAttention.v.weight is torch.int8: quantised weights other than float8 cannot be read",
     r"encoder.block.7.layer.0.SelfAttention.v.scale_weight is the scale of "
     "encoder.block.7.layer.0.SelfAttention.v.weight, which is not in the file",
-    r"encoder.block.0.layer.0.SelfAttention.q.scale_weight has shape [64]; only one scale for a whole weight, or one "
+    r"encoder.block.0.layer.0.SelfAttention.q.scale_weight has shape [63]; only one scale for a whole weight, or one "
     "for each row, can be read",
 ]
 
