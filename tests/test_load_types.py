@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -177,3 +179,26 @@ def test_a_pickled_model(tmp_path: Path, new_form: bool) -> None:
     assert "transformers.models.t5.modeling_t5.T5" in str(caught.value)
     assert ("a whole model" in str(caught.value)) == new_form
     assert "\x1b" not in str(caught.value) and "fetch" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        ("torchao.dtypes.affine_quantized_tensor", "torchao"),
+        ("optimum.quanto.tensor.weights.qbytes", "quanto"),
+        ("bitsandbytes.nn.modules", "bitsandbytes"),
+        ("hqq.core.quantize", "HQQ"),
+    ],
+)
+def test_pickled_weights_of_a_quantiser(
+    tmp_path: Path, module: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their tensors are classes of the libraries' own, which a pickle names by their modules."""
+    weight_class = type("Weight", (), {"__module__": module})
+    parts = module.split(".")
+    for end in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), types.ModuleType(".".join(parts[:end])))
+    sys.modules[module].Weight = weight_class  # type: ignore[attr-defined]
+    torch.save({"encoder.block.0.layer.0.SelfAttention.q.weight": weight_class()}, tmp_path / "t5.pt")
+    with pytest.raises(CheckpointError, match=f"holds weights that {kind} has quantised, which cannot be read; use a"):
+        on_cpu(tmp_path / "t5.pt")

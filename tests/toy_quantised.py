@@ -1,0 +1,200 @@
+"""Quantised toys: names, shapes and dtypes are those that each kind's own tools write, the numbers are noise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+# A quantised projection [rows, columns]: from its module's name and weight to the tensors that stand for it.
+Quantise = Callable[[str, Tensor], Tensors]
+
+_FLOAT8 = torch.float8_e4m3fn
+
+
+def note(**content: object) -> Tensor:
+    return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
+
+
+def _bytes(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / scale).round().to(torch.int8), scale
+
+
+def nvfp4(name: str, weight: Tensor) -> Tensors:
+    rows, columns = weight.shape
+    return {
+        f"{name}.weight": _bytes(rows, columns // 2),
+        f"{name}.weight_scale": torch.ones(rows, columns // 16).to(_FLOAT8),
+        f"{name}.weight_scale_2": torch.tensor(0.01),
+    }
+
+
+def nvfp4_of_comfyui(name: str, weight: Tensor) -> Tensors:
+    return {**nvfp4(name, weight), f"{name}.comfy_quant": note(format="nvfp4")}
+
+
+def nvfp4_of_compressed_tensors(name: str, weight: Tensor) -> Tensors:
+    rows, columns = weight.shape
+    return {
+        f"{name}.weight_packed": _bytes(rows, columns // 2),
+        f"{name}.weight_scale": torch.ones(rows, columns // 16).to(_FLOAT8),
+        f"{name}.weight_global_scale": torch.ones(1),
+        f"{name}.input_global_scale": torch.ones(1),
+    }
+
+
+def mxfp8(name: str, weight: Tensor) -> Tensors:
+    rows, columns = weight.shape
+    scales = torch.full((rows, columns // 32), 120, dtype=torch.uint8)
+    return {f"{name}.weight": weight.to(_FLOAT8), f"{name}.weight_scale": scales.view(torch.float8_e8m0fnu)}
+
+
+def mxfp8_of_comfyui(name: str, weight: Tensor) -> Tensors:
+    parts = mxfp8(name, weight)
+    parts[f"{name}.weight_scale"] = parts[f"{name}.weight_scale"].view(torch.uint8)
+    return {**parts, f"{name}.comfy_quant": note(format="mxfp8")}
+
+
+def int8_of_comfyui(name: str, weight: Tensor) -> Tensors:
+    small, scale = _int8(weight)
+    how = note(format="int8_tensorwise", convrot=True, convrot_groupsize=256)
+    return {f"{name}.weight": small, f"{name}.weight_scale": scale, f"{name}.comfy_quant": how}
+
+
+def w4a4_of_comfyui(name: str, weight: Tensor) -> Tensors:
+    rows, columns = weight.shape
+    return {
+        f"{name}.weight": _bytes(rows, columns // 2).view(torch.int8),
+        f"{name}.weight_scale": torch.ones(rows, columns // 16),
+        f"{name}.comfy_quant": note(format="convrot_w4a4"),
+    }
+
+
+def int8_with_scales(name: str, weight: Tensor) -> Tensors:
+    small, scale = _int8(weight)
+    return {f"{name}.weight": small, f"{name}.weight_scale": scale}
+
+
+def nf4(name: str, weight: Tensor, kind: str = "nf4") -> Tensors:
+    how = note(quant_type=kind, blocksize=64, dtype="bfloat16", shape=list(weight.shape), nested_blocksize=256)
+    return {
+        f"{name}.weight": _bytes(weight.numel() // 2, 1),
+        f"{name}.weight.absmax": _bytes(weight.numel() // 64),
+        f"{name}.weight.quant_map": torch.linspace(-1, 1, 16),
+        f"{name}.weight.nested_absmax": torch.ones(1),
+        f"{name}.weight.nested_quant_map": torch.linspace(-1, 1, 256),
+        f"{name}.weight.quant_state.bitsandbytes__{kind}": how,
+    }
+
+
+def fp4(name: str, weight: Tensor) -> Tensors:
+    return nf4(name, weight, "fp4")
+
+
+def llm_int8(name: str, weight: Tensor) -> Tensors:
+    return {
+        f"{name}.weight": _int8(weight)[0],
+        f"{name}.SCB": weight.abs().amax(1),
+        f"{name}.weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
+
+
+def quanto_int8(name: str, weight: Tensor) -> Tensors:
+    small, scale = _int8(weight)
+    return {
+        f"{name}.weight._data": small,
+        f"{name}.weight._scale": scale.bfloat16(),
+        f"{name}.input_scale": torch.tensor(1.0),
+        f"{name}.output_scale": torch.tensor(1.0),
+    }
+
+
+def quanto_int4(name: str, weight: Tensor) -> Tensors:
+    groups = weight.numel() // 32
+    return {
+        f"{name}.weight._data._data": _bytes(16, groups),
+        f"{name}.weight._scale": torch.ones(1, groups),
+        f"{name}.weight._shift": torch.ones(1, groups),
+    }
+
+
+def quanto_float8(name: str, weight: Tensor) -> Tensors:
+    return {f"{name}.weight._data": weight.to(_FLOAT8), f"{name}.weight._scale": torch.ones(len(weight), 1)}
+
+
+def hqq(name: str, weight: Tensor) -> Tensors:
+    groups = weight.numel() // 64
+    return {
+        f"{name}.W_q": _bytes(32, groups),
+        f"{name}.scale": torch.ones(1, groups),
+        f"{name}.zero": torch.ones(1, groups),
+        f"{name}.nbits": torch.tensor(4),
+        f"{name}.group_size": torch.tensor(64),
+        f"{name}.axis": torch.tensor(0),
+        f"{name}.shape": torch.tensor(weight.shape),
+    }
+
+
+def awq(name: str, weight: Tensor) -> Tensors:
+    rows, columns = weight.shape
+    return {
+        f"{name}.qweight": torch.zeros(columns, rows // 8, dtype=torch.int32),
+        f"{name}.qzeros": torch.zeros(columns // 16, rows // 8, dtype=torch.int32),
+        f"{name}.scales": torch.ones(columns // 16, rows, dtype=torch.float16),
+    }
+
+
+def awq_of_nunchaku(name: str, weight: Tensor) -> Tensors:
+    rows, columns = weight.shape
+    return {
+        f"{name}.qweight": torch.zeros(rows // 4, columns // 2, dtype=torch.int32),
+        f"{name}.scales": torch.ones(columns // 16, rows, dtype=torch.bfloat16),
+        f"{name}.scaled_zeros": torch.ones(columns // 16, rows, dtype=torch.bfloat16),
+    }
+
+
+def gptq(name: str, weight: Tensor) -> Tensors:
+    rows, columns = weight.shape
+    return {
+        f"{name}.qweight": torch.zeros(columns // 8, rows, dtype=torch.int32),
+        f"{name}.qzeros": torch.zeros(columns // 16, rows // 8, dtype=torch.int32),
+        f"{name}.scales": torch.ones(columns // 16, rows, dtype=torch.float16),
+        f"{name}.g_idx": torch.zeros(columns, dtype=torch.int32),
+    }
+
+
+def torchao(name: str, weight: Tensor) -> Tensors:
+    small, scale = _int8(weight)
+    return {f"{name}._weight_qdata": small, f"{name}._weight_scale": scale}
+
+
+def float8_in_blocks(name: str, weight: Tensor) -> Tensors:
+    return {f"{name}.weight": weight.to(_FLOAT8), f"{name}.weight_scale_inv": torch.ones(1, 1)}
+
+
+def is_projection(name: str) -> bool:
+    return ("SelfAttention" in name and "bias" not in name) or "DenseReluDense" in name
+
+
+def quantised(state: Mapping[str, Tensor], quantise: Quantise) -> Tensors:
+    """A state with all its projections quantised, and the rest in bfloat16."""
+    out: Tensors = {}
+    for name, tensor in state.items():
+        is_one = is_projection(name)
+        out |= quantise(name.removesuffix(".weight"), tensor) if is_one else {name: tensor.bfloat16()}
+    return {name: tensor.contiguous() for name, tensor in out.items()}
+
+
+def write_quantised(path: Path, state: Tensors, metadata: dict[str, str] | None = None) -> Path:
+    save_file(state, path, metadata)
+    return path
