@@ -38,7 +38,7 @@ class Int8Block(PackedBlock):
     def _norm_weights(self) -> list[Tensor | None]:
         in_scales = (self.in_scales[0], self.in_scales[2])
         both = zip(super()._norm_weights(), in_scales, strict=True)
-        return [in_scale if weight is None else weight for weight, in_scale in both]
+        return [_joined(weight, in_scale) for weight, in_scale in both]
 
     def _projections(self, place: int, names: tuple[str, ...]) -> list[nn.Module]:
         kept = self.kernels.weights[place]
@@ -48,3 +48,10 @@ class Int8Block(PackedBlock):
 
     def extra_repr(self) -> str:
         return "kernels, in 8 bits"
+
+
+def _joined(weight: Tensor | None, in_scale: Tensor | None) -> Tensor | None:
+    """What multiplies activations; a live LoRA gives a folded norm a weight beside what was taken out of its place."""
+    if weight is None or in_scale is None:
+        return in_scale if weight is None else weight
+    return weight * in_scale

@@ -24,7 +24,7 @@ from nai_t5_core.kernels.calls import (
     encode_block,
     normed_product,
 )
-from nai_t5_core.layers import CastingOps, FeedForward, FusedGatedFeedForward, NoInit
+from nai_t5_core.layers import CastingOps, FeedForward, FoldedRMSNorm, FusedGatedFeedForward, NoInit
 
 # Not their subclasses, which do more than a product (adapters, quantisation, offloading).
 PLAIN_LINEARS = (nn.Linear, NoInit.Linear)
@@ -102,6 +102,9 @@ def kernels_of(block: Any, dtype: torch.dtype) -> KernelBlock | None:
         return None
     linears = (attends.qkv, attends.o, dense.wi, dense.wo)
     if not all(type(linear) in _PRODUCTS and _is_usable(linear.weight, dtype) for linear in linears):
+        return None
+    # A norm that has a weight of its own, as live LoRAs give it, is another one than the kernels compute here.
+    if not all(type(layer.layer_norm) is FoldedRMSNorm for layer in block.layer):
         return None
     if not is_supported(block) or is_watched(block.modules()) or missing_for_kernels() is not None:
         return None

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from nai_t5_core.config import Shape
 from nai_t5_core.formats import Checkpoint, CheckpointError, open_checkpoint
-from nai_t5_core.lora_keys import LoraKeyMap, map_lora_names
+from nai_t5_core.lora_changes import Change, LowRankChange, WholeChange
+from nai_t5_core.lora_keys import LoraKeyMap, Role, additions, map_lora_names
 
 # What the folder of an adapter holds: peft's names, then diffusers'.
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
@@ -21,20 +21,7 @@ _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lor
 _HEADER_CONFIG = "lora_adapter_metadata"
 # Faults in a message; the rest is a number.
 _SHOWN = 8
-
-
-@dataclass(frozen=True)
-class LowRankChange:
-    """What is added to one weight: scale · up · down, with up [out_features, rank] and down [rank, in_features]."""
-
-    up: Tensor
-    down: Tensor
-    scale: float
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the weight: (out_features, in_features)."""
-        return self.up.shape[0], self.down.shape[1]
+_PAIR: tuple[Role, Role] = ("up", "down")
 
 
 @dataclass(frozen=True)
@@ -45,11 +32,13 @@ class Lora:
         name: of the file or folder.
         changes: by the Hugging Face names of the weights.
         others: tensors of the file that are for other parts of a diffusion model, each with the part.
+        zeros: tensors for the T5 that are zero and so change nothing, or go with such.
     """
 
     name: str
-    changes: Mapping[str, LowRankChange]
+    changes: Mapping[str, Change]
     others: Mapping[str, str] = field(default_factory=dict)
+    zeros: tuple[str, ...] = ()
 
     def other_parts(self) -> dict[str, int]:
         """How many tensors the file has for each other part."""
@@ -57,7 +46,8 @@ class Lora:
 
     def __repr__(self) -> str:
         others = f"; tensors for other parts: {counted(self.other_parts())}" if self.others else ""
-        return f"Lora({self.name}: {len(self.changes)} weights of the T5{others})"
+        zeros = f"; {len(self.zeros)} tensors that change nothing" if self.zeros else ""
+        return f"Lora({self.name}: {len(self.changes)} weights of the T5{zeros}{others})"
 
 
 def counted(parts: Mapping[str, int]) -> str:
@@ -80,17 +70,24 @@ def read_lora(source: str | Path, alpha: float | None = None) -> Lora:
             file's own tensors, from peft's adapter_config.json beside it, or from the header that diffusers writes.
             Where there is none, it is the rank, as in ComfyUI and diffusers.
 
+    Beside the factors of projections, embedding and bias tables, whole differences are read (``.diff``), of norms as
+    well. What is zero is left out.
+
     Raises:
-        CheckpointError: no such file, nothing in it for a T5 encoder, keys that are not known, a factor that is absent
-            or misshapen, a peft adapter without its config, or one that is no plain LoRA. All faults are listed.
+        CheckpointError: no such file, nothing in it for a T5 encoder, keys that are not known (unless they are zeros
+            that would be added), a factor that is absent or misshapen, a peft adapter without its config, or one that
+            is no plain LoRA. All faults are listed.
     """
     path = Path(source).expanduser()
     checkpoint = _open(path)
     keymap = map_lora_names(checkpoint.tensors, str(path))
-    _refuse_faults(keymap, checkpoint)
+    zeros = _take_zeros(keymap, checkpoint)
+    _refuse_faults(keymap, checkpoint, zeros)
     config = _adapter_config(checkpoint, keymap.prefix, alpha)
     changes = {weight: _change(weight, names, checkpoint, config) for weight, names in keymap.weights.items()}
-    return Lora(path.name if path.is_dir() else path.stem, changes, keymap.others)
+    zeros += [name for weight, names in keymap.weights.items() if changes[weight].is_zero for name in names.values()]
+    changes = {weight: change for weight, change in changes.items() if not change.is_zero}
+    return Lora(path.name if path.is_dir() else path.stem, changes, keymap.others, tuple(zeros))
 
 
 def _open(path: Path) -> Checkpoint:
@@ -107,24 +104,47 @@ def _open(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _refuse_faults(keymap: LoraKeyMap, checkpoint: Checkpoint) -> None:
+def _take_zeros(keymap: LoraKeyMap, checkpoint: Checkpoint) -> list[str]:
+    """Takes from what is unknown the tensors that add nothing, with their other factors."""
+    zeros = []
+    for added, beside in additions(keymap):
+        if not any(checkpoint.read(name).any() for name in added):
+            zeros += added + beside
+    for name in zeros:
+        del keymap.unknown[name]
+    return zeros
+
+
+def _refuse_faults(keymap: LoraKeyMap, checkpoint: Checkpoint, zeros: list[str]) -> None:
     shapes = checkpoint.shapes
     faults = [f"{name}: {reason}" for name, reason in keymap.unknown.items()]
     for weight, names in keymap.weights.items():
-        absent = [role for role in ("up", "down") if role not in names]
-        if absent:
-            faults.append(f"{', '.join(names.values())}: no factor {' and '.join(absent)} beside it")
-            continue
-        up, down = shapes[names["up"]], shapes[names["down"]]
-        if len(up) != 2 or len(down) != 2 or up[1] != down[0] or not down[0]:
-            faults.append(f"{weight}: factors of shapes {list(up)} and {list(down)} have no common rank")
-        elif "alpha" in names and shapes[names["alpha"]] not in ((), (1,)):
-            faults.append(f"{names['alpha']}: shape {list(shapes[names['alpha']])}, not one number")
+        faults += _faults_of(weight, names, shapes)
     if faults:
         raise CheckpointError(f"{checkpoint.source} can't be used as a LoRA of a T5 encoder:{listed(faults)}")
-    if not keymap.weights:
+    if not keymap.weights and not zeros:
         parts = counted(Counter(keymap.others.values())) or "nothing"
         raise CheckpointError(f"{checkpoint.source} has no LoRA for a T5 encoder; it holds tensors for {parts}")
+
+
+def _faults_of(weight: str, names: Mapping[Role, str], shapes: Mapping[str, Shape]) -> Iterator[str]:
+    if "difference" in names:
+        more = [name for role, name in names.items() if role not in ("difference", "alpha")]
+        if more:
+            yield f"{', '.join(more)}: factors beside a whole difference, {names['difference']}"
+        return
+    pair: tuple[Role, Role] = ("table_up", "table_down") if "table_up" in names or "table_down" in names else _PAIR
+    absent = [role.removeprefix("table_") for role in pair if role not in names]
+    if absent:
+        yield f"{', '.join(names.values())}: no factor {' and '.join(absent)} beside it"
+        return
+    up, down = (shapes[names[role]] for role in pair)
+    if pair != _PAIR:
+        up, down = up[::-1], down[::-1]
+    if len(up) != 2 or len(down) != 2 or up[1] != down[0] or not down[0]:
+        yield f"{weight}: factors of shapes {list(up)} and {list(down)} have no common rank"
+    elif "alpha" in names and shapes[names["alpha"]] not in ((), (1,)):
+        yield f"{names['alpha']}: shape {list(shapes[names['alpha']])}, not one number"
 
 
 def _adapter_config(checkpoint: Checkpoint, prefix: str, alpha: float | None) -> dict[str, Any]:
@@ -171,8 +191,13 @@ def _json_object(content: bytes, source: str) -> dict[str, Any]:
     return values
 
 
-def _change(weight: str, names: Mapping[Any, str], checkpoint: Checkpoint, config: Mapping[str, Any]) -> LowRankChange:
-    up, down = checkpoint.read(names["up"]), checkpoint.read(names["down"])
+def _change(weight: str, names: Mapping[Role, str], checkpoint: Checkpoint, config: Mapping[str, Any]) -> Change:
+    if "difference" in names:
+        return WholeChange(checkpoint.read(names["difference"]))
+    if "table_up" in names:
+        up, down = checkpoint.read(names["table_up"]).T, checkpoint.read(names["table_down"]).T
+    else:
+        up, down = checkpoint.read(names["up"]), checkpoint.read(names["down"])
     rank = down.shape[0]
     if "alpha" in names:
         return LowRankChange(up, down, float(checkpoint.read(names["alpha"])) / rank)

@@ -11,7 +11,9 @@ from typing import Protocol
 from nai_t5_core.config import encoder_tensors
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.fuse import Recipe, fused_recipes, separate_recipes
-from nai_t5_core.lora_files import Lora, LowRankChange, listed, read_lora
+from nai_t5_core.lora_changes import Change
+from nai_t5_core.lora_files import Lora, listed, read_lora
+from nai_t5_core.lora_merge import row_counts
 
 LoraSource = Lora | str | Path
 
@@ -60,7 +62,7 @@ class LoraSet(ABC):
         if name in self._loras:
             raise ValueError(f"there is a LoRA {name!r} already; give another name=, or use set_strength")
         self._refuse_misfits(lora)
-        self._apply({**self._loras, name: (lora, _checked(strength))}, lora.changes)
+        self._change({**self._loras, name: (lora, _checked(strength))}, lora.changes)
         return name
 
     def set_strength(self, name: str, strength: float) -> None:
@@ -70,7 +72,7 @@ class LoraSet(ABC):
             ValueError: there is no such LoRA, or the strength is no number; or see :meth:`add`.
         """
         lora = self._find(name)
-        self._apply({**self._loras, name: (lora, _checked(strength))}, lora.changes)
+        self._change({**self._loras, name: (lora, _checked(strength))}, lora.changes)
 
     def remove(self, name: str) -> None:
         """Takes a LoRA away.
@@ -79,34 +81,39 @@ class LoraSet(ABC):
             ValueError: there is no such LoRA; or see :meth:`add`.
         """
         lora = self._find(name)
-        self._apply({other: entry for other, entry in self._loras.items() if other != name}, lora.changes)
+        self._change({other: entry for other, entry in self._loras.items() if other != name}, lora.changes)
 
     def clear(self) -> None:
         """Takes all LoRAs away."""
-        self._apply({}, [weight for lora, _ in self._loras.values() for weight in lora.changes])
+        self._change({}, [weight for lora, _ in self._loras.values() for weight in lora.changes])
+
+    def _change(self, loras: NamedLoras, changed: Iterable[str]) -> None:
+        """As :meth:`_apply`, for subclasses that treat some weights in another way."""
+        self._apply(loras, changed)
 
     @abstractmethod
     def _apply(self, loras: NamedLoras, changed: Iterable[str]) -> None:
         """Makes these the LoRAs of the encoder; ``changed`` are the original weights that this is about."""
 
     def _recipes(self, changed: Iterable[str]) -> list[Recipe]:
-        """How the weights that hold these originals are made."""
+        """How the weights that hold these originals, or have them multiplied in, are made."""
         find_recipes = fused_recipes if self._stack.layout == "fused" else separate_recipes
         names = set(changed)
-        return [r for r in find_recipes(self._stack.config, self._stack.scales) if not names.isdisjoint(r.parts)]
+        return [r for r in find_recipes(self._stack.config, self._stack.scales) if not names.isdisjoint(r.originals)]
 
     def _row_counts(self, recipe: Recipe) -> list[int]:
-        """Rows of each original in the weight."""
-        shapes = encoder_tensors(self._stack.config)
-        return [shapes[name][0] for name in recipe.parts]
+        return row_counts(self._stack, recipe)
 
-    def _changes(self, recipe: Recipe) -> Iterator[tuple[int, LowRankChange, float]]:
+    def _changes(self, recipe: Recipe) -> Iterator[tuple[int, Change, float]]:
         """What the LoRAs change in a weight: the place of the original in it, the change, and its factor."""
-        for index, name in enumerate(recipe.parts):
-            for lora, strength in self._loras.values():
-                change = lora.changes.get(name)
-                if change is not None and strength != 0:
-                    yield index, change, strength * change.scale * recipe.scales[index]
+        for index, (name, scale) in enumerate(zip(recipe.parts, recipe.scales, strict=True)):
+            for change, factor in self._changes_of(name):
+                yield index, change, factor * scale
+
+    def _changes_of(self, name: str) -> list[tuple[Change, float]]:
+        """What the LoRAs change in an original weight, each with its factor."""
+        found = ((lora.changes.get(name), strength) for lora, strength in self._loras.values())
+        return [(change, strength * change.scale) for change, strength in found if change is not None and strength]
 
     def _find(self, name: str) -> Lora:
         if name not in self._loras:

@@ -26,7 +26,8 @@ from toy_loras import projections, toy_lora
 from nai_t5_core.encoder import LAYOUTS, Layout
 from nai_t5_core.guard import ScaleTightenedWarning, encode_guarded
 from nai_t5_core.lora import Loras
-from nai_t5_core.lora_files import Lora, LowRankChange
+from nai_t5_core.lora_changes import LowRankChange
+from nai_t5_core.lora_files import Lora
 from nai_t5_core.lora_live import LiveLoras
 from nai_t5_core.lora_set import LoraSet
 from nai_t5_core.peers import transformers_encoder

@@ -102,7 +102,6 @@ FAULTS = {
     "DoRA": ({f"{Q}.dora_scale": (64,)}, "q.dora_scale: DoRA"),
     "DoRA of peft": ({f"base_model.model.{Q}.lora_magnitude_vector": (64,)}, "magnitude_vector: DoRA"),
     "LoKr": ({f"{Q}.lokr_w1": (2, 2)}, "lokr_w1: LoKr"),
-    "embedding": ({"base_model.model.shared.lora_embedding_A": (2, 2)}, "a LoRA of the embedding"),
     "bias": ({f"{Q}.lora_B.bias": (64,)}, "a bias, and T5 has none"),
     "no up": ({f"{Q}.lora_A.weight": (2, 64)}, "lora_A.weight: no factor up beside it"),
     "lone alpha": ({f"{Q}.alpha": ()}, "alpha: no factor up and down beside it"),

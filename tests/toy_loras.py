@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nai_t5_core.config import T5Config, encoder_tensors
-from nai_t5_core.lora_files import Lora, LowRankChange
+from nai_t5_core.lora_changes import Change, LowRankChange, WholeChange
+from nai_t5_core.lora_files import Lora
 
 RANK = 4
 ALPHA = 6.0
@@ -35,13 +36,42 @@ def toy_lora(config: T5Config, seed: int = 0, targets: tuple[str, ...] = (), nam
     return Lora(name, changes)
 
 
+def toy_tables(config: T5Config, seed: int = 3, only: str = "", name: str = "tables") -> Lora:
+    """Changes of all that is no projection: narrow ones of the tables, whole ones of the norms.
+
+    ``only`` is a part of their names.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    changes: dict[str, Change] = {}
+    for weight, shape in encoder_tensors(config).items():
+        if weight in projections(config) or only not in weight:
+            continue
+        if len(shape) == 1:
+            changes[weight] = WholeChange(torch.randn(shape, generator=generator) * 0.4)
+        else:
+            up = torch.randn(shape[0], RANK, generator=generator) * 0.5
+            changes[weight] = LowRankChange(up, torch.randn(RANK, shape[1], generator=generator), ALPHA / RANK)
+    return Lora(name, changes)
+
+
+def toy_differences(config: T5Config, seed: int = 4, name: str = "differences") -> Lora:
+    """Whole differences of the projections."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = projections(config).items()
+    deltas = {weight: torch.randn(shape, generator=generator) * shape[1] ** -0.5 for weight, shape in shapes}
+    return Lora(name, {weight: WholeChange(delta) for weight, delta in deltas.items()})
+
+
 def with_loras(state: Mapping[str, Tensor], *loras: tuple[Lora, float]) -> dict[str, Tensor]:
     """The original weights with LoRAs added in float64."""
     changed = dict(state)
     for lora, strength in loras:
         for name, change in lora.changes.items():
-            product = strength * change.scale * (change.up.double() @ change.down.double())
-            changed[name] = (changed[name].double() + product).to(state[name].dtype)
+            if isinstance(change, LowRankChange):
+                delta = change.scale * (change.up.double() @ change.down.double())
+            else:
+                delta = change.delta.double()
+            changed[name] = (changed[name].double() + strength * delta).to(state[name].dtype)
     return changed
 
 
