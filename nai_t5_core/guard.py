@@ -90,11 +90,10 @@ def _tighten_first_fault(stack: T5EncoderStack, *inputs: Any, **options: Any) ->
 
 def _refuse_rows(ids: Tensor, embeddings: Tensor) -> None:
     """Names the tokens whose embeddings are not finite: ids [tokens], embeddings [tokens, d_model]."""
-    odd = ids[~embeddings.isfinite().all(-1)].unique().tolist()
-    shown = ", ".join(map(str, odd[:8])) + (f" and {len(odd) - 8} more" if odd[8:] else "")
+    rows = ids[~embeddings.isfinite().all(-1)].unique().tolist()
+    named = ", ".join(map(str, rows[:8])) + (", …" if rows[8:] else "")
     raise NotFiniteError(
-        f"shared.weight holds values that are not finite in the rows of token ids {shown}, which this batch uses; "
-        "leave those tokens out, or use another file of the same model"
+        f"shared.weight holds values that are not finite, in rows of tokens that the text has: {named}"
     )
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.fuse import Recipe, folded_norm
 from nai_t5_core.layers import residual_dtype
-from nai_t5_core.lora_set import HasStack, LoraSet, NamedLoras
-from nai_t5_core.lora_tables import LiveNorm, LiveTable, live_norm, live_table
+from nai_t5_core.lora_set import HasStack, NamedLoras
+from nai_t5_core.lora_tables import LiveTables
 from nai_t5_core.optimize import PackedGatedFeedForward, PackedLinear, pack_for_onednn
 
 # What PackedGatedFeedForward calls the projections of a gate.
@@ -75,7 +75,7 @@ class LivePackedLinear(LiveLinear):
         return out
 
 
-class LiveLoras(LoraSet):
+class LiveLoras(LiveTables):
     """The LoRAs of one encoder, added in every call.
 
     >>> loras = LiveLoras(encoder)                    # TextEncoder, T5EncoderStack or NAIT5EncoderModel
@@ -163,34 +163,4 @@ class LiveLoras(LoraSet):
         return norm
 
     def _changed_count(self) -> int:
-        return sum(isinstance(module, (LiveLinear, LiveTable, LiveNorm)) for module in self._stack.modules())
-
-    @torch.no_grad()
-    def _change(self, loras: NamedLoras, changed: Iterable[str]) -> None:
-        names = set(changed)
-        others = {name for name in names if not _is_projection(name)}
-        before, self._loras = self._loras, loras
-        try:
-            # Computed before the first projection is changed, since they may be refused.
-            renewed = [self._renewed_other(r) for r in self._recipes(others) if others.issuperset(r.parts)]
-        finally:
-            self._loras = before
-        self._apply(loras, names - others)
-        for path, module in renewed:
-            parent, _, name = path.rpartition(".")
-            setattr(self._stack.get_submodule(parent), name, module)
-
-    def _renewed_other(self, recipe: Recipe) -> tuple[str, nn.Module]:
-        """A table or norm with the present LoRAs, and where it belongs."""
-        path = recipe.target.rpartition(".")[0]
-        module = self._stack.get_submodule(path)
-        base = module.base if isinstance(module, (LiveTable, LiveNorm)) else module
-        if path.endswith("norm"):
-            return path, live_norm(base, recipe.parts[0], self._changes_of(recipe.parts[0]))
-        changes = [(change, factor) for _, change, factor in self._changes(recipe)]
-        return path, live_table(base, changes, self._stack.dtype)
-
-
-def _is_projection(name: str) -> bool:
-    """Whether an original weight is that of a matrix product, and no table or norm."""
-    return name.startswith("encoder.block.") and "layer_norm" not in name and "relative_attention_bias" not in name
+        return sum(isinstance(module, LiveLinear) for module in self._stack.modules()) + self._table_count()
