@@ -24,7 +24,8 @@ _ACTIVATION_NAMES: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
 }
-_BYT5_TOKENS = 384
+# ByT5's tokens, about as many as an unpublished one may have with its own, and those of the smallest T5 of pieces.
+_BYT5_TOKENS, _MOST_BYT5_TOKENS, _PIECES = 384, 2_048, 32_000
 _MODEL_TYPES = ("t5", "mt5", "umt5")
 
 
@@ -92,11 +93,14 @@ class T5Config(BaseModel):
     @property
     def _reads_bytes(self) -> bool:
         # 256 bytes, 3 special tokens and 125 sentinels; tokens for colours and fonts may follow. Vocabularies of pieces
-        # have thousands, but a published size of ByT5 is one with any number.
+        # have thousands, but a published size is what it is with any number of tokens.
+        if not self.gated or self.bias_per_layer or self.vocab_size < _BYT5_TOKENS:
+            return False
         sizes = (self.d_model, self.d_kv, self.d_ff, self.num_heads, self.num_layers)
-        is_published = any(sizes == published[:5] for published in _SIZES_BYT5.values())
-        most = 32_000 if is_published else 2_048
-        return self.gated and not self.bias_per_layer and _BYT5_TOKENS <= self.vocab_size < most
+        if any(sizes == published[:5] for published in _SIZES_BYT5.values()):
+            return self.vocab_size < _PIECES
+        is_published = any(sizes == published[:5] for published in _SIZES_GATED.values())
+        return self.vocab_size == _BYT5_TOKENS or (self.vocab_size < _MOST_BYT5_TOKENS and not is_published)
 
     @property
     def size_name(self) -> str | None:

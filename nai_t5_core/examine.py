@@ -233,7 +233,7 @@ def find_tokenizer(examination: Examination) -> Tokenizer | None:
     if inside is not None and checkpoint.tensors[inside].dtype == torch.uint8:
         kind = native.TOKENIZER_TENSORS[inside.rpartition(".")[2]]
         return tokenizer_from_bytes(kind, bytes(checkpoint.read(inside).numpy()))
-    folders = _tokenizer_folders(checkpoint.folder)
+    folders = _tokenizer_folders(examination)
     if folders:
         return load_tokenizer(folders[0])
     return ByteTokenizer() if examination.config.kind == "ByT5" else None
@@ -257,12 +257,15 @@ NO_TOKENIZER = (
 )
 
 
-def _tokenizer_folders(folder: Path | None) -> list[Path]:
-    if folder is None:
-        return []
-    # In a diffusers pipeline, text_encoder_2 goes with tokenizer_2.
-    beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
-    return [path for path in (folder, beside) if path.is_dir() and _has_tokenizer(path)]
+def _tokenizer_folders(examination: Examination) -> list[Path]:
+    folder = examination.checkpoint.folder
+    if folder is not None:
+        # In a diffusers pipeline, text_encoder_2 goes with tokenizer_2.
+        places = [folder, folder.parent / folder.name.replace("text_encoder", "tokenizer")]
+    else:
+        file = examination.checkpoint.tensors[examination.keymap.names["shared.weight"]].file
+        places = [file.parent / beside for beside in [examination.keymap.naming.tokenizer] if beside]
+    return [path for path in places if path.is_dir() and _has_tokenizer(path)]
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -34,7 +34,7 @@ def find_model(source: str | Path | None, subfolder: str = "", revision: str | N
 def _is_local(path: Path) -> bool:
     """Whether the path leads to something, or names a file: a model on the hub is not called x.safetensors."""
     try:
-        return path.exists() or path.suffix in (".safetensors", ".bin", ".json")
+        return path.exists() or path.suffix in (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".json")
     except OSError:  # something is there, and opening it will tell what is wrong with it
         return True
 

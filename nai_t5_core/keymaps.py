@@ -22,12 +22,14 @@ class Naming:
         first_query: the module of the first layer's queries, with all that stands before the T5's names as ``prefix``.
         beside: a module that such a file has as well; other models have one of the same name as the first.
         modules: beginnings of names, and the Hugging Face names that stand for them.
+        tokenizer: the folder beside such a file that has its tokenizer.
     """
 
     name: str
     first_query: re.Pattern[str]
     beside: str = ""
     modules: tuple[tuple[re.Pattern[str], str], ...] = ()
+    tokenizer: str = ""
 
     def prefixes(self, names: Collection[str]) -> set[str]:
         """What stands before each T5 of this spelling among the names of a file."""
@@ -78,6 +80,7 @@ NAMINGS = (
             # Where all layers share one, as in T5.
             (r"pos_embedding\.embedding", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
         ),
+        tokenizer="google/umt5-xxl",
     ),
 )
 
@@ -120,6 +123,7 @@ _OTHER_MODELS = (
     ("double_blocks.", "a diffusion transformer"),
     ("joint_blocks.", "a diffusion transformer"),
     ("transformer_blocks.", "a diffusion transformer"),
+    ("cross_attn.", "a diffusion transformer"),
     ("decoder.up.", "a VAE"),
     ("model.layers.", "a decoder-only language model"),
     ("encoder.layer.", "a BERT-like encoder"),

@@ -203,6 +203,8 @@ def test_sizes_and_kinds_of_byt5() -> None:
     for rows in (384, 1510, 5000):
         config = named_config("byt5-small").model_copy(update={"vocab_size": rows})
         assert (config.kind, config.size_name) == ("ByT5", "byt5-small")
-    assert named_config("t5-v1_1-small").model_copy(update={"vocab_size": 4096}).kind == "T5 v1.1"
+    for rows in (385, 1096, 4096):
+        small = named_config("t5-v1_1-small").model_copy(update={"vocab_size": rows})
+        assert (small.kind, small.size_name) == ("T5 v1.1", "t5-v1_1-small")
     assert V1_1.kind == "T5 v1.1"
     assert TOY_CONFIGS["umt5"].model_copy(update={"vocab_size": 1510}).kind == "Pile-T5"

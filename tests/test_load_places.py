@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoints import State, encoder_part, spiece_model, write_file, write_shards
 from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state, write_hf_folder
+from test_load_names import wan_named
 from torch import Tensor
 
 from comfy_nai_t5.checkpoint import holds_t5, read_checkpoint
@@ -18,6 +19,7 @@ from nai_t5_core.formats import CheckpointError
 from nai_t5_core.load import load_encoder
 
 V1_1 = TOY_CONFIGS["v1.1"]
+UMT5 = TOY_CONFIGS["umt5"].encoder_only()
 IDS = torch.randint(0, 96, (3, 9), generator=torch.Generator().manual_seed(3))
 MASK = padding_mask([9, 4, 1], 9)
 
@@ -102,3 +104,38 @@ def test_our_own_file_in_the_node_pack(tmp_path: Path, v1_1_folder: Path) -> Non
     own = convert(v1_1_folder, tmp_path / "own.safetensors", encoder_only=True).out
     assert holds_t5(own)
     assert find_tokenizer_for(own).serialized() == ("sentencepiece", spiece_model())
+
+
+def wan_repository(folder: Path) -> Path:
+    """Wan's own: the diffusion model in several files, the T5 as .pth, and its tokenizer two folders deep."""
+    dit = {
+        f"blocks.{layer}.{attn}.q.weight": torch.zeros(2, 2) for layer in (0, 1) for attn in ("self_attn", "cross_attn")
+    }
+    write_shards(folder, dit, count=2)
+    torch.save(wan_named(random_state(UMT5)), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    tokenizer = folder / "google" / "umt5-xxl"
+    tokenizer.mkdir(parents=True)
+    (tokenizer / "spiece.model").write_bytes(spiece_model())
+    return folder
+
+
+def test_the_repository_of_wan(tmp_path: Path) -> None:
+    folder = wan_repository(tmp_path / "Wan2.1-T2V-14B")
+    file = folder / "models_t5_umt5-xxl-enc-bf16.pth"
+    with pytest.raises(CheckpointError, match=f"looks like a diffusion transformer.*There is a T5 in the file {file}$"):
+        on_cpu(folder)
+    assert find_tokenizer_for(file).serialized() == ("sentencepiece", spiece_model())
+
+
+def test_a_folder_of_many_files_names_the_t5(tmp_path: Path) -> None:
+    """As ComfyUI has them."""
+    write_file(tmp_path / "clip_l.safetensors", {"text_model.encoder.layers.0.q": torch.zeros(1)})
+    file = write_file(tmp_path / "t5xxl_fp16.safetensors", encoder_part(random_state(V1_1)))
+    with pytest.raises(CheckpointError, match=f"holds 2 weight files.*There is a T5 in the file {file}$"):
+        on_cpu(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth", "pt", "gguf"])
+def test_a_file_that_is_absent_is_no_model_of_the_hub(suffix: str) -> None:
+    with pytest.raises(CheckpointError, match=f"absent/t5.{suffix} does not exist"):
+        on_cpu(f"absent/t5.{suffix}")

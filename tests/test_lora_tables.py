@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import encoder_part
-from conftest import TOY_CONFIGS, build_stack, random_state
+from conftest import TOY_CONFIGS, build_stack, needs_kernels, random_state
 from lora_oracle import (
     KINDS,
     MASK,
@@ -26,14 +26,17 @@ from toy_loras import kohya, projections, toy_differences, toy_lora, toy_tables,
 
 from nai_t5_core.config import encoder_tensors
 from nai_t5_core.encoder import LAYOUTS, Layout
+from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.formats import CheckpointError
 from nai_t5_core.guard import encode_guarded
 from nai_t5_core.hf_weights import original_tensors, refuse_wrapped
+from nai_t5_core.int8_block import Int8Block
 from nai_t5_core.lora import Loras
 from nai_t5_core.lora_changes import WholeChange
 from nai_t5_core.lora_files import Lora, read_lora
 from nai_t5_core.lora_live import LiveLoras
 from nai_t5_core.lora_set import LoraSet
+from nai_t5_core.packed_block import PackedBlock
 from nai_t5_core.peers import transformers_encoder
 from nai_t5_core.text_encoder import TextEncoder
 
@@ -146,6 +149,27 @@ def test_on_weights_that_are_packed(options: dict[str, str]) -> None:
     merged.clear()
     out = fast.encode(["a cat"]).hidden_states
     assert_near(out, plain.encode(["a cat"]).hidden_states, tolerance)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", [PackedBlock, Int8Block])
+def test_beside_the_kernels(kind: type[PackedBlock]) -> None:
+    stack, tables = v1_1_stack(), toy_tables(V1_1)
+    blocks = stack.encoder.block
+    for index, block in enumerate(blocks):
+        assert isinstance(block, EncoderBlock) and kind.takes(block)
+        blocks[index] = kind(block, torch.float32)
+    LiveLoras(stack).add(tables, 0.5)
+    expected = reference(V1_1, (tables, 0.5))
+    for _ in range(3):
+        assert_near(ours(stack), expected, 1e-5 if kind is PackedBlock else 0.1)
+
+
+@needs_kernels
+def test_kernels_on_plain_weights_leave_a_changed_norm_to_torch() -> None:
+    stack, tables = v1_1_stack(), toy_tables(V1_1, only="layer_norm")
+    LiveLoras(stack).add(tables)
+    assert_near(ours(stack), reference(V1_1, (tables, 1.0)))
 
 
 def test_at_load() -> None:

@@ -156,9 +156,10 @@ def test_calibration_is_told_of_damage(tmp_path: Path) -> None:
         calibrate(folder, ["a cat"])
 
 
-def test_a_text_encoder_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimize", [False, True])
+def test_a_text_encoder_is_told(tmp_path: Path, optimize: bool) -> None:
     folder, _ = with_tokenizer(tmp_path, torch.float32, (4099,))
-    encoder = TextEncoder.from_pretrained(folder, dtype="float32", device="cpu", optimize=False)
+    encoder = TextEncoder.from_pretrained(folder, dtype="float32", device="cpu", optimize=optimize)
     used = encoder.tokenizer(["a cat"]).input_ids[0]
     with torch.no_grad():
         encoder.stack.shared.weight[used[0]] = float("nan")
