@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from nai_t5_core import native, neighbours
-from nai_t5_core.config import Shape, T5Config, config_from_hf, decoder_tensors, encoder_tensors, infer_config
+from nai_t5_core.config import Shape, T5Config, config_from_hf, decoder_tensors, encoder_tensors
 from nai_t5_core.formats import Checkpoint, CheckpointError, open_checkpoint
 from nai_t5_core.fuse import Recipe, fused_recipes, uncook
 from nai_t5_core.hub import find_model
+from nai_t5_core.inferred_config import infer_config
 from nai_t5_core.keymaps import KeyMap, map_names
 from nai_t5_core.precision import DTYPES
 from nai_t5_core.quantised import refuse_quantised

@@ -115,7 +115,8 @@ def load_encoder(
 
     Args:
         source: Hugging Face folder or id, safetensors (single or sharded), ``pytorch_model.bin``, a ComfyUI
-            text-encoder file, a full encoder-decoder checkpoint, or a file made by ``nai-t5 convert``.
+            text-encoder file, a full encoder-decoder checkpoint, a bare ``T5Stack``, the UMT5 of Wan's own repository,
+            or a file made by ``nai-t5 convert``.
         dtype: ``"auto"``, a name or a torch dtype; see :func:`nai_t5_core.precision.resolve_dtype`.
         device: ``"auto"`` or anything torch takes.
         layout: ``"fused"`` or ``"separate"``; see :class:`nai_t5_core.encoder.T5EncoderStack`.

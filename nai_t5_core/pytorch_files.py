@@ -21,6 +21,9 @@ _QUANTISERS = {
     "bitsandbytes.": "bitsandbytes",
     "hqq.": "HQQ",
 }
+_REMEDY = "save the weights alone: torch.save(model.state_dict(), …) or model.save_pretrained(…)"
+# What stands before torch's reason, and before its advice, which is to trust the file.
+_REASON, _ADVICE = "WeightsUnpickler error:", "In PyTorch 2.6"
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")
 
 
@@ -64,10 +67,10 @@ def _fault(path: Path, error: Exception) -> str:
     if classes:
         shown = ", ".join(classes[:3]) + (f" and {len(classes) - 3} more" if classes[3:] else "")
         what = "a whole model" if any(name.startswith("torch.nn.") for name in classes) else "Python objects"
-        return (
-            f"holds {what} (classes {shown}), and reading those could run any code; "
-            "save the weights alone: torch.save(model.state_dict(), …) or model.save_pretrained(…)"
-        )
+        return f"holds {what} (classes {shown}), and reading those could run any code; {_REMEDY}"
+    if "weights_only" in reason:  # whole, but in a form for which torch asks for trust in its author
+        detail = reason.rpartition(_REASON)[2].partition(_ADVICE)[0].strip().partition("\n")[0]
+        return f"cannot be read without running code ({detail}); {_REMEDY}"
     return f"is not a readable PyTorch weight file ({reason.splitlines()[0]}); fetch it again"
 
 

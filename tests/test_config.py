@@ -16,9 +16,9 @@ from nai_t5_core.config import (
     config_to_hf,
     decoder_tensors,
     encoder_tensors,
-    infer_config,
     named_config,
 )
+from nai_t5_core.inferred_config import infer_config
 
 _SEQ2SEQ = {"is_encoder_decoder": True, "relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6}
 _GATED = {**_SEQ2SEQ, "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "nai_t5_core"
 
 ROWS = [
     # 0: no torch
-    "config families prompt_chunks scales text_cleaning tokenizer",
+    "config inferred_config families prompt_chunks scales text_cleaning tokenizer",
     # 1: what a processor computes
     "kernels",
     # 2: mathematics

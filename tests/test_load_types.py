@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import State, encoder_part, prefixed, write_file
@@ -202,3 +203,31 @@ def test_pickled_weights_of_a_quantiser(
     torch.save({"encoder.block.0.layer.0.SelfAttention.q.weight": weight_class()}, tmp_path / "t5.pt")
     with pytest.raises(CheckpointError, match=f"holds weights that {kind} has quantised, which cannot be read; use a"):
         on_cpu(tmp_path / "t5.pt")
+
+
+UNTRUSTED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a later protocol": (
+        lambda path: torch.save({"a": torch.zeros(2)}, path, pickle_protocol=4),
+        r"cannot be read without running code \(Unsupported operand \d+\); save the weights alone: torch.save",
+    ),
+    "TorchScript": (
+        lambda path: torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(2)), path),
+        r"cannot be read without running code \(.*TorchScript archives.*\); save the weights alone: torch.save",
+    ),
+    "numbers of numpy": (
+        lambda path: torch.save({"a": torch.zeros(2), "loss": np.float64(3)}, path),
+        r"holds Python objects \(classes numpy\S+scalar, numpy.dtype\), and reading those could run any code; save the",
+    ),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Detected pickle protocol", "ignore:'torch.load' received a zip", "ignore:.*torch.jit"
+)
+@pytest.mark.parametrize("case", UNTRUSTED)
+def test_forms_that_torch_does_not_trust(tmp_path: Path, case: str) -> None:
+    write, expected = UNTRUSTED[case]
+    write(tmp_path / "t5.pt")
+    with pytest.raises(CheckpointError, match=expected) as caught:
+        on_cpu(tmp_path / "t5.pt")
+    assert "trust" not in str(caught.value)
