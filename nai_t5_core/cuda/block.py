@@ -53,9 +53,10 @@ class CudaBlock:
 
     def add_attention(self, residual: Tensor, hidden: Tensor, documents: Documents, products: Products) -> Tensor:
         """Adds the attention's output to the residual; from its normed input to that of the feed-forward."""
-        attended = attend(products.plain(hidden, self.qkv), self.bias, documents, self.logit_scale)
+        attended = attend(products.plain(hidden, self.qkv), self.bias, documents, self.logit_scale, products.overlaps)
         delta = products.summed(attended, self.o)
-        return add_norm(residual, delta, self.attention_factor, self.epsilon, hidden.dtype)
+        factor = self.attention_factor
+        return add_norm(residual, delta, factor, self.epsilon, hidden.dtype, overlaps=products.overlaps)
 
     def feed_forward(self, hidden: Tensor, products: Products) -> Tensor:
         """What the feed-forward adds to the residual, but for its factor."""
@@ -90,17 +91,18 @@ class CudaBlocks:
 
         Rows of no document come out as anything.
         """
-        hidden = add_norm(residual, None, 1.0, self.blocks[0].epsilon, self.dtype)
+        overlaps = products.overlaps
+        hidden = add_norm(residual, None, 1.0, self.blocks[0].epsilon, self.dtype, overlaps=overlaps)
         for block, following in zip(self.blocks, (*self.blocks[1:], None), strict=True):
             hidden = block.add_attention(residual, hidden, documents, products)
             delta = block.feed_forward(hidden, products)
             factor = block.feed_forward_factor
             if following is not None:
                 # The sum of this layer and the norm of the next in one launch.
-                hidden = add_norm(residual, delta, factor, following.epsilon, self.dtype)
+                hidden = add_norm(residual, delta, factor, following.epsilon, self.dtype, overlaps=overlaps)
             else:
                 final = (self.final_epsilon, self.dtype, self.final_weight, watch)
-                hidden = add_norm(residual, delta, factor, *final)
+                hidden = add_norm(residual, delta, factor, *final, overlaps)
         return hidden
 
 

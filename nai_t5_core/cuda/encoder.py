@@ -18,7 +18,7 @@ from nai_t5_core.packing import Packing, PaddingPolicy, pack_batch
 if TYPE_CHECKING:
     from nai_t5_core.cuda.torch_products import Products
 
-ProductsChoice = Literal["torch", "torch-float32", "triton"]
+ProductsChoice = Literal["torch", "torch-float32", "triton", "triton-overlapping"]
 PRODUCTS_CHOICES: tuple[ProductsChoice, ...] = get_args(ProductsChoice)
 
 
@@ -40,8 +40,9 @@ def cuda_encoder(stack: T5EncoderStack, eager: bool = False, products: ProductsC
         stack: in the fused layout, in float16 or bfloat16 on CUDA.
         eager: launch every kernel in every call. Otherwise rows of up to 1024 tokens are run from CUDA graphs, one for
             each of a few sizes, which are recorded when a size is first met.
-        products: ``"torch"``; ``"torch-float32"``, where what is added to the residual is not rounded before; or
-            ``"triton"``, which has rows of up to 128 tokens multiplied by kernels of our own.
+        products: ``"torch"``; ``"torch-float32"``, where what is added to the residual is not rounded before;
+            ``"triton"``, which has rows of up to 128 tokens multiplied by kernels of our own; or
+            ``"triton-overlapping"``, where launches overlap as well, for compute capability 9.0 and later.
 
     Raises:
         ValueError: the kernels cannot run this stack, see :func:`nai_t5_core.cuda.refusals.refuses`; unknown products,
@@ -53,6 +54,8 @@ def cuda_encoder(stack: T5EncoderStack, eager: bool = False, products: ProductsC
         raise ValueError(f"products='torch-float32' needs torch 2.8, this is {torch.__version__}; take 'torch'")
     if reason := refuses_for_good(stack):
         raise ValueError(f"the kernels for CUDA cannot run this encoder: {reason}; call the encoder itself")
+    if products == "triton-overlapping" and _capability(stack.device) < (9, 0):
+        raise ValueError("products='triton-overlapping' needs a GPU of compute capability 9.0; take 'triton'")
     if not eager and stack.device.type != "cuda":
         raise ValueError(f"the model is on {stack.device}; CUDA graphs need CUDA, elsewhere give eager=True")
     return CudaEncoder(stack, eager, _products(products))
@@ -171,6 +174,10 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def moved(values: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device, brought there without waiting for it."""
     if values.device == device or device.type != "cuda":
@@ -191,5 +198,6 @@ def _products(choice: ProductsChoice) -> Products:
     from nai_t5_core.cuda.products import TritonProducts
     from nai_t5_core.cuda.torch_products import TorchProducts, UnroundedTorchProducts
 
-    classes = {"torch": TorchProducts, "torch-float32": UnroundedTorchProducts, "triton": TritonProducts}
-    return classes[choice]()
+    if choice.startswith("triton"):
+        return TritonProducts(overlaps=choice == "triton-overlapping")
+    return UnroundedTorchProducts() if choice == "torch-float32" else TorchProducts()

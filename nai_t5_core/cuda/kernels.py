@@ -13,6 +13,17 @@ DOCUMENT_COLUMNS = tl.constexpr(5)
 
 
 @triton.jit
+def wait_for_inputs(overlaps: tl.constexpr) -> None:
+    """Where launches overlap (from sm_90 on): lets the next one start, and waits for the end of those before.
+
+    Whatever was written by another launch, or may still be read by one, is touched after this alone.
+    """
+    if overlaps:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def attend(
     qkv: tl.tensor,
     table: tl.tensor,
@@ -24,8 +35,10 @@ def attend(
     reach: tl.constexpr,
     query_block: tl.constexpr,
     key_block: tl.constexpr,
+    overlaps: tl.constexpr,
 ) -> None:
     """One block of queries of one head over all keys of their document, with a running softmax."""
+    wait_for_inputs(overlaps)
     head, block = tl.program_id(0), tl.program_id(1)
     document = documents + block * DOCUMENT_COLUMNS
     rows = tl.load(document + 1)
@@ -88,8 +101,10 @@ def add_norm(
     parts: tl.constexpr,
     has_weight: tl.constexpr,
     watches: tl.constexpr,
+    overlaps: tl.constexpr,
 ) -> None:
     """One row: the sum with the residual, in place, and its norm."""
+    wait_for_inputs(overlaps)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < width
@@ -139,8 +154,10 @@ def gate(
     activation: tl.constexpr,
     is_gated: tl.constexpr,
     block: tl.constexpr,
+    overlaps: tl.constexpr,
 ) -> None:
     """A run of one row: act(gate) · up, or act alone."""
+    wait_for_inputs(overlaps)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < width

@@ -38,13 +38,14 @@ class Watch:
     count: Tensor
 
 
-def attend(qkv: Tensor, bias: Tensor, documents: Documents, scale: float) -> Tensor:
+def attend(qkv: Tensor, bias: Tensor, documents: Documents, scale: float, overlaps: bool = False) -> Tensor:
     """Self-attention of every document.
 
     Args:
         qkv: [tokens, 3 · heads · d_kv], queries, keys and values side by side; d_kv a power of two from 16 on.
         bias: [heads, 2 · reach + 1] by distance, contiguous, in any float dtype.
         scale: of q · k.
+        overlaps: with the launches before and after, see :class:`nai_t5_core.cuda.torch_products.Products`.
 
     Returns:
         [tokens, heads · d_kv] like ``qkv``; rows of no document are not written.
@@ -66,6 +67,7 @@ def attend(qkv: Tensor, bias: Tensor, documents: Documents, scale: float) -> Ten
         key_block=_KEY_BLOCK,
         num_warps=4,
         num_stages=2,
+        **overlapping(overlaps),
     )
     return out
 
@@ -78,6 +80,7 @@ def add_norm(
     dtype: torch.dtype,
     weight: Tensor | None = None,
     watch: Watch | None = None,
+    overlaps: bool = False,
 ) -> Tensor:
     """residual += inv_scale · Σ delta, then x / sqrt(mean(x²) + eps) · weight.
 
@@ -109,8 +112,14 @@ def add_norm(
         has_weight=weight is not None,
         watches=watch is not None,
         num_warps=norm_warps(block),
+        **overlapping(overlaps),
     )
     return out
+
+
+def overlapping(overlaps: bool) -> dict[str, bool]:
+    """What a kernel is launched with to overlap with others, or not to."""
+    return {"overlaps": True, "launch_pdl": True} if overlaps else {"overlaps": False}
 
 
 def norm_warps(block: int) -> int:
@@ -118,11 +127,12 @@ def norm_warps(block: int) -> int:
     return min(max(block // 256, 4), 16)
 
 
-def gate(joined: Tensor, activation: Activation, is_gated: bool) -> Tensor:
+def gate(joined: Tensor, activation: Activation, is_gated: bool, overlaps: bool = False) -> Tensor:
     """act(gate) · up of [tokens, 2 · d_ff], gate first, or act of [tokens, d_ff]: [tokens, d_ff] in the same dtype."""
     rows, width = joined.shape[0], joined.shape[1] // (2 if is_gated else 1)
     out = joined.new_empty(rows, width)
     block = min(_GATE_BLOCK, triton.next_power_of_2(width))
     grid = (rows, triton.cdiv(width, block))
-    kernels.gate[grid](joined, out, width=width, activation=activation, is_gated=is_gated, block=block, num_warps=4)
+    constants = {"width": width, "activation": activation, "is_gated": is_gated, "block": block, "num_warps": 4}
+    kernels.gate[grid](joined, out, **constants, **overlapping(overlaps))
     return out

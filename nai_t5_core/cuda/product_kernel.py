@@ -5,7 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nai_t5_core.cuda.kernels import activated
+from nai_t5_core.cuda.kernels import activated, wait_for_inputs
+
+# What a program fetches of each row of its weight while the launch before it still runs: four lines of 64 numbers.
+FETCHED_LINES = tl.constexpr(4)
+LINE = tl.constexpr(64)
+
+
+@triton.jit
+def fetch(places: tl.tensor) -> None:
+    """Brings lines of memory into the second-level cache, without waiting for them."""
+    code: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(code, "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -23,6 +34,7 @@ def multiply(
     activation: tl.constexpr,
     is_gated: tl.constexpr,
     stages: tl.constexpr,
+    overlaps: tl.constexpr,
 ) -> None:
     """All rows of a block of columns, over one part of the depth: out[part] = act(x · weightᵀ), or act(gate) · up.
 
@@ -36,6 +48,14 @@ def multiply(
     is_row = m < rows
     weights = weight + n[:, None].to(tl.int64) * depth + k[None, :]
     inputs = x + m[None, :] * depth + k[:, None]
+    if overlaps:
+        # The weights alone: no launch before has written them.
+        first = part * (depth // parts) + tl.arange(0, FETCHED_LINES) * LINE
+        lines = weight + n[:, None].to(tl.int64) * depth + first[None, :]
+        fetch(lines)
+        if is_gated:
+            fetch(lines + columns * depth)
+    wait_for_inputs(overlaps)
     total = tl.zeros((block_columns, block_rows), tl.float32)
     up_total = tl.zeros((block_columns, block_rows), tl.float32)
     for step in tl.range(0, depth // parts, block_depth, num_stages=stages):

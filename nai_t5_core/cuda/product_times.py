@@ -21,6 +21,10 @@ _BYTES_OF_WEIGHTS = 256 << 20
 _REPLAYS = 20
 
 
+# Inputs and weight to their product.
+Way = Callable[[Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class ProductShape:
     """A product of a layer; ``gated`` ones have twice as many rows of weight as columns."""
@@ -77,12 +81,14 @@ def time_products(
     dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cuda",
     tell: Callable[[ProductTime], None] | None = None,
+    overlaps: bool = False,
 ) -> list[ProductTime]:
     """Times every product by torch and in every candidate configuration; all kernels are compiled side by side before.
 
     Args:
         dtype: of inputs and weights.
         tell: called with each time as it is known.
+        overlaps: have launches of our kernel overlap, see :class:`nai_t5_core.cuda.products.TritonProducts`.
 
     Returns:
         The times, those of one product and number of rows together, the shortest first.
@@ -92,10 +98,10 @@ def time_products(
     with torch.cuda.device(device), sums_in_float32():
         for shape in shapes:
             weights = _weights(shape, dtype, device)
-            _compile(shape, counts, weights[0])
+            _compile(shape, counts, weights[0], overlaps)
             for count in counts:
                 found = []
-                for time in _times(shape, count, weights):
+                for time in _times(shape, count, weights, overlaps):
                     found.append(time)
                     if tell is not None:
                         tell(time)
@@ -109,21 +115,21 @@ def _weights(shape: ProductShape, dtype: torch.dtype, device: torch.device | str
     return [torch.randn(size, device=device, dtype=dtype) * shape.depth**-0.5 for _ in range(copies)]
 
 
-def _compile(shape: ProductShape, counts: Sequence[int], weight: Tensor) -> None:
+def _compile(shape: ProductShape, counts: Sequence[int], weight: Tensor, overlaps: bool) -> None:
     with triton.AsyncCompileMode(ThreadPoolExecutor()):
         for count in counts:
             x = weight.new_empty(count, shape.depth)
             for configuration in candidates(shape, count):
                 dtype = torch.float32 if shape.kind == "summed" else x.dtype
                 out = x.new_empty(configuration.parts, count, shape.columns, dtype=dtype)
-                tensors, constants = arguments(x, weight, out, configuration, *_epilogue(shape))
+                tensors, constants = arguments(x, weight, out, configuration, *_epilogue(shape), overlaps)
                 multiply.warmup(*tensors, grid=(1,), **constants)
 
 
-def _times(shape: ProductShape, rows: int, weights: Sequence[Tensor]) -> Iterator[ProductTime]:
+def _times(shape: ProductShape, rows: int, weights: Sequence[Tensor], overlaps: bool) -> Iterator[ProductTime]:
     x = torch.randn(rows, shape.depth, device=weights[0].device, dtype=weights[0].dtype)
     expected = _expected(shape, x, weights[0])
-    for how, multiplied in _ways(shape, rows):
+    for how, multiplied in _ways(shape, rows, overlaps):
         out = multiplied(x, weights[0])
         found = (out.sum(0, dtype=torch.float32) if out.ndim == 3 else out.float()) - expected
         seconds = _seconds(multiplied, x, weights)
@@ -132,7 +138,7 @@ def _times(shape: ProductShape, rows: int, weights: Sequence[Tensor]) -> Iterato
         yield ProductTime(shape, rows, how, seconds * 1e6, moved / seconds / 1e9, error)
 
 
-def _ways(shape: ProductShape, rows: int) -> Iterator[tuple[Configuration | str, Callable[[Tensor, Tensor], Tensor]]]:
+def _ways(shape: ProductShape, rows: int, overlaps: bool) -> Iterator[tuple[Configuration | str, Way]]:
     """Every way to compute a product, from inputs and weight."""
     for name, products in (("torch", TorchProducts()), ("torch, float32", UnroundedTorchProducts())):
         if shape.kind == "summed":
@@ -140,17 +146,17 @@ def _ways(shape: ProductShape, rows: int) -> Iterator[tuple[Configuration | str,
         elif name == "torch":
             yield name, products.plain if shape.kind == "plain" else _gated_by_torch
     for configuration in candidates(shape, rows):
-        yield configuration, _by_kernel(shape, configuration)
+        yield configuration, _by_kernel(shape, configuration, overlaps)
 
 
 def _gated_by_torch(x: Tensor, weight: Tensor) -> Tensor:
     return TorchProducts().activated(x, weight, _ACTIVATION, True)
 
 
-def _by_kernel(shape: ProductShape, configuration: Configuration) -> Callable[[Tensor, Tensor], Tensor]:
+def _by_kernel(shape: ProductShape, configuration: Configuration, overlaps: bool) -> Way:
     def multiplied(x: Tensor, weight: Tensor) -> Tensor:
         dtype = torch.float32 if shape.kind == "summed" else x.dtype
-        return product(x, weight, configuration, dtype, *_epilogue(shape))
+        return product(x, weight, configuration, dtype, *_epilogue(shape), overlaps)
 
     return multiplied
 
@@ -167,7 +173,7 @@ def _expected(shape: ProductShape, x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.gelu(gate, approximate="tanh") * up
 
 
-def _seconds(multiplied: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: Sequence[Tensor]) -> float:
+def _seconds(multiplied: Way, x: Tensor, weights: Sequence[Tensor]) -> float:
     """Of one product, among products with every weight in turn from a graph, so that launches cost what they must."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

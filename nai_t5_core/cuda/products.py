@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.config import Activation
+from nai_t5_core.cuda.launches import overlapping
 from nai_t5_core.cuda.product_kernel import multiply
 from nai_t5_core.cuda.torch_products import TorchProducts
 
@@ -40,7 +41,7 @@ _SMALLEST = Configuration(16, 16, 1, 2)
 # keep within the shared memory of consumer cards.
 _PLAIN = (Configuration(64, 64), Configuration(32, 64), _SMALLEST)
 _PLAIN_WIDE = (Configuration(64, 64, stages=3), Configuration(32, 64, stages=3), _SMALLEST)
-_GATED = (Configuration(64, 64), Configuration(32, 64), _SMALLEST)
+_GATED = (Configuration(64, 64), Configuration(32, 32), _SMALLEST)
 _GATED_WIDE = (Configuration(64, 64, stages=3, warps=8), Configuration(32, 64, stages=3), _SMALLEST)
 _SUMMED = (*(Configuration(64, 64, parts) for parts in (4, 2, 1)), _SMALLEST)
 _SUMMED_WIDE = (*(Configuration(64, 64, parts, stages=3) for parts in (4, 2, 1)), _SMALLEST)
@@ -61,22 +62,34 @@ def block_rows(rows: int) -> int:
 
 
 class TritonProducts(TorchProducts):
-    """Products of up to 128 rows by our own kernel; torch has those of more, and those that no configuration fits."""
+    """Products of up to 128 rows by our own kernel; torch has those of more, and those that no configuration fits.
+
+    Args:
+        overlaps: has launches overlap, which needs compute capability 9.0: each fetches weights while those before it
+            are at work.
+    """
+
+    def __init__(self, overlaps: bool = False) -> None:
+        self.overlaps = overlaps
 
     def plain(self, x: Tensor, weight: Tensor) -> Tensor:
         chosen = _chosen("plain", x, *weight.shape)
-        return super().plain(x, weight) if chosen is None else product(x, weight, chosen, x.dtype)[0]
+        if chosen is None:
+            return super().plain(x, weight)
+        return product(x, weight, chosen, x.dtype, overlaps=self.overlaps)[0]
 
     def activated(self, x: Tensor, weight: Tensor, activation: Activation, is_gated: bool) -> Tensor:
         columns, depth = weight.shape
         chosen = _chosen("gated" if is_gated else "plain", x, columns // 2 if is_gated else columns, depth)
         if chosen is None:
             return super().activated(x, weight, activation, is_gated)
-        return product(x, weight, chosen, x.dtype, activation, is_gated)[0]
+        return product(x, weight, chosen, x.dtype, activation, is_gated, self.overlaps)[0]
 
     def summed(self, x: Tensor, weight: Tensor) -> Tensor:
         chosen = _chosen("summed", x, *weight.shape)
-        return super().summed(x, weight) if chosen is None else product(x, weight, chosen, torch.float32)
+        if chosen is None:
+            return super().summed(x, weight)
+        return product(x, weight, chosen, torch.float32, overlaps=self.overlaps)
 
 
 def product(
@@ -86,6 +99,7 @@ def product(
     dtype: torch.dtype,
     activation: Activation | None = None,
     is_gated: bool = False,
+    overlaps: bool = False,
 ) -> Tensor:
     """x · weightᵀ in parts, summed in float32.
 
@@ -94,6 +108,7 @@ def product(
         weight: [columns, depth] in the same dtype; with ``is_gated`` gate and up, one above the other.
         dtype: of the result.
         activation: of the product, or of its gate; it needs the whole depth in one part, and so does gating.
+        overlaps: with the launches before and after, see :class:`nai_t5_core.cuda.torch_products.Products`.
 
     Returns:
         [parts, rows, columns].
@@ -106,7 +121,7 @@ def product(
     if rows > MOST_ROWS or not configuration.fits(columns, depth) or ((activation or is_gated) and parts > 1):
         raise ValueError(f"{configuration} does not fit {rows} rows, {columns} columns and a depth of {depth}")
     out = torch.empty(parts, rows, columns, dtype=dtype, device=x.device)
-    tensors, constants = arguments(x, weight, out, configuration, activation, is_gated)
+    tensors, constants = arguments(x, weight, out, configuration, activation, is_gated, overlaps)
     multiply[(columns // configuration.block_columns, parts)](*tensors, **constants)
     return out
 
@@ -118,6 +133,7 @@ def arguments(
     configuration: Configuration,
     activation: Activation | None = None,
     is_gated: bool = False,
+    overlaps: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What the kernel is called with for a :func:`product`, and what it is compiled for."""
     constants = {
@@ -131,6 +147,7 @@ def arguments(
         "is_gated": is_gated,
         "stages": configuration.stages,
         "num_warps": configuration.warps,
+        **overlapping(overlaps),
     }
     return (x, weight, out, len(x)), constants
 

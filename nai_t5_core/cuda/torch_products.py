@@ -21,7 +21,13 @@ _ROUNDED_SUMS = (
 
 
 class Products(Protocol):
-    """How products are computed; x is [tokens, in_features], a weight [out_features, in_features] in its dtype."""
+    """How products are computed; x is [tokens, in_features], a weight [out_features, in_features] in its dtype.
+
+    Where launches overlap, each starts when all programs of the one before it are at work, and waits for the end of
+    that by itself. So do the kernels between products then.
+    """
+
+    overlaps: bool
 
     def plain(self, x: Tensor, weight: Tensor) -> Tensor:
         """x · weightᵀ, [tokens, out_features] in the dtype of x."""
@@ -39,11 +45,13 @@ class Products(Protocol):
 class TorchProducts:
     """Every product rounded to the compute dtype."""
 
+    overlaps = False
+
     def plain(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch.mm(x, weight.t())
 
     def activated(self, x: Tensor, weight: Tensor, activation: Activation, is_gated: bool) -> Tensor:
-        return gate(torch.mm(x, weight.t()), activation, is_gated)
+        return gate(torch.mm(x, weight.t()), activation, is_gated, self.overlaps)
 
     def summed(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch.mm(x, weight.t())
