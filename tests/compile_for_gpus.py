@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nai_t5_core.cuda import kernels
+from nai_t5_core.cuda.documents import key_block
 from nai_t5_core.cuda.launches import norm_warps
 from nai_t5_core.cuda.product_kernel import multiply
 from nai_t5_core.cuda.products import CONFIGURATIONS
@@ -50,10 +51,11 @@ def compiled(
 def all_of(capability: int, overlaps: bool) -> Iterator[dict[str, Any]]:
     """The kernels in the sizes of T5-XXL and in odd ones."""
     for half in ("*fp16", "*bf16"):
-        for query_block in (16, 32, 64):
+        for query_block in (16, 64):
             for d_kv in (16, 64, 128):
                 types = {"qkv": half, "table": "*fp32", "documents": "*i32", "out": half, "scale": "fp32"}
-                sizes = {"heads": 64, "d_kv": d_kv, "reach": 128, "query_block": query_block, "key_block": 64}
+                sizes = {"heads": 64, "d_kv": d_kv, "reach": 128, "query_block": query_block}
+                sizes["key_block"] = key_block(query_block)
                 yield compiled(kernels.attend, capability, types, sizes, 4, overlaps)
         for delta, parts in (("*fp32", 0), (half, 1), ("*fp32", 8)):
             for width, block in ((4096, 4096), (2560, 4096), (768, 1024)):

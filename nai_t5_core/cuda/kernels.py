@@ -46,6 +46,7 @@ def attend(
     if rows == 0:
         return
     start = tl.load(document).to(tl.int64)
+    first_query = tl.load(document + 2)
     key_start = tl.load(document + 3)
     keys = tl.load(document + 4)
     # Without keys every row of the document counts the same.
@@ -55,35 +56,77 @@ def attend(
 
     stride = 3 * heads * d_kv
     depth = tl.arange(0, d_kv)
-    queries = tl.load(document + 2) + tl.arange(0, query_block)
+    queries = first_query + tl.arange(0, query_block)
     in_document = (queries < rows)[:, None]
     base = qkv + start * stride + head * d_kv
     q = tl.load(base + queries[:, None] * stride + depth[None, :], mask=in_document, other=0.0)
     biases = table + head * (2 * reach + 1) + reach
+    key_rows = base + heads * d_kv + key_start * stride
+    relative = queries - key_start
 
     largest = tl.full((query_block,), -float("inf"), tl.float32)
     total = tl.zeros((query_block,), tl.float32)
     values = tl.zeros((query_block, d_kv), tl.float32)
-    for first in tl.range(0, keys, key_block):
-        places = first + tl.arange(0, key_block)
-        is_key = places < keys
-        positions = key_start + places
-        key_rows = base + heads * d_kv + positions * stride
-        k = tl.load(key_rows[None, :] + depth[:, None], mask=is_key[None, :], other=0.0)
-        distances = tl.minimum(tl.maximum(positions[None, :] - queries[:, None], -reach), reach)
-        logits = tl.dot(q, k) * scale + tl.load(biases + distances).to(tl.float32)
-        logits = tl.where(is_even, 0.0, logits)
-        logits = tl.where(is_key[None, :], logits, -float("inf"))
-        new_largest = tl.maximum(largest, tl.max(logits, 1))
-        weights = tl.exp(logits - new_largest[:, None])
-        fade = tl.exp(largest - new_largest)
-        v = tl.load(key_rows[:, None] + heads * d_kv + depth[None, :], mask=is_key[:, None], other=0.0)
-        values = tl.dot(weights.to(v.dtype), v, values * fade[:, None])
-        total = total * fade + tl.sum(weights, 1)
-        largest = new_largest
+    # Keys that lie beyond the reach of every query have one bias on either side; those between, one by distance.
+    nearest = first_query - key_start
+    far_before = tl.minimum(tl.maximum(nearest - reach + 1, 0) // key_block * key_block, keys)
+    far_behind = tl.cdiv(tl.maximum(nearest + query_block - 1 + reach, 0), key_block) * key_block
+    far_behind = tl.maximum(tl.minimum(far_behind, keys), far_before)
+    before, behind = tl.load(biases - reach).to(tl.float32), tl.load(biases + reach).to(tl.float32)
+    for first in tl.range(0, far_before, key_block):
+        k, v, is_key = keys_and_values(key_rows, first, keys, heads * d_kv, stride, depth, key_block)
+        logits = tl.where(is_even, 0.0, tl.dot(q, k) * scale + before)
+        largest, total, values = taken_in(logits, v, is_key, largest, total, values)
+    for first in tl.range(far_before, far_behind, key_block):
+        k, v, is_key = keys_and_values(key_rows, first, keys, heads * d_kv, stride, depth, key_block)
+        distances = (first + tl.arange(0, key_block))[None, :] - relative[:, None]
+        bias = tl.load(biases + tl.minimum(tl.maximum(distances, -reach), reach)).to(tl.float32)
+        logits = tl.where(is_even, 0.0, tl.dot(q, k) * scale + bias)
+        largest, total, values = taken_in(logits, v, is_key, largest, total, values)
+    for first in tl.range(far_behind, keys, key_block):
+        k, v, is_key = keys_and_values(key_rows, first, keys, heads * d_kv, stride, depth, key_block)
+        logits = tl.where(is_even, 0.0, tl.dot(q, k) * scale + behind)
+        largest, total, values = taken_in(logits, v, is_key, largest, total, values)
 
     places_out = out + (start + queries)[:, None] * (heads * d_kv) + head * d_kv + depth[None, :]
     tl.store(places_out, (values / total[:, None]).to(out.dtype.element_ty), mask=in_document)
+
+
+@triton.jit
+def keys_and_values(
+    key_rows: tl.tensor,
+    first: tl.tensor,
+    keys: tl.tensor,
+    width: tl.constexpr,
+    stride: tl.constexpr,
+    depth: tl.tensor,
+    key_block: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """A block of keys [d_kv, key_block], its values [key_block, d_kv], and which of them there are."""
+    places = first + tl.arange(0, key_block)
+    is_key = places < keys
+    here = key_rows + places * stride
+    k = tl.load(here[None, :] + depth[:, None], mask=is_key[None, :], other=0.0)
+    v = tl.load(here[:, None] + width + depth[None, :], mask=is_key[:, None], other=0.0)
+    return k, v, is_key
+
+
+@triton.jit
+def taken_in(
+    logits: tl.tensor,
+    v: tl.tensor,
+    is_key: tl.tensor,
+    largest: tl.tensor,
+    total: tl.tensor,
+    values: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The running softmax with a block of keys more: the largest logit, the sum of weights, the weighted values."""
+    logits = tl.where(is_key[None, :], logits, -float("inf"))
+    new_largest = tl.maximum(largest, tl.max(logits, 1))
+    weights = tl.exp(logits - new_largest[:, None])
+    fade = tl.exp(largest - new_largest)
+    values = tl.dot(weights.to(v.dtype), v, values * fade[:, None])
+    return new_largest, total * fade + tl.sum(weights, 1), values
 
 
 @triton.jit

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nai_t5_core.config import Activation
 from nai_t5_core.cuda import kernels
+from nai_t5_core.cuda.documents import key_block
 
-_KEY_BLOCK = 64
 _GATE_BLOCK = 1024
 
 
@@ -64,7 +64,7 @@ def attend(qkv: Tensor, bias: Tensor, documents: Documents, scale: float, overla
         d_kv=inner // heads,
         reach=distances // 2,
         query_block=documents.query_block,
-        key_block=_KEY_BLOCK,
+        key_block=key_block(documents.query_block),
         num_warps=4,
         num_stages=2,
         **overlapping(overlaps),
