@@ -22,7 +22,7 @@ from nai_t5_core.cuda import kernels
 from nai_t5_core.cuda.documents import key_block
 from nai_t5_core.cuda.launches import norm_warps
 from nai_t5_core.cuda.product_kernel import multiply
-from nai_t5_core.cuda.products import CONFIGURATIONS
+from nai_t5_core.cuda.products import configurations_for
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -66,7 +66,7 @@ def all_of(capability: int, overlaps: bool) -> Iterator[dict[str, Any]]:
         for activation in ("relu", "gelu", "gelu_new", "silu"):
             constants = {"width": 10240, "activation": activation, "is_gated": activation != "relu", "block": 1024}
             yield compiled(kernels.gate, capability, {"joined": half, "out": half}, constants, 4, overlaps)
-    for (kind, rows), configurations in CONFIGURATIONS.items():
+    for (kind, rows), configurations in configurations_for(divmod(capability, 10)).items():
         for configuration in configurations:
             types = {"x": "*fp16", "weight": "*fp16", "out": "*fp32" if kind == "summed" else "*fp16", "rows": "i32"}
             constants = {

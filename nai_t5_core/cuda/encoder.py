@@ -18,7 +18,7 @@ from nai_t5_core.packing import Packing, PaddingPolicy, pack_batch
 if TYPE_CHECKING:
     from nai_t5_core.cuda.torch_products import Products
 
-ProductsChoice = Literal["torch", "torch-float32", "triton", "triton-overlapping"]
+ProductsChoice = Literal["auto", "torch", "torch-float32", "triton", "triton-overlapping"]
 PRODUCTS_CHOICES: tuple[ProductsChoice, ...] = get_args(ProductsChoice)
 
 
@@ -33,7 +33,7 @@ class Encoded:
     finite: Tensor
 
 
-def cuda_encoder(stack: T5EncoderStack, eager: bool = False, products: ProductsChoice = "torch") -> CudaEncoder:
+def cuda_encoder(stack: T5EncoderStack, eager: bool = False, products: ProductsChoice = "auto") -> CudaEncoder:
     """An encoder that computes what ``stack`` does, from the same weights, in fewer launches.
 
     Args:
@@ -41,8 +41,9 @@ def cuda_encoder(stack: T5EncoderStack, eager: bool = False, products: ProductsC
         eager: launch every kernel in every call. Otherwise rows of up to 1024 tokens are run from CUDA graphs, one for
             each of a few sizes, which are recorded when a size is first met.
         products: ``"torch"``; ``"torch-float32"``, where what is added to the residual is not rounded before;
-            ``"triton"``, which has rows of up to 128 tokens multiplied by kernels of our own; or
-            ``"triton-overlapping"``, where launches overlap as well, for compute capability 9.0 and later.
+            ``"triton"``, which has few rows multiplied by kernels of our own where these are the faster, as far as that
+            was measured; ``"triton-overlapping"``, where launches overlap as well, for compute capability 9.0 and
+            later; or ``"auto"``, which takes ``"triton"`` where it was measured, on capability 9.0, else ``"torch"``.
 
     Raises:
         ValueError: the kernels cannot run this stack, see :func:`nai_t5_core.cuda.refusals.refuses`; unknown products,
@@ -58,7 +59,7 @@ def cuda_encoder(stack: T5EncoderStack, eager: bool = False, products: ProductsC
         raise ValueError("products='triton-overlapping' needs a GPU of compute capability 9.0; take 'triton'")
     if not eager and stack.device.type != "cuda":
         raise ValueError(f"the model is on {stack.device}; CUDA graphs need CUDA, elsewhere give eager=True")
-    return CudaEncoder(stack, eager, _products(products))
+    return CudaEncoder(stack, eager, _products(products, _capability(stack.device)))
 
 
 class CudaEncoder:
@@ -194,10 +195,11 @@ def _packed_ids(packing: Packing, index: Tensor | None, input_ids: Tensor) -> Te
     return replace(packing, index=index).pack(input_ids)
 
 
-def _products(choice: ProductsChoice) -> Products:
-    from nai_t5_core.cuda.products import TritonProducts
+def _products(choice: ProductsChoice, capability: tuple[int, int]) -> Products:
+    from nai_t5_core.cuda.products import HOPPER, TritonProducts, configurations_for
     from nai_t5_core.cuda.torch_products import TorchProducts, UnroundedTorchProducts
 
-    if choice.startswith("triton"):
-        return TritonProducts(overlaps=choice == "triton-overlapping")
+    known = configurations_for(capability)
+    if choice.startswith("triton") or (choice == "auto" and known is HOPPER):
+        return TritonProducts(known, overlaps=choice == "triton-overlapping")
     return UnroundedTorchProducts() if choice == "torch-float32" else TorchProducts()

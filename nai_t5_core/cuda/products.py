@@ -34,11 +34,13 @@ class Configuration:
         return columns % self.block_columns == 0 and depth % (self.parts * self.block_depth) == 0
 
 
+# By the kind of a product and the rows of a block: the first that fits is taken, and where there is none, torch.
+Configurations = dict[tuple[Kind, int], tuple[Configuration, ...]]
+
 # For sizes that no other fits.
 _SMALLEST = Configuration(16, 16, 1, 2)
 
-# NOT MEASURED: estimates. The first that fits a product is taken, by its kind and the rows of a block; all of them
-# keep within the shared memory of consumer cards.
+# NOT MEASURED: estimates. All of them keep within the shared memory of consumer cards.
 _PLAIN = (Configuration(64, 64), Configuration(32, 64), _SMALLEST)
 _PLAIN_WIDE = (Configuration(64, 64, stages=3), Configuration(32, 64, stages=3), _SMALLEST)
 _GATED = (Configuration(64, 64), Configuration(32, 32), _SMALLEST)
@@ -46,7 +48,7 @@ _GATED_WIDE = (Configuration(64, 64, stages=3, warps=8), Configuration(32, 64, s
 _SUMMED = (*(Configuration(64, 64, parts) for parts in (4, 2, 1)), _SMALLEST)
 _SUMMED_WIDE = (*(Configuration(64, 64, parts, stages=3) for parts in (4, 2, 1)), _SMALLEST)
 
-CONFIGURATIONS: dict[tuple[Kind, int], tuple[Configuration, ...]] = {
+ESTIMATED: Configurations = {
     **{("plain", rows): _PLAIN for rows in (16, 32, 64)},
     **{("gated", rows): _GATED for rows in (16, 32, 64)},
     **{("summed", rows): _SUMMED for rows in (16, 32, 64)},
@@ -54,6 +56,22 @@ CONFIGURATIONS: dict[tuple[Kind, int], tuple[Configuration, ...]] = {
     ("gated", 128): _GATED_WIDE,
     ("summed", 128): _SUMMED_WIDE,
 }
+
+# Measured on an H200 with the products of a T5-XXL; torch's were faster for 128 rows, and for q, k and v from 64 on.
+HOPPER: Configurations = {
+    **{("plain", rows): (Configuration(64, 128), *_PLAIN) for rows in (16, 32)},
+    **{("gated", rows): _GATED for rows in (16, 32, 64)},
+    **{("summed", rows): (Configuration(64, 128, 4), *_SUMMED) for rows in (16, 32)},
+    ("summed", 64): (Configuration(64, 128, 2), *_SUMMED),
+    **{("plain", rows): () for rows in (64, 128)},
+    ("gated", 128): (),
+    ("summed", 128): (),
+}
+
+
+def configurations_for(capability: tuple[int, int]) -> Configurations:
+    """Those for GPUs of a compute capability."""
+    return HOPPER if capability == (9, 0) else ESTIMATED
 
 
 def block_rows(rows: int) -> int:
@@ -65,31 +83,40 @@ class TritonProducts(TorchProducts):
     """Products of up to 128 rows by our own kernel; torch has those of more, and those that no configuration fits.
 
     Args:
+        configurations: what is taken for which product.
         overlaps: has launches overlap, which needs compute capability 9.0: each fetches weights while those before it
             are at work.
     """
 
-    def __init__(self, overlaps: bool = False) -> None:
+    def __init__(self, configurations: Configurations, overlaps: bool = False) -> None:
+        self.configurations = configurations
         self.overlaps = overlaps
 
     def plain(self, x: Tensor, weight: Tensor) -> Tensor:
-        chosen = _chosen("plain", x, *weight.shape)
+        chosen = self._chosen("plain", x, *weight.shape)
         if chosen is None:
             return super().plain(x, weight)
         return product(x, weight, chosen, x.dtype, overlaps=self.overlaps)[0]
 
     def activated(self, x: Tensor, weight: Tensor, activation: Activation, is_gated: bool) -> Tensor:
         columns, depth = weight.shape
-        chosen = _chosen("gated" if is_gated else "plain", x, columns // 2 if is_gated else columns, depth)
+        chosen = self._chosen("gated" if is_gated else "plain", x, columns // 2 if is_gated else columns, depth)
         if chosen is None:
             return super().activated(x, weight, activation, is_gated)
         return product(x, weight, chosen, x.dtype, activation, is_gated, self.overlaps)[0]
 
     def summed(self, x: Tensor, weight: Tensor) -> Tensor:
-        chosen = _chosen("summed", x, *weight.shape)
+        chosen = self._chosen("summed", x, *weight.shape)
         if chosen is None:
             return super().summed(x, weight)
         return product(x, weight, chosen, torch.float32, overlaps=self.overlaps)
+
+    def _chosen(self, kind: Kind, x: Tensor, columns: int, depth: int) -> Configuration | None:
+        """The first configuration that fits; None for rows beyond the kernel's, or where there is none."""
+        if not 0 < len(x) <= MOST_ROWS:
+            return None
+        known = self.configurations[kind, block_rows(len(x))]
+        return next((configuration for configuration in known if configuration.fits(columns, depth)), None)
 
 
 def product(
@@ -150,11 +177,3 @@ def arguments(
         **overlapping(overlaps),
     }
     return (x, weight, out, len(x)), constants
-
-
-def _chosen(kind: Kind, x: Tensor, columns: int, depth: int) -> Configuration | None:
-    """The first configuration that fits; None for rows beyond the kernel's, or where there is none."""
-    if not 0 < len(x) <= MOST_ROWS:
-        return None
-    known = CONFIGURATIONS[kind, block_rows(len(x))]
-    return next((configuration for configuration in known if configuration.fits(columns, depth)), None)

@@ -18,7 +18,12 @@ from nai_t5_core.parity import TOLERANCES
 from nai_t5_core.peers import own_encoder, random_state
 
 _LENGTHS = (96, 101, 200)
-_PRODUCTS: tuple[ProductsChoice, ...] = ("torch", "torch-float32", "triton")
+_PRODUCTS: tuple[ProductsChoice, ...] = ("torch", "torch-float32", "triton", "triton-overlapping")
+
+
+def _possible(device: torch.device) -> tuple[ProductsChoice, ...]:
+    """The products that a card has; launches overlap from compute capability 9.0 on."""
+    return _PRODUCTS if torch.cuda.get_device_capability(device) >= (9, 0) else _PRODUCTS[:-1]
 
 
 @torch.no_grad()
@@ -34,7 +39,7 @@ def check(patient: Patient) -> Finding:
         for dtype in (torch.float16, torch.bfloat16):
             stack = own_encoder(config, state, dtype).to(patient.device)
             for eager in (True, False):
-                for products in _PRODUCTS:
+                for products in _possible(patient.device):
                     name = f"{kind}, {str(dtype).removeprefix('torch.')}, {'eager' if eager else 'graphs'}, {products}"
                     encode = cuda_encoder(stack, eager, products)
                     errors[name] = 0.0
@@ -54,13 +59,10 @@ def time_kernels(patient: Patient) -> Finding:
     cases: dict[str, Any] = {str(length): (patient.ids(1, length), None) for length in LENGTHS}
     cases |= {name: padded(patient, lengths) for name, lengths in BATCHES.items()}
     times: dict[str, Any] = {}
-    for variant, eager, products in (
-        ("eager", True, "torch"),
-        ("graphs", False, "torch"),
-        ("graphs, unrounded", False, "torch-float32"),
-        ("graphs, own products", False, "triton"),
-    ):
-        encode = cuda_encoder(patient.stack, eager, products)  # type: ignore[arg-type]
+    variants: list[tuple[str, bool, ProductsChoice]] = [("eager, torch", True, "torch")]
+    variants += [(name, False, name) for name in _possible(patient.device)]
+    for variant, eager, products in variants:
+        encode = cuda_encoder(patient.stack, eager, products)
         for name, (ids, mask) in cases.items():
             started = time.perf_counter()
             encode(ids, mask, "skip")

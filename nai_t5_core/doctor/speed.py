@@ -70,7 +70,9 @@ def _about(patient: Patient, times: dict[str, Any]) -> Finding:
 @torch.no_grad()
 def count_launches(patient: Patient) -> Finding:
     """Kernels, copies and waits of one encode, by torch's profiler and its warnings of waits."""
-    cases: dict[str, tuple[Tensor, Tensor | None]] = {"1 prompt of 64": (patient.ids(1, 64), None)}
+    cases: dict[str, tuple[Tensor, Tensor | None]] = {
+        f"1 prompt of {length}": (patient.ids(1, length), None) for length in (64, 512)
+    }
     cases |= {name: padded(patient, lengths) for name, lengths in BATCHES.items()}
     encoders: dict[str, Callable[..., Tensor]] = {"torch": partial(encode_guarded, patient.stack)}
     if refuses_for_good(patient.stack) is None:
