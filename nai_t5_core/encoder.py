@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,6 +18,9 @@ from nai_t5_core.scales import StackScales, unscaled
 
 Layout = Literal["fused", "separate"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+# Called with a stack, what computes, and the arguments for it; gives what it gives, or raises an error.
+Guard = Callable[..., Any]
 
 
 class Encoder(nn.Module):
@@ -99,7 +102,13 @@ class T5EncoderStack(nn.Module):
             :func:`nai_t5_core.attention_choice.choose_attention`. Masks of 3 and 4 dimensions take SDPA, and are an
             error with ``"flex"``. Flex has no backward on the CPU: where gradients are recorded, SDPA takes its place.
         kernel_options: passed on to torch's ``flex_attention``. This and ``attention`` may be changed at any time.
+
+    Attributes:
+        guard: what sees to it that results are finite, as :func:`nai_t5_core.guard.guard` does; None, as here, gives
+            what comes out. It may be changed at any time.
     """
+
+    guard: Guard | None = None
 
     def __init__(
         self,
@@ -167,10 +176,26 @@ class T5EncoderStack(nn.Module):
                 unknown padding policy, ``attention="flex"`` with a mask of 3 or 4 dimensions or a model that flex
                 cannot compute.
             FlexUnavailableError: ``attention="flex"`` where it cannot be compiled.
+            NotFiniteError: a ValueError; there is a guard, and the result is not finite.
         """
-        embeddings, plan, packing = self.prepare(
-            input_ids, attention_mask, inputs_embeds=inputs_embeds, padding=padding, extra_pad=extra_pad
+        out: Tensor = self._guarded(
+            self._encode,
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            padding=padding,
+            extra_pad=extra_pad,
         )
+        return out
+
+    def _guarded(self, call: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        # To look at a number would break a graph that is being compiled.
+        if self.guard is None or torch.compiler.is_compiling():
+            return call(*inputs, **options)
+        return self.guard(self, call, *inputs, **options)
+
+    def _encode(self, *inputs: Any, **options: Any) -> Tensor:
+        embeddings, plan, packing = self.prepare(*inputs, **options)
         return packing.unpack(self._run_encoder(embeddings, plan))
 
     def _run_encoder(self, embeddings: Tensor, plan: AttentionPlan) -> Tensor:
@@ -201,9 +226,19 @@ class T5EncoderStack(nn.Module):
         The last one has passed the final norm unless ``final_norm=False``. All but that one are the residual stream and
         come in its precision (float32, or float64 in a float64 model), since their range exceeds float16's.
         """
-        embeddings, plan, packing = self.prepare(
-            input_ids, attention_mask, inputs_embeds=inputs_embeds, padding=padding, extra_pad=extra_pad
+        out: list[Tensor] = self._guarded(
+            self._hidden_states,
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            padding=padding,
+            extra_pad=extra_pad,
+            final_norm=final_norm,
         )
+        return out
+
+    def _hidden_states(self, *inputs: Any, final_norm: bool, **options: Any) -> list[Tensor]:
+        embeddings, plan, packing = self.prepare(*inputs, **options)
         states = list(self.encoder.residuals(embeddings, plan, self.dtype))
         if final_norm:
             states[-1] = self.encoder.finish(states[-1], self.dtype)

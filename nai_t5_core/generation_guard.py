@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,17 +12,20 @@ from torch import Tensor, nn
 from nai_t5_core.decoder import DecoderBlock
 from nai_t5_core.decoding import NotFiniteLogitsError
 from nai_t5_core.guard import (
+    DAMAGED,
     NotFiniteError,
-    culprit,
     describe_change,
     encode_guarded,
     is_finite,
+    refuse_damage,
     rescale_block,
     tighter_scales,
     warn_of,
 )
+from nai_t5_core.layers import residual_dtype
 from nai_t5_core.maxima import LayerMaxima, observe
 from nai_t5_core.model import T5
+from nai_t5_core.plain_twin import plain_twin, plain_weight
 
 
 def generate_guarded(
@@ -88,11 +90,11 @@ def _tighten_first_fault(model: T5, generate: Callable[[], Tensor]) -> str | Non
     except _FaultFoundError as fault:
         return _tighten(model, fault)
     except NotFiniteLogitsError as error:
-        found = culprit(model, "lm_head")
+        like = torch.empty(0, dtype=model.dtype, device=model.device)
         raise NotFiniteError(
-            f"{found} holds values that are not finite"
-            if found
-            else f"the logits exceed {model.dtype}, though no layer does; use bfloat16 or float32"
+            f"the logits exceed {model.dtype}, though no layer does; use bfloat16 or float32"
+            if is_finite(plain_weight(model, "lm_head", like))
+            else f"lm_head.weight {DAMAGED}"
         ) from error
     return None
 
@@ -126,9 +128,9 @@ def _watch(block: nn.Module, index: int, model: T5) -> Iterator[Any]:
         if not is_finite(out):
             raise _FaultFoundError(index, before[0], inputs[1:-1])
 
-    def look_at_memory(_: nn.Module, __: Any, out: Tensor) -> None:
+    def look_at_memory(_: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
         if not is_finite(out):
-            _refuse_damage(model, f"decoder.block.{index}.")
+            _refuse_damage(model, index, inputs[0].to(residual_dtype(model.dtype)))
             raise NotFiniteError(
                 f"decoder layer {index} exceeds {model.dtype} (its keys or values of the prompt), and no scale can "
                 "mend that; use bfloat16 or float32"
@@ -143,36 +145,48 @@ def _watch(block: nn.Module, index: int, model: T5) -> Iterator[Any]:
 
 
 def _refuse_output(model: T5) -> Callable[[nn.Module, Any, Tensor], None]:
-    def look(_: nn.Module, __: Any, out: Tensor) -> None:
-        if not is_finite(out.to(model.dtype)):
-            _refuse_damage(model, "decoder.final_layer_norm")
-            raise NotFiniteError(f"the decoder's output itself exceeds {model.dtype}; use bfloat16 or float32")
+    def look(_: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:
+        if is_finite(out.to(model.dtype)):
+            return
+        norm = model.decoder.final_layer_norm
+        if not norm.weight.isfinite().all():
+            raise NotFiniteError(f"decoder.final_layer_norm.weight {DAMAGED}")
+        raise NotFiniteError(f"the decoder's output itself exceeds {model.dtype}; use bfloat16 or float32")
 
     return look
 
 
-def _refuse_damage(model: T5, prefix: str) -> None:
-    found = culprit(model, prefix)
-    if found:
-        raise NotFiniteError(f"{found} holds values that are not finite; the weights are damaged")
+def _refuse_damage(model: T5, index: int, residual: Tensor) -> DecoderBlock:
+    """The layer in float32, whose weights are finite; else an error that names what is not."""
+    block, scales = model.decoder.block[index], model.decoder_scales.layers[index]
+    assert isinstance(block, DecoderBlock)
+    twin = plain_twin(block, model.layout, model.config, scales, residual.to(model.dtype))
+    refuse_damage(f"decoder.block.{index}.", twin, residual)
+    return twin
 
 
 def _tighten(model: T5, fault: _FaultFoundError) -> str:
     index, where = fault.index, f"decoder layer {fault.index}"
-    _refuse_damage(model, f"decoder.block.{index}.")
     if not is_finite(fault.residual):
-        raise NotFiniteError(f"{culprit(model, 'shared')} holds values that are not finite")
-    original = model.decoder.block[index]
-    block = copy.deepcopy(original).float()
-    assert isinstance(block, DecoderBlock)
-    seen, old = LayerMaxima.of_decoder(), model.decoder_scales.layers[index]
+        raise NotFiniteError(f"shared.weight {DAMAGED}")
     # A copy, since tensors made in inference mode cannot be changed outside of it.
     residual = fault.residual.clone()
-    observe(block, old, residual, [_with_inputs_in(model.dtype, attend) for attend in fault.attends], seen)
+    twin = _refuse_damage(model, index, residual)
+    _refuse_bias(model, index)
+    seen, old = LayerMaxima.of_decoder(), model.decoder_scales.layers[index]
+    observe(twin, old, residual, [_with_inputs_in(model.dtype, attend) for attend in fault.attends], seen)
     new = tighter_scales(where, old, seen, model.dtype, model.config)
-    rescale_block(original, model.layout, old, new)
+    rescale_block(model.decoder.block[index], model.layout, old, new)
     model.decoder_scales = model.decoder_scales.with_layer(index, new)
     return describe_change(where, old, new, seen)
+
+
+def _refuse_bias(model: T5, index: int) -> None:
+    owner = index if model.decoder.bias_per_layer else 0
+    block: Any = model.decoder.block[owner]
+    if not is_finite(block.layer[0].SelfAttention.relative_attention_bias.weight):
+        name = f"decoder.block.{owner}.layer.0.SelfAttention.relative_attention_bias.weight"
+        raise NotFiniteError(f"{name} {DAMAGED}")
 
 
 def _with_inputs_in(dtype: torch.dtype, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -6,11 +6,11 @@ can mend is an error that names the tensor.
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,16 @@ from nai_t5_core.decoder import DecoderBlock
 from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.layers import FusedGatedFeedForward, residual_dtype
-from nai_t5_core.lora_live import LiveLinear
 from nai_t5_core.maxima import LayerMaxima, observe, scales_for
+from nai_t5_core.plain_twin import plain_twin
 from nai_t5_core.scales import FLOAT16_MAX, LayerScales
+
+Result = TypeVar("Result", Tensor, list[Tensor])
 
 # What a tightened scale leaves between the largest value seen and float16's largest number.
 HEADROOM = 4.0
+
+DAMAGED = "holds values that are not finite; the weights are damaged"
 
 
 class NotFiniteError(ValueError):
@@ -46,11 +50,21 @@ def encode_guarded(stack: T5EncoderStack, *inputs: Any, **options: Any) -> Tenso
     Raises:
         NotFiniteError: the weights or the given embeddings are not finite, or a value that has no scale overflows.
     """
-    out: Tensor = stack(*inputs, **options)
+    out: Tensor = stack(*inputs, **options) if stack.guard else guard(stack, stack, *inputs, **options)
+    return out
+
+
+def guard(stack: T5EncoderStack, call: Callable[..., Result], *inputs: Any, **options: Any) -> Result:
+    """``call(*inputs, **options)``, with the promise of :func:`encode_guarded`; gradients are recorded as ever.
+
+    Args:
+        call: gives hidden states of the stack from arguments of its call; of several, the last ones tell of all.
+    """
+    out = call(*inputs, **options)
     changes: list[str] = []
-    while not is_finite(out):
+    while not is_finite(out if isinstance(out, Tensor) else out[-1]):
         changes.append(_tighten_first_fault(stack, *inputs, **options))
-        out = stack(*inputs, **options)
+        out = call(*inputs, **options)
     if changes:
         warn_of(changes, "save_scales()")
     return out
@@ -64,59 +78,65 @@ def warn_of(changes: list[str], remedy: str) -> None:
 
 def is_finite(values: Tensor) -> bool:
     """Whether a tensor is without NaN and infinity: one sum, in a precision that it cannot overflow."""
-    return bool(values.sum(dtype=residual_dtype(values.dtype)).isfinite())
+    return bool(values.detach().sum(dtype=residual_dtype(values.dtype)).isfinite())
 
 
-def _tighten_first_fault(stack: T5EncoderStack, *inputs: Any, **options: Any) -> str:
+@torch.no_grad()
+def _tighten_first_fault(
+    stack: T5EncoderStack, input_ids: Tensor | None = None, *inputs: Any, final_norm: bool = True, **options: Any
+) -> str:
     """Finds the first layer that gives something not finite and tightens its scales; returns what was done."""
-    embeddings, plan, packing = stack.prepare(*inputs, **options)
+    embeddings, plan, packing = stack.prepare(input_ids, *inputs, **options)
     if not is_finite(embeddings):
-        input_ids = options.get("input_ids", inputs[0] if inputs else None)
-        if input_ids is not None:
-            _refuse_rows(packing.pack(input_ids.to(embeddings.device)), embeddings)
-        raise NotFiniteError(f"{culprit(stack, 'shared') or 'inputs_embeds'} holds values that are not finite")
+        raise NotFiniteError(_embedding_fault(embeddings, None if input_ids is None else packing.pack(input_ids)))
     before = embeddings
     for index, after in enumerate(stack.encoder.residuals(embeddings, plan, stack.dtype)):
         if not is_finite(after):
             return _tighten(stack, index - 1, before, plan)
         before = after
-    found = culprit(stack, "encoder.final_layer_norm")
-    raise NotFiniteError(
-        f"{found} holds values that are not finite"
-        if found
-        else f"the output itself exceeds {stack.dtype}; use bfloat16 or float32"
-    )
+    if final_norm and not is_finite(stack.encoder.final_layer_norm(torch.ones_like(before[:1]))):
+        raise NotFiniteError(f"encoder.final_layer_norm.weight {DAMAGED}")
+    raise NotFiniteError(f"the output itself exceeds {stack.dtype}; use bfloat16 or float32")
 
 
-def _refuse_rows(ids: Tensor, embeddings: Tensor) -> None:
-    """Names the tokens whose embeddings are not finite: ids [tokens], embeddings [tokens, d_model]."""
-    rows = ids[~embeddings.isfinite().all(-1)].unique().tolist()
+def _embedding_fault(embeddings: Tensor, ids: Tensor | None) -> str:
+    """What is wrong with packed embeddings [tokens, d_model] of these ids."""
+    if ids is None:
+        return "inputs_embeds holds values that are not finite"
+    is_faulty = ~embeddings.isfinite().all(dim=-1)
+    rows = sorted(set(ids[is_faulty.to(ids.device)].tolist()))
     named = ", ".join(map(str, rows[:8])) + (", …" if rows[8:] else "")
-    raise NotFiniteError(
-        f"shared.weight holds values that are not finite, in rows of tokens that the text has: {named}"
-    )
-
-
-def culprit(model: nn.Module, prefix: str) -> str | None:
-    """The first weight under a prefix that is not finite."""
-    tensors = model.state_dict().items()
-    return next((name for name, tensor in tensors if name.startswith(prefix) and not tensor.isfinite().all()), None)
+    return f"shared.weight holds values that are not finite, in rows of tokens that the text has: {named}"
 
 
 def _tighten(stack: T5EncoderStack, index: int, residual: Tensor, plan: Any) -> str:
-    found = culprit(stack, f"encoder.block.{index}.")
-    if found:
-        raise NotFiniteError(f"{found} holds values that are not finite; the weights are damaged")
+    table = stack.encoder.bias_table(index, residual.device)
+    if not is_finite(table):
+        owner = index if stack.encoder.bias_per_layer else 0
+        bias = "layer.0.SelfAttention.relative_attention_bias.weight"
+        raise NotFiniteError(f"encoder.block.{owner}.{bias} {DAMAGED}")
+    block: Any = stack.encoder.block[index]
     old = stack.scales.layers[index]
     # The true values of the layer, which may be beyond the compute dtype.
-    attend = plan.layer(stack.encoder.bias_table(index).to(residual.dtype))
-    block = copy.deepcopy(stack.encoder.block[index]).float()
-    assert isinstance(block, EncoderBlock)
+    twin = plain_twin(block, stack.layout, stack.config, old, residual.to(stack.dtype))
+    refuse_damage(f"encoder.block.{index}.", twin, residual)
     seen = LayerMaxima()
-    observe(block, old, residual, (attend,), seen)
+    observe(twin, old, residual, (plan.layer(table.to(residual.dtype)),), seen)
     new = tighter_scales(f"layer {index}", old, seen, stack.dtype, stack.config)
     rescale(stack, index, new)
     return describe_change(f"layer {index}", old, new, seen)
+
+
+def refuse_damage(prefix: str, twin: EncoderBlock | DecoderBlock, residual: Tensor) -> None:
+    """Raises a NotFiniteError that names the first weight of a block that is not finite."""
+    ones = torch.ones_like(residual[:1])
+    for number, layer in enumerate(twin.layer):
+        for name, module in layer.named_modules(prefix=f"{prefix}layer.{number}"):
+            if isinstance(module, nn.Linear) and not is_finite(module.weight):
+                raise NotFiniteError(f"{name}.weight {DAMAGED}")
+        norm: Any = layer.layer_norm
+        if not is_finite(norm(ones)):
+            raise NotFiniteError(f"{prefix}layer.{number}.layer_norm.weight {DAMAGED}")
 
 
 def tighter_scales(
@@ -159,10 +179,15 @@ def rescale(stack: T5EncoderStack, index: int, scales: LayerScales) -> None:
 
 
 def rescale_block(block: Any, layout: Layout, old: LayerScales, new: LayerScales) -> None:
-    """The same for a block of an encoder or decoder that was built with the ``old`` scales."""
+    """The same for a block of an encoder or decoder that was built with the ``old`` scales.
+
+    Raises:
+        NotFiniteError: the layout is fused, and the weights are not there to be changed: they are offloaded.
+    """
     attention, feed_forward = block.layer[0], block.layer[-1]
     dense = feed_forward.DenseReluDense
     if layout == "fused":
+        _refuse_offloaded(block)
         hidden_change = new.hidden / old.hidden
         first_row = dense.wi.out_features // 2 if isinstance(dense, FusedGatedFeedForward) else 0
         _multiply(attention.SelfAttention.o, new.attention_out / old.attention_out)
@@ -182,12 +207,24 @@ def rescale_block(block: Any, layout: Layout, old: LayerScales, new: LayerScales
         cross.out_scale = new.cross_attention_out
 
 
+def _refuse_offloaded(block: Any) -> None:
+    absent = [name for name, parameter in block.named_parameters() if parameter.is_meta]
+    if absent:
+        raise NotFiniteError(
+            f"float16 overflowed, and the scales that would mend it belong into weights that are offloaded (such as "
+            f"{absent[0]}): encode once before offloading, load with scales= of a calibration, or have "
+            "layout='separate', or use bfloat16 or float32"
+        )
+
+
 def _multiply(linear: Any, factor: float, first_row: int = 0) -> None:
     """Multiplies a weight from a row on; into a new tensor, since the old one may be shared with others."""
-    if isinstance(linear, LiveLinear):
-        linear.up[first_row:] *= factor
+    if factor == 1:
+        return
+    # Of what lies beside a weight, such as a live LoRA.
+    if hasattr(linear, "multiply_rows"):
+        linear.multiply_rows(factor, first_row)
         linear = linear.base
-    if factor != 1:
-        weight = linear.weight.detach().clone()
-        weight[first_row:] *= factor
-        linear.weight = torch.nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+    weight = linear.weight.detach().clone()
+    weight[first_row:] *= factor
+    linear.weight = torch.nn.Parameter(weight, requires_grad=linear.weight.requires_grad)

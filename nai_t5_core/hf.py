@@ -24,7 +24,7 @@ from nai_t5_core.config import config_from_hf, config_to_hf
 from nai_t5_core.conversion import main_dtype
 from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.examine import Examination, examine_checkpoint
-from nai_t5_core.guard import encode_guarded, is_finite
+from nai_t5_core.guard import guard
 from nai_t5_core.hf_weights import (
     CastingOps,
     encoder_from_model,
@@ -77,6 +77,7 @@ class NAIT5EncoderModel(PreTrainedModel):
             stack = T5EncoderStack(config_from_hf(config.to_dict()).encoder_only(), "fused", CastingOps)
             if not stack.shared.weight.is_meta:
                 stack.init_weights()
+        stack.guard = guard
         # In a tuple, so that the modules are registered once, under the names that Hugging Face checkpoints have.
         self._holder = (stack,)
         self.shared, self.encoder = stack.shared, stack.encoder
@@ -258,18 +259,10 @@ class NAIT5EncoderModel(PreTrainedModel):
         else:
             hidden = self._remembered(input_ids, attention_mask)
             if hidden is None:
-                hidden = self._encode(input_ids, attention_mask, inputs_embeds=inputs_embeds, **options)
+                hidden = self.stack(input_ids, attention_mask, inputs_embeds=inputs_embeds, **options)
             output = BaseModelOutput(last_hidden_state=hidden)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
-
-    def _encode(self, *inputs: Any, **options: Any) -> Tensor:
-        out: Tensor = self.stack(*inputs, **options)
-        # In float16 alone can a sound model overflow. Reading a number out would break a graph that is being compiled.
-        if out.dtype == torch.float16 and not torch.compiler.is_compiling() and not is_finite(out):
-            encode_guarded(self.stack, *inputs, **options)  # tightens the scales, or raises
-            out = self.stack(*inputs, **options)
-        return out
 
     def _refuse_storage_dtypes(self) -> None:
         """The embedding table tells what is computed in; layerwise casting puts a dtype there that nothing can be."""

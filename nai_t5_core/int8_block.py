@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,12 +26,21 @@ class Int8Block(PackedBlock):
         linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
         return super().takes(block) and all(linear.in_features % 4 == 0 for linear in linears)
 
-    def _prepare(self, weights: list[Tensor], dtype: torch.dtype) -> None:
+    @staticmethod
+    def _joined(projections: list[Any]) -> Any:
+        if isinstance(projections[0], Int8Linear):
+            return Int8Weight.joined([projection.bytes_weight for projection in projections])
+        return PackedBlock._joined(projections)
+
+    def _prepare(self, weights: list[Any], dtype: torch.dtype) -> None:
         norms = [layer.layer_norm for layer in self.layer]
         # A norm's weight that was folded into a projection is taken out of it, and multiplies activations again.
         folded = [norm.folded_weight if isinstance(norm, FoldedRMSNorm) else None for norm in norms]
         in_scales = (folded[0], None, folded[1], None)
-        quantised = [Int8Weight.of(weight, in_scale) for weight, in_scale in zip(weights, in_scales, strict=True)]
+        quantised = [
+            weight if isinstance(weight, Int8Weight) else Int8Weight.of(weight, in_scale)
+            for weight, in_scale in zip(weights, in_scales, strict=True)
+        ]
         self.in_scales = [weight.in_scale for weight in quantised]
         values, scales = zip(*((weight.values, weight.scale) for weight in quantised), strict=True)
         self.kernels = self._kernels_on(values, dtype, scales).packed()
@@ -40,11 +51,18 @@ class Int8Block(PackedBlock):
         both = zip(super()._norm_weights(), in_scales, strict=True)
         return [_joined(weight, in_scale) for weight, in_scale in both]
 
-    def _projections(self, place: int, names: tuple[str, ...]) -> list[nn.Module]:
+    def _weight_at(self, place: int) -> Tensor:
+        return self._bytes_at(place).plain()
+
+    def _bytes_at(self, place: int) -> Int8Weight:
         kept = self.kernels.weights[place]
         assert kept.scales is not None
-        parts = Int8Weight(kept.unpacked(), kept.scales, self.in_scales[place]).chunk(len(names))
-        return [Int8Linear.named(name, part, kept.dtype) for name, part in zip(names, parts, strict=True)]
+        return Int8Weight(kept.unpacked(), kept.scales, self.in_scales[place])
+
+    def _projections(self, place: int, names: tuple[str, ...]) -> list[nn.Module]:
+        dtype = self.kernels.weights[place].dtype
+        parts = self._bytes_at(place).chunk(len(names))
+        return [Int8Linear.named(name, part, dtype) for name, part in zip(names, parts, strict=True)]
 
     def extra_repr(self) -> str:
         return "kernels, in 8 bits"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,17 @@ class Int8Weight:
             exact = exact / in_scale
         scale = exact.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / _LARGEST
         return cls((exact / scale[:, None]).round_().to(torch.int8), scale, in_scale)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Int8Weight]) -> Int8Weight:
+        """One weight of several that read the same input, one above the other; :meth:`chunk` takes it apart."""
+        values, scale = (torch.cat(x) for x in zip(*((part.values, part.scale) for part in parts), strict=True))
+        return cls(values, scale, parts[0].in_scale)
+
+    def plain(self) -> Tensor:
+        """What it stands for: [out_features, in_features] float32, to be multiplied with activations as they are."""
+        weight = self.values.float() * self.scale[:, None]
+        return weight if self.in_scale is None else weight * self.in_scale
 
     def chunk(self, count: int) -> list[Int8Weight]:
         """The weights of projections that were joined."""
@@ -94,6 +106,16 @@ class Int8Linear(nn.Module):
             "",
         )
         return out.mul_(token_scale).to(self.dtype)
+
+    @property
+    def bytes_weight(self) -> Int8Weight:
+        """What it was made of."""
+        # oneDNN has it the other way round.
+        return Int8Weight(self.packed.to_dense().T.contiguous(), self.out_scale, self.in_scale)
+
+    def plain_weight(self, path: str, like: Tensor) -> Tensor:
+        """See :func:`nai_t5_core.plain_twin.plain_weight`; in float32."""
+        return self.bytes_weight.plain()
 
     def _quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes [..., in_features], and what a unit of each token is worth: [..., 1] float32."""

@@ -29,7 +29,7 @@ from nai_t5_core.layers import CastingOps, FeedForward, FoldedRMSNorm, FusedGate
 # Not their subclasses, which do more than a product (adapters, quantisation, offloading).
 PLAIN_LINEARS = (nn.Linear, NoInit.Linear)
 # Those whose call is a product where the weight is in the compute dtype.
-_PRODUCTS = (*PLAIN_LINEARS, CastingOps.Linear)
+PRODUCTS = (*PLAIN_LINEARS, CastingOps.Linear)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def kernels_of(block: Any, dtype: torch.dtype) -> KernelBlock | None:
     if not isinstance(attends, FusedSelfAttention) or type(dense) not in (FusedGatedFeedForward, FeedForward):
         return None
     linears = (attends.qkv, attends.o, dense.wi, dense.wo)
-    if not all(type(linear) in _PRODUCTS and _is_usable(linear.weight, dtype) for linear in linears):
+    if not all(type(linear) in PRODUCTS and _is_usable(linear.weight, dtype) for linear in linears):
         return None
     # A norm that has a weight of its own, as live LoRAs give it, is another one than the kernels compute here.
     if not all(type(layer.layer_norm) is FoldedRMSNorm for layer in block.layer):

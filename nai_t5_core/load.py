@@ -24,6 +24,7 @@ from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
 from nai_t5_core.examine import Examination, ModelSource, decoder_faults, examine, find_tokenizer, settle_head
 from nai_t5_core.formats import CheckpointError
 from nai_t5_core.fuse import Recipe, cook, fused_recipes, separate_recipes
+from nai_t5_core.guard import guard
 from nai_t5_core.keymaps import KeyMap
 from nai_t5_core.layers import NoInit
 from nai_t5_core.model import T5
@@ -113,6 +114,9 @@ def load_encoder(
 ) -> T5EncoderStack:
     """Loads the encoder of a T5 from a hub id, a folder or a file; ``None`` is the tiny embedded model.
 
+    What it gives is finite or an error, see :func:`nai_t5_core.guard.guard`; ``stack.guard = None`` switches that off,
+    and with it the wait for a device at the end of every call.
+
     Args:
         source: Hugging Face folder or id, safetensors (single or sharded), ``pytorch_model.bin``, a ComfyUI
             text-encoder file, a full encoder-decoder checkpoint, a bare ``T5Stack``, the UMT5 of Wan's own repository,
@@ -155,6 +159,7 @@ def load(
         attention = _flex_or_sdpa(place, model_dtype, examination.config.d_kv)
     stack, recipes = assemble(examination, model_dtype, place, layout, scales)
     stack.attention = attention
+    stack.guard = guard
     return LoadedEncoder(_report(examination, stack, recipes, started), examination, stack)
 
 

@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.fuse import Recipe, folded_norm
 from nai_t5_core.layers import residual_dtype
+from nai_t5_core.lent_block import LentBlock
 from nai_t5_core.lora_set import HasStack, NamedLoras
 from nai_t5_core.lora_tables import LiveTables
-from nai_t5_core.optimize import PackedGatedFeedForward, PackedLinear, pack_for_onednn
+from nai_t5_core.optimize import PackedGatedFeedForward, PackedLinear
+from nai_t5_core.packed_block import PackedBlock
+from nai_t5_core.plain_twin import plain_weight
 
 # What PackedGatedFeedForward calls the projections of a gate.
 _PACKED_NAMES = {"wi_0": "gate", "wi_1": "up"}
@@ -62,6 +65,16 @@ class LiveLinear(nn.Module):
         # Under offloading the factors may be elsewhere than the input, and beside 8-bit weights in another dtype.
         return F.linear(x, self.down.to(x))
 
+    def plain_weight(self, path: str, like: Tensor) -> Tensor:
+        """See :func:`nai_t5_core.plain_twin.plain_weight`; the sum, in the residual's precision."""
+        precision = residual_dtype(like.dtype)
+        down, up = (factor.to(like.device, precision) for factor in (self.down, self.up))
+        return torch.addmm(plain_weight(self.base, path, like).to(down), up, down)
+
+    def multiply_rows(self, factor: float, first_row: int) -> None:
+        """Multiplies the rows of its own part from one on; the base is the caller's."""
+        self.up[first_row:] *= factor
+
     def extra_repr(self) -> str:
         return f"rank={self.down.shape[0]}"
 
@@ -85,7 +98,8 @@ class LiveLoras(LiveTables):
     >>> loras.remove("style")
 
     Takes weights of every kind: fused or separate, packed, in 8 bits, offloaded, and those that
-    :class:`nai_t5_core.lora.Loras` has changed. While there are live LoRAs, the model's weights can be neither saved
+    :class:`nai_t5_core.lora.Loras` has changed. A block that the kernels compute is computed by oneDNN while it has
+    live LoRAs. While there are live LoRAs, the model's weights can be neither saved
     nor given back: :meth:`clear` first. A compiled model is compiled anew when a LoRA comes or goes, and not when its
     strength changes.
 
@@ -99,22 +113,40 @@ class LiveLoras(LiveTables):
 
     @torch.no_grad()
     def _apply(self, loras: NamedLoras, changed: Iterable[str]) -> None:
-        # The kernels have no place for what is added to their products.
-        pack_for_onednn(self._stack.encoder.block)
-        projections = [found for recipe in self._recipes(changed) for found in self._projections(recipe)]
+        recipes = self._recipes(changed)
         before, self._loras = self._loras, loras
         try:
-            # All are computed before the first is set.
-            renewed = [self._renewed(path, recipe) for path, recipe in projections]
+            # All are computed before anything is set.
+            is_changed = {_block_of(recipe) for recipe in recipes if self._factors(recipe) is not None}
         except ValueError:
             self._loras = before
             raise
-        for (path, _), module in zip(projections, renewed, strict=True):
-            parent, _, name = path.rpartition(".")
-            setattr(self._stack.get_submodule(parent), name, module)
+        self._lend(is_changed)
+        for recipe in recipes:
+            for path, part in list(self._projections(recipe)):
+                parent, _, name = path.rpartition(".")
+                setattr(self._stack.get_submodule(parent), name, self._renewed(path, part))
+        self._take_back()
+
+    def _lend(self, indices: Iterable[int]) -> None:
+        """Gives blocks to oneDNN: the kernels have no place for what is added to their products."""
+        blocks = self._stack.encoder.block
+        for index in indices:
+            block = blocks[index]
+            if isinstance(block, PackedBlock):
+                blocks[index] = LentBlock(block)
+
+    def _take_back(self) -> None:
+        """Gives blocks that have no live LoRA any more back to the kernels."""
+        blocks = self._stack.encoder.block
+        for index, block in enumerate(blocks):
+            if isinstance(block, LentBlock) and not any(isinstance(part, LiveLinear) for part in block.modules()):
+                blocks[index] = block.returned()
 
     def _projections(self, recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-        """The modules that compute with a weight, by path, each with what it has of the recipe."""
+        """The modules that compute with a weight, by path, each with what it has of the recipe; none in the kernels."""
+        if isinstance(self._stack.encoder.block[_block_of(recipe)], PackedBlock):
+            return
         path = recipe.target.removesuffix(".weight")
         parent, _, name = path.rpartition(".")
         if name == "wo" or not isinstance(self._stack.get_submodule(parent), PackedGatedFeedForward):
@@ -164,3 +196,8 @@ class LiveLoras(LiveTables):
 
     def _changed_count(self) -> int:
         return sum(isinstance(module, LiveLinear) for module in self._stack.modules()) + self._table_count()
+
+
+def _block_of(recipe: Recipe) -> int:
+    """The number of the block that a weight belongs to."""
+    return int(recipe.target.split(".")[2])

@@ -87,6 +87,13 @@ class PackedLinear(nn.Module):
             out = pointwise(x, self.packed, None, *_POST_OPERATIONS[self.activation])
         return out
 
+    def plain_weight(self, path: str, like: Tensor) -> Tensor:
+        """See :func:`nai_t5_core.plain_twin.plain_weight`; the very numbers that were given."""
+        if self.plain is not None:
+            return self.plain
+        assert self.packed is not None
+        return self.packed.to_dense()
+
     def _take_number(self) -> None:
         # A tensor, since a plain number would be compiled into the graph, which then served one module alone.
         self.number = torch.tensor(next(_NUMBERS), device="cpu")
@@ -151,6 +158,16 @@ class PackedGatedFeedForward(nn.Module):
         out: Tensor = self.wo(self.up(scaled(hidden, self.up_scale), self.gate(hidden)))
         return out
 
+    def plain_weight(self, path: str, like: Tensor) -> Tensor:
+        """See :func:`nai_t5_core.plain_twin.plain_weight`; gate and up go by their names in either layout."""
+        projections: dict[str, tuple[Any, ...]] = {
+            "wi": (self.gate, self.up),
+            "wi_0": (self.gate,),
+            "wi_1": (self.up,),
+            "wo": (self.wo,),
+        }
+        return torch.cat([projection.plain_weight("", like) for projection in projections[path]])
+
 
 def can_prepack(stack: T5EncoderStack | T5) -> bool:
     """Whether this machine can pack this model's weights."""
@@ -188,7 +205,7 @@ def prepack(stack: Model, products: ProductsChoice = "auto") -> Model:
             "processor supports it, on the CPU"
         )
     take_blocks(stack, products, PackedBlock)
-    _replace_children(stack)
+    pack_children(stack)
     return stack
 
 
@@ -218,21 +235,14 @@ def is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, PackedLinear | PackedBlock) for module in model.modules())
 
 
-def pack_for_onednn(blocks: nn.ModuleList) -> None:
-    """Gives blocks packed for the kernels to oneDNN: its products have places for what is added to them."""
-    for index, block in enumerate(blocks):
-        if isinstance(block, PackedBlock):
-            blocks[index] = block.unpacked()
-            _replace_children(blocks[index])
-
-
-def _replace_children(parent: nn.Module) -> None:
+def pack_children(parent: nn.Module) -> None:
+    """Puts the packed form of every projection into its place, but for those of the kernels."""
     for name, child in parent.named_children():
         if isinstance(child, PackedBlock):
             continue
         packed = _packed(child)
         if packed is None:
-            _replace_children(child)
+            pack_children(child)
         else:
             setattr(parent, name, packed)
 

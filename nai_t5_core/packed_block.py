@@ -31,7 +31,7 @@ class PackedBlock(EncoderBlock):
         nn.Module.__init__(self)
         self.layer = block.layer
         self.called = self.is_packed = False
-        self._prepare([_taken(module, names) for module, names in self._places()], dtype)
+        self._prepare([self._joined(_taken(module, names)) for module, names in self._places()], dtype)
 
     @classmethod
     def takes(cls, block: nn.Module) -> bool:
@@ -49,6 +49,15 @@ class PackedBlock(EncoderBlock):
     def runs_by_kernels(self, dtype: torch.dtype) -> bool:
         return True
 
+    def plain_weight(self, path: str, like: Tensor) -> Tensor:
+        """See :func:`nai_t5_core.plain_twin.plain_weight`; the very numbers that were given."""
+        sublayer, _, name = path.rpartition(".")
+        module = self.get_submodule(sublayer)
+        for place, (owner, names) in enumerate(self._places()):
+            if owner is module and name in names:
+                return self._weight_at(place).chunk(len(names))[names.index(name)]
+        raise AttributeError(f"a block of the kernels has no projection {path}")
+
     def unpacked(self) -> EncoderBlock:
         """The block as it was, with its weights in modules."""
         for place, (module, names) in enumerate(self._places()):
@@ -56,7 +65,13 @@ class PackedBlock(EncoderBlock):
                 setattr(module, name, projection)
         return EncoderBlock(*self.layer)
 
-    def _prepare(self, weights: list[Tensor], dtype: torch.dtype) -> None:
+    @staticmethod
+    def _joined(projections: list[Any]) -> Any:
+        """The weights of these projections one above the other."""
+        weights = [projection.weight.detach() for projection in projections]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    def _prepare(self, weights: list[Any], dtype: torch.dtype) -> None:
         """Sets ``kernels`` on the weights of qkv, o, inner and wo."""
         self.kernels = self._kernels_on(weights, dtype)
 
@@ -71,9 +86,13 @@ class PackedBlock(EncoderBlock):
         """Of attention and feed-forward; None where it is multiplied into a projection."""
         return [getattr(layer.layer_norm, "weight", None) for layer in self.layer]
 
+    def _weight_at(self, place: int) -> Tensor:
+        """What was taken from a place, as one weight."""
+        return self.kernels.weights[place].unpacked()
+
     def _projections(self, place: int, names: tuple[str, ...]) -> list[nn.Module]:
         """The modules of what was taken from a place."""
-        return [_linear(part) for part in self.kernels.weights[place].unpacked().chunk(len(names))]
+        return [linear_of(part) for part in self._weight_at(place).chunk(len(names))]
 
     def _places(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
         """Where the weights of qkv, o, inner and wo are, or were."""
@@ -108,15 +127,16 @@ def _has_plain_projections(block: EncoderBlock) -> bool:
     return all(type(linear) in PLAIN_LINEARS and linear.in_features % 2 == 0 for linear in projections)
 
 
-def _taken(module: Any, names: tuple[str, ...]) -> Tensor:
-    """The weights of these projections one above the other; the projections are gone from the module then."""
-    weights = [getattr(module, name).weight.detach() for name in names]
+def _taken(module: Any, names: tuple[str, ...]) -> list[Any]:
+    """The projections with these names, which are gone from the module then."""
+    projections = [getattr(module, name) for name in names]
     for name in names:
         delattr(module, name)
-    return weights[0] if len(weights) == 1 else torch.cat(weights)
+    return projections
 
 
-def _linear(weight: Tensor) -> nn.Module:
+def linear_of(weight: Tensor) -> nn.Module:
+    """A projection around a weight [out_features, in_features]."""
     linear = NoInit.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear

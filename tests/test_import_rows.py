@@ -19,9 +19,10 @@ ROWS = [
     "decoder_attention decoder compile_limit compiled_steps decoding token_scores beam_search generation model",
     # 3: weights
     "shards pytorch_files formats quantised keymaps neighbours fuse precision hub native examine load conversion "
-    "maxima scales_file lora_changes lora_merge lora_keys lora_files lora_set lora",
+    "maxima plain_twin guard scales_file lora_changes lora_merge lora_keys lora_files lora_set lora",
     # 4: use
-    "optimize packed_block int8_linear int8_block int8 compiled sharding lora_tables lora_live guard generation_guard "
+    "optimize packed_block lent_block int8_linear int8_block int8 compiled sharding lora_tables lora_live "
+    "generation_guard "
     "calibration_report calibrate stress "
     "cuda text_encoder textual_inversion peers comfyui_peer parity parity_report decoder_peers decoder_parity "
     "bench roofline doctor cli row_memory hf_weights hf diffusers_adapter diffusers_outputs diffusers_requests "

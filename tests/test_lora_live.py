@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import encoder_part
-from conftest import TOY_CONFIGS, build_stack, random_state
+from conftest import TOY_CONFIGS, build_stack, needs_kernels, random_state
 from lora_oracle import (
     KINDS,
     MASK,
@@ -32,10 +32,14 @@ from nai_t5_core.compiled import compile_stack
 from nai_t5_core.encoder import LAYOUTS, Layout
 from nai_t5_core.guard import rescale
 from nai_t5_core.int8 import can_quantize, quantize_int8
+from nai_t5_core.int8_block import Int8Block
 from nai_t5_core.int8_linear import Int8Linear
+from nai_t5_core.lent_block import LentBlock
 from nai_t5_core.lora import Loras
+from nai_t5_core.lora_files import Lora
 from nai_t5_core.lora_live import LiveLinear, LiveLoras
 from nai_t5_core.optimize import PackedLinear, can_prepack, is_packed, prepack
+from nai_t5_core.packed_block import PackedBlock
 from nai_t5_core.peers import transformers_encoder
 from nai_t5_core.scales import LayerScales
 from nai_t5_core.text_encoder import TextEncoder
@@ -248,6 +252,84 @@ def test_gradients_pass_through() -> None:
         assert embeddings.grad is not None
         grads.append(embeddings.grad)
     assert_near(grads[1], grads[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels, which have no place for a LoRA
+# ---------------------------------------------------------------------------------------------------------------------
+
+by_kernels = pytest.mark.parametrize(
+    ("change", "form"),
+    [
+        pytest.param(lambda stack: prepack(stack, "kernels"), PackedBlock, id="packed", marks=needs_packing),
+        pytest.param(
+            lambda stack: quantize_int8(stack, "kernels"),
+            Int8Block,
+            id="int8",
+            marks=pytest.mark.skipif(not can_quantize(v1_1_stack()), reason="this processor has no VNNI"),
+        ),
+    ],
+)
+
+
+def forms(stack: Any) -> list[type]:
+    return [type(block) for block in stack.encoder.block]
+
+
+@needs_kernels
+@by_kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_come_back_to_the_kernels(kind: str, layout: Layout, change: Any, form: type) -> None:
+    """With the same weights to the bit, whether they were packed before; and blocks without LoRA never leave."""
+    config = TOY_CONFIGS[kind]
+    lora = toy_lora(config)
+    second = Lora("second", {name: x for name, x in lora.changes.items() if ".block.1." in name})
+    for calls in (0, 2):
+        stack = change(build_stack(config, random_state(config), layout=layout))
+        before = change(build_stack(config, random_state(config), layout=layout))
+        expected = [ours(before) for _ in range(3)][-1]
+        for _ in range(calls):
+            ours(stack)
+        loras = LiveLoras(stack)
+        loras.add(second, 0.5)
+        assert forms(stack) == [LentBlock if index == 1 else form for index in range(config.num_layers)]
+        with_second = [ours(stack) for _ in range(3)][-1]
+        assert not torch.equal(with_second, expected)
+        loras.add(lora, 0.5)
+        assert set(forms(stack)) == {LentBlock}
+        loras.remove("toy")
+        assert torch.equal([ours(stack) for _ in range(3)][-1], with_second)
+        loras.set_strength("second", 0)
+        assert set(forms(stack)) == {form}
+        loras.set_strength("second", 0.5)
+        loras.clear()
+        assert set(forms(stack)) == {form}
+        assert all(torch.equal(ours(stack), expected) for _ in range(3))
+        assert not any(isinstance(module, nn.Linear | PackedLinear | Int8Linear) for module in stack.modules())
+
+
+@needs_kernels
+@by_kernels
+@pytest.mark.parametrize("refused", ["another T5", "not finite", "no number", "no such LoRA"])
+def test_what_is_refused_leaves_the_kernels_alone(refused: str, change: Any, form: type) -> None:
+    stack = change(v1_1_stack())
+    expected, blocks = ours(stack), list(stack.encoder.block)
+    loras = LiveLoras(stack)
+    wide = V1_1.model_copy(update={"d_model": 128})
+    attempts = {
+        "another T5": lambda: loras.add(toy_lora(wide)),
+        "not finite": lambda: loras.add(toy_lora(V1_1), 1e39),
+        "no number": lambda: loras.add(toy_lora(V1_1), float("nan")),
+        "no such LoRA": lambda: loras.set_strength("toy", 0.5),
+    }
+    with pytest.raises(ValueError):
+        attempts[refused]()
+    assert list(stack.encoder.block) == blocks and set(forms(stack)) == {form}
+    assert loras.strengths == {}
+    assert torch.equal(ours(stack), expected)
+    loras.add(toy_lora(V1_1), 0.0)
+    assert list(stack.encoder.block) == blocks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
