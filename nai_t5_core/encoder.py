@@ -12,6 +12,7 @@ from nai_t5_core.attention import Attend, AttentionPlan, DenseAttention, distanc
 from nai_t5_core.attention_choice import ATTENTION_CHOICES, AttentionChoice, describe_attention, document_plan
 from nai_t5_core.config import T5Config
 from nai_t5_core.encoder_block import EncoderBlock
+from nai_t5_core.fixed_weights import refuse_change
 from nai_t5_core.layers import FoldedRMSNorm, RMSNorm, residual_dtype, scaled
 from nai_t5_core.packing import Packing, PaddingPolicy, bucket_for, pack_batch
 from nai_t5_core.scales import StackScales, unscaled
@@ -148,6 +149,11 @@ class T5EncoderStack(nn.Module):
     def device(self) -> torch.device:
         device: torch.device = self.shared.weight.device
         return device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> T5EncoderStack:
+        refuse_change(self, fn)
+        super()._apply(fn, recurse)
+        return self
 
     def forward(
         self,

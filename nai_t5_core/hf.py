@@ -24,6 +24,7 @@ from nai_t5_core.config import config_from_hf, config_to_hf
 from nai_t5_core.conversion import main_dtype
 from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.examine import Examination, examine_checkpoint
+from nai_t5_core.fixed_weights import refuse_change
 from nai_t5_core.guard import guard
 from nai_t5_core.hf_weights import (
     CastingOps,
@@ -283,6 +284,11 @@ class NAIT5EncoderModel(PreTrainedModel):
             yield
         finally:
             self._memory = before
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NAIT5EncoderModel:
+        refuse_change(self, fn)
+        super()._apply(fn, recurse)
+        return self
 
     # -----------------------------------------------------------------------------------------------------------------
     # What transformers' classes have

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from nai_t5_core.fixed_weights import FixedWeights
 
 # Activations are stored from 0 to 255 around this zero: oneDNN has fast products of unsigned with signed bytes only.
 _ZERO_POINT = 128
@@ -61,7 +63,7 @@ class Int8Weight:
         return [Int8Weight(values.contiguous(), scale, self.in_scale) for values, scale in parts]
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(FixedWeights):
     """A product in 8 bits, by oneDNN. For inference on the CPU only: the weight is no parameter.
 
     Args:
@@ -69,7 +71,7 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(self, weight: Int8Weight, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
+        super().__init__(dtype)
         self.out_features, self.in_features = weight.values.shape
         self.dtype = dtype
         self.in_scale, self.out_scale = weight.in_scale, weight.scale
@@ -83,10 +85,19 @@ class Int8Linear(nn.Module):
         What enters attention is of the model's dtype; everything else stays in float32, where rounding it would take
         longer than it saves.
         """
-        return cls(weight, dtype if name in _ATTENTION_INPUTS else torch.float32)
+        if name in _ATTENTION_INPUTS:
+            return cls(weight, dtype)
+        linear = cls(weight, torch.float32)
+        linear.fixed_dtype = None
+        return linear
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features] in ``dtype``."""
+        """[..., in_features] to [..., out_features] in ``dtype``.
+
+        Raises:
+            RuntimeError: gradients of ``x`` are recorded.
+        """
+        self.refuse_gradients(x)
         if x.numel() == 0:
             return x.new_empty(*x.shape[:-1], self.out_features, dtype=self.dtype)
         values, token_scale = self._quantise(x.float())

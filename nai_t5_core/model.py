@@ -15,6 +15,7 @@ from nai_t5_core.config import T5Config
 from nai_t5_core.decoder import Decoder
 from nai_t5_core.decoder_attention import CausalAttention, CrossMemory, DecoderCache
 from nai_t5_core.encoder import Layout, T5EncoderStack, check_ids, init_modules
+from nai_t5_core.fixed_weights import refuse_change
 from nai_t5_core.generation import GenerationOptions, generate, stream
 from nai_t5_core.layers import residual_dtype, scaled
 from nai_t5_core.packing import PaddingPolicy
@@ -99,6 +100,11 @@ class T5(nn.Module):
     def _tie(self) -> None:
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.shared.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> T5:
+        refuse_change(self, fn)
+        super()._apply(fn, recurse)
+        return self
 
     def forward(
         self,

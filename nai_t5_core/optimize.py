@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nai_t5_core.config import Activation
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.encoder_block import EncoderBlock
+from nai_t5_core.fixed_weights import FixedWeights
 from nai_t5_core.kernel_block import PLAIN_LINEARS
 from nai_t5_core.kernels.build import missing_for_kernels
 from nai_t5_core.layers import ACTIVATIONS, FeedForward, FusedGatedFeedForward, GatedFeedForward, scaled
@@ -38,7 +39,7 @@ _NUMBERS = itertools.count()
 _BY_NUMBER: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(FixedWeights):
     """A product with a weight that lies in oneDNN's own blocked order, which saves reordering it in every call.
 
     It is packed by the second call: a process that encodes once never pays for it. For inference on the CPU only: the
@@ -50,7 +51,7 @@ class PackedLinear(nn.Module):
     """
 
     def __init__(self, weight: Tensor, activation: Activation | None = None) -> None:
-        super().__init__()
+        super().__init__(weight.dtype)
         self._take_number()
         self.out_features, self.in_features = weight.shape
         self.activation = activation
@@ -62,7 +63,11 @@ class PackedLinear(nn.Module):
         """act(x · weightᵀ + addend) · factor: […, in_features] to […, out_features] in the dtype of the weight.
 
         ``factor`` and ``addend`` are [..., out_features]; the factor only for products without activation.
+
+        Raises:
+            RuntimeError: gradients of ``x`` are recorded.
         """
+        self.refuse_gradients(x)
         if torch.compiler.is_compiling():
             product: Tensor = torch.ops.nai_t5.packed_product(x, self.number, self.out_features, factor, addend)
             return product

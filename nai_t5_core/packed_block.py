@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from nai_t5_core.attention import Attend, FusedSelfAttention
 from nai_t5_core.encoder_block import EncoderBlock
+from nai_t5_core.fixed_weights import FixedWeights
 from nai_t5_core.kernel_block import PLAIN_LINEARS, KernelBlock, is_supported
 from nai_t5_core.layers import GatedFeedForward, NoInit
 
 
-class PackedBlock(EncoderBlock):
+class PackedBlock(FixedWeights, EncoderBlock):
     """A block computed by the kernels from packed copies of its weights, for which the originals are let go.
 
     They are packed by the second call: a process that encodes once never pays for it. For inference on the CPU only:
@@ -28,7 +29,7 @@ class PackedBlock(EncoderBlock):
     kernels: KernelBlock
 
     def __init__(self, block: EncoderBlock, dtype: torch.dtype) -> None:
-        nn.Module.__init__(self)
+        FixedWeights.__init__(self, dtype)
         self.layer = block.layer
         self.called = self.is_packed = False
         self._prepare([self._joined(_taken(module, names)) for module, names in self._places()], dtype)
@@ -39,8 +40,7 @@ class PackedBlock(EncoderBlock):
         return isinstance(block, EncoderBlock) and _has_plain_projections(block) and is_supported(block)
 
     def forward(self, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
-        if residual.requires_grad:
-            raise RuntimeError("a prepacked model records no gradients; call it within torch.no_grad()")
+        self.refuse_gradients(residual)
         if self.called and not self.is_packed:
             self.kernels, self.is_packed = self.kernels.packed(), True
         self.called = True
@@ -83,8 +83,10 @@ class PackedBlock(EncoderBlock):
         return KernelBlock.of(weights, dtype, dense, attends.heads, layers[0].layer_norm.eps, scales)
 
     def _norm_weights(self) -> list[Tensor | None]:
-        """Of attention and feed-forward; None where it is multiplied into a projection."""
-        return [getattr(layer.layer_norm, "weight", None) for layer in self.layer]
+        """Of attention and feed-forward, in float32; None where it is multiplied into a projection."""
+        weights = [getattr(layer.layer_norm, "weight", None) for layer in self.layer]
+        # A cast of the model to the dtype that it has casts these, too.
+        return [None if weight is None else weight.detach().float() for weight in weights]
 
     def _weight_at(self, place: int) -> Tensor:
         """What was taken from a place, as one weight."""

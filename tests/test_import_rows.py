@@ -15,7 +15,7 @@ ROWS = [
     # 1: what a processor computes
     "kernels",
     # 2: mathematics
-    "layers attention kernel_block attention_choice flex packing encoder_block encoder "
+    "layers fixed_weights attention kernel_block attention_choice flex packing encoder_block encoder "
     "decoder_attention decoder compile_limit compiled_steps decoding token_scores beam_search generation model",
     # 3: weights
     "shards pytorch_files formats quantised keymaps neighbours fuse precision hub native examine load conversion "

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import weakref
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
+from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask, random_state
 from torch._dynamo.utils import counters
 
 from nai_t5_core.encoder import LAYOUTS, Layout
+from nai_t5_core.int8 import can_quantize, quantize_int8
+from nai_t5_core.model import T5
 from nai_t5_core.optimize import PackedLinear, can_prepack, prepack
+from nai_t5_core.peers import own_t5
 
 IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
 MASK = padding_mask([12, 5, 1], 12)
@@ -73,3 +77,75 @@ def test_what_cannot_be_packed_is_refused() -> None:
     stack = build_stack(TOY_CONFIGS["v1.1"], random_state(TOY_CONFIGS["v1.1"]), torch.float64)
     with pytest.raises(ValueError, match=r"cannot prepack a model in torch.float64 on cpu"):
         prepack(stack)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must not be done to packed weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+PACKED: list[Any] = [
+    pytest.param(lambda model: prepack(model, "onednn"), id="onednn"),
+    pytest.param(lambda model: prepack(model, "kernels"), id="kernels", marks=needs_kernels),
+    pytest.param(lambda model: quantize_int8(model, "onednn"), id="int8"),
+    pytest.param(lambda model: quantize_int8(model, "kernels"), id="int8 kernels", marks=needs_kernels),
+]
+WHOLES: list[Any] = [
+    pytest.param(lambda dtype, layout: build_stack(V1_1, random_state(V1_1), dtype, layout), id="encoder"),
+    pytest.param(lambda dtype, layout: own_t5(V1_1, random_state(V1_1), dtype, layout), id="t5"),
+]
+V1_1 = TOY_CONFIGS["v1.1"]
+
+
+def packed_or_skip(model: Any, change: Any) -> Any:
+    if not can_prepack(model) or not can_quantize(model):
+        pytest.skip("this machine packs or quantises no such weights")
+    return change(model)
+
+
+def encode(model: Any) -> torch.Tensor:
+    out: torch.Tensor = (model.encoder_stack if isinstance(model, T5) else model)(IDS, MASK)
+    return out
+
+
+@pytest.mark.parametrize("change", PACKED)
+@pytest.mark.parametrize("whole", WHOLES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("own", "other"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+@torch.no_grad()
+def test_packed_weights_are_not_moved_cast_or_saved(
+    whole: Any, layout: Layout, own: torch.dtype, other: torch.dtype, change: Any
+) -> None:
+    """Nothing is changed by what is refused; what would change nothing is allowed."""
+    model = packed_or_skip(whole(own, layout), change)
+    for calls in (0, 3):
+        expected = [encode(model) for _ in range(calls)][-1:]
+        before = {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        for attempt in (
+            lambda: model.to(other),
+            lambda: model.to("meta"),
+            lambda: model.half(),
+            lambda: model.encoder.block[1].to(other),
+        ):
+            with pytest.raises(ValueError, match=r"prepacked or quantised for the CPU, and cannot be moved or cast to"):
+                attempt()
+        with pytest.raises(ValueError, match=r"prepacked or quantised for this CPU, and cannot be saved"):
+            model.state_dict()
+        after = dict([*model.named_parameters(), *model.named_buffers()])
+        assert all(
+            after[name].dtype == tensor.dtype and torch.equal(after[name], tensor) for name, tensor in before.items()
+        )
+        assert all(torch.equal(encode(model), result) for result in expected)
+    # To the dtype that it has: norms, which are in float32, are cast as in any other model.
+    cast = encode(model.to("cpu").to(own)).float()
+    assert float((cast - expected[0]).abs().max()) < 0.05 * float(expected[0].abs().max())
+
+
+@pytest.mark.parametrize("change", PACKED)
+def test_packed_weights_record_no_gradients(change: Any) -> None:
+    model = packed_or_skip(build_stack(V1_1, random_state(V1_1)), change)
+    embeddings = model.embed(IDS).detach().requires_grad_()
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=r"records no gradients; call it within torch.no_grad\(\)"):
+            model(inputs_embeds=embeddings)
+        with torch.no_grad():
+            model(inputs_embeds=embeddings)

@@ -168,12 +168,25 @@ class Head {
     float sums_[kTileRows];
 };
 
+// Whether documents are one behind the other and take all rows, with keys that are rows of theirs.
+bool are_all_rows(const Document* documents, long count, long rows) {
+    long next = 0;
+    for (const Document* document = documents; document != documents + count; document++) {
+        const auto [start, queries, key_start, keys] = *document;
+        if (start != next || queries < 1 || queries > rows - start) return false;
+        if (key_start < 0 || keys < 1 || key_start > queries || keys > queries - key_start) return false;
+        next = start + queries;
+    }
+    return next == rows;
+}
+
 template <class Kind>
-Status attend(const void* projected, long heads, long size, const Bias& bias, void* out) {
+Status attend(const void* projected, long rows, long heads, long size, const Bias& bias, void* out) {
     using Number = typename Kind::Number;
     const Projected<Number> from{static_cast<const Number*>(projected), heads, size};
     Number* to = static_cast<Number*>(out);
     const Document* documents = reinterpret_cast<const Document*>(bias.documents);
+    if (!are_all_rows(documents, bias.count, rows)) return kWrongDocuments;
     long most_queries = 0, most_keys = 0;
     for (long i = 0; i < bias.count; i++) {
         most_queries = std::max<long>(most_queries, documents[i].queries);
@@ -196,7 +209,7 @@ Status attend(const void* projected, long heads, long size, const Bias& bias, vo
 
 }  // namespace
 
-int t5_attention(const void* projected, long heads, long size, const Bias* bias, int in_float32, void* out) {
-    if (in_float32) return attend<Float32>(projected, heads, size, *bias, out);
-    return attend<Bfloat16>(projected, heads, size, *bias, out);
+int t5_attention(const void* projected, long rows, long heads, long size, const Bias* bias, int in_float32, void* out) {
+    if (in_float32) return attend<Float32>(projected, rows, heads, size, *bias, out);
+    return attend<Bfloat16>(projected, rows, heads, size, *bias, out);
 }

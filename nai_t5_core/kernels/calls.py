@@ -6,49 +6,14 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from nai_t5_core.config import Activation
-from nai_t5_core.kernels.build import library
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = (
-        ("values", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("columns", ctypes.c_long),
-        ("depth", ctypes.c_long),
-        ("format", ctypes.c_int),
-        ("is_gated", ctypes.c_int),
-        ("kind", ctypes.c_int),
-    )
-
-
-class _BlockWeights(ctypes.Structure):
-    _fields_ = (
-        ("qkv", _Matrix),
-        ("o", _Matrix),
-        ("inner", _Matrix),
-        ("wo", _Matrix),
-        ("heads", ctypes.c_long),
-        ("epsilon", ctypes.c_float),
-        ("activation", ctypes.c_int),
-    )
-
-
-class _Bias(ctypes.Structure):
-    _fields_ = (
-        ("documents", ctypes.c_void_p),
-        ("count", ctypes.c_long),
-        ("table", ctypes.c_void_p),
-        ("table_reach", ctypes.c_long),
-        ("scale", ctypes.c_float),
-    )
-
+from nai_t5_core.kernels.addresses import address, address_if_any
+from nai_t5_core.kernels.interface import Bias, BlockWeights, Matrix, kernels
 
 # Numbers of the activations in tiles.h, and of the formats in products.cpp.
 ACTIVATION_NUMBERS: dict[Activation | None, int] = {None: 0, "relu": 1, "gelu_new": 2, "silu": 3}
@@ -61,31 +26,13 @@ WEIGHT_FORMATS = {
 }
 _WITH_SCALES = {torch.int8: 5}
 _PANELS = 6
+_FORMAT_DTYPES = {number: dtype for dtype, number in [*WEIGHT_FORMATS.items(), *_WITH_SCALES.items()]}
+
+# A Status of tiles.h.
+_WRONG_DOCUMENTS = 2
 
 # What the kernels compute in, besides bytes, and what activations are stored in.
 COMPUTE_DTYPES = (torch.bfloat16, torch.float32)
-
-_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-# What kernels.h declares.
-_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "t5_panel_steps": (_LONG, [_POINTER]),
-    "t5_pack": (None, [_POINTER, _POINTER]),
-    "t5_unpack": (None, [_POINTER, _POINTER]),
-    "t5_normed_product": (_INT, [_POINTER, _LONG, _POINTER, _FLOAT, _POINTER, _INT, _POINTER]),
-    "t5_added_product": (_INT, [_POINTER, _LONG, _POINTER, _POINTER]),
-    "t5_attention": (_INT, [_POINTER, _LONG, _LONG, _POINTER, _INT, _POINTER]),
-    "t5_block": (_INT, [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
-    "t5_multiply_in_registers": (_LONG, [_INT, _LONG]),
-}
-
-
-@lru_cache
-def _kernels() -> ctypes.CDLL:
-    kernels = library()
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(kernels, name)
-        function.restype, function.argtypes = result, arguments
-    return kernels
 
 
 @dataclass
@@ -152,22 +99,26 @@ class KernelWeight:
                 "the kernels take contiguous weights of even sizes in bfloat16, float16, float32 or float8, or in int8 "
                 f"with scales and a depth that is a multiple of 4; got {weight.dtype} {list(weight.shape)}"
             )
-        own_scales = None if scales is None else scales.float().contiguous()
-        return cls(weight.detach(), formats[weight.dtype], columns, depth, dtype, is_gated, own_scales)
+        own_scales = None if scales is None else scales.detach().float().contiguous()
+        made = cls(weight.detach(), formats[weight.dtype], columns, depth, dtype, is_gated, own_scales)
+        made.matrix()  # refuses what is left to refuse
+        return made
 
     def packed(self) -> KernelWeight:
         """A copy in panels."""
         matrix = self.matrix()
-        panels = torch.empty(_kernels().t5_panel_steps(ctypes.byref(matrix)), dtype=torch.int32)
-        _kernels().t5_pack(ctypes.byref(matrix), panels.data_ptr())
+        steps = self._panel_steps
+        panels = torch.empty(steps, dtype=torch.int32)
+        kernels().t5_pack(ctypes.byref(matrix), address(panels, torch.int32, steps))
         return replace(self, values=panels, format=_PANELS)
 
     def unpacked(self) -> Tensor:
         """[columns, depth]; panels give it in ``dtype``, or in int8."""
         if self.format != _PANELS:
             return self.values
-        weight = torch.empty(self.columns, self.depth, dtype=self.dtype if self.scales is None else torch.int8)
-        _kernels().t5_unpack(ctypes.byref(self.matrix()), weight.data_ptr())
+        dtype = self.dtype if self.scales is None else torch.int8
+        weight = torch.empty(self.columns, self.depth, dtype=dtype)
+        kernels().t5_unpack(ctypes.byref(self.matrix()), address(weight, dtype, self.columns, self.depth))
         return weight
 
     def check_packing(self) -> None:
@@ -175,11 +126,28 @@ class KernelWeight:
         if self.scales is not None and self.format != _PANELS:
             raise ValueError("a weight in int8 must be packed before it is used: call packed()")
 
-    def matrix(self) -> _Matrix:
-        """What the kernels are told; it is of no use once the tensors are gone."""
+    def matrix(self) -> Matrix:
+        """What the kernels are told; it is of no use once the tensors are gone.
+
+        Raises:
+            ValueError: the tensors are not, or no longer, what they are to be.
+        """
+        matrix = self._sizes()
+        matrix.scales = address_if_any(self.scales, torch.float32, self.columns)
+        if self.format == _PANELS:
+            matrix.values = address(self.values, torch.int32, self._panel_steps)
+        else:
+            matrix.values = address(self.values, _FORMAT_DTYPES[self.format], self.columns, self.depth)
+        return matrix
+
+    def _sizes(self) -> Matrix:
         kind = COMPUTE_DTYPES.index(self.dtype) + (0 if self.scales is None else len(COMPUTE_DTYPES))
-        scales = None if self.scales is None else self.scales.data_ptr()
-        return _Matrix(self.values.data_ptr(), scales, self.columns, self.depth, self.format, self.is_gated, kind)
+        return Matrix(None, None, self.columns, self.depth, self.format, self.is_gated, kind)
+
+    @cached_property
+    def _panel_steps(self) -> int:
+        steps: int = kernels().t5_panel_steps(ctypes.byref(self._sizes()))
+        return steps
 
 
 def normed_product(
@@ -193,36 +161,50 @@ def normed_product(
 
     Returns:
         [tokens, columns], or [tokens, columns / 2] of a gated weight, in the weight's ``dtype``, rounded once.
+
+    Raises:
+        ValueError: a tensor of another shape or dtype, an activation that the kernels do not know, or a weight in int8
+            that is not packed.
+        MemoryError: there is no memory for the activations.
     """
-    tokens = len(residual)
+    tokens, width = len(residual), weight.columns // (2 if weight.is_gated else 1)
     weight.check_packing()
-    _check(residual, torch.float32, tokens, weight.depth)
+    out = torch.empty(tokens, width, dtype=weight.dtype)
+    arguments = (
+        address(residual, torch.float32, tokens, weight.depth),
+        tokens,
+        address_if_any(norm, torch.float32, weight.depth),
+        epsilon,
+        ctypes.byref(weight.matrix()),
+        _activation_number(activation),
+        address(out, weight.dtype, tokens, width),
+    )
     _count(2 * tokens * weight.columns * weight.depth)
-    out = torch.empty(tokens, weight.columns // (2 if weight.is_gated else 1), dtype=weight.dtype)
     if tokens:
-        status = _kernels().t5_normed_product(
-            residual.data_ptr(),
-            tokens,
-            None if norm is None else norm.data_ptr(),
-            epsilon,
-            ctypes.byref(weight.matrix()),
-            ACTIVATION_NUMBERS[activation],
-            out.data_ptr(),
-        )
-        _refuse(status)
+        _refuse(kernels().t5_normed_product(*arguments))
     return out
 
 
 def add_product(x: Tensor, weight: KernelWeight, residual: Tensor) -> None:
-    """residual += x · weightᵀ, in float32: [tokens, depth] in the weight's ``dtype`` to float32 [tokens, columns]."""
+    """residual += x · weightᵀ, in float32: [tokens, depth] in the weight's ``dtype`` to float32 [tokens, columns].
+
+    Raises:
+        ValueError: a tensor of another shape or dtype, or a weight that is gated, or in int8 and not packed.
+        MemoryError: there is no memory for the activations.
+    """
     tokens = len(x)
     weight.check_packing()
-    _check(x, weight.dtype, tokens, weight.depth)
-    _check(residual, torch.float32, tokens, weight.columns)
+    if weight.is_gated:
+        raise ValueError("what is added to the residual is the product of a weight without a gate; this one is gated")
+    arguments = (
+        address(x, weight.dtype, tokens, weight.depth),
+        tokens,
+        ctypes.byref(weight.matrix()),
+        address(residual, torch.float32, tokens, weight.columns),
+    )
     _count(2 * tokens * weight.columns * weight.depth)
     if tokens:
-        matrix = weight.matrix()
-        _refuse(_kernels().t5_added_product(x.data_ptr(), tokens, ctypes.byref(matrix), residual.data_ptr()))
+        _refuse(kernels().t5_added_product(*arguments))
 
 
 def attention(projected: Tensor, heads: int, documents: Tensor, table: Tensor, scale: float) -> Tensor:
@@ -230,20 +212,32 @@ def attention(projected: Tensor, heads: int, documents: Tensor, table: Tensor, s
 
     Args:
         projected: [tokens, 3 · heads · d_kv] in bfloat16 or float32: queries, keys and values, d_kv being even.
-        documents: [documents, 4] int64: first row, rows, first key relative to the first row, keys (at least one). The
-            keys are rows of their document.
-        table: the bias by distance, [heads, distances] in float32.
+        documents: [documents, 4] int64: first row, rows, first key relative to the first row, keys (at least one). They
+            are one behind the other and take all rows; the keys are rows of their document.
+        table: the bias by distance, [heads, distances] in float32; the number of distances is odd.
+
+    Raises:
+        ValueError: a tensor of another shape or dtype, or documents that are not as they are to be.
+        MemoryError: there is no memory for the activations.
     """
     tokens, width = projected.shape
-    in_float32 = projected.dtype == torch.float32
-    _check(projected, torch.float32 if in_float32 else torch.bfloat16, tokens, width)
-    bias = _bias(documents, table, heads, scale)
+    size, rest = divmod(width, 3 * heads)
+    if rest or size % 2:
+        raise ValueError(f"queries, keys and values of {heads} heads of an even size are expected; got {width} columns")
+    dtype = torch.float32 if projected.dtype == torch.float32 else torch.bfloat16
+    out = torch.empty(tokens, width // 3, dtype=dtype)
+    arguments = (
+        address(projected, dtype, tokens, width),
+        tokens,
+        heads,
+        size,
+        ctypes.byref(_bias(documents, table, heads, scale)),
+        dtype == torch.float32,
+        address(out, dtype, tokens, width // 3),
+    )
     _count_attention(documents, width // 3)
-    out = torch.empty(tokens, width // 3, dtype=projected.dtype)
-    if len(documents):
-        size = width // 3 // heads
-        call = _kernels().t5_attention
-        _refuse(call(projected.data_ptr(), heads, size, ctypes.byref(bias), in_float32, out.data_ptr()))
+    if tokens or len(documents):
+        _refuse(kernels().t5_attention(*arguments))
     return out
 
 
@@ -271,32 +265,32 @@ def encode_block(
 
     Raises:
         ValueError: weights that do not fit each other, or are in int8 and not packed; a tensor of another shape or
-            dtype.
+            dtype, or documents that are not as they are to be. The residual is as it was then.
         MemoryError: there is no memory for the activations.
     """
     tokens = len(residual)
     for weight in weights:
         weight.check_packing()
-        _count(2 * tokens * weight.columns * weight.depth)
-    _check_block(residual, weights, heads)
-    bias = _bias(documents, table, heads, scale)
+    _check_block(weights, heads)
     qkv, o, _, wo = weights
+    dtype, width, wide_columns = qkv.dtype, wo.columns, max(qkv.columns, wo.depth)
+    numbers = (heads, epsilon, _activation_number(activation))
+    wide = torch.empty(tokens, wide_columns, dtype=dtype)
+    attended = torch.empty(tokens, o.depth, dtype=dtype)
+    arguments = (
+        ctypes.byref(BlockWeights(*(weight.matrix() for weight in weights), *numbers)),
+        address(residual, torch.float32, tokens, width),
+        tokens,
+        *(address_if_any(norm, torch.float32, width) for norm in norms),
+        ctypes.byref(_bias(documents, table, heads, scale)),
+        address(wide, dtype, tokens, wide_columns),
+        address(attended, dtype, tokens, o.depth),
+    )
+    for weight in weights:
+        _count(2 * tokens * weight.columns * weight.depth)
     _count_attention(documents, o.depth)
-    if tokens:
-        block = _BlockWeights(*(weight.matrix() for weight in weights), heads, epsilon, ACTIVATION_NUMBERS[activation])
-        norm_places = [None if norm is None else norm.data_ptr() for norm in norms]
-        wide = torch.empty(tokens, max(qkv.columns, wo.depth), dtype=qkv.dtype)
-        attended = torch.empty(tokens, o.depth, dtype=qkv.dtype)
-        status = _kernels().t5_block(
-            ctypes.byref(block),
-            residual.data_ptr(),
-            tokens,
-            *norm_places,
-            ctypes.byref(bias),
-            wide.data_ptr(),
-            attended.data_ptr(),
-        )
-        _refuse(status)
+    if tokens or len(documents):
+        _refuse(kernels().t5_block(*arguments))
 
 
 def multiply_in_registers(dtype: torch.dtype, rounds: int) -> int:
@@ -309,19 +303,20 @@ def multiply_in_registers(dtype: torch.dtype, rounds: int) -> int:
         dtype: bfloat16, float32 or int8.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: another dtype, or no round.
     """
     kinds = (*COMPUTE_DTYPES, torch.int8)
     if dtype not in kinds:
         raise ValueError(f"the kernels multiply in {', '.join(map(str, kinds))}, and not in {dtype}")
-    operations: int = _kernels().t5_multiply_in_registers(kinds.index(dtype), rounds)
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}; there must be at least one")
+    operations: int = kernels().t5_multiply_in_registers(kinds.index(dtype), rounds)
     return operations
 
 
-def _check_block(residual: Tensor, weights: Sequence[KernelWeight], heads: int) -> None:
-    _, o, inner, wo = weights
+def _check_block(weights: Sequence[KernelWeight], heads: int) -> None:
+    qkv, o, inner, wo = weights
     width, attended, hidden = wo.columns, o.depth, wo.depth
-    _check(residual, torch.float32, len(residual), width)
     fitting = [
         (3 * attended, width),
         (width, attended),
@@ -329,13 +324,30 @@ def _check_block(residual: Tensor, weights: Sequence[KernelWeight], heads: int) 
         (width, hidden),
     ]
     shapes = [(weight.columns, weight.depth) for weight in weights]
-    if shapes != fitting or attended % heads:
+    if shapes != fitting or attended % (2 * heads):
         raise ValueError(f"the weights of a block with {heads} heads do not fit each other; they are {shapes}")
+    if any(weight.is_gated for weight in (qkv, o, wo)) or len({weight.dtype for weight in weights}) > 1:
+        raise ValueError("of a block's weights the feed-forward's first alone may be gated, and all have one dtype")
 
 
-def _bias(documents: Tensor, table: Tensor, heads: int, scale: float) -> _Bias:
-    _check(table, torch.float32, heads, table.shape[1])
-    return _Bias(documents.data_ptr(), len(documents), table.data_ptr(), table.shape[1] // 2, scale)
+def _bias(documents: Tensor, table: Tensor, heads: int, scale: float) -> Bias:
+    count, distances = len(documents), table.shape[-1]
+    if distances % 2 == 0:
+        raise ValueError(f"the bias table has {distances} distances; their number is odd, from −reach to reach")
+    return Bias(
+        address(documents, torch.int64, count, 4),
+        count,
+        address(table, torch.float32, heads, distances),
+        distances // 2,
+        scale,
+    )
+
+
+def _activation_number(activation: Activation | None) -> int:
+    if activation not in ACTIVATION_NUMBERS:
+        known = ", ".join(map(str, ACTIVATION_NUMBERS))
+        raise ValueError(f"the kernels do not know the activation {activation!r}; they know {known}")
+    return ACTIVATION_NUMBERS[activation]
 
 
 def _count_attention(documents: Tensor, width: int) -> None:
@@ -343,15 +355,11 @@ def _count_attention(documents: Tensor, width: int) -> None:
         _count(4 * width * int((documents[:, 1] * documents[:, 3]).sum()))
 
 
-def _check(tensor: Tensor, dtype: torch.dtype, rows: int, columns: int) -> None:
-    """What the kernels would read past, or misread, must not reach them."""
-    if tensor.dtype != dtype or tensor.shape != (rows, columns) or not tensor.is_contiguous() or not tensor.is_cpu:
-        raise ValueError(
-            f"expected a contiguous {dtype} tensor [{rows}, {columns}] on the CPU; got {tensor.dtype} "
-            f"{list(tensor.shape)} on {tensor.device}"
-        )
-
-
 def _refuse(status: int) -> None:
+    if status == _WRONG_DOCUMENTS:
+        raise ValueError(
+            "documents must be one behind the other and take all rows, each with at least one key, and keys that are "
+            "rows of its own"
+        )
     if status:
         raise MemoryError("there is no memory left for the T5's activations; encode fewer or shorter prompts at a time")

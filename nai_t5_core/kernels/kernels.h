@@ -53,10 +53,11 @@ int t5_normed_product(const float* residual, long rows, const float* norm_weight
 // residual += x · weightᵀ, in float32.
 int t5_added_product(const void* x, long rows, const Matrix* weight, float* residual);
 
-// softmax(q · kᵀ · scale + bias) · v for every document and head. `table` is the bias by distance, [heads,
+// softmax(q · kᵀ · scale + bias) · v for every document and head. The documents are one behind the other, and are all of
+// the rows; else nothing is computed. `table` is the bias by distance, [heads,
 // 2 · table_reach + 1]; `projected` is [tokens, 3 · heads · size], the result [tokens, heads · size], both in float32
 // or in bfloat16.
-int t5_attention(const void* projected, long heads, long size, const Bias* bias, int in_float32, void* out);
+int t5_attention(const void* projected, long rows, long heads, long size, const Bias* bias, int in_float32, void* out);
 
 // A layer of the encoder: attention and feed-forward, each added to the residual. Activations are put into `attended`,
 // [rows, depth of o], and `wide`: queries, keys and values first, and what wo is multiplied with later.

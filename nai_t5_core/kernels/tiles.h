@@ -24,7 +24,7 @@ constexpr long kPanelColumns = 2 * kLanes;
 constexpr long kFloat32Part = 128;  // steps that are summed at once
 constexpr long kPrefetchSteps = 64;  // 8 KiB: about what is on its way from memory at any time
 
-enum Status { kOk = 0, kOutOfMemory = 1 };
+enum Status { kOk = 0, kOutOfMemory = 1, kWrongDocuments = 2 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Memory

@@ -1,0 +1,56 @@
+"""Modules whose weights lie in an order of their own, for one processor and one dtype, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class FixedWeights(nn.Module):
+    """A module whose weights are no parameters.
+
+    They cannot be moved or cast, saved, or trained, and what tries to is an error: it would go by without them.
+
+    Args:
+        dtype: what they are for; None where the dtype of the model is nothing to them.
+    """
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        nn.Module.__init__(self)  # and not what else a subclass is
+        self.fixed_dtype = dtype
+
+    def refuse_change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Raises a ValueError if a change of all parameters would move or cast them."""
+        now = torch.empty(0, dtype=self.fixed_dtype)
+        then = change(now)
+        if then.device != now.device or self.fixed_dtype not in (None, then.dtype):
+            raise ValueError(
+                f"the model is prepacked or quantised for the CPU, and cannot be moved or cast to "
+                f"{then.dtype} on {then.device}; load it anew, there and in that dtype"
+            )
+
+    def refuse_gradients(self, x: Tensor) -> None:
+        """Raises a RuntimeError if gradients of an input are to be recorded."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("a prepacked model records no gradients; call it within torch.no_grad()")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedWeights:
+        self.refuse_change(fn)
+        super()._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
+        raise ValueError("the model is prepacked or quantised for this CPU, and cannot be saved; save it before that")
+
+
+def refuse_change(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Raises a ValueError if a change of all parameters would move or cast fixed weights somewhere in a model.
+
+    Models ask this first, since torch changes one module after the other.
+    """
+    for module in model.modules():
+        if isinstance(module, FixedWeights):
+            module.refuse_change(change)

@@ -1,0 +1,66 @@
+"""What kernels.h declares, for Python."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+from nai_t5_core.kernels.build import library
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("columns", ctypes.c_long),
+        ("depth", ctypes.c_long),
+        ("format", ctypes.c_int),
+        ("is_gated", ctypes.c_int),
+        ("kind", ctypes.c_int),
+    )
+
+
+class BlockWeights(ctypes.Structure):
+    _fields_ = (
+        ("qkv", Matrix),
+        ("o", Matrix),
+        ("inner", Matrix),
+        ("wo", Matrix),
+        ("heads", ctypes.c_long),
+        ("epsilon", ctypes.c_float),
+        ("activation", ctypes.c_int),
+    )
+
+
+class Bias(ctypes.Structure):
+    _fields_ = (
+        ("documents", ctypes.c_void_p),
+        ("count", ctypes.c_long),
+        ("table", ctypes.c_void_p),
+        ("table_reach", ctypes.c_long),
+        ("scale", ctypes.c_float),
+    )
+
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "t5_panel_steps": (_LONG, [_POINTER]),
+    "t5_pack": (None, [_POINTER, _POINTER]),
+    "t5_unpack": (None, [_POINTER, _POINTER]),
+    "t5_normed_product": (_INT, [_POINTER, _LONG, _POINTER, _FLOAT, _POINTER, _INT, _POINTER]),
+    "t5_added_product": (_INT, [_POINTER, _LONG, _POINTER, _POINTER]),
+    "t5_attention": (_INT, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT, _POINTER]),
+    "t5_block": (_INT, [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "t5_multiply_in_registers": (_LONG, [_INT, _LONG]),
+}
+
+
+@lru_cache
+def kernels() -> ctypes.CDLL:
+    """The compiled kernels as functions; see :func:`nai_t5_core.kernels.build.library`."""
+    loaded = library()
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
