@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nai_t5_core.attention import Attend
 from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.kernel_block import KernelBlock
-from nai_t5_core.kernels.build import missing_for_kernels
+from nai_t5_core.kernels.build import why_not_kernels
 from nai_t5_core.kernels.calls import COMPUTE_DTYPES
 from nai_t5_core.layers import ACTIVATIONS, GatedFeedForward, add_sublayer, gated, scaled
 
@@ -131,8 +131,8 @@ def fuse(block: Any) -> FusedWeights:
 
 
 def takes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels compute joined products in ``dtype``: on a CPU that has the instructions."""
-    return device.type == "cpu" and dtype in COMPUTE_DTYPES and missing_for_kernels() is None
+    """Whether the kernels compute joined products in ``dtype``, as far as is known before they are built."""
+    return device.type == "cpu" and dtype in COMPUTE_DTYPES and why_not_kernels() is None
 
 
 def kernels_on(block: Any, weights: FusedWeights, dtype: torch.dtype) -> KernelBlock:

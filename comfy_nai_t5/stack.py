@@ -23,6 +23,7 @@ from nai_t5_core.compiled import compile_stack
 from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import Encoder, T5EncoderStack
 from nai_t5_core.kernel_block import KernelBlock, is_supported, torch_is_needed
+from nai_t5_core.kernels.build import prepare_kernels
 from nai_t5_core.kernels.calls import WEIGHT_FORMATS
 from nai_t5_core.layers import NoInit
 from nai_t5_core.packing import TOKEN_BUCKETS
@@ -210,7 +211,8 @@ class SharedStack(T5EncoderStack):
         if self.wish == "separate":
             return super().forward(*inputs, **options)
         try:
-            reasons = self.encoder.join(self.dtype, self.is_packed, self.takes_kernels and not torch_is_needed())
+            by_kernels = self.takes_kernels and not torch_is_needed() and prepare_kernels() is None
+            reasons = self.encoder.join(self.dtype, self.is_packed, by_kernels)
             self._tell(reasons)
             self._compile_if(self.compiled and not reasons)
             return super().forward(*inputs, **options)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from nai_t5_core.attention import AttentionPlan, DocumentAttention
-from nai_t5_core.kernels.build import missing_for_kernels
+from nai_t5_core.kernels.build import why_not_kernels
 from nai_t5_core.packing import Packing
 
 AttentionChoice = Literal["auto", "flex", "sdpa"]
@@ -63,7 +63,7 @@ def describe_attention(attention: AttentionChoice, device_type: str, by_kernels:
 def automatic_attention() -> dict[str, str]:
     """What ``"auto"`` comes to, in words, by device and batch."""
     return {
-        "cpu": "sdpa" if missing_for_kernels() else "kernels in bfloat16 and float32, else sdpa",
+        "cpu": "sdpa" if why_not_kernels() else "kernels in bfloat16 and float32, else sdpa",
         "cuda": f"flex from {FLEX_FROM_TOKENS} tokens",
         "cuda, sparse": f"flex from {FLEX_FROM_TOKENS_IF_SPARSE} tokens",
     }

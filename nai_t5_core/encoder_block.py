@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nai_t5_core.attention import Attend, FusedSelfAttention, SelfAttention, SelfAttentionLayer
 from nai_t5_core.config import T5Config
 from nai_t5_core.kernel_block import kernels_of
+from nai_t5_core.kernels.build import prepare_kernels
 from nai_t5_core.layers import (
     FeedForward,
     FeedForwardLayer,
@@ -71,13 +72,13 @@ class EncoderBlock(nn.Module):
 
     def forward(self, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
         """[tokens, d_model] residual to residual, changed in place in inference; ``dtype`` is the compute dtype."""
-        if kernels := kernels_of(self, dtype):
+        if (kernels := kernels_of(self, dtype)) and prepare_kernels() is None:
             return kernels(residual, attend)
         residual = self.layer[0](residual, attend, dtype)
         out: Tensor = self.layer[-1](residual, dtype)
         return out
 
     def runs_by_kernels(self, dtype: torch.dtype) -> bool:
-        """Whether the kernels compute this block in inference."""
+        """Whether the kernels compute this block in inference. They are not built to find out."""
         with torch.no_grad():
             return kernels_of(self, dtype) is not None

@@ -36,9 +36,7 @@ def quantize_int8(stack: Model, products: ProductsChoice = "auto") -> Model:
     Embeddings, norms, attention and the residual stay as they are; of a whole T5 the output head is quantised too.
 
     Args:
-        products: ``"auto"`` has the blocks of the encoder computed by the kernels where these can do it (see
-            :mod:`nai_t5_core.kernels`), and all else by oneDNN; ``"kernels"`` makes it an error where they cannot,
-            ``"onednn"`` does without them.
+        products: see :func:`nai_t5_core.optimize.prepack`.
 
     Returns:
         The same model, changed. It can no longer be moved, cast, saved or trained.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nai_t5_core.attention import Attend, DocumentLayer, FusedSelfAttention
 from nai_t5_core.config import Activation
-from nai_t5_core.kernels.build import missing_for_kernels
+from nai_t5_core.kernels.build import why_not_kernels
 from nai_t5_core.kernels.calls import (
     ACTIVATION_NUMBERS,
     COMPUTE_DTYPES,
@@ -93,7 +93,10 @@ class KernelBlock:
 
 
 def kernels_of(block: Any, dtype: torch.dtype) -> KernelBlock | None:
-    """The kernels on the weights of a block in the fused layout, as these are now; None where torch computes it."""
+    """The kernels on the weights of a block in the fused layout, as these are now; None where torch computes it.
+
+    They may still have to be built, see :func:`nai_t5_core.kernels.build.prepare_kernels`.
+    """
     if dtype not in COMPUTE_DTYPES or torch_is_needed():
         return None
     attention_layer, feed_forward_layer = block.layer
@@ -106,7 +109,7 @@ def kernels_of(block: Any, dtype: torch.dtype) -> KernelBlock | None:
     # A norm that has a weight of its own, as live LoRAs give it, is another one than the kernels compute here.
     if not all(type(layer.layer_norm) is FoldedRMSNorm for layer in block.layer):
         return None
-    if not is_supported(block) or is_watched(block.modules()) or missing_for_kernels() is not None:
+    if not is_supported(block) or is_watched(block.modules()) or why_not_kernels() is not None:
         return None
     weights = [linear.weight for linear in linears]
     return KernelBlock.of(weights, dtype, dense, attends.heads, attention_layer.layer_norm.eps)

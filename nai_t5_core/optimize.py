@@ -15,7 +15,7 @@ from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.fixed_weights import FixedWeights
 from nai_t5_core.kernel_block import PLAIN_LINEARS
-from nai_t5_core.kernels.build import missing_for_kernels
+from nai_t5_core.kernels.build import prepare_kernels, why_not_kernels
 from nai_t5_core.layers import ACTIVATIONS, FeedForward, FusedGatedFeedForward, GatedFeedForward, scaled
 from nai_t5_core.model import T5
 from nai_t5_core.packed_block import PackedBlock
@@ -192,9 +192,9 @@ def prepack(stack: Model, products: ProductsChoice = "auto") -> Model:
     """Has every projection packed for fast inference on this CPU; each original is let go when its copy is made.
 
     Args:
-        products: ``"auto"`` has the blocks of the encoder computed by the kernels where these can do it (see
-            :mod:`nai_t5_core.kernels`), and all else by oneDNN; ``"kernels"`` makes it an error where they cannot,
-            ``"onednn"`` does without them.
+        products: ``"auto"`` has the blocks of the encoder computed by the kernels where these can do it and are faster
+            (see :mod:`nai_t5_core.kernels`), and all else by oneDNN; ``"kernels"`` takes them wherever the processor
+            has the instructions, and is an error elsewhere; ``"onednn"`` does without them.
 
     Returns:
         The same model, changed. It can no longer be moved, cast, saved or trained. A tied head gets a copy of its own,
@@ -222,11 +222,12 @@ def take_blocks(stack: T5EncoderStack | T5, products: ProductsChoice, form: type
     """
     if products not in PRODUCTS_CHOICES:
         raise ValueError(f"unknown products {products!r}; allowed: {', '.join(PRODUCTS_CHOICES)}")
-    if products == "onednn":
+    if products == "onednn" or (products == "auto" and why_not_kernels()):
         return
     blocks = stack.encoder.block
-    obstacle = missing_for_kernels()
-    if not all(form.takes(block) for block in blocks):
+    if all(form.takes(block) for block in blocks):
+        obstacle = prepare_kernels()
+    else:
         obstacle = "the model has scales, an activation that the kernels do not know, or projections of other classes"
     if obstacle and products == "kernels":
         raise ValueError(f"products='kernels' is not possible: {obstacle}; use products='auto' or 'onednn'")

@@ -17,7 +17,7 @@ from nai_t5_core.attention_choice import (
     missing_for_flex,
 )
 from nai_t5_core.flex import FlexAttention
-from nai_t5_core.kernels.build import missing_for_kernels
+from nai_t5_core.kernels.build import why_not_kernels
 from nai_t5_core.packing import pack_batch
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def test_auto_by_device_length_and_sparsity() -> None:
 def test_auto_on_the_cpu_is_sdpa_and_says_so() -> None:
     encoder = TextEncoder.from_pretrained(dtype="float32", device="cpu")
     assert isinstance(encoder.stack.prepare(torch.ones(8, 512, dtype=torch.long))[1], DocumentAttention)
-    told = f"attention=auto: {'sdpa' if missing_for_kernels() else 'kernels'}"
+    told = f"attention=auto: {'sdpa' if why_not_kernels() else 'kernels'}"
     assert told in repr(encoder) and told in repr(encoder.stack)
     encoder.stack.attention = "sdpa"
     assert "attention=sdpa" in repr(encoder)

@@ -24,7 +24,7 @@ from nai_t5_core.bench.results import BenchReport, Spread
 from nai_t5_core.bench.variants import COMPILED, INT8, NOT_PREPACKED, Built
 from nai_t5_core.cli import app
 from nai_t5_core.encoder import T5EncoderStack
-from nai_t5_core.kernels.build import missing_for_kernels
+from nai_t5_core.kernels.build import why_not_kernels
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.parity import random_batch
 from nai_t5_core.parity_report import OWN
@@ -42,7 +42,7 @@ def shrunken(case: Case) -> Case:
 
 SMALL_CASES = tuple(map(shrunken, CASES))
 CAN_PREPACK = can_prepack(T5EncoderStack(V1_1, dtype=torch.float32))
-HAS_KERNELS = missing_for_kernels() is None
+HAS_KERNELS = why_not_kernels() is None
 
 
 def small_bench(**arguments: Any) -> BenchReport:

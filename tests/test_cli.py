@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from nai_t5_core.cli import main
 from nai_t5_core.config import T5Config
-from nai_t5_core.kernels.build import missing_for_kernels
+from nai_t5_core.kernels.build import why_not_kernels
 from nai_t5_core.text_encoder import TextEncoder
 
 V1_1 = TOY_CONFIGS["v1.1"]
@@ -179,7 +179,7 @@ def test_inspect_the_embedded_model(run: Run) -> None:
 
 def test_inspect_and_encode_tell_which_attention(run: Run) -> None:
     attention = run("inspect", "--json").json["attention"]
-    missing = missing_for_kernels()
+    missing = why_not_kernels()
     assert attention == {
         "cpu": "sdpa" if missing else "kernels in bfloat16 and float32, else sdpa",
         "cuda": "flex from 512 tokens",

@@ -10,7 +10,7 @@ from conftest import TOY_CONFIGS, build_stack, random_state, write_hf_folder
 
 from nai_t5_core.examine import find_tokenizer_for
 from nai_t5_core.families import family, family_names
-from nai_t5_core.kernels.build import missing_for_kernels
+from nai_t5_core.kernels.build import why_not_kernels
 from nai_t5_core.load import load_encoder
 from nai_t5_core.optimize import can_prepack, is_packed
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
@@ -207,7 +207,7 @@ def test_from_pretrained_with_a_tokenizer_of_ones_own(tmp_path: Path) -> None:
     encoder = TextEncoder.from_pretrained(folder, "float32", "cpu", tokenizer=config)
     assert isinstance(encoder.tokenizer, ByteTokenizer)
     assert encoder.encode(["é"]).token_counts == [3]
-    attention = "sdpa" if missing_for_kernels() else "kernels"
+    attention = "sdpa" if why_not_kernels() else "kernels"
     assert repr(encoder) == f"TextEncoder(ByT5, d_model 64, torch.float32, cpu, attention=auto: {attention})"
 
 

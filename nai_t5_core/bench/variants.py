@@ -15,7 +15,7 @@ from nai_t5_core.compiled import compile_stack
 from nai_t5_core.config import T5Config
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.int8 import quantize_int8
-from nai_t5_core.kernels.build import missing_for_kernels
+from nai_t5_core.kernels.build import why_not_kernels
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.parity_report import OWN
 from nai_t5_core.peers import Peer, State, build_peer, own_encoder
@@ -120,7 +120,7 @@ def _own_variants(stack: T5EncoderStack, wanted: Wanted) -> dict[str, Optimize]:
 
 
 def _kernel_dtypes(stack: T5EncoderStack, wanted: Wanted) -> dict[str, torch.dtype]:
-    if not can_prepack(stack) or missing_for_kernels() is not None:
+    if not can_prepack(stack) or why_not_kernels() is not None:
         return {}
     return {OWN: stack.dtype, **({INT8: torch.int8} if wanted.int8 else {})}
 

@@ -15,6 +15,7 @@ from rich.markup import escape
 from nai_t5_core.cli.checkpoints import calibrate, convert, inspect, stress
 from nai_t5_core.cli.doctor import doctor
 from nai_t5_core.cli.generate import generate
+from nai_t5_core.cli.kernels import app as kernels
 from nai_t5_core.cli.measure import bench, bench_generate, estimate, parity
 from nai_t5_core.cli.prompts import count, encode, warm_up
 from nai_t5_core.cli.terminal import err, say
@@ -32,6 +33,7 @@ for command in (
     *(doctor, parity, bench, bench_generate, estimate, train),
 ):
     app.command()(command)
+app.add_typer(kernels, name="kernels", no_args_is_help=True)
 
 
 def main() -> None:

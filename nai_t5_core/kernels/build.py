@@ -20,33 +20,68 @@ _SOURCES = ("kernels.h", "tiles.h", "products.cpp", "attention.cpp", "block.cpp"
 _INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "avx512vnni", "fma")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", *(f"-m{name}" for name in _INSTRUCTIONS))
 
+NO_COMPILER = "there is no C++ compiler to build them with (install g++)"
 
-@lru_cache
+# Why the kernels could not be built, once that was tried.
+_failures: list[str] = []
+
+
 def missing_for_kernels() -> str | None:
-    """What this machine lacks for the kernels, as a sentence; None if nothing. The first call builds them."""
-    if not sys.platform.startswith("linux"):
-        return "the kernels are for Linux"
-    flags = _processor_flags()
-    if not flags >= {"avx512_bf16", "avx512_vnni"}:
-        return "this processor has no AVX512-BF16, or no AVX512-VNNI"
-    if "amx_bf16" in flags:
-        return "this processor has AMX, which oneDNN uses and the kernels do not"
+    """What this machine lacks for the kernels, as a sentence; None if nothing is known of. Nothing is built."""
+    return _missing_instructions() or next(iter(_failures), None) or _missing_compiler()
+
+
+def why_not_kernels() -> str | None:
+    """Why an automatic choice does not take the kernels: what is missing, or what is better. Nothing is built.
+
+    Where they are better left alone, they can be named all the same.
+    """
+    return missing_for_kernels() or _better_than_kernels()
+
+
+def prepare_kernels() -> str | None:
+    """Builds and loads the kernels, unless that was done; what is missing for it, as a sentence."""
+    if lasting := _missing_instructions() or next(iter(_failures), None):
+        return lasting
     try:
         library()
     except (RuntimeError, OSError) as error:
         log.warning("the T5 goes without its kernels for AVX512: %s", error)
+        _failures.append(str(error))
         return str(error)
     return None
 
 
-def _processor_flags() -> set[str]:
+def _missing_instructions() -> str | None:
+    if not sys.platform.startswith("linux"):
+        return "the kernels are for Linux"
+    if not _processor_flags() >= {"avx512_bf16", "avx512_vnni"}:
+        return "this processor has no AVX512-BF16, or no AVX512-VNNI"
+    return None
+
+
+def _better_than_kernels() -> str | None:
+    has_amx = "amx_bf16" in _processor_flags()
+    return "this processor has AMX, which oneDNN uses and the kernels do not" if has_amx else None
+
+
+@lru_cache
+def _missing_compiler() -> str | None:
+    if built_file().exists() or shutil.which("g++") is not None:
+        return None
+    return NO_COMPILER
+
+
+@lru_cache
+def _processor_flags() -> frozenset[str]:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):
-            return set(line.partition(":")[2].split())
-    return set()
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
 
 
-def _built_file() -> Path:
+def built_file() -> Path:
+    """Where the compiled kernels are, or will be."""
     digest = hashlib.sha256("\n".join(_FLAGS).encode())
     for source in _SOURCES:
         digest.update((_FOLDER / source).read_bytes())
@@ -63,7 +98,7 @@ def library() -> ctypes.CDLL:
         RuntimeError: there is no compiler, or it failed.
         OSError: the cache's folder cannot be written.
     """
-    built = _built_file()
+    built = built_file()
     if not built.exists():
         _build(built)
     # OpenMP's functions are found in the runtime that torch has loaded, so that its number of threads holds here too.
@@ -72,8 +107,8 @@ def library() -> ctypes.CDLL:
 
 def _build(target: Path) -> None:
     if shutil.which("g++") is None:
-        raise RuntimeError("there is no C++ compiler to build them with (install g++)")
-    log.info("compiling the kernels for AVX512 into %s, once", target)
+        raise RuntimeError(NO_COMPILER)
+    log.warning("compiling the T5's kernels for AVX512 into %s: once, and it takes some seconds", target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         unfinished = Path(folder) / target.name

@@ -17,10 +17,10 @@ from conftest import random_state
 from torch import Tensor
 
 from nai_t5_core.config import T5Config
-from nai_t5_core.kernels.build import missing_for_kernels
+from nai_t5_core.kernels.build import why_not_kernels
 
 # What a T5 whose products are joined says of itself: of this processor's kernels too, if it has them.
-KERNELS = "" if missing_for_kernels() else " with AVX512 kernels"
+KERNELS = "" if why_not_kernels() else " with AVX512 kernels"
 FUSED, PACKED = f"fused layout{KERNELS}", f"packed layout{KERNELS}"
 
 

@@ -1,0 +1,43 @@
+"""``kernels build``: what the first encode would otherwise wait for."""
+
+from __future__ import annotations
+
+import time
+
+import typer
+from rich.markup import escape
+
+from nai_t5_core.cli.options import Json
+from nai_t5_core.cli.terminal import print_json, say, working
+
+app = typer.Typer(help="The kernels for AVX512, by which the encoder's blocks run on processors that have it.")
+
+
+@app.callback()
+def _only_its_commands() -> None:
+    """Makes ``build`` a word of its own, and not what ``kernels`` alone does."""
+
+
+@app.command()
+def build(as_json: Json = False) -> None:
+    """Compile the kernels for this machine ahead; they are kept, and later processes load them."""
+    from nai_t5_core.kernels.build import built_file, missing_for_kernels, prepare_kernels, why_not_kernels
+
+    if missing := missing_for_kernels():
+        raise ValueError(f"the kernels cannot be built here: {missing}")
+    file, started = built_file(), time.perf_counter()
+    was_there = file.exists()
+    import torch  # noqa: F401 - the kernels use the threads that it has loaded
+
+    with working("compiling the kernels"):
+        failed = prepare_kernels()
+    if failed:
+        raise ValueError(f"the kernels cannot be built here: {failed}")
+    seconds = 0.0 if was_there else time.perf_counter() - started
+    unused = why_not_kernels()
+    if as_json:
+        print_json({"file": str(file), "was_there": was_there, "seconds": seconds, "not_chosen_because": unused})
+        return
+    say(f"{'there already' if was_there else f'built in {seconds:.1f} s'}: {escape(str(file))}")
+    if unused:
+        say(f"an automatic choice does not take them: {escape(unused)}")

@@ -1,0 +1,173 @@
+"""When the kernels are built, what is said of it, and which processors choose them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask, random_state
+from torch import nn
+
+from nai_t5_core.attention_choice import automatic_attention
+from nai_t5_core.int8 import can_quantize, quantize_int8
+from nai_t5_core.kernel_block import kernels_of
+from nai_t5_core.kernels import build
+from nai_t5_core.kernels.build import built_file, missing_for_kernels, prepare_kernels, why_not_kernels
+from nai_t5_core.optimize import PackedLinear, can_prepack, prepack
+from nai_t5_core.packed_block import PackedBlock
+
+V1_1 = TOY_CONFIGS["v1.1"]
+IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
+MASK = padding_mask([12, 5, 1], 12)
+AVX512 = frozenset({"avx512_bf16", "avx512_vnni"})
+AMX = AVX512 | {"amx_bf16"}
+
+
+def python(code: str, tmp_path: Path, compiler: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs code in a process whose cache is empty, and whose compiler, if it has any, is this shell script.
+
+    The script finds the kernels that are built already in the variable BUILT, and its output's name in OUTPUT.
+    """
+    tools = tmp_path / "tools"
+    tools.mkdir(exist_ok=True)
+    if compiler is not None:
+        script = f"#!/bin/sh\nfor OUTPUT; do :; done\nPATH=/usr/bin:/bin\nBUILT={built_file()}\n{compiler}\n"
+        (tools / "g++").write_text(script)
+        (tools / "g++").chmod(0o755)
+    environment = {**os.environ, "PATH": str(tools), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+
+
+COPIES = 'cp "$BUILT" "$OUTPUT"'
+FAILS = "echo 'tiles.h:1: error: no such instruction' >&2; exit 1"
+BUILDING = "compiling the T5's kernels for AVX512 into"
+
+LOOKS = """
+import torch
+from nai_t5_core import load_encoder
+from nai_t5_core.attention_choice import automatic_attention
+from nai_t5_core.kernels.build import missing_for_kernels, why_not_kernels
+stack = load_encoder(None, "bfloat16", "cpu")
+with torch.no_grad():
+    repr(stack), str(stack), stack.describe_attention(), automatic_attention()
+    missing_for_kernels(), why_not_kernels(), stack.encoder.block[0].runs_by_kernels(torch.bfloat16)
+print(stack.describe_attention())
+"""
+ENCODES = LOOKS + "print(bool(stack(torch.tensor([[5, 6, 1]])).isfinite().all()), stack.describe_attention())\n"
+WITHOUT_GRADIENTS = "import torch; torch.set_grad_enabled(False)\n"
+
+
+@pytest.fixture(autouse=True)
+def kernels_are_there_to_be_copied() -> None:
+    prepare_kernels()
+
+
+@needs_kernels
+def test_looking_never_builds(tmp_path: Path) -> None:
+    done = python(LOOKS, tmp_path, COPIES)
+    assert done.stdout.split() == ["auto:", "kernels" if not why_not_kernels() else "sdpa"]
+    assert BUILDING not in done.stderr and not list(tmp_path.rglob("*.so"))
+
+
+@needs_kernels
+def test_building_is_told(tmp_path: Path) -> None:
+    code = "from nai_t5_core.kernels.build import prepare_kernels; import torch; print(prepare_kernels())"
+    for is_first in (True, False):
+        done = python(code, tmp_path, COPIES)
+        assert done.stdout.strip() == "None", done.stderr
+        assert (BUILDING in done.stderr) == is_first
+    assert [path.name for path in tmp_path.rglob("*.so")] == [built_file().name]
+
+
+@pytest.mark.skipif(bool(why_not_kernels()), reason=f"no automatic choice takes the kernels here: {why_not_kernels()}")
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        (None, "there is no C++ compiler to build them with (install g++)"),
+        (FAILS, "g++ could not compile the kernels: tiles.h:1: error: no such instruction"),
+    ],
+)
+def test_where_they_cannot_be_built_torch_computes_and_says_so(
+    compiler: str | None, reason: str, tmp_path: Path
+) -> None:
+    done = python(WITHOUT_GRADIENTS + ENCODES, tmp_path, compiler)
+    guess, result = done.stdout.splitlines()
+    assert guess == ("auto: sdpa" if compiler is None else "auto: kernels")
+    assert result == "True auto: sdpa"
+    if compiler is not None:
+        assert done.stderr.count("the T5 goes without its kernels") == 1
+    assert not list(tmp_path.rglob("*.so"))
+    named = (
+        "from nai_t5_core import load_encoder; from nai_t5_core.optimize import prepack; "
+        "prepack(load_encoder(None, 'float32', 'cpu'), 'kernels')"
+    )
+    assert f"products='kernels' is not possible: {reason}; use" in python(named, tmp_path, compiler).stderr
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_builds(as_json: bool, tmp_path: Path) -> None:
+    arguments = ["nai-t5", "kernels", "build", *(["--json"] if as_json else [])]
+    code = f"import sys; sys.argv = {arguments!r}; from nai_t5_core.cli import main; main()"
+    if missing_for_kernels():
+        done = python(code, tmp_path)
+        assert done.returncode == 2 and "error: the kernels cannot be built here: " in done.stderr
+        return
+    for is_first in (True, False):
+        done = python(code, tmp_path, COPIES)
+        assert done.returncode == 0, done.stderr
+        told = f'"was_there": {str(not is_first).lower()}' if as_json else "built in" if is_first else "there already"
+        assert told in done.stdout and built_file().name in done.stdout
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    failed = python(code, elsewhere, FAILS)
+    assert failed.returncode == 2 and "error: no such instruction" in failed.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def on(monkeypatch: pytest.MonkeyPatch, flags: frozenset[str]) -> None:
+    monkeypatch.setattr(build, "_processor_flags", lambda: flags)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_amx_leaves_the_kernels_to_those_who_name_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, AVX512)
+    plain, expected = build_stack(V1_1, random_state(V1_1)), prepack(build_stack(V1_1, random_state(V1_1)), "kernels")
+    if not can_prepack(plain) or not can_quantize(plain):
+        pytest.skip("this machine packs or quantises no such weights")
+    assert kernels_of(plain.encoder.block[0], torch.float32) is not None and why_not_kernels() is None
+    on(monkeypatch, AMX)
+    assert missing_for_kernels() is None
+    assert why_not_kernels() == "this processor has AMX, which oneDNN uses and the kernels do not"
+    assert kernels_of(plain.encoder.block[0], torch.float32) is None
+    assert plain.describe_attention() == "auto: sdpa" and automatic_attention()["cpu"] == "sdpa"
+    changes: list[Any] = [prepack, quantize_int8]
+    for change in changes:
+        chosen = change(build_stack(V1_1, random_state(V1_1)))
+        assert not any(isinstance(block, PackedBlock) for block in chosen.encoder.block)
+        named = change(build_stack(V1_1, random_state(V1_1)), "kernels")
+        assert all(isinstance(block, PackedBlock) for block in named.encoder.block)
+        assert not any(isinstance(module, PackedLinear | nn.Linear) for module in named.modules())
+        assert named.describe_attention() == "auto: kernels"
+        if change is prepack:
+            assert torch.equal(named(IDS, MASK), expected(IDS, MASK))
+
+
+def test_without_the_instructions_naming_them_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, frozenset({"avx2"}))
+    stack = build_stack(V1_1, random_state(V1_1))
+    for change in (prepack, quantize_int8):
+        if not can_prepack(stack) or not can_quantize(stack):
+            pytest.skip("this machine packs or quantises no such weights")
+        with pytest.raises(ValueError, match=r"'kernels' is not possible: .* has no AVX512-BF16, or no AVX512-VNNI"):
+            change(stack, "kernels")
+    assert prepare_kernels() is not None and missing_for_kernels() is not None
