@@ -590,9 +590,9 @@ def test_folder_config_adds_tokens_and_names_the_pad_token(toy_model: bytes, tmp
     assert tokenizer.encode("<extra_id_0> <filler>") == [size + 1, size, 1]
     assert tokenizer_from_bytes(*tokenizer.serialized()).pad_token_id == size
 
-    config["added_tokens_decoder"] = {str(size + 5): {"content": "<filler>"}}
+    config["added_tokens_decoder"] = {str(size + 9): {"content": "<filler>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=rf"ids \[{size + 5}\], but the tokenizer's file ends at {size}"):
+    with pytest.raises(ValueError, match=rf"ids \[{size + 9}\], but the tokenizer's file ends at {size + 7}"):
         load_tokenizer(tmp_path)
 
 

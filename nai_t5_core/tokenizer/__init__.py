@@ -12,9 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from nai_t5_core.tokenizer.added_tokens import FolderTokens, read_config
 from nai_t5_core.tokenizer.base import TokenBatch, Tokenizer
 from nai_t5_core.tokenizer.convert import sentencepiece_to_tokenizer_json, tokenizer_json_to_sentencepiece
 from nai_t5_core.tokenizer.kinds import ByteTokenizer, JsonTokenizer, SentencePieceTokenizer
+from nai_t5_core.tokenizer.sentencepiece_format import EXTRA_ID
 
 __all__ = [
     "ByteTokenizer",
@@ -50,8 +52,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a folder of the Hugging Face layout, or in a file of any name.
 
     A file is recognised by its content: a tokenizer.json, a SentencePiece model, or a ByT5 tokenizer_config.json. In a
-    folder, tokenizer.json counts before a SentencePiece model, as in transformers, and tokenizer_config.json may add
-    tokens and name the pad token.
+    folder, tokenizer.json counts before a SentencePiece model, as in transformers, and tokenizer_config.json,
+    added_tokens.json and special_tokens_map.json may add tokens and name the pad token.
 
     Raises ValueError where there is nothing to read or it is no tokenizer.
     """
@@ -82,9 +84,8 @@ def _recognise(content: bytes, path: Path) -> Tokenizer:
 
 
 def _load_folder(folder: Path) -> Tokenizer:
-    config = _folder_config(folder)
-    if _is_byte_config(config):
-        return ByteTokenizer()
+    if _is_byte_config(read_config(folder)):
+        return _bytes_alone(FolderTokens.read(folder, beside_json=False))
     file = next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
     if file is None:
         found = sorted(entry.name for entry in folder.iterdir())[:12]
@@ -93,48 +94,22 @@ def _load_folder(folder: Path) -> Tokenizer:
             "Give the folder that holds one of them (in a diffusers pipeline: tokenizer, tokenizer_2 or tokenizer_3)"
         )
     tokenizer = _recognise(file.read_bytes(), file)
-    if not isinstance(tokenizer, (SentencePieceTokenizer, JsonTokenizer)):
-        return tokenizer
-    added = _added_tokens(config, tokenizer)
-    pad = _token_text(config.get("pad_token"))
-    if pad is not None and tokenizer.token_id(pad) is None and pad not in added:
-        added.append(pad)
-    if pad is not None and tokenizer.token_id(pad) == tokenizer.pad_token_id:
-        pad = None
-    return tokenizer.extended(added, pad) if added or pad is not None else tokenizer
-
-
-def _folder_config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            try:
-                config.update(json.loads((folder / name).read_bytes()))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{str(folder / name)!r} is no json object: {error}") from None
-    return config
+    if isinstance(tokenizer, SentencePieceTokenizer | JsonTokenizer):
+        return tokenizer.with_tokens(FolderTokens.read(folder, isinstance(tokenizer, JsonTokenizer)))
+    return tokenizer
 
 
 def _is_byte_config(config: Mapping[str, Any]) -> bool:
     return str(config.get("tokenizer_class", "")).startswith("ByT5Tokenizer")
 
 
-def _token_text(token: object) -> str | None:
-    """A token as the config files write it: a text, or an object with the text inside."""
-    content = token.get("content") if isinstance(token, Mapping) else token
-    return content if isinstance(content, str) else None
-
-
-def _added_tokens(config: Mapping[str, Any], tokenizer: SentencePieceTokenizer | JsonTokenizer) -> list[str]:
-    """The tokens that tokenizer_config.json puts behind those of the tokenizer's file."""
-    size = tokenizer.file_size
-    listed = {int(i): _token_text(token) or "" for i, token in config.get("added_tokens_decoder", {}).items()}
-    new = {i: listed[i] for i in sorted(listed) if i >= size}
-    if list(new) != list(range(size, size + len(new))):
+def _bytes_alone(tokens: FolderTokens) -> ByteTokenizer:
+    tokenizer = ByteTokenizer()
+    further = [token.content for i, token in tokens.numbered.items() if i >= tokenizer.vocab_size]
+    further += [token.content for token in tokens.special if not EXTRA_ID.fullmatch(token.content)]
+    if further:
         raise ValueError(
-            f"tokenizer_config.json adds tokens with the ids {list(new)[:8]}, but the tokenizer's file ends at {size}: "
-            "the two files don't belong together"
+            f"tokens are added to ByT5's ({further[:8]}), which has none but bytes and its extra ids: give a folder "
+            "without them, and their rows of the embedding as textual inversions"
         )
-    if not new and tokenizer.lacks_extra_ids and isinstance(config.get("extra_ids"), int):
-        return [f"<extra_id_{i}>" for i in reversed(range(config["extra_ids"]))]
-    return list(new.values())
+    return tokenizer

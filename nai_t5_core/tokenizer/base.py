@@ -154,7 +154,9 @@ def split_at_tokens(
     for match in tokens.finditer(text):
         if match.start() > position:
             yield position, text[position : match.start()], None
-        yield match.start(), "", ids[match.group().strip()]
+        # White space may itself be a token, or only go with one.
+        found = match.group()
+        yield match.start(), "", ids[found if found in ids else found.strip()]
         position = match.end()
     if position < len(text):
         yield position, text[position:], None

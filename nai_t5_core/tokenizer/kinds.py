@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from nai_t5_core.tokenizer.added_tokens import AddedToken, FolderTokens, refuse_gaps
 from nai_t5_core.tokenizer.base import Tokenizer, split_at_tokens
-from nai_t5_core.tokenizer.convert import Normalization
-from nai_t5_core.tokenizer.sentencepiece_format import extend_sentencepiece, missing_extra_ids, read_fields
+from nai_t5_core.tokenizer.convert import Normalization, sentencepiece_to_tokenizer_json
+from nai_t5_core.tokenizer.sentencepiece_format import EXTRA_ID, extend_sentencepiece, missing_extra_ids, read_fields
 
 # Unicode's White_Space characters: the places where the fast tokenizer splits words.
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
@@ -80,6 +82,43 @@ class SentencePieceTokenizer(Tokenizer):
     def extended(self, tokens: Sequence[str], pad_token: str | None = None) -> SentencePieceTokenizer:
         """The same tokenizer with further tokens behind the model file's pieces and, where given, another pad token."""
         return SentencePieceTokenizer(extend_sentencepiece(self._content, tokens, pad_token))
+
+    def with_tokens(self, tokens: FolderTokens) -> Tokenizer:
+        """The tokenizer with what the other files of its folder say.
+
+        Where that is more than extra ids and a pad token, a Unigram model is run as a tokenizer.json, by the library
+        that transformers runs it by: how tokens are found in a prompt is a matter of its own.
+
+        Raises ValueError where ids do not follow those of the model file.
+        """
+        base = self._with_extra_ids(tokens)
+        if not tokens.numbered and not tokens.special:
+            return base._with_pad(tokens.pad_token)
+        try:
+            as_json = JsonTokenizer(sentencepiece_to_tokenizer_json(base._content))
+        except ValueError:  # a model of another kind than Unigram
+            return base._with_special(tokens.special)._with_pad(tokens.pad_token)
+        complete = as_json.with_tokens(tokens)
+        return base if complete is as_json else complete
+
+    def _with_extra_ids(self, tokens: FolderTokens) -> SentencePieceTokenizer:
+        """With the tokens that are listed behind the model file's pieces, or as many extra ids as are told."""
+        if self.file_size in tokens.numbered:
+            behind = [i for i in tokens.numbered if i >= self.file_size]
+            refuse_gaps(behind, self.file_size)
+            return self.extended([tokens.numbered[i].content for i in behind])
+        if self.lacks_extra_ids and tokens.extra_ids is not None:
+            return self.extended([f"<extra_id_{i}>" for i in reversed(range(tokens.extra_ids))])
+        return self
+
+    def _with_special(self, tokens: Sequence[AddedToken]) -> SentencePieceTokenizer:
+        new = [token.content for token in tokens if token.content not in self._specials]
+        return self.extended(new) if new else self
+
+    def _with_pad(self, pad: str | None) -> SentencePieceTokenizer:
+        if pad is None or self.token_id(pad) == self.pad_token_id:
+            return self
+        return self.extended([] if self.token_id(pad) is not None else [pad], pad)
 
     def _parts(self, text: str) -> Iterator[tuple[int, str, int | None]]:
         for start, part, special in split_at_tokens(text, self._pattern, self._specials):
@@ -178,22 +217,51 @@ class JsonTokenizer(Tokenizer):
 
     def extended(self, tokens: Sequence[str], pad_token: str | None = None) -> JsonTokenizer:
         """The same tokenizer with further special tokens at its end and, where given, another pad token."""
+        further = tuple(AddedToken(token) for token in tokens)
+        return self.with_tokens(FolderTokens(special=further, pad_token=pad_token))
+
+    def with_tokens(self, tokens: FolderTokens) -> JsonTokenizer:
+        """The tokenizer with what the other files of its folder say.
+
+        Raises ValueError where ids do not follow those of the file.
+        """
         data = json.loads(self._content)
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        for i, token in enumerate(tokens, start=self.vocab_size):
-            data.setdefault("added_tokens", []).append({"id": i, "content": token, **flags, "special": True})
-        if pad_token is not None:
+        before = {entry["content"]: entry for entry in data.get("added_tokens") or []}
+        entries = self._entries(before, tokens)
+        pad = (
+            None if tokens.pad_token is None else entries.get(tokens.pad_token, {"id": self.token_id(tokens.pad_token)})
+        )
+        if entries == before and (pad is None or pad["id"] == self.pad_token_id):
+            return self
+        data["added_tokens"] = sorted(entries.values(), key=lambda entry: entry["id"])
+        if pad is not None:
             data["padding"] = {
                 "strategy": "BatchLongest",
                 "direction": "Right",
                 "pad_to_multiple_of": None,
-                "pad_id": self.vocab_size + list(tokens).index(pad_token)
-                if pad_token in tokens
-                else self.token_id(pad_token),
+                "pad_id": pad["id"],
                 "pad_type_id": 0,
-                "pad_token": pad_token,
+                "pad_token": tokens.pad_token,
             }
         return JsonTokenizer(json.dumps(data, ensure_ascii=False).encode())
+
+    def _entries(self, before: dict[str, dict[str, Any]], tokens: FolderTokens) -> dict[str, dict[str, Any]]:
+        """The added tokens of the file by their text, and then those of the folder."""
+        entries = dict(before)
+        listed = {token.content for token in (*tokens.numbered.values(), *tokens.special)}
+        if tokens.special_alone:
+            entries = {text: entry for text, entry in before.items() if text in listed or not EXTRA_ID.fullmatch(text)}
+        size = self.vocab_size
+        refuse_gaps([i for i, token in tokens.numbered.items() if self.token_id(token.content) is None], size)
+        special = list(tokens.special)
+        if tokens.pad_token is not None and self.token_id(tokens.pad_token) is None:
+            special.append(AddedToken(tokens.pad_token))
+        numbered = {token.content: token for token in tokens.numbered.values()}
+        for token in (*numbered.values(), *(token for token in special if token.content not in {*entries, *numbered})):
+            known = self.token_id(token.content)
+            entries[token.content] = token.as_json(size if known is None else known)
+            size += known is None
+        return entries
 
     def _ids(self, text: str) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=False).ids)

@@ -1,0 +1,127 @@
+"""Tokens that the files of a folder put beside those of the tokenizer's own file, as transformers 5 reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is looked for in a prompt before the prompt is cut into pieces.
+
+    Attributes:
+        content: its text.
+        special: left out where a text is decoded without special tokens.
+        normalized: looked for after normalisation.
+        lstrip, rstrip: takes the white space before, or behind, with it.
+        single_word: not found within a longer word.
+    """
+
+    content: str
+    special: bool = True
+    normalized: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+    @classmethod
+    def read(cls, value: object, special: bool = False) -> AddedToken | None:
+        """A token as the files write it: a text, or an object with the text inside; None for anything else."""
+        values: Mapping[str, Any] = value if isinstance(value, Mapping) else {"content": value}
+        content = values.get("content")
+        if not isinstance(content, str) or not content:
+            return None
+        special = bool(values.get("special", special))
+        flags = {name: bool(values.get(name, False)) for name in ("lstrip", "rstrip", "single_word")}
+        return cls(content, special, bool(values.get("normalized", not special)), **flags)
+
+    def as_json(self, token_id: int) -> dict[str, Any]:
+        """As an entry of a tokenizer.json."""
+        return {"id": token_id, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class FolderTokens:
+    """What a folder's files say about tokens.
+
+    Attributes:
+        numbered: tokens with the ids that they are to have, in the order of these.
+        special: further special tokens, which get the next ids.
+        special_alone: of a SentencePiece model's extra ids, only those in ``special`` are looked for in prompts.
+        extra_ids: how many extra ids there are, where that is said.
+        pad_token: the pad token, where that is said.
+    """
+
+    numbered: Mapping[int, AddedToken] = field(default_factory=dict)
+    special: tuple[AddedToken, ...] = ()
+    special_alone: bool = False
+    extra_ids: int | None = None
+    pad_token: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path, beside_json: bool) -> FolderTokens:
+        """From tokenizer_config.json, special_tokens_map.json and added_tokens.json, as far as they are there.
+
+        ``beside_json``: the tokenizer's own file is a tokenizer.json, and no SentencePiece model.
+
+        Raises ValueError where one is no json object, or has something else in a token's place.
+        """
+        config = _read_object(folder / "tokenizer_config.json")
+        settings = {**_read_object(folder / "special_tokens_map.json"), **config}
+        # As it is; beside a SentencePiece model, transformers leaves out what the map lists.
+        lists = settings if beside_json else config
+        further = lists.get("extra_special_tokens", lists.get("additional_special_tokens", ()))
+        listed = further.values() if isinstance(further, Mapping) else further or ()
+        extra_ids, pad = settings.get("extra_ids"), AddedToken.read(settings.get("pad_token"))
+        return cls(
+            numbered=_numbered(folder, config, settings),
+            special=tuple(token for value in listed if (token := AddedToken.read(value, special=True))),
+            special_alone=bool(listed) and not isinstance(further, Mapping) and not beside_json,
+            extra_ids=extra_ids if isinstance(extra_ids, int) else None,
+            pad_token=pad.content if pad else None,
+        )
+
+
+def _numbered(folder: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[int, AddedToken]:
+    if config.get("added_tokens_decoder"):
+        source, entries = "added_tokens_decoder of tokenizer_config.json", dict(config["added_tokens_decoder"])
+    else:
+        # An older list, which the newer one takes the place of.
+        source = "added_tokens.json"
+        ids = _read_object(folder / source)
+        special = {token.content for value in settings.values() if (token := AddedToken.read(value))}
+        entries = {number: {"content": text, "special": text in special} for text, number in ids.items()}
+    tokens = {}
+    for number, value in entries.items():
+        token = AddedToken.read(value)
+        if token is None or not str(number).isdecimal():
+            raise ValueError(f"{source} in {str(folder)!r} has {number!r}: {value!r}, which is no id and no token")
+        tokens[int(number)] = token
+    return dict(sorted(tokens.items()))
+
+
+def refuse_gaps(new: Sequence[int], size: int) -> None:
+    """Raises ValueError where new ids are not those that follow a file's."""
+    if list(new) != list(range(size, size + len(new))):
+        raise ValueError(
+            f"tokens are added with the ids {list(new)[:8]}, but the tokenizer's file ends at {size}: the files of the "
+            "folder don't belong together"
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of a folder's tokenizer."""
+    return _read_object(folder / "tokenizer_config.json")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(file)!r} is no json object: {error}") from None
