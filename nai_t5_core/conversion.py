@@ -18,7 +18,7 @@ from nai_t5_core.fuse import cook, fused_recipes
 from nai_t5_core.load import ScalesChoice, choose_decoder_scales, choose_scales
 from nai_t5_core.precision import DTYPES, is_finite, keeps_finite
 from nai_t5_core.scales import StackScales
-from nai_t5_core.tokenizer import load_tokenizer
+from nai_t5_core.tokenizer import TOKENIZER_TENSORS, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def main_dtype(examination: Examination) -> torch.dtype:
 
 def _vocabulary_tensor(serialized: tuple[str, bytes]) -> dict[str, Tensor]:
     kind, content = serialized
-    name = next((name for name, stored in native.TOKENIZER_TENSORS.items() if stored == kind), None)
+    name = next((name for name, stored in TOKENIZER_TENSORS.items() if stored == kind), None)
     return {} if name is None else {name: torch.frombuffer(bytearray(content), dtype=torch.uint8)}
 
 

@@ -24,7 +24,7 @@ from nai_t5_core.keymaps import KeyMap, map_names
 from nai_t5_core.precision import DTYPES
 from nai_t5_core.quantised import refuse_quantised
 from nai_t5_core.scales import StackScales
-from nai_t5_core.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_bytes
+from nai_t5_core.tokenizer import TOKENIZER_TENSORS, ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_bytes
 
 ModelSource = str | Path | None
 _WEIGHT_DTYPES = (
@@ -232,7 +232,7 @@ def find_tokenizer(examination: Examination) -> Tokenizer | None:
     checkpoint, inside = examination.checkpoint, examination.keymap.tokenizer
     # Tools that cast every tensor of a file to float16 make the tokenizer in it useless.
     if inside is not None and checkpoint.tensors[inside].dtype == torch.uint8:
-        kind = native.TOKENIZER_TENSORS[inside.rpartition(".")[2]]
+        kind = TOKENIZER_TENSORS[inside.rpartition(".")[2]]
         return tokenizer_from_bytes(kind, bytes(checkpoint.read(inside).numpy()))
     folders = _tokenizer_folders(examination)
     if folders:

@@ -19,12 +19,10 @@ from nai_t5_core.formats import Checkpoint, CheckpointError
 from nai_t5_core.fuse import Recipe
 from nai_t5_core.keymaps import KeyMap
 from nai_t5_core.scales import StackScales
+from nai_t5_core.tokenizer import TOKENIZER_TENSORS
 
 FORMAT = "nai-t5"
 FORMAT_VERSION = 1
-
-# Tensor that holds a tokenizer to the tokenizer's kind. The first name is the one ComfyUI's single files use.
-TOKENIZER_TENSORS = {"spiece_model": "sentencepiece", "tokenizer_json": "tokenizer.json"}
 
 
 def is_native(checkpoint: Checkpoint) -> bool:

@@ -104,7 +104,8 @@ class TextEncoder:
         """Loads weights and tokenizer; sources and arguments are those of :func:`nai_t5_core.load.load_encoder`.
 
         Args:
-            tokenizer: a tokenizer file or folder, for weight files that have none beside or inside them.
+            tokenizer: a tokenizer file or folder, or a file of weights with one inside, for weight files that have none
+                beside or inside them.
             optimize: prepack the weights where that speeds up this device. The model can then not be moved or trained.
                 On CUDA in half precision our own kernels encode, from CUDA graphs, see :mod:`nai_t5_core.cuda`; that
                 takes nothing from the model.

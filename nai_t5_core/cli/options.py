@@ -44,7 +44,8 @@ ModelOption = Annotated[
 ]
 Subfolder = Annotated[str, typer.Option(help="The text encoder's folder in a diffusers pipeline.")]
 TokenizerOption = Annotated[
-    str | None, typer.Option("--tokenizer", help="Tokenizer file or folder, if the model has none.")
+    str | None,
+    typer.Option("--tokenizer", help="Tokenizer file or folder, or weights with one inside, if the model has none."),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Compute dtype.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps…")]

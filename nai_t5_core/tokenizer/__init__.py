@@ -15,10 +15,12 @@ from typing import Any
 from nai_t5_core.tokenizer.added_tokens import FolderTokens, read_config
 from nai_t5_core.tokenizer.base import TokenBatch, Tokenizer
 from nai_t5_core.tokenizer.convert import sentencepiece_to_tokenizer_json, tokenizer_json_to_sentencepiece
+from nai_t5_core.tokenizer.inside_weights import TOKENIZER_TENSORS, is_safetensors, tokenizer_inside
 from nai_t5_core.tokenizer.kinds import ByteTokenizer, JsonTokenizer, SentencePieceTokenizer
 from nai_t5_core.tokenizer.sentencepiece_format import EXTRA_ID
 
 __all__ = [
+    "TOKENIZER_TENSORS",
     "ByteTokenizer",
     "JsonTokenizer",
     "SentencePieceTokenizer",
@@ -51,8 +53,9 @@ def tokenizer_from_bytes(kind: str, content: bytes) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a folder of the Hugging Face layout, or in a file of any name.
 
-    A file is recognised by its content: a tokenizer.json, a SentencePiece model, or a ByT5 tokenizer_config.json. In a
-    folder, tokenizer.json counts before a SentencePiece model, as in transformers, and tokenizer_config.json,
+    A file is recognised by its content: a tokenizer.json, a SentencePiece model, a ByT5 tokenizer_config.json, or a
+    safetensors file with a tokenizer beside its weights, such as our own converted ones. In a folder, tokenizer.json
+    counts before a SentencePiece model, as in transformers, and both before weights; tokenizer_config.json,
     added_tokens.json and special_tokens_map.json may add tokens and name the pad token.
 
     Raises ValueError where there is nothing to read or it is no tokenizer.
@@ -61,6 +64,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.is_dir():
         return _load_folder(path)
     try:
+        if is_safetensors(path):
+            return tokenizer_from_bytes(*tokenizer_inside(path))
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"can't read a tokenizer from {str(path)!r}: {error.strerror or error}") from error
@@ -87,6 +92,8 @@ def _load_folder(folder: Path) -> Tokenizer:
     if _is_byte_config(read_config(folder)):
         return _bytes_alone(FolderTokens.read(folder, beside_json=False))
     file = next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
+    if file is None and len(weights := sorted(folder.glob("*.safetensors"))) == 1:
+        return load_tokenizer(weights[0])
     if file is None:
         found = sorted(entry.name for entry in folder.iterdir())[:12]
         raise ValueError(

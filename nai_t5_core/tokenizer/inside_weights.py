@@ -1,0 +1,43 @@
+"""The tokenizer that a safetensors file carries beside its weights, as our own files and ComfyUI's do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# Tensor that holds a tokenizer to the tokenizer's kind. The first name is the one ComfyUI's single files use.
+TOKENIZER_TENSORS = {"spiece_model": "sentencepiece", "tokenizer_json": "tokenizer.json"}
+
+_LENGTH_BYTES = 8
+
+
+def is_safetensors(file: Path) -> bool:
+    """Whether a file begins as safetensors do: with the length of the json object that follows."""
+    with file.open("rb") as opened:
+        start = opened.read(_LENGTH_BYTES + 1)
+    return start[_LENGTH_BYTES:] == b"{" and int.from_bytes(start[:_LENGTH_BYTES], "little") < file.stat().st_size
+
+
+def tokenizer_inside(file: Path) -> tuple[str, bytes]:
+    """Kind and content of the tokenizer in a safetensors file; the weights are not read.
+
+    Raises ValueError where there is none, or more than one, or the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as weights:
+            found = [name for name in weights.keys() if name.rpartition(".")[2] in TOKENIZER_TENSORS]  # noqa: SIM118
+            if len(found) != 1:
+                named = f"{len(found)} tokenizers ({', '.join(found)})" if found else "no tokenizer"
+                raise ValueError(
+                    f"{str(file)!r} has {named} inside: give a tokenizer.json, a SentencePiece model (spiece.model), a "
+                    "folder that holds one of them, or a file of weights with one inside"
+                )
+            values = weights.get_tensor(found[0])
+    except SafetensorError as error:
+        raise ValueError(f"{str(file)!r} cannot be read as safetensors: {error}") from None
+    if values.dtype != "uint8":
+        raise ValueError(
+            f"the tokenizer in {str(file)!r} was cast to {values.dtype}, and is lost; give that of the original"
+        )
+    return TOKENIZER_TENSORS[found[0].rpartition(".")[2]], values.tobytes()
