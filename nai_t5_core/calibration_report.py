@@ -15,6 +15,7 @@ from nai_t5_core.scales import FLOAT16_MAX, StackScales
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 # The quantities that have a scale, in the order of their computation, with their colours in the plot.
 _SCALED = {
@@ -111,18 +112,19 @@ class Calibration:
 def render(calibration: Calibration) -> RenderableType:
     """Tables of maxima and scales for a terminal."""
     from rich.console import Group
+    from rich.text import Text
 
     title = f"largest absolute values over {calibration.tokens:,} tokens"
-    tables = [_table(calibration.encoder, title)]
+    tables: list[RenderableType] = [_table(calibration.encoder, title)]
     if calibration.decoder is not None:
         tables.append(_table(calibration.decoder, "the same in the decoder"))
     crossing = ", cross" if calibration.decoder is not None else ""
-    notes = [
+    notes: list[RenderableType] = [
         f"attn{crossing}, ff: what attention and feed-forward add to the residual",
         f"scales of attn{crossing}, hidden, ff for headroom {calibration.headroom:g}; "
         f"of the embedding {_fraction(calibration.scales.embedding)}",
         "lost: share of the hidden values that are subnormal or zero in float16, after scaling",
-        *(f"[red]exceeds float16 whatever the scales:[/red] {fault}" for fault in calibration.beyond()),
+        *(Text.assemble(("exceeds float16 whatever the scales: ", "red"), fault) for fault in calibration.beyond()),
     ]
     return Group(*tables, *notes)
 
@@ -143,8 +145,11 @@ def _table(stack: StackMaxima, title: str) -> Table:
     return table
 
 
-def _number(value: float) -> str:
-    return f"[red]{value:,.0f}[/red]" if value > FLOAT16_MAX else f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+def _number(value: float) -> Text:
+    from rich.text import Text
+
+    shown = f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+    return Text(shown, "red" if value > FLOAT16_MAX else "")
 
 
 def _fraction(scale: float) -> str:

@@ -14,6 +14,7 @@ from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
 OWN = "comfy-nai-t5"
 
@@ -189,12 +190,13 @@ def _layer_table(report: ParityReport, dtype: str) -> RenderableType:
 
 def _policy_table(report: ParityReport) -> RenderableType:
     from rich.table import Table
+    from rich.text import Text
 
     headings = ("dtype", "layout", *PADDING_POLICIES, "tolerance")
     table = Table(*headings, title="padding policies, relative", title_justify="left")
     for (dtype, name), group in groupby(report.policies, key=lambda check: (check.dtype, check.name)):
         checks = list(group)
-        cells = [f"[{'green' if check.passed else 'red'}]{check.relative:.1e}[/]" for check in checks]
+        cells = [Text(f"{check.relative:.1e}", "green" if check.passed else "red") for check in checks]
         table.add_row(dtype, name.removeprefix(f"{OWN} "), *cells, f"{checks[0].tolerance:.0e}")
     return table
 
@@ -203,8 +205,10 @@ def _heading(name: str) -> str:
     return name.replace(f"{OWN} ", "ours\n")
 
 
-def _cell(value: float) -> str:
-    return f"{value:.1e}" if math.isfinite(value) else f"[red]{value}[/red]"
+def _cell(value: float) -> Text:
+    from rich.text import Text
+
+    return Text(f"{value:.1e}") if math.isfinite(value) else Text(f"{value}", "red")
 
 
 def plot(report: ParityReport, path: Path) -> None:

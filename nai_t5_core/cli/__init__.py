@@ -10,7 +10,6 @@ import warnings
 from typing import Any
 
 import typer
-from rich.markup import escape
 
 from nai_t5_core.cli.checkpoints import calibrate, convert, inspect, stress
 from nai_t5_core.cli.doctor import doctor
@@ -18,7 +17,7 @@ from nai_t5_core.cli.generate import generate
 from nai_t5_core.cli.kernels import app as kernels
 from nai_t5_core.cli.measure import bench, bench_generate, estimate, parity
 from nai_t5_core.cli.prompts import count, encode, warm_up
-from nai_t5_core.cli.terminal import err, say
+from nai_t5_core.cli.terminal import err, never_fail_on_an_encoding, say
 from nai_t5_core.cli.train import train
 
 app = typer.Typer(
@@ -38,16 +37,17 @@ app.add_typer(kernels, name="kernels", no_args_is_help=True)
 
 def main() -> None:
     """The entry point: faults of the input become one line on stderr and exit status 2; a warning is one line."""
+    never_fail_on_an_encoding()
     warnings.showwarning = _say_warning
     try:
         app(prog_name="nai-t5")
     except (ValueError, OSError) as error:
-        say(f"[red]error:[/red] {escape(_in_one_line(error))}", err)
+        say(_in_one_line(error), err, "error:", "red")
         sys.exit(2)
 
 
 def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    say(f"[yellow]warning:[/yellow] {escape(str(message))}", err)
+    say(str(message), err, "warning:", "yellow")
 
 
 def _in_one_line(error: Exception) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from nai_t5_core.cli.options import (
@@ -41,16 +40,16 @@ def inspect(model: ModelArgument = None, subfolder: Subfolder = "", as_json: Jso
 def _print_inspection(report: dict[str, Any]) -> None:
     from nai_t5_core.load import by_reason
 
-    table = Table(show_header=False, title=escape(report["source"]), title_justify="left")
+    table = Table(show_header=False, title=report["source"], title_justify="left")
     for key, value in report.items():
         if key not in ("source", "faults", "ignored"):
             table.add_row(key.replace("_", " "), _cell(value))
     out.print(table)
     for reason, names in by_reason(report["ignored"]).items():
         more = f" and {len(names) - 1} more" if names[1:] else ""
-        say(f"ignored [bold]{escape(names[0])}[/bold]{more}: {escape(reason)}")
+        say(f"ignored {names[0]}{more}: {reason}")
     for fault in report["faults"]:
-        say(f"[red]fault[/red] {escape(fault)}")
+        say(fault, title="fault", style="red")
 
 
 def convert(
@@ -81,7 +80,7 @@ def convert(
     if as_json:
         print_json(report)
         return
-    say(f"{escape(str(done.out))}: {done.tensors} tensors, {size(done.nbytes)}, {report['dtype']}")
+    say(f"{done.out}: {done.tensors} tensors, {size(done.nbytes)}, {report['dtype']}")
     say(f"tokenizer: {done.tokenizer or 'none found; give one with --tokenizer'}")
 
 
@@ -133,7 +132,7 @@ def calibrate(
     out.print(calibration_report.render(found))
     for name in ("plot", "scales", "out"):
         if name in report:
-            say(f"wrote {escape(report[name])}")
+            say(f"wrote {report[name]}")
 
 
 def stress(
@@ -156,7 +155,7 @@ def stress(
         print_json({"out": str(folder), "size": size, "outlier": outlier, "layer": layer, "decoder": decoder})
     else:
         where = f"{'decoder ' if decoder else ''}layer {layer}"
-        say(f"wrote {escape(str(folder))}: {size}, {outlier} overflows float16 in {where}")
+        say(f"wrote {folder}: {size}, {outlier} overflows float16 in {where}")
 
 
 def _inspection(examination: Examination) -> dict[str, Any]:
@@ -196,4 +195,4 @@ def _inspection(examination: Examination) -> dict[str, Any]:
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{key}: {item:,}" if type(item) is int else f"{key}: {item}" for key, item in value.items())
-    return f"{value:,}" if type(value) is int else escape(str(value))
+    return f"{value:,}" if type(value) is int else str(value)

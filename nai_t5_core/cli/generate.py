@@ -7,7 +7,6 @@ from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from nai_t5_core.cli.options import (
     DeviceOption,
@@ -22,7 +21,7 @@ from nai_t5_core.cli.options import (
     Subfolder,
     TokenizerOption,
 )
-from nai_t5_core.cli.terminal import all_prompts, out, print_json, say, short, working
+from nai_t5_core.cli.terminal import all_prompts, print_json, say, short, working
 
 if TYPE_CHECKING:
     from nai_t5_core.generation import GenerationOptions
@@ -112,9 +111,9 @@ def generate(
         print_json({"source": loaded.report.source, "model": loaded.report.kind, "prompts": outputs})
         return
     for row in outputs:
-        say(f"[bold]{short(row['prompt'])}[/bold]")
+        say("", title=short(row["prompt"]), style="bold")
         for output in row["outputs"]:
-            out.print(f"  {escape(output['text'])}", highlight=False, soft_wrap=True)
+            say(f"  {output['text']}")
 
 
 def _made_fast(model: T5, int8: bool) -> T5:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 import typer
-from rich.markup import escape
 
 from nai_t5_core.cli.options import Json
 from nai_t5_core.cli.terminal import print_json, say, working
@@ -38,6 +37,6 @@ def build(as_json: Json = False) -> None:
     if as_json:
         print_json({"file": str(file), "was_there": was_there, "seconds": seconds, "not_chosen_because": unused})
         return
-    say(f"{'there already' if was_there else f'built in {seconds:.1f} s'}: {escape(str(file))}")
+    say(f"{'there already' if was_there else f'built in {seconds:.1f} s'}: {file}")
     if unused:
-        say(f"an automatic choice does not take them: {escape(unused)}")
+        say(f"an automatic choice does not take them: {unused}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nai_t5_core.cli.options import DeviceOption, Dtype, DtypeOption, Json, ModelArgument, ScalesOption, Subfolder
-from nai_t5_core.cli.terminal import err, out, print_json, say
+from nai_t5_core.cli.terminal import out, print_json, say, status
 from nai_t5_core.config import named_config
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def parity(
         config, state = examination.config, hf_state(examination)
         chosen = choose_scales(examination, torch.float16, scales or "auto")
     peers, lengths = against.split(",") if against else (), _numbers("--prompt-lengths", prompt_lengths)
-    with err.status("measuring") as status:
+    with status("measuring") as tell:
         report = measure_parity(
             config,
             state,
@@ -87,7 +87,7 @@ def parity(
             scales=chosen,
             per_layer=per_layer,
             int8=int8,
-            progress=status.update,
+            progress=tell,
         )
         if decoder:
             found = measure_decoder_parity(
@@ -98,7 +98,7 @@ def parity(
                 lengths,
                 scales=chosen,
                 decoder_scales=chosen_for_decoder,
-                progress=status.update,
+                progress=tell,
             )
             report = dataclasses.replace(
                 report,
@@ -153,7 +153,7 @@ def bench(
     chosen = timing.CASES if cases is None else timing.cases_named(cases.split(","))
     if plot is not None and not chosen:
         raise ValueError("--plot draws cases, and --cases none leaves nothing to draw")
-    with err.status("preparing") as status:
+    with status("preparing") as tell:
         report = timing.run_bench(
             size,
             dtype.value,
@@ -163,7 +163,7 @@ def bench(
             chosen,
             with_load=load,
             device=device,
-            progress=status.update,
+            progress=tell,
             comfyui=comfyui,
             compiled=compiled,
             int8=int8,
@@ -202,7 +202,7 @@ def bench_generate(
     from nai_t5_core import bench as timing
 
     chosen = timing.GENERATION_CASES if cases is None else timing.generation_cases_named(cases.split(","))
-    with err.status("preparing") as status:
+    with status("preparing") as tell:
         report = timing.bench_generation(
             size,
             dtype.value,
@@ -215,7 +215,7 @@ def bench_generate(
             int8=int8,
             compiled=compiled,
             device=device,
-            progress=status.update,
+            progress=tell,
         )
     if markdown is not None:
         markdown.write_text(timing.generation_markdown(report), encoding="utf-8")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from nai_t5_core.cli.options import (
@@ -197,7 +196,7 @@ def _embedding_summary(encoder: TextEncoder, texts: list[str], embeddings: Promp
 
 
 def _print_embeddings(summary: dict[str, Any]) -> None:
-    say(f"{escape(summary['model'])} → {summary['dtype']} {escape(str(summary['shape']))}")
+    say(f"{summary['model']} gives {summary['dtype']} {summary['shape']}")
     table = Table("prompt", "tokens", "mean", "std", "first values")
     for row in summary["prompts"]:
         first = " ".join(f"{value:+.3f}" for value in row["first_values"])
@@ -205,14 +204,14 @@ def _print_embeddings(summary: dict[str, Any]) -> None:
     out.print(table)
     for row in summary.get("loras", []):
         others = f"; not for the T5: {row['not_for_t5']}" if row["not_for_t5"] else ""
-        say(escape(f"LoRA {row['name']} at {row['strength']:g}: {row['weights']} weights{others}"))
+        say(f"LoRA {row['name']} at {row['strength']:g}: {row['weights']} weights{others}")
     for row in summary["prompts"]:
         if row["truncated"]:
             lost = f"{short(row['prompt'])}; lost: {short(row['cut_text'])}"
-            say(f"[yellow]cut to {row['tokens']} tokens:[/yellow] {lost}", err)
+            say(lost, err, f"cut to {row['tokens']} tokens:", "yellow")
     for name in ("out", "scales"):
         if name in summary:
-            say(f"wrote {escape(summary[name])}")
+            say(f"wrote {summary[name]}")
 
 
 def _write_embeddings(

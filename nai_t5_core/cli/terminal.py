@@ -1,21 +1,34 @@
-"""How commands hear and speak: prompts from files, results on stdout, everything else on stderr."""
+"""How commands hear and speak: prompts from files, results on stdout, everything else on stderr.
+
+Texts are shown as they are: nothing in them is markup or stands for a picture. What is to have a style is rich's Text.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
-out = Console()
-err = Console(stderr=True)
+out = Console(markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
+
+
+def never_fail_on_an_encoding() -> None:
+    """Has stdout and stderr spell out what their encoding lacks, as Python's strings do: an arrow as ``\\u2192``."""
+    for stream in (sys.stdout, sys.stderr):
+        # What stands in for a stream may lack this, and Python without a console has no streams.
+        change: Callable[..., None] | None = getattr(stream, "reconfigure", None)
+        if change is not None:
+            change(errors="backslashreplace")
 
 
 def size(nbytes: int) -> str:
@@ -24,12 +37,12 @@ def size(nbytes: int) -> str:
 
 def short(text: object, width: int = 60) -> str:
     flat = " ".join(str(text).split())
-    return escape(flat if len(flat) <= width else flat[: width - 1] + "…")
+    return flat if len(flat) <= width else flat[: width - 3] + "..."
 
 
-def say(markup: str, console: Console = out) -> None:
-    """One line, however long: wrapping would break paths and messages apart."""
-    console.print(markup, highlight=False, soft_wrap=True)
+def say(text: str, console: Console = out, title: str = "", style: str = "") -> None:
+    """One line, however long: wrapping would break paths and messages apart. Its title has a style."""
+    console.print(Text.assemble((title, style), " " if title and text else "", text), highlight=False, soft_wrap=True)
 
 
 def print_json(report: dict[str, Any]) -> None:
@@ -40,8 +53,15 @@ def print_json(report: dict[str, Any]) -> None:
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """A spinner on stderr, so that stdout holds results only."""
-    with err.status(what):
+    with status(what):
         yield
+
+
+@contextmanager
+def status(what: str) -> Iterator[Callable[[str], None]]:
+    """The same for work of several parts; gives the function to call with the name of each."""
+    with err.status(Text(what)) as shown:
+        yield lambda part: shown.update(Text(part))
 
 
 @contextmanager
@@ -66,7 +86,7 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 def _bar(what: str, amount: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(escape(what)), BarColumn(), amount, TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeRemainingColumn())
     # Where stderr is no terminal, even a bar that was never drawn leaves an empty line.
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(what, total=None)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from nai_t5_core.cli.options import Json
 from nai_t5_core.cli.terminal import err, print_json, say
@@ -53,10 +52,10 @@ def train(
     if as_json:
         print_json(report)
         return
-    say(f"{last.step} steps, loss {report['first_loss']:.3f} → {last.loss:.3f}")
+    say(f"{last.step} steps, loss {report['first_loss']:.3f} to {last.loss:.3f}")
     for name in ("out", "hf", "log", "plot"):
         if name in report:
-            say(f"wrote {escape(str(report[name]))}")
+            say(f"wrote {report[name]}")
 
 
 @contextmanager
@@ -64,7 +63,7 @@ def _training_bar(is_shown: bool) -> Iterator[Callable[[StepReport, int], None]]
     """A bar on stderr with the loss; gives the function to call with every step's report and the steps in all."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not (is_shown and err.is_terminal)) as bar:
         task = bar.add_task("training", total=None)
 
