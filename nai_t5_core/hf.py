@@ -26,6 +26,7 @@ from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.examine import Examination, examine_checkpoint
 from nai_t5_core.fixed_weights import refuse_change
 from nai_t5_core.guard import guard
+from nai_t5_core.hf_keywords import loading_options, refuse_for_saving
 from nai_t5_core.hf_weights import (
     CastingOps,
     encoder_from_model,
@@ -123,7 +124,7 @@ class NAIT5EncoderModel(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path | None,
+        pretrained_model_name_or_path: str | Path | None,
         *,
         dtype: torch.dtype | str | None = "auto",
         torch_dtype: torch.dtype | str | None = None,
@@ -133,76 +134,74 @@ class NAIT5EncoderModel(PreTrainedModel):
         device_map: Any = None,
         layout: Layout = "fused",
         scales: ScalesChoice = "auto",
-        quantization_config: None = None,
-        low_cpu_mem_usage: Any = None,
-        use_safetensors: Any = None,
-        max_memory: Any = None,
-        offload_folder: Any = None,
-        offload_state_dict: Any = None,
+        **others: Any,
     ) -> NAIT5EncoderModel:
         """Loads a T5 encoder in evaluation mode from a hub id, a folder or a file.
 
         Args:
-            source, layout, scales: as for :func:`nai_t5_core.load.load_encoder`.
-            dtype: ``"auto"`` is that of the checkpoint, None is float32, as in transformers.
+            pretrained_model_name_or_path, layout, scales: as for :func:`nai_t5_core.load.load_encoder`.
+            dtype: ``"auto"`` is that of the checkpoint, None is float32.
             torch_dtype: the older name of ``dtype``.
             subfolder: the text encoder's folder in a pipeline.
-            revision: of a hub id.
+            revision: of a hub id; so are ``cache_dir``, ``token``, ``force_download`` and ``local_files_only``.
             variant: ``"fp16"`` reads ``model.fp16.safetensors``.
-            device_map: one device for the whole model, also as ``{"": device}``.
-            low_cpu_mem_usage, use_safetensors, max_memory, offload_folder, offload_state_dict: accepted because
-                diffusers passes them; nothing is ever held twice here, and the format is seen from the content.
+            device_map: one device for the whole model, also as ``{"": device}``; ``"auto"`` is the accelerator, or the
+                CPU where there is none.
+            others: ``output_hidden_states`` and ``return_dict`` are put into the config. What transformers takes
+                beyond that is accepted where it changes nothing here, and else refused by name, see
+                :mod:`nai_t5_core.hf_keywords`.
 
         Raises:
             CheckpointError: the checkpoint is unusable; all its faults are listed.
-            ValueError: an unknown dtype or device, several devices, or a quantisation.
+            ValueError: an unknown dtype or device, several devices, or what is not done here, such as a quantisation.
+            TypeError: an unknown keyword.
         """
-        if quantization_config is not None:
-            raise ValueError("quantization_config is not taken; quantise the loaded model (layout='separate')")
+        hub, settings = loading_options(others, revision)
         device = resolve_device(single_device(device_map))
-        checkpoint = open_source(source, subfolder, revision, variant)
-        examination = examine_checkpoint(checkpoint)
         wanted = torch_dtype if torch_dtype is not None else dtype
-        if wanted == "auto":
-            wanted = main_dtype(examination)
-        model_dtype = resolve_dtype(torch.float32 if wanted is None else wanted, device)
+        if wanted != "auto":
+            wanted = resolve_dtype(torch.float32 if wanted is None else wanted, device)
+        examination = examine_checkpoint(open_source(pretrained_model_name_or_path, subfolder, hub, variant))
+        model_dtype = resolve_dtype(main_dtype(examination), device) if wanted == "auto" else wanted
         stack, _ = assemble(examination, model_dtype, device, layout, scales, CastingOps)
         model = cls(_hf_config(examination), stack)
-        model.name_or_path = model.config.name_or_path = str(source or "")
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path or "")
+        model.config.update(settings)
         return model.eval()
 
     def save_pretrained(
         self,
         save_directory: str | Path,
+        is_main_process: bool = True,
         *,
         save_format: SaveFormat = "native",
         variant: str | None = None,
-        safe_serialization: bool = True,
-        is_main_process: bool = True,
-        max_shard_size: Any = None,
+        **others: Any,
     ) -> None:
         """Writes config.json and one safetensors file.
 
         Args:
+            is_main_process: False writes nothing, for all but one of several processes.
             save_format: ``"native"`` keeps the tensors as they are (fused and scaled), which everything of ours reads;
                 ``"transformers"`` writes the original tensors for its own classes, exact to rounding.
             variant: ``"fp16"`` names the file ``model.fp16.safetensors``.
-            is_main_process: False writes nothing, for all but one of several processes.
-            max_shard_size: accepted because pipelines pass it; the weights are always one file.
+            others: what transformers takes beyond that is accepted where it changes nothing here, such as
+                ``max_shard_size`` and ``safe_serialization`` (which transformers itself knows no more), and else
+                refused by name.
 
         Raises:
-            ValueError: an unknown format, ``safe_serialization=False``, or weights that have adapters or live
-                LoRAs beside them.
+            ValueError: an unknown format, what is not done here (``push_to_hub``), or weights that have adapters or
+                live LoRAs beside them.
+            TypeError: an unknown keyword.
             CheckpointError: the file cannot be written.
         """
         if save_format not in SAVE_FORMATS:
             raise ValueError(f"unknown save_format {save_format!r}; allowed: {', '.join(SAVE_FORMATS)}")
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False: only safetensors files are written here")
+        folder = Path(save_directory)
+        refuse_for_saving(others, folder)
+        refuse_wrapped(self.stack)
         if not is_main_process:
             return
-        refuse_wrapped(self.stack)
-        folder = Path(save_directory)
         class_name = type(self).__name__ if save_format == "native" else _ENCODER_CLASSES[self.config.model_type]
         dtype = str(self.dtype).removeprefix("torch.")
         write_config(folder, {**self.config.to_dict(), "dtype": dtype}, class_name)

@@ -22,7 +22,7 @@ from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.examine import Examination, examine_checkpoint
 from nai_t5_core.formats import Checkpoint, CheckpointError, TensorInfo, open_checkpoint, write_safetensors
 from nai_t5_core.fuse import cook, fused_recipes, separate_recipes, unfuse
-from nai_t5_core.hub import find_model
+from nai_t5_core.hub import HubOptions, find_model
 from nai_t5_core.layers import CastingOps
 from nai_t5_core.load import ScalesChoice, assemble
 
@@ -154,19 +154,22 @@ def original_tensors(stack: T5EncoderStack) -> Iterator[tuple[str, Tensor]]:
 # Folders
 # ---------------------------------------------------------------------------------------------------------------------
 
+# Names of accelerate for device maps that it makes itself.
+_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+
 
 def weights_name(variant: str | None) -> str:
     """The name of a folder's weight file, such as ``model.fp16.safetensors``."""
     return f"model.{variant}.safetensors" if variant else "model.safetensors"
 
 
-def open_source(source: str | Path | None, subfolder: str, revision: str | None, variant: str | None) -> Checkpoint:
+def open_source(source: str | Path | None, subfolder: str, hub: HubOptions, variant: str | None) -> Checkpoint:
     """The checkpoint of a hub id, a folder or a file; of a folder, that with the name of a variant.
 
     Raises:
         CheckpointError: it cannot be read, or there is no such variant.
     """
-    path = find_model(source, subfolder, revision)
+    path = find_model(source, subfolder, hub)
     if variant is None:
         return open_checkpoint(path)
     file = path / weights_name(variant)
@@ -180,18 +183,23 @@ def open_source(source: str | Path | None, subfolder: str, revision: str | None,
 def single_device(device_map: Any) -> str | torch.device:
     """The device of a ``device_map`` that puts all on one; the CPU where there is none.
 
+    ``"auto"`` and the other strategies of accelerate choose it: they spread no model that one device can hold.
+
     Raises:
         ValueError: it spreads the model.
     """
-    device = device_map[""] if isinstance(device_map, dict) and set(device_map) == {""} else device_map
+    device = device_map
+    if isinstance(device_map, dict) and device_map:
+        devices = list(device_map.values())
+        device = devices[0] if devices.count(devices[0]) == len(devices) else device_map
     if device is None:
         return "cpu"
     if isinstance(device, int):
         accelerator = torch.accelerator.current_accelerator()
         return torch.device("cuda" if accelerator is None else accelerator.type, device)
-    if not isinstance(device, str | torch.device) or device in ("auto", "balanced", "balanced_low_0", "sequential"):
+    if not isinstance(device, str | torch.device) or device == "disk":
         raise ValueError(f"device_map={device_map!r}; the whole model goes to one device, such as 'cuda' or {{'': 0}}")
-    return device
+    return "auto" if device in _STRATEGIES else device
 
 
 def write_config(folder: Path, values: dict[str, Any], class_name: str) -> None:

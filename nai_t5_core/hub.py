@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -15,10 +16,27 @@ _SMALL_FILES = ("*.json", "*.model")
 _WEIGHTS = ("model.safetensors", "model-*.safetensors", "*.safetensors", "pytorch_model*.bin")
 
 
-def find_model(source: str | Path | None, subfolder: str = "", revision: str | None = None) -> Path:
+@dataclass(frozen=True)
+class HubOptions:
+    """How a hub id is fetched; the names and meanings are those of huggingface_hub. Local paths need none of it."""
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    force_download: bool = False
+    local_files_only: bool = False
+
+
+_AS_CONFIGURED = HubOptions()
+
+
+def find_model(source: str | Path | None, subfolder: str = "", hub: HubOptions = _AS_CONFIGURED) -> Path:
     """The local file or folder of a model argument; a hub id is downloaded first (weights, config and tokenizer only).
 
     ``None`` is the tiny embedded model.
+
+    Args:
+        hub: with ``local_files_only`` nothing is asked of the network.
 
     Raises:
         CheckpointError: nothing there, or the hub cannot be reached and its cache does not hold the model.
@@ -28,7 +46,7 @@ def find_model(source: str | Path | None, subfolder: str = "", revision: str | N
     path = Path(source).expanduser()
     if _is_local(path) or not _HUB_ID.fullmatch(str(source)):
         return path / subfolder
-    return _download(str(source), subfolder, revision) / subfolder
+    return _download(str(source), subfolder, hub) / subfolder
 
 
 def _is_local(path: Path) -> bool:
@@ -39,13 +57,15 @@ def _is_local(path: Path) -> bool:
         return True
 
 
-def _download(repo: str, subfolder: str, revision: str | None) -> Path:
+def _download(repo: str, subfolder: str, hub: HubOptions) -> Path:
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+    if hub.local_files_only:
+        return _cached(repo, hub, "local_files_only=True keeps from asking it; leave that out")
     try:
-        wanted = _wanted(list_repo_files(repo, revision=revision), repo, subfolder)
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        wanted = _wanted(list_repo_files(repo, revision=hub.revision, token=hub.token), repo, subfolder)
+        return Path(snapshot_download(repo, allow_patterns=wanted, **asdict(hub)))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise CheckpointError(
             f"{repo!r} is no local path, and the hub has no such model that you may read ({_first_line(error)}); "
@@ -54,13 +74,23 @@ def _download(repo: str, subfolder: str, revision: str | None) -> Path:
     except CheckpointError:
         raise
     except Exception as error:  # every transport has its own exceptions
-        try:
-            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        except Exception:
-            raise CheckpointError(
-                f"{repo!r} is neither a local path nor in the hub's cache, and the hub cannot be reached "
-                f"({_first_line(error)}); give a local file or folder, or go online"
-            ) from error
+        unreached = f"the hub cannot be reached ({_first_line(error)})"
+        if hub.force_download:
+            raise CheckpointError(f"{repo!r}: {unreached}; without force_download the hub's cache is used") from error
+        return _cached(repo, hub, f"{unreached}; go online")
+
+
+def _cached(repo: str, hub: HubOptions, why_not_asked: str) -> Path:
+    """What an earlier download has left in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, local_files_only=True))
+    except Exception as error:
+        raise CheckpointError(
+            f"{repo!r} is neither a local path nor in the hub's cache, and {why_not_asked}, or give a local file or "
+            "folder"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -151,10 +151,6 @@ def test_what_cannot_be_loaded_is_said(v1_1_folder: Path) -> None:
     load_it = NAIT5EncoderModel.from_pretrained
     with pytest.raises(CheckpointError, match=r"has no model\.fp16\.safetensors; leave out variant"):
         load_it(v1_1_folder, variant="fp16")
-    with pytest.raises(ValueError, match="one device, such as"):
-        load_it(v1_1_folder, device_map="auto")
-    with pytest.raises(ValueError, match="quantise the loaded model"):
-        load_it(v1_1_folder, quantization_config={"bits": 8})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown dtype 'int8'"):
         load_it(v1_1_folder, dtype="int8")
     state = random_state(TOY_CONFIGS["v1.1"])
@@ -197,7 +193,5 @@ def test_scales_survive_saving(tmp_path: Path) -> None:
 def test_what_cannot_be_saved_is_said(v1_1: NAIT5EncoderModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="allowed: native, transformers"):
         v1_1.save_pretrained(tmp_path, save_format="gguf")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="only safetensors"):
-        v1_1.save_pretrained(tmp_path, safe_serialization=False)
     v1_1.save_pretrained(tmp_path / "nothing", is_main_process=False)
     assert not (tmp_path / "nothing").exists()

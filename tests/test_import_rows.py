@@ -25,8 +25,8 @@ ROWS = [
     "generation_guard "
     "calibration_report calibrate stress "
     "cuda text_encoder textual_inversion peers comfyui_peer parity parity_report decoder_peers decoder_parity "
-    "bench roofline doctor cli row_memory hf_weights hf diffusers_adapter diffusers_outputs diffusers_requests "
-    "diffusers_prompts training",
+    "bench roofline doctor cli row_memory hf_keywords hf_weights hf diffusers_adapter diffusers_outputs "
+    "diffusers_requests diffusers_prompts training",
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 

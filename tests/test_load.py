@@ -323,11 +323,11 @@ def test_what_is_downloaded(case: str, tmp_path: Path, monkeypatch: pytest.Monke
     files, subfolder, expected = DOWNLOADED[case]
     asked: list[str] = []
 
-    def snapshot_download(repo: str, revision: None, allow_patterns: list[str]) -> str:
+    def snapshot_download(repo: str, allow_patterns: list[str], **_: object) -> str:
         asked.extend(allow_patterns)
         return str(tmp_path)
 
-    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo, revision: files)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo, **_: files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert find_model("someone/model", subfolder) == tmp_path / subfolder
     assert sorted(asked) == sorted(expected)
@@ -341,7 +341,7 @@ def test_what_is_downloaded(case: str, tmp_path: Path, monkeypatch: pytest.Monke
     ],
 )
 def test_too_much_is_not_downloaded(files: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo, revision: files)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo, **_: files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
     with pytest.raises(CheckpointError, match=expected):
         find_model("someone/model")

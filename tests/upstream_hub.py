@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from toy_parts import T5, UMT5, VOCABULARY, llama, text_encoder, tokenizer
 from transformers import BertConfig, BertModel, ClapFeatureExtractor
 
 REVISION = "0" * 40
+# Some tests make a T5 of their own for the hub's tokenizer: it has to keep to the vocabulary that they give theirs.
+T5_VOCABULARY, PIECES = 1103, 1000
 
 
 def write_hub(hub: Path) -> None:
@@ -26,14 +29,23 @@ def write_hub(hub: Path) -> None:
 
 
 def _write_t5(folder: Path) -> None:
-    plain = T5.model_copy(update={"gated": False, "activation": "relu", "num_layers": 5})
+    plain = T5.model_copy(update={"vocab_size": T5_VOCABULARY, "gated": False, "activation": "relu", "num_layers": 5})
     text_encoder(plain).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    _small_tokenizer().save_pretrained(folder)
 
 
 def _write_umt5(folder: Path) -> None:
-    text_encoder(UMT5).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    text_encoder(UMT5.model_copy(update={"vocab_size": T5_VOCABULARY})).save_pretrained(folder)
+    _small_tokenizer().save_pretrained(folder)
+
+
+def _small_tokenizer() -> Any:
+    """The T5 tokenizer cut to the ids that the hub's has; bytes stand for what is cut off."""
+    settings = tokenizer()
+    content = json.loads(settings.backend_tokenizer.to_str())
+    content["model"]["vocab"] = content["model"]["vocab"][:PIECES]
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < PIECES]
+    return type(settings)(tokenizer_object=Tokenizer.from_str(json.dumps(content)), **settings.init_kwargs)
 
 
 def _write_bert(folder: Path) -> None:
