@@ -27,8 +27,9 @@ from nai_t5_core.encoder import Layout
 from nai_t5_core.families import Family
 from nai_t5_core.families import family as family_named
 from nai_t5_core.hf import NAIT5EncoderModel
+from nai_t5_core.hf_weights import check_model, refuse_giving_back, refuse_quantised
 from nai_t5_core.load import ScalesChoice
-from nai_t5_core.packing import PaddingPolicy
+from nai_t5_core.packing import PaddingPolicy, check_policy
 
 _MODEL_TYPES = ("t5", "mt5", "umt5")
 
@@ -38,11 +39,18 @@ _REPLACED: WeakKeyDictionary[NAIT5EncoderModel, nn.Module] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class PaddingChoice:
-    """What a pipeline allows for pad rows, and why."""
+    """What a pipeline allows for pad rows, and why.
+
+    Raises:
+        ValueError: an unknown policy, or a negative number of pad positions.
+    """
 
     padding: PaddingPolicy
     extra_pad: int
     reason: str
+
+    def __post_init__(self) -> None:
+        check_policy(self.padding, self.extra_pad)
 
 
 def family_of(pipe: Any) -> Family | None:
@@ -71,7 +79,7 @@ def padding_for(pipe: Any) -> PaddingChoice:
 
 def replace_text_encoder(
     pipe: DiffusionPipeline,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     *,
     padding: PaddingPolicy | None = None,
     extra_pad: int | None = None,
@@ -91,35 +99,51 @@ def replace_text_encoder(
             back the very tensors; from ``"fused"`` they are exact to rounding.
 
     Raises:
-        ValueError: the pipeline has no T5, is spread over devices, or offloads groups to disk.
-        CheckpointError: an encoder has adapters or quantised weights.
+        ValueError: the pipeline has no T5, is spread over devices, or offloads groups to disk; or an argument has a
+            value that there is not.
+        CheckpointError: an encoder has adapters or quantised weights, or exceeds float16.
+
+    What is refused is refused before anything is changed.
     """
     found = _encoders(pipe, lambda module: getattr(getattr(module, "config", None), "model_type", "") in _MODEL_TYPES)
     if not found:
         raise ValueError(f"{type(pipe).__name__} has no T5 text encoder loaded; it has {_listed(pipe)}")
-    choice = padding_for(pipe)
+    choice = _choice(pipe, padding, extra_pad)
     theirs = {name: module for name, module in found.items() if not isinstance(module, NAIT5EncoderModel)}
+    for module in theirs.values():
+        refuse_quantised(module)
 
-    def convert(name: str) -> NAIT5EncoderModel:
-        old = theirs[name]
+    def check(old: nn.Module) -> None:
+        check_model(old, dtype, layout, scales)
+
+    def convert(old: nn.Module) -> NAIT5EncoderModel:
         ours = NAIT5EncoderModel.from_hf(old, dtype, layout, scales, release=True).train(old.training)
         _REPLACED[ours] = old
         return ours
 
-    _exchange(pipe, theirs, convert)
+    _exchange(pipe, theirs, check, convert)
     for name in found:
         ours: Any = getattr(pipe, name)
-        ours.padding = choice.padding if padding is None else padding
-        ours.extra_pad = choice.extra_pad if extra_pad is None else extra_pad
+        ours.padding, ours.extra_pad = choice.padding, choice.extra_pad
     return pipe
+
+
+def _choice(pipe: Any, padding: PaddingPolicy | None, extra_pad: int | None) -> PaddingChoice:
+    """What the pipeline allows, or what is given in its place."""
+    found = padding_for(pipe)
+    return PaddingChoice(
+        found.padding if padding is None else padding, found.extra_pad if extra_pad is None else extra_pad, found.reason
+    )
 
 
 def restore_text_encoder(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Undoes :func:`replace_text_encoder`: the old objects come back with their weights, in the dtype they had.
 
     Raises:
-        ValueError: there is nothing to restore, an encoder was loaded as ours and has replaced nothing, or has live
-            LoRAs.
+        ValueError: there is nothing to restore, an encoder was loaded as ours and has replaced nothing, has live LoRAs,
+            or another number of tokens by now.
+
+    What is refused is refused before anything is changed.
     """
     ours = _encoders(pipe, lambda module: isinstance(module, NAIT5EncoderModel))
     if not ours:
@@ -131,14 +155,16 @@ def restore_text_encoder(pipe: DiffusionPipeline) -> DiffusionPipeline:
             "save_pretrained(…, save_format='transformers') and load that with transformers"
         )
 
-    def convert(name: str) -> nn.Module:
-        model: Any = ours[name]
+    def check(model: Any) -> None:
+        refuse_giving_back(model.stack, _REPLACED[model])
+
+    def convert(model: Any) -> nn.Module:
         old = _REPLACED[model]
         model.give_back(old)
         del _REPLACED[model]
         return old.train(model.training)
 
-    _exchange(pipe, ours, convert)
+    _exchange(pipe, ours, check, convert)
     return pipe
 
 
@@ -153,15 +179,29 @@ def _listed(pipe: Any) -> str:
     return ", ".join(name for name, part in pipe.components.items() if isinstance(part, nn.Module)) or "no models"
 
 
-def _exchange(pipe: Any, old: dict[str, nn.Module], convert: Callable[[str], nn.Module]) -> None:
-    """Sets components anew while no offloading holds their weights, and sets that up again."""
+def _exchange(
+    pipe: Any,
+    old: dict[str, nn.Module],
+    check: Callable[[nn.Module], None],
+    convert: Callable[[nn.Module], nn.Module],
+) -> None:
+    """Sets components anew while no offloading holds their weights, and sets that up again.
+
+    All of them are checked before the first is converted; one that stands in two places is converted once.
+    """
     if not old:
         return
+    _refuse_offloading(pipe, old)
     resume = _pause_offloading(pipe)
     resume_groups = {name: _pause_group_offloading(module) for name, module in old.items()}
     try:
-        for name in old:
-            setattr(pipe, name, convert(name))
+        for module in old.values():
+            check(module)
+        converted: dict[nn.Module, nn.Module] = {}
+        for name, module in old.items():
+            if module not in converted:
+                converted[module] = convert(module)
+            setattr(pipe, name, converted[module])
     finally:
         for name, resume_group in resume_groups.items():
             resume_group(getattr(pipe, name))
@@ -173,30 +213,41 @@ def _exchange(pipe: Any, old: dict[str, nn.Module], convert: Callable[[str], nn.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _pause_offloading(pipe: Any) -> Callable[[], None]:
-    """Removes accelerate's hooks from all of a pipeline, which brings weights back; returns what sets them up again."""
+def _refuse_offloading(pipe: Any, modules: dict[str, nn.Module]) -> None:
+    """Refuses what cannot be paused and set up again."""
     if getattr(pipe, "hf_device_map", None):
         raise ValueError("the pipeline is spread over devices (device_map); call pipe.reset_device_map() first")
-    hooked = any(hasattr(part, "_hf_hook") for part in pipe.components.values() if isinstance(part, nn.Module))
-    if not hooked:
-        return lambda: None
-    device = getattr(pipe, "_offload_device", None)
-    if device is None:
+    if _is_hooked(pipe) and getattr(pipe, "_offload_device", None) is None:
         raise ValueError("accelerate's hooks are on a component, but not by the pipeline; remove them first")
+    if any(hook.config.offload_to_disk_path is not None for part in modules.values() for hook in _group_hooks(part)):
+        raise ValueError("the text encoder is offloaded to disk in groups; replace it before enabling that")
+
+
+def _is_hooked(pipe: Any) -> bool:
+    return any(hasattr(part, "_hf_hook") for part in pipe.components.values() if isinstance(part, nn.Module))
+
+
+def _pause_offloading(pipe: Any) -> Callable[[], None]:
+    """Removes accelerate's hooks from all of a pipeline, which brings weights back; returns what sets them up again."""
+    if not _is_hooked(pipe):
+        return lambda: None
+    device = pipe._offload_device
     enable = pipe.enable_model_cpu_offload if pipe._all_hooks else pipe.enable_sequential_cpu_offload
     pipe.remove_all_hooks()
     return lambda: enable(device=device)
 
 
+def _group_hooks(module: nn.Module) -> list[Any]:
+    registries: list[Any] = [part._diffusers_hook for part in module.modules() if hasattr(part, "_diffusers_hook")]
+    return [hook for found in registries for hook in found.hooks.values() if isinstance(hook, GroupOffloadingHook)]
+
+
 def _pause_group_offloading(module: nn.Module) -> Callable[[nn.Module], None]:
     """The same for diffusers' group offloading, which is set up for each model."""
-    registries: list[Any] = [part._diffusers_hook for part in module.modules() if hasattr(part, "_diffusers_hook")]
-    hooks = [hook for found in registries for hook in found.hooks.values() if isinstance(hook, GroupOffloadingHook)]
+    hooks = _group_hooks(module)
     if not hooks:
         return lambda module: None
     config = hooks[0].config
-    if config.offload_to_disk_path is not None:
-        raise ValueError("the text encoder is offloaded to disk in groups; replace it before enabling that")
     for hook in hooks:
         hook.group.onload_()
     registry = HookRegistry.check_if_exists_or_initialize(module)

@@ -40,7 +40,7 @@ from nai_t5_core.hf_weights import (
     write_originals,
 )
 from nai_t5_core.load import ScalesChoice, assemble
-from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
+from nai_t5_core.packing import PaddingPolicy, check_policy
 from nai_t5_core.precision import DTYPES, resolve_device, resolve_dtype
 from nai_t5_core.row_memory import RowMemory
 
@@ -96,7 +96,7 @@ class NAIT5EncoderModel(PreTrainedModel):
     def from_hf(
         cls,
         model: nn.Module,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         layout: Layout = "fused",
         scales: ScalesChoice = "auto",
         release: bool = False,
@@ -111,10 +111,11 @@ class NAIT5EncoderModel(PreTrainedModel):
                 model is left without values; :meth:`give_back` fills it again.
 
         Raises:
-            CheckpointError: the model is no T5, has adapters or quantised weights, or is offloaded.
+            CheckpointError: the model is no T5, has adapters or quantised weights, is offloaded, or exceeds float16.
+            ValueError: a dtype that is no T5's, an unknown layout, or scales for another number of layers.
         """
+        stack = encoder_from_model(model, dtype, layout, scales, release)
         source: Any = model
-        stack = encoder_from_model(model, dtype or source.dtype, layout, scales, release)
         return cls(source.config, stack).eval()
 
     def give_back(self, model: nn.Module) -> None:
@@ -305,8 +306,7 @@ class NAIT5EncoderModel(PreTrainedModel):
 
     @padding.setter
     def padding(self, policy: PaddingPolicy) -> None:
-        if policy not in PADDING_POLICIES:
-            raise ValueError(f"unknown padding policy {policy!r}; allowed: {', '.join(PADDING_POLICIES)}")
+        check_policy(policy, self._extra_pad)
         self._padding = policy
 
     @property
@@ -316,8 +316,7 @@ class NAIT5EncoderModel(PreTrainedModel):
 
     @extra_pad.setter
     def extra_pad(self, positions: int) -> None:
-        if positions < 0:
-            raise ValueError(f"extra_pad={positions}; it must be 0 or more pad positions")
+        check_policy(self._padding, positions)
         self._extra_pad = positions
 
     def get_input_embeddings(self) -> nn.Module:

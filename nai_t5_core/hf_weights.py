@@ -24,7 +24,8 @@ from nai_t5_core.formats import Checkpoint, CheckpointError, TensorInfo, open_ch
 from nai_t5_core.fuse import cook, fused_recipes, separate_recipes, unfuse
 from nai_t5_core.hub import HubOptions, find_model
 from nai_t5_core.layers import CastingOps
-from nai_t5_core.load import ScalesChoice, assemble
+from nai_t5_core.load import ScalesChoice, assemble, refuse_before_assembly
+from nai_t5_core.precision import DTYPES
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a loaded transformers model, and back into it
@@ -39,6 +40,56 @@ class _LoadedModel(Checkpoint):
 
     def hf_config(self) -> dict[str, Any]:
         return self.config
+
+
+# The packages whose modules stand in the place of torch's where weights are quantised, and what they are called.
+_QUANTISERS = {
+    "torchao": "torchao",
+    "optimum": "optimum-quanto",
+    "bitsandbytes": "bitsandbytes",
+    "hqq": "HQQ",
+    "awq": "AutoAWQ",
+    "gptqmodel": "GPTQModel",
+    "auto_gptq": "AutoGPTQ",
+    "compressed_tensors": "compressed-tensors",
+    "eetq": "EETQ",
+    "aqlm": "AQLM",
+}
+
+
+def refuse_quantised(model: nn.Module) -> None:
+    """Refuses a model whose weights are not plain numbers.
+
+    Raises:
+        CheckpointError: says with what it is quantised, and what to do.
+    """
+    found = _quantised_part(model)
+    if found is not None:
+        raise CheckpointError(
+            f"{type(model).__name__} is {found}, and that is not read here: load it unquantised, or undo it with its "
+            "dequantize(); ours can be quantised afterwards, with layout='separate'"
+        )
+
+
+def _quantised_part(model: nn.Module) -> str | None:
+    """With what the first part is quantised that is: a module or tensor of another class than torch's own."""
+    if getattr(model, "is_quantized", False):
+        method: Any = getattr(model, "quantization_method", None)
+        return f"quantised with {getattr(method, 'value', method)}, as its config says"
+    for name, module in model.named_modules():
+        package = type(module).__module__
+        if package.startswith("torch.ao.") or package.partition(".")[0] in _QUANTISERS:
+            return f"quantised with {_library(type(module))} ({name} is a {type(module).__name__})"
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for tensor_name, tensor in own:
+            kind = type(tensor)
+            if kind not in (Tensor, nn.Parameter):
+                return f"quantised or spread out with {_library(kind)} ({name}.{tensor_name} is a {kind.__name__})"
+    return None
+
+
+def _library(kind: type) -> str:
+    return _QUANTISERS.get(kind.__module__.partition(".")[0], kind.__module__)
 
 
 def examine_model(model: nn.Module) -> Examination:
@@ -62,25 +113,45 @@ def examine_model(model: nn.Module) -> Examination:
     )
 
 
+def check_model(
+    model: nn.Module, dtype: torch.dtype | str | None, layout: Layout, scales: ScalesChoice
+) -> tuple[Examination, torch.dtype]:
+    """Everything that can be refused of a model before its weights are taken, and the dtype that ours will have.
+
+    Where float16 might be exceeded, every weight of ours is made once and let go.
+
+    Raises:
+        CheckpointError: it is no T5, its weights are quantised, not there, or exceed float16.
+        ValueError: a dtype that is no T5's, an unknown layout, or scales for another number of layers.
+    """
+    refuse_quantised(model)
+    source: Any = model
+    wanted = DTYPES.get(str(dtype or source.dtype).removeprefix("torch."))
+    if wanted is None:
+        raise ValueError(f"a T5 cannot compute in {dtype or source.dtype}; give dtype, one of {', '.join(DTYPES)}")
+    examination = examine_model(model)
+    refuse_before_assembly(examination, wanted, layout, scales)
+    return examination, wanted
+
+
 def encoder_from_model(
-    model: nn.Module, dtype: torch.dtype, layout: Layout, scales: ScalesChoice, release: bool
+    model: nn.Module, dtype: torch.dtype | str | None, layout: Layout, scales: ScalesChoice, release: bool
 ) -> T5EncoderStack:
-    """Our encoder with the weights of a loaded transformers model, on its device.
+    """Our encoder with the weights of a loaded transformers model, on its device; ``dtype`` None is the model's.
 
     Tensors that need no change are shared with the model (all of them in the separate layout and the same dtype).
     ``release`` takes every weight from the model when it is used: the model is left on the meta device, and
     :func:`give_back` fills it again.
 
     Raises:
-        CheckpointError: see :func:`examine_model`.
+        CheckpointError, ValueError: see :func:`check_model`; the model is as it was then.
     """
-    examination = examine_model(model)
-    examination.refuse_faults()
+    examination, dtype = check_model(model, dtype, layout, scales)
     embedding: Any = model.get_submodule("shared")
-    if not release:
-        return assemble(examination, dtype, embedding.weight.device, layout, scales, CastingOps)[0]
-    held = {name: model.get_parameter(full) for name, full in examination.keymap.names.items()}
     device = embedding.weight.device
+    if not release:
+        return assemble(examination, dtype, device, layout, scales, CastingOps)[0]
+    held = {name: model.get_parameter(full) for name, full in examination.keymap.names.items()}
     # Read through the parameters: a dictionary of the tensors would keep them alive.
     examination.checkpoint.read = _reader_of(held, examination.keymap.names)
 
@@ -88,10 +159,7 @@ def encoder_from_model(
         for name in names:
             _empty(model, held.pop(name))
 
-    try:
-        return assemble(examination, dtype, device, layout, scales, CastingOps, let_go)[0]
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}\nWeights were taken already: load {type(model).__name__} again") from error
+    return assemble(examination, dtype, device, layout, scales, CastingOps, let_go)[0]
 
 
 def _reader_of(held: Mapping[str, nn.Parameter], names: Mapping[str, str]) -> Callable[[str], Tensor]:
@@ -115,9 +183,9 @@ def give_back(stack: T5EncoderStack, model: nn.Module) -> None:
     they are exact to the rounding of one multiplication and one division in their dtype.
 
     Raises:
-        ValueError: see :func:`refuse_wrapped`.
+        ValueError: see :func:`refuse_giving_back`.
     """
-    refuse_wrapped(stack)
+    refuse_giving_back(stack, model)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     originals = {name: tensor.to(dtypes[name]) for name, tensor in original_tensors(stack) if name in dtypes}
     copies = [name for name in dtypes if name.endswith("embed_tokens.weight")]
@@ -125,6 +193,17 @@ def give_back(stack: T5EncoderStack, model: nn.Module) -> None:
     tie: Any = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
+
+
+def refuse_giving_back(stack: T5EncoderStack, model: nn.Module) -> None:
+    """Raises a ValueError where the weights cannot be had, or are no longer those that the model has room for."""
+    refuse_wrapped(stack)
+    rows, wanted = stack.shared.weight.shape[0], model.get_submodule("shared").weight.shape[0]
+    if rows != wanted:
+        raise ValueError(
+            f"the embedding table has {rows} rows, and that of the {type(model).__name__} has {wanted}: call "
+            f"resize_token_embeddings({wanted}) of ours first"
+        )
 
 
 def refuse_wrapped(stack: T5EncoderStack) -> None:

@@ -191,6 +191,21 @@ def assemble(
     return stack.eval(), recipes
 
 
+def refuse_before_assembly(examination: Examination, dtype: torch.dtype, layout: Layout, scales: ScalesChoice) -> None:
+    """Raises what :func:`assemble` would raise, for one who cannot go back when weights are released on the way.
+
+    Whether float16 holds a joined weight shows only when it is made: each is made, and let go.
+    """
+    examination.refuse_faults()
+    config = examination.config.encoder_only()
+    chosen = choose_scales(examination, dtype, scales)
+    T5EncoderStack(config, layout, NoInit, chosen, device="meta", dtype=dtype)
+    if dtype == torch.float16:
+        recipes, read = _recipes(examination, config, layout, chosen)
+        for recipe in recipes:
+            _checked(recipe, cook(recipe, read, dtype))
+
+
 def load_t5(
     source: ModelSource = None,
     dtype: str | torch.dtype = "auto",

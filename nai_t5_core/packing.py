@@ -110,6 +110,14 @@ def _is_run(positions: Tensor) -> bool:
     return len(positions) == 0 or int(positions[-1] - positions[0]) + 1 == len(positions)
 
 
+def check_policy(padding: PaddingPolicy, extra_pad: int) -> None:
+    """Raises a ValueError for an unknown policy or a negative number of pad positions."""
+    if padding not in PADDING_POLICIES:
+        raise ValueError(f"unknown padding policy {padding!r}; allowed: {', '.join(PADDING_POLICIES)}")
+    if extra_pad < 0:
+        raise ValueError(f"extra_pad={extra_pad}; it must be 0 or more pad positions")
+
+
 def pack_batch(
     mask: Tensor | None,
     batch: int,
@@ -130,10 +138,7 @@ def pack_batch(
     Raises:
         ValueError: unknown policy, negative ``extra_pad``, or a mask of another shape.
     """
-    if padding not in PADDING_POLICIES:
-        raise ValueError(f"unknown padding policy {padding!r}; allowed: {', '.join(PADDING_POLICIES)}")
-    if extra_pad < 0:
-        raise ValueError(f"extra_pad={extra_pad}; it must be 0 or more pad positions")
+    check_policy(padding, extra_pad)
     if mask is not None and mask.shape != (batch, length):
         raise ValueError(
             f"the mask has shape {list(mask.shape)}, the tokens have {[batch, length]}; they must be equal"
