@@ -269,6 +269,8 @@ class T5EncoderStack(nn.Module):
         inputs = inputs.to(device)
         scale = logit_scale(self.config)
         plan: AttentionPlan
+        if padding == "exact" and attention_mask is not None and torch.compiler.is_compiling():
+            attention_mask = _for_every_query(attention_mask, batch, length)
         if attention_mask is None or attention_mask.ndim == 2:
             mask = None if attention_mask is None else attention_mask != 0
             packing = pack_batch(mask, batch, length, padding, extra_pad, device)
@@ -344,14 +346,26 @@ def init_modules(stack: nn.Module, config: T5Config, generator: torch.Generator 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
     """Raises a ValueError for an id outside the vocabulary."""
-    # On a device the check would wait for it; there the embedding's own assertion speaks.
-    if ids.device.type == "cpu" and ids.numel():
+    # On a device the check would wait for it, and a graph that is compiled cannot hold it: there the embedding's own
+    # assertion speaks.
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocab_size:
             raise ValueError(
                 f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size} tokens "
                 "(ids start at 0); the tokenizer belongs to another model"
             )
+
+
+def _for_every_query(mask: Tensor, batch: int, length: int) -> Tensor:
+    """A mask of keys as one of queries and keys, which hides the same.
+
+    It says nothing about shapes, so that one compiled graph serves every mask. Documents are found by reading it, and
+    end a graph there.
+    """
+    if mask.shape != (batch, length):  # for whoever knows what to do with it, or what to say
+        return mask
+    return (mask != 0)[:, None, None].expand(batch, 1, length, length)
 
 
 def _dense_mask(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:

@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import TOY_CONFIGS
-from hf_toys import MASK, V1_1_IDS, assert_near, encode_in_a_process, hf_model
+from hf_toys import MASK, V1_1_IDS, assert_near, encode_in_a_process, hf_model, ids_for
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from toy_loras import toy_lora
+
+from nai_t5_core.config import T5Config
 
 pytest.importorskip("transformers")
 
@@ -60,12 +63,44 @@ def test_copies_are_independent(v1_1: NAIT5EncoderModel) -> None:
         assert torch.equal(v1_1(V1_1_IDS, MASK)[0], expected)
 
 
-def test_compiled(v1_1: NAIT5EncoderModel) -> None:
+@pytest.mark.parametrize("padding", ["exact", "skip"])
+def test_compiled(v1_1: NAIT5EncoderModel, padding: Any) -> None:
     """With the backend that only traces: what is checked is that the model can be traced, piece by piece."""
     compiled = torch.compile(v1_1, backend="eager")
+    v1_1.padding = padding
     with torch.no_grad():
         assert_near(compiled(V1_1_IDS, MASK)[0], v1_1(V1_1_IDS, MASK)[0])
         assert_near(compiled(V1_1_IDS[:2])[0], v1_1(V1_1_IDS[:2])[0])
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("v1.1", "fused"), ("v1.1", "separate"), ("umt5", "fused")])
+@torch.no_grad()
+def test_compiled_as_one_graph(config: T5Config, layout: Any) -> None:
+    """Which serves every mask: nothing of it is read while tracing, holes and empty prompts among it."""
+    torch.compiler.reset()
+    model = NAIT5EncoderModel.from_hf(hf_model(config), layout=layout)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    ids = ids_for(config)
+    holes = MASK * (torch.arange(12) != 3)
+    empty = MASK * torch.tensor([1, 0, 1, 1])[:, None]
+    for mask in (MASK, MASK.flip(1), holes, empty, torch.zeros_like(MASK)):
+        assert_near(compiled(ids, mask)[0], model(ids, mask)[0])
+    assert counter.frame_count == 1
+    states = compiled(ids, MASK, output_hidden_states=True).hidden_states
+    for state, expected in zip(states, model(ids, MASK, output_hidden_states=True).hidden_states, strict=True):
+        assert_near(state, expected)
+
+
+@torch.no_grad()
+def test_a_compiled_model_still_tells_what_is_wrong(v1_1: NAIT5EncoderModel) -> None:
+    """An id outside the vocabulary by the embedding, since reading the ids would end the graph."""
+    torch.compiler.reset()
+    compiled = torch.compile(v1_1, backend="eager", fullgraph=True)
+    with pytest.raises(IndexError, match="index out of range"):
+        compiled(V1_1_IDS + 96, MASK)
+    with pytest.raises(ValueError, match=r"the mask has shape \[4, 11\]"):
+        torch.compile(v1_1, backend="eager")(V1_1_IDS, MASK[:, 1:])
 
 
 def test_several_processes(v1_1: NAIT5EncoderModel, tmp_path: Path) -> None:
