@@ -160,10 +160,9 @@ class NAIT5EncoderModel(PreTrainedModel):
         hub, settings = loading_options(others, revision)
         device = resolve_device(single_device(device_map))
         wanted = torch_dtype if torch_dtype is not None else dtype
-        if wanted != "auto":
-            wanted = resolve_dtype(torch.float32 if wanted is None else wanted, device)
+        given = None if wanted == "auto" else resolve_dtype(wanted or torch.float32, device)
         examination = examine_checkpoint(open_source(pretrained_model_name_or_path, subfolder, hub, variant))
-        model_dtype = resolve_dtype(main_dtype(examination), device) if wanted == "auto" else wanted
+        model_dtype = given or resolve_dtype(main_dtype(examination), device)
         stack, _ = assemble(examination, model_dtype, device, layout, scales, CastingOps)
         model = cls(_hf_config(examination), stack)
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path or "")

@@ -198,7 +198,7 @@ def give_back(stack: T5EncoderStack, model: nn.Module) -> None:
 def refuse_giving_back(stack: T5EncoderStack, model: nn.Module) -> None:
     """Raises a ValueError where the weights cannot be had, or are no longer those that the model has room for."""
     refuse_wrapped(stack)
-    rows, wanted = stack.shared.weight.shape[0], model.get_submodule("shared").weight.shape[0]
+    rows, wanted = len(stack.shared.weight), len(model.get_parameter("shared.weight"))
     if rows != wanted:
         raise ValueError(
             f"the embedding table has {rows} rows, and that of the {type(model).__name__} has {wanted}: call "
