@@ -13,6 +13,7 @@ import upstream_diffusers as upstream
 from upstream_swap import NOTHING_PLACED
 
 TEST_FILE = """
+import inspect
 import unittest
 
 import pytest
@@ -20,7 +21,7 @@ from toy_parts import text_encoder
 
 
 class Config:
-    def get_dummy_components(self):
+    def get_dummy_components(self, num_layers=1):
         return {"text_encoder": text_encoder(), "vae": None}
 
 
@@ -31,6 +32,9 @@ class TestPlain(Config):
 
     def test_of_a_class(self, from_a_fixture):
         assert type(from_a_fixture).__name__ == "NAIT5EncoderModel"
+
+    def test_that_looks_at_the_parameters(self):
+        assert list(inspect.signature(self.get_dummy_components).parameters) == ["num_layers"]
 
     def test_that_wants_theirs(self):
         assert type(self.get_dummy_components()["text_encoder"]).__name__ == "T5EncoderModel"
@@ -62,9 +66,11 @@ def test_our_encoder_is_in_place_in_every_kind_of_class(checkout: Path, tmp_path
     assert {test.rpartition("::")[2] for test in ours if ours[test] == "passed"} == {
         "test_of_a_class",
         "test_of_a_case",
+        "test_that_looks_at_the_parameters",
         "test_untouched",
     }
     assert {test.rpartition("::")[2] for test in stock if stock[test] == "passed"} == {
+        "test_that_looks_at_the_parameters",
         "test_that_wants_theirs",
         "test_untouched",
     }

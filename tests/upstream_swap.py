@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -14,19 +15,25 @@ T5_TYPES = ("t5", "mt5", "umt5")
 NOTHING_PLACED = 9
 
 
-class WithOurEncoder:
-    """Stands before a test class, so that its tests run with the parts that come from here."""
+_placed: list[str] = []
 
-    placed = 0
 
-    def get_dummy_components(self, *args: Any, **options: Any) -> dict[str, Any]:
-        parts: dict[str, Any] = super().get_dummy_components(*args, **options)  # type: ignore[misc]
+def with_our_encoder(test_class: type) -> type:
+    """A test class derived from one, whose tests run with our encoder in the place of each T5."""
+    original: Any = test_class.get_dummy_components  # type: ignore[attr-defined]
+
+    @wraps(original)  # tests look at its parameters
+    def get_dummy_components(self: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        parts: dict[str, Any] = original(self, *args, **options)
         encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder") and _is_t5(part)}
         if not encoders:
             raise LookupError(f"{type(self).__name__} has no T5 to put ours in place of; it has {', '.join(parts)}")
         ours = {name: NAIT5EncoderModel.from_hf(part).train(part.training) for name, part in encoders.items()}
-        WithOurEncoder.placed += len(ours)
+        _placed.append(type(self).__name__)
         return {**parts, **ours}
+
+    attributes = {"__module__": test_class.__module__, "__doc__": test_class.__doc__}
+    return type(test_class.__name__, (test_class,), {**attributes, "get_dummy_components": get_dummy_components})
 
 
 def _is_t5(part: Any) -> bool:
@@ -39,13 +46,11 @@ def pytest_pycollect_makeitem(obj: Any) -> Any:
     collected = yield
     if inspect.isclass(obj) and hasattr(obj, "get_dummy_components") and isinstance(collected, pytest.Class):
         # A collector looks its class up by name, whatever class it was made for, unless it is set here.
-        collected.obj = type(
-            obj.__name__, (WithOurEncoder, obj), {"__module__": obj.__module__, "__doc__": obj.__doc__}
-        )
+        collected.obj = with_our_encoder(obj)
     return collected
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not WithOurEncoder.placed:
+    if not _placed:
         session.exitstatus = NOTHING_PLACED
