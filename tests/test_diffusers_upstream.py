@@ -48,6 +48,12 @@ class OfUnittest(Config, unittest.TestCase):
 class TestWithoutParts:
     def test_untouched(self):
         pass
+
+
+@pytest.mark.skip
+class TestForAnAccelerator:
+    def test_skipped(self):
+        pass
 """
 
 
@@ -84,6 +90,8 @@ def test_a_run_without_our_encoder_is_an_error(checkout: Path, tmp_path: Path) -
     assert upstream.passed(upstream.run(checkout, [only], tmp_path, swap=False)) == 1
     with pytest.raises(RuntimeError, match=f"pytest ended with {NOTHING_PLACED}"):
         upstream.run(checkout, [only], tmp_path, swap=True)
+    skipped = upstream.run(checkout, ["toy/test_toy.py::TestForAnAccelerator"], tmp_path, swap=True)
+    assert list(skipped.values()) == ["skipped"]
 
 
 def test_every_file_that_makes_a_t5_is_found(checkout: Path) -> None:
