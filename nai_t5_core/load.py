@@ -203,7 +203,7 @@ def refuse_before_assembly(examination: Examination, dtype: torch.dtype, layout:
     if dtype == torch.float16:
         recipes, read = _recipes(examination, config, layout, chosen)
         for recipe in recipes:
-            _checked(recipe, cook(recipe, read, dtype))
+            _checked(recipe, cook(recipe, read, dtype), read)
 
 
 def load_t5(
