@@ -19,12 +19,11 @@ from nai_t5_core.packing import Packing
 AttentionChoice = Literal["auto", "flex", "sdpa"]
 ATTENTION_CHOICES: tuple[AttentionChoice, ...] = get_args(AttentionChoice)
 
-# NOT MEASURED: no GPU was at hand. These are estimates of where flex overtakes SDPA on CUDA. SDPA reads a bias of
-# [heads, length, length] in every layer, and takes one call for each length of document in the batch; flex takes one
-# call, but fills the row up to whole blocks and has to be compiled once.
-FLEX_FROM_TOKENS = 512
-FLEX_FROM_TOKENS_IF_SPARSE = 256
-SPARSE_FROM = 0.5
+# On CUDA SDPA takes a call for each length of document in a batch; flex takes one for all, and is compiled once. On an
+# H200, with a T5-XXL in float16, SDPA takes less for one prompt, as long with 8 lengths, and thrice as long with 32. In
+# float32 flex's kernels spill.
+FLEX_FROM_LENGTHS = 16
+AUTOMATIC_FLEX_DTYPES = (torch.bfloat16, torch.float16)
 
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The smallest side of a matrix product in Triton.
@@ -35,18 +34,16 @@ class FlexUnavailableError(RuntimeError):
     """Flex attention was asked for, and this installation cannot compile it."""
 
 
-def choose_attention(device_type: str, tokens: int, sparsity: float) -> Literal["flex", "sdpa"]:
+def choose_attention(device_type: str, lengths: int, dtype: torch.dtype) -> Literal["flex", "sdpa"]:
     """What ``"auto"`` takes for a batch.
 
     Args:
         device_type: ``"cuda"``, ``"cpu"`` and so on. Flex is taken on CUDA alone: on the CPU, where SDPA computes each
             document alone as well, it has nothing to skip and must first be compiled.
-        tokens: rows of the packed row.
-        sparsity: the share of [tokens, tokens] that no query may see.
+        lengths: how many lengths of documents there are in the batch.
     """
-    return "sdpa"
-    crossover = FLEX_FROM_TOKENS_IF_SPARSE if sparsity >= SPARSE_FROM else FLEX_FROM_TOKENS
-    return "flex" if tokens >= crossover else "sdpa"
+    is_faster = device_type == "cuda" and lengths >= FLEX_FROM_LENGTHS and dtype in AUTOMATIC_FLEX_DTYPES
+    return "flex" if is_faster else "sdpa"
 
 
 def describe_attention(attention: AttentionChoice, device_type: str, by_kernels: bool = False) -> str:
@@ -57,15 +54,15 @@ def describe_attention(attention: AttentionChoice, device_type: str, by_kernels:
         return "auto: kernels"
     if device_type != "cuda":
         return "auto: sdpa"
-    return f"auto: flex from {FLEX_FROM_TOKENS} tokens ({FLEX_FROM_TOKENS_IF_SPARSE} if sparse), else sdpa"
+    return f"auto: sdpa, and flex for batches of {FLEX_FROM_LENGTHS} lengths and more"
 
 
 def automatic_attention() -> dict[str, str]:
     """What ``"auto"`` comes to, in words, by device and batch."""
     return {
         "cpu": "sdpa" if why_not_kernels() else "kernels in bfloat16 and float32, else sdpa",
-        "cuda": f"flex from {FLEX_FROM_TOKENS} tokens",
-        "cuda, sparse": f"flex from {FLEX_FROM_TOKENS_IF_SPARSE} tokens",
+        "cuda": "sdpa",
+        f"cuda, {FLEX_FROM_LENGTHS} lengths and more": "flex in bfloat16 and float16",
     }
 
 
@@ -104,7 +101,7 @@ def _takes_flex(
     if attention == "auto":
         return (
             not torch.is_grad_enabled()
-            and choose_attention(device.type, packing.tokens, _sparsity(packing)) == "flex"
+            and choose_attention(device.type, len(packing.groups), dtype) == "flex"
             and unsupported_by_flex(device, dtype, d_kv) is None
             and missing_for_flex(device) is None
         )
@@ -113,11 +110,6 @@ def _takes_flex(
     if missing:
         raise FlexUnavailableError(f"attention='flex' is not possible here: {missing}; use attention='sdpa'")
     return not (device.type == "cpu" and torch.is_grad_enabled())
-
-
-def _sparsity(packing: Packing) -> float:
-    visible = sum(group.count * group.queries * (group.keys or group.queries) for group in packing.groups)
-    return 1 - visible / max(packing.tokens, 1) ** 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,7 @@ from conftest import TOY_CONFIGS, build_stack, random_state
 from nai_t5_core import TextEncoder
 from nai_t5_core.attention import DenseAttention, DocumentAttention
 from nai_t5_core.attention_choice import (
-    FLEX_FROM_TOKENS,
-    FLEX_FROM_TOKENS_IF_SPARSE,
+    FLEX_FROM_LENGTHS,
     FlexUnavailableError,
     choose_attention,
     document_plan,
@@ -21,16 +20,17 @@ from nai_t5_core.kernels.build import why_not_kernels
 from nai_t5_core.packing import pack_batch
 
 CPU = torch.device("cpu")
+HALF = torch.float16
+SQUARE = (FLEX_FROM_LENGTHS, FLEX_FROM_LENGTHS)
 compiled = pytest.mark.skipif(missing_for_flex(CPU) is not None, reason=f"no flex here: {missing_for_flex(CPU)}")
 
 
-def test_auto_by_device_length_and_sparsity() -> None:
-    for tokens in (1, FLEX_FROM_TOKENS, 100_000):
-        assert choose_attention("cpu", tokens, 0.9) == choose_attention("mps", tokens, 0.0) == "sdpa"
-    assert choose_attention("cuda", FLEX_FROM_TOKENS - 1, 0.0) == "sdpa"
-    assert choose_attention("cuda", FLEX_FROM_TOKENS, 0.0) == "flex"
-    assert choose_attention("cuda", FLEX_FROM_TOKENS_IF_SPARSE - 1, 0.9) == "sdpa"
-    assert choose_attention("cuda", FLEX_FROM_TOKENS_IF_SPARSE, 0.9) == "flex"
+def test_auto_by_device_lengths_and_dtype() -> None:
+    for lengths in (1, FLEX_FROM_LENGTHS, 100_000):
+        assert choose_attention("cpu", lengths, HALF) == choose_attention("mps", lengths, HALF) == "sdpa"
+    assert choose_attention("cuda", FLEX_FROM_LENGTHS - 1, HALF) == "sdpa"
+    assert choose_attention("cuda", FLEX_FROM_LENGTHS, HALF) == "flex"
+    assert choose_attention("cuda", FLEX_FROM_LENGTHS, torch.float32) == "sdpa"
 
 
 @torch.no_grad()
@@ -55,7 +55,8 @@ def test_the_choice_reaches_the_stack() -> None:
 @torch.no_grad()
 def test_auto_takes_sdpa_without_a_word_where_flex_cannot_be_compiled() -> None:
     """It chooses among what is there; only who asks for flex is told."""
-    cuda, packing = torch.device("cuda"), pack_batch(None, 4, 4 * FLEX_FROM_TOKENS)
+    cuda, packing = torch.device("cuda"), pack_batch(torch.ones(SQUARE).tril() > 0, *SQUARE, "skip")
+    assert len(packing.groups) == FLEX_FROM_LENGTHS
     if missing_for_flex(cuda) is None:
         pytest.skip("this machine has a GPU with Triton")
     assert isinstance(document_plan("auto", packing, 1.0, cuda, torch.bfloat16, 64), DocumentAttention)
