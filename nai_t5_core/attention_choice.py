@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from nai_t5_core.attention import AttentionPlan, DocumentAttention
+from nai_t5_core.kernel_block import torch_is_needed
 from nai_t5_core.kernels.build import why_not_kernels
 from nai_t5_core.packing import Packing
 
@@ -79,7 +80,8 @@ def document_plan(
     """The attention plan of a packed batch.
 
     A ``bucket`` is for compiled encoders: the row is filled up to it, and attention is flex. Where gradients are
-    recorded, ``"auto"`` takes SDPA, and so does ``"flex"`` on the CPU, where it has no backward.
+    recorded, or a compiler or a mode of torch's watches, ``"auto"`` takes SDPA; so does ``"flex"`` on the CPU where
+    gradients are recorded, since it has no backward there.
 
     Raises:
         ValueError: flex was asked for and does not support the device, the dtype or the size of the heads.
@@ -100,7 +102,7 @@ def _takes_flex(
         return False
     if attention == "auto":
         return (
-            not torch.is_grad_enabled()
+            not torch_is_needed()
             and choose_attention(device.type, len(packing.groups), dtype) == "flex"
             and unsupported_by_flex(device, dtype, d_kv) is None
             and missing_for_flex(device) is None

@@ -21,6 +21,9 @@ from nai_t5_core.packing import TOKEN_BUCKETS
 # Graphs beyond the buckets: rows longer than the largest, and calls with gradients or under inference mode.
 _SPARE_GRAPHS = 8
 
+# The first compiles, the second records the CUDA graph, if there is to be one, and the third runs it.
+_CALLS_TO_BE_READY = 3
+
 
 def compile_stack(
     stack: T5EncoderStack,
@@ -124,7 +127,8 @@ def warm_up(
         if up_to is None or index == 0 or stack.buckets[index - 1] < up_to
     )
     for done, size in enumerate(wanted):
-        stack(torch.zeros(1, size, dtype=torch.long))
+        for _ in range(_CALLS_TO_BE_READY):
+            stack(torch.zeros(1, size, dtype=torch.long))
         if progress is not None:
             progress(done + 1, len(wanted))
     return wanted

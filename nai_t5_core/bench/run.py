@@ -70,11 +70,14 @@ def run_bench(
     wanted = Wanted(tuple(peers), comfyui, compiled, int8, onednn)
     with threads_set(threads) as used_threads:
         tell("drawing weights")
-        state = random_state(config, seed, dtype=model_dtype)
+        state = random_state(config, seed, dtype=model_dtype, device=place)
         measured = _Measured()
         if cases:
             measured = _measure(cases, config, state, model_dtype, place, wanted, repeats, seed, tell)
-        loading = measure_loading(config, state, model_dtype, threads, repeats, tell) if with_load else None
+        loading = None
+        if with_load:
+            on_cpu = {name: tensor.cpu() for name, tensor in state.items()}
+            loading = measure_loading(config, on_cpu, model_dtype, threads, repeats, tell)
     return BenchReport(
         size=size if isinstance(size, str) else config.size_name or f"d_model {config.d_model}",
         dtype=str(model_dtype).removeprefix("torch."),
