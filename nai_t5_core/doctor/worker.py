@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from nai_t5_core.doctor.settings import DoctorSettings
+from nai_t5_core.doctor.steps import Step, all_steps
 
 _PATIENCE = 10.0  # seconds in which a process that was told to end does so
 
@@ -17,8 +18,8 @@ _PATIENCE = 10.0  # seconds in which a process that was told to end does so
 class StepProcess:
     """Runs steps in a process of its own, begun anew after one that did not come back as it should."""
 
-    def __init__(self, settings: DoctorSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: DoctorSettings, known_steps: Callable[[], tuple[Step, ...]] = all_steps) -> None:
+        self._settings, self._known_steps = settings, known_steps
         self._process: Any = None
         self._connection: Connection | None = None
 
@@ -56,18 +57,19 @@ class StepProcess:
         if self._connection is None:
             context = get_context("spawn")
             ours, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs, self._settings), daemon=True)
+            self._process = context.Process(
+                target=_serve, args=(theirs, self._settings, self._known_steps), daemon=True
+            )
             self._process.start()
             theirs.close()
             self._connection = ours
         return self._connection
 
 
-def _serve(connection: Connection, settings: DoctorSettings) -> None:
+def _serve(connection: Connection, settings: DoctorSettings, known_steps: Callable[[], tuple[Step, ...]]) -> None:
     from nai_t5_core.doctor.patient import Patient
-    from nai_t5_core.doctor.steps import all_steps
 
-    steps = {step.name: step.run for step in all_steps()}
+    steps = {step.name: step.run for step in known_steps()}
     patient: Patient | None = None
     while True:
         try:

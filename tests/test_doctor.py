@@ -1,0 +1,229 @@
+"""The doctor: steps that fail take nobody with them, wrong numbers are found, and what was found is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nai_t5_core.cli import app
+from nai_t5_core.doctor import Diagnosis, DoctorSettings, examine_machine, numbers
+from nai_t5_core.doctor.advice import advice
+from nai_t5_core.doctor.clock import timed
+from nai_t5_core.doctor.patient import Patient
+from nai_t5_core.doctor.report import as_markdown
+from nai_t5_core.doctor.steps import Step, all_steps
+from nai_t5_core.doctor.worker import StepProcess
+from nai_t5_core.encoder import T5EncoderStack
+
+CPU = DoctorSettings(device="cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fine(patient: Patient) -> dict[str, Any]:
+    return {"process": os.getpid(), "device": str(patient.device)}
+
+
+def raises(patient: Patient) -> dict[str, Any]:
+    raise ValueError("a fault of ours")
+
+
+def loses_the_device(patient: Patient) -> dict[str, Any]:
+    raise RuntimeError("CUDA error: misaligned address")
+
+
+def crashes(patient: Patient) -> dict[str, Any]:
+    os._exit(7)
+
+
+def hangs(patient: Patient) -> dict[str, Any]:
+    time.sleep(60)
+    return {}
+
+
+def steps_of_a_bad_day() -> tuple[Step, ...]:
+    """Found by the other process by its name."""
+    return tuple(Step(run.__name__, "", run, 60) for run in (fine, raises, loses_the_device, crashes, hangs))
+
+
+def test_a_step_that_does_not_come_back_is_told_and_the_next_one_runs() -> None:
+    process = StepProcess(CPU, steps_of_a_bad_day)
+    try:
+        first = process.run("fine", 60)
+        assert first["status"] == "ok" and first["data"]["device"] == "cpu" and first["seconds"] > 0
+        failed = process.run("raises", 60)
+        assert (failed["status"], failed["message"]) == ("failed", "ValueError: a fault of ours")
+        assert "test_doctor.py" in failed["where"]
+        assert process.run("fine", 60)["data"]["process"] == first["data"]["process"]
+        for name, status, message in (
+            ("loses_the_device", "failed", "misaligned"),
+            ("crashes", "crashed", "status 7"),
+            ("hangs", "late", "stopped after 2 seconds"),
+        ):
+            before = process.run("fine", 60)["data"]["process"]
+            outcome = process.run(name, 2 if name == "hangs" else 60)
+            assert outcome["status"] == status and message in outcome["message"]
+            after = process.run("fine", 60)
+            assert after["status"] == "ok" and after["data"]["process"] != before
+    finally:
+        process.end()
+
+
+def test_steps_that_do_not_fit_are_left_out_and_everything_is_written_down(tmp_path: Path) -> None:
+    results = tmp_path / "found.jsonl"
+    settings = DoctorSettings(device="cpu", budget=0.0, only=("machine", "masks"), results=results)
+    diagnosis = examine_machine(settings)
+    assert [outcome["status"] for outcome in diagnosis.outcomes.values()] == ["left out", "left out"]
+    assert [json.loads(line)["step"] for line in results.read_text().splitlines()] == ["machine", "masks"]
+    assert diagnosis.passed
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (DoctorSettings(device="cpu", only=("dreams",)), r"unknown steps \['dreams'\]; allowed: machine, ceilings"),
+        (DoctorSettings(device="cpu", size="t5-gigantic"), "t5-gigantic"),
+        (DoctorSettings(device="warp"), "device 'warp' cannot be used here"),
+    ],
+)
+def test_what_cannot_be_examined_is_refused(settings: DoctorSettings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        examine_machine(settings)
+
+
+def test_steps_have_names_of_their_own() -> None:
+    names = [step.name for step in all_steps()]
+    assert len(set(names)) == len(names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_right_numbers_are_right_and_wrong_ones_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numbers, "SMALL_CONFIGS", {"umt5": numbers.SMALL_CONFIGS["umt5"]})
+    found = numbers.check_stacks(Patient(CPU))
+    assert found["wrong"] == [] and found["checked"] > 100
+    assert {"umt5, float32, fused", "umt5, float16, separate", "umt5, float64, fused"} <= set(found["largest_errors"])
+
+    def off_by_a_little(stack: T5EncoderStack, *_: Any) -> T5EncoderStack:
+        if stack.dtype == torch.float32:
+            norm = stack.encoder.final_layer_norm
+            norm.weight = torch.nn.Parameter(norm.weight * 1.01)  # a new one: models share what they read alike
+        return stack
+
+    monkeypatch.setattr(numbers, "_placed", off_by_a_little)
+    wrong = numbers.check_stacks(Patient(CPU))["wrong"]
+    assert wrong and all("float32" in line and "off by" in line for line in wrong)
+
+
+def test_a_nan_and_another_shape_are_wrong() -> None:
+    ones = torch.ones(2, 3)
+    assert not numbers.difference(ones * float("nan"), ones) <= 1
+    assert not numbers.difference(ones[:1], ones) <= 1
+    assert numbers.difference(ones * 1.5, ones) == 0.5
+
+
+def test_every_mask_is_asked_with_every_policy() -> None:
+    names = [question.name for question in numbers.questions(numbers.SMALL_CONFIGS["v1.1"], 96)]
+    assert len(names) == len(set(names)) == 2 + 4 * 4
+
+
+def test_times_are_medians_in_milliseconds() -> None:
+    time_of = timed(lambda: time.sleep(0.02), torch.device("cpu"), warm_ups=0)
+    assert 19 < time_of["lowest_ms"] <= time_of["ms"] < 200
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is told
+# ---------------------------------------------------------------------------------------------------------------------
+
+MACHINE = {
+    "system": "Linux 6, x86_64",
+    "python": "3.12.3",
+    "processor": "A processor",
+    "instruction_sets": ["avx2"],
+    "cores": 8,
+    "threads": 8,
+    "memory_bytes": 64e9,
+    "device": "cuda",
+    "card": None,
+    "versions": {"torch": "2.11.0"},
+    "compilers": [],
+    "dtype": "float16",
+    "missing": {"kernels": "this processor has no AVX512"},
+}
+CARD = {"name": "A card", "capability": "8.9", "driver": "580", "memory_bytes": 24e9, "free_bytes": 20e9}
+
+
+def diagnosis_of(device: str, machine: dict[str, Any], **steps: dict[str, Any]) -> Diagnosis:
+    found = {"machine": machine, **steps}
+    outcomes = {
+        name: {"title": name, "status": "wrong" if data.get("wrong") else "ok", "seconds": 1.0, "data": data}
+        for name, data in found.items()
+    }
+    return Diagnosis(outcomes, device)
+
+
+@pytest.mark.parametrize(
+    ("device", "machine", "told"),
+    [
+        ("cuda", {**MACHINE, "card": CARD}, "fits: A card has 20 GB to give"),
+        (
+            "cuda",
+            {**MACHINE, "card": {**CARD, "free_bytes": 8e9}},
+            "run it on the CPU, or with a pipeline's offloading",
+        ),
+        ("cpu", MACHINE, "fits: memory has 64 GB to give"),
+        ("cpu", {**MACHINE, "memory_bytes": 8e9}, 'needs quantize="int8"'),
+        ("cpu", {**MACHINE, "memory_bytes": 4e9}, "use a smaller T5"),
+    ],
+)
+def test_advice_by_room(device: str, machine: dict[str, Any], told: str) -> None:
+    lines = advice(diagnosis_of(device, machine))
+    assert len(lines) == 3 and told in lines[2]
+    assert ("AVX512" in lines[0]) == (device == "cpu")
+
+
+def test_the_report_names_what_is_wrong_and_the_share_of_the_ceilings() -> None:
+    ceilings = {
+        "read_bytes_per_second": 1e12,
+        "copy_bytes_per_second": 1e12,
+        "products": {"float16": 1e14, "int8": "no"},
+    }
+    times = {"64": {"ms": 2.0, "host_ms": 1.0, "work": {"flops": 1e11, "bytes": 1e9}}}
+    speed = {"size": "t5-v1_1-xxl", "dtype": "float16", "by": "torch", "times": times}
+    masks = {"checked": 9, "wrong": ["length 97, left mask: off by 0.3"] * 14}
+    diagnosis = diagnosis_of("cuda", {**MACHINE, "card": CARD}, ceilings=ceilings, masks=masks, speed=speed)
+    text = as_markdown(diagnosis)
+    assert not diagnosis.passed
+    assert "masks: length 97, left mask: off by 0.3" in text and "masks: and 2 more" in text
+    assert "| 64 tokens | 2.00 ms | 1.00 ms | 1.00 ms, 50% |" in text
+    assert "| products in int8 | no |" in text
+
+
+def test_the_command(tmp_path: Path) -> None:
+    markdown = tmp_path / "found.md"
+    asked = ["doctor", "--device", "cpu", "--only", "machine", "--markdown", str(markdown)]
+    done = CliRunner().invoke(app, [*asked, "--json"])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["passed"] and report["steps"]["machine"]["data"]["device"] == "cpu"
+    assert "**Advice**" in markdown.read_text()
+
+
+def test_the_command_ends_with_status_1_if_a_number_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = diagnosis_of("cpu", MACHINE, masks={"checked": 1, "wrong": ["off by 1"]})
+    monkeypatch.setattr("nai_t5_core.doctor.examine_machine", lambda *_: wrong)
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
