@@ -228,7 +228,6 @@ def config_from_hf(hf: Mapping[str, Any]) -> T5Config:
         "relative_attention_max_distance",
         "layer_norm_epsilon",
         "scale_qk",
-        "scale_decoder_outputs",
         "dropout_rate",
         "pad_token_id",
         "eos_token_id",
@@ -244,6 +243,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> T5Config:
             num_decoder_layers=0 if is_encoder_only else decoder_layers,
             # Hugging Face ties unless told otherwise, and v1.0 files do not say it.
             tie_word_embeddings=hf.get("tie_word_embeddings", True),
+            scale_decoder_outputs=_scales_outputs(hf),
             gated=gated,
             activation=activation,
             bias_per_layer=model_type == "umt5",
@@ -291,6 +291,17 @@ def _feed_forward_kind(feed_forward_proj: str) -> tuple[bool, Activation]:
     if feed_forward_proj == "gated-gelu":
         return True, "gelu_new"
     return gated, _ACTIVATION_NAMES[name]
+
+
+def _scales_outputs(hf: Mapping[str, Any]) -> bool | None:
+    """Whether a file's decoder outputs are scaled before the head; None: where it is tied, as all releases agree then.
+
+    transformers 5 ties every mT5 and scales none; transformers 4 scales the tied ones. Neither writes it down. T5's are
+    told in every file of transformers 5, and UMT5's since 5.24.
+    """
+    if hf.get("model_type") == "mt5" and str(hf.get("transformers_version", "")).startswith("5."):
+        return False
+    return hf.get("scale_decoder_outputs")
 
 
 def _one_line(error: ValidationError) -> str:

@@ -139,9 +139,6 @@ def examine_checkpoint(checkpoint: Checkpoint) -> Examination:
         raise CheckpointError(f"{checkpoint.source}: {error}") from error
     if not any(name.startswith("decoder.") for name in keymap.names):
         config = config.encoder_only()
-    elif config.gated and "lm_head.weight" in keymap.names:
-        # transformers 5 writes tie_word_embeddings=true into every config.json; only v1.0, without a gate, is tied.
-        config = config.model_copy(update={"tie_word_embeddings": False})
     config_source = "the tensors" if hf_config is None else "config.json"
     examination = Examination(checkpoint, config, config_source, keymap)
     examination.faults += _shape_faults(examination, encoder_tensors(config), config_source)
@@ -161,17 +158,22 @@ def decoder_faults(examination: Examination) -> list[str]:
 def settle_head(examination: Examination) -> None:
     """Looks whether the output head is the embedding again, where only its numbers tell.
 
-    A config may say that the head is tied beside a file that has one. Where that is a copy it is left out; else it is
-    the head, as transformers 5 has it. Leaves a checkpoint with faults alone.
+    A config may say that the head is tied beside a file that has one: transformers 5 writes so into every file. Where
+    that is a copy it is left out; else it is the head, as transformers 5 has it, and the outputs are scaled as the
+    config says. Where it does not say (UMT5's and mT5's up to 5.23), they are scaled without a gate, as v1.0 was
+    trained, and not scaled with one. Leaves a checkpoint with faults alone.
     """
-    names = examination.keymap.names
-    if examination.faults or not examination.config.tie_word_embeddings or "lm_head.weight" not in names:
+    names, config = examination.keymap.names, examination.config
+    if examination.faults or not config.tie_word_embeddings or "lm_head.weight" not in names:
         return
     if _are_the_same(examination.read("lm_head.weight"), examination.read("shared.weight")):
         examination.keymap.ignored[names.pop("lm_head.weight")] = "a copy of the embedding, shared.weight"
     else:
-        own_head = {"tie_word_embeddings": False, "scale_decoder_outputs": examination.config.head_scale != 1}
-        examination.config = examination.config.model_copy(update=own_head)
+        scaled = config.scale_decoder_outputs
+        if scaled is None and not config.gated:
+            scaled = True
+        own_head = {"tie_word_embeddings": False, "scale_decoder_outputs": scaled}
+        examination.config = config.model_copy(update=own_head)
 
 
 def _are_the_same(tensor: Tensor, other: Tensor) -> bool:

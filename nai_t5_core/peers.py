@@ -214,9 +214,9 @@ def transformers_encoder(config: T5Config, state: State, dtype: torch.dtype) -> 
 def transformers_t5(config: T5Config, state: State, dtype: torch.dtype) -> nn.Module:
     """transformers' class with decoder and output head, as :func:`transformers_encoder` has the encoder.
 
-    transformers 5 divides UMT5's hidden states by √d_model before the head even where the head is not tied, since its
-    config forgets that; the published models were trained without, and transformers 4 does not. Here it does not
-    either.
+    Hidden states are divided by √d_model before the head where the config says so. Left alone, transformers 5.0 to 5.23
+    divides those of every UMT5, since its config forgets whether the head was tied; the published models were trained
+    without, and neither transformers 4 nor 5.24 divides theirs.
 
     Raises:
         ValueError: as :func:`transformers_encoder`.
@@ -231,7 +231,8 @@ def transformers_t5(config: T5Config, state: State, dtype: torch.dtype) -> nn.Mo
     if config.tie_word_embeddings:
         model.lm_head.weight = model.shared.weight
     if config.bias_per_layer:
-        model.config.tie_word_embeddings = config.tie_word_embeddings
+        # 5.24 reads the second, those before it the first.
+        model.config.tie_word_embeddings = model.config.scale_decoder_outputs = config.head_scale != 1
     return model.eval().requires_grad_(False)
 
 

@@ -103,7 +103,7 @@ def test_transformers_reads_our_config_json(config: T5Config) -> None:
     written = json.loads(model.config.to_json_string())
     back = config_from_hf(written)
     # transformers 5 writes tie_word_embeddings=true into every file, whatever it was given, and what it was given as
-    # scale_decoder_outputs, but only for the class T5.
+    # scale_decoder_outputs, but only for the class T5 and, since 5.24, for UMT5.
     scales_outputs = written.get("scale_decoder_outputs")
     assert scales_outputs in (None, config.tie_word_embeddings)
     assert back.scale_decoder_outputs == scales_outputs

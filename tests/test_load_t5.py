@@ -109,7 +109,7 @@ def test_exported() -> None:
 
 @pytest.mark.parametrize("with_head", [False, True])
 @pytest.mark.parametrize("said", [False, True])
-@pytest.mark.parametrize("class_name", ["T5", "UMT5"])
+@pytest.mark.parametrize("class_name", ["T5", "MT5", "UMT5"])
 @torch.no_grad()
 def test_saved_by_transformers(tmp_path: Path, class_name: str, said: bool, with_head: bool) -> None:
     """Whatever its config was told, with a head of its own or without: as transformers loads it again."""
@@ -124,11 +124,59 @@ def test_saved_by_transformers(tmp_path: Path, class_name: str, said: bool, with
     model.save_pretrained(tmp_path)
     reference = model_class.from_pretrained(tmp_path).eval()
     expected = reference(input_ids=IDS, attention_mask=MASK, decoder_input_ids=TEXTS).logits
-    if class_name == "UMT5" and with_head:
-        # transformers 5 scales the outputs of every UMT5, also of those that were trained without.
+    written = json.loads((tmp_path / "config.json").read_text())
+    if class_name == "UMT5" and with_head and "scale_decoder_outputs" not in written:
+        # Up to 5.23 it scales the outputs of every UMT5, also of those that were trained without.
         expected = expected * 8
     found = logits(on_cpu(tmp_path))
     assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-5
+
+
+SINCE_5 = {"tie_word_embeddings": True, "transformers_version": "5.23.0"}
+SINCE_5_24 = {"tie_word_embeddings": True, "transformers_version": "5.24.0"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "written", "head", "scaled"),
+    [
+        # transformers 4: what is tied is scaled. Its .bin files hold a tied head, its safetensors do not.
+        ("umt5", {"tie_word_embeddings": False, "transformers_version": "4.57.1"}, "own", False),
+        ("umt5", {"tie_word_embeddings": True, "transformers_version": "4.57.1"}, "none", True),
+        ("umt5", {"tie_word_embeddings": True, "transformers_version": "4.57.1"}, "copy", True),
+        ("mt5", {"tie_word_embeddings": False, "transformers_version": "4.57.1"}, "own", False),
+        ("mt5", {"tie_word_embeddings": True, "transformers_version": "4.57.1"}, "none", True),
+        # From 5.0 to 5.23, UMT5 and mT5 are "tied" whatever they were; the published ones have a head.
+        ("umt5", SINCE_5, "own", False),
+        ("umt5", SINCE_5, "none", True),
+        ("mt5", SINCE_5, "own", False),
+        ("mt5", SINCE_5, "none", False),
+        ("t5", SINCE_5 | {"scale_decoder_outputs": False}, "own", False),
+        ("t5", SINCE_5 | {"scale_decoder_outputs": True}, "none", True),
+        # Since 5.24, UMT5's files tell it, as T5's do.
+        ("umt5", SINCE_5_24 | {"scale_decoder_outputs": False}, "own", False),
+        ("umt5", SINCE_5_24 | {"scale_decoder_outputs": False}, "none", False),
+        ("umt5", SINCE_5_24 | {"scale_decoder_outputs": True}, "own", True),
+        ("umt5", SINCE_5_24 | {"scale_decoder_outputs": True}, "none", True),
+        ("mt5", SINCE_5_24, "own", False),
+        ("mt5", SINCE_5_24, "none", False),
+    ],
+)
+def test_head_of_every_generation(
+    tmp_path: Path, model_type: str, written: dict[str, Any], head: str, scaled: bool
+) -> None:
+    """Scaled as the release of transformers that wrote the file computes it, or as the published model was trained."""
+    config = TOY_CONFIGS["umt5" if model_type == "umt5" else "v1.1"].model_copy(
+        update={"tie_word_embeddings": head != "own", "scale_decoder_outputs": scaled}
+    )
+    state = random_state(config)
+    expected = logits(own_t5(config, state, torch.float32))
+    if head == "copy":
+        state["lm_head.weight"] = state["shared.weight"].clone()
+    folder = write_hf_folder(tmp_path / "hf", config, state)
+    values = {name: value for name, value in config_to_hf(config).items() if name != "scale_decoder_outputs"}
+    (folder / "config.json").write_text(json.dumps(values | {"model_type": model_type} | written))
+    assert torch.equal(logits(on_cpu(folder)), expected)
+    assert torch.equal(logits(on_cpu(convert(folder, tmp_path / "own.safetensors").out)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])

@@ -166,10 +166,11 @@ def test_a_copy_stands_alone(config: T5Config) -> None:
 
 
 @pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("kind", ["v1.1", "umt5"])
 @torch.no_grad()
-def test_tied_and_scaled_are_two_things(scaled: bool) -> None:
-    """transformers 5 ties a v1.1 that was made without a head, and does not scale it."""
-    tied = TOY_CONFIGS["v1.1"].model_copy(update={"tie_word_embeddings": True, "scale_decoder_outputs": scaled})
+def test_tied_and_scaled_are_two_things(kind: str, scaled: bool) -> None:
+    """transformers 5 ties a v1.1 that was made without a head, and does not scale it; since 5.24, a UMT5 as well."""
+    tied = TOY_CONFIGS[kind].model_copy(update={"tie_word_embeddings": True, "scale_decoder_outputs": scaled})
     state, ids, labels = float64_state(tied), prompts(tied), labels_for(tied)
     reference = transformers_model(tied, state)
     assert reference.config.scale_decoder_outputs == scaled
