@@ -2,6 +2,8 @@
 
 python3 dev.py demo    encode a prompt with the embedded model, and write the embedding to a file
 python3 dev.py test    lint, types and tests
+python3 dev.py newest  tests of what concerns other packages, with the newest releases of these, in .venv-newest
+python3 dev.py lock    write constraints.txt anew: the releases that demo and test install
 """
 
 from __future__ import annotations
@@ -14,47 +16,112 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-ENVIRONMENT = ROOT / ".venv"
-BIN = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
-PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
+LOCK = ROOT / "constraints.txt"
+HELD_BACK = ROOT / "constraints.in"
+LOCK_HEADER = """\
+# Every release that `dev.py demo` and `dev.py test` install, on Python 3.10 to 3.13. Made by `python3 dev.py lock` from
+# pyproject.toml and constraints.in. What CUDA builds of torch bring along is torch's own affair, and not here.
+"""
+# Packages of torch's CUDA builds; a CPU build has none of them.
+CUDA_PACKAGES = ("nvidia-", "cuda-", "triton")
+
+
+class Environment:
+    """A virtual environment in a folder of the project."""
+
+    def __init__(self, name: str) -> None:
+        self.folder = ROOT / name
+        self.bin = self.folder / ("Scripts" if os.name == "nt" else "bin")
+        self.python = self.bin / ("python.exe" if os.name == "nt" else "python")
+
+    def make(self) -> None:
+        if not self.python.exists():
+            print(f"making an environment in {self.folder}", flush=True)
+            venv.create(self.folder, with_pip=True)
+
+    def pip_install(self, *arguments: str | Path) -> None:
+        run(self.python, "-m", "pip", "install", "--quiet", *arguments)
+
+    def install_project(self, extra: str, *arguments: str | Path) -> None:
+        """The project, editable, built by the setuptools that is installed and not by the newest one."""
+        self.make()
+        self.pip_install(*arguments, "setuptools")
+        self.pip_install(*arguments, "--no-build-isolation", "--editable", f".{extra}")
+
+    def install_locked(self, extra: str = "") -> None:
+        """The project with the releases of constraints.txt, unless that was done since its requirements changed."""
+        wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + LOCK.read_bytes()).hexdigest()
+        stamp = self.folder / f"installed{extra}"
+        if not (stamp.is_file() and stamp.read_text() == wanted):
+            self.install_project(extra, "--constraint", LOCK.name)
+            stamp.write_text(wanted)
+
+
+MAIN = Environment(".venv")
+NEWEST = Environment(".venv-newest")
+
+
+def call(*command: str | Path) -> int:
+    """Runs a command in the project's folder, and returns its status."""
+    print("$", *command, flush=True)
+    return subprocess.run([str(part) for part in command], cwd=ROOT, check=False).returncode
 
 
 def run(*command: str | Path) -> None:
-    """Runs a command of the environment in the project's folder; a fault ends this program with its status."""
-    print("$", *command, flush=True)
-    status = subprocess.run([str(part) for part in command], cwd=ROOT, check=False).returncode
+    """Runs a command in the project's folder; a fault ends this program with its status."""
+    status = call(*command)
     if status:
         sys.exit(status)
 
 
-def install(extra: str = "") -> None:
-    """Installs the project, editable, unless that was done since its requirements last changed."""
-    requirements = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
-    wanted = hashlib.sha256(b"".join(requirements)).hexdigest()
-    stamp = ENVIRONMENT / f"installed{extra}"
-    if stamp.is_file() and stamp.read_text() == wanted:
-        return
-    if not PYTHON.exists():
-        print(f"making an environment in {ENVIRONMENT}", flush=True)
-        venv.create(ENVIRONMENT, with_pip=True)
-    run(PYTHON, "-m", "pip", "install", "--quiet", "-c", "constraints.txt", "--editable", f".{extra}")
-    stamp.write_text(wanted)
-
-
 def demo() -> None:
-    install()
-    run(BIN / "nai-t5", "encode", "a photo of a cat", "--out", "cat.safetensors")
+    MAIN.install_locked()
+    run(MAIN.bin / "nai-t5", "encode", "a photo of a cat", "--out", "cat.safetensors")
+
+
+def workers() -> int:
+    """How many processes share the tests: one a processor, each with one thread and about a gigabyte of memory."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, 8)
 
 
 def test() -> None:
-    install("[test]")
-    run(PYTHON, "-m", "ruff", "check", ".")
-    run(PYTHON, "-m", "ruff", "format", "--check", ".")
-    run(PYTHON, "-m", "mypy")
-    run(PYTHON, "-m", "pytest")
+    MAIN.install_locked("[test]")
+    run(MAIN.python, "-m", "ruff", "check", ".")
+    run(MAIN.python, "-m", "ruff", "format", "--check", ".")
+    mypy = [MAIN.python, "-m", "mypy"]
+    # Types are checked beside the tests, and told after them.
+    types = subprocess.Popen(mypy, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    tests = call(MAIN.python, "-m", "pytest", "--numprocesses", str(workers()), "--dist", "worksteal")
+    said = types.communicate()[0]
+    print("$", *mypy)
+    print(said, end="", flush=True)
+    sys.exit(tests or types.returncode)
 
 
-COMMANDS = {"demo": demo, "test": test}
+def newest() -> None:
+    """torch stays: it is the largest download, and what depends on its release has tests that take long."""
+    torch = next(line for line in HELD_BACK.read_text().splitlines() if line.startswith("torch=="))
+    NEWEST.install_project("[test]", "--upgrade", "--upgrade-strategy", "eager", torch)
+    run(NEWEST.python, "tests/newest.py", "--numprocesses", str(workers()))
+
+
+def lock() -> None:
+    MAIN.make()
+    MAIN.pip_install("uv")
+    uv = [MAIN.bin / "uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.10", "--upgrade"]
+    uv += ["--no-config", "--no-header", "--no-annotate", "--constraints", HELD_BACK.name]
+    uv += ["pyproject.toml", "--extra", "test"]
+    print("$", *uv, flush=True)
+    done = subprocess.run([str(part) for part in uv], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    pins = [pin for pin in done.stdout.splitlines(keepends=True) if not pin.startswith(CUDA_PACKAGES)]
+    LOCK.write_text(LOCK_HEADER + "".join(pins))
+    print(f"{LOCK.name}: {len(pins)} releases", flush=True)
+
+
+COMMANDS = {"demo": demo, "test": test, "newest": newest, "lock": lock}
 
 if __name__ == "__main__":
     if sys.version_info < (3, 10):  # noqa: UP036 - the one file that an older Python may meet
