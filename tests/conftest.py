@@ -22,9 +22,12 @@ from nai_t5_core.layers import NoInit
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Toys gain nothing from more, and threads that wait for each other on a busy machine take several times longer.
+# Toys gain nothing from more, and threads that wait for each other on a busy machine take several times longer: each
+# process that shares the tests has one, and so has each program that a test starts.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
+# Built by the process that collects the tests, before others that share them start, so that each finds them built.
 needs_kernels = pytest.mark.skipif(bool(missing_for_kernels()), reason=f"no kernels here: {missing_for_kernels()}")
 
 _TOY = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 80, "num_heads": 4, "num_layers": 3}
