@@ -182,8 +182,8 @@ def test_inspect_and_encode_tell_which_attention(run: Run) -> None:
     missing = why_not_kernels()
     assert attention == {
         "cpu": "sdpa" if missing else "kernels in bfloat16 and float32, else sdpa",
-        "cuda": "flex from 512 tokens",
-        "cuda, sparse": "flex from 256 tokens",
+        "cuda": "sdpa",
+        "cuda, 16 lengths and more": "flex in bfloat16 and float16",
     }
     automatic = "sdpa" if missing else "kernels"
     for choice, told in (([], f"attention=auto: {automatic})"), (["--attention", "sdpa"], "attention=sdpa)")):
