@@ -24,6 +24,7 @@ LOCK_HEADER = """\
 """
 # Packages of torch's CUDA builds; a CPU build has none of them.
 CUDA_PACKAGES = ("nvidia-", "cuda-", "triton")
+COMPILE_ALL = "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers=0)"
 
 
 class Environment:
@@ -46,7 +47,9 @@ class Environment:
         """The project, editable, built by the setuptools that is installed and not by the newest one."""
         self.make()
         self.pip_install(*arguments, "setuptools")
-        self.pip_install(*arguments, "--no-build-isolation", "--editable", f".{extra}")
+        self.pip_install(*arguments, "--no-compile", "--no-build-isolation", "--editable", f".{extra}")
+        # pip would compile with one process. What is a template or for other Pythons cannot be compiled and need not.
+        run(self.python, "-c", COMPILE_ALL)
 
     def install_locked(self, extra: str = "") -> None:
         """The project with the releases of constraints.txt, unless that was done since its requirements changed."""
@@ -103,7 +106,7 @@ def newest() -> None:
     """torch stays: it is the largest download, and what depends on its release has tests that take long."""
     torch = next(line for line in HELD_BACK.read_text().splitlines() if line.startswith("torch=="))
     NEWEST.install_project("[test]", "--upgrade", "--upgrade-strategy", "eager", torch)
-    run(NEWEST.python, "tests/newest.py", "--numprocesses", str(workers()))
+    run(NEWEST.python, "-m", "tests.newest", "--numprocesses", str(workers()))
 
 
 def lock() -> None:
