@@ -45,6 +45,18 @@ class OfUnittest(Config, unittest.TestCase):
         self.assertEqual(type(self.get_dummy_components()["text_encoder"]).__name__, "NAIT5EncoderModel")
 
 
+@pytest.mark.skip
+class TestMarked(Config):
+    def test_with_the_mark_of_its_class(self):
+        pass
+
+
+@pytest.mark.skip
+class TestMarked(Config):
+    def test_with_the_mark_of_its_class(self):
+        pass
+
+
 class TestWithoutParts:
     def test_untouched(self):
         pass

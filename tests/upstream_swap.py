@@ -45,8 +45,9 @@ def pytest_pycollect_makeitem(obj: Any) -> Any:
     """Puts a derived class in place of each that has the function."""
     collected = yield
     if inspect.isclass(obj) and hasattr(obj, "get_dummy_components") and isinstance(collected, pytest.Class):
-        # A collector looks its class up by name, whatever class it was made for, unless it is set here.
-        collected.obj = with_our_encoder(obj)
+        # A collector looks its class up by name, whatever class it was made for, unless it is set here; and reads the
+        # marks of the class when it is first asked for it.
+        collected.obj = with_our_encoder(collected.obj)
     return collected
 
 
