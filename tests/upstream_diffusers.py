@@ -3,9 +3,8 @@
     python tests/upstream_diffusers.py CHECKOUT [--folder flux --folder wan]
 
 CHECKOUT is a work tree of the diffusers repository. Its own library is tested, or the installed one where the work tree
-has no ``src`` (``git sparse-checkout set tests``). The packages parameterized,
-requests_mock and opencv-python-headless must be installed, and torchvision for the tests of Cosmos.
-Every file below tests/pipelines that makes a T5 is run.
+has no ``src`` (``git sparse-checkout set tests``). The packages parameterized, requests_mock and opencv-python-headless
+must be installed; some tests of Cosmos need torchvision. Every file below tests/pipelines that makes a T5 is run.
 
 Nothing is downloaded: the tests ask the hub for tiny random models, and get tiny random ones of the same kinds from a
 local folder that is laid out as the hub's cache and written anew for each run. Tests that compare with numbers of the
