@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import subprocess
 import sys
@@ -263,23 +262,3 @@ def test_nothing_to_encode() -> None:
         encode_lines(StandIn(), [])
     with pytest.raises(ValueError, match="tokens for l, g, and none for a T5"):
         tokenize(type("Clip", (), {"tokenize": lambda self, text: {"l": [], "g": []}})(), "cat")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Example workflows
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
-
-
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflows_are_connected(path: Path) -> None:
-    workflow = json.loads(path.read_text(encoding="utf-8"))
-    nodes = {node["id"]: node for node in workflow["nodes"]}
-    assert {node["type"] for node in nodes.values() if node["type"].startswith("NAI")} <= set(NODES)
-    for number, source, output, target, place, kind in workflow["links"]:
-        assert number in nodes[source]["outputs"][output]["links"]
-        assert nodes[target]["inputs"][place]["link"] == number
-        assert nodes[source]["outputs"][output]["type"] == kind
-    assert any(node["type"].startswith("NAI") for node in nodes.values())

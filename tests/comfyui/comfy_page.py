@@ -38,6 +38,14 @@ _FIT = """([left, top, right, bottom]) => {
     canvas.setDirty(true, true);
 }"""
 
+# How the page can draw nodes.
+RENDERERS = ("classic", "modern")
+# Node types that show a text of one line under their inputs when they have run.
+_TELLING = ["NAILoadT5", "NAILoadClipT5", "NAIReplaceT5", "NAIT5TokenCount"]
+_TELL = """types => app.graph.nodes.filter(node => types.includes(node.type)).forEach(node =>
+    app.api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text: 'a line of text' }))"""
+_NODES = "app.graph.nodes.map(({ id, type, pos, size }) => ({ id: Number(id), type, pos: [...pos], size: [...size] }))"
+
 
 class Page:
     """The page, and the faults that it told of since it was opened."""
@@ -79,11 +87,19 @@ class Page:
             raise AssertionError(f"after {_PATIENCE} s no {text!r} is {state}; the page told: {self.faults}") from None
         return element
 
+    def see_no_more(self, text: str) -> None:
+        """Waits until exactly this text is nowhere in sight."""
+        self.page.get_by_text(text, exact=True).first.wait_for(state="hidden")
+
     def faults_of_ours(self) -> list[str]:
         return [fault for fault in self.faults if PACK in fault or "NAI" in fault]
 
     def node_types(self) -> list[str]:
         return list(self.page.evaluate("app.graph.nodes.map(node => node.type)"))
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Id, type, place and size of every node, as they are shown."""
+        return list(self.page.evaluate(_NODES))
 
     def missing_nodes(self) -> list[str]:
         """Types in the graph that the front end does not know."""
@@ -116,10 +132,32 @@ class Page:
 
     def show_workflow(self, path: Path) -> None:
         """Opens a workflow file."""
-        workflow = json.loads(path.read_text(encoding="utf-8"))
+        self.show(json.loads(path.read_text(encoding="utf-8")), path.stem)
+
+    def show(self, workflow: dict[str, Any], name: str) -> None:
+        """Opens a workflow as the editor saves it."""
         self.page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
         count = len(workflow["nodes"])
-        self.wait("count => app.graph.nodes.length == count", f"{path.stem} shows its {count} nodes", count)
+        self.wait("count => app.graph.nodes.length == count", f"{name} shows its {count} nodes", count)
+
+    def show_nodes_by(self, renderer: str) -> None:
+        """Draws nodes the classic way, on the canvas, or the modern one, as elements of the page."""
+        modern = json.dumps(renderer == "modern")
+        self.page.evaluate(f"app.extensionManager.setting.set('Comfy.VueNodes.Enabled', {modern})")
+        self.wait(f"Boolean(LiteGraph.vueNodesMode) == {modern}", f"nodes are {renderer}")
+
+    def smallest_sizes(self, path: Path) -> dict[int, list[float]]:
+        """Width and height that the page gives to each node of a workflow file which asks for its width alone.
+
+        Nodes that show a text when they have run are as large as with one.
+        """
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        for node in workflow["nodes"]:
+            node["size"] = [node["size"][0], 1]
+        self.show(workflow, path.stem)
+        self.page.evaluate(_TELL, _TELLING)
+        self.page.wait_for_timeout(2000)  # the page draws, and gives its nodes what they need
+        return {node["id"]: node["size"] for node in self.nodes()}
 
     def fit(self) -> None:
         """Brings the whole graph into view, between the bars of the page, drawn in full at any scale."""

@@ -1,4 +1,4 @@
-"""Takes the thumbnails of the bundled workflows from ComfyUI's page.
+"""Takes the thumbnails of the bundled workflows, and the picture of the template browser, from ComfyUI's page.
 
 COMFYUI_PATH=… PYTHONPATH=.:tests python tests/comfyui/pictures.py
 """
@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from comfy_page import Page, greeted, open_page
-from comfy_server import WORKFLOWS, Server
+from comfy_server import ROOT, WORKFLOWS, Server
 
 _RUN = "t5_try_it"
 
@@ -36,7 +36,16 @@ def take(page: Page) -> None:
         if path.stem == _RUN:
             page.run()
             page.page.wait_for_timeout(3000)  # the nodes behind the first picture
+            page.see_no_more("Job completed")
         page.picture(path.with_suffix(".jpg"), type="jpeg", quality=60)
+
+
+def take_templates(page: Page) -> None:
+    """With the thumbnails that were just taken."""
+    page.browse_templates()
+    page.see(_RUN)
+    page.page.wait_for_timeout(3000)  # the thumbnails come one by one
+    page.picture(ROOT / "docs" / "images" / "comfyui-templates.jpg", type="jpeg", quality=70)
 
 
 def main() -> None:
@@ -48,6 +57,9 @@ def main() -> None:
             with open_page(1600, 900) as page:
                 page.open(server.url)
                 take(page)
+            with open_page() as page:
+                page.open(server.url)
+                take_templates(page)
         finally:
             server.stop()
 

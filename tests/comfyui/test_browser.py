@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from comfy_page import CHROMIUM, Page, greeted, open_page
+from comfy_page import CHROMIUM, RENDERERS, Page, greeted, open_page
 from comfy_server import ROOT, WORKFLOWS, Server
+from node_boxes import overlapping
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
 if not COMFYUI:
@@ -73,3 +75,21 @@ def test_every_bundled_workflow_opens(page: Page) -> None:
         page.show_workflow(path)
         assert page.missing_nodes() == [], path.stem
         assert (ROOT / "example_workflows" / f"{path.stem}.jpg").is_file()
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_nodes_have_the_room_that_they_need(renderer: str, page: Page) -> None:
+    page.show_nodes_by(renderer)
+    for path in WORKFLOWS:
+        needed = page.smallest_sizes(path)
+        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+            (width, height), (least_width, least_height) = node["size"], needed[node["id"]]
+            assert width >= least_width and height >= least_height, (path.stem, node["type"], needed[node["id"]])
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_no_node_lies_over_another_after_a_run(renderer: str, page: Page) -> None:
+    page.show_nodes_by(renderer)
+    page.show_workflow(ROOT / "example_workflows" / "t5_try_it.json")
+    page.run()
+    assert overlapping(page.nodes()) == []
