@@ -345,7 +345,7 @@ def test_byt5_of_hunyuan_image() -> None:
     theirs.cond_stage_model.load_state_dict(random_weights(theirs.cond_stage_model))
     ours = with_our_t5(theirs, Settings("float32"))
     assert isinstance(t5_models(ours.cond_stage_model)["byt5_small"].transformer, EncoderModel)
-    assert describe(ours) == f"byt5_small: T5 v1.1 of 3 layers, float32, {FUSED}"
+    assert describe(ours) == f"byt5_small: ByT5 of 3 layers, float32, {FUSED}"
     pairs = ByT5SmallTokenizer().tokenize_with_weights('Text "Straße". Text "猫". ')
     with torch.inference_mode():
         mine, expected = (clip.cond_stage_model.byt5_small.encode_token_weights(pairs)[0] for clip in (ours, theirs))
