@@ -51,12 +51,6 @@ class TestMarked(Config):
         pass
 
 
-@pytest.mark.skip
-class TestMarked(Config):
-    def test_with_the_mark_of_its_class(self):
-        pass
-
-
 class TestWithoutParts:
     def test_untouched(self):
         pass
