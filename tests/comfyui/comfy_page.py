@@ -140,6 +140,11 @@ class Page:
         count = len(workflow["nodes"])
         self.wait("count => app.graph.nodes.length == count", f"{name} shows its {count} nodes", count)
 
+    def has_modern_nodes(self) -> bool:
+        """Whether nodes can be elements of the page; before this release of the front end they are an experiment."""
+        version = self.page.evaluate("window.__COMFYUI_FRONTEND_VERSION__")
+        return tuple(map(int, version.split(".")[:2])) >= (1, 41)
+
     def show_nodes_by(self, renderer: str) -> None:
         """Draws nodes the classic way, on the canvas, or the modern one, as elements of the page."""
         modern = json.dumps(renderer == "modern")

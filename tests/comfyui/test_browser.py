@@ -77,19 +77,24 @@ def test_every_bundled_workflow_opens(page: Page) -> None:
         assert (ROOT / "example_workflows" / f"{path.stem}.jpg").is_file()
 
 
-@pytest.mark.parametrize("renderer", RENDERERS)
-def test_nodes_have_the_room_that_they_need(renderer: str, page: Page) -> None:
-    page.show_nodes_by(renderer)
+@pytest.fixture(params=RENDERERS)
+def drawn(request: pytest.FixtureRequest, page: Page) -> Page:
+    """The page, with nodes drawn in each way that it has."""
+    if request.param == "modern" and not page.has_modern_nodes():
+        pytest.skip("this front end's nodes as elements of the page are an experiment")
+    page.show_nodes_by(request.param)
+    return page
+
+
+def test_nodes_have_the_room_that_they_need(drawn: Page) -> None:
     for path in WORKFLOWS:
-        needed = page.smallest_sizes(path)
+        needed = drawn.smallest_sizes(path)
         for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
             (width, height), (least_width, least_height) = node["size"], needed[node["id"]]
             assert width >= least_width and height >= least_height, (path.stem, node["type"], needed[node["id"]])
 
 
-@pytest.mark.parametrize("renderer", RENDERERS)
-def test_no_node_lies_over_another_after_a_run(renderer: str, page: Page) -> None:
-    page.show_nodes_by(renderer)
-    page.show_workflow(ROOT / "example_workflows" / "t5_try_it.json")
-    page.run()
-    assert overlapping(page.nodes()) == []
+def test_no_node_lies_over_another_after_a_run(drawn: Page) -> None:
+    drawn.show_workflow(ROOT / "example_workflows" / "t5_try_it.json")
+    drawn.run()
+    assert overlapping(drawn.nodes()) == []
