@@ -87,6 +87,16 @@ class Page:
             raise AssertionError(f"after {_PATIENCE} s no {text!r} is {state}; the page told: {self.faults}") from None
         return element
 
+    def _comes(self, element: Any, seconds: int = 10) -> bool:
+        """Whether an element comes into view in this time."""
+        from playwright.sync_api import TimeoutError as TooLate
+
+        try:
+            element.first.wait_for(timeout=seconds * 1000)
+        except TooLate:
+            return False
+        return True
+
     def see_no_more(self, text: str) -> None:
         """Waits until exactly this text is nowhere in sight."""
         self.page.get_by_text(text, exact=True).first.wait_for(state="hidden")
@@ -109,12 +119,14 @@ class Page:
     def find_and_place(self, name: str) -> None:
         """Searches for a node by double click and its full name, and places the first that is found."""
         area = self.page.locator("#graph-canvas").bounding_box()
-        for _ in range(_PATIENCE // 10):  # a busy page may show what it found and not take it, then or later
+        box, found = self.page.locator("input:focus"), self.page.get_by_text(name, exact=True)
+        for _ in range(_PATIENCE // 10):  # a busy page may lose clicks and letters, and not take what it found
             self.page.mouse.dblclick(area["x"] + area["width"] / 2, area["y"] + area["height"] / 2)
-            self.page.keyboard.type(name, delay=20)
-            self.see(name)
-            self.page.keyboard.press("Enter")
-            self.page.wait_for_timeout(5000)
+            if self._comes(box):
+                self.page.keyboard.type(name, delay=20)
+            if self._comes(found):
+                self.page.keyboard.press("Enter")
+                self.page.wait_for_timeout(5000)
             if self.node_types():
                 return
             self.page.keyboard.press("Escape")
