@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nai_t5_core.cuda.encoder import cuda_encoder
+from nai_t5_core.cuda.guarded import GuardedCudaEncoder
 from nai_t5_core.cuda.refusals import missing_triton, refuses
 from nai_t5_core.encoder import T5EncoderStack
-from nai_t5_core.guard import rescale
+from nai_t5_core.guard import NotFiniteError, rescale
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
 from nai_t5_core.scales import LayerScales, StackScales
 
@@ -159,6 +160,23 @@ def test_a_result_that_is_not_finite_is_noted(padding: PaddingPolicy) -> None:
     for ids, expected in ((IDS.clamp(min=8), 1), (IDS.clamp(max=7), 0)):
         found = encoder.encode(ids, MASK, padding)
         assert int(found.finite) == expected == int(found.hidden.isfinite().all())
+
+
+def test_the_guarded_encoder_looks_once_and_leaves_the_rest_to_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = stack_of(TOY_CONFIGS["v1.1"])
+    encoder = cuda_encoder(stack, eager=True)
+    guarded, looks = GuardedCudaEncoder(encoder), []
+    examine = type(encoder)._examine
+    monkeypatch.setattr(type(encoder), "_examine", lambda self: looks.append(self) or examine(self))
+    assert torch.equal(guarded(IDS, MASK, padding="skip"), encoder.encode(IDS, MASK, "skip").hidden)
+    assert len(looks) == 2 and guarded.refusal() is None
+    hook = stack.encoder.block[0].register_forward_hook(lambda *_: None)
+    assert guarded.refusal() is not None and encoder.encode_unless_refused(IDS, MASK) is None
+    assert torch.equal(guarded(IDS, MASK), stack(IDS, MASK))
+    hook.remove()
+    stack.encoder.block[1].layer[0].SelfAttention.o.weight.data[3, 3] = float("nan")
+    with pytest.raises(NotFiniteError, match=r"block\.1"):
+        guarded(IDS, MASK)
 
 
 def with_hook(stack: Any) -> None:

@@ -105,8 +105,25 @@ class CudaEncoder:
         extra_pad: int = 0,
     ) -> Encoded:
         """The same, with a note on whether the result is finite."""
+        from nai_t5_core.cuda.examined import refuse
+
+        refuse(self._examine())
+        return self._encode(input_ids, attention_mask, padding, extra_pad)
+
+    def encode_unless_refused(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        padding: PaddingPolicy = "exact",
+        extra_pad: int = 0,
+    ) -> Encoded | None:
+        """The same; None where the kernels cannot run the stack now, see :meth:`refusal`."""
+        return None if self._examine() else self._encode(input_ids, attention_mask, padding, extra_pad)
+
+    def _encode(
+        self, input_ids: Tensor, attention_mask: Tensor | None, padding: PaddingPolicy, extra_pad: int
+    ) -> Encoded:
         stack = self.stack
-        self._examine()
         if attention_mask is not None and attention_mask.ndim != 2:
             return self._by_stack(input_ids, attention_mask, padding, extra_pad)
         if input_ids.ndim != 2:
@@ -136,13 +153,17 @@ class CudaEncoder:
         has_moved = f"it was on {before} and is on {now} now; make another with cuda_encoder()"
         return refuses_for_good(self.stack) or (None if before == now else has_moved)
 
-    def _examine(self) -> None:
-        """Refuses what the kernels cannot run now, and reads anew what has changed."""
-        from nai_t5_core.cuda.examined import ExaminedStack, refuse
+    def _examine(self) -> str | None:
+        """Reads anew what has changed; returns why the kernels cannot run it, if they cannot."""
+        from nai_t5_core.cuda.examined import ExaminedStack
 
-        refuse(self.refusal())
-        if not self._examined.is_unchanged:
+        if reason := refuses_now():
+            return reason
+        if self._examined.is_unchanged:
+            return None
+        if (reason := self._refusal_of_the_changed()) is None:
             self._examined = ExaminedStack(self.stack, self._biases.tables)
+        return reason
 
     def _run(self, ids: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
         """Packed ids to hidden states [tokens, d_model] and whether they are finite."""

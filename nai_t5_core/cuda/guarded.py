@@ -33,9 +33,8 @@ class GuardedCudaEncoder:
         Raises:
             NotFiniteError: see :func:`nai_t5_core.guard.encode_guarded`.
         """
-        if self.encoder.refusal() is None:
-            encoded = self.encoder.encode(input_ids, attention_mask, **options)
-            if bool(encoded.finite):
-                return encoded.hidden
+        encoded = self.encoder.encode_unless_refused(input_ids, attention_mask, **options)
+        if encoded is not None and bool(encoded.finite):
+            return encoded.hidden
         # Where a value is not finite, the guard runs the batch again to find out which.
         return encode_guarded(self.encoder.stack, input_ids, attention_mask, **options)
