@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from nai_t5_core.encoder import T5EncoderStack
     from nai_t5_core.families import Family, family, family_names
     from nai_t5_core.formats import CheckpointError
+    from nai_t5_core.generation_options import GenerationOptions
     from nai_t5_core.load import load_encoder, load_t5
     from nai_t5_core.lora import Loras
     from nai_t5_core.lora_files import Lora, read_lora
     from nai_t5_core.lora_live import LiveLoras
-    from nai_t5_core.model import T5
     from nai_t5_core.optimize import prepack
+    from nai_t5_core.t5 import T5
     from nai_t5_core.text_encoder import PromptEmbeddings, TextEncoder
     from nai_t5_core.textual_inversion import add_embeddings
     from nai_t5_core.tokenizer import Tokenizer, load_tokenizer
@@ -29,6 +30,7 @@ __all__ = [
     "T5",
     "CheckpointError",
     "Family",
+    "GenerationOptions",
     "LiveLoras",
     "Lora",
     "Loras",
@@ -52,11 +54,12 @@ __all__ = [
 _HOME = {
     "CheckpointError": "formats",
     "Family": "families",
+    "GenerationOptions": "generation_options",
     "LiveLoras": "lora_live",
     "Lora": "lora_files",
     "Loras": "lora",
     "PromptEmbeddings": "text_encoder",
-    "T5": "model",
+    "T5": "t5",
     "T5Config": "config",
     "T5EncoderStack": "encoder",
     "TextEncoder": "text_encoder",

@@ -7,16 +7,14 @@ two texts are nearly as good, the rounding decides which one is kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nai_t5_core.decoding import Decoding
+from nai_t5_core.generation_options import GenerationOptions
 from nai_t5_core.token_scores import find_largest
-
-if TYPE_CHECKING:
-    from nai_t5_core.generation import GenerationOptions
 
 # Added to the score of what must not be chosen; finite, so that it still has an order.
 _HOPELESS = -1.0e9

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,9 +14,11 @@ from nai_t5_core.compiled_steps import CompiledSteps
 from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.flex import BLOCK
 from nai_t5_core.int8_linear import Int8Linear
-from nai_t5_core.model import T5
+from nai_t5_core.model import T5Model
 from nai_t5_core.optimize import is_packed
 from nai_t5_core.packing import TOKEN_BUCKETS
+
+Model = TypeVar("Model", bound=T5Model)
 
 # Graphs beyond the buckets: rows longer than the largest, and calls with gradients or under inference mode.
 _SPARE_GRAPHS = 8
@@ -66,7 +68,7 @@ def compile_stack(
     return stack
 
 
-def compile_steps(model: T5, blocks_at_once: int = 4, **options: Any) -> T5:
+def compile_steps(model: Model, blocks_at_once: int = 4, **options: Any) -> Model:
     """Has torch compile the decoder's step in generation on the CPU: greedy, sampled and with beams.
 
     It takes up to half a minute when the first token is wanted, for a lone text, several prompts, every other number of

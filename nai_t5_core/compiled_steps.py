@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,7 @@ from nai_t5_core.compile_limit import compile_with_limit
 from nai_t5_core.decoder import BlockInPlan, Decoder, run_blocks
 from nai_t5_core.decoder_attention import CachedAttention, CachedLayer, CrossLayer, CrossMemory, DecoderCache
 from nai_t5_core.layers import NoInit, residual_dtype
-
-if TYPE_CHECKING:
-    from nai_t5_core.model import T5
-
-# Of the cache, that are read: whole vectors, and never one alone, which would be compiled anew.
-SLOTS_AT_ONCE = 16
+from nai_t5_core.model import T5Model
 
 # Each number of beams is compiled on its own, as are single prompts beside several; this bounds how many may meet.
 _MOST_GRAPHS = 64
@@ -52,7 +47,10 @@ class CompiledSteps:
         options: passed on to torch.compile.
     """
 
-    def __init__(self, model: T5, blocks_at_once: int, **options: Any) -> None:
+    # Whole vectors, and never one slot alone, which would be compiled anew.
+    slots_at_once = 16
+
+    def __init__(self, model: T5Model, blocks_at_once: int, **options: Any) -> None:
         blocks = model.config.num_decoder_layers
         # A divisor, or the last few would be another graph.
         self.blocks_at_once = max(size for size in range(1, blocks_at_once + 1) if blocks % size == 0)
@@ -66,14 +64,14 @@ class CompiledSteps:
         self.single_head: Callable[[Tensor], Tensor] = compile_with_limit(head, _MOST_GRAPHS, **options)
 
     def prepare(self, cache: DecoderCache, memory: CrossMemory) -> None:
-        """To be called once, before the steps of a generation."""
+        """See :class:`nai_t5_core.model.StepRunner`."""
         _let_vary(cache.rows, 0)
         for keys_and_values in (*cache.layers, *memory.layers):
             for tensor in keys_and_values:
                 _let_vary(tensor, 0, 2)
 
-    def logits(self, model: T5, embeddings: Tensor, plan: CachedAttention, memory: CrossMemory) -> Tensor:
-        """The last tokens' embeddings [prompts, queries, d_model] to logits [prompts, queries, vocab_size]."""
+    def logits(self, model: T5Model, embeddings: Tensor, plan: CachedAttention, memory: CrossMemory) -> Tensor:
+        """See :class:`nai_t5_core.model.StepRunner`."""
         _let_vary(plan.slots, 0)
         is_single = embeddings.shape[:2] == (1, 1)
         decoder = self.single_decoder if is_single else model.decoder

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nai_t5_core.attention import BIAS_ALIGNMENT, logit_scale
-from nai_t5_core.compiled_steps import SLOTS_AT_ONCE
 from nai_t5_core.decoder_attention import CrossMemory, DecoderCache, bias_line
-
-if TYPE_CHECKING:
-    from nai_t5_core.model import T5
+from nai_t5_core.model import T5Model
 
 
 class NotFiniteLogitsError(ValueError):
@@ -38,7 +34,7 @@ class Decoding:
         ValueError: the cache is for another number of prompts, or another model.
     """
 
-    def __init__(self, model: T5, memory: CrossMemory, cache: DecoderCache, fixed_shapes: bool = False) -> None:
+    def __init__(self, model: T5Model, memory: CrossMemory, cache: DecoderCache, fixed_shapes: bool = False) -> None:
         if cache.prompts != memory.prompts:
             raise ValueError(f"the cache is for {cache.prompts} prompts, and there are {memory.prompts}; make another")
         if not cache.fits(model.config, model.dtype, model.device):
@@ -50,7 +46,7 @@ class Decoding:
             compiled.prepare(cache, memory)
         # A step reads a multiple of so many slots.
         smallest = 1 if model.device.type == "cpu" else BIAS_ALIGNMENT
-        self._granularity = smallest if compiled is None else SLOTS_AT_ONCE
+        self._granularity = smallest if compiled is None else compiled.slots_at_once
         if fixed_shapes:
             self._granularity = cache.slots
         self._scale = logit_scale(model.config)

@@ -24,8 +24,8 @@ from nai_t5_core.guard import (
 )
 from nai_t5_core.layers import residual_dtype
 from nai_t5_core.maxima import LayerMaxima, observe
-from nai_t5_core.model import T5
 from nai_t5_core.plain_twin import plain_twin, plain_weight
+from nai_t5_core.t5 import T5
 
 
 def generate_guarded(
@@ -44,7 +44,7 @@ def generate_guarded(
 
     Raises:
         NotFiniteError: weights are not finite, or a value that has no scale overflows; the message names it.
-        ValueError, TypeError: as :meth:`nai_t5_core.model.T5.generate`.
+        ValueError, TypeError: as :meth:`nai_t5_core.t5.T5.generate`.
     """
     if generator is None:
         generator = torch.Generator(model.device).manual_seed(int(torch.randint(2**62, ())))

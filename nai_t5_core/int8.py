@@ -16,11 +16,11 @@ from nai_t5_core.int8_block import Int8Block
 from nai_t5_core.int8_linear import Int8Linear, Int8Weight
 from nai_t5_core.kernel_block import PLAIN_LINEARS
 from nai_t5_core.layers import FeedForwardLayer, FoldedRMSNorm
-from nai_t5_core.model import T5
+from nai_t5_core.model import T5Model
 from nai_t5_core.optimize import Model, ProductsChoice, take_blocks
 
 
-def can_quantize(stack: T5EncoderStack | T5) -> bool:
+def can_quantize(stack: T5EncoderStack | T5Model) -> bool:
     """Whether this machine multiplies bytes fast and exactly, and the model is one to be quantised."""
     return (
         stack.device.type == "cpu"
@@ -58,7 +58,7 @@ def quantize_int8(stack: Model, products: ProductsChoice = "auto") -> Model:
             _quantize_projections(layer.EncDecAttention, layer.layer_norm, stack.dtype)
         elif isinstance(layer, FeedForwardLayer):
             _quantize_projections(layer.DenseReluDense, layer.layer_norm, stack.dtype)
-    if isinstance(stack, T5):
+    if isinstance(stack, T5Model):
         stack.lm_head = Int8Linear(Int8Weight.of(stack.lm_head.weight), stack.dtype)
     return stack
 

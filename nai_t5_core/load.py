@@ -27,10 +27,10 @@ from nai_t5_core.fuse import Recipe, cook, fused_recipes, separate_recipes
 from nai_t5_core.guard import guard
 from nai_t5_core.keymaps import KeyMap
 from nai_t5_core.layers import NoInit
-from nai_t5_core.model import T5
 from nai_t5_core.precision import is_finite, keeps_finite, largest_finite, resolve_device, resolve_dtype
 from nai_t5_core.scales import StackScales, published_scales, scale_for, unscaled
 from nai_t5_core.scales_file import read_decoder_scales, read_scales
+from nai_t5_core.t5 import T5
 from nai_t5_core.tokenizer import Tokenizer
 
 SLOW_FLOAT16 = "float16 is exact enough on a CPU but slow there; dtype='auto' picks what is fastest"

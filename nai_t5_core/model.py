@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nai_t5_core.attention import logit_scale
-from nai_t5_core.compiled_steps import SLOTS_AT_ONCE, CompiledSteps
 from nai_t5_core.config import T5Config
 from nai_t5_core.decoder import Decoder
-from nai_t5_core.decoder_attention import CausalAttention, CrossMemory, DecoderCache
+from nai_t5_core.decoder_attention import CachedAttention, CausalAttention, CrossMemory, DecoderCache
 from nai_t5_core.encoder import Layout, T5EncoderStack, check_ids, init_modules
 from nai_t5_core.fixed_weights import refuse_change
-from nai_t5_core.generation import GenerationOptions, generate, stream
 from nai_t5_core.layers import residual_dtype, scaled
 from nai_t5_core.packing import PaddingPolicy
 from nai_t5_core.scales import StackScales, unscaled
@@ -25,14 +23,32 @@ IGNORE_INDEX = -100
 
 
 class T5Output(NamedTuple):
-    """What a call of :class:`T5` gives: logits [prompts, length, vocab_size], and the loss if there were labels."""
+    """What a call of :class:`T5Model` gives: logits [prompts, length, vocab_size], and the loss if given labels."""
 
     logits: Tensor
     loss: Tensor | None
 
 
-class T5(nn.Module):
-    """A T5 with encoder, decoder and output head.
+class StepRunner(Protocol):
+    """What computes the decoder's steps of a generation in another way than module by module.
+
+    Attributes:
+        slots_at_once: of the cache, a step reads a multiple of so many slots.
+    """
+
+    slots_at_once: int
+
+    def prepare(self, cache: DecoderCache, memory: CrossMemory) -> None:
+        """To be called once, before the steps of a generation."""
+        ...
+
+    def logits(self, model: T5Model, embeddings: Tensor, plan: CachedAttention, memory: CrossMemory) -> Tensor:
+        """The last tokens' embeddings [prompts, queries, d_model] to logits [prompts, queries, vocab_size]."""
+        ...
+
+
+class T5Model(nn.Module):
+    """A T5 with encoder, decoder and output head; :class:`nai_t5_core.t5.T5` also generates.
 
     Module and tensor names are those of Hugging Face checkpoints. A tied head is the embedding's own parameter.
 
@@ -71,8 +87,8 @@ class T5(nn.Module):
         self.shared, self.encoder = stack.shared, stack.encoder
         self.decoder = Decoder(config, layout, self.decoder_scales, ops, device=device, dtype=dtype)
         self.lm_head = ops.Linear(config.d_model, config.vocab_size, bias=False, device=device, dtype=dtype)
-        # How a step is computed once `nai_t5_core.compiled.compile_steps` was called.
-        self.compiled_steps: CompiledSteps | None = None
+        # How steps are computed once `nai_t5_core.compiled.compile_steps` was called.
+        self.compiled_steps: StepRunner | None = None
         # In a tuple, for its modules are this module's own, and should not be listed twice.
         self._encoder_stack = (stack,)
         self._tie()
@@ -101,7 +117,7 @@ class T5(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.shared.weight
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> T5:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> T5Model:
         refuse_change(self, fn)
         super()._apply(fn, recurse)
         return self
@@ -210,52 +226,8 @@ class T5(nn.Module):
         """A cache for texts of up to ``length`` tokens, start token included; ``generate`` can use it many times."""
         if self.compiled_steps is not None:
             # So that no step ever reads all slots, which would be compiled anew.
-            length += SLOTS_AT_ONCE
+            length += self.compiled_steps.slots_at_once
         return DecoderCache(self.config, prompts, beams, length, self.dtype, self.device)
-
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
-        cache: DecoderCache | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """Texts for prompts of different lengths, side by side; each stops on its own.
-
-        Args:
-            input_ids, attention_mask: as for a call.
-            generator: for sampling; by default torch's own.
-            cache: from :meth:`new_cache`, to use the same memory again; by default made for this call.
-            options: fields of :class:`nai_t5_core.generation.GenerationOptions`, such as ``num_beams=4``.
-
-        Returns:
-            [prompts · num_return_sequences, new tokens] int64: what follows the start token and a forced start, with
-            the end token, padded with the pad token.
-
-        Raises:
-            ValueError: options that do not go together, a cache of another size, logits that are not finite.
-            TypeError: an unknown option.
-        """
-        chosen = GenerationOptions(**options).for_model(self.config)
-        return generate(self, input_ids, attention_mask, chosen, generator, cache)
-
-    def stream(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
-        cache: DecoderCache | None = None,
-        **options: Any,
-    ) -> Iterator[Tensor]:
-        """As :meth:`generate` without beams, token by token: int64 [prompts · num_return_sequences] each time.
-
-        Finished texts give the pad token; the iterator ends when all are.
-        """
-        chosen = GenerationOptions(**options).for_model(self.config)
-        return stream(self, input_ids, attention_mask, chosen, generator, cache)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Random weights for training from scratch, by the scheme of :meth:`T5EncoderStack.init_weights`."""

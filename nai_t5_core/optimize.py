@@ -17,10 +17,10 @@ from nai_t5_core.fixed_weights import FixedWeights
 from nai_t5_core.kernel_block import PLAIN_LINEARS
 from nai_t5_core.kernels.build import prepare_kernels, why_not_kernels
 from nai_t5_core.layers import ACTIVATIONS, FeedForward, FusedGatedFeedForward, GatedFeedForward, scaled
-from nai_t5_core.model import T5
+from nai_t5_core.model import T5Model
 from nai_t5_core.packed_block import PackedBlock
 
-Model = TypeVar("Model", T5EncoderStack, T5)
+Model = TypeVar("Model", bound=T5EncoderStack | T5Model)
 
 ProductsChoice = Literal["auto", "kernels", "onednn"]
 PRODUCTS_CHOICES: tuple[ProductsChoice, ...] = get_args(ProductsChoice)
@@ -174,7 +174,7 @@ class PackedGatedFeedForward(nn.Module):
         return torch.cat([projection.plain_weight("", like) for projection in projections[path]])
 
 
-def can_prepack(stack: T5EncoderStack | T5) -> bool:
+def can_prepack(stack: T5EncoderStack | T5Model) -> bool:
     """Whether this machine can pack this model's weights."""
     return packs(stack.device, stack.dtype)
 
@@ -214,7 +214,7 @@ def prepack(stack: Model, products: ProductsChoice = "auto") -> Model:
     return stack
 
 
-def take_blocks(stack: T5EncoderStack | T5, products: ProductsChoice, form: type[PackedBlock]) -> None:
+def take_blocks(stack: T5EncoderStack | T5Model, products: ProductsChoice, form: type[PackedBlock]) -> None:
     """Puts the encoder's blocks into a form for the kernels, if that is wanted and possible.
 
     Raises:

@@ -20,8 +20,8 @@ from nai_t5_core.encoder import Layout, T5EncoderStack
 from nai_t5_core.examine import Examination
 from nai_t5_core.fuse import cook, fused_recipes, separate_recipes
 from nai_t5_core.layers import NoInit
-from nai_t5_core.model import T5
 from nai_t5_core.scales import StackScales
+from nai_t5_core.t5 import T5
 
 State = Mapping[str, Tensor]
 

@@ -18,13 +18,13 @@ from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.int8_linear import Int8Linear
 from nai_t5_core.layers import RMSNorm
-from nai_t5_core.model import T5
+from nai_t5_core.model import T5Model
 from nai_t5_core.optimize import is_packed
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-Model = TypeVar("Model", T5EncoderStack, T5)
+Model = TypeVar("Model", bound=T5EncoderStack | T5Model)
 
 # Cross-attention's projections of what the encoder gives.
 _KEYS_VALUES = ("k", "v", "kv")

@@ -13,9 +13,9 @@ from nai_t5_core.decoding import Decoding
 from nai_t5_core.encoder import Layout
 from nai_t5_core.generation_guard import generate_guarded
 from nai_t5_core.guard import NotFiniteError
-from nai_t5_core.model import T5
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.peers import own_t5
+from nai_t5_core.t5 import T5
 
 MISSING = missing_for_flex(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"nothing can be compiled here: {MISSING}")

@@ -22,11 +22,11 @@ from nai_t5_core.examine import find_tokenizer_for
 from nai_t5_core.generation_guard import generate_guarded
 from nai_t5_core.guard import NotFiniteError, ScaleTightenedWarning
 from nai_t5_core.load import load_t5
-from nai_t5_core.model import T5
 from nai_t5_core.peers import own_t5, transformers_t5
 from nai_t5_core.scales import StackScales, unscaled
 from nai_t5_core.scales_file import read_decoder_scales, read_scales, write_scales
 from nai_t5_core.stress import Outlier, outliers_of, stress_state, write_stress_checkpoint
+from nai_t5_core.t5 import T5
 
 PROMPTS = ["a cat", "two dogs and a red house on the hill", "", "one one one one one one"]
 IDS = torch.randint(3, 4096, (3, 9), generator=torch.Generator().manual_seed(9))

@@ -16,7 +16,8 @@ ROWS = [
     "kernels",
     # 2: mathematics
     "layers fixed_weights attention kernel_block attention_choice flex packing encoder_block encoder "
-    "decoder_attention decoder compile_limit compiled_steps decoding token_scores beam_search generation model",
+    "decoder_attention decoder compile_limit model compiled_steps decoding token_scores generation_options beam_search "
+    "generation t5",
     # 3: weights
     "shards pytorch_files formats quantised keymaps neighbours fuse precision hub native examine load conversion "
     "maxima plain_twin guard scales_file lora_changes lora_merge lora_keys lora_files lora_set lora",

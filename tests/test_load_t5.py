@@ -22,9 +22,9 @@ from nai_t5_core.examine import examine
 from nai_t5_core.formats import CheckpointError
 from nai_t5_core.fuse import unfuse
 from nai_t5_core.load import load_encoder, load_t5, load_whole
-from nai_t5_core.model import T5
 from nai_t5_core.peers import own_t5
 from nai_t5_core.scales import StackScales, published_scales, unscaled
+from nai_t5_core.t5 import T5
 
 V1_1 = TOY_CONFIGS["v1.1"]
 MASK = padding_mask([9, 4, 1], 9)

@@ -18,11 +18,11 @@ from nai_t5_core.config import T5Config
 from nai_t5_core.decoding import Decoding
 from nai_t5_core.encoder import LAYOUTS, Layout
 from nai_t5_core.fuse import fused_recipes, separate_recipes
-from nai_t5_core.model import T5
 from nai_t5_core.optimize import PackedLinear, can_prepack, prepack
 from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
 from nai_t5_core.peers import exact_norms, own_t5, transformers_t5
 from nai_t5_core.scales import LayerScales, StackScales, published_scales, unscaled
+from nai_t5_core.t5 import T5
 
 LENGTH = 13
 # Beyond the largest distance that has a bias of its own.

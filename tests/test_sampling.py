@@ -11,7 +11,7 @@ from torch import Tensor
 from toy_texts import ours, own_model, prompts, theirs
 
 from nai_t5_core import token_scores
-from nai_t5_core.generation import GenerationOptions
+from nai_t5_core.generation_options import GenerationOptions
 
 FILTERS: list[dict[str, Any]] = [
     {},

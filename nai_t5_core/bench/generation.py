@@ -21,12 +21,12 @@ from nai_t5_core.compiled import compile_steps
 from nai_t5_core.config import T5Config, named_config
 from nai_t5_core.decoder_attention import DecoderCache
 from nai_t5_core.int8 import quantize_int8
-from nai_t5_core.model import T5
 from nai_t5_core.optimize import can_prepack, prepack
 from nai_t5_core.parity import random_batch
 from nai_t5_core.parity_report import OWN, without_nan
 from nai_t5_core.peers import State, own_t5, random_state, transformers_t5
 from nai_t5_core.precision import resolve_device, resolve_dtype
+from nai_t5_core.t5 import T5
 
 TRANSFORMERS = "transformers"
 

@@ -24,8 +24,8 @@ from nai_t5_core.cli.options import (
 from nai_t5_core.cli.terminal import all_prompts, print_json, say, short, working
 
 if TYPE_CHECKING:
-    from nai_t5_core.generation import GenerationOptions
-    from nai_t5_core.model import T5
+    from nai_t5_core.generation_options import GenerationOptions
+    from nai_t5_core.t5 import T5
     from nai_t5_core.tokenizer import Tokenizer
 
 
@@ -75,7 +75,7 @@ def generate(
     """Generate text for prompts: greedy, with beams, or by sampling."""
     texts = all_prompts(prompts, file)
     with working("loading the model"):
-        from nai_t5_core.generation import GenerationOptions
+        from nai_t5_core.generation_options import GenerationOptions
         from nai_t5_core.load import load_whole
         from nai_t5_core.tokenizer import load_tokenizer
 

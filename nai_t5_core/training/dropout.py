@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nai_t5_core.attention import DocumentAttention
 from nai_t5_core.decoder_attention import CausalAttention, CrossMemory
-from nai_t5_core.model import T5
+from nai_t5_core.t5 import T5
 
 _SUBLAYERS = ("SelfAttention", "EncDecAttention", "DenseReluDense")
 _ATTENDING = (DocumentAttention, CausalAttention, CrossMemory)

@@ -12,8 +12,8 @@ from torch import Tensor
 from nai_t5_core.config import config_to_hf, decoder_tensors, encoder_tensors
 from nai_t5_core.conversion import convert
 from nai_t5_core.formats import write_safetensors
-from nai_t5_core.model import T5
 from nai_t5_core.sharding import whole
+from nai_t5_core.t5 import T5
 from nai_t5_core.tokenizer import Tokenizer
 
 HF_FOLDER, NATIVE_FILE = "hf", "model.safetensors"

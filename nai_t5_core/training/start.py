@@ -6,7 +6,7 @@ import torch
 
 from nai_t5_core.layers import NoInit
 from nai_t5_core.load import load_whole
-from nai_t5_core.model import T5
+from nai_t5_core.t5 import T5
 from nai_t5_core.tokenizer import Tokenizer, load_tokenizer
 from nai_t5_core.training.config import TrainConfig
 

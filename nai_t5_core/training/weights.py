@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from nai_t5_core.decoder import DecoderBlock
 from nai_t5_core.encoder_block import EncoderBlock
 from nai_t5_core.layers import NoInit
-from nai_t5_core.model import T5
 from nai_t5_core.sharding import shard
+from nai_t5_core.t5 import T5
 from nai_t5_core.training.batches import Batch
 from nai_t5_core.training.processes import Processes
 
