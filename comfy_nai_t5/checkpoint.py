@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from comfy_nai_t5.gguf_file import is_gguf, open_gguf
-from nai_t5_core import keymaps, native
-from nai_t5_core.config import T5Config, encoder_tensors
-from nai_t5_core.examine import Examination, examine, examine_checkpoint, find_tokenizer
-from nai_t5_core.formats import CheckpointError, open_checkpoint
-from nai_t5_core.shards import index_of, shard_count
+from nai_t5_core.facts.config import T5Config, encoder_tensors
 from nai_t5_core.tokenizer import JsonTokenizer, Tokenizer, tokenizer_json_to_sentencepiece
+from nai_t5_core.weights import keymaps, native
+from nai_t5_core.weights.examine import Examination, examine, examine_checkpoint, find_tokenizer
+from nai_t5_core.weights.formats import CheckpointError, open_checkpoint
+from nai_t5_core.weights.shards import index_of, shard_count
 
 
 def holds_t5(path: str | Path) -> bool:

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nai_t5_core.config import T5Config
+    from nai_t5_core.facts.config import T5Config
 
 
 @dataclass(frozen=True)

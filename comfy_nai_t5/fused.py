@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nai_t5_core.attention import Attend
-from nai_t5_core.encoder_block import EncoderBlock
-from nai_t5_core.kernel_block import KernelBlock
 from nai_t5_core.kernels.build import why_not_kernels
 from nai_t5_core.kernels.calls import COMPUTE_DTYPES
-from nai_t5_core.layers import ACTIVATIONS, GatedFeedForward, add_sublayer, gated, scaled
+from nai_t5_core.model.attention import Attend
+from nai_t5_core.model.encoder_block import EncoderBlock
+from nai_t5_core.model.kernel_block import KernelBlock
+from nai_t5_core.model.layers import ACTIVATIONS, GatedFeedForward, add_sublayer, gated, scaled
 
 
 class Products(Protocol):

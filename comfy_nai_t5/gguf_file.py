@@ -18,7 +18,7 @@ from torch import Tensor
 
 from comfy_nai_t5.gguf_format import StoredTensor, read_header
 from comfy_nai_t5.gguf_tokenizer import sentencepiece_model
-from nai_t5_core.formats import Checkpoint, CheckpointError, TensorInfo
+from nai_t5_core.weights.formats import Checkpoint, CheckpointError, TensorInfo
 
 # What ComfyUI's single files call the SentencePiece model in them.
 TOKENIZER = "spiece_model"

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from comfy_nai_t5.fused import FusedWeights, kernels_on, projections
-from nai_t5_core.kernel_block import KernelBlock
+from nai_t5_core.backends.prepack import PackedFeedForward, PackedGatedFeedForward, PackedLinear
 from nai_t5_core.kernels.calls import WEIGHT_FORMATS
-from nai_t5_core.layers import GatedFeedForward
-from nai_t5_core.optimize import PackedFeedForward, PackedGatedFeedForward, PackedLinear
+from nai_t5_core.model.kernel_block import KernelBlock
+from nai_t5_core.model.layers import GatedFeedForward
 
 
 class Kept:

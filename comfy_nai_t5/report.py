@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nai_t5_core.calibrate import calibrate
-from nai_t5_core.calibration_report import plot, render
+from nai_t5_core.weights.calibrate import calibrate
+from nai_t5_core.weights.calibration_report import plot, render
 
 
 def precision_report(

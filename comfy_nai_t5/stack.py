@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 from comfy_nai_t5.fused import FusedProducts, Products, SharedBlock, fuse, kernels_on, obstacle, takes_kernels
 from comfy_nai_t5.packed import Kept, PackedKernels, PackedProducts
-from nai_t5_core.attention import AttentionPlan, distance_table
-from nai_t5_core.attention_choice import AttentionChoice
-from nai_t5_core.compiled import compile_stack
-from nai_t5_core.config import T5Config
-from nai_t5_core.encoder import Encoder, T5EncoderStack
-from nai_t5_core.kernel_block import KernelBlock, is_supported, torch_is_needed
+from nai_t5_core.backends.compiled import compile_stack
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.scales import StackScales, published_scales
 from nai_t5_core.kernels.build import prepare_kernels
 from nai_t5_core.kernels.calls import WEIGHT_FORMATS
-from nai_t5_core.layers import NoInit
-from nai_t5_core.packing import TOKEN_BUCKETS
-from nai_t5_core.scales import StackScales, published_scales
+from nai_t5_core.model.attention import AttentionPlan, distance_table
+from nai_t5_core.model.attention_choice import AttentionChoice
+from nai_t5_core.model.encoder import Encoder, T5EncoderStack
+from nai_t5_core.model.kernel_block import KernelBlock, is_supported, torch_is_needed
+from nai_t5_core.model.layers import NoInit
+from nai_t5_core.model.packing import TOKEN_BUCKETS
 
 log = logging.getLogger(__name__)
 

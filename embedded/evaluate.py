@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nai_t5_core.load import load_whole
+from nai_t5_core.weights.load import load_whole
 
 _PROMPTS_AT_ONCE = 64
 _MAX_NEW_TOKENS = 64

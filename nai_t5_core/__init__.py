@@ -9,72 +9,71 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# For type checkers, what _HOME says to Python.
 if TYPE_CHECKING:
-    from nai_t5_core.config import T5Config, named_config
-    from nai_t5_core.conversion import convert
-    from nai_t5_core.encoder import T5EncoderStack
-    from nai_t5_core.families import Family, family, family_names
-    from nai_t5_core.formats import CheckpointError
-    from nai_t5_core.generation_options import GenerationOptions
-    from nai_t5_core.load import load_encoder, load_t5
-    from nai_t5_core.lora import Loras
-    from nai_t5_core.lora_files import Lora, read_lora
-    from nai_t5_core.lora_live import LiveLoras
-    from nai_t5_core.optimize import prepack
-    from nai_t5_core.t5 import T5
-    from nai_t5_core.text_encoder import PromptEmbeddings, TextEncoder
-    from nai_t5_core.textual_inversion import add_embeddings
-    from nai_t5_core.tokenizer import Tokenizer, load_tokenizer
-
-__all__ = [
-    "T5",
-    "CheckpointError",
-    "Family",
-    "GenerationOptions",
-    "LiveLoras",
-    "Lora",
-    "Loras",
-    "PromptEmbeddings",
-    "T5Config",
-    "T5EncoderStack",
-    "TextEncoder",
-    "Tokenizer",
-    "add_embeddings",
-    "convert",
-    "family",
-    "family_names",
-    "load_encoder",
-    "load_t5",
-    "load_tokenizer",
-    "named_config",
-    "prepack",
-    "read_lora",
-]
+    from nai_t5_core.backends.compiled import compile_stack as compile_stack
+    from nai_t5_core.backends.compiled import compile_steps as compile_steps
+    from nai_t5_core.backends.compiled import warm_up as warm_up
+    from nai_t5_core.backends.int8 import quantize_int8 as quantize_int8
+    from nai_t5_core.backends.prepack import can_prepack as can_prepack
+    from nai_t5_core.backends.prepack import prepack as prepack
+    from nai_t5_core.backends.sharding import shard as shard
+    from nai_t5_core.facts.config import T5Config as T5Config
+    from nai_t5_core.facts.config import named_config as named_config
+    from nai_t5_core.facts.families import Family as Family
+    from nai_t5_core.facts.families import family as family
+    from nai_t5_core.facts.families import family_names as family_names
+    from nai_t5_core.float16.generation_guard import generate_guarded as generate_guarded
+    from nai_t5_core.generation.options import GenerationOptions as GenerationOptions
+    from nai_t5_core.generation.t5 import T5 as T5
+    from nai_t5_core.lora.files import Lora as Lora
+    from nai_t5_core.lora.files import read_lora as read_lora
+    from nai_t5_core.lora.live import LiveLoras as LiveLoras
+    from nai_t5_core.lora.loras import Loras as Loras
+    from nai_t5_core.model.encoder import T5EncoderStack as T5EncoderStack
+    from nai_t5_core.prompts.text_encoder import PromptEmbeddings as PromptEmbeddings
+    from nai_t5_core.prompts.text_encoder import TextEncoder as TextEncoder
+    from nai_t5_core.prompts.textual_inversion import add_embeddings as add_embeddings
+    from nai_t5_core.tokenizer import Tokenizer as Tokenizer
+    from nai_t5_core.tokenizer import load_tokenizer as load_tokenizer
+    from nai_t5_core.weights.convert import convert as convert
+    from nai_t5_core.weights.formats import CheckpointError as CheckpointError
+    from nai_t5_core.weights.load import load_encoder as load_encoder
+    from nai_t5_core.weights.load import load_t5 as load_t5
 
 _HOME = {
-    "CheckpointError": "formats",
-    "Family": "families",
-    "GenerationOptions": "generation_options",
-    "LiveLoras": "lora_live",
-    "Lora": "lora_files",
-    "Loras": "lora",
-    "PromptEmbeddings": "text_encoder",
-    "T5": "t5",
-    "T5Config": "config",
-    "T5EncoderStack": "encoder",
-    "TextEncoder": "text_encoder",
+    "CheckpointError": "weights.formats",
+    "Family": "facts.families",
+    "GenerationOptions": "generation.options",
+    "LiveLoras": "lora.live",
+    "Lora": "lora.files",
+    "Loras": "lora.loras",
+    "PromptEmbeddings": "prompts.text_encoder",
+    "T5": "generation.t5",
+    "T5Config": "facts.config",
+    "T5EncoderStack": "model.encoder",
+    "TextEncoder": "prompts.text_encoder",
     "Tokenizer": "tokenizer",
-    "add_embeddings": "textual_inversion",
-    "convert": "conversion",
-    "family": "families",
-    "family_names": "families",
-    "load_encoder": "load",
-    "load_t5": "load",
+    "add_embeddings": "prompts.textual_inversion",
+    "can_prepack": "backends.prepack",
+    "compile_stack": "backends.compiled",
+    "compile_steps": "backends.compiled",
+    "convert": "weights.convert",
+    "family": "facts.families",
+    "family_names": "facts.families",
+    "generate_guarded": "float16.generation_guard",
+    "load_encoder": "weights.load",
+    "load_t5": "weights.load",
     "load_tokenizer": "tokenizer",
-    "named_config": "config",
-    "prepack": "optimize",
-    "read_lora": "lora_files",
+    "named_config": "facts.config",
+    "prepack": "backends.prepack",
+    "quantize_int8": "backends.int8",
+    "read_lora": "lora.files",
+    "shard": "backends.sharding",
+    "warm_up": "backends.compiled",
 }
+
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

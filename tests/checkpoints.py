@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nai_t5_core.config import config_to_hf, encoder_tensors
-from nai_t5_core.examine import examine, find_tokenizer
+from nai_t5_core.facts.config import config_to_hf, encoder_tensors
+from nai_t5_core.weights.examine import examine, find_tokenizer
 
 State = Mapping[str, Tensor]
 

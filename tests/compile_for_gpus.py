@@ -18,11 +18,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nai_t5_core.cuda import kernels
-from nai_t5_core.cuda.documents import key_block
-from nai_t5_core.cuda.launches import norm_warps
-from nai_t5_core.cuda.product_kernel import multiply
-from nai_t5_core.cuda.products import configurations_for
+from nai_t5_core.backends.cuda import kernels
+from nai_t5_core.backends.cuda.documents import key_block
+from nai_t5_core.backends.cuda.launches import norm_warps
+from nai_t5_core.backends.cuda.product_kernel import multiply
+from nai_t5_core.backends.cuda.products import configurations_for
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

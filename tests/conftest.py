@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nai_t5_core.config import T5Config, config_to_hf, decoder_tensors, encoder_tensors
-from nai_t5_core.encoder import Layout, T5EncoderStack
-from nai_t5_core.fuse import cook, fused_recipes, separate_recipes
+from nai_t5_core.facts.config import T5Config, config_to_hf, decoder_tensors, encoder_tensors
 from nai_t5_core.kernels.build import missing_for_kernels
-from nai_t5_core.layers import NoInit
+from nai_t5_core.model.encoder import Layout, T5EncoderStack
+from nai_t5_core.model.layers import NoInit
+from nai_t5_core.weights.fuse import cook, fused_recipes, separate_recipes
 
 # Triton, where there is one, is told before it is first imported that it has no GPU to compile for.
 if not torch.cuda.is_available():

@@ -6,12 +6,12 @@ import torch
 from conftest import build_stack, random_state
 from torch import Tensor
 
-from nai_t5_core.config import T5Config
-from nai_t5_core.cuda.encoder import PRODUCTS_CHOICES
-from nai_t5_core.encoder import T5EncoderStack
-from nai_t5_core.fuse import cook, fused_recipes
-from nai_t5_core.layers import NoInit
-from nai_t5_core.scales import StackScales
+from nai_t5_core.backends.cuda.encoder import PRODUCTS_CHOICES
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.scales import StackScales
+from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.model.layers import NoInit
+from nai_t5_core.weights.fuse import cook, fused_recipes
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"

@@ -19,8 +19,8 @@ from test_diffusers_families import prompts_for
 from torch import Tensor
 from toy_pipelines import TOYS, make
 
-from nai_t5_core.diffusers_adapter import replace_text_encoder
-from nai_t5_core.diffusers_prompts import encode_prompt
+from nai_t5_core.diffusers.adapter import replace_text_encoder
+from nai_t5_core.diffusers.encode_prompt import encode_prompt
 
 
 def main(family: Annotated[list[str] | None, typer.Option(help="all, if none is given")] = None) -> None:

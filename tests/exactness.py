@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nai_t5_core.t5 import T5
+from nai_t5_core.generation.t5 import T5
 
 BEAM_SETTINGS = [
     {"num_beams": beams, "length_penalty": penalty, "early_stopping": early}

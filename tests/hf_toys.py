@@ -9,8 +9,8 @@ from checkpoints import encoder_part
 from conftest import TOY_CONFIGS, padding_mask, random_state
 from torch import Tensor, nn
 
-from nai_t5_core.config import T5Config
-from nai_t5_core.peers import transformers_encoder
+from nai_t5_core.bench.peers import transformers_encoder
+from nai_t5_core.facts.config import T5Config
 
 
 def hf_model(config: T5Config, state: dict[str, Tensor] | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -36,7 +36,7 @@ MASK = padding_mask([5, 12, 1, 8], 12)
 
 def encode_in_a_process(source: Any) -> Any:
     """What another process gets from a folder that it loads, or from a model that is sent to it."""
-    from nai_t5_core.hf import NAIT5EncoderModel
+    from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
 
     model = source if isinstance(source, NAIT5EncoderModel) else NAIT5EncoderModel.from_pretrained(source)
     with torch.no_grad():

@@ -9,13 +9,13 @@ from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
 from torch import Tensor
 from toy_loras import with_loras
 
-from nai_t5_core.config import T5Config
-from nai_t5_core.encoder import Layout, T5EncoderStack
-from nai_t5_core.fuse import cook, fused_recipes, separate_recipes
-from nai_t5_core.layers import NoInit
-from nai_t5_core.lora_files import Lora
-from nai_t5_core.peers import transformers_encoder
-from nai_t5_core.scales import LayerScales, StackScales
+from nai_t5_core.bench.peers import transformers_encoder
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.scales import LayerScales, StackScales
+from nai_t5_core.lora.files import Lora
+from nai_t5_core.model.encoder import Layout, T5EncoderStack
+from nai_t5_core.model.layers import NoInit
+from nai_t5_core.weights.fuse import cook, fused_recipes, separate_recipes
 
 KINDS = ("v1.0", "v1.1", "umt5")
 V1_1 = TOY_CONFIGS["v1.1"]

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
 from torch import Tensor
 
-from nai_t5_core.config import T5Config
-from nai_t5_core.encoder import LAYOUTS
-from nai_t5_core.peers import own_t5
-from nai_t5_core.sharding import shard, whole
+from nai_t5_core.backends.sharding import shard, whole
+from nai_t5_core.bench.peers import own_t5
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.model.encoder import LAYOUTS
 from nai_t5_core.training.config import read_config
 from nai_t5_core.training.loop import train
 from nai_t5_core.training.processes import joined

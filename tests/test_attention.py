@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nai_t5_core.attention import (
+from nai_t5_core.model.attention import (
     DocumentAttention,
     distance_table,
     position_bias,
     relative_position_bucket,
     scattered_bias,
 )
-from nai_t5_core.packing import DocumentGroup
+from nai_t5_core.model.packing import DocumentGroup
 
 modeling_t5 = pytest.importorskip("transformers.models.t5.modeling_t5", reason="transformers is the oracle")
 

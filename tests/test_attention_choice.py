@@ -7,17 +7,17 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, random_state
 
 from nai_t5_core import TextEncoder
-from nai_t5_core.attention import DenseAttention, DocumentAttention
-from nai_t5_core.attention_choice import (
+from nai_t5_core.kernels.build import why_not_kernels
+from nai_t5_core.model.attention import DenseAttention, DocumentAttention
+from nai_t5_core.model.attention_choice import (
     FLEX_FROM_LENGTHS,
     FlexUnavailableError,
     choose_attention,
     document_plan,
     missing_for_flex,
 )
-from nai_t5_core.flex import FlexAttention
-from nai_t5_core.kernels.build import why_not_kernels
-from nai_t5_core.packing import pack_batch
+from nai_t5_core.model.flex import FlexAttention
+from nai_t5_core.model.packing import pack_batch
 
 CPU = torch.device("cpu")
 HALF = torch.float16

@@ -15,11 +15,11 @@ import torch
 from checkpoints import encoder_part, prefixed, write_file, write_shards
 from conftest import TOY_CONFIGS, build_stack, random_state, write_hf_folder
 
-from nai_t5_core.config import config_to_hf
-from nai_t5_core.examine import examine
-from nai_t5_core.formats import CheckpointError
-from nai_t5_core.load import load_encoder
-from nai_t5_core.text_encoder import TextEncoder
+from nai_t5_core.facts.config import config_to_hf
+from nai_t5_core.prompts.text_encoder import TextEncoder
+from nai_t5_core.weights.examine import examine
+from nai_t5_core.weights.formats import CheckpointError
+from nai_t5_core.weights.load import load_encoder
 
 V1_1 = TOY_CONFIGS["v1.1"]
 

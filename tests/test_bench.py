@@ -15,20 +15,20 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, needs_kernels, random_state
 from typer.testing import CliRunner
 
-from nai_t5_core.bench import CASES, cases_named, markdown, plot, render, run_bench, timing, variants
-from nai_t5_core.bench.cases import Case
-from nai_t5_core.bench.flops import count_flops
-from nai_t5_core.bench.limits import BareProjections
-from nai_t5_core.bench.memory import peak_bytes
-from nai_t5_core.bench.results import BenchReport, Spread
-from nai_t5_core.bench.variants import COMPILED, INT8, NOT_PREPACKED, Built
+from nai_t5_core.backends.prepack import can_prepack, prepack
+from nai_t5_core.bench.parity import random_batch
+from nai_t5_core.bench.parity_report import OWN
+from nai_t5_core.bench.roofline import encoder_flops
+from nai_t5_core.bench.speed import CASES, cases_named, markdown, plot, render, run_bench, timing, variants
+from nai_t5_core.bench.speed.cases import Case
+from nai_t5_core.bench.speed.flops import count_flops
+from nai_t5_core.bench.speed.limits import BareProjections
+from nai_t5_core.bench.speed.memory import peak_bytes
+from nai_t5_core.bench.speed.results import BenchReport, Spread
+from nai_t5_core.bench.speed.variants import COMPILED, INT8, NOT_PREPACKED, Built
 from nai_t5_core.cli import app
-from nai_t5_core.encoder import T5EncoderStack
 from nai_t5_core.kernels.build import why_not_kernels
-from nai_t5_core.optimize import can_prepack, prepack
-from nai_t5_core.parity import random_batch
-from nai_t5_core.parity_report import OWN
-from nai_t5_core.roofline import encoder_flops
+from nai_t5_core.model.encoder import T5EncoderStack
 
 V1_1 = TOY_CONFIGS["v1.1"].encoder_only()
 
@@ -168,8 +168,8 @@ def test_implementations_the_guard_and_the_limit_take_turns(monkeypatch: pytest.
 
     kernel_dtypes = {OWN: torch.bfloat16, "b": torch.int8}
     built = Built({name: encoder(name) for name in kernel_dtypes}, {}, (), True, kernel_dtypes)
-    monkeypatch.setattr("nai_t5_core.bench.run.build_variants", lambda *_: built)
-    monkeypatch.setattr("nai_t5_core.bench.run.BareProjections", Products)
+    monkeypatch.setattr("nai_t5_core.bench.speed.run.build_variants", lambda *_: built)
+    monkeypatch.setattr("nai_t5_core.bench.speed.run.BareProjections", Products)
     monkeypatch.setattr(timing, "register_rate", rate)
     monkeypatch.setattr(timing, "is_finite", lambda out: turns.append("guard"))
     small_bench(cases=SMALL_CASES[:1], repeats=2)
@@ -191,7 +191,7 @@ def test_own_figures_only_and_peers_that_cannot() -> None:
 
 
 def test_no_cases_build_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nai_t5_core.bench.run.build_variants", lambda *_: pytest.fail("an encoder was built"))
+    monkeypatch.setattr("nai_t5_core.bench.speed.run.build_variants", lambda *_: pytest.fail("an encoder was built"))
     nothing = small_bench(cases=())
     assert nothing.cases == ()
     assert "|" not in markdown(nothing)

@@ -12,19 +12,19 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, random_state
 from typer.testing import CliRunner
 
-from nai_t5_core.attention import aligned
-from nai_t5_core.attention_choice import missing_for_flex
-from nai_t5_core.bench import (
+from nai_t5_core.backends.int8 import can_quantize
+from nai_t5_core.bench.parity_report import OWN
+from nai_t5_core.bench.speed import (
     GENERATION_CASES,
     GenerationReport,
     bench_generation,
     generation_cases_named,
     generation_markdown,
 )
-from nai_t5_core.bench.variants import INT8, OWN_COMPILED
+from nai_t5_core.bench.speed.variants import INT8, OWN_COMPILED
 from nai_t5_core.cli import app
-from nai_t5_core.int8 import can_quantize
-from nai_t5_core.parity_report import OWN
+from nai_t5_core.model.attention import aligned
+from nai_t5_core.model.attention_choice import missing_for_flex
 
 V1_1 = TOY_CONFIGS["v1.1"].model_copy(update={"vocab_size": 512, "num_layers": 1, "num_decoder_layers": 1})
 MISSING = missing_for_flex(torch.device("cpu"))

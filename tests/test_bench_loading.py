@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import TOY_CONFIGS
 
-from nai_t5_core.bench import loading, markdown, run_bench
-from nai_t5_core.parity_report import OWN
-from nai_t5_core.peers import random_state
+from nai_t5_core.bench.parity_report import OWN
+from nai_t5_core.bench.peers import random_state
+from nai_t5_core.bench.speed import loading, markdown, run_bench
 
 V1_1 = TOY_CONFIGS["v1.1"].encoder_only()
 HAS_PROC = Path("/proc/self/statm").exists()

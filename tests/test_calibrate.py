@@ -11,20 +11,20 @@ import torch
 from checkpoints import spiece_model
 from conftest import TOY_CONFIGS, build_stack, write_hf_folder
 
-from nai_t5_core.calibrate import calibrate
-from nai_t5_core.calibration_report import Calibration, plot
+from nai_t5_core.bench.peers import build_peer
+from nai_t5_core.bench.stress import OUTLIERS, Outlier, stress_state, write_stress_checkpoint
 from nai_t5_core.cli import app
-from nai_t5_core.config import T5Config
-from nai_t5_core.conversion import convert
-from nai_t5_core.examine import find_tokenizer_for
-from nai_t5_core.guard import ScaleTightenedWarning, encode_guarded
-from nai_t5_core.load import SlowDtypeWarning, load_encoder
-from nai_t5_core.maxima import LayerMaxima
-from nai_t5_core.peers import build_peer
-from nai_t5_core.scales import FLOAT16_MAX, StackScales
-from nai_t5_core.scales_file import write_scales
-from nai_t5_core.stress import OUTLIERS, Outlier, stress_state, write_stress_checkpoint
-from nai_t5_core.text_encoder import TextEncoder
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.scales import FLOAT16_MAX, StackScales
+from nai_t5_core.float16.guard import ScaleTightenedWarning, encode_guarded
+from nai_t5_core.float16.maxima import LayerMaxima
+from nai_t5_core.prompts.text_encoder import TextEncoder
+from nai_t5_core.weights.calibrate import calibrate
+from nai_t5_core.weights.calibration_report import Calibration, plot
+from nai_t5_core.weights.convert import convert
+from nai_t5_core.weights.examine import find_tokenizer_for
+from nai_t5_core.weights.load import SlowDtypeWarning, load_encoder
+from nai_t5_core.weights.scales_file import write_scales
 
 PROMPTS = ["a cat", "two dogs and a red house on the hill", "", "one one one one one one"]
 

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nai_t5_core.cli import main
-from nai_t5_core.config import T5Config
+from nai_t5_core.facts.config import T5Config
 from nai_t5_core.kernels.build import why_not_kernels
-from nai_t5_core.text_encoder import TextEncoder
+from nai_t5_core.prompts.text_encoder import TextEncoder
 
 V1_1 = TOY_CONFIGS["v1.1"]
 # typer decides on colours when it is imported.

@@ -13,9 +13,9 @@ import torch
 from checkpoints import spiece_model
 from conftest import TOY_CONFIGS, random_state, write_hf_folder
 
+from nai_t5_core.backends.int8 import can_quantize, quantize_int8
 from nai_t5_core.cli import main
-from nai_t5_core.int8 import can_quantize, quantize_int8
-from nai_t5_core.load import load_whole
+from nai_t5_core.weights.load import load_whole
 
 Run = Callable[..., Any]
 ON_CPU = ("--device", "cpu", "--dtype", "float32")

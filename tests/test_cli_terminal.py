@@ -96,7 +96,7 @@ def test_stress_writes_folders_of_any_name(tmp_path: Path, monkeypatch: pytest.M
         written.append(folder)
         return folder
 
-    monkeypatch.setattr("nai_t5_core.stress.write_stress_checkpoint", write_small)
+    monkeypatch.setattr("nai_t5_core.bench.stress.write_stress_checkpoint", write_small)
     status, out, err = run(monkeypatch, "utf-8", "stress", "[/x] d")
     assert (status, err) == (0, "") and out.startswith("wrote [/x] d: t5-v1_1-small, hidden overflows")
     assert written == [Path("[/x] d")]

@@ -18,7 +18,7 @@ from comfy_nai_t5.embeddings import describe, load_conditioning, save_conditioni
 from comfy_nai_t5.encode import encode_lines, tokenize
 from comfy_nai_t5.families import FAMILIES, check_joint, family_for, server_config
 from comfy_nai_t5.report import precision_report
-from nai_t5_core.config import config_from_hf, named_config
+from nai_t5_core.facts.config import config_from_hf, named_config
 
 ROOT = Path(__file__).parent.parent
 PACK = ROOT / "comfy_nai_t5"

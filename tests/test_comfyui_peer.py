@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import TOY_CONFIGS, padding_mask
 
-from nai_t5_core.comfyui_peer import comfyui_peer, import_comfyui
-from nai_t5_core.config import T5Config
-from nai_t5_core.peers import own_encoder, random_state
+from nai_t5_core.bench.comfyui_peer import comfyui_peer, import_comfyui
+from nai_t5_core.bench.peers import own_encoder, random_state
+from nai_t5_core.facts.config import T5Config
 
 CPU = torch.device("cpu")
 V1_1 = TOY_CONFIGS["v1.1"].encoder_only()
@@ -89,7 +89,7 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
 def test_a_missing_dependency_is_named(tmp_path: Path) -> None:
     """In a process of its own, since what is imported stays."""
     code = (
-        "import sys, torch; from pathlib import Path; from nai_t5_core.comfyui_peer import import_comfyui\n"
+        "import sys, torch; from pathlib import Path; from nai_t5_core.bench.comfyui_peer import import_comfyui\n"
         "try: import_comfyui(Path(sys.argv[1]), torch.device('cpu'))\n"
         "except ValueError as error: print(error)"
     )

@@ -9,12 +9,12 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
 from torch._dynamo.utils import counters
 
-from nai_t5_core.attention_choice import missing_for_flex
-from nai_t5_core.compiled import compile_stack, warm_up
-from nai_t5_core.config import T5Config
-from nai_t5_core.optimize import can_prepack, prepack
-from nai_t5_core.packing import PADDING_POLICIES, TOKEN_BUCKETS, PaddingPolicy, bucket_for
-from nai_t5_core.text_encoder import TextEncoder
+from nai_t5_core.backends.compiled import compile_stack, warm_up
+from nai_t5_core.backends.prepack import can_prepack, prepack
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.model.attention_choice import missing_for_flex
+from nai_t5_core.model.packing import PADDING_POLICIES, TOKEN_BUCKETS, PaddingPolicy, bucket_for
+from nai_t5_core.prompts.text_encoder import TextEncoder
 
 # A second layer is compiled with the first; every further one would only take its time.
 V1_1, UMT5 = (TOY_CONFIGS[kind].encoder_only().model_copy(update={"num_layers": 2}) for kind in ("v1.1", "umt5"))

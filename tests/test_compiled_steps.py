@@ -7,15 +7,15 @@ import torch
 from conftest import TOY_CONFIGS, random_state
 from torch._dynamo.utils import counters
 
-from nai_t5_core.attention_choice import missing_for_flex
-from nai_t5_core.compiled import compile_steps
-from nai_t5_core.decoding import Decoding
-from nai_t5_core.encoder import Layout
-from nai_t5_core.generation_guard import generate_guarded
-from nai_t5_core.guard import NotFiniteError
-from nai_t5_core.optimize import can_prepack, prepack
-from nai_t5_core.peers import own_t5
-from nai_t5_core.t5 import T5
+from nai_t5_core.backends.compiled import compile_steps
+from nai_t5_core.backends.prepack import can_prepack, prepack
+from nai_t5_core.bench.peers import own_t5
+from nai_t5_core.float16.generation_guard import generate_guarded
+from nai_t5_core.float16.guard import NotFiniteError
+from nai_t5_core.generation.decoding import Decoding
+from nai_t5_core.generation.t5 import T5
+from nai_t5_core.model.attention_choice import missing_for_flex
+from nai_t5_core.model.encoder import Layout
 
 MISSING = missing_for_flex(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"nothing can be compiled here: {MISSING}")

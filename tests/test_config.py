@@ -9,7 +9,7 @@ import pytest
 from conftest import TOY_CONFIGS
 from pydantic import ValidationError
 
-from nai_t5_core.config import (
+from nai_t5_core.facts.config import (
     NAMED_CONFIGS,
     T5Config,
     config_from_hf,
@@ -18,7 +18,7 @@ from nai_t5_core.config import (
     encoder_tensors,
     named_config,
 )
-from nai_t5_core.inferred_config import infer_config
+from nai_t5_core.weights.inferred_config import infer_config
 
 _SEQ2SEQ = {"is_encoder_decoder": True, "relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6}
 _GATED = {**_SEQ2SEQ, "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}

@@ -17,14 +17,14 @@ from conftest import TOY_CONFIGS, padding_mask, random_state, write_hf_folder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nai_t5_core import formats
-from nai_t5_core.config import T5Config, decoder_tensors
-from nai_t5_core.conversion import convert
-from nai_t5_core.examine import examine
-from nai_t5_core.formats import CheckpointError
-from nai_t5_core.fuse import fused_recipes, unfuse
-from nai_t5_core.load import load
-from nai_t5_core.text_encoder import TextEncoder
+from nai_t5_core.facts.config import T5Config, decoder_tensors
+from nai_t5_core.prompts.text_encoder import TextEncoder
+from nai_t5_core.weights import formats
+from nai_t5_core.weights.convert import convert
+from nai_t5_core.weights.examine import examine
+from nai_t5_core.weights.formats import CheckpointError
+from nai_t5_core.weights.fuse import fused_recipes, unfuse
+from nai_t5_core.weights.load import load
 
 V1_1 = TOY_CONFIGS["v1.1"]
 MASK = padding_mask([9, 4, 1], 9)

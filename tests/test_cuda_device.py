@@ -12,14 +12,14 @@ from conftest import TOY_CONFIGS, build_stack, random_state
 from hf_toys import MASK, V1_1_IDS, assert_near, hf_model
 from toy_loras import toy_lora
 
-from nai_t5_core.compiled import compile_stack
-from nai_t5_core.cuda.encoder import cuda_encoder
-from nai_t5_core.cuda.guarded import GuardedCudaEncoder
-from nai_t5_core.families import family_names
-from nai_t5_core.guard import NotFiniteError, ScaleTightenedWarning, encode_guarded
-from nai_t5_core.lora_live import LiveLoras
-from nai_t5_core.peers import own_t5
-from nai_t5_core.text_encoder import TextEncoder
+from nai_t5_core.backends.compiled import compile_stack
+from nai_t5_core.backends.cuda.encoder import cuda_encoder
+from nai_t5_core.bench.peers import own_t5
+from nai_t5_core.facts.families import family_names
+from nai_t5_core.float16.cuda_guard import GuardedCudaEncoder
+from nai_t5_core.float16.guard import NotFiniteError, ScaleTightenedWarning, encode_guarded
+from nai_t5_core.lora.live import LiveLoras
+from nai_t5_core.prompts.text_encoder import TextEncoder
 
 pytestmark = [
     pytest.mark.cuda,
@@ -126,7 +126,7 @@ def test_threads_and_streams_do_not_meet() -> None:
 @pytest.mark.parametrize("kind", ["v1.1", "v1.0", "umt5"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_drop_in_class_is_made_and_given_back_on_the_device(kind: str, dtype: torch.dtype) -> None:
-    from nai_t5_core.hf import NAIT5EncoderModel
+    from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
 
     theirs: Any = hf_model(TOY_CONFIGS[kind], dtype=dtype).cuda()
     ids, mask = V1_1_IDS.cuda(), MASK.cuda()
@@ -142,7 +142,7 @@ def test_the_drop_in_class_is_made_and_given_back_on_the_device(kind: str, dtype
 @pytest.mark.parametrize("mode", ["cpu_offload", "cpu_offload_with_hook"])
 def test_the_drop_in_class_is_offloaded(mode: str) -> None:
     accelerate = pytest.importorskip("accelerate")
-    from nai_t5_core.hf import NAIT5EncoderModel
+    from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
 
     ours = NAIT5EncoderModel.from_hf(hf_model(CONFIG, dtype=torch.float16))
     with torch.no_grad():

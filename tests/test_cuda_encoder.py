@@ -15,13 +15,13 @@ from cuda_toys import CAN_OVERLAP, DEVICE, DTYPES, HAS_GPU, HERE, ONE_ROUNDING, 
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nai_t5_core.cuda.encoder import cuda_encoder
-from nai_t5_core.cuda.guarded import GuardedCudaEncoder
-from nai_t5_core.cuda.refusals import missing_triton, refuses
-from nai_t5_core.encoder import T5EncoderStack
-from nai_t5_core.guard import NotFiniteError, rescale
-from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
-from nai_t5_core.scales import LayerScales, StackScales
+from nai_t5_core.backends.cuda.encoder import cuda_encoder
+from nai_t5_core.backends.cuda.refusals import missing_triton, refuses
+from nai_t5_core.facts.scales import LayerScales, StackScales
+from nai_t5_core.float16.cuda_guard import GuardedCudaEncoder
+from nai_t5_core.float16.guard import NotFiniteError, rescale
+from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.model.packing import PADDING_POLICIES, PaddingPolicy
 
 if missing := missing_triton():
     pytest.skip(missing, allow_module_level=True)

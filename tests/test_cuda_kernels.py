@@ -13,19 +13,19 @@ import torch
 import torch.nn.functional as F
 from cuda_toys import DEVICE, DTYPES, ONE_ROUNDING, PRODUCT_DTYPES, draw, error
 
-from nai_t5_core.attention import DocumentAttention
-from nai_t5_core.config import Activation
-from nai_t5_core.cuda.documents import document_table
-from nai_t5_core.cuda.refusals import missing_triton
-from nai_t5_core.layers import ACTIVATIONS
-from nai_t5_core.packing import DocumentGroup
+from nai_t5_core.backends.cuda.documents import document_table
+from nai_t5_core.backends.cuda.refusals import missing_triton
+from nai_t5_core.facts.config import Activation
+from nai_t5_core.model.attention import DocumentAttention
+from nai_t5_core.model.layers import ACTIVATIONS
+from nai_t5_core.model.packing import DocumentGroup
 
 if missing := missing_triton():
     pytest.skip(missing, allow_module_level=True)
 
-from nai_t5_core.cuda.launches import Documents, Watch, add_norm, attend, gate
-from nai_t5_core.cuda.products import ESTIMATED, HOPPER, Configuration, TritonProducts, product
-from nai_t5_core.cuda.torch_products import sums_in_float32
+from nai_t5_core.backends.cuda.launches import Documents, Watch, add_norm, attend, gate
+from nai_t5_core.backends.cuda.products import ESTIMATED, HOPPER, Configuration, TritonProducts, product
+from nai_t5_core.backends.cuda.torch_products import sums_in_float32
 
 WIDTHS = (16, 100, 768, 2560)
 

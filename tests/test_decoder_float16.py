@@ -13,20 +13,20 @@ from checkpoints import spiece_model
 from conftest import TOY_CONFIGS, write_hf_folder
 from typer.testing import CliRunner
 
-from nai_t5_core.calibrate import calibrate
-from nai_t5_core.calibration_report import Calibration
+from nai_t5_core.bench.peers import own_t5, transformers_t5
+from nai_t5_core.bench.stress import Outlier, outliers_of, stress_state, write_stress_checkpoint
 from nai_t5_core.cli import app
-from nai_t5_core.config import T5Config
-from nai_t5_core.encoder import LAYOUTS, Layout
-from nai_t5_core.examine import find_tokenizer_for
-from nai_t5_core.generation_guard import generate_guarded
-from nai_t5_core.guard import NotFiniteError, ScaleTightenedWarning
-from nai_t5_core.load import load_t5
-from nai_t5_core.peers import own_t5, transformers_t5
-from nai_t5_core.scales import StackScales, unscaled
-from nai_t5_core.scales_file import read_decoder_scales, read_scales, write_scales
-from nai_t5_core.stress import Outlier, outliers_of, stress_state, write_stress_checkpoint
-from nai_t5_core.t5 import T5
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.scales import StackScales, unscaled
+from nai_t5_core.float16.generation_guard import generate_guarded
+from nai_t5_core.float16.guard import NotFiniteError, ScaleTightenedWarning
+from nai_t5_core.generation.t5 import T5
+from nai_t5_core.model.encoder import LAYOUTS, Layout
+from nai_t5_core.weights.calibrate import calibrate
+from nai_t5_core.weights.calibration_report import Calibration
+from nai_t5_core.weights.examine import find_tokenizer_for
+from nai_t5_core.weights.load import load_t5
+from nai_t5_core.weights.scales_file import read_decoder_scales, read_scales, write_scales
 
 PROMPTS = ["a cat", "two dogs and a red house on the hill", "", "one one one one one one"]
 IDS = torch.randint(3, 4096, (3, 9), generator=torch.Generator().manual_seed(9))

@@ -13,14 +13,14 @@ from conftest import TOY_CONFIGS, write_hf_folder
 from rich.console import Console
 from typer.testing import CliRunner
 
+from nai_t5_core.bench.decoder_parity import measure_decoder_parity
+from nai_t5_core.bench.parity import measure_parity
+from nai_t5_core.bench.parity_report import OWN, plot, render
+from nai_t5_core.bench.peers import random_state
+from nai_t5_core.bench.stress import stress_state
 from nai_t5_core.cli import app
-from nai_t5_core.config import T5Config
-from nai_t5_core.decoder_parity import measure_decoder_parity
-from nai_t5_core.parity import measure_parity
-from nai_t5_core.parity_report import OWN, plot, render
-from nai_t5_core.peers import random_state
-from nai_t5_core.scales import LayerScales, unscaled
-from nai_t5_core.stress import stress_state
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.scales import LayerScales, unscaled
 
 pytest.importorskip("transformers", reason="transformers is the reference")
 

@@ -22,11 +22,11 @@ from test_diffusers_families import assert_same
 from toy_offloading import CPU, OFFLOADS, cpu_has_one_name, hooks_of, offload_model, offload_sequentially
 from toy_pipelines import PROMPT, T5, Toy, make, text_encoder
 
-from nai_t5_core.diffusers_adapter import replace_text_encoder, restore_text_encoder
-from nai_t5_core.formats import CheckpointError
-from nai_t5_core.guard import ScaleTightenedWarning
+from nai_t5_core.bench.stress import stress_state
+from nai_t5_core.diffusers.adapter import replace_text_encoder, restore_text_encoder
+from nai_t5_core.float16.guard import ScaleTightenedWarning
 from nai_t5_core.hf import NAIT5EncoderModel
-from nai_t5_core.stress import stress_state
+from nai_t5_core.weights.formats import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 __all__ = ["cpu_has_one_name"]  # a fixture for every test here
@@ -98,7 +98,7 @@ def test_offloading_survives_a_replacement_that_fails() -> None:
 def test_what_is_left_behind_is_freed() -> None:
     toy = make("pixart-sigma")
     replace_text_encoder(toy.pipe)
-    from nai_t5_core import diffusers_adapter
+    from nai_t5_core.diffusers import adapter as diffusers_adapter
 
     assert toy.encoder in diffusers_adapter._REPLACED
     size = len(diffusers_adapter._REPLACED)

@@ -13,9 +13,9 @@ pytest.importorskip("diffusers")
 from test_diffusers_families import assert_same
 from toy_pipelines import NEGATIVE, TOYS, Toy, make
 
-from nai_t5_core.diffusers_adapter import family_of, replace_text_encoder
-from nai_t5_core.diffusers_prompts import cut_text, encode_prompt
-from nai_t5_core.prompt_chunks import split_text
+from nai_t5_core.diffusers.adapter import family_of, replace_text_encoder
+from nai_t5_core.diffusers.encode_prompt import cut_text, encode_prompt
+from nai_t5_core.diffusers.prompt_chunks import split_text
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

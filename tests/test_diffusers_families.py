@@ -12,8 +12,8 @@ pytest.importorskip("diffusers")
 
 from toy_pipelines import PROMPT, TOYS, Toy, make
 
-from nai_t5_core.diffusers_adapter import family_of, padding_for, replace_text_encoder, restore_text_encoder
-from nai_t5_core.hf import NAIT5EncoderModel
+from nai_t5_core.diffusers.adapter import family_of, padding_for, replace_text_encoder, restore_text_encoder
+from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

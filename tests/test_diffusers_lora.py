@@ -21,12 +21,12 @@ from toy_loras import dotted, toy_lora, with_loras
 from toy_offloading import OFFLOADS, cpu_has_one_name, hooks_of
 from toy_pipelines import T5, UMT5, Toy, make
 
-from nai_t5_core.diffusers_adapter import replace_text_encoder, restore_text_encoder
-from nai_t5_core.hf import NAIT5EncoderModel
-from nai_t5_core.lora import Loras
-from nai_t5_core.lora_files import Lora
-from nai_t5_core.lora_live import LiveLoras
-from nai_t5_core.scales import LayerScales, StackScales
+from nai_t5_core.diffusers.adapter import replace_text_encoder, restore_text_encoder
+from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
+from nai_t5_core.facts.scales import LayerScales, StackScales
+from nai_t5_core.lora.files import Lora
+from nai_t5_core.lora.live import LiveLoras
+from nai_t5_core.lora.loras import Loras
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 __all__ = ["cpu_has_one_name"]  # a fixture for every test here

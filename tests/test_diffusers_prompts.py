@@ -12,8 +12,8 @@ pytest.importorskip("diffusers")
 from test_diffusers_families import READ_PADS, assert_same, other_prompt, prompts_for
 from toy_pipelines import NEGATIVE, PROMPT, TOYS, Toy, make
 
-from nai_t5_core.diffusers_adapter import replace_text_encoder
-from nai_t5_core.diffusers_prompts import adapted_families, cut_text, encode_prompt, negative_cut_text
+from nai_t5_core.diffusers.adapter import replace_text_encoder
+from nai_t5_core.diffusers.encode_prompt import adapted_families, cut_text, encode_prompt, negative_cut_text
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -25,7 +25,7 @@ def test_every_adapted_family_is_tested() -> None:
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each pass through an encoder of ours, from here on."""
-    from nai_t5_core.encoder import Encoder
+    from nai_t5_core.model.encoder import Encoder
 
     rows: list[int] = []
     real = Encoder._own_residual

@@ -16,10 +16,10 @@ pytest.importorskip("diffusers")
 from toy_offloading import OFFLOADS, cpu_has_one_name, hooks_of
 from toy_pipelines import T5, Toy, make, text_encoder
 
-from nai_t5_core.diffusers_adapter import replace_text_encoder, restore_text_encoder
-from nai_t5_core.formats import CheckpointError
-from nai_t5_core.hf import NAIT5EncoderModel
-from nai_t5_core.scales import unscaled
+from nai_t5_core.diffusers.adapter import replace_text_encoder, restore_text_encoder
+from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
+from nai_t5_core.facts.scales import unscaled
+from nai_t5_core.weights.formats import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 __all__ = ["cpu_has_one_name"]  # a fixture for every test here
@@ -276,7 +276,7 @@ def test_one_encoder_in_two_places_stays_one() -> None:
 def _live_lora(ours: Any) -> None:
     from toy_loras import toy_lora
 
-    from nai_t5_core.lora_live import LiveLoras
+    from nai_t5_core.lora.live import LiveLoras
 
     LiveLoras(ours).add(toy_lora(T5))
 

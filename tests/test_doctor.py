@@ -12,15 +12,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from nai_t5_core.bench.doctor import Diagnosis, DoctorSettings, examine_machine, numbers
+from nai_t5_core.bench.doctor.advice import advice
+from nai_t5_core.bench.doctor.clock import timed
+from nai_t5_core.bench.doctor.patient import Patient
+from nai_t5_core.bench.doctor.report import as_markdown
+from nai_t5_core.bench.doctor.steps import Step, all_steps
+from nai_t5_core.bench.doctor.worker import StepProcess
 from nai_t5_core.cli import app
-from nai_t5_core.doctor import Diagnosis, DoctorSettings, examine_machine, numbers
-from nai_t5_core.doctor.advice import advice
-from nai_t5_core.doctor.clock import timed
-from nai_t5_core.doctor.patient import Patient
-from nai_t5_core.doctor.report import as_markdown
-from nai_t5_core.doctor.steps import Step, all_steps
-from nai_t5_core.doctor.worker import StepProcess
-from nai_t5_core.encoder import T5EncoderStack
+from nai_t5_core.model.encoder import T5EncoderStack
 
 CPU = DoctorSettings(device="cpu")
 
@@ -225,5 +225,5 @@ def test_the_command(tmp_path: Path) -> None:
 
 def test_the_command_ends_with_status_1_if_a_number_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = diagnosis_of("cpu", MACHINE, masks={"checked": 1, "wrong": ["off by 1"]})
-    monkeypatch.setattr("nai_t5_core.doctor.examine_machine", lambda *_: wrong)
+    monkeypatch.setattr("nai_t5_core.bench.doctor.examine_machine", lambda *_: wrong)
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 1

@@ -9,9 +9,9 @@ import torch
 from conftest import TOY_CONFIGS, padding_mask, random_state
 from toy_training import config_in, curve, run_of, write_data
 
-from nai_t5_core.config import T5Config
-from nai_t5_core.peers import own_t5, transformers_t5
-from nai_t5_core.t5 import T5
+from nai_t5_core.bench.peers import own_t5, transformers_t5
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.generation.t5 import T5
 from nai_t5_core.training.dropout import add_dropout, drawn_for
 
 IDS = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(1))

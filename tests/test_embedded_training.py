@@ -14,10 +14,10 @@ sys.path.append(str(Path(__file__).parents[1]))  # the recipe is not part of the
 from embedded import tasks
 from embedded.evaluate import answers, read_pairs, wrong_answers
 from embedded.tasks import WORDINGS, held_out_tasks, is_fact, training_tasks, worded_tasks
-from nai_t5_core.hub import EMBEDDED_MODEL
-from nai_t5_core.load import load_whole
 from nai_t5_core.training.config import TrainConfig, read_config
 from nai_t5_core.training.loop import train
+from nai_t5_core.weights.hub import EMBEDDED_MODEL
+from nai_t5_core.weights.load import load_whole
 
 COUNT = 30_000
 

@@ -9,12 +9,12 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
 from torch import Tensor
 
-from nai_t5_core.config import T5Config
-from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
-from nai_t5_core.packing import PaddingPolicy
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.model.encoder import LAYOUTS, Layout, T5EncoderStack
+from nai_t5_core.model.packing import PaddingPolicy
 
 pytest.importorskip("transformers", reason="transformers is the oracle")
-from nai_t5_core.peers import exact_norms, transformers_encoder
+from nai_t5_core.bench.peers import exact_norms, transformers_encoder
 
 # Largest difference allowed, relative to the largest value of the reference.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -16,7 +16,7 @@ pytest.importorskip("diffusers")
 from PIL import Image
 from toy_pipelines import NEGATIVE, PROMPT, Toy, make
 
-from nai_t5_core.hf import NAIT5EncoderModel
+from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

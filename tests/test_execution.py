@@ -10,9 +10,9 @@ from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nai_t5_core.config import T5Config
-from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
-from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.model.encoder import LAYOUTS, Layout, T5EncoderStack
+from nai_t5_core.model.packing import PADDING_POLICIES, PaddingPolicy
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "scaled_dot_product")
 HALF = (torch.float16, torch.bfloat16)

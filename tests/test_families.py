@@ -8,9 +8,9 @@ from typing import get_args
 
 import pytest
 
-from nai_t5_core import families, text_cleaning
-from nai_t5_core.families import Family, family, family_names
-from nai_t5_core.text_cleaning import TextCleaning, clean_text
+from nai_t5_core.facts import families, text_cleaning
+from nai_t5_core.facts.families import Family, family, family_names
+from nai_t5_core.facts.text_cleaning import TextCleaning, clean_text
 
 ROWS = [family(name) for name in family_names()]
 
@@ -155,5 +155,5 @@ def test_every_cleaning_has_a_function() -> None:
 
 
 def test_import_needs_no_torch() -> None:
-    code = "import sys, nai_t5_core.families; sys.exit('torch' in sys.modules)"
+    code = "import sys, nai_t5_core.facts.families; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

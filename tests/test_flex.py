@@ -13,11 +13,11 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_block_mask
 
 from nai_t5_core import load_encoder
-from nai_t5_core.attention import DocumentAttention
-from nai_t5_core.attention_choice import AttentionChoice, FlexUnavailableError, missing_for_flex
-from nai_t5_core.encoder import Layout, T5EncoderStack
-from nai_t5_core.flex import BLOCK, FlexAttention, packed_attention, visible_blocks
-from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy, pack_batch
+from nai_t5_core.model.attention import DocumentAttention
+from nai_t5_core.model.attention_choice import AttentionChoice, FlexUnavailableError, missing_for_flex
+from nai_t5_core.model.encoder import Layout, T5EncoderStack
+from nai_t5_core.model.flex import BLOCK, FlexAttention, packed_attention, visible_blocks
+from nai_t5_core.model.packing import PADDING_POLICIES, PaddingPolicy, pack_batch
 
 CPU = torch.device("cpu")
 compiled = pytest.mark.skipif(missing_for_flex(CPU) is not None, reason=f"no flex here: {missing_for_flex(CPU)}")
@@ -115,7 +115,7 @@ def test_equals_sdpa_in_the_separate_layout(stacks: Stacks) -> None:
 @torch.no_grad()
 def test_equals_transformers(stacks: Stacks, kind: str) -> None:
     pytest.importorskip("transformers", reason="transformers is the oracle")
-    from nai_t5_core.peers import exact_norms, transformers_encoder
+    from nai_t5_core.bench.peers import exact_norms, transformers_encoder
 
     config, mask = TOY_CONFIGS[kind], masks()["holes"]
     oracle = exact_norms(transformers_encoder(config, random_state(config), torch.float64))

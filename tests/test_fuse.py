@@ -9,8 +9,8 @@ import torch
 from conftest import TOY_CONFIGS, random_state
 from torch import Tensor
 
-from nai_t5_core.config import T5Config, decoder_tensors, encoder_tensors
-from nai_t5_core.fuse import Recipe, cook, fused_recipes, separate_recipes, unfuse
+from nai_t5_core.facts.config import T5Config, decoder_tensors, encoder_tensors
+from nai_t5_core.weights.fuse import Recipe, cook, fused_recipes, separate_recipes, unfuse
 
 
 def cooked(config: T5Config, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -15,10 +15,10 @@ from exactness import compare
 from torch import Tensor
 from toy_texts import NEW_TOKENS, cut, ours, own_model, prompts, reference_model, theirs, toy_state
 
-from nai_t5_core import token_scores
-from nai_t5_core.config import decoder_tensors, encoder_tensors
-from nai_t5_core.load import load_whole
-from nai_t5_core.peers import own_t5, transformers_t5
+from nai_t5_core.bench.peers import own_t5, transformers_t5
+from nai_t5_core.facts.config import decoder_tensors, encoder_tensors
+from nai_t5_core.generation import token_scores
+from nai_t5_core.weights.load import load_whole
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipe is not part of the installed package
 

@@ -14,21 +14,21 @@ from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask, rand
 from torch import Tensor
 from toy_loras import toy_lora
 
-from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
-from nai_t5_core.fuse import fused_recipes, separate_recipes
-from nai_t5_core.generation_guard import generate_guarded
-from nai_t5_core.guard import NotFiniteError, ScaleTightenedWarning, encode_guarded
-from nai_t5_core.int8 import can_quantize, quantize_int8
-from nai_t5_core.int8_block import Int8Block
-from nai_t5_core.int8_linear import Int8Linear
-from nai_t5_core.load import load_encoder
-from nai_t5_core.lora import Loras
-from nai_t5_core.lora_live import LiveLinear, LiveLoras
-from nai_t5_core.optimize import can_prepack, prepack
-from nai_t5_core.peers import own_t5
-from nai_t5_core.plain_twin import plain_twin
-from nai_t5_core.scales import LayerScales
-from nai_t5_core.text_encoder import TextEncoder
+from nai_t5_core.backends.int8 import can_quantize, quantize_int8
+from nai_t5_core.backends.int8_block import Int8Block
+from nai_t5_core.backends.int8_linear import Int8Linear
+from nai_t5_core.backends.plain_twin import plain_twin
+from nai_t5_core.backends.prepack import can_prepack, prepack
+from nai_t5_core.bench.peers import own_t5
+from nai_t5_core.facts.scales import LayerScales
+from nai_t5_core.float16.generation_guard import generate_guarded
+from nai_t5_core.float16.guard import NotFiniteError, ScaleTightenedWarning, encode_guarded
+from nai_t5_core.lora.live import LiveLinear, LiveLoras
+from nai_t5_core.lora.loras import Loras
+from nai_t5_core.model.encoder import LAYOUTS, Layout, T5EncoderStack
+from nai_t5_core.prompts.text_encoder import TextEncoder
+from nai_t5_core.weights.fuse import fused_recipes, separate_recipes
+from nai_t5_core.weights.load import load_encoder
 
 CONFIG = TOY_CONFIGS["v1.1"]
 IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
@@ -186,7 +186,7 @@ def overflowing_folder(folder: Path) -> Path:
     return write_hf_folder(folder, CONFIG, state)
 
 
-@pytest.mark.filterwarnings("ignore::nai_t5_core.load.SlowDtypeWarning")
+@pytest.mark.filterwarnings("ignore::nai_t5_core.weights.load.SlowDtypeWarning")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("call", ["hidden_states", "forward"])
 @torch.no_grad()
@@ -230,8 +230,8 @@ def test_tokens_with_damaged_rows_are_named() -> None:
 
 def drop_in(state: dict[str, Tensor], dtype: torch.dtype, layout: Layout) -> Any:
     pytest.importorskip("transformers", reason="the class that ours stands for")
-    from nai_t5_core.hf import NAIT5EncoderModel
-    from nai_t5_core.peers import transformers_encoder
+    from nai_t5_core.bench.peers import transformers_encoder
+    from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
 
     source = transformers_encoder(CONFIG.encoder_only(), encoder_part(state), torch.float32)
     return NAIT5EncoderModel.from_hf(source, dtype, layout)

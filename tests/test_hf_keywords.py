@@ -12,15 +12,15 @@ import torch
 from conftest import TOY_CONFIGS
 from hf_toys import MASK, V1_1_IDS, hf_model
 
-from nai_t5_core.formats import CheckpointError
-from nai_t5_core.precision import resolve_device
+from nai_t5_core.model.precision import resolve_device
+from nai_t5_core.weights.formats import CheckpointError
 
 pytest.importorskip("transformers")
 
 import transformers
 
-from nai_t5_core import hf_keywords
-from nai_t5_core.hf import NAIT5EncoderModel
+from nai_t5_core.diffusers import drop_in_keywords as hf_keywords
+from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
 
 # A value of each that software really gives.
 NEUTRAL_VALUES: dict[str, Any] = {

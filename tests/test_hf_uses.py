@@ -19,14 +19,14 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from toy_loras import toy_lora
 
-from nai_t5_core.config import T5Config
+from nai_t5_core.facts.config import T5Config
 
 pytest.importorskip("transformers")
 
-from nai_t5_core.hf import NAIT5EncoderModel
-from nai_t5_core.lora import Loras
-from nai_t5_core.lora_live import LiveLoras
-from nai_t5_core.row_memory import RowMemory
+from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
+from nai_t5_core.diffusers.row_memory import RowMemory
+from nai_t5_core.lora.live import LiveLoras
+from nai_t5_core.lora.loras import Loras
 
 
 @pytest.fixture
@@ -184,6 +184,6 @@ def test_rows_can_be_remembered(v1_1: NAIT5EncoderModel) -> None:
 
 
 def test_absent_transformers_is_told() -> None:
-    code = "import sys; sys.modules['transformers'] = None; import nai_t5_core.hf"
+    code = "import sys; sys.modules['transformers'] = None; import nai_t5_core.diffusers.drop_in"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert "pip install 'comfy-nai-t5[transformers]'" in done.stderr

@@ -13,17 +13,17 @@ from conftest import TOY_CONFIGS, random_state, write_hf_folder
 from hf_toys import MASK, V1_1_IDS, assert_near, hf_model, ids_for
 from torch import Tensor, nn
 
-from nai_t5_core import load
-from nai_t5_core.config import T5Config
-from nai_t5_core.conversion import convert
-from nai_t5_core.formats import CheckpointError
-from nai_t5_core.guard import ScaleTightenedWarning
-from nai_t5_core.load import load_encoder
-from nai_t5_core.stress import stress_state
+from nai_t5_core.bench.stress import stress_state
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.float16.guard import ScaleTightenedWarning
+from nai_t5_core.weights import load
+from nai_t5_core.weights.convert import convert
+from nai_t5_core.weights.formats import CheckpointError
+from nai_t5_core.weights.load import load_encoder
 
 pytest.importorskip("transformers")
 
-from nai_t5_core.hf import NAIT5EncoderModel
+from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
 
 
 @pytest.fixture

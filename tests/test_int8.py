@@ -11,16 +11,16 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask
 from torch import nn
 
-from nai_t5_core.decoding import Decoding
-from nai_t5_core.encoder import LAYOUTS, Layout
-from nai_t5_core.int8 import can_quantize, quantize_int8
-from nai_t5_core.int8_block import Int8Block
-from nai_t5_core.int8_linear import Int8Linear, Int8Weight
-from nai_t5_core.optimize import ProductsChoice
-from nai_t5_core.parity import measure_parity
-from nai_t5_core.parity_report import OWN
-from nai_t5_core.peers import own_t5, random_state
-from nai_t5_core.text_encoder import TextEncoder
+from nai_t5_core.backends.int8 import can_quantize, quantize_int8
+from nai_t5_core.backends.int8_block import Int8Block
+from nai_t5_core.backends.int8_linear import Int8Linear, Int8Weight
+from nai_t5_core.backends.prepack import ProductsChoice
+from nai_t5_core.bench.parity import measure_parity
+from nai_t5_core.bench.parity_report import OWN
+from nai_t5_core.bench.peers import own_t5, random_state
+from nai_t5_core.generation.decoding import Decoding
+from nai_t5_core.model.encoder import LAYOUTS, Layout
+from nai_t5_core.prompts.text_encoder import TextEncoder
 
 V1_1 = TOY_CONFIGS["v1.1"].encoder_only()
 IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))

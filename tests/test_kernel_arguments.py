@@ -13,11 +13,11 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask, random_state
 from torch import Tensor
 
-from nai_t5_core.encoder import LAYOUTS, Layout
-from nai_t5_core.int8 import can_quantize, quantize_int8
+from nai_t5_core.backends.int8 import can_quantize, quantize_int8
+from nai_t5_core.backends.prepack import can_prepack, prepack
 from nai_t5_core.kernels import calls
 from nai_t5_core.kernels.calls import KernelWeight, add_product, attention, encode_block, normed_product
-from nai_t5_core.optimize import can_prepack, prepack
+from nai_t5_core.model.encoder import LAYOUTS, Layout
 
 pytestmark = needs_kernels
 

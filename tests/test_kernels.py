@@ -16,11 +16,9 @@ from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask, rand
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from nai_t5_core.attention import position_bias
-from nai_t5_core.config import Activation, T5Config
-from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
-from nai_t5_core.encoder_block import EncoderBlock
-from nai_t5_core.kernel_block import kernels_of
+from nai_t5_core.backends.packed_block import PackedBlock
+from nai_t5_core.backends.prepack import PackedLinear, prepack
+from nai_t5_core.facts.config import Activation, T5Config
 from nai_t5_core.kernels import build
 from nai_t5_core.kernels.calls import (
     WEIGHT_FORMATS,
@@ -32,10 +30,12 @@ from nai_t5_core.kernels.calls import (
     multiply_in_registers,
     normed_product,
 )
-from nai_t5_core.layers import CastingOps
-from nai_t5_core.optimize import PackedLinear, prepack
-from nai_t5_core.packed_block import PackedBlock
-from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
+from nai_t5_core.model.attention import position_bias
+from nai_t5_core.model.encoder import LAYOUTS, Layout, T5EncoderStack
+from nai_t5_core.model.encoder_block import EncoderBlock
+from nai_t5_core.model.kernel_block import kernels_of
+from nai_t5_core.model.layers import CastingOps
+from nai_t5_core.model.packing import PADDING_POLICIES, PaddingPolicy
 
 
 @pytest.fixture(autouse=True)

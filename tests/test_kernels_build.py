@@ -13,13 +13,13 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask, random_state
 from torch import nn
 
-from nai_t5_core.attention_choice import automatic_attention
-from nai_t5_core.int8 import can_quantize, quantize_int8
-from nai_t5_core.kernel_block import kernels_of
+from nai_t5_core.backends.int8 import can_quantize, quantize_int8
+from nai_t5_core.backends.packed_block import PackedBlock
+from nai_t5_core.backends.prepack import PackedLinear, can_prepack, prepack
 from nai_t5_core.kernels import build
 from nai_t5_core.kernels.build import built_file, missing_for_kernels, prepare_kernels, why_not_kernels
-from nai_t5_core.optimize import PackedLinear, can_prepack, prepack
-from nai_t5_core.packed_block import PackedBlock
+from nai_t5_core.model.attention_choice import automatic_attention
+from nai_t5_core.model.kernel_block import kernels_of
 
 V1_1 = TOY_CONFIGS["v1.1"]
 IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
@@ -50,7 +50,7 @@ BUILDING = "compiling the T5's kernels for AVX512 into"
 LOOKS = """
 import torch
 from nai_t5_core import load_encoder
-from nai_t5_core.attention_choice import automatic_attention
+from nai_t5_core.model.attention_choice import automatic_attention
 from nai_t5_core.kernels.build import missing_for_kernels, why_not_kernels
 stack = load_encoder(None, "bfloat16", "cpu")
 with torch.no_grad():
@@ -103,7 +103,7 @@ def test_where_they_cannot_be_built_torch_computes_and_says_so(
         assert done.stderr.count("the T5 goes without its kernels") == 1
     assert not list(tmp_path.rglob("*.so"))
     named = (
-        "from nai_t5_core import load_encoder; from nai_t5_core.optimize import prepack; "
+        "from nai_t5_core import load_encoder; from nai_t5_core.backends.prepack import prepack; "
         "prepack(load_encoder(None, 'float32', 'cpu'), 'kernels')"
     )
     assert f"products='kernels' is not possible: {reason}; use" in python(named, tmp_path, compiler).stderr

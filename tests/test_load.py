@@ -23,14 +23,14 @@ from checkpoints import (
 from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state, write_hf_folder
 from torch import Tensor
 
-from nai_t5_core.config import T5Config, config_to_hf
-from nai_t5_core.conversion import convert
-from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
-from nai_t5_core.examine import ModelSource, examine, find_tokenizer, find_tokenizer_for
-from nai_t5_core.formats import Checkpoint, CheckpointError, open_checkpoint
-from nai_t5_core.hub import find_model
-from nai_t5_core.load import load, load_encoder
+from nai_t5_core.facts.config import T5Config, config_to_hf
+from nai_t5_core.model.encoder import LAYOUTS, Layout, T5EncoderStack
 from nai_t5_core.tokenizer import ByteTokenizer, SentencePieceTokenizer
+from nai_t5_core.weights.convert import convert
+from nai_t5_core.weights.examine import ModelSource, examine, find_tokenizer, find_tokenizer_for
+from nai_t5_core.weights.formats import Checkpoint, CheckpointError, open_checkpoint
+from nai_t5_core.weights.hub import find_model
+from nai_t5_core.weights.load import load, load_encoder
 
 V1_1 = TOY_CONFIGS["v1.1"]
 MASK = padding_mask([9, 4, 1], 9)
@@ -424,7 +424,7 @@ def test_all_faults_at_once_and_before_a_tensor_is_read(tmp_path: Path, monkeypa
         checkpoint.read = lambda name: pytest.fail(f"{name} was read")
         return checkpoint
 
-    monkeypatch.setattr("nai_t5_core.examine.open_checkpoint", opened)
+    monkeypatch.setattr("nai_t5_core.weights.examine.open_checkpoint", opened)
     with pytest.raises(CheckpointError) as caught:
         on_cpu(folder)
     first, *listed = str(caught.value).splitlines()

@@ -12,12 +12,12 @@ from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
 from torch import Tensor
 
 from comfy_nai_t5.checkpoint import holds_t5, read_checkpoint
-from nai_t5_core.config import config_to_hf, named_config
-from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
-from nai_t5_core.examine import ModelSource, examine, find_tokenizer
-from nai_t5_core.formats import CheckpointError
-from nai_t5_core.load import load, load_encoder
+from nai_t5_core.facts.config import config_to_hf, named_config
+from nai_t5_core.model.encoder import LAYOUTS, Layout, T5EncoderStack
 from nai_t5_core.tokenizer import ByteTokenizer
+from nai_t5_core.weights.examine import ModelSource, examine, find_tokenizer
+from nai_t5_core.weights.formats import CheckpointError
+from nai_t5_core.weights.load import load, load_encoder
 
 V1_1 = TOY_CONFIGS["v1.1"]
 UMT5 = TOY_CONFIGS["umt5"].encoder_only()

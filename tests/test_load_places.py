@@ -12,11 +12,11 @@ from test_load_names import wan_named
 from torch import Tensor
 
 from comfy_nai_t5.checkpoint import holds_t5, read_checkpoint
-from nai_t5_core.conversion import convert
-from nai_t5_core.encoder import Layout, T5EncoderStack
-from nai_t5_core.examine import ModelSource, find_tokenizer_for
-from nai_t5_core.formats import CheckpointError
-from nai_t5_core.load import load_encoder
+from nai_t5_core.model.encoder import Layout, T5EncoderStack
+from nai_t5_core.weights.convert import convert
+from nai_t5_core.weights.examine import ModelSource, find_tokenizer_for
+from nai_t5_core.weights.formats import CheckpointError
+from nai_t5_core.weights.load import load_encoder
 
 V1_1 = TOY_CONFIGS["v1.1"]
 UMT5 = TOY_CONFIGS["umt5"].encoder_only()

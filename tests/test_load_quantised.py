@@ -39,9 +39,9 @@ from toy_quantised import (
 )
 
 from comfy_nai_t5.checkpoint import holds_t5, read_checkpoint
-from nai_t5_core.examine import examine
-from nai_t5_core.formats import CheckpointError
-from nai_t5_core.load import load, load_encoder
+from nai_t5_core.weights.examine import examine
+from nai_t5_core.weights.formats import CheckpointError
+from nai_t5_core.weights.load import load, load_encoder
 
 V1_1 = TOY_CONFIGS["v1.1"].encoder_only()
 UMT5 = TOY_CONFIGS["umt5"].encoder_only()

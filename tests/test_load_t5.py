@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import nai_t5_core
-from nai_t5_core.config import T5Config, config_to_hf
-from nai_t5_core.conversion import convert
-from nai_t5_core.encoder import LAYOUTS, Layout
-from nai_t5_core.examine import examine
-from nai_t5_core.formats import CheckpointError
-from nai_t5_core.fuse import unfuse
-from nai_t5_core.load import load_encoder, load_t5, load_whole
-from nai_t5_core.peers import own_t5
-from nai_t5_core.scales import StackScales, published_scales, unscaled
-from nai_t5_core.t5 import T5
+from nai_t5_core.bench.peers import own_t5
+from nai_t5_core.facts.config import T5Config, config_to_hf
+from nai_t5_core.facts.scales import StackScales, published_scales, unscaled
+from nai_t5_core.generation.t5 import T5
+from nai_t5_core.model.encoder import LAYOUTS, Layout
+from nai_t5_core.weights.convert import convert
+from nai_t5_core.weights.examine import examine
+from nai_t5_core.weights.formats import CheckpointError
+from nai_t5_core.weights.fuse import unfuse
+from nai_t5_core.weights.load import load_encoder, load_t5, load_whole
 
 V1_1 = TOY_CONFIGS["v1.1"]
 MASK = padding_mask([9, 4, 1], 9)

@@ -17,11 +17,11 @@ from checkpoints import State, encoder_part, prefixed, write_file
 from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
 from torch import Tensor
 
-from nai_t5_core.config import config_to_hf
-from nai_t5_core.encoder import Layout, T5EncoderStack
-from nai_t5_core.examine import ModelSource, examine
-from nai_t5_core.formats import CheckpointError
-from nai_t5_core.load import load, load_encoder
+from nai_t5_core.facts.config import config_to_hf
+from nai_t5_core.model.encoder import Layout, T5EncoderStack
+from nai_t5_core.weights.examine import ModelSource, examine
+from nai_t5_core.weights.formats import CheckpointError
+from nai_t5_core.weights.load import load, load_encoder
 
 V1_1 = TOY_CONFIGS["v1.1"]
 IDS = torch.randint(0, 96, (3, 9), generator=torch.Generator().manual_seed(3))

@@ -23,14 +23,14 @@ from lora_oracle import (
 )
 from toy_loras import projections, toy_lora
 
-from nai_t5_core.encoder import LAYOUTS, Layout
-from nai_t5_core.guard import ScaleTightenedWarning, encode_guarded
-from nai_t5_core.lora import Loras
-from nai_t5_core.lora_changes import LowRankChange
-from nai_t5_core.lora_files import Lora
-from nai_t5_core.lora_live import LiveLoras
-from nai_t5_core.lora_set import LoraSet
-from nai_t5_core.peers import transformers_encoder
+from nai_t5_core.bench.peers import transformers_encoder
+from nai_t5_core.float16.guard import ScaleTightenedWarning, encode_guarded
+from nai_t5_core.lora.changes import LowRankChange
+from nai_t5_core.lora.files import Lora
+from nai_t5_core.lora.live import LiveLoras
+from nai_t5_core.lora.loras import Loras
+from nai_t5_core.lora.set import LoraSet
+from nai_t5_core.model.encoder import LAYOUTS, Layout
 
 
 @pytest.fixture(params=[Loras, LiveLoras])
@@ -105,7 +105,7 @@ def test_a_norm_weight_of_zero_stays_zero(loras_of: type[LoraSet]) -> None:
 
 def test_the_drop_in_class(loras_of: type[LoraSet]) -> None:
     pytest.importorskip("transformers")
-    from nai_t5_core.hf import NAIT5EncoderModel
+    from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
 
     lora = toy_lora(V1_1)
     for layout in LAYOUTS:

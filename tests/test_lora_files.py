@@ -14,10 +14,10 @@ from lora_oracle import KINDS, MASK, V1_1, assert_near, ids_for, ours, reference
 from safetensors.torch import save_file
 from toy_loras import ALL_STYLES, ALPHA, RANK, dotted, kohya, projections, toy_lora, write_style
 
-from nai_t5_core.formats import CheckpointError
-from nai_t5_core.lora import Loras
-from nai_t5_core.lora_files import read_lora
-from nai_t5_core.peers import transformers_encoder
+from nai_t5_core.bench.peers import transformers_encoder
+from nai_t5_core.lora.files import read_lora
+from nai_t5_core.lora.loras import Loras
+from nai_t5_core.weights.formats import CheckpointError
 
 
 @pytest.mark.parametrize("style", ALL_STYLES)

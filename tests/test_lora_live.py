@@ -27,22 +27,22 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from toy_loras import toy_lora
 
-from nai_t5_core.attention_choice import missing_for_flex
-from nai_t5_core.compiled import compile_stack
-from nai_t5_core.encoder import LAYOUTS, Layout
-from nai_t5_core.guard import rescale
-from nai_t5_core.int8 import can_quantize, quantize_int8
-from nai_t5_core.int8_block import Int8Block
-from nai_t5_core.int8_linear import Int8Linear
-from nai_t5_core.lent_block import LentBlock
-from nai_t5_core.lora import Loras
-from nai_t5_core.lora_files import Lora
-from nai_t5_core.lora_live import LiveLinear, LiveLoras
-from nai_t5_core.optimize import PackedLinear, can_prepack, is_packed, prepack
-from nai_t5_core.packed_block import PackedBlock
-from nai_t5_core.peers import transformers_encoder
-from nai_t5_core.scales import LayerScales
-from nai_t5_core.text_encoder import TextEncoder
+from nai_t5_core.backends.compiled import compile_stack
+from nai_t5_core.backends.int8 import can_quantize, quantize_int8
+from nai_t5_core.backends.int8_block import Int8Block
+from nai_t5_core.backends.int8_linear import Int8Linear
+from nai_t5_core.backends.lent_block import LentBlock
+from nai_t5_core.backends.packed_block import PackedBlock
+from nai_t5_core.backends.prepack import PackedLinear, can_prepack, is_packed, prepack
+from nai_t5_core.bench.peers import transformers_encoder
+from nai_t5_core.facts.scales import LayerScales
+from nai_t5_core.float16.guard import rescale
+from nai_t5_core.lora.files import Lora
+from nai_t5_core.lora.live import LiveLinear, LiveLoras
+from nai_t5_core.lora.loras import Loras
+from nai_t5_core.model.attention_choice import missing_for_flex
+from nai_t5_core.model.encoder import LAYOUTS, Layout
+from nai_t5_core.prompts.text_encoder import TextEncoder
 
 needs_packing = pytest.mark.skipif(
     not can_prepack(v1_1_stack()), reason="this machine's oneDNN packs no float32 weights"
@@ -371,7 +371,7 @@ def test_strengths_beyond_the_dtype_change_nothing() -> None:
 
 def test_live_loras_are_not_saved(tmp_path: Any) -> None:
     pytest.importorskip("transformers")
-    from nai_t5_core.hf import NAIT5EncoderModel
+    from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
 
     source = transformers_encoder(V1_1.encoder_only(), encoder_part(random_state(V1_1)), torch.float32)
     model = NAIT5EncoderModel.from_hf(source, release=True)

@@ -15,15 +15,15 @@ from torch import nn
 from torch._dynamo.utils import counters
 from toy_loras import kohya, toy_lora, write_style
 
-from nai_t5_core.attention_choice import missing_for_flex
+from nai_t5_core.backends.compiled import compile_stack
+from nai_t5_core.backends.prepack import can_prepack, prepack
 from nai_t5_core.cli import main
-from nai_t5_core.compiled import compile_stack
-from nai_t5_core.encoder import LAYOUTS, Layout
-from nai_t5_core.guard import rescale
-from nai_t5_core.lora import Loras
-from nai_t5_core.optimize import can_prepack, prepack
-from nai_t5_core.scales import LayerScales
-from nai_t5_core.text_encoder import TextEncoder
+from nai_t5_core.facts.scales import LayerScales
+from nai_t5_core.float16.guard import rescale
+from nai_t5_core.lora.loras import Loras
+from nai_t5_core.model.attention_choice import missing_for_flex
+from nai_t5_core.model.encoder import LAYOUTS, Layout
+from nai_t5_core.prompts.text_encoder import TextEncoder
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -24,21 +24,21 @@ from lora_oracle import (
 from safetensors.torch import save_file
 from toy_loras import kohya, projections, toy_differences, toy_lora, toy_tables, with_loras
 
-from nai_t5_core.config import encoder_tensors
-from nai_t5_core.encoder import LAYOUTS, Layout
-from nai_t5_core.encoder_block import EncoderBlock
-from nai_t5_core.formats import CheckpointError
-from nai_t5_core.guard import encode_guarded
-from nai_t5_core.hf_weights import original_tensors, refuse_wrapped
-from nai_t5_core.int8_block import Int8Block
-from nai_t5_core.lora import Loras
-from nai_t5_core.lora_changes import WholeChange
-from nai_t5_core.lora_files import Lora, read_lora
-from nai_t5_core.lora_live import LiveLoras
-from nai_t5_core.lora_set import LoraSet
-from nai_t5_core.packed_block import PackedBlock
-from nai_t5_core.peers import transformers_encoder
-from nai_t5_core.text_encoder import TextEncoder
+from nai_t5_core.backends.int8_block import Int8Block
+from nai_t5_core.backends.packed_block import PackedBlock
+from nai_t5_core.bench.peers import transformers_encoder
+from nai_t5_core.diffusers.drop_in_weights import original_tensors, refuse_wrapped
+from nai_t5_core.facts.config import encoder_tensors
+from nai_t5_core.float16.guard import encode_guarded
+from nai_t5_core.lora.changes import WholeChange
+from nai_t5_core.lora.files import Lora, read_lora
+from nai_t5_core.lora.live import LiveLoras
+from nai_t5_core.lora.loras import Loras
+from nai_t5_core.lora.set import LoraSet
+from nai_t5_core.model.encoder import LAYOUTS, Layout
+from nai_t5_core.model.encoder_block import EncoderBlock
+from nai_t5_core.prompts.text_encoder import TextEncoder
+from nai_t5_core.weights.formats import CheckpointError
 
 PARTS = ("layer.0.layer_norm", "layer.1.layer_norm", "final_layer_norm", "relative_attention_bias", "shared", "")
 

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nai_t5_core.attention import logit_scale
-from nai_t5_core.config import T5Config
-from nai_t5_core.decoding import Decoding
-from nai_t5_core.encoder import LAYOUTS, Layout
-from nai_t5_core.fuse import fused_recipes, separate_recipes
-from nai_t5_core.optimize import PackedLinear, can_prepack, prepack
-from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
-from nai_t5_core.peers import exact_norms, own_t5, transformers_t5
-from nai_t5_core.scales import LayerScales, StackScales, published_scales, unscaled
-from nai_t5_core.t5 import T5
+from nai_t5_core.backends.prepack import PackedLinear, can_prepack, prepack
+from nai_t5_core.bench.peers import exact_norms, own_t5, transformers_t5
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.scales import LayerScales, StackScales, published_scales, unscaled
+from nai_t5_core.generation.decoding import Decoding
+from nai_t5_core.generation.t5 import T5
+from nai_t5_core.model.attention import logit_scale
+from nai_t5_core.model.encoder import LAYOUTS, Layout
+from nai_t5_core.model.packing import PADDING_POLICIES, PaddingPolicy
+from nai_t5_core.weights.fuse import fused_recipes, separate_recipes
 
 LENGTH = 13
 # Beyond the largest distance that has a bias of its own.
@@ -327,7 +327,7 @@ def test_scales_keep_float16_in_range(where: str, layout: Layout) -> None:
 
 
 def test_published_decoder_scales_reach_every_sublayer() -> None:
-    from nai_t5_core.config import named_config
+    from nai_t5_core.facts.config import named_config
 
     scales = published_scales(named_config("t5-v1_1-small"), "decoder")
     assert scales is not None

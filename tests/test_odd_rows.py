@@ -14,15 +14,15 @@ from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
 from torch import Tensor
 
 from comfy_nai_t5.checkpoint import read_checkpoint
-from nai_t5_core.calibrate import calibrate
-from nai_t5_core.config import T5Config
-from nai_t5_core.conversion import convert
-from nai_t5_core.encoder import LAYOUTS, Layout
-from nai_t5_core.formats import CheckpointError
-from nai_t5_core.guard import NotFiniteError, encode_guarded
-from nai_t5_core.load import load_encoder, load_t5
-from nai_t5_core.precision import keeps_finite, largest_finite
-from nai_t5_core.text_encoder import TextEncoder
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.float16.guard import NotFiniteError, encode_guarded
+from nai_t5_core.model.encoder import LAYOUTS, Layout
+from nai_t5_core.model.precision import keeps_finite, largest_finite
+from nai_t5_core.prompts.text_encoder import TextEncoder
+from nai_t5_core.weights.calibrate import calibrate
+from nai_t5_core.weights.convert import convert
+from nai_t5_core.weights.formats import CheckpointError
+from nai_t5_core.weights.load import load_encoder, load_t5
 
 V1_1 = TOY_CONFIGS["v1.1"]
 ODD = {7: float("nan"), 90: float("inf"), 95: float("-inf")}

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask, random_state
 from torch._dynamo.utils import counters
 
-from nai_t5_core.encoder import LAYOUTS, Layout
-from nai_t5_core.int8 import can_quantize, quantize_int8
-from nai_t5_core.optimize import PackedLinear, can_prepack, prepack
-from nai_t5_core.peers import own_t5
-from nai_t5_core.t5 import T5
+from nai_t5_core.backends.int8 import can_quantize, quantize_int8
+from nai_t5_core.backends.prepack import PackedLinear, can_prepack, prepack
+from nai_t5_core.bench.peers import own_t5
+from nai_t5_core.generation.t5 import T5
+from nai_t5_core.model.encoder import LAYOUTS, Layout
 
 IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
 MASK = padding_mask([12, 5, 1], 12)

@@ -8,7 +8,7 @@ from conftest import padding_mask
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nai_t5_core.packing import PADDING_POLICIES, pack_batch
+from nai_t5_core.model.packing import PADDING_POLICIES, pack_batch
 
 masks = st.integers(1, 7).flatmap(
     lambda length: st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=1, max_size=5)

@@ -14,15 +14,15 @@ from conftest import TOY_CONFIGS
 from rich.console import Console
 from torch import Tensor
 
-from nai_t5_core.config import T5Config
-from nai_t5_core.encoder import T5EncoderStack
-from nai_t5_core.optimize import can_prepack
-from nai_t5_core.packing import PADDING_POLICIES
-from nai_t5_core.parity import QUANTILES, measure_parity, random_batch
-from nai_t5_core.parity_report import OWN, plot, render
-from nai_t5_core.peers import random_state
-from nai_t5_core.scales import LayerScales, StackScales
-from nai_t5_core.stress import stress_state
+from nai_t5_core.backends.prepack import can_prepack
+from nai_t5_core.bench.parity import QUANTILES, measure_parity, random_batch
+from nai_t5_core.bench.parity_report import OWN, plot, render
+from nai_t5_core.bench.peers import random_state
+from nai_t5_core.bench.stress import stress_state
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.scales import LayerScales, StackScales
+from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.model.packing import PADDING_POLICIES
 
 pytest.importorskip("transformers", reason="transformers is the reference")
 

@@ -10,10 +10,7 @@ import pytest
 import torch
 from conftest import TOY_CONFIGS, padding_mask, write_hf_folder
 
-from nai_t5_core.config import T5Config, encoder_tensors
-from nai_t5_core.conversion import convert
-from nai_t5_core.examine import examine
-from nai_t5_core.peers import (
+from nai_t5_core.bench.peers import (
     PEERS,
     build_peer,
     exact_norms,
@@ -23,6 +20,9 @@ from nai_t5_core.peers import (
     random_state,
     transformers_encoder,
 )
+from nai_t5_core.facts.config import T5Config, encoder_tensors
+from nai_t5_core.weights.convert import convert
+from nai_t5_core.weights.examine import examine
 
 V1_1 = TOY_CONFIGS["v1.1"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nai_t5_core.precision import is_finite, largest_absolute, resolve_device, resolve_dtype
+from nai_t5_core.model.precision import is_finite, largest_absolute, resolve_device, resolve_dtype
 
 
 @pytest.mark.parametrize("native", [True, False])

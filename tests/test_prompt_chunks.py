@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nai_t5_core.prompt_chunks import split_text
+from nai_t5_core.diffusers.prompt_chunks import split_text
 
 
 def short(most: int) -> Any:

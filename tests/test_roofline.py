@@ -10,10 +10,7 @@ from conftest import build_stack, padding_mask, random_state
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from nai_t5_core.bench.flops import count_flops
-from nai_t5_core.cli import app
-from nai_t5_core.config import T5Config, encoder_tensors, named_config
-from nai_t5_core.roofline import (
+from nai_t5_core.bench.roofline import (
     DEVICES,
     Device,
     PaperTime,
@@ -23,6 +20,9 @@ from nai_t5_core.roofline import (
     estimate,
     projection_shapes,
 )
+from nai_t5_core.bench.speed.flops import count_flops
+from nai_t5_core.cli import app
+from nai_t5_core.facts.config import T5Config, encoder_tensors, named_config
 
 XXL = named_config("t5-v1_1-xxl").encoder_only()
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from toy_texts import ours, own_model, prompts, theirs
 
-from nai_t5_core import token_scores
-from nai_t5_core.generation_options import GenerationOptions
+from nai_t5_core.generation import token_scores
+from nai_t5_core.generation.options import GenerationOptions
 
 FILTERS: list[dict[str, Any]] = [
     {},

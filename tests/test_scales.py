@@ -8,12 +8,12 @@ from conftest import TOY_CONFIGS, random_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nai_t5_core.config import T5Config, named_config
-from nai_t5_core.encoder import LAYOUTS, Layout, T5EncoderStack
-from nai_t5_core.fuse import cook, fused_recipes, separate_recipes, unfuse
-from nai_t5_core.guard import NotFiniteError, ScaleTightenedWarning, encode_guarded, rescale
-from nai_t5_core.layers import NoInit
-from nai_t5_core.scales import LayerScales, StackScales, published_scales, scale_for, unscaled
+from nai_t5_core.facts.config import T5Config, named_config
+from nai_t5_core.facts.scales import LayerScales, StackScales, published_scales, scale_for, unscaled
+from nai_t5_core.float16.guard import NotFiniteError, ScaleTightenedWarning, encode_guarded, rescale
+from nai_t5_core.model.encoder import LAYOUTS, Layout, T5EncoderStack
+from nai_t5_core.model.layers import NoInit
+from nai_t5_core.weights.fuse import cook, fused_recipes, separate_recipes, unfuse
 
 power = st.integers(-12, 0).map(lambda exponent: 2.0**exponent)
 IDS = torch.randint(3, 96, (3, 14), generator=torch.Generator().manual_seed(7))

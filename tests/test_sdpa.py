@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from nai_t5_core.attention import sdpa
+from nai_t5_core.model.attention import sdpa
 
 KERNELS: dict[str, Callable[[], bool]] = {
     "flash": torch.backends.cuda.flash_sdp_enabled,

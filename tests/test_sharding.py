@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from sharded_worker import KINDS, toy_rows
 from toy_training import config_in, read_config, toml, write_data
 
-from nai_t5_core.encoder import LAYOUTS, Layout
-from nai_t5_core.load import load_whole
-from nai_t5_core.peers import own_t5
-from nai_t5_core.sharding import part_of, shard, whole
+from nai_t5_core.backends.sharding import part_of, shard, whole
+from nai_t5_core.bench.peers import own_t5
+from nai_t5_core.model.encoder import LAYOUTS, Layout
 from nai_t5_core.training import checkpoints
 from nai_t5_core.training.loop import train
+from nai_t5_core.weights.load import load_whole
 
 pytest.importorskip("torch.distributed.fsdp", reason="torch has to be built with distributed")
 pytestmark = pytest.mark.skipif(

@@ -8,15 +8,15 @@ import pytest
 import torch
 from conftest import TOY_CONFIGS, build_stack, random_state, write_hf_folder
 
-from nai_t5_core.examine import find_tokenizer_for
-from nai_t5_core.families import family, family_names
+from nai_t5_core.backends.prepack import can_prepack, is_packed
+from nai_t5_core.facts.families import family, family_names
+from nai_t5_core.facts.text_cleaning import clean_text
 from nai_t5_core.kernels.build import why_not_kernels
-from nai_t5_core.load import load_encoder
-from nai_t5_core.optimize import can_prepack, is_packed
-from nai_t5_core.packing import PADDING_POLICIES, PaddingPolicy
-from nai_t5_core.text_cleaning import clean_text
-from nai_t5_core.text_encoder import TextEncoder
+from nai_t5_core.model.packing import PADDING_POLICIES, PaddingPolicy
+from nai_t5_core.prompts.text_encoder import TextEncoder
 from nai_t5_core.tokenizer import ByteTokenizer
+from nai_t5_core.weights.examine import find_tokenizer_for
+from nai_t5_core.weights.load import load_encoder
 
 PROMPTS = ['A "red" cat', "", "two dogs play with a ball in the park, soft light, 35mm film", "a fox"]
 

@@ -10,13 +10,13 @@ from checkpoints import spiece_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nai_t5_core.load import load as load_model
-from nai_t5_core.optimize import can_prepack
-from nai_t5_core.scales import LayerScales, StackScales
-from nai_t5_core.text_encoder import TextEncoder
-from nai_t5_core.textual_inversion import add_embeddings
+from nai_t5_core.backends.prepack import can_prepack
+from nai_t5_core.facts.scales import LayerScales, StackScales
+from nai_t5_core.prompts.text_encoder import TextEncoder
+from nai_t5_core.prompts.textual_inversion import add_embeddings
 from nai_t5_core.tokenizer import ByteTokenizer, JsonTokenizer, SentencePieceTokenizer, sentencepiece_to_tokenizer_json
 from nai_t5_core.tokenizer.placeholders import PlaceholderTokenizer
+from nai_t5_core.weights.load import load as load_model
 
 D_MODEL = 128
 

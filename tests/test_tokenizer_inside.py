@@ -9,9 +9,9 @@ import torch
 from checkpoints import spiece_model, spiece_tensor, write_file
 from conftest import TOY_CONFIGS, random_state, write_hf_folder
 
-from nai_t5_core.conversion import convert
-from nai_t5_core.text_encoder import TextEncoder
+from nai_t5_core.prompts.text_encoder import TextEncoder
 from nai_t5_core.tokenizer import SentencePieceTokenizer, load_tokenizer, sentencepiece_to_tokenizer_json
+from nai_t5_core.weights.convert import convert
 
 CONFIG = TOY_CONFIGS["v1.1"].model_copy(update={"vocab_size": 4096})
 TEXTS = ["a cat", "two dogs\nand a <extra_id_0>", ""]

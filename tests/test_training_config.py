@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from toy_training import SIZES, config_in, toml, write_data
 
-from nai_t5_core.config import T5Config
+from nai_t5_core.facts.config import T5Config
 from nai_t5_core.training.config import read_config
 from nai_t5_core.training.start import first_model
 

@@ -13,12 +13,12 @@ from checkpoints import spiece_model
 from toy_training import config_in, curve, run_of, toml, write_data
 
 from nai_t5_core.cli import main
-from nai_t5_core.load import load_whole
 from nai_t5_core.tokenizer import Tokenizer, tokenizer_from_bytes
 from nai_t5_core.training import checkpoints, losses
 from nai_t5_core.training.batches import Batches
 from nai_t5_core.training.config import read_config
 from nai_t5_core.training.loop import train
+from nai_t5_core.weights.load import load_whole
 
 
 @pytest.fixture(scope="module")

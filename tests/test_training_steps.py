@@ -10,8 +10,8 @@ import torch
 from conftest import TOY_CONFIGS, padding_mask, random_state
 from toy_training import config_in, curve, run_of, write_data
 
-from nai_t5_core.config import T5Config
-from nai_t5_core.peers import exact_norms, own_t5, transformers_t5
+from nai_t5_core.bench.peers import exact_norms, own_t5, transformers_t5
+from nai_t5_core.facts.config import T5Config
 from nai_t5_core.training.batches import Batch
 from nai_t5_core.training.config import OptimizerSection
 from nai_t5_core.training.loop import TrainingError

@@ -19,11 +19,11 @@ import typer
 from diffusers.utils import logging
 from toy_pipelines import make, text_encoder
 
-from nai_t5_core.config import named_config
-from nai_t5_core.diffusers_adapter import padding_for
-from nai_t5_core.diffusers_prompts import encode_prompt
-from nai_t5_core.families import family as family_named
-from nai_t5_core.hf import NAIT5EncoderModel
+from nai_t5_core.diffusers.adapter import padding_for
+from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
+from nai_t5_core.diffusers.encode_prompt import encode_prompt
+from nai_t5_core.facts.config import named_config
+from nai_t5_core.facts.families import family as family_named
 
 PROMPT = "a red fox on a green hill under an old tree, two dogs and a blue bird in the morning light"
 NEGATIVE = "blurred, dark, low quality, a bad hand, text and watermark"
@@ -53,7 +53,7 @@ def row(name: str, size: str, dtype: torch.dtype, rounds: int) -> str:
 
     Args:
         name: of a family whose pipeline has one text encoder.
-        size: a name that :func:`nai_t5_core.config.named_config` knows.
+        size: a name that :func:`nai_t5_core.facts.config.named_config` knows.
     """
     their_toy, our_toy = make(name), make(name)
     their_toy.encoder, our_toy.encoder = encoders(size, their_toy.encoder.config.model_type == "umt5", dtype)

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nai_t5_core.config import T5Config, encoder_tensors
-from nai_t5_core.lora_changes import Change, LowRankChange, WholeChange
-from nai_t5_core.lora_files import Lora
+from nai_t5_core.facts.config import T5Config, encoder_tensors
+from nai_t5_core.lora.changes import Change, LowRankChange, WholeChange
+from nai_t5_core.lora.files import Lora
 
 RANK = 4
 ALPHA = 6.0

@@ -17,7 +17,7 @@ from conftest import random_state
 from diffusers import schedulers
 from torch import nn
 
-from nai_t5_core.config import T5Config, config_to_hf
+from nai_t5_core.facts.config import T5Config, config_to_hf
 from nai_t5_core.tokenizer import sentencepiece_to_tokenizer_json
 
 WIDTH = 32  # of the text embeddings

@@ -10,8 +10,8 @@ import torch
 from conftest import TOY_CONFIGS, padding_mask, random_state
 from torch import Tensor
 
-from nai_t5_core.peers import own_t5, transformers_t5
-from nai_t5_core.t5 import T5
+from nai_t5_core.bench.peers import own_t5, transformers_t5
+from nai_t5_core.generation.t5 import T5
 
 END = 1
 PROMPT_LENGTH = 20

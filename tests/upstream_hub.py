@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from toy_parts import T5, UMT5, VOCABULARY, llama, text_encoder, tokenizer
 from transformers import BertConfig, BertModel, ClapFeatureExtractor
 
-from nai_t5_core.config import T5Config
+from nai_t5_core.facts.config import T5Config
 
 REVISION = "0" * 40
 # Some tests make a T5 of their own for the hub's tokenizer: it has to keep to the vocabulary that they give theirs.

@@ -21,12 +21,12 @@ from nai_t5_core.cli.options import (
 from nai_t5_core.cli.terminal import bytes_bar, counting, out, print_json, read_prompts, say, size, working
 
 if TYPE_CHECKING:
-    from nai_t5_core.examine import Examination
+    from nai_t5_core.weights.examine import Examination
 
 
 def inspect(model: ModelArgument = None, subfolder: Subfolder = "", as_json: Json = False) -> None:
     """Say what a checkpoint is: kind, sizes, dtypes, format, memory needed, and its faults (exit status 1)."""
-    from nai_t5_core.examine import examine
+    from nai_t5_core.weights.examine import examine
 
     report = _inspection(examine(model, subfolder))
     if as_json:
@@ -38,7 +38,7 @@ def inspect(model: ModelArgument = None, subfolder: Subfolder = "", as_json: Jso
 
 
 def _print_inspection(report: dict[str, Any]) -> None:
-    from nai_t5_core.load import by_reason
+    from nai_t5_core.weights.load import by_reason
 
     table = Table(show_header=False, title=report["source"], title_justify="left")
     for key, value in report.items():
@@ -63,7 +63,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write one file with fused tensors, config and tokenizer, which loads in an instant."""
-    from nai_t5_core.conversion import convert as convert_checkpoint
+    from nai_t5_core.weights.convert import convert as convert_checkpoint
 
     with bytes_bar(f"converting to {target}") as progress:
         done = convert_checkpoint(
@@ -97,10 +97,10 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Find the scales that keep float16 from overflowing, one layer in memory at a time."""
-    from nai_t5_core import calibrate as calibrating
-    from nai_t5_core import calibration_report
-    from nai_t5_core.conversion import convert as convert_checkpoint
-    from nai_t5_core.scales_file import write_scales
+    from nai_t5_core.weights import calibrate as calibrating
+    from nai_t5_core.weights import calibration_report
+    from nai_t5_core.weights.convert import convert as convert_checkpoint
+    from nai_t5_core.weights.scales_file import write_scales
 
     texts = read_prompts(prompts) if prompts else calibrating.PROMPTS
     with counting("calibrating layers") as progress:
@@ -144,8 +144,8 @@ def stress(
     as_json: Json = False,
 ) -> None:
     """Write a random model that overflows plain float16, as trained ones do, to try the other commands with."""
-    from nai_t5_core.config import named_config
-    from nai_t5_core.stress import Outlier, write_stress_checkpoint
+    from nai_t5_core.bench.stress import Outlier, write_stress_checkpoint
+    from nai_t5_core.facts.config import named_config
 
     kind: Outlier = outlier  # type: ignore[assignment]  # checked by the function
     with working(f"writing {folder}"):
@@ -161,9 +161,9 @@ def stress(
 def _inspection(examination: Examination) -> dict[str, Any]:
     import torch
 
-    from nai_t5_core.attention_choice import automatic_attention
-    from nai_t5_core.config import decoder_tensors, encoder_tensors
-    from nai_t5_core.examine import decoder_faults, find_tokenizer
+    from nai_t5_core.facts.config import decoder_tensors, encoder_tensors
+    from nai_t5_core.model.attention_choice import automatic_attention
+    from nai_t5_core.weights.examine import decoder_faults, find_tokenizer
 
     config, checkpoint = examination.config, examination.checkpoint
     encoder = sum(torch.Size(shape).numel() for shape in encoder_tensors(config).values())

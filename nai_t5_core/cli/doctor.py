@@ -28,8 +28,8 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Examine this machine: what can run, whether it computes right, how fast, and which settings suit it."""
-    from nai_t5_core.doctor import DoctorSettings, examine_machine
-    from nai_t5_core.doctor.report import as_markdown, render
+    from nai_t5_core.bench.doctor import DoctorSettings, examine_machine
+    from nai_t5_core.bench.doctor.report import as_markdown, render
 
     settings = DoctorSettings(device, size, full, budget, tuple(only.split(",")) if only else (), results)
     with err.status("looking") as status:

@@ -24,8 +24,8 @@ from nai_t5_core.cli.options import (
 from nai_t5_core.cli.terminal import all_prompts, print_json, say, short, working
 
 if TYPE_CHECKING:
-    from nai_t5_core.generation_options import GenerationOptions
-    from nai_t5_core.t5 import T5
+    from nai_t5_core.generation.options import GenerationOptions
+    from nai_t5_core.generation.t5 import T5
     from nai_t5_core.tokenizer import Tokenizer
 
 
@@ -75,9 +75,9 @@ def generate(
     """Generate text for prompts: greedy, with beams, or by sampling."""
     texts = all_prompts(prompts, file)
     with working("loading the model"):
-        from nai_t5_core.generation_options import GenerationOptions
-        from nai_t5_core.load import load_whole
+        from nai_t5_core.generation.options import GenerationOptions
         from nai_t5_core.tokenizer import load_tokenizer
+        from nai_t5_core.weights.load import load_whole
 
         options = GenerationOptions(
             max_new_tokens=max_new_tokens,
@@ -97,14 +97,14 @@ def generate(
         loaded = load_whole(model, dtype.value, device, subfolder=subfolder, scales=scales or "auto")
         found = own or loaded.tokenizer
     if found is None:
-        from nai_t5_core.examine import NO_TOKENIZER
+        from nai_t5_core.weights.examine import NO_TOKENIZER
 
         raise ValueError(NO_TOKENIZER.format(source=loaded.report.source))
     ready = _made_fast(loaded.model, int8)
     with working(f"generating for {len(texts)} prompts"):
         outputs = _generate(ready, found, texts, options, seed)
     if save_scales is not None:
-        from nai_t5_core.scales_file import write_scales
+        from nai_t5_core.weights.scales_file import write_scales
 
         write_scales(save_scales, ready.encoder_stack.scales, ready.decoder_scales)
     if as_json:
@@ -117,8 +117,8 @@ def generate(
 
 
 def _made_fast(model: T5, int8: bool) -> T5:
-    from nai_t5_core.int8 import quantize_int8
-    from nai_t5_core.optimize import can_prepack, prepack
+    from nai_t5_core.backends.int8 import quantize_int8
+    from nai_t5_core.backends.prepack import can_prepack, prepack
 
     if int8:
         return quantize_int8(model)
@@ -131,7 +131,7 @@ def _generate(
     """For every prompt, its texts and their tokens."""
     import torch
 
-    from nai_t5_core.generation_guard import generate_guarded
+    from nai_t5_core.float16.generation_guard import generate_guarded
 
     tokens = tokenizer(texts)
     ids, mask = torch.tensor(tokens.input_ids), torch.tensor(tokens.attention_mask)

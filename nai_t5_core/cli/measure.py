@@ -10,12 +10,12 @@ import typer
 
 from nai_t5_core.cli.options import DeviceOption, Dtype, DtypeOption, Json, ModelArgument, ScalesOption, Subfolder
 from nai_t5_core.cli.terminal import out, print_json, say, status
-from nai_t5_core.config import named_config
+from nai_t5_core.facts.config import named_config
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from nai_t5_core.roofline import Estimate
+    from nai_t5_core.bench.roofline import Estimate
 
 Random = Annotated[
     str | None, typer.Option("--random", metavar="SIZE", help="Random weights of a published size, such as umt5-small.")
@@ -47,13 +47,13 @@ def parity(
     """Measure the difference from transformers in float64, in quantiles; exit status 1 if a tolerance is exceeded."""
     import torch
 
-    from nai_t5_core import parity_report
-    from nai_t5_core.decoder_parity import measure_decoder_parity
-    from nai_t5_core.examine import decoder_faults, examine, settle_head
-    from nai_t5_core.load import choose_decoder_scales, choose_scales
-    from nai_t5_core.parity import measure_parity
-    from nai_t5_core.peers import hf_state, random_state
-    from nai_t5_core.scales_file import read_decoder_scales, read_scales
+    from nai_t5_core.bench import parity_report
+    from nai_t5_core.bench.decoder_parity import measure_decoder_parity
+    from nai_t5_core.bench.parity import measure_parity
+    from nai_t5_core.bench.peers import hf_state, random_state
+    from nai_t5_core.weights.examine import decoder_faults, examine, settle_head
+    from nai_t5_core.weights.load import choose_decoder_scales, choose_scales
+    from nai_t5_core.weights.scales_file import read_decoder_scales, read_scales
 
     chosen_for_decoder = None
     if random is not None:
@@ -148,7 +148,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time the encoder beside its peers: the same weights, one process, taking turns."""
-    from nai_t5_core import bench as timing
+    from nai_t5_core.bench import speed as timing
 
     chosen = timing.CASES if cases is None else timing.cases_named(cases.split(","))
     if plot is not None and not chosen:
@@ -199,7 +199,7 @@ def bench_generate(
     as_json: Json = False,
 ) -> None:
     """Time generation beside transformers: the same weights and steps, one process, taking turns."""
-    from nai_t5_core import bench as timing
+    from nai_t5_core.bench import speed as timing
 
     chosen = timing.GENERATION_CASES if cases is None else timing.generation_cases_named(cases.split(","))
     with status("preparing") as tell:
@@ -234,7 +234,7 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Estimate encode times on GPUs, on paper: FLOPs and bytes at the rates of data sheets. Nothing is run."""
-    from nai_t5_core import roofline
+    from nai_t5_core.bench import roofline
 
     lengths = _numbers("--tokens", tokens)
     found = roofline.estimate(named_config(size).encoder_only(), size, lengths, padded_to)

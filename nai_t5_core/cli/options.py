@@ -20,7 +20,7 @@ class Dtype(str, Enum):
 
 
 class Padding(str, Enum):
-    """Padding policies; see nai_t5_core.packing."""
+    """Padding policies; see nai_t5_core.model.packing."""
 
     attend = "attend"
     exact = "exact"
@@ -29,7 +29,7 @@ class Padding(str, Enum):
 
 
 class Attention(str, Enum):
-    """Attention backends, and the choice by device and batch; see nai_t5_core.attention_choice."""
+    """Attention backends, and the choice by device and batch; see nai_t5_core.model.attention_choice."""
 
     auto = "auto"
     flex = "flex"

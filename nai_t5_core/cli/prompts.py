@@ -30,8 +30,8 @@ from nai_t5_core.cli.options import (
 from nai_t5_core.cli.terminal import all_prompts, counting, err, out, print_json, say, short, working
 
 if TYPE_CHECKING:
-    from nai_t5_core.packing import PaddingPolicy
-    from nai_t5_core.text_encoder import PromptEmbeddings, TextEncoder
+    from nai_t5_core.model.packing import PaddingPolicy
+    from nai_t5_core.prompts.text_encoder import PromptEmbeddings, TextEncoder
 
 
 def encode(
@@ -58,8 +58,8 @@ def encode(
     """Encode prompts: prints a summary of the embeddings and writes them to a file."""
     texts = all_prompts(prompts, file)
     with working("loading the model"):
-        from nai_t5_core.lora_files import counted, read_lora
-        from nai_t5_core.text_encoder import TextEncoder
+        from nai_t5_core.lora.files import counted, read_lora
+        from nai_t5_core.prompts.text_encoder import TextEncoder
 
         loras = [(read_lora(path), strength) for path, strength in map(_path_and_strength, lora or [])]
         encoder = TextEncoder.from_pretrained(
@@ -111,9 +111,9 @@ def warm_up(
     as_json: Json = False,
 ) -> None:
     """Compile the encoder ahead; torch keeps the kernels on disk, so that later processes start faster."""
-    from nai_t5_core.compiled import compile_stack
-    from nai_t5_core.compiled import warm_up as compile_buckets
-    from nai_t5_core.load import load_encoder
+    from nai_t5_core.backends.compiled import compile_stack
+    from nai_t5_core.backends.compiled import warm_up as compile_buckets
+    from nai_t5_core.weights.load import load_encoder
 
     with working("loading the model"):
         stack = compile_stack(load_encoder(model, dtype.value, device, subfolder=subfolder))
@@ -138,9 +138,9 @@ def count(
 ) -> None:
     """Count tokens, the end token included, and show what a family's limit would cut off."""
     texts = all_prompts(prompts, file)
-    from nai_t5_core.examine import find_tokenizer_for
-    from nai_t5_core.families import family as family_named
-    from nai_t5_core.text_cleaning import clean_text
+    from nai_t5_core.facts.families import family as family_named
+    from nai_t5_core.facts.text_cleaning import clean_text
+    from nai_t5_core.weights.examine import find_tokenizer_for
 
     row = family_named(family) if family else None
     limit = (row.call_length or row.max_length) if row else None
@@ -217,7 +217,7 @@ def _print_embeddings(summary: dict[str, Any]) -> None:
 def _write_embeddings(
     path: Path, embeddings: PromptEmbeddings, texts: list[str], encoder: TextEncoder, family: str | None
 ) -> None:
-    from nai_t5_core.formats import write_safetensors
+    from nai_t5_core.weights.formats import write_safetensors
 
     tensors = {
         "hidden_states": embeddings.hidden_states.contiguous(),

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nai_t5_core.config import Activation
+from nai_t5_core.facts.config import Activation
 from nai_t5_core.kernels.addresses import address, address_if_any
 from nai_t5_core.kernels.interface import Bias, BlockWeights, Matrix, kernels
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nai_t5_core.model import IGNORE_INDEX
+from nai_t5_core.model.t5 import IGNORE_INDEX
 from nai_t5_core.tokenizer import Tokenizer
 from nai_t5_core.training.config import DataSection
 from nai_t5_core.training.span_corruption import Ids, corrupt

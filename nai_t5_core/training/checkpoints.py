@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.formats import replacing
-from nai_t5_core.sharding import part_of, whole
+from nai_t5_core.backends.sharding import part_of, whole
+from nai_t5_core.weights.formats import replacing
 
 NAME = "checkpoint.pt"
 

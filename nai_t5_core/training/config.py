@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
-from nai_t5_core.config import T5Config
+from nai_t5_core.facts.config import T5Config
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nai_t5_core.attention import DocumentAttention
-from nai_t5_core.decoder_attention import CausalAttention, CrossMemory
-from nai_t5_core.t5 import T5
+from nai_t5_core.generation.t5 import T5
+from nai_t5_core.model.attention import DocumentAttention
+from nai_t5_core.model.decoder_attention import CausalAttention, CrossMemory
 
 _SUBLAYERS = ("SelfAttention", "EncDecAttention", "DenseReluDense")
 _ATTENDING = (DocumentAttention, CausalAttention, CrossMemory)

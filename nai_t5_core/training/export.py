@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nai_t5_core.config import config_to_hf, decoder_tensors, encoder_tensors
-from nai_t5_core.conversion import convert
-from nai_t5_core.formats import write_safetensors
-from nai_t5_core.sharding import whole
-from nai_t5_core.t5 import T5
+from nai_t5_core.backends.sharding import whole
+from nai_t5_core.facts.config import config_to_hf, decoder_tensors, encoder_tensors
+from nai_t5_core.generation.t5 import T5
 from nai_t5_core.tokenizer import Tokenizer
+from nai_t5_core.weights.convert import convert
+from nai_t5_core.weights.formats import write_safetensors
 
 HF_FOLDER, NATIVE_FILE = "hf", "model.safetensors"
 # What transformers looks for in a folder, by the kind of tokenizer.

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from nai_t5_core.precision import DTYPES
-from nai_t5_core.sharding import whole
-from nai_t5_core.t5 import T5
+from nai_t5_core.backends.sharding import whole
+from nai_t5_core.generation.t5 import T5
+from nai_t5_core.model.precision import DTYPES
 from nai_t5_core.training import checkpoints, losses
 from nai_t5_core.training.batches import Batches
 from nai_t5_core.training.config import TrainConfig

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from nai_t5_core.precision import resolve_device
+from nai_t5_core.model.precision import resolve_device
 
 # Far more than a waiting thread needs to take the lock and free two tensors.
 _FREEING_SECONDS = 0.1

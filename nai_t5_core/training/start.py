@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from nai_t5_core.layers import NoInit
-from nai_t5_core.load import load_whole
-from nai_t5_core.t5 import T5
+from nai_t5_core.generation.t5 import T5
+from nai_t5_core.model.layers import NoInit
 from nai_t5_core.tokenizer import Tokenizer, load_tokenizer
 from nai_t5_core.training.config import TrainConfig
+from nai_t5_core.weights.load import load_whole
 
 
 def first_model(config: TrainConfig) -> tuple[T5, Tokenizer]:

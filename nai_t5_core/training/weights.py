@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from nai_t5_core.decoder import DecoderBlock
-from nai_t5_core.encoder_block import EncoderBlock
-from nai_t5_core.layers import NoInit
-from nai_t5_core.sharding import shard
-from nai_t5_core.t5 import T5
+from nai_t5_core.backends.sharding import shard
+from nai_t5_core.generation.t5 import T5
+from nai_t5_core.model.decoder import DecoderBlock
+from nai_t5_core.model.encoder_block import EncoderBlock
+from nai_t5_core.model.layers import NoInit
 from nai_t5_core.training.batches import Batch
 from nai_t5_core.training.processes import Processes
 

@@ -16,7 +16,7 @@ from checkpoints import spiece_tensor, write_file
 from conftest import random_state
 from torch import Tensor
 
-from nai_t5_core.config import T5Config
+from nai_t5_core.facts.config import T5Config
 from nai_t5_core.kernels.build import why_not_kernels
 
 # What a T5 whose products are joined says of itself: of this processor's kernels too, if it has them.

@@ -387,7 +387,7 @@ def test_the_table_has_the_classes_that_comfyui_chooses(name: str, monkeypatch: 
     import comfy.sd
 
     from comfy_nai_t5.families import FAMILIES
-    from nai_t5_core.config import encoder_tensors, named_config
+    from nai_t5_core.facts.config import encoder_tensors, named_config
 
     if not knows(name):
         pytest.skip(f"this ComfyUI is older than {name}")

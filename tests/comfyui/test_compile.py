@@ -10,7 +10,7 @@ from comfy_toys import V1_0, assert_equal_conditioning, conditioning, require_co
 from torch._dynamo.utils import counters
 
 from comfy_nai_t5.choices import Settings
-from nai_t5_core.attention_choice import missing_for_flex
+from nai_t5_core.model.attention_choice import missing_for_flex
 
 require_comfyui()
 MISSING = missing_for_flex(torch.device("cpu"))

@@ -11,7 +11,7 @@ from conftest import TOY_CONFIGS, random_state
 from gguf_toys import gguf, write_gguf, write_tensors
 
 from comfy_nai_t5.checkpoint import holds_t5, read_checkpoint
-from nai_t5_core.formats import CheckpointError
+from nai_t5_core.weights.formats import CheckpointError
 
 V1_1 = TOY_CONFIGS["v1.1"]
 

@@ -24,8 +24,8 @@ from comfy_toys import (
 )
 
 from comfy_nai_t5.choices import Settings
-from nai_t5_core.optimize import packs
-from nai_t5_core.scales import LayerScales, StackScales
+from nai_t5_core.backends.prepack import packs
+from nai_t5_core.facts.scales import LayerScales, StackScales
 
 require_comfyui()
 

@@ -16,7 +16,7 @@ from comfy_toys import error
 from conftest import random_state
 
 from nai_t5_core import TextEncoder
-from nai_t5_core.config import named_config
+from nai_t5_core.facts.config import named_config
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
 if not COMFYUI:

@@ -26,7 +26,7 @@ from conftest import build_stack, random_state
 from torch import Tensor
 
 from comfy_nai_t5.choices import Settings
-from nai_t5_core.config import T5Config
+from nai_t5_core.facts.config import T5Config
 from nai_t5_core.tokenizer import sentencepiece_to_tokenizer_json
 
 require_comfyui()
@@ -174,7 +174,7 @@ def test_closer_to_float32_than_a_cast(dtype: str, tmp_path: Path) -> None:
 def test_float16_beyond_its_range(tmp_path: Path) -> None:
     """Hidden products of some 10^6: stock in float16 gives NaN, ours scales the layer and says so."""
     from comfy_nai_t5.clip import with_our_t5
-    from nai_t5_core.guard import ScaleTightenedWarning
+    from nai_t5_core.float16.guard import ScaleTightenedWarning
 
     state = toy_state(V1_1)
     for name in ("wi_0", "wi_1"):

@@ -18,7 +18,7 @@ import torch
 from timing_modules import CASES, time_case
 from timing_server import SIZES, WAYS, time_way
 
-from nai_t5_core.config import named_config
+from nai_t5_core.facts.config import named_config
 
 
 def modules(options: argparse.Namespace) -> None:

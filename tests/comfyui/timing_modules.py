@@ -14,7 +14,7 @@ from checkpoints import spiece_tensor, write_file
 from comfy_toys import conditioning, error, require_comfyui, stock, toy_family
 from conftest import random_state
 
-from nai_t5_core.config import T5Config
+from nai_t5_core.facts.config import T5Config
 
 TOKENS = (20, 40, 60)
 _TEXT = (

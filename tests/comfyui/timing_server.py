@@ -16,7 +16,7 @@ from checkpoints import spiece_tensor, write_file
 from comfy_server import Server, node
 from conftest import random_state
 
-from nai_t5_core.config import T5Config, named_config
+from nai_t5_core.facts.config import T5Config, named_config
 
 _PROMPT = "slow piano over soft rain, a {} cello in the distance, tape hiss, 70 beats a minute, melancholic, stereo"
 _EDITS = ("quiet", "warm", "dark", "lonely", "bright", "bowed", "second", "faint", "muted", "gentle")

@@ -1,0 +1,142 @@
+"""The blocks of an encoder as launches: four products a layer, and four small kernels between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.backends.cuda.launches import Documents, Watch, add_norm, attend
+from nai_t5_core.backends.cuda.torch_products import Products
+from nai_t5_core.facts.config import Activation
+from nai_t5_core.model.attention import logit_scale
+from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.model.layers import FeedForward
+
+
+@dataclass(frozen=True)
+class CudaBlock:
+    """A layer in the fused layout, on its own weights, where these are now.
+
+    ``bias`` is [heads, distances]; the two factors take back what the out-projections are scaled by.
+    """
+
+    qkv: Tensor
+    o: Tensor
+    wi: Tensor
+    wo: Tensor
+    bias: Tensor
+    attention_factor: float
+    feed_forward_factor: float
+    activation: Activation
+    is_gated: bool
+    logit_scale: float
+    epsilon: float
+
+    @classmethod
+    def of(cls, block: Any, bias: Tensor, logit_scale: float) -> CudaBlock:
+        """From an :class:`nai_t5_core.model.encoder_block.EncoderBlock` that is not refused."""
+        attention, feed_forward = block.layer
+        attends, dense = attention.SelfAttention, feed_forward.DenseReluDense
+        return cls(
+            *(attends.qkv.weight, attends.o.weight, dense.wi.weight, dense.wo.weight),
+            bias,
+            1 / attention.out_scale,
+            1 / feed_forward.out_scale,
+            dense.activation,
+            not isinstance(dense, FeedForward),
+            logit_scale,
+            attention.layer_norm.eps,
+        )
+
+    def add_attention(self, residual: Tensor, hidden: Tensor, documents: Documents, products: Products) -> Tensor:
+        """Adds the attention's output to the residual; from its normed input to that of the feed-forward."""
+        attended = attend(products.plain(hidden, self.qkv), self.bias, documents, self.logit_scale, products.overlaps)
+        delta = products.summed(attended, self.o)
+        factor = self.attention_factor
+        return add_norm(residual, delta, factor, self.epsilon, hidden.dtype, overlaps=products.overlaps)
+
+    def feed_forward(self, hidden: Tensor, products: Products) -> Tensor:
+        """What the feed-forward adds to the residual, but for its factor."""
+        return products.summed(products.activated(hidden, self.wi, self.activation, self.is_gated), self.wo)
+
+
+@dataclass(frozen=True)
+class CudaBlocks:
+    """All layers between embedding and hidden states. ``final_weight`` is that of the final norm, in float32."""
+
+    blocks: tuple[CudaBlock, ...]
+    final_weight: Tensor
+    final_epsilon: float
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, stack: T5EncoderStack, biases: Tensor) -> CudaBlocks:
+        """From a stack that is not refused; ``biases`` has that of every layer, or one."""
+        scale = logit_scale(stack.config)
+        return cls(
+            tuple(
+                CudaBlock.of(block, biases[index if len(biases) > 1 else 0], scale)
+                for index, block in enumerate(stack.encoder.block)
+            ),
+            stack.encoder.final_layer_norm.weight,
+            stack.encoder.final_layer_norm.eps,
+            stack.dtype,
+        )
+
+    def __call__(self, residual: Tensor, documents: Documents, products: Products, watch: Watch) -> Tensor:
+        """[tokens, d_model] in float32, which is changed, to hidden states in the compute dtype.
+
+        Rows of no document come out as anything.
+        """
+        overlaps = products.overlaps
+        hidden = add_norm(residual, None, 1.0, self.blocks[0].epsilon, self.dtype, overlaps=overlaps)
+        for block, following in zip(self.blocks, (*self.blocks[1:], None), strict=True):
+            hidden = block.add_attention(residual, hidden, documents, products)
+            delta = block.feed_forward(hidden, products)
+            factor = block.feed_forward_factor
+            if following is not None:
+                # The sum of this layer and the norm of the next in one launch.
+                hidden = add_norm(residual, delta, factor, following.epsilon, self.dtype, overlaps=overlaps)
+            else:
+                final = (self.final_epsilon, self.dtype, self.final_weight, watch)
+                hidden = add_norm(residual, delta, factor, *final, overlaps)
+        return hidden
+
+
+class BiasTables:
+    """The bias by distance of every layer, or one that all share, in float32 and in one place."""
+
+    def __init__(self, stack: T5EncoderStack) -> None:
+        config = stack.config
+        count = config.num_layers if config.bias_per_layer else 1
+        distances = 2 * config.relative_attention_max_distance + 1
+        # An inference tensor could be refreshed under inference mode alone.
+        with torch.inference_mode(False):
+            self.tables = torch.empty(count, config.num_heads, distances, device=stack.device)
+        self._made_from: list[Any] = []
+
+    def refresh(self, stack: T5EncoderStack) -> None:
+        """Makes them anew where a weight has changed, or cannot tell whether it has."""
+        blocks: Any = stack.encoder.block
+        weights = [blocks[index].layer[0].SelfAttention.relative_attention_bias.weight for index in self._layers]
+        if not any(weight.is_inference() for weight in weights):
+            made_from = [(weight, weight._version) for weight in weights]
+            if _are_same(made_from, self._made_from):
+                return
+            self._made_from = made_from
+        for index in self._layers:
+            self.tables[index].copy_(stack.encoder.bias_table(index))
+
+    @property
+    def _layers(self) -> range:
+        return range(len(self.tables))
+
+
+def _are_same(some: list[tuple[Tensor, int]], others: list[tuple[Tensor, int]]) -> bool:
+    """Whether these are the same tensors, unchanged."""
+    return len(some) == len(others) and all(
+        a is b and version == other for (a, version), (b, other) in zip(some, others, strict=True)
+    )

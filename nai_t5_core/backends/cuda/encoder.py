@@ -1,0 +1,227 @@
+"""An encoder run by the kernels for CUDA: ids and mask in, hidden states out."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.backends.cuda.documents import document_table, has_holes, query_block
+from nai_t5_core.backends.cuda.refusals import refuses_for_good, refuses_now
+from nai_t5_core.model.encoder import T5EncoderStack, check_ids
+from nai_t5_core.model.packing import Packing, PaddingPolicy, pack_batch
+
+if TYPE_CHECKING:
+    from nai_t5_core.backends.cuda.torch_products import Products
+
+ProductsChoice = Literal["auto", "torch", "torch-float32", "triton", "triton-overlapping"]
+PRODUCTS_CHOICES: tuple[ProductsChoice, ...] = get_args(ProductsChoice)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Hidden states [batch, length, d_model], and whether all of them are finite: int32 [1], 1 or 0, on the device.
+
+    Reading ``finite`` waits for the device; a call does not.
+    """
+
+    hidden: Tensor
+    finite: Tensor
+
+
+def cuda_encoder(stack: T5EncoderStack, eager: bool = False, products: ProductsChoice = "auto") -> CudaEncoder:
+    """An encoder that computes what ``stack`` does, from the same weights, in fewer launches.
+
+    Args:
+        stack: in the fused layout, in float16 or bfloat16 on CUDA.
+        eager: launch every kernel in every call. Otherwise rows of up to 1024 tokens are run from CUDA graphs, one for
+            each of a few sizes, which are recorded when a size is first met.
+        products: ``"torch"``; ``"torch-float32"``, where what is added to the residual is not rounded before;
+            ``"triton"``, which has few rows multiplied by kernels of our own where these are the faster, as far as that
+            was measured; ``"triton-overlapping"``, where launches overlap as well, for compute capability 9.0 and
+            later; or ``"auto"``, which takes ``"triton"`` where it was measured, on capability 9.0, else ``"torch"``.
+
+    Raises:
+        ValueError: the kernels cannot run this stack, see :func:`nai_t5_core.backends.cuda.refusals.refuses`; unknown
+            products, or a torch before 2.8 with ``"torch-float32"``; graphs on the CPU.
+    """
+    if products not in PRODUCTS_CHOICES:
+        raise ValueError(f"unknown products {products!r}; allowed: {', '.join(PRODUCTS_CHOICES)}")
+    if products == "torch-float32" and not hasattr(torch.ops.aten.mm, "dtype"):
+        raise ValueError(f"products='torch-float32' needs torch 2.8, this is {torch.__version__}; take 'torch'")
+    if reason := refuses_for_good(stack):
+        raise ValueError(f"the kernels for CUDA cannot run this encoder: {reason}; call the encoder itself")
+    if products == "triton-overlapping" and _capability(stack.device) < (9, 0):
+        raise ValueError("products='triton-overlapping' needs a GPU of compute capability 9.0; take 'triton'")
+    if not eager and stack.device.type != "cuda":
+        raise ValueError(f"the model is on {stack.device}; CUDA graphs need CUDA, elsewhere give eager=True")
+    return CudaEncoder(stack, eager, _products(products, _capability(stack.device)))
+
+
+class CudaEncoder:
+    """See :func:`cuda_encoder`. Weights may be changed or replaced at any time.
+
+    Attributes:
+        stack: what is run.
+        graphs: the recordings; None if every kernel is launched in every call.
+    """
+
+    def __init__(self, stack: T5EncoderStack, eager: bool, products: Products) -> None:
+        from nai_t5_core.backends.cuda.block import BiasTables
+        from nai_t5_core.backends.cuda.examined import ExaminedStack
+        from nai_t5_core.backends.cuda.graphs import GraphRunner
+
+        self.stack = stack
+        self.graphs = None if eager else GraphRunner(stack.device)
+        self._products = products
+        self._biases = BiasTables(stack)
+        self._examined = ExaminedStack(stack, self._biases.tables)
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        padding: PaddingPolicy = "exact",
+        extra_pad: int = 0,
+    ) -> Tensor:
+        """Hidden states [batch, length, d_model], as :meth:`nai_t5_core.model.encoder.T5EncoderStack.forward` gives
+        them.
+
+        Prompts whose mask has holes, and masks of 3 and 4 dimensions, are computed by the stack itself.
+
+        Raises:
+            ValueError: what the stack refuses, or the kernels cannot run it now (gradients, hooks, other weights).
+        """
+        return self.encode(input_ids, attention_mask, padding, extra_pad).hidden
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        padding: PaddingPolicy = "exact",
+        extra_pad: int = 0,
+    ) -> Encoded:
+        """The same, with a note on whether the result is finite."""
+        from nai_t5_core.backends.cuda.examined import refuse
+
+        refuse(self._examine())
+        return self._encode(input_ids, attention_mask, padding, extra_pad)
+
+    def encode_unless_refused(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        padding: PaddingPolicy = "exact",
+        extra_pad: int = 0,
+    ) -> Encoded | None:
+        """The same; None where the kernels cannot run the stack now, see :meth:`refusal`."""
+        return None if self._examine() else self._encode(input_ids, attention_mask, padding, extra_pad)
+
+    def _encode(
+        self, input_ids: Tensor, attention_mask: Tensor | None, padding: PaddingPolicy, extra_pad: int
+    ) -> Encoded:
+        stack = self.stack
+        if attention_mask is not None and attention_mask.ndim != 2:
+            return self._by_stack(input_ids, attention_mask, padding, extra_pad)
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be [batch, length]; got shape {list(input_ids.shape)}")
+        check_ids(input_ids, stack.config.vocab_size)
+        mask = None if attention_mask is None else attention_mask != 0
+        batch, length = input_ids.shape
+        packing = pack_batch(mask, batch, length, padding, extra_pad)
+        if has_holes(packing.groups):
+            return self._by_stack(input_ids, attention_mask, padding, extra_pad)
+        index = packing.index
+        packing = replace(packing, index=None if index is None else moved(index, stack.device))
+        ids = _packed_ids(packing, index, input_ids)
+        if packing.tokens == 0:
+            empty = torch.zeros(0, stack.config.d_model, dtype=stack.dtype, device=stack.device)
+            return Encoded(packing.unpack(empty), torch.ones(1, dtype=torch.int32, device=stack.device))
+        with _current(stack.device):
+            hidden, finite = self._run(ids, packing)
+        return Encoded(packing.unpack(hidden), finite)
+
+    def refusal(self) -> str | None:
+        """Why the kernels cannot run the stack now; None if they can."""
+        return refuses_now() or (None if self._examined.is_unchanged else self._refusal_of_the_changed())
+
+    def _refusal_of_the_changed(self) -> str | None:
+        before, now = self._biases.tables.device, self.stack.device
+        has_moved = f"it was on {before} and is on {now} now; make another with cuda_encoder()"
+        return refuses_for_good(self.stack) or (None if before == now else has_moved)
+
+    def _examine(self) -> str | None:
+        """Reads anew what has changed; returns why the kernels cannot run it, if they cannot."""
+        from nai_t5_core.backends.cuda.examined import ExaminedStack
+
+        if reason := refuses_now():
+            return reason
+        if self._examined.is_unchanged:
+            return None
+        if (reason := self._refusal_of_the_changed()) is None:
+            self._examined = ExaminedStack(self.stack, self._biases.tables)
+        return reason
+
+    def _run(self, ids: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+        """Packed ids to hidden states [tokens, d_model] and whether they are finite."""
+        from nai_t5_core.backends.cuda.launches import Documents, Watch
+        from nai_t5_core.backends.cuda.torch_products import sums_in_float32
+
+        self._biases.refresh(self.stack)
+        encode = partial(self._examined.encode, self._products)
+        bucket = self.graphs.bucket(packing.tokens) if self.graphs else None
+        block = query_block(bucket or packing.tokens)
+        table = document_table(packing.groups, block)
+        with sums_in_float32():
+            if self.graphs and bucket:
+                return self.graphs.run(encode, self._examined, bucket, ids, table)
+            device = self.stack.device
+            count = moved(torch.tensor([packing.tokens], dtype=torch.int32), device)
+            finite = torch.ones_like(count)
+            documents = Documents(moved(table, device), block)
+            return encode(moved(ids, device), documents, Watch(finite, count)), finite
+
+    def _by_stack(
+        self, input_ids: Tensor, attention_mask: Tensor | None, padding: PaddingPolicy, extra_pad: int
+    ) -> Encoded:
+        hidden = self.stack(input_ids, attention_mask, padding=padding, extra_pad=extra_pad)
+        return Encoded(hidden, hidden.sum(dtype=torch.float32).isfinite().int().reshape(1))
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a device the one that Triton launches on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, brought there without waiting for it."""
+    if values.device == device or device.type != "cuda":
+        return values
+    if values.numel() == 0:
+        return values.to(device)
+    return (values if values.is_cuda else values.pin_memory()).to(device, non_blocking=True)
+
+
+def _packed_ids(packing: Packing, index: Tensor | None, input_ids: Tensor) -> Tensor:
+    """[tokens], where the ids are; ``index`` is that of the packing on the CPU."""
+    if input_ids.is_cuda:
+        return packing.pack(input_ids)
+    return replace(packing, index=index).pack(input_ids)
+
+
+def _products(choice: ProductsChoice, capability: tuple[int, int]) -> Products:
+    from nai_t5_core.backends.cuda.products import HOPPER, TritonProducts, configurations_for
+    from nai_t5_core.backends.cuda.torch_products import TorchProducts, UnroundedTorchProducts
+
+    known = configurations_for(capability)
+    if choice.startswith("triton") or (choice == "auto" and known is HOPPER):
+        return TritonProducts(known, overlaps=choice == "triton-overlapping")
+    return UnroundedTorchProducts() if choice == "torch-float32" else TorchProducts()

@@ -1,0 +1,138 @@
+"""The kernels on tensors: outputs, grids and sizes of blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from nai_t5_core.backends.cuda import kernels
+from nai_t5_core.backends.cuda.documents import key_block
+from nai_t5_core.facts.config import Activation
+
+_GATE_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What attends to what: [blocks, 5] int32 as :func:`nai_t5_core.backends.cuda.documents.document_table` makes it.
+
+    ``query_block`` is the number of queries that a row of it stands for. The table lies where the queries are.
+    """
+
+    table: Tensor
+    query_block: int
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Where a norm notes that a row is not finite.
+
+    ``finite`` is int32 [1], which becomes 0 then and is left alone otherwise; of ``count``, int32 [1], rows are looked
+    at.
+    """
+
+    finite: Tensor
+    count: Tensor
+
+
+def attend(qkv: Tensor, bias: Tensor, documents: Documents, scale: float, overlaps: bool = False) -> Tensor:
+    """Self-attention of every document.
+
+    Args:
+        qkv: [tokens, 3 · heads · d_kv], queries, keys and values side by side; d_kv a power of two from 16 on.
+        bias: [heads, 2 · reach + 1] by distance, contiguous, in any float dtype.
+        scale: of q · k.
+        overlaps: with the launches before and after, see :class:`nai_t5_core.backends.cuda.torch_products.Products`.
+
+    Returns:
+        [tokens, heads · d_kv] like ``qkv``; rows of no document are not written.
+    """
+    heads, distances = bias.shape
+    tokens, inner = qkv.shape[0], qkv.shape[1] // 3
+    out = qkv.new_empty(tokens, inner)
+    grid = (heads, len(documents.table))
+    kernels.attend[grid](
+        qkv,
+        bias,
+        documents.table,
+        out,
+        scale,
+        heads=heads,
+        d_kv=inner // heads,
+        reach=distances // 2,
+        query_block=documents.query_block,
+        key_block=key_block(documents.query_block),
+        num_warps=4,
+        num_stages=2,
+        **overlapping(overlaps),
+    )
+    return out
+
+
+def add_norm(
+    residual: Tensor,
+    delta: Tensor | None,
+    inv_scale: float,
+    epsilon: float,
+    dtype: torch.dtype,
+    weight: Tensor | None = None,
+    watch: Watch | None = None,
+    overlaps: bool = False,
+) -> Tensor:
+    """residual += inv_scale · Σ delta, then x / sqrt(mean(x²) + eps) · weight.
+
+    Args:
+        residual: [tokens, d_model] float32, changed in place.
+        delta: [tokens, d_model], or its parts, [parts, tokens, d_model], in any float dtype; None adds nothing.
+        dtype: of the result.
+        weight: [d_model] float32, or None for ones.
+
+    Returns:
+        [tokens, d_model] in ``dtype``.
+    """
+    rows, width = residual.shape
+    out = torch.empty_like(residual, dtype=dtype)
+    block = triton.next_power_of_2(width)
+    # Tensors that a kernel is compiled not to read are given for those that are missing.
+    kernels.add_norm[(rows,)](
+        residual,
+        residual if delta is None else delta,
+        residual if weight is None else weight,
+        out,
+        residual if watch is None else watch.finite,
+        residual if watch is None else watch.count,
+        epsilon,
+        inv_scale,
+        width=width,
+        block=block,
+        parts=0 if delta is None else 1 if delta.ndim == 2 else len(delta),
+        has_weight=weight is not None,
+        watches=watch is not None,
+        num_warps=norm_warps(block),
+        **overlapping(overlaps),
+    )
+    return out
+
+
+def overlapping(overlaps: bool) -> dict[str, bool]:
+    """What a kernel is launched with to overlap with others, or not to."""
+    return {"overlaps": True, "launch_pdl": True} if overlaps else {"overlaps": False}
+
+
+def norm_warps(block: int) -> int:
+    """For rows of a norm that are computed as ``block`` numbers."""
+    return min(max(block // 256, 4), 16)
+
+
+def gate(joined: Tensor, activation: Activation, is_gated: bool, overlaps: bool = False) -> Tensor:
+    """act(gate) · up of [tokens, 2 · d_ff], gate first, or act of [tokens, d_ff]: [tokens, d_ff] in the same dtype."""
+    rows, width = joined.shape[0], joined.shape[1] // (2 if is_gated else 1)
+    out = joined.new_empty(rows, width)
+    block = min(_GATE_BLOCK, triton.next_power_of_2(width))
+    grid = (rows, triton.cdiv(width, block))
+    constants = {"width": width, "activation": activation, "is_gated": is_gated, "block": block, "num_warps": 4}
+    kernels.gate[grid](joined, out, **constants, **overlapping(overlaps))
+    return out

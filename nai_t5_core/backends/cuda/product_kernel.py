@@ -1,0 +1,74 @@
+"""The product of a few rows, in Triton: bound by reading the weight, which is the left operand and read once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nai_t5_core.backends.cuda.kernels import activated, wait_for_inputs
+
+# What a program fetches of each row of its weight while the launch before it still runs: four lines of 64 numbers.
+FETCHED_LINES = tl.constexpr(4)
+LINE = tl.constexpr(64)
+
+
+@triton.jit
+def fetch(places: tl.tensor) -> None:
+    """Brings lines of memory into the second-level cache, without waiting for them."""
+    code: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(code, "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def multiply(
+    x: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.constexpr,
+    depth: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_columns: tl.constexpr,
+    block_depth: tl.constexpr,
+    parts: tl.constexpr,
+    activation: tl.constexpr,
+    is_gated: tl.constexpr,
+    stages: tl.constexpr,
+    overlaps: tl.constexpr,
+) -> None:
+    """All rows of a block of columns, over one part of the depth: out[part] = act(x · weightᵀ), or act(gate) · up.
+
+    x is [rows, depth], the weight [columns, depth], twice as many where gate and up are one above the other; out is
+    [parts, rows, columns]. Blocks divide columns and depth, and block_rows holds all rows.
+    """
+    tile, part = tl.program_id(0), tl.program_id(1)
+    n = tile * block_columns + tl.arange(0, block_columns)
+    m = tl.arange(0, block_rows)
+    k = part * (depth // parts) + tl.arange(0, block_depth)
+    is_row = m < rows
+    weights = weight + n[:, None].to(tl.int64) * depth + k[None, :]
+    inputs = x + m[None, :] * depth + k[:, None]
+    if overlaps:
+        # The weights alone: no launch before has written them.
+        first = part * (depth // parts) + tl.arange(0, FETCHED_LINES) * LINE
+        lines = weight + n[:, None].to(tl.int64) * depth + first[None, :]
+        fetch(lines)
+        if is_gated:
+            fetch(lines + columns * depth)
+    wait_for_inputs(overlaps)
+    total = tl.zeros((block_columns, block_rows), tl.float32)
+    up_total = tl.zeros((block_columns, block_rows), tl.float32)
+    for step in tl.range(0, depth // parts, block_depth, num_stages=stages):
+        # No other program reads the same weights.
+        w = tl.load(weights + step, eviction_policy="evict_first")
+        values = tl.load(inputs + step, mask=is_row[None, :], other=0.0)
+        total = tl.dot(w, values, total)
+        if is_gated:
+            up = tl.load(weights + columns * depth + step, eviction_policy="evict_first")
+            up_total = tl.dot(up, values, up_total)
+    if activation != "none":
+        total = activated(total, activation)
+    if is_gated:
+        total *= up_total
+    place = out + (part * rows + m[None, :]).to(tl.int64) * columns + n[:, None]
+    tl.store(place, total.to(out.dtype.element_ty), mask=is_row[None, :])

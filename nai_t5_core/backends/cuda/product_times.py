@@ -1,0 +1,189 @@
+"""How long the products of a layer take on a device: torch's, and ours in every configuration worth trying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from nai_t5_core.backends.cuda.product_kernel import multiply
+from nai_t5_core.backends.cuda.products import Configuration, Kind, arguments, block_rows, product
+from nai_t5_core.backends.cuda.torch_products import TorchProducts, UnroundedTorchProducts, sums_in_float32
+from nai_t5_core.facts.config import Activation
+
+_ACTIVATION: Activation = "gelu_new"
+# Beyond any cache of a device: a product finds none of its weight there from the product before.
+_BYTES_OF_WEIGHTS = 256 << 20
+_REPLAYS = 20
+
+
+# Inputs and weight to their product.
+Way = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ProductShape:
+    """A product of a layer; ``gated`` ones have twice as many rows of weight as columns."""
+
+    name: str
+    kind: Kind
+    columns: int
+    depth: int
+
+
+XXL_SHAPES = (
+    ProductShape("qkv", "plain", 12288, 4096),
+    ProductShape("o", "summed", 4096, 4096),
+    ProductShape("wi", "gated", 10240, 4096),
+    ProductShape("wo", "summed", 4096, 10240),
+)
+
+
+@dataclass(frozen=True)
+class ProductTime:
+    """What was measured: ``error`` is relative to the product in float32, in the norm of all numbers."""
+
+    shape: ProductShape
+    rows: int
+    how: Configuration | str
+    microseconds: float
+    gigabytes_per_second: float
+    error: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.shape.name:>4} {self.rows:4} rows {self.microseconds:7.1f} µs "
+            f"{self.gigabytes_per_second:6.0f} GB/s error {self.error:.1e}  {self.how}"
+        )
+
+
+def candidates(shape: ProductShape, rows: int) -> Iterator[Configuration]:
+    """Configurations that fit a product, for so many rows."""
+    is_wide = block_rows(rows) == 128
+    for columns in (32, 64) if shape.kind == "gated" else (64, 128) if shape.kind == "summed" else (32, 64, 128):
+        for depth in (64, 128):
+            for parts in (2, 4, 8) if shape.kind == "summed" else (1,):
+                stages = 3 if is_wide or (columns, depth) == (128, 128) else 4
+                warps = 8 if is_wide and columns == (64 if shape.kind == "gated" else 128) else 4
+                configuration = Configuration(columns, depth, parts, stages, warps)
+                if configuration.fits(shape.columns, shape.depth):
+                    yield configuration
+
+
+@torch.no_grad()
+def time_products(
+    shapes: Sequence[ProductShape] = XXL_SHAPES,
+    rows: Iterable[int] = (16, 32, 64, 128),
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | str = "cuda",
+    tell: Callable[[ProductTime], None] | None = None,
+    overlaps: bool = False,
+) -> list[ProductTime]:
+    """Times every product by torch and in every candidate configuration; all kernels are compiled side by side before.
+
+    Args:
+        dtype: of inputs and weights.
+        tell: called with each time as it is known.
+        overlaps: have launches of our kernel overlap, see :class:`nai_t5_core.backends.cuda.products.TritonProducts`.
+
+    Returns:
+        The times, those of one product and number of rows together, the shortest first.
+    """
+    times = []
+    counts = tuple(rows)
+    with torch.cuda.device(device), sums_in_float32():
+        for shape in shapes:
+            weights = _weights(shape, dtype, device)
+            _compile(shape, counts, weights[0], overlaps)
+            for count in counts:
+                found = []
+                for time in _times(shape, count, weights, overlaps):
+                    found.append(time)
+                    if tell is not None:
+                        tell(time)
+                times += sorted(found, key=lambda time: time.microseconds)
+    return times
+
+
+def _weights(shape: ProductShape, dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
+    size = (shape.columns * (2 if shape.kind == "gated" else 1), shape.depth)
+    copies = 1 + _BYTES_OF_WEIGHTS // (size[0] * size[1] * dtype.itemsize)
+    return [torch.randn(size, device=device, dtype=dtype) * shape.depth**-0.5 for _ in range(copies)]
+
+
+def _compile(shape: ProductShape, counts: Sequence[int], weight: Tensor, overlaps: bool) -> None:
+    with triton.AsyncCompileMode(ThreadPoolExecutor()):
+        for count in counts:
+            x = weight.new_empty(count, shape.depth)
+            for configuration in candidates(shape, count):
+                dtype = torch.float32 if shape.kind == "summed" else x.dtype
+                out = x.new_empty(configuration.parts, count, shape.columns, dtype=dtype)
+                tensors, constants = arguments(x, weight, out, configuration, *_epilogue(shape), overlaps)
+                multiply.warmup(*tensors, grid=(1,), **constants)
+
+
+def _times(shape: ProductShape, rows: int, weights: Sequence[Tensor], overlaps: bool) -> Iterator[ProductTime]:
+    x = torch.randn(rows, shape.depth, device=weights[0].device, dtype=weights[0].dtype)
+    expected = _expected(shape, x, weights[0])
+    for how, multiplied in _ways(shape, rows, overlaps):
+        out = multiplied(x, weights[0])
+        found = (out.sum(0, dtype=torch.float32) if out.ndim == 3 else out.float()) - expected
+        seconds = _seconds(multiplied, x, weights)
+        moved = weights[0].nbytes + x.nbytes + out.nbytes
+        error = float(found.norm() / expected.norm())
+        yield ProductTime(shape, rows, how, seconds * 1e6, moved / seconds / 1e9, error)
+
+
+def _ways(shape: ProductShape, rows: int, overlaps: bool) -> Iterator[tuple[Configuration | str, Way]]:
+    """Every way to compute a product, from inputs and weight."""
+    for name, products in (("torch", TorchProducts()), ("torch, float32", UnroundedTorchProducts())):
+        if shape.kind == "summed":
+            yield name, products.summed
+        elif name == "torch":
+            yield name, products.plain if shape.kind == "plain" else _gated_by_torch
+    for configuration in candidates(shape, rows):
+        yield configuration, _by_kernel(shape, configuration, overlaps)
+
+
+def _gated_by_torch(x: Tensor, weight: Tensor) -> Tensor:
+    return TorchProducts().activated(x, weight, _ACTIVATION, True)
+
+
+def _by_kernel(shape: ProductShape, configuration: Configuration, overlaps: bool) -> Way:
+    def multiplied(x: Tensor, weight: Tensor) -> Tensor:
+        dtype = torch.float32 if shape.kind == "summed" else x.dtype
+        return product(x, weight, configuration, dtype, *_epilogue(shape), overlaps)
+
+    return multiplied
+
+
+def _epilogue(shape: ProductShape) -> tuple[Activation | None, bool]:
+    return (_ACTIVATION, True) if shape.kind == "gated" else (None, False)
+
+
+def _expected(shape: ProductShape, x: Tensor, weight: Tensor) -> Tensor:
+    exact = torch.mm(x.float(), weight.float().t())
+    if shape.kind != "gated":
+        return exact
+    gate, up = exact.chunk(2, -1)
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+
+def _seconds(multiplied: Way, x: Tensor, weights: Sequence[Tensor]) -> float:
+    """Of one product, among products with every weight in turn from a graph, so that launches cost what they must."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in weights:
+            multiplied(x, weight)
+    graph.replay()
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(_REPLAYS):
+        graph.replay()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3 / _REPLAYS / len(weights)

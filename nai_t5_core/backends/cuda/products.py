@@ -1,0 +1,179 @@
+"""Products of up to 128 rows by our own kernel, in configurations that are written down here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.backends.cuda.launches import overlapping
+from nai_t5_core.backends.cuda.product_kernel import multiply
+from nai_t5_core.backends.cuda.torch_products import TorchProducts
+from nai_t5_core.facts.config import Activation
+
+MOST_ROWS = 128
+
+# What becomes of a product: it is rounded, activated and gated before that, or summed up in float32.
+Kind = Literal["plain", "gated", "summed"]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How a product is divided among programs: each has so many columns, and one of the parts of the depth."""
+
+    block_columns: int
+    block_depth: int
+    parts: int = 1
+    stages: int = 4
+    warps: int = 4
+
+    def fits(self, columns: int, depth: int) -> bool:
+        """Whether blocks and parts divide a product."""
+        return columns % self.block_columns == 0 and depth % (self.parts * self.block_depth) == 0
+
+
+# By the kind of a product and the rows of a block: the first that fits is taken, and where there is none, torch.
+Configurations = dict[tuple[Kind, int], tuple[Configuration, ...]]
+
+# For sizes that no other fits.
+_SMALLEST = Configuration(16, 16, 1, 2)
+
+# NOT MEASURED: estimates. All of them keep within the shared memory of consumer cards.
+_PLAIN = (Configuration(64, 64), Configuration(32, 64), _SMALLEST)
+_PLAIN_WIDE = (Configuration(64, 64, stages=3), Configuration(32, 64, stages=3), _SMALLEST)
+_GATED = (Configuration(64, 64), Configuration(32, 32), _SMALLEST)
+_GATED_WIDE = (Configuration(64, 64, stages=3, warps=8), Configuration(32, 64, stages=3), _SMALLEST)
+_SUMMED = (*(Configuration(64, 64, parts) for parts in (4, 2, 1)), _SMALLEST)
+_SUMMED_WIDE = (*(Configuration(64, 64, parts, stages=3) for parts in (4, 2, 1)), _SMALLEST)
+
+ESTIMATED: Configurations = {
+    **{("plain", rows): _PLAIN for rows in (16, 32, 64)},
+    **{("gated", rows): _GATED for rows in (16, 32, 64)},
+    **{("summed", rows): _SUMMED for rows in (16, 32, 64)},
+    ("plain", 128): _PLAIN_WIDE,
+    ("gated", 128): _GATED_WIDE,
+    ("summed", 128): _SUMMED_WIDE,
+}
+
+# Measured on an H200 with the products of a T5-XXL; torch's were faster for 128 rows, and for q, k and v from 64 on.
+HOPPER: Configurations = {
+    **{("plain", rows): (Configuration(64, 128), *_PLAIN) for rows in (16, 32)},
+    **{("gated", rows): _GATED for rows in (16, 32, 64)},
+    **{("summed", rows): (Configuration(64, 128, 4), *_SUMMED) for rows in (16, 32)},
+    ("summed", 64): (Configuration(64, 128, 2), *_SUMMED),
+    **{("plain", rows): () for rows in (64, 128)},
+    ("gated", 128): (),
+    ("summed", 128): (),
+}
+
+
+def configurations_for(capability: tuple[int, int]) -> Configurations:
+    """Those for GPUs of a compute capability."""
+    return HOPPER if capability == (9, 0) else ESTIMATED
+
+
+def block_rows(rows: int) -> int:
+    """The rows that a program computes for so many: 16, 32, 64 or 128."""
+    return max(16, 1 << (rows - 1).bit_length())
+
+
+class TritonProducts(TorchProducts):
+    """Products of up to 128 rows by our own kernel; torch has those of more, and those that no configuration fits.
+
+    Args:
+        configurations: what is taken for which product.
+        overlaps: has launches overlap, which needs compute capability 9.0: each fetches weights while those before it
+            are at work.
+    """
+
+    def __init__(self, configurations: Configurations, overlaps: bool = False) -> None:
+        self.configurations = configurations
+        self.overlaps = overlaps
+
+    def plain(self, x: Tensor, weight: Tensor) -> Tensor:
+        chosen = self._chosen("plain", x, *weight.shape)
+        if chosen is None:
+            return super().plain(x, weight)
+        return product(x, weight, chosen, x.dtype, overlaps=self.overlaps)[0]
+
+    def activated(self, x: Tensor, weight: Tensor, activation: Activation, is_gated: bool) -> Tensor:
+        columns, depth = weight.shape
+        chosen = self._chosen("gated" if is_gated else "plain", x, columns // 2 if is_gated else columns, depth)
+        if chosen is None:
+            return super().activated(x, weight, activation, is_gated)
+        return product(x, weight, chosen, x.dtype, activation, is_gated, self.overlaps)[0]
+
+    def summed(self, x: Tensor, weight: Tensor) -> Tensor:
+        chosen = self._chosen("summed", x, *weight.shape)
+        if chosen is None:
+            return super().summed(x, weight)
+        return product(x, weight, chosen, torch.float32, overlaps=self.overlaps)
+
+    def _chosen(self, kind: Kind, x: Tensor, columns: int, depth: int) -> Configuration | None:
+        """The first configuration that fits; None for rows beyond the kernel's, or where there is none."""
+        if not 0 < len(x) <= MOST_ROWS:
+            return None
+        known = self.configurations[kind, block_rows(len(x))]
+        return next((configuration for configuration in known if configuration.fits(columns, depth)), None)
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    configuration: Configuration,
+    dtype: torch.dtype,
+    activation: Activation | None = None,
+    is_gated: bool = False,
+    overlaps: bool = False,
+) -> Tensor:
+    """x · weightᵀ in parts, summed in float32.
+
+    Args:
+        x: [rows, depth], contiguous, of up to 128 rows.
+        weight: [columns, depth] in the same dtype; with ``is_gated`` gate and up, one above the other.
+        dtype: of the result.
+        activation: of the product, or of its gate; it needs the whole depth in one part, and so does gating.
+        overlaps: with the launches before and after, see :class:`nai_t5_core.backends.cuda.torch_products.Products`.
+
+    Returns:
+        [parts, rows, columns].
+
+    Raises:
+        ValueError: rows or a configuration that do not fit.
+    """
+    (rows, depth), columns = x.shape, weight.shape[0] // (2 if is_gated else 1)
+    parts = configuration.parts
+    if rows > MOST_ROWS or not configuration.fits(columns, depth) or ((activation or is_gated) and parts > 1):
+        raise ValueError(f"{configuration} does not fit {rows} rows, {columns} columns and a depth of {depth}")
+    out = torch.empty(parts, rows, columns, dtype=dtype, device=x.device)
+    tensors, constants = arguments(x, weight, out, configuration, activation, is_gated, overlaps)
+    multiply[(columns // configuration.block_columns, parts)](*tensors, **constants)
+    return out
+
+
+def arguments(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    configuration: Configuration,
+    activation: Activation | None = None,
+    is_gated: bool = False,
+    overlaps: bool = False,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the kernel is called with for a :func:`product`, and what it is compiled for."""
+    constants = {
+        "columns": out.shape[2],
+        "depth": x.shape[1],
+        "block_rows": block_rows(len(x)),
+        "block_columns": configuration.block_columns,
+        "block_depth": configuration.block_depth,
+        "parts": configuration.parts,
+        "activation": activation or "none",
+        "is_gated": is_gated,
+        "stages": configuration.stages,
+        "num_warps": configuration.warps,
+        **overlapping(overlaps),
+    }
+    return (x, weight, out, len(x)), constants

@@ -1,0 +1,120 @@
+"""Whether the kernels for CUDA can run an encoder."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+from torch import nn
+
+from nai_t5_core.model.attention import FusedSelfAttention, SelfAttentionLayer
+from nai_t5_core.model.encoder import Encoder, T5EncoderStack
+from nai_t5_core.model.encoder_block import EncoderBlock
+from nai_t5_core.model.kernel_block import is_watched, torch_is_needed
+from nai_t5_core.model.layers import (
+    FeedForward,
+    FeedForwardLayer,
+    FoldedRMSNorm,
+    FusedGatedFeedForward,
+    NoInit,
+    RMSNorm,
+)
+
+COMPUTE_DTYPES = (torch.float16, torch.bfloat16)
+LEAST_CAPABILITY = (8, 0)
+
+# Not their subclasses, which do more (adapters, quantisation, offloading).
+_KNOWN = {
+    *(nn.Linear, NoInit.Linear, nn.Embedding, NoInit.Embedding, nn.ModuleList),
+    *(T5EncoderStack, Encoder, EncoderBlock, SelfAttentionLayer, FeedForwardLayer, FoldedRMSNorm, RMSNorm),
+    *(FusedSelfAttention, FusedGatedFeedForward, FeedForward),
+}
+
+
+def missing_triton() -> str | None:
+    """What this installation lacks, as a sentence; None if nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (torch for CUDA brings it along on Linux; elsewhere install it by itself)"
+    return None
+
+
+def refuses(stack: T5EncoderStack) -> str | None:
+    """Why the kernels cannot run this encoder now, in words; None if they can."""
+    return next(chain(_obstacles(stack), _momentary()), None)
+
+
+def refuses_for_good(stack: T5EncoderStack) -> str | None:
+    """The same without what depends on the moment: whether gradients are recorded, or other software watches."""
+    return next(_obstacles(stack), None)
+
+
+def refuses_now() -> str | None:
+    """What only the moment is against."""
+    return next(_momentary(), None)
+
+
+def _momentary() -> Iterator[str]:
+    if torch.is_grad_enabled():
+        yield "gradients are recorded; call it within torch.no_grad()"
+    if torch_is_needed():
+        yield "a compiler or a mode of torch's watches every operation"
+
+
+def _obstacles(stack: T5EncoderStack) -> Iterator[str]:
+    """What is in the way, the plainest first; later ones count on there being none of the earlier."""
+    if missing := missing_triton():
+        yield missing
+    if stack.layout != "fused":
+        yield f"the model has the {stack.layout} layout; allowed: fused"
+    if stack.dtype not in COMPUTE_DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTE_DTYPES)
+        yield f"the model is in {stack.dtype}; allowed: {allowed}"
+    d_kv = stack.config.d_kv
+    if d_kv < 16 or d_kv & (d_kv - 1):
+        yield f"heads of size {d_kv}; allowed: powers of two from 16 on"
+    yield from _device_obstacles(stack.device)
+    dtype, device = stack.dtype, stack.device
+    for module in stack.modules():
+        yield from _module_obstacles(module, dtype, device)
+
+
+def _device_obstacles(device: torch.device) -> Iterator[str]:
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.cuda and capability < LEAST_CAPABILITY:
+            yield f"the GPU has compute capability {capability}; at least {LEAST_CAPABILITY} is needed"
+    elif device.type != "cpu" or not is_interpreted():
+        yield f"the model is on {device}; allowed: cuda"
+
+
+def _module_obstacles(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
+    """Other software's modules, hooks, calls and tensors: the kernels would go past them."""
+    kind = type(module)
+    if kind not in _KNOWN:
+        yield f"the model has a module of class {kind.__name__}, which computes on its own"
+    if is_watched((module,)):
+        yield f"a {kind.__name__} of the model has hooks, or another forward"
+    if module.__dict__.get("scale", 1) != 1:
+        yield f"a {kind.__name__} is scaled from outside of its weights"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return
+    if type(weight) is not nn.Parameter:
+        yield f"a weight is a {type(weight).__name__}; allowed: plain parameters"
+    needed = torch.float32 if kind is RMSNorm else dtype
+    if weight.dtype != needed or weight.device != device or not weight.is_contiguous():
+        yield (
+            f"the weight of a {kind.__name__} is in {weight.dtype} on {weight.device}, or not contiguous; "
+            f"needed: {needed} on {device}"
+        )
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from nai_t5_core.backends.cuda import kernels
+
+    return isinstance(kernels.attend, InterpretedFunction)

@@ -1,0 +1,116 @@
+"""A finished model spread over several processes by torch's own FSDP2, for training and for inference.
+
+Every process holds a part of each weight. The weights of one block at a time are gathered when it computes, and freed
+when it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nai_t5_core.backends.int8_linear import Int8Linear
+from nai_t5_core.backends.prepack import is_packed
+from nai_t5_core.model.decoder import DecoderBlock
+from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.model.encoder_block import EncoderBlock
+from nai_t5_core.model.layers import RMSNorm
+from nai_t5_core.model.t5 import T5Model
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Model = TypeVar("Model", bound=T5EncoderStack | T5Model)
+
+# Cross-attention's projections of what the encoder gives.
+_KEYS_VALUES = ("k", "v", "kv")
+# Methods beside the call that compute with a model's own weights, and do not call each other.
+_ENTRIES = ("generate", "stream", "hidden_states")
+
+
+def shard(model: Model, mesh: DeviceMesh | None = None, compute_dtype: torch.dtype | None = None) -> Model:
+    """Spreads a model's weights over the processes of ``mesh``, block by block; returns the same model.
+
+    All processes call this with equal weights, and from then on call the model equally often, each with inputs of its
+    own; each waits for the others in every block. So texts have to be generated with the same number of steps, such as
+    from the same prompts. Gradients are the mean over the processes.
+
+    Args:
+        model: on the CPU or on the mesh's device; its parameters become DTensors, and later optimizers see those.
+        mesh: one-dimensional; by default all processes, on the accelerator if there is one.
+        compute_dtype: gather weights in this dtype, while the parts, norms and gradients keep the model's own. For
+            training; by default everything is computed in the model's dtype.
+
+    Raises:
+        ValueError: torch is older than 2.6, there is no process group, or the weights are packed or in 8 bits.
+    """
+    fully_shard, policy_class, register_entry = _torchs_own()
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("there is no process group; start the program with torchrun, or call init_process_group first")
+    if is_packed(model) or any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise ValueError("packed and 8-bit weights cannot be spread over processes; load the model with optimize=False")
+    # Activations keep their precision: the residual and what norms read are float32 whatever the products are in.
+    own_dtype = next(model.parameters()).dtype
+    rounded = policy_class(param_dtype=compute_dtype, reduce_dtype=own_dtype, cast_forward_inputs=False)
+    for norms in _norms(model):
+        fully_shard(norms, mesh=mesh, mp_policy=policy_class(cast_forward_inputs=False))
+    for unit in _units(model):
+        fully_shard(unit, mesh=mesh, mp_policy=rounded)
+    for entry in _ENTRIES:
+        if hasattr(model, entry):
+            register_entry(model, entry)
+    return model
+
+
+def _norms(model: nn.Module) -> Iterator[list[RMSNorm]]:
+    """Norms with a weight, which is float32 beside all others; those of a block are gathered together."""
+    module: Any
+    for module in model.modules():
+        if isinstance(module, EncoderBlock | DecoderBlock):
+            own = [layer.layer_norm for layer in module.layer]
+            if norms := [norm for norm in own if isinstance(norm, RMSNorm)]:
+                yield norms
+        elif hasattr(module, "final_layer_norm"):
+            yield [module.final_layer_norm]
+
+
+def _units(model: nn.Module) -> Iterator[nn.Module]:
+    """What is gathered together, the inner before the outer: first what is computed before its block is called."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "relative_attention_bias"):
+            yield module.relative_attention_bias
+        if hasattr(module, "EncDecAttention"):
+            yield from (child for name, child in module.EncDecAttention.named_children() if name in _KEYS_VALUES)
+    yield from (module for module in model.modules() if isinstance(module, EncoderBlock | DecoderBlock))
+    yield model
+
+
+def _torchs_own() -> tuple[Any, Any, Any]:
+    try:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    except ImportError as error:
+        raise ValueError(f"torch {torch.__version__} has no fully_shard; sharding needs 2.6 or newer") from error
+    return fully_shard, MixedPrecisionPolicy, register_fsdp_forward_method
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of a sharded model gathered from all processes, which all call this; any other as it is."""
+    gather = getattr(tensor, "full_tensor", None)
+    out: Tensor = tensor if gather is None else gather()
+    return out
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, equal in all processes, spread as ``like`` is; as it is where that is not sharded."""
+    placements = getattr(like, "placements", None)
+    if placements is None:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.to(like.device), mesh, placements)

@@ -1,0 +1,49 @@
+"""The settings that suit a machine, in three lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nai_t5_core.bench.doctor.examination import Diagnosis
+
+_XXL_BYTES_16_BIT, _XXL_BYTES_8_BIT = 9.5e9, 4.8e9
+
+
+def advice(diagnosis: Diagnosis) -> list[str]:
+    """Dtype and backend; quantisation; where to run a T5-XXL. None of it where the machine could not be described."""
+    machine = diagnosis.data("machine")
+    if not machine:
+        return ["The machine could not be described; see the step that failed."]
+    return [_computing(diagnosis, machine), _quantising(diagnosis, machine), _placing(machine)]
+
+
+def _computing(diagnosis: Diagnosis, machine: dict[str, Any]) -> str:
+    by = f", by {found}" if (found := diagnosis.data("speed").get("by")) else ""
+    text = f'Leave dtype="auto": it computes in {machine["dtype"]} here{by}.'
+    if diagnosis.device == "cpu" and (reason := machine["missing"].get("kernels")):
+        text += f" The kernels do not run here ({reason}); torch computes."
+    return text
+
+
+def _quantising(diagnosis: Diagnosis, machine: dict[str, Any]) -> str:
+    if diagnosis.device != "cpu":
+        return "Leave the weights in 16 bits: our 8-bit form is for processors so far."
+    if not any("int8" in name for name in diagnosis.data("numbers").get("largest_errors", {})):
+        return "Leave the weights as they are: this processor has no fast products of bytes."
+    return (
+        'quantize="int8" halves the memory and is faster, at an error some times that of bfloat16; '
+        "nai-t5 parity --int8 says how large it is for a model."
+    )
+
+
+def _placing(machine: dict[str, Any]) -> str:
+    card = machine["card"]
+    room = card["free_bytes"] if card else machine["memory_bytes"] or 0
+    what = card["name"] if card else "memory"
+    if room > 1.2 * _XXL_BYTES_16_BIT:
+        return f"A T5-XXL in 16 bits (9.5 GB) fits: {what} has {room / 1e9:.0f} GB to give."
+    if not card and room > 1.2 * _XXL_BYTES_8_BIT:
+        return f'A T5-XXL needs quantize="int8" (4.8 GB) here: {what} has {room / 1e9:.0f} GB to give.'
+    return f"{what} has {room / 1e9:.0f} GB to give, and a T5-XXL takes 9.5 in 16 bits: " + (
+        "run it on the CPU, or with a pipeline's offloading." if card else "use a smaller T5."
+    )

@@ -1,0 +1,123 @@
+"""What the machine is, and what of ours can run on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nai_t5_core.bench.doctor.patient import Finding, Patient
+from nai_t5_core.kernels.build import missing_for_kernels
+from nai_t5_core.model.attention_choice import missing_for_flex
+
+# Of a processor's flags, those that decide what computes a T5.
+_INSTRUCTION_SETS = (
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "i8mm",
+)
+_PACKAGES = ("torch", "triton", "transformers", "diffusers", "nai-t5", "numpy")
+
+
+def describe(patient: Patient) -> Finding:
+    """Processor, card, memory, versions; and what of ours is missing here, with the reason."""
+    return {
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "instruction_sets": _instruction_sets(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _memory_bytes(),
+        "device": str(patient.device),
+        "card": _card(patient.device),
+        "versions": _versions(),
+        "compilers": [name for name in ("g++", "clang++", "nvcc") if shutil.which(name)],
+        "dtype": str(patient.dtype).removeprefix("torch."),
+        "missing": {name: reason for name, reason in _obstacles(patient.device).items() if reason},
+    }
+
+
+def _processor() -> str:
+    if Path("/proc/cpuinfo").is_file():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    if sys.platform == "darwin":
+        done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+        return done.stdout.strip()
+    return platform.processor() or platform.machine()
+
+
+def _instruction_sets() -> list[str]:
+    if not Path("/proc/cpuinfo").is_file():
+        return [torch.backends.cpu.get_cpu_capability()]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = {
+        flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()
+    }
+    return [name for name in _INSTRUCTION_SETS if name in flags]
+
+
+def _memory_bytes() -> int | None:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _card(device: torch.device) -> dict[str, Any] | None:
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": total,
+        "free_bytes": free,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "driver": _driver(),
+    }
+
+
+def _driver() -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _obstacles(device: torch.device) -> dict[str, str | None]:
+    """What cannot run here, by name; None where it can."""
+    cuda = None
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        cuda = "this torch is built without it" if built is None else f"no card, or a driver too old for CUDA {built}"
+    return {"cuda": cuda, "kernels": missing_for_kernels(), "flex": missing_for_flex(device)}

@@ -1,0 +1,89 @@
+"""The encoder by our kernels for CUDA: whether it is right, and how fast, launched one by one or from graphs."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+
+from nai_t5_core.backends.cuda.encoder import ProductsChoice, cuda_encoder
+from nai_t5_core.bench.doctor.clock import timed
+from nai_t5_core.bench.doctor.numbers import SMALL_CONFIGS, difference, questions
+from nai_t5_core.bench.doctor.patient import Finding, Patient
+from nai_t5_core.bench.doctor.speed import BATCHES, LENGTHS, padded
+from nai_t5_core.bench.parity import TOLERANCES
+from nai_t5_core.bench.peers import own_encoder, random_state
+
+_LENGTHS = (96, 101, 200)
+_PRODUCTS: tuple[ProductsChoice, ...] = ("torch", "torch-float32", "triton", "triton-overlapping")
+
+
+def _possible(device: torch.device) -> tuple[ProductsChoice, ...]:
+    """The products that a card has; launches overlap from compute capability 9.0 on."""
+    return _PRODUCTS if torch.cuda.get_device_capability(device) >= (9, 0) else _PRODUCTS[:-1]
+
+
+@torch.no_grad()
+def check(patient: Patient) -> Finding:
+    """Every kind in half precision, eager and from graphs, on several lengths in turn, against float64."""
+    wrong, errors = list[str](), dict[str, float]()
+    checked = 0
+    for kind, config in SMALL_CONFIGS.items():
+        state = random_state(config)
+        exact = own_encoder(config, state, torch.float64, "separate")
+        asked = [question for length in _LENGTHS for question in questions(config, length)]
+        answers = [question.ask(exact) for question in asked]
+        for dtype in (torch.float16, torch.bfloat16):
+            stack = own_encoder(config, state, dtype).to(patient.device)
+            for eager in (True, False):
+                for products in _possible(patient.device):
+                    name = f"{kind}, {str(dtype).removeprefix('torch.')}, {'eager' if eager else 'graphs'}, {products}"
+                    encode = cuda_encoder(stack, eager, products)
+                    errors[name] = 0.0
+                    for question, answer in zip(asked, answers, strict=True):
+                        found = encode(question.ids, question.mask, question.padding)
+                        error = difference(found.double().cpu(), answer)
+                        errors[name], checked = max(errors[name], error), checked + 1
+                        if not error <= TOLERANCES[dtype]:
+                            length = question.ids.shape[1]
+                            wrong.append(f"{name}, length {length}, {question.name}: off by {error:.2g}")
+    return {"checked": checked, "largest_errors": errors, "wrong": wrong}
+
+
+@torch.no_grad()
+def time_kernels(patient: Patient) -> Finding:
+    """The timed model, with the note on faults read in every call."""
+    cases: dict[str, Any] = {str(length): (patient.ids(1, length), None) for length in LENGTHS}
+    cases |= {name: padded(patient, lengths) for name, lengths in BATCHES.items()}
+    times: dict[str, Any] = {}
+    variants: list[tuple[str, bool, ProductsChoice]] = [("eager, torch", True, "torch")]
+    variants += [(name, False, name) for name in _possible(patient.device)]
+    for variant, eager, products in variants:
+        encode = cuda_encoder(patient.stack, eager, products)
+        for name, (ids, mask) in cases.items():
+            started = time.perf_counter()
+            encode(ids, mask, "skip")
+            first = time.perf_counter() - started
+            call = partial(_finished, encode, ids, mask)
+            times.setdefault(name, {})[variant] = {**timed(call, patient.device), "first_seconds": round(first, 2)}
+            expected = patient.stack(ids, mask, padding="skip").double()
+            times[name][variant]["differs"] = difference(encode(ids, mask, "skip").double(), expected)
+    return {"times": times}
+
+
+def time_products(patient: Patient) -> Finding:
+    """The products of a T5-XXL's layer in every configuration of our kernel: torch's, and the fastest three of ours."""
+    from nai_t5_core.backends.cuda.product_times import time_products
+
+    found: dict[str, Any] = {}
+    for each in time_products(device=patient.device):
+        those = found.setdefault(f"{each.shape.name}, {each.rows} rows", [])
+        if isinstance(each.how, str) or sum("Configuration" in line for line in those) < 3:
+            those.append(str(each))
+    return {"times": found}
+
+
+def _finished(encode: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+    assert bool(encode.encode(ids, mask, "skip").finite), "the result is not finite"

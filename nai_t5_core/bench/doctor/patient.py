@@ -1,0 +1,78 @@
+"""What the steps share: the device, and models that are built when a step first asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.backends.cuda.encoder import cuda_encoder
+from nai_t5_core.backends.cuda.refusals import refuses_for_good
+from nai_t5_core.backends.prepack import can_prepack, prepack
+from nai_t5_core.bench.doctor.settings import DoctorSettings
+from nai_t5_core.bench.peers import State, own_encoder, random_state
+from nai_t5_core.facts.config import T5Config, named_config
+from nai_t5_core.float16.cuda_guard import GuardedCudaEncoder
+from nai_t5_core.float16.guard import encode_guarded
+from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.model.precision import resolve_device, resolve_dtype
+
+# What a step found, as plain values. Under "wrong" it lists, in words, the numbers that are not what they must be.
+Finding = dict[str, Any]
+
+_SIZES = {"cpu": "t5-v1_1-base", "mps": "t5-v1_1-large", "cuda": "t5-v1_1-large"}
+_FULL_SIZES = {"cpu": "t5-v1_1-large", "mps": "t5-v1_1-xxl", "cuda": "t5-v1_1-xxl"}
+
+
+class Patient:
+    """The device under examination, and the model that is timed on it."""
+
+    def __init__(self, settings: DoctorSettings) -> None:
+        self.settings = settings
+        self.device = resolve_device(settings.device)
+
+    @property
+    def size(self) -> str:
+        """The published size that is timed."""
+        return self.settings.size or (_FULL_SIZES if self.settings.full else _SIZES)[self.device.type]
+
+    @cached_property
+    def config(self) -> T5Config:
+        return named_config(self.size).encoder_only()
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """What ``dtype="auto"`` takes here."""
+        return resolve_dtype("auto", self.device)
+
+    @cached_property
+    def state(self) -> State:
+        """Random weights under Hugging Face names, drawn on the device."""
+        return random_state(self.config, dtype=self.dtype, device=self.device)
+
+    @cached_property
+    def stack(self) -> T5EncoderStack:
+        """Ours, as ``TextEncoder.from_pretrained`` gives it."""
+        stack = own_encoder(self.config, self.state, self.dtype)
+        return prepack(stack) if can_prepack(stack) else stack
+
+    @cached_property
+    def encode(self) -> Callable[..., Tensor]:
+        """Ids, mask and policy to hidden states by what ``TextEncoder`` has encode here, under guard."""
+        if self.device.type == "cuda" and refuses_for_good(self.stack) is None:
+            return GuardedCudaEncoder(cuda_encoder(self.stack))
+        return partial(encode_guarded, self.stack)
+
+    @property
+    def encoded_by(self) -> str:
+        """What encodes, in words."""
+        by_kernels = isinstance(self.encode, GuardedCudaEncoder)
+        return "kernels for CUDA, in graphs" if by_kernels else f"attention {self.stack.describe_attention()}"
+
+    def ids(self, batch: int, length: int) -> Tensor:
+        """Random ids on the CPU, where tokenizers leave them: [batch, length]."""
+        generator = torch.Generator().manual_seed(length)
+        return torch.randint(self.config.vocab_size, (batch, length), generator=generator)

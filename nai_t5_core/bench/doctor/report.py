@@ -1,0 +1,185 @@
+"""The diagnosis for people: in a terminal, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nai_t5_core.bench.doctor.advice import advice
+from nai_t5_core.bench.doctor.examination import Diagnosis
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_MOST_FAULTS = 12  # of one step, in words
+
+# Steps that time compiled encoders, and the titles of their tables.
+_COMPILED = {
+    "compiled": "Ours, compiled",
+    "compiled-512": "Ours, compiled for 512 tokens",
+    "peers-compiled": "transformers, compiled",
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with its title, or a title with lines."""
+
+    title: str
+    head: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    lines: tuple[str, ...] = ()
+
+
+def render(diagnosis: Diagnosis) -> RenderableType:
+    """For a terminal."""
+    from rich.console import Group
+    from rich.markup import escape
+    from rich.table import Table
+
+    parts: list[RenderableType] = []
+    for section in _sections(diagnosis):
+        if section.head:
+            table = Table(*section.head, title=section.title, title_justify="left")
+            for row in section.rows:
+                table.add_row(*map(escape, row))
+            parts.append(table)
+        else:
+            parts.append(f"[bold]{escape(section.title)}[/bold]")
+        parts += [escape(line) for line in section.lines]
+    return Group(*parts)
+
+
+def as_markdown(diagnosis: Diagnosis) -> str:
+    """The same as Markdown."""
+    lines = []
+    for section in _sections(diagnosis):
+        lines += [f"**{section.title}**", ""]
+        if section.head:
+            lines += ["| " + " | ".join(section.head) + " |", "|" + "---|" * len(section.head)]
+            lines += ["| " + " | ".join(row) + " |" for row in section.rows] + [""]
+        lines += [f"- {line}" for line in section.lines] + ([""] if section.lines else [])
+    return "\n".join(lines)
+
+
+def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
+    if machine := diagnosis.data("machine"):
+        yield _machine(machine)
+    if ceilings := diagnosis.data("ceilings"):
+        yield _ceilings(ceilings)
+    yield _steps(diagnosis)
+    if any(diagnosis.data(step) for step in ("speed", "batches")):
+        yield _speed(diagnosis)
+    for step in ("transformers", "nai-t5"):
+        if found := diagnosis.data(step):
+            yield _peer(step, found)
+    if found := diagnosis.data("kernel-speed"):
+        yield _kernels(found)
+    if flex := diagnosis.data("flex"):
+        yield _flex(flex)
+    for step, title in _COMPILED.items():
+        if found := diagnosis.data(step):
+            yield _compiled(title, found)
+    yield Section("Advice", lines=tuple(advice(diagnosis)))
+
+
+def _machine(machine: dict[str, Any]) -> Section:
+    card = machine["card"]
+    rows = [
+        ("processor", f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"),
+        ("instructions", " ".join(machine["instruction_sets"])),
+        ("memory", _size(machine["memory_bytes"])),
+        ("system", f"{machine['system']}, Python {machine['python']}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in machine["versions"].items())),
+        ("compilers", ", ".join(machine["compilers"]) or "none"),
+    ]
+    if card:
+        rows.insert(0, ("card", f"{card['name']}, compute capability {card['capability']}, driver {card['driver']}"))
+        rows.insert(1, ("its memory", f"{_size(card['free_bytes'])} free of {_size(card['memory_bytes'])}"))
+    rows += [(f"no {name}", reason) for name, reason in machine["missing"].items()]
+    return Section("The machine", ("", "what there is"), tuple(rows))
+
+
+def _ceilings(ceilings: dict[str, Any]) -> Section:
+    rows = [
+        ("reading memory", f"{ceilings['read_bytes_per_second'] / 1e9:.0f} GB/s"),
+        ("copying memory, read and written", f"{ceilings['copy_bytes_per_second'] / 1e9:.0f} GB/s"),
+    ]
+    for name, rate in ceilings["products"].items():
+        rows.append((f"products in {name}", rate if isinstance(rate, str) else f"{rate / 1e12:.2f} T operations/s"))
+    return Section("What the machine does at most", ("", "measured"), tuple(rows))
+
+
+def _steps(diagnosis: Diagnosis) -> Section:
+    rows, lines = [], []
+    for name, outcome in diagnosis.outcomes.items():
+        data = outcome.get("data", {})
+        told = f"{data['checked']} results checked" if "checked" in data else outcome.get("message", "")
+        rows.append((name, outcome["title"], outcome["status"], f"{outcome['seconds']:.1f} s", told[:120]))
+        faults = data.get("wrong", [])
+        lines += [f"{name}: {fault}" for fault in faults[:_MOST_FAULTS]]
+        if len(faults) > _MOST_FAULTS:
+            lines.append(f"{name}: and {len(faults) - _MOST_FAULTS} more")
+    return Section("What was done", ("step", "what", "outcome", "time", ""), tuple(rows), tuple(lines))
+
+
+def _speed(diagnosis: Diagnosis) -> Section:
+    ceilings = diagnosis.data("ceilings")
+    rows, about = [], {}
+    for step in ("speed", "batches"):
+        if found := diagnosis.data(step):
+            about = found
+            for name, time in found["times"].items():
+                least = _least_ms(time["work"], ceilings, found["dtype"])
+                what = f"{name} tokens" if step == "speed" else f"{name}, pads skipped"
+                share = f"{least:.2f} ms, {least / time['ms']:.0%}" if least else ""
+                rows.append((what, f"{time['ms']:.2f} ms", f"{time['host_ms']:.2f} ms", share))
+    title = f"Ours: {about['size']}, {about['dtype']}, {about['by']}"
+    return Section(title, ("batch", "time", "of it the host's", "least by the ceilings, share"), tuple(rows))
+
+
+def _least_ms(work: dict[str, int], ceilings: dict[str, Any], dtype: str) -> float | None:
+    rate = ceilings.get("products", {}).get(dtype)
+    if not isinstance(rate, float):
+        return None
+    return 1e3 * max(work["flops"] / rate, work["bytes"] / ceilings["read_bytes_per_second"])
+
+
+def _peer(name: str, found: dict[str, Any]) -> Section:
+    rows = []
+    parts = [found] + ([found["in float32"]] if "in float32" in found else [])
+    for part in parts:
+        for case, times in part["times"].items():
+            theirs = f"{times[name]['ms']:.2f} ms in {part['dtype']}"
+            rows.append(
+                (case, theirs, f"{times['ours']['ms']:.2f} ms", f"{times['ratio']:.2f}×", f"{times['differs']:.1e}")
+            )
+    return Section(f"{name} beside ours", ("tokens", name, "ours", "ratio", "largest difference"), tuple(rows))
+
+
+def _flex(flex: dict[str, Any]) -> Section:
+    rows = [
+        (name, f"{times['sdpa']['ms']:.2f} ms", f"{times['flex']['ms']:.2f} ms")
+        for name, times in flex["times"].items()
+        if isinstance(times["sdpa"], dict)
+    ]
+    return Section("Attention", ("tokens", "SDPA", "flex"), tuple(rows))
+
+
+def _kernels(found: dict[str, Any]) -> Section:
+    variants = list(next(iter(found["times"].values())))
+    rows = [(name, *(f"{times[each]['ms']:.2f} ms" for each in variants)) for name, times in found["times"].items()]
+    return Section("Our kernels for CUDA", ("tokens", *variants), tuple(rows))
+
+
+def _compiled(title: str, found: dict[str, Any]) -> Section:
+    rows = [
+        (name, f"{times['ms']:.2f} ms", f"{times['host_ms']:.2f} ms", f"{times['first_seconds']} s")
+        for name, times in found["times"].items()
+    ]
+    return Section(title, ("tokens", "time", "of it the host's", "first call"), tuple(rows))
+
+
+def _size(nbytes: int | None) -> str:
+    return "unknown" if nbytes is None else f"{nbytes / 1e9:.1f} GB"

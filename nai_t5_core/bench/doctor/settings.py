@@ -1,0 +1,27 @@
+"""What the doctor is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class DoctorSettings:
+    """What is examined, and for how long.
+
+    Attributes:
+        device: as :func:`nai_t5_core.model.precision.resolve_device` takes it.
+        size: the published size whose weights are drawn for the timings; None takes what suits the device.
+        full: also the largest size, peers, compiled graphs, and everything that takes minutes.
+        budget: seconds for everything; steps that do not fit any more are left out, and named.
+        only: the steps to run, by name; all that apply by default.
+        results: a file to which what each step found is added when it is found, as lines of JSON.
+    """
+
+    device: str = "auto"
+    size: str | None = None
+    full: bool = False
+    budget: float = 480.0
+    only: tuple[str, ...] = ()
+    results: Path | None = None

@@ -1,0 +1,141 @@
+"""How long our encoder takes at the lengths that people have, beside the least that the machine allows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from nai_t5_core.backends.cuda.encoder import cuda_encoder
+from nai_t5_core.backends.cuda.refusals import refuses_for_good
+from nai_t5_core.bench.doctor.clock import device_seconds, synchronize, timed
+from nai_t5_core.bench.doctor.patient import Finding, Patient
+from nai_t5_core.bench.roofline import encoder_work, projection_shapes
+from nai_t5_core.float16.cuda_guard import GuardedCudaEncoder
+from nai_t5_core.float16.guard import encode_guarded
+
+LENGTHS = (20, 64, 128, 512)
+BATCHES = {"2 prompts": (12, 45), "8 prompts": (5, 22, 38, 55, 71, 87, 104, 120), "32 prompts": tuple(range(9, 73, 2))}
+PADDED_TO = 512
+
+
+@torch.no_grad()
+def measure_lengths(patient: Patient) -> Finding:
+    """One prompt without padding, as ``TextEncoder`` encodes it, the check for NaN included; ids on the CPU."""
+    found: dict[str, Any] = {}
+    for length in LENGTHS:
+        ids = patient.ids(1, length)
+        found[str(length)] = timed(partial(patient.encode, ids), patient.device)
+        found[str(length)]["work"] = _work(patient, (length,))
+    return _about(patient, found)
+
+
+@torch.no_grad()
+def measure_batches(patient: Patient) -> Finding:
+    """Prompts of many lengths, padded and masked, whose pads are skipped."""
+    found: dict[str, Any] = {}
+    for name, lengths in BATCHES.items():
+        ids, mask = padded(patient, lengths)
+        found[name] = timed(partial(patient.encode, ids, mask, padding="skip"), patient.device)
+        found[name]["work"] = _work(patient, lengths)
+    return _about(patient, found)
+
+
+def padded(patient: Patient, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Ids and mask [prompts, PADDED_TO] on the CPU."""
+    ids = patient.ids(len(lengths), PADDED_TO)
+    return ids, torch.arange(PADDED_TO)[None, :] < torch.tensor(lengths)[:, None]
+
+
+def _work(patient: Patient, lengths: tuple[int, ...]) -> dict[str, int]:
+    work = encoder_work(patient.config, lengths)
+    return {"flops": work.flops, "bytes": work.nbytes}
+
+
+def _about(patient: Patient, times: dict[str, Any]) -> Finding:
+    return {
+        "size": patient.size,
+        "dtype": str(patient.dtype).removeprefix("torch."),
+        "by": patient.encoded_by,
+        "times": times,
+    }
+
+
+@torch.no_grad()
+def count_launches(patient: Patient) -> Finding:
+    """Kernels, copies and waits of one encode, by torch's profiler and its warnings of waits."""
+    cases: dict[str, tuple[Tensor, Tensor | None]] = {
+        f"1 prompt of {length}": (patient.ids(1, length), None) for length in (64, 512)
+    }
+    cases |= {name: padded(patient, lengths) for name, lengths in BATCHES.items()}
+    encoders: dict[str, Callable[..., Tensor]] = {"torch": partial(encode_guarded, patient.stack)}
+    if refuses_for_good(patient.stack) is None:
+        encoders["kernels"] = GuardedCudaEncoder(cuda_encoder(patient.stack, eager=True))
+        encoders["graphs"] = GuardedCudaEncoder(cuda_encoder(patient.stack))
+    return {
+        f"{name}, by {by}": _counted(patient, partial(encode, *case, padding="skip"))
+        for name, case in cases.items()
+        for by, encode in encoders.items()
+    }
+
+
+def _counted(patient: Patient, call: Callable[[], Tensor]) -> dict[str, Any]:
+    call()
+    call()
+    synchronize(patient.device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        synchronize(patient.device)
+    on_device = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    copies = [event for event in on_device if event.name.startswith(("Memcpy", "Memset"))]
+    kernels = [event for event in on_device if event not in copies]
+    slowest = Counter[str]()
+    for event in kernels:
+        slowest[event.name[:90]] += round(event.device_time_total)
+    return {
+        "kernels": len(kernels),
+        "kernels_per_layer": round(len(kernels) / patient.config.num_layers, 1),
+        "copies": dict(Counter(event.name for event in copies)),
+        "device_us": sum(slowest.values()),
+        "slowest_us": dict(slowest.most_common(12)),
+    }
+
+
+@torch.no_grad()
+def measure_products(patient: Patient) -> Finding:
+    """The projections of all layers as torch multiplies them, and nothing else, for some numbers of rows."""
+    shapes = projection_shapes(patient.config)
+    joined = [shapes[0], shapes[1], (sum(out for out, _ in shapes[2:-1]), patient.config.d_model), shapes[-1]]
+    layers = min(patient.config.num_layers, 8)
+    weights = [[_random(shape, patient) for shape in joined] for _ in range(layers)]
+    found: dict[str, Any] = {}
+    for rows in (16, 32, 64, 128, 256, 512, 1024):
+        inputs = [_random((rows, width), patient) for _, width in joined]
+        each = {}
+        for index, shape in enumerate(joined):
+            call = lambda number, index=index, inputs=inputs: inputs[index] @ weights[number % layers][index].t()  # noqa: E731
+            seconds = _graphed_seconds(call, layers, patient.device)
+            each["×".join(map(str, shape))] = round(seconds * 1e6, 2)
+        found[str(rows)] = {"us": each, "encoder_ms": round(sum(each.values()) * patient.config.num_layers / 1e3, 3)}
+    return {"dtype": str(patient.dtype).removeprefix("torch."), "rows": found}
+
+
+def _graphed_seconds(call: Any, layers: int, device: torch.device) -> float:
+    """Seconds of one call, by replays of a graph of one call for each layer's weights: the host is not in it."""
+    for number in range(layers):
+        call(number)
+    synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for number in range(layers):
+            call(number)
+    return device_seconds(lambda _: graph.replay(), device, 10) / layers
+
+
+def _random(shape: tuple[int, ...], patient: Patient) -> Tensor:
+    return (torch.randn(shape, device=patient.device) * shape[-1] ** -0.5).to(patient.dtype)

@@ -1,0 +1,61 @@
+"""The steps of an examination, cheap ones first. Each stands alone, and returns plain values for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nai_t5_core.bench.doctor.patient import Finding, Patient
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step.
+
+    Attributes:
+        name: what a command line calls it.
+        title: what it does, in words.
+        run: does it, in a process that may be stopped at any time.
+        deadline: seconds after which it is stopped.
+        only_full: whether it is for ``--full`` alone.
+        devices: the types of device that it is for.
+    """
+
+    name: str
+    title: str
+    run: Callable[[Patient], Finding]
+    deadline: float
+    only_full: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda", "mps")
+
+
+def all_steps() -> tuple[Step, ...]:
+    """Every step, in order."""
+    # Only now: these import torch.
+    from nai_t5_core.bench.doctor import ceilings, graphs, machine, numbers, own_kernels, peers, speed
+
+    return (
+        Step("machine", "what the machine is", machine.describe, 60),
+        Step("ceilings", "copies and products, as fast as the machine does them", ceilings.measure, 60),
+        Step("numbers", "a small model of each kind against float64", numbers.check_stacks, 120),
+        Step("masks", "masks that begin or end at odd places", numbers.check_masks, 60),
+        Step("generation", "generation against float32 on the CPU", numbers.check_generation, 60),
+        Step("kernels", "our kernels for CUDA against float64", own_kernels.check, 120, devices=("cuda",)),
+        Step("sums", "float16 sums of many products", numbers.check_sums, 30, devices=("cuda",)),
+        Step("speed", "our encoder at typical lengths", speed.measure_lengths, 120),
+        Step("batches", "our encoder with many prompts", speed.measure_batches, 60),
+        Step("launches", "what one encode has the device do", speed.count_launches, 60, devices=("cuda",)),
+        Step(
+            "kernel-speed", "our kernels for CUDA, eager and in graphs", own_kernels.time_kernels, 90, True, ("cuda",)
+        ),
+        Step("own-products", "the products of our kernels", own_kernels.time_products, 120, True, ("cuda",)),
+        Step("products", "the bare products of a layer", speed.measure_products, 60, True, ("cuda",)),
+        Step("transformers", "transformers beside ours", peers.time_transformers, 90, True),
+        Step("nai-t5", "nai-t5 beside ours", peers.time_nai_t5, 60, True),
+        Step("flex", "flex attention: right, and from where on faster", graphs.check_flex, 150, True, ("cuda",)),
+        Step("compiled", "ours, compiled with CUDA graphs", graphs.time_compiled_short, 150, True, ("cuda",)),
+        Step("compiled-512", "the same, for 512 tokens", graphs.time_compiled_long, 150, True, ("cuda",)),
+        Step("peers-compiled", "transformers, compiled", peers.time_compiled_transformers, 150, True, ("cuda",)),
+    )

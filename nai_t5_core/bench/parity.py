@@ -1,0 +1,221 @@
+"""How exact our encoder is: against a float64 reference, and beside other implementations on the same weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nai_t5_core.backends.int8 import can_quantize, quantize_int8
+from nai_t5_core.backends.prepack import can_prepack, prepack
+from nai_t5_core.bench.parity_report import OWN, Difference, LayerDifferences, ParityReport, PolicyCheck
+from nai_t5_core.bench.peers import PEERS, State, build_peer, exact_norms, own_encoder
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.scales import StackScales
+from nai_t5_core.model.encoder import LAYOUTS, T5EncoderStack
+from nai_t5_core.model.packing import PADDING_POLICIES, PaddingPolicy
+from nai_t5_core.model.precision import DTYPES
+
+QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 0.9999)
+PROMPT_LENGTHS = (150, 1, 77, 30)
+
+# Largest difference allowed, relative to the reference's largest value. The first two are rounding with room to spare.
+# In half precision rounding grows with depth, so that those limits find gross faults only, such as a wrong mask.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+TOLERANCE_INT8 = 0.5
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The token ids with their reference output: ``masked`` with pad keys hidden, ``unmasked`` with pads as tokens.
+
+    ``residuals`` are the reference's at real positions with pad keys hidden, [tokens, d_model]; empty unless needed.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    masked: Tensor
+    unmasked: Tensor
+    residuals: list[Tensor]
+
+    @property
+    def largest(self) -> float:
+        return float(self.masked[self.mask].abs().max())
+
+    def difference(self, name: str, dtype: str, hidden: Tensor) -> Difference:
+        """How far an output is from the reference at real positions."""
+        return difference(name, dtype, hidden[self.mask], self.masked[self.mask])
+
+
+@torch.no_grad()
+def measure_parity(
+    config: T5Config,
+    state: State,
+    dtypes: Sequence[torch.dtype | str] = ("float32",),
+    against: Sequence[str] = ("transformers",),
+    prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
+    seed: int = 0,
+    reference_dtype: torch.dtype = torch.float64,
+    reference_state: State | None = None,
+    scales: StackScales | None = None,
+    per_layer: bool = False,
+    int8: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> ParityReport:
+    """Compares our encoder, and others, with a reference on one right-padded batch of random token ids.
+
+    The reference is transformers in float64 with exact norms. Ours is measured in both layouts, and prepacked as
+    ``TextEncoder`` runs it where this machine can; each with every padding policy. Everything runs on the CPU, one
+    model after the other; the reference needs 8 bytes a weight.
+
+    Args:
+        state: encoder weights under Hugging Face names, such as :func:`nai_t5_core.bench.peers.hf_state` gives.
+        dtypes: compute dtypes, by name or as torch dtypes.
+        against: names of peers to measure beside ours; see :data:`nai_t5_core.bench.peers.PEERS`.
+        prompt_lengths: tokens of each prompt, at least 1; the longest gives the batch its length.
+        reference_dtype: float32 halves the reference's memory, and limits what can be seen to about 1e-6.
+        reference_state: weights of the reference and the peers, where they are others than ours: the original of a
+            converted checkpoint.
+        scales: of our encoder in float16, as :func:`nai_t5_core.weights.load.choose_scales` finds them.
+        per_layer: also compare the residual stream after every layer.
+        int8: also measure our 8-bit form, in the dtypes and on the machines that have it.
+        progress: called with what is being done, in words.
+
+    Raises:
+        ValueError: transformers is not installed, an unknown dtype or peer, or no usable prompt lengths.
+    """
+    tell = progress or (lambda _: None)
+    names = [dtype_name(dtype) for dtype in dtypes]
+    if unknown := set(against) - set(PEERS):
+        raise ValueError(f"unknown peers {sorted(unknown)}; allowed: {', '.join(PEERS)}")
+    if reference_dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"reference_dtype={reference_dtype}; a reference must be float64 or float32")
+    original = state if reference_state is None else reference_state
+    tell("reference")
+    batch = _reference_batch(config, original, reference_dtype, prompt_lengths, seed, per_layer)
+    differences, layers = list[Difference](), list[LayerDifferences]()
+    policies, skipped = list[PolicyCheck](), list[str]()
+    for name in names:
+        tolerance = max(TOLERANCES[DTYPES[name]], TOLERANCES[reference_dtype])
+        for variant, stack in _own_variants(config, state, DTYPES[name], scales, int8):
+            tell(f"{variant} in {name}")
+            outputs = {padding: _policy_run(stack, batch, padding) for padding in PADDING_POLICIES}
+            differences.append(batch.difference(variant, name, outputs["exact"][0]))
+            if per_layer:
+                states = stack.hidden_states(batch.ids, batch.mask, padding="exact", final_norm=False)
+                layers.append(_layer_differences(variant, name, states, batch))
+            # 8 bits are a choice whose error is for the user to judge; only gross faults count.
+            bound = TOLERANCE_INT8 if variant == f"{OWN} int8" else tolerance
+            for padding, (found, wanted) in outputs.items():
+                relative = _relative(found, wanted, batch)
+                policies.append(PolicyCheck(variant, name, padding, relative, bound))
+        for peer_name in against:
+            tell(f"{peer_name} in {name}")
+            try:
+                peer = build_peer(peer_name, config, original, DTYPES[name])
+            except ValueError as error:
+                skipped.append(f"{peer_name} in {name}: {error}")
+                continue
+            differences.append(batch.difference(peer_name, name, peer(batch.ids, batch.mask)))
+            if per_layer:
+                layers.append(_layer_differences(peer_name, name, peer.residuals(batch.ids, batch.mask), batch))
+    return ParityReport(
+        kind=config.kind,
+        reference=f"transformers in {dtype_name(reference_dtype)} with exact norms",
+        prompt_lengths=tuple(prompt_lengths),
+        largest_value=batch.largest,
+        differences=tuple(differences),
+        layers=tuple(layers),
+        policies=tuple(policies),
+        skipped=tuple(skipped),
+    )
+
+
+def random_batch(config: T5Config, prompt_lengths: Sequence[int], length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random ids, pads behind them, and their mask: [batch, length] int64 and bool.
+
+    Raises:
+        ValueError: no prompts, or one that is empty or longer than ``length``.
+    """
+    if not prompt_lengths or min(prompt_lengths) < 1 or max(prompt_lengths) > length:
+        raise ValueError(f"prompt lengths {list(prompt_lengths)}; each must be 1 … {length}, and there must be one")
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(config.vocab_size, (len(prompt_lengths), length), generator=generator)
+    mask = torch.arange(length)[None, :] < torch.tensor(prompt_lengths)[:, None]
+    return ids.masked_fill(~mask, config.pad_token_id), mask
+
+
+def _reference_batch(
+    config: T5Config, state: State, dtype: torch.dtype, prompt_lengths: Sequence[int], seed: int, per_layer: bool
+) -> _Batch:
+    ids, mask = random_batch(config, prompt_lengths, max(prompt_lengths, default=0), seed)
+    reference = build_peer("transformers", config, state, dtype)
+    exact_norms(reference.model)
+    residuals = [residual[mask] for residual in reference.residuals(ids, mask)] if per_layer else []
+    return _Batch(ids, mask, reference(ids, mask), reference(ids), residuals)
+
+
+def _own_variants(
+    config: T5Config, state: State, dtype: torch.dtype, scales: StackScales | None, int8: bool
+) -> Iterator[tuple[str, T5EncoderStack]]:
+    """Ours as users run it; each is made when the one before is done with."""
+    scales = scales if dtype == torch.float16 else None
+    for layout in LAYOUTS:
+        stack = own_encoder(config, state, dtype, layout, scales)
+        yield f"{OWN} {layout}", stack
+        if layout == "fused" and int8 and can_quantize(stack):
+            yield f"{OWN} int8", quantize_int8(own_encoder(config, state, dtype))
+        if layout == "fused" and can_prepack(stack):
+            yield f"{OWN} prepacked", prepack(stack)
+
+
+def _policy_run(stack: T5EncoderStack, batch: _Batch, padding: PaddingPolicy) -> tuple[Tensor, Tensor]:
+    """What a policy gives, and what the reference says that it must give, both [batch, length, d_model]."""
+    ids, mask, wanted = batch.ids, batch.mask, batch.masked
+    if padding == "attend":
+        wanted = batch.unmasked
+    elif padding == "skip":
+        wanted = wanted.masked_fill(~mask[..., None], 0)
+    elif padding == "trim":
+        # Without the longest prompts, so that there is something to trim.
+        counts = mask.sum(dim=1)
+        shorter = counts < counts.max() if int(counts.min()) < int(counts.max()) else counts > 0
+        ids, mask = ids[shorter], mask[shorter]
+        length = int(counts[shorter].max())
+        wanted = wanted[shorter].masked_fill(~mask[..., None], 0)[:, :length]
+    return stack(ids, mask, padding=padding), wanted
+
+
+def _relative(found: Tensor, wanted: Tensor, batch: _Batch) -> float:
+    """Largest difference relative to the reference's largest value; infinite where the shapes differ."""
+    is_alike = found.shape == wanted.shape
+    return float((found.to(wanted.dtype) - wanted).abs().max()) / batch.largest if is_alike else math.inf
+
+
+def difference(name: str, dtype: str, found: Tensor, expected: Tensor) -> Difference:
+    """How far values are from those expected, of the same shape."""
+    errors = (found.to(expected.dtype) - expected).abs().flatten().numpy()
+    quantiles = dict(zip(map(str, QUANTILES), np.quantile(errors, QUANTILES).tolist(), strict=True))
+    largest = float(errors.max())
+    return Difference(name, dtype, quantiles, largest, largest / float(expected.abs().max()))
+
+
+def _layer_differences(name: str, dtype: str, states: Sequence[Tensor], batch: _Batch) -> LayerDifferences:
+    medians, largest = list[float](), list[float]()
+    for state, expected in zip(states, batch.residuals, strict=True):
+        errors = (state[batch.mask].to(expected.dtype) - expected).abs() / expected.square().mean().sqrt()
+        medians.append(float(errors.median()))
+        largest.append(float(errors.max()))
+    return LayerDifferences(name, dtype, tuple(medians), tuple(largest))
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """``"float16"`` for a dtype or its name; raises a ValueError for one that a T5 cannot run in."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    return name

@@ -1,0 +1,394 @@
+"""Other T5s built from the same weights as ours, to compare with: transformers and nai-t5.
+
+Both packages are optional and imported on first use. Tensors are shared with the given state wherever a peer keeps
+them as they are, so that several implementations fit in memory side by side.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nai_t5_core.facts.config import Shape, T5Config, config_to_hf, decoder_tensors, encoder_tensors
+from nai_t5_core.facts.scales import StackScales
+from nai_t5_core.generation.t5 import T5
+from nai_t5_core.model.encoder import Layout, T5EncoderStack
+from nai_t5_core.model.layers import NoInit
+from nai_t5_core.weights.examine import Examination
+from nai_t5_core.weights.fuse import cook, fused_recipes, separate_recipes
+
+State = Mapping[str, Tensor]
+
+# In random_state(outliers=True): how many channels share one large one, its factor, and its mean in embeddings (in
+# standard deviations; a steady offset, as in trained models, so that the norm does not hang on a value near zero).
+_CHANNELS_PER_OUTLIER = 64
+_OUTLIER_GAIN = 100.0
+_OUTLIER_OFFSET = 8.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def random_state(
+    config: T5Config,
+    seed: int = 0,
+    outliers: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """Random weights under Hugging Face names that exercise every part of the model; the decoder's if it has one.
+
+    Projections have variance 1 / fan-in, and queries less, so that attention logits have a standard deviation of about
+    1.4. Bias tables and embeddings have variance 1, norm weights lie in 0.5 … 1.5. So attention, bias and both
+    sublayers matter, and outputs are of order one.
+
+    Args:
+        seed: the same seed gives the same weights.
+        outliers: one channel in 64 of the residual stream is several hundred times larger than the others, and the norm
+            weights take that back, as in trained T5 models.
+        dtype: drawn in float32 and cast tensor by tensor.
+        device: where they are drawn and stay; one seed gives other weights on another type of device.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    gains = _channel_gains(config.d_model, outliers, generator)
+    state = {}
+    for name, shape in (encoder_tensors(config) | decoder_tensors(config)).items():
+        tensor = _random_tensor(name, shape, config, generator)
+        if name == "shared.weight":
+            tensor = (tensor + _OUTLIER_OFFSET * (gains > 1)) * gains
+        elif name.endswith((".o.weight", ".wo.weight")):
+            # Since the large channels hold the norm's divisor still, it no longer bounds what the layers add up to.
+            tensor *= gains[:, None] * (0.5 * config.num_layers**-0.5 if outliers else 1.0)
+        elif "layer_norm" in name:
+            # The norm divides by the root mean square, which the large channels dominate.
+            sizes = torch.where(gains > 1, gains * _OUTLIER_OFFSET, gains)
+            tensor *= sizes.square().mean().sqrt() / sizes
+        state[name] = tensor.to(dtype)
+    return state
+
+
+def _channel_gains(d_model: int, outliers: bool, generator: torch.Generator) -> Tensor:
+    """What every channel of the residual stream is multiplied by: [d_model]."""
+    device = generator.device
+    gains = torch.ones(d_model, device=device)
+    if outliers:
+        count = max(1, d_model // _CHANNELS_PER_OUTLIER)
+        gains[torch.randperm(d_model, generator=generator, device=device)[:count]] = _OUTLIER_GAIN
+    return gains
+
+
+def _random_tensor(name: str, shape: Shape, config: T5Config, generator: torch.Generator) -> Tensor:
+    device = generator.device
+    if "layer_norm" in name:
+        return torch.rand(shape, generator=generator, device=device) + 0.5
+    tensor = torch.randn(shape, generator=generator, device=device)
+    if name == "shared.weight" or "relative_attention_bias" in name:
+        return tensor
+    tensor *= shape[1] ** -0.5
+    # q·k sums d_kv products.
+    return tensor * (1.3 * config.d_kv**-0.5) if name.endswith(".q.weight") and not config.scale_qk else tensor
+
+
+def hf_state(examination: Examination) -> dict[str, Tensor]:
+    """The tensors of an examined checkpoint under their Hugging Face names, in the file's precision.
+
+    Those of a file made by ``nai-t5 convert`` are taken apart again, in float32 and exact to a rounding or two.
+    """
+    names = encoder_tensors(examination.config) | decoder_tensors(examination.config)
+    return {name: examination.read(name) for name in names}
+
+
+def own_encoder(
+    config: T5Config,
+    state: State,
+    dtype: torch.dtype,
+    layout: Layout = "fused",
+    scales: StackScales | None = None,
+) -> T5EncoderStack:
+    """Our own encoder from tensors in memory, made by the same recipes as at load; in evaluation mode on the CPU.
+
+    ``scales`` are for float16, see :mod:`nai_t5_core.facts.scales`.
+    """
+    config = config.encoder_only()
+    recipes = (fused_recipes if layout == "fused" else separate_recipes)(config, scales)
+    stack = T5EncoderStack(config, layout, NoInit, scales, device="meta", dtype=dtype)
+    stack.load_state_dict({recipe.target: cook(recipe, state.__getitem__, dtype) for recipe in recipes}, assign=True)
+    return stack.eval().requires_grad_(False)
+
+
+def own_t5(
+    config: T5Config,
+    state: State,
+    dtype: torch.dtype,
+    layout: Layout = "fused",
+    scales: StackScales | None = None,
+    decoder_scales: StackScales | None = None,
+) -> T5:
+    """Our whole T5 from tensors in memory, made as :func:`own_encoder` is."""
+    fused = layout == "fused"
+    recipes = fused_recipes(config, scales, decoder_scales) if fused else separate_recipes(config, scales)
+    model = T5(config, layout, NoInit, scales, decoder_scales, device="meta", dtype=dtype)
+    model.assign({recipe.target: cook(recipe, state.__getitem__, dtype) for recipe in recipes})
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Peers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """How a package's encoder is built and called, where its layers are, and what passes between them."""
+
+    build: Callable[[T5Config, State, torch.dtype], nn.Module]
+    forward: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+    layers: Callable[[Any], nn.ModuleList]
+    residual: Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A built peer. A call takes [batch, length] ids, and a mask or None, to [batch, length, d_model]."""
+
+    name: str
+    version: str
+    model: nn.Module
+    implementation: Implementation
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.implementation.forward(self.model, ids, mask)
+
+    def residuals(self, ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """The residual stream before the first layer and after each: layers + 1 tensors [batch, length, d_model]."""
+        layers, residual = self.implementation.layers(self.model), self.implementation.residual
+        states: list[Tensor] = []
+        hooks = [layers[0].register_forward_pre_hook(lambda _, inputs: states.append(residual(inputs[0])))]
+        hooks += [layer.register_forward_hook(lambda _, __, out: states.append(residual(out))) for layer in layers]
+        try:
+            self(ids, mask)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return states
+
+
+def build_peer(name: str, config: T5Config, state: State, dtype: torch.dtype) -> Peer:
+    """A peer by name, on the CPU.
+
+    Raises:
+        ValueError: no such peer, its package is not installed, or it cannot run this config or dtype; the message says
+            which.
+    """
+    if name not in _PEERS:
+        raise ValueError(f"unknown peer {name!r}; allowed: {', '.join(_PEERS)}")
+    model = _PEERS[name].build(config, state, dtype)
+    return Peer(name, importlib.metadata.version(name), model, _PEERS[name])
+
+
+def transformers_encoder(config: T5Config, state: State, dtype: torch.dtype) -> nn.Module:
+    """transformers' encoder class for this config, with SDPA attention where it has that, in evaluation mode.
+
+    It is built on the meta device and shares the tensors of ``state`` that have the right dtype already. As its own
+    ``from_pretrained`` does, a float16 model keeps ``wo`` in float32. Its norms compute the variance in float32 even in
+    a float64 model, which alone makes an error of about 4e-7 of the largest value; see :func:`exact_norms`.
+
+    Raises:
+        ValueError: transformers is absent, or lacks what the config has (``scale_qk``, a gate with exact GELU).
+    """
+    model = _transformers_model(config.encoder_only())
+    tensors = _transformers_tensors(model, state, encoder_tensors(config), dtype)
+    model.load_state_dict({**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"]}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def transformers_t5(config: T5Config, state: State, dtype: torch.dtype) -> nn.Module:
+    """transformers' class with decoder and output head, as :func:`transformers_encoder` has the encoder.
+
+    Hidden states are divided by √d_model before the head where the config says so. Left alone, transformers 5.0 to 5.23
+    divides those of every UMT5, since its config forgets whether the head was tied; the published models were trained
+    without, and neither transformers 4 nor 5.24 divides theirs.
+
+    Raises:
+        ValueError: as :func:`transformers_encoder`.
+    """
+    model: Any = _transformers_model(config)
+    tensors = _transformers_tensors(model, state, encoder_tensors(config) | decoder_tensors(config), dtype)
+    embedding = tensors["shared.weight"]
+    copies = {"encoder.embed_tokens.weight": embedding, "decoder.embed_tokens.weight": embedding}
+    model.load_state_dict({"lm_head.weight": embedding, **copies, **tensors}, assign=True)
+    # Assigning has made parameters of their own of what is one.
+    model.set_input_embeddings(model.shared)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.shared.weight
+    if config.bias_per_layer:
+        # 5.24 reads the second, those before it the first.
+        model.config.tie_word_embeddings = model.config.scale_decoder_outputs = config.head_scale != 1
+    return model.eval().requires_grad_(False)
+
+
+def _transformers_model(config: T5Config) -> nn.Module:
+    """The class for a config, with or without decoder, on the meta device."""
+    transformers = require("transformers")
+    if config.scale_qk:
+        raise ValueError("transformers has no scale_qk=True: its T5 never divides the logits by √d_kv")
+    values = config_to_hf(config)
+    model_class = getattr(transformers, values.pop("architectures")[0])
+    values.pop("model_type")
+    hf_config = model_class.config_class(**values)
+    hf_config._attn_implementation = "sdpa" if model_class._supports_sdpa else "eager"
+    with torch.device("meta"):
+        model: nn.Module = model_class(hf_config)
+    return model
+
+
+def _transformers_tensors(model: Any, state: State, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors in the dtypes that its own loading gives them."""
+    kept = model._keep_in_fp32_modules or () if dtype == torch.float16 else ()
+    return {
+        name: state[name].to(torch.float32 if any(f".{part}." in name for part in kept) else dtype) for name in names
+    }
+
+
+def exact_norms(model: nn.Module) -> nn.Module:
+    """Replaces the norms of a transformers T5 by :class:`torch.nn.RMSNorm` with the same weight and epsilon.
+
+    transformers takes the variance in float32 whatever the model's dtype, so even its float64 model is exact to float32
+    only. After this, a float64 model is exact to float64, and serves as the reference. Changes and returns ``model``.
+
+    Raises:
+        ValueError: there is no such norm in the model.
+    """
+    places: list[tuple[nn.Module, str, Any]] = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if hasattr(child, "variance_epsilon") and isinstance(getattr(child, "weight", None), Tensor)
+    ]
+    if not places:
+        raise ValueError(f"{type(model).__name__} has no norm with a variance_epsilon; it is no T5 of transformers")
+    for parent, name, child in places:
+        norm = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, device="meta")
+        norm.weight = child.weight
+        setattr(parent, name, norm)
+    return model
+
+
+def nai_t5_encoder(config: T5Config, state: State, dtype: torch.dtype) -> nn.Module:
+    """The encoder of the nai-t5 package with SDPA attention and fused norms, as its README recommends and measures.
+
+    Weights go through that package's own conversion, and through its norm fusion in float32. What it keeps in float32
+    (norms, residual) stays so; the rest is in ``dtype``.
+
+    Raises:
+        ValueError: nai-t5 or einops is not installed, or it cannot do the config or dtype: no float64, ReLU or gated
+            tanh-GELU only, and always a largest distance of 128.
+    """
+    refuse_for_nai_t5(config, dtype)
+    encoder, hf, fusing = (require(f"nai_t5.{part}") for part in ("t5_encoder", "t5_hf", "fuse_norm_scales"))
+    based = nai_t5_config(config, dtype)
+    with torch.device("meta"):
+        model: nn.Module = encoder.T5EncoderStack(based)
+    model.load_state_dict(dict(_nai_t5_tensors(hf, based, state, model.state_dict())), assign=True)
+    model.eval().requires_grad_(False)
+    fusing.fuse_norm_scales_enc(model, fuse_via_f32=True)
+    return model
+
+
+def nai_t5_config(config: T5Config, dtype: torch.dtype) -> Any:
+    """That package's config object."""
+    common = require("nai_t5.t5_common")
+    return common.T5Config(
+        vocab_size=config.vocab_size,
+        hidden_dim=config.d_model,
+        num_layers=config.num_layers,
+        n_head=config.num_heads,
+        kv_heads=config.num_heads,
+        head_dim=config.d_kv,
+        ff_dim=config.d_ff,
+        dropout=config.dropout_rate,
+        eps=config.layer_norm_epsilon,
+        emb_weight_dtype=dtype,
+        linear_weight_dtype=dtype,
+        ffn_type=common.T5FFNType.GEGLU if config.gated else common.T5FFNType.ReLU,
+        gelu_approx=common.GELUApprox.Tanh,
+        attn_impl=common.T5AttnImpl.SDPA,
+        relative_attention_num_buckets=config.relative_attention_num_buckets,
+        relative_attention_max_distance=config.relative_attention_max_distance,
+        scale_qk=config.scale_qk,
+        pad_token_id=config.pad_token_id,
+        pos_emb_per_layer=config.bias_per_layer,
+    )
+
+
+def _nai_t5_tensors(hf: Any, based: Any, state: State, wanted: State) -> Iterator[tuple[str, Tensor]]:
+    """The converted tensors in the dtypes of the ``wanted`` ones."""
+    for name, tensor in hf.hf_to_based_t5_enc_state(state, based).items():
+        cast = tensor.to(wanted[name].dtype)
+        # The norm fusion writes into its projections, so a tensor of the given state must not be one.
+        is_given = name.endswith("ff_in.weight") and cast is tensor
+        yield name, cast.clone() if is_given else cast
+
+
+def refuse_for_nai_t5(config: T5Config, dtype: torch.dtype) -> None:
+    """Raises a ValueError that says what of a config or dtype that package cannot do."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"nai-t5 has no {str(dtype).removeprefix('torch.')}: its norms and residual are float32")
+    if (config.gated, config.activation) not in ((False, "relu"), (True, "gelu_new")):
+        kind = f"{'gated ' if config.gated else ''}{config.activation}"
+        raise ValueError(f"nai-t5 has no {kind} feed-forward; it has relu and gated gelu_new")
+    if config.relative_attention_max_distance != 128:
+        raise ValueError(
+            f"nai-t5 ignores relative_attention_max_distance={config.relative_attention_max_distance}: it is always 128"
+        )
+
+
+def require(module: str) -> Any:
+    """A module of an optional package; raises a ValueError that names the extra where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"{module.partition('.')[0].replace('_', '-')} cannot be imported ({error}); "
+            'comparisons with other implementations need: pip install "comfy-nai-t5[bench]"'
+        ) from error
+
+
+def _call_transformers(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
+    hidden: Tensor = model(input_ids=ids, attention_mask=None if mask is None else mask.long()).last_hidden_state
+    return hidden
+
+
+def _call_nai_t5(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
+    hidden: Tensor = model(ids, input_mask=None if mask is None else mask.bool())
+    return hidden
+
+
+def _residual_of_transformers(value: Any) -> Tensor:
+    residual: Tensor = value[0] if isinstance(value, tuple) else value
+    return residual
+
+
+def _residual_of_nai_t5(value: Any) -> Tensor:
+    """What a layer adds to the residual, and the residual, travel side by side; the first layer gets no residual."""
+    added, residual = value
+    total: Tensor = added if residual is None else added.to(residual.dtype) + residual
+    return total
+
+
+_PEERS = {
+    "transformers": Implementation(
+        transformers_encoder, _call_transformers, lambda model: model.encoder.block, _residual_of_transformers
+    ),
+    "nai-t5": Implementation(nai_t5_encoder, _call_nai_t5, lambda model: model.layers, _residual_of_nai_t5),
+}
+PEERS = tuple(_PEERS)

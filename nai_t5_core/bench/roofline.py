@@ -1,0 +1,142 @@
+"""How long an encode must take on a device, on paper: the larger of its arithmetic and its memory traffic.
+
+Nothing here is measured. A real encode takes longer: no kernel reaches the rates of a data sheet, and launches, norms,
+bias and softmax are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from nai_t5_core.facts.config import Shape, T5Config
+
+_FLOAT16, _FLOAT32 = 2, 4
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a data sheet promises: dense float16 products summed in float32, and memory bandwidth."""
+
+    name: str
+    flops_per_second: float
+    bytes_per_second: float
+
+
+DEVICES = (
+    # NVIDIA H100 Tensor Core GPU data sheet, SXM: 1979 TFLOPS with sparsity, half of that dense; 3.35 TB/s.
+    Device("H100 SXM", 989.4e12, 3.35e12),
+    # NVIDIA Ada GPU architecture whitepaper, table of the RTX 4090: 165.2 TFLOPS FP16 with FP32 accumulate; 1008 GB/s.
+    Device("RTX 4090", 165.2e12, 1008e9),
+    # NVIDIA's RTX 3060 (12 GB) page: 28 multiprocessors, 1.78 GHz boost, 360 GB/s. NVIDIA's GA102 whitepaper: 512
+    # operations per multiprocessor and clock in FP16 with FP32 accumulate. 28 · 1.777 GHz · 512 = 25.5 TFLOPS.
+    Device("RTX 3060", 25.5e12, 360e9),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one encode computes and moves."""
+
+    flops: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class PaperTime:
+    """Seconds of one encode at a device's rates, and which of the two rates decides."""
+
+    seconds: float
+    bound_by: Literal["arithmetic", "memory"]
+
+    @classmethod
+    def of(cls, work: Work, device: Device) -> PaperTime:
+        arithmetic, memory = work.flops / device.flops_per_second, work.nbytes / device.bytes_per_second
+        return cls(arithmetic, "arithmetic") if arithmetic > memory else cls(memory, "memory")
+
+
+@dataclass(frozen=True)
+class DeviceEstimate:
+    """A batch on one device: with every pad computed, and with its real tokens alone."""
+
+    device: Device
+    padded: PaperTime
+    ours: PaperTime
+
+    @property
+    def ratio(self) -> float:
+        return self.padded.seconds / self.ours.seconds
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Paper times of one batch. ``padded`` is the work of encoders that compute pads, ``ours`` that without."""
+
+    size: str
+    prompt_lengths: tuple[int, ...]
+    padded_to: int
+    padded: Work
+    ours: Work
+    devices: tuple[DeviceEstimate, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: operations, bytes, seconds and ratios."""
+        report = {**asdict(self), "measured": False}
+        report["devices"] = [{**asdict(item), "ratio": item.ratio} for item in self.devices]
+        return report
+
+
+def estimate(config: T5Config, size: str, prompt_lengths: Sequence[int], padded_to: int = 512) -> Estimate:
+    """Paper times of one batch in float16 on each of :data:`DEVICES`.
+
+    Raises:
+        ValueError: no prompts, or one that is empty or longer than ``padded_to``.
+    """
+    if not prompt_lengths or min(prompt_lengths) < 1 or max(prompt_lengths) > padded_to:
+        raise ValueError(
+            f"prompt lengths {list(prompt_lengths)} padded to {padded_to}; each must be 1 … {padded_to}, and there "
+            "must be one"
+        )
+    padded, ours = encoder_work(config, [padded_to] * len(prompt_lengths)), encoder_work(config, prompt_lengths)
+    devices = tuple(
+        DeviceEstimate(device, PaperTime.of(padded, device), PaperTime.of(ours, device)) for device in DEVICES
+    )
+    return Estimate(size, tuple(prompt_lengths), padded_to, padded, ours, devices)
+
+
+def encoder_work(config: T5Config, document_lengths: Sequence[int]) -> Work:
+    """A float16 encode of these documents in one batch, pads counted as tokens where they are computed.
+
+    Bytes: every weight once, the inputs and outputs of every product and of attention once, and the float32 residual
+    read and written by both sublayers. A fused attention kernel leaves no logits in memory.
+    """
+    tokens = sum(document_lengths)
+    products = sum(out_features + in_features for out_features, in_features in projection_shapes(config))
+    attention = 4 * config.inner_dim
+    residual = 2 * 2 * config.d_model
+    per_token = config.num_layers * (_FLOAT16 * (products + attention) + _FLOAT32 * residual)
+    weights = _FLOAT16 * config.num_layers * _layer_weights(config)
+    return Work(encoder_flops(config, document_lengths), weights + tokens * per_token)
+
+
+def encoder_flops(config: T5Config, document_lengths: Sequence[int]) -> int:
+    """Floating-point operations of the products and of attention when each document attends to itself alone."""
+    attention = sum(4 * length * length * config.inner_dim for length in document_lengths)
+    return projection_flops(config, sum(document_lengths)) + config.num_layers * attention
+
+
+def projection_flops(config: T5Config, tokens: int) -> int:
+    """Floating-point operations of the encoder's projections alone."""
+    return 2 * tokens * config.num_layers * _layer_weights(config)
+
+
+def projection_shapes(config: T5Config) -> tuple[Shape, ...]:
+    """[out, in] of one layer's projections, in order: q, k and v joined, o, the inner ones, the last."""
+    inner = ((config.d_ff, config.d_model),) * (2 if config.gated else 1)
+    attention = ((3 * config.inner_dim, config.d_model), (config.d_model, config.inner_dim))
+    return (*attention, *inner, (config.d_model, config.d_ff))
+
+
+def _layer_weights(config: T5Config) -> int:
+    return sum(out_features * in_features for out_features, in_features in projection_shapes(config))

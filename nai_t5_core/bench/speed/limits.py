@@ -1,0 +1,51 @@
+"""What ours is held against: its projections as bare products of a library, and the processor's instruction alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.bench.roofline import projection_shapes
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.kernels.calls import multiply_in_registers
+
+_ROUNDS = 4_000_000  # some hundredths of a second
+
+
+def register_rate(dtype: torch.dtype) -> float:
+    """Operations per second of the instruction that the kernels multiply with, on registers and nothing else."""
+    started = time.perf_counter()
+    operations = multiply_in_registers(dtype, _ROUNDS)
+    return operations / (time.perf_counter() - started)
+
+
+class BareProjections:
+    """Every projection of every layer, packed for oneDNN, in the encoder's order.
+
+    Each has memory of its own, so that weights pass through the caches as they do in the model; their values are
+    random, and one draw serves all layers. A CPU that :func:`nai_t5_core.backends.prepack.can_prepack` accepts is
+    needed.
+    """
+
+    def __init__(self, config: T5Config, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.shapes = projection_shapes(config)
+        drawn = {shape: torch.randn(shape).to(dtype) for shape in set(self.shapes)}
+        self.layers: list[list[Tensor]] = [
+            [torch.ops.mkldnn._reorder_linear_weight(drawn[shape]) for shape in self.shapes]
+            for _ in range(config.num_layers)
+        ]
+
+    def of(self, tokens: int) -> Callable[[], None]:
+        """The products for that many rows, ready to be timed."""
+        inputs = {width: torch.randn(tokens, width).to(self.dtype) for _, width in self.shapes}
+
+        def multiply() -> None:
+            for weights in self.layers:
+                for (_, width), weight in zip(self.shapes, weights, strict=True):
+                    torch.ops.mkldnn._linear_pointwise(inputs[width], weight, None, "none", [], "")
+
+        return multiply

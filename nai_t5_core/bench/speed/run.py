@@ -1,0 +1,121 @@
+"""The whole benchmark: weights, implementations, cases, loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from nai_t5_core.bench.peers import PEERS, State, random_state
+from nai_t5_core.bench.speed.cases import CASES, Case
+from nai_t5_core.bench.speed.limits import BareProjections
+from nai_t5_core.bench.speed.loading import measure_loading
+from nai_t5_core.bench.speed.machine import device_name, threads_set
+from nai_t5_core.bench.speed.results import BenchReport, CaseResult
+from nai_t5_core.bench.speed.timing import Bench, run_case
+from nai_t5_core.bench.speed.variants import Wanted, build_variants
+from nai_t5_core.facts.config import T5Config, named_config
+from nai_t5_core.model.precision import resolve_device, resolve_dtype
+
+
+def run_bench(
+    size: str | T5Config,
+    dtype: str | torch.dtype = "auto",
+    threads: int | None = None,
+    repeats: int = 7,
+    peers: Sequence[str] = PEERS,
+    cases: Sequence[Case] = CASES,
+    with_load: bool = True,
+    device: str = "auto",
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+    comfyui: Path | None = None,
+    compiled: bool = False,
+    int8: bool = False,
+    onednn: bool = False,
+) -> BenchReport:
+    """Times our encoder and its peers on random weights of a published size.
+
+    Ours runs as ``TextEncoder.from_pretrained`` gives it on this device, and once more without prepacking where that
+    differs. In every round each implementation encodes once, in turn, the projections alone are multiplied once, and
+    the instruction that the kernels multiply with is timed alone. Tensors are shared between the implementations where
+    their layouts agree; about five copies of the weights are in memory.
+
+    Args:
+        size: a name that :func:`nai_t5_core.facts.config.named_config` knows, or a config. Only the encoder is used.
+        dtype, device: as for :func:`nai_t5_core.weights.load.load_encoder`; peers run in the same, but for ComfyUI.
+        threads: of torch on the CPU, None leaves the number as it is.
+        repeats: rounds that count, after two calls that do not.
+        cases: what is encoded; none builds no encoder, and leaves loading alone.
+        with_load: also measure loading, in fresh processes and always on the CPU.
+        progress: called with what is being done, in words.
+        comfyui: a checkout of ComfyUI, whose T5 becomes one more peer; it computes in float32.
+        compiled: every implementation also under ``torch.compile``.
+        int8: ours also in 8 bits.
+        onednn: ours also without its own kernels, as it is on processors for which there are none.
+
+    Raises:
+        ValueError: unknown size, dtype, device or peer, fewer than one repeat, or no compiler for ``compiled``.
+    """
+    tell = progress or (lambda _: None)
+    config = (named_config(size) if isinstance(size, str) else size).encoder_only()
+    place = resolve_device(device)
+    model_dtype = resolve_dtype(dtype, place)
+    if unknown := set(peers) - set(PEERS):
+        raise ValueError(f"unknown peers {sorted(unknown)}; allowed: {', '.join(PEERS)}")
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}; at least 1 round must count")
+    wanted = Wanted(tuple(peers), comfyui, compiled, int8, onednn)
+    with threads_set(threads) as used_threads:
+        tell("drawing weights")
+        state = random_state(config, seed, dtype=model_dtype, device=place)
+        measured = _Measured()
+        if cases:
+            measured = _measure(cases, config, state, model_dtype, place, wanted, repeats, seed, tell)
+        loading = None
+        if with_load:
+            on_cpu = {name: tensor.cpu() for name, tensor in state.items()}
+            loading = measure_loading(config, on_cpu, model_dtype, threads, repeats, tell)
+    return BenchReport(
+        size=size if isinstance(size, str) else config.size_name or f"d_model {config.d_model}",
+        dtype=str(model_dtype).removeprefix("torch."),
+        device=device_name(place),
+        threads=used_threads,
+        repeats=repeats,
+        versions={"torch": torch.__version__, **measured.versions},
+        cases=measured.cases,
+        loading=loading,
+        skipped=measured.skipped,
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The cases, the versions of the peers, and what was skipped."""
+
+    cases: tuple[CaseResult, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+
+
+def _measure(
+    cases: Sequence[Case],
+    config: T5Config,
+    state: State,
+    dtype: torch.dtype,
+    device: torch.device,
+    wanted: Wanted,
+    repeats: int,
+    seed: int,
+    tell: Callable[[str], None],
+) -> _Measured:
+    """Everything that is built here is gone afterwards, so that loading has the memory to itself."""
+    built = build_variants(config, state, dtype, device, wanted, tell)
+    projections = None
+    if built.can_prepack:
+        tell("packing the projections alone")
+        projections = BareProjections(config, dtype)
+    bench = Bench(config, built.encoders, projections, built.kernel_dtypes, device, repeats, seed, tell)
+    return _Measured(tuple(run_case(case, bench) for case in cases), built.versions, built.skipped)

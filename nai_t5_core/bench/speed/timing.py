@@ -1,0 +1,133 @@
+"""One case: every implementation encodes in turn, round after round, and so does what they are held against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.bench.parity import random_batch
+from nai_t5_core.bench.parity_report import OWN
+from nai_t5_core.bench.roofline import encoder_flops, projection_flops
+from nai_t5_core.bench.speed.cases import Case
+from nai_t5_core.bench.speed.flops import count_flops
+from nai_t5_core.bench.speed.limits import BareProjections, register_rate
+from nai_t5_core.bench.speed.memory import peak_bytes
+from nai_t5_core.bench.speed.results import CaseResult, GuardCost, LeastTime, Limit, Spread, Timing
+from nai_t5_core.bench.speed.variants import OWN_COMPILED, Encode
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.float16.guard import is_finite
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every case is run with."""
+
+    config: T5Config
+    encoders: dict[str, Encode]
+    projections: BareProjections | None
+    kernel_dtypes: Mapping[str, torch.dtype]
+    device: torch.device
+    repeats: int
+    seed: int
+    tell: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """Seconds of each round, and the rates at which registers are multiplied."""
+
+    encoders: dict[str, list[float]]
+    guard: list[float] = field(default_factory=list)
+    limit: list[float] = field(default_factory=list)
+    rates: dict[torch.dtype, list[float]] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def run_case(case: Case, bench: Bench) -> CaseResult:
+    """Three calls that do not count (operations are counted, then weights packed or code compiled, then memory is
+    weighed), and the rounds.
+    """
+    ids, mask = (x.to(bench.device) for x in random_batch(bench.config, case.prompt_lengths, case.length, bench.seed))
+    calls = {name: partial(encode, case, ids, mask) for name, encode in bench.encoders.items()}
+    # What was compiled for other shapes must not count against the limit of recompilations.
+    torch.compiler.reset()
+    flops, memory, outputs = dict[str, int | None](), dict[str, int | None](), dict[str, Tensor]()
+    for name, call in calls.items():
+        bench.tell(f"{case.name}: warm-up of {name}")
+        flops[name] = count_flops(call) if name != OWN_COMPILED else None
+        outputs[name] = call()[mask].double().cpu()
+        memory[name] = peak_bytes(call, bench.device)
+    rounds = _run_rounds(case, bench, calls)
+    own, own_output = rounds.encoders[OWN], outputs[OWN]
+    real_flops = encoder_flops(bench.config, case.prompt_lengths)
+    timings = tuple(
+        Timing(
+            name,
+            seconds=Spread.of(seconds),
+            ratio=Spread.of_ratio(seconds, own),
+            tokens_per_second=Spread.of([case.real_tokens / each for each in seconds]),
+            flops=flops[name],
+            flops_ratio=_divided(flops[name], real_flops),
+            peak_memory=memory[name],
+            difference=float((outputs[name] - own_output).abs().max() / own_output.abs().max()),
+        )
+        for name, seconds in rounds.encoders.items()
+    )
+    limit = Limit(Spread.of(rounds.limit), Spread.of_ratio(rounds.limit, own)) if rounds.limit else None
+    least = _least_times(case, bench, rounds, flops[OWN] or 0)
+    guard = GuardCost(Spread.of(rounds.guard), Spread.of_ratio(rounds.guard, own))
+    return CaseResult(case, timings, limit, least, guard)
+
+
+def _least_times(case: Case, bench: Bench, rounds: _Rounds, flops: int) -> tuple[LeastTime, ...]:
+    projections = projection_flops(bench.config, case.computed_tokens)
+    found = []
+    for name, dtype in bench.kernel_dtypes.items():
+        rates = zip(rounds.rates[dtype], rounds.rates[bench.kernel_dtypes[OWN]], strict=True)
+        seconds = [projections / rate + (flops - projections) / own_rate for rate, own_rate in rates]
+        reached = Spread.of_ratio(seconds, rounds.encoders[name])
+        found.append(LeastTime(name, Spread.of(rounds.rates[dtype]), Spread.of(seconds), reached))
+    return tuple(found)
+
+
+def _divided(flops: int | None, real_flops: int) -> float | None:
+    return None if flops is None else flops / real_flops
+
+
+def _run_rounds(case: Case, bench: Bench, calls: Mapping[str, Callable[[], Tensor]]) -> _Rounds:
+    products = bench.projections.of(case.computed_tokens) if bench.projections is not None else None
+    if products is not None:
+        products()
+    rounds = _Rounds({name: [] for name in calls}, rates={dtype: [] for dtype in bench.kernel_dtypes.values()})
+    for number in range(bench.repeats):
+        bench.tell(f"{case.name}: round {number + 1} of {bench.repeats}")
+        for name, call in calls.items():
+            seconds, out = timed(call, bench.device)
+            rounds.encoders[name].append(seconds)
+            if name == OWN:
+                rounds.guard.append(timed(partial(is_finite, out), bench.device)[0])
+        if products is not None:
+            rounds.limit.append(timed(products, bench.device)[0])
+        for dtype, rates in rounds.rates.items():
+            rates.append(register_rate(dtype))
+    return rounds
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds of a call, and its result."""
+    _synchronize(device)
+    started = time.perf_counter()
+    result = call()
+    _synchronize(device)
+    return time.perf_counter() - started, result
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

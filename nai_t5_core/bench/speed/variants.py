@@ -1,0 +1,190 @@
+"""What is timed: our encoder as users run it and in other states, and its peers, each eager or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.backends.compiled import compile_stack
+from nai_t5_core.backends.int8 import quantize_int8
+from nai_t5_core.backends.prepack import can_prepack, prepack
+from nai_t5_core.bench.comfyui_peer import COMFYUI, comfyui_peer, import_comfyui
+from nai_t5_core.bench.parity_report import OWN
+from nai_t5_core.bench.peers import Peer, State, build_peer, own_encoder
+from nai_t5_core.bench.speed.cases import Case
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.kernels.build import why_not_kernels
+from nai_t5_core.model.encoder import T5EncoderStack
+
+NOT_PREPACKED = f"{OWN}, not prepacked"
+BY_ONEDNN = f"{OWN}, oneDNN"
+INT8 = f"{OWN}, int8"
+COMPILED = ", compiled"
+OWN_COMPILED = f"{OWN}{COMPILED}"
+
+# [batch, length] ids and mask to hidden states.
+Encode = Callable[[Case, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which implementations to build: peers by name, ComfyUI from a checkout, ours in 8 bits or by oneDNN alone.
+
+    With ``compiled``, all of them compiled as well.
+    """
+
+    peers: tuple[str, ...] = ()
+    comfyui: Path | None = None
+    compiled: bool = False
+    int8: bool = False
+    onednn: bool = False
+
+
+@dataclass(frozen=True)
+class Built:
+    """Ready implementations by name, ours first; versions of the peers; what could not be built, and why.
+
+    ``kernel_dtypes`` says what the kernels multiply the projections in, for those variants of ours that they compute.
+    """
+
+    encoders: dict[str, Encode]
+    versions: dict[str, str]
+    skipped: tuple[str, ...]
+    can_prepack: bool
+    kernel_dtypes: Mapping[str, torch.dtype]
+
+
+def build_variants(
+    config: T5Config,
+    state: State,
+    dtype: torch.dtype,
+    device: torch.device,
+    wanted: Wanted,
+    tell: Callable[[str], None],
+) -> Built:
+    """Builds everything from one set of weights; tensors are shared where the layouts agree.
+
+    Raises:
+        ValueError: compiled variants or 8 bits are wanted and this machine has them not, or ComfyUI cannot be imported.
+    """
+    if wanted.compiled:
+        _check_compiler()
+    if wanted.comfyui is not None:
+        # A checkout that was named and cannot be used is a fault, and not a peer to skip.
+        import_comfyui(wanted.comfyui, device)
+    tell(f"building {OWN}")
+    eager = own_encoder(config, state, dtype).to(device)
+    encoders = {name: _own(optimize(_twin(eager))) for name, optimize in _own_variants(eager, wanted).items()}
+    versions, skipped = dict[str, str](), list[str]()
+    for name, build in _peer_builders(config, state, dtype, device, wanted).items():
+        tell(f"building {name}")
+        try:
+            peer = build()
+        except ValueError as error:
+            skipped.append(f"{name}: {error}")
+            continue
+        peer.model.to(device)
+        versions[name] = peer.version
+        encoders[name] = _of_peer(peer)
+        if wanted.compiled:
+            forward = _compiled(peer.implementation.forward)
+            compiled = replace(peer, implementation=replace(peer.implementation, forward=forward))
+            encoders[f"{name}{COMPILED}"] = _of_peer(compiled)
+    return Built(encoders, versions, tuple(skipped), can_prepack(eager), _kernel_dtypes(eager, wanted))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ours
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A stack to something that is called like it.
+Optimize = Callable[[T5EncoderStack], Callable[..., Tensor]]
+
+
+def _own_variants(stack: T5EncoderStack, wanted: Wanted) -> dict[str, Optimize]:
+    """How each variant of ours is made from a stack of its own. A line is a variant; the first is TextEncoder's."""
+    variants: dict[str, Optimize] = {OWN: _unchanged}
+    if can_prepack(stack):
+        variants = {OWN: prepack, NOT_PREPACKED: _unchanged}
+        if wanted.onednn:
+            variants[BY_ONEDNN] = _by_onednn
+    if wanted.int8:
+        variants[INT8] = quantize_int8
+    if wanted.compiled:
+        variants[OWN_COMPILED] = compile_stack
+    return variants
+
+
+def _kernel_dtypes(stack: T5EncoderStack, wanted: Wanted) -> dict[str, torch.dtype]:
+    if not can_prepack(stack) or why_not_kernels() is not None:
+        return {}
+    return {OWN: stack.dtype, **({INT8: torch.int8} if wanted.int8 else {})}
+
+
+def _twin(stack: T5EncoderStack) -> T5EncoderStack:
+    """Another stack with the same tensors, for functions that change the modules of one."""
+    twin = T5EncoderStack(stack.config, stack.layout, scales=stack.scales, device="meta", dtype=stack.dtype)
+    twin.load_state_dict(stack.state_dict(), assign=True)
+    return twin.eval().requires_grad_(False)
+
+
+def _by_onednn(stack: T5EncoderStack) -> Callable[..., Tensor]:
+    return prepack(stack, "onednn")
+
+
+def _unchanged(stack: T5EncoderStack) -> Callable[..., Tensor]:
+    return stack
+
+
+def _own(call: Callable[..., Tensor]) -> Encode:
+    def encode(case: Case, ids: Tensor, mask: Tensor) -> Tensor:
+        return call(ids, None) if case.padding is None else call(ids, mask, padding=case.padding)
+
+    return encode
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Peers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _peer_builders(
+    config: T5Config, state: State, dtype: torch.dtype, device: torch.device, wanted: Wanted
+) -> dict[str, Callable[[], Peer]]:
+    def named(name: str) -> Callable[[], Peer]:
+        return lambda: build_peer(name, config, state, dtype)
+
+    builders = {name: named(name) for name in wanted.peers}
+    if (checkout := wanted.comfyui) is not None:
+        builders[COMFYUI] = lambda: comfyui_peer(checkout, config, state, dtype, device)
+    return builders
+
+
+def _of_peer(peer: Peer) -> Encode:
+    return lambda case, ids, mask: peer(ids, None if case.padding is None else mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _compiled(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled for each shape by itself, which is the fastest code that a model can get."""
+    return torch.compile(call, dynamic=False)
+
+
+def _check_compiler() -> None:
+    if not hasattr(torch.compiler, "set_stance"):
+        raise ValueError(f"compiled variants need torch 2.6 or newer; this is {torch.__version__}")
+    try:
+        torch.compile(torch.sin)(torch.ones(2))
+    except RuntimeError as error:
+        cause = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"torch cannot compile here ({cause}); install a C++ compiler, or leave compiling out"
+        ) from error

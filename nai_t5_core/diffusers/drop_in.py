@@ -1,0 +1,396 @@
+"""Our encoder in the shape of transformers' T5EncoderModel and UMT5EncoderModel, for software that expects one of them.
+
+Needs the extra ``transformers``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from transformers import MT5Config, PretrainedConfig, PreTrainedModel, T5Config, UMT5Config
+    from transformers.modeling_outputs import BaseModelOutput
+except ImportError as error:
+    raise ImportError("this needs transformers; install it with: pip install 'comfy-nai-t5[transformers]'") from error
+
+from nai_t5_core.diffusers.drop_in_keywords import loading_options, refuse_for_saving
+from nai_t5_core.diffusers.drop_in_weights import (
+    CastingOps,
+    encoder_from_model,
+    give_back,
+    open_source,
+    refuse_wrapped,
+    single_device,
+    weights_name,
+    write_config,
+    write_native,
+    write_originals,
+)
+from nai_t5_core.diffusers.row_memory import RowMemory
+from nai_t5_core.facts.config import config_from_hf, config_to_hf
+from nai_t5_core.float16.guard import guard
+from nai_t5_core.model.encoder import Layout, T5EncoderStack
+from nai_t5_core.model.fixed_weights import refuse_change
+from nai_t5_core.model.packing import PaddingPolicy, check_policy
+from nai_t5_core.model.precision import DTYPES, resolve_device, resolve_dtype
+from nai_t5_core.weights.convert import main_dtype
+from nai_t5_core.weights.examine import Examination, examine_checkpoint
+from nai_t5_core.weights.load import ScalesChoice, assemble
+
+SaveFormat = Literal["native", "transformers"]
+SAVE_FORMATS: tuple[SaveFormat, ...] = get_args(SaveFormat)
+
+_CONFIG_CLASSES = {"t5": T5Config, "mt5": MT5Config, "umt5": UMT5Config}
+# What transformers calls the encoder of each model type.
+_ENCODER_CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+
+
+class NAIT5EncoderModel(PreTrainedModel):
+    """Call and outputs of transformers' T5EncoderModel and UMT5EncoderModel, computed by our encoder.
+
+    >>> model = NAIT5EncoderModel.from_pretrained("google/t5-v1_1-xxl", dtype=torch.float16)
+    >>> model(input_ids, attention_mask).last_hidden_state            # [batch, length, d_model]
+
+    ``padding`` and ``extra_pad`` say what is done with the positions that a mask hides, see
+    :func:`nai_t5_core.model.packing.pack_batch`. The default ``"exact"`` computes every row as transformers does. Both
+    may be changed at any time.
+
+    There is no dropout: training mode gives what evaluation mode gives.
+    """
+
+    # Saved pipelines name the class by this, and it stays where they look for it.
+    __module__ = "nai_t5_core.hf"
+    base_model_prefix = "transformer"
+    main_input_name = "input_ids"
+    config_class = T5Config
+    _supports_sdpa = True
+    _no_split_modules = ("EncoderBlock",)
+    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012 - transformers looks for it on the class
+
+    def __init__(self, config: PretrainedConfig, stack: T5EncoderStack | None = None) -> None:
+        """A model around a finished encoder, or, without one, a random model of the sizes in ``config``."""
+        super().__init__(_own_config(config))
+        if stack is None:
+            stack = T5EncoderStack(config_from_hf(config.to_dict()).encoder_only(), "fused", CastingOps)
+            if not stack.shared.weight.is_meta:
+                stack.init_weights()
+        stack.guard = guard
+        # In a tuple, so that the modules are registered once, under the names that Hugging Face checkpoints have.
+        self._holder = (stack,)
+        self.shared, self.encoder = stack.shared, stack.encoder
+        self._padding: PaddingPolicy = "exact"
+        self._extra_pad = 0
+        self._memory: RowMemory | None = None
+        self.post_init()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Where models come from
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_hf(
+        cls,
+        model: nn.Module,
+        dtype: torch.dtype | str | None = None,
+        layout: Layout = "fused",
+        scales: ScalesChoice = "auto",
+        release: bool = False,
+    ) -> NAIT5EncoderModel:
+        """From a loaded transformers T5, mT5 or UMT5 (encoder or whole model), on its device, in evaluation mode.
+
+        Args:
+            dtype: by default that of the model. float16 gets scales that keep it in range.
+            layout: ``"fused"`` is the fastest; ``"separate"`` shares the model's tensors where the dtype is the same.
+            scales: see :func:`nai_t5_core.weights.load.load_encoder`.
+            release: take each weight away from ``model`` when it has been used, so that memory never holds both. The
+                model is left without values; :meth:`give_back` fills it again.
+
+        Raises:
+            CheckpointError: the model is no T5, has adapters or quantised weights, is offloaded, or exceeds float16.
+            ValueError: a dtype that is no T5's, an unknown layout, or scales for another number of layers.
+        """
+        stack = encoder_from_model(model, dtype, layout, scales, release)
+        source: Any = model
+        return cls(source.config, stack).eval()
+
+    def give_back(self, model: nn.Module) -> None:
+        """Fills a model released by :meth:`from_hf`, as :mod:`nai_t5_core.diffusers.drop_in_weights` describes."""
+        give_back(self.stack, model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | None,
+        *,
+        dtype: torch.dtype | str | None = "auto",
+        torch_dtype: torch.dtype | str | None = None,
+        subfolder: str = "",
+        revision: str | None = None,
+        variant: str | None = None,
+        device_map: Any = None,
+        layout: Layout = "fused",
+        scales: ScalesChoice = "auto",
+        **others: Any,
+    ) -> NAIT5EncoderModel:
+        """Loads a T5 encoder in evaluation mode from a hub id, a folder or a file.
+
+        Args:
+            pretrained_model_name_or_path, layout, scales: as for :func:`nai_t5_core.weights.load.load_encoder`.
+            dtype: ``"auto"`` is that of the checkpoint, None is float32.
+            torch_dtype: the older name of ``dtype``.
+            subfolder: the text encoder's folder in a pipeline.
+            revision: of a hub id; so are ``cache_dir``, ``token``, ``force_download`` and ``local_files_only``.
+            variant: ``"fp16"`` reads ``model.fp16.safetensors``.
+            device_map: one device for the whole model, also as ``{"": device}``; ``"auto"`` is the accelerator, or the
+                CPU where there is none.
+            others: ``output_hidden_states`` and ``return_dict`` are put into the config. What transformers takes
+                beyond that is accepted where it changes nothing here, and else refused by name, see
+                :mod:`nai_t5_core.diffusers.drop_in_keywords`.
+
+        Raises:
+            CheckpointError: the checkpoint is unusable; all its faults are listed.
+            ValueError: an unknown dtype or device, several devices, or what is not done here, such as a quantisation.
+            TypeError: an unknown keyword.
+        """
+        hub, settings = loading_options(others, revision)
+        device = resolve_device(single_device(device_map))
+        wanted = torch_dtype if torch_dtype is not None else dtype
+        given = None if wanted == "auto" else resolve_dtype(wanted or torch.float32, device)
+        examination = examine_checkpoint(open_source(pretrained_model_name_or_path, subfolder, hub, variant))
+        model_dtype = given or resolve_dtype(main_dtype(examination), device)
+        stack, _ = assemble(examination, model_dtype, device, layout, scales, CastingOps)
+        model = cls(_hf_config(examination), stack)
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path or "")
+        model.config.update(settings)
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        *,
+        save_format: SaveFormat = "native",
+        variant: str | None = None,
+        **others: Any,
+    ) -> None:
+        """Writes config.json and one safetensors file.
+
+        Args:
+            is_main_process: False writes nothing, for all but one of several processes.
+            save_format: ``"native"`` keeps the tensors as they are (fused and scaled), which everything of ours reads;
+                ``"transformers"`` writes the original tensors for its own classes, exact to rounding.
+            variant: ``"fp16"`` names the file ``model.fp16.safetensors``.
+            others: what transformers takes beyond that is accepted where it changes nothing here, such as
+                ``max_shard_size`` and ``safe_serialization`` (which transformers itself knows no more), and else
+                refused by name.
+
+        Raises:
+            ValueError: an unknown format, what is not done here (``push_to_hub``), or weights that have adapters or
+                live LoRAs beside them.
+            TypeError: an unknown keyword.
+            CheckpointError: the file cannot be written.
+        """
+        if save_format not in SAVE_FORMATS:
+            raise ValueError(f"unknown save_format {save_format!r}; allowed: {', '.join(SAVE_FORMATS)}")
+        folder = Path(save_directory)
+        refuse_for_saving(others, folder)
+        refuse_wrapped(self.stack)
+        if not is_main_process:
+            return
+        class_name = type(self).__name__ if save_format == "native" else _ENCODER_CLASSES[self.config.model_type]
+        dtype = str(self.dtype).removeprefix("torch.")
+        write_config(folder, {**self.config.to_dict(), "dtype": dtype}, class_name)
+        file = folder / weights_name(variant)
+        if save_format == "native":
+            write_native(self.stack, file, self.name_or_path or class_name)
+        else:
+            write_originals(self.stack, file)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The call
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> BaseModelOutput | tuple[Any, ...]:
+        """Encodes a padded batch.
+
+        Args:
+            input_ids: [batch, length] integers.
+            attention_mask: None or [batch, length] of any dtype, non-zero at real tokens; masks of 3 and 4 dimensions
+                as for :class:`nai_t5_core.model.encoder.T5EncoderStack`.
+            inputs_embeds: [batch, length, d_model] in place of ids.
+            output_hidden_states: also give the layers + 1 hidden states: embeddings first, the last after the norm.
+            return_dict: False gives a tuple.
+
+        Other keywords are taken and not used, as in transformers, since pipelines pass all that a tokenizer gave them.
+
+        Returns:
+            ``last_hidden_state`` [batch, length, d_model] (and ``hidden_states``, each of that shape) in the model's
+            dtype: a tensor of its own in every call, which the caller may change.
+
+        Raises:
+            ValueError: attention weights are asked for, which are never formed here; the embedding table is stored in
+                8 bits; or see the encoder's own call.
+            NotFiniteError: the result is not finite, and no scale can mend that.
+        """
+        if output_attentions:
+            raise ValueError("output_attentions=True: attention weights are never formed; use transformers' own class")
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        self._refuse_storage_dtypes()
+        options: dict[str, Any] = {"padding": self._padding, "extra_pad": self._extra_pad}
+        if wants_states:
+            states = self.stack.hidden_states(input_ids, attention_mask, inputs_embeds=inputs_embeds, **options)
+            hidden_states = tuple(_within_range(state, self.dtype) for state in states)
+            output = BaseModelOutput(last_hidden_state=hidden_states[-1], hidden_states=hidden_states)
+        else:
+            hidden = self._remembered(input_ids, attention_mask)
+            if hidden is None:
+                hidden = self.stack(input_ids, attention_mask, inputs_embeds=inputs_embeds, **options)
+            output = BaseModelOutput(last_hidden_state=hidden)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _refuse_storage_dtypes(self) -> None:
+        """The embedding table tells what is computed in; layerwise casting puts a dtype there that nothing can be."""
+        if self.stack.dtype not in DTYPES.values():
+            raise ValueError(
+                f"the embedding table is stored in {self.stack.dtype}, and tells no dtype to compute in: give "
+                "skip_modules_classes=(torch.nn.Embedding,) to apply_layerwise_casting, and load the model again"
+            )
+
+    def _remembered(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        return None if self._memory is None or input_ids is None else self._memory.find(input_ids, attention_mask)
+
+    @contextmanager
+    def remembering(self, memory: RowMemory) -> Iterator[None]:
+        """Calls inside this context take their rows from the memory where it has all of them."""
+        before, self._memory = self._memory, memory
+        try:
+            yield
+        finally:
+            self._memory = before
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NAIT5EncoderModel:
+        refuse_change(self, fn)
+        super()._apply(fn, recurse)
+        return self
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What transformers' classes have
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def stack(self) -> T5EncoderStack:
+        """The encoder that does the work."""
+        return self._holder[0]
+
+    @property
+    def padding(self) -> PaddingPolicy:
+        """What is done with masked positions: ``"exact"`` (the default), ``"skip"``, ``"trim"`` or ``"attend"``."""
+        return self._padding
+
+    @padding.setter
+    def padding(self, policy: PaddingPolicy) -> None:
+        check_policy(policy, self._extra_pad)
+        self._padding = policy
+
+    @property
+    def extra_pad(self) -> int:
+        """Masked positions after the text that ``"skip"`` and ``"trim"`` compute all the same."""
+        return self._extra_pad
+
+    @extra_pad.setter
+    def extra_pad(self, positions: int) -> None:
+        check_policy(self._padding, positions)
+        self._extra_pad = positions
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding table.
+
+        Raises:
+            ValueError: a float16 scale is in it, so that its rows are not what others take them for.
+        """
+        if self.stack.scales.embedding != 1:
+            raise ValueError(
+                f"the embedding table exceeds float16, and is kept times {self.stack.scales.embedding:g}; load the "
+                "model in bfloat16 or float32 to read or change it"
+            )
+        return self.shared
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Another embedding table [tokens, d_model]; as ``resize_token_embeddings`` makes them."""
+        self.shared = self.stack.shared = value
+        self.stack.config = self.stack.config.model_copy(update={"vocab_size": value.weight.shape[0]})
+        self.config.vocab_size = value.weight.shape[0]
+
+    def add_adapter(self, *arguments: Any, **options: Any) -> None:
+        """As transformers', in the separate layout; in the fused one a ValueError says what takes a LoRA there."""
+        self._refuse_adapters()
+        super().add_adapter(*arguments, **options)
+
+    def load_adapter(self, *arguments: Any, **options: Any) -> Any:
+        """As transformers', in the separate layout; in the fused one a ValueError says what takes a LoRA there."""
+        self._refuse_adapters()
+        return super().load_adapter(*arguments, **options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # With this attribute peft marks a model that it puts adapters into, by whichever of its functions.
+        if name == "peft_config":
+            self._refuse_adapters()
+        super().__setattr__(name, value)
+
+    def _refuse_adapters(self) -> None:
+        """In the fused layout those modules that keep their names are scaled, or read their input without the norm."""
+        if self.stack.layout == "fused":
+            raise ValueError(
+                "peft's adapters belong beside the original weights, and these are fused: add a file of them with "
+                "nai_t5_core.LiveLoras(model), or have layout='separate' for adapters that are trained"
+            )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: weights are there when the model is made."""
+
+    def extra_repr(self) -> str:
+        extra = f", extra_pad={self._extra_pad}" if self._extra_pad else ""
+        return f"{self.stack.config.kind}, {self.stack.layout}, {self.dtype}, padding={self._padding}{extra}"
+
+
+def _own_config(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy, since models write into their config."""
+    own = copy.deepcopy(config)
+    own._attn_implementation = "sdpa"
+    own.is_encoder_decoder = own.use_cache = False
+    return own
+
+
+def _hf_config(examination: Examination) -> PretrainedConfig:
+    """The config.json beside the weights, or one made of what the weights tell."""
+    values = examination.checkpoint.hf_config() or {}
+    if values.get("model_type") not in _CONFIG_CLASSES:
+        values = config_to_hf(examination.config.encoder_only())
+    values = {name: value for name, value in values.items() if name not in ("dtype", "torch_dtype")}
+    return _CONFIG_CLASSES[values["model_type"]](**values)
+
+
+def _within_range(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """The residual stream in the model's dtype. What exceeds float16 becomes its largest number, and never infinity."""
+    if dtype == torch.float16 and states.dtype != dtype:
+        limit = torch.finfo(dtype).max
+        states = states.clamp(-limit, limit)
+    return states.to(dtype)

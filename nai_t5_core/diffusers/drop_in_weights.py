@@ -1,0 +1,313 @@
+"""Weights between transformers' models, our encoders, and folders that either of them loads.
+
+A loaded transformers model is examined like any checkpoint, and its weights can be let go one by one while ours are
+made of them, so that memory never holds both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nai_t5_core.facts.config import Shape, encoder_tensors
+from nai_t5_core.model.encoder import Layout, T5EncoderStack
+from nai_t5_core.model.layers import CastingOps
+from nai_t5_core.model.precision import DTYPES
+from nai_t5_core.weights import native
+from nai_t5_core.weights.convert import HashingReader
+from nai_t5_core.weights.examine import Examination, examine_checkpoint
+from nai_t5_core.weights.formats import Checkpoint, CheckpointError, TensorInfo, open_checkpoint, write_safetensors
+from nai_t5_core.weights.fuse import cook, fused_recipes, separate_recipes, unfuse
+from nai_t5_core.weights.hub import HubOptions, find_model
+from nai_t5_core.weights.load import ScalesChoice, assemble, refuse_before_assembly
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a loaded transformers model, and back into it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _LoadedModel(Checkpoint):
+    """A transformers model in memory, as a checkpoint."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def hf_config(self) -> dict[str, Any]:
+        return self.config
+
+
+# The packages whose modules stand in the place of torch's where weights are quantised, and what they are called.
+_QUANTISERS = {
+    "torchao": "torchao",
+    "optimum": "optimum-quanto",
+    "bitsandbytes": "bitsandbytes",
+    "hqq": "HQQ",
+    "awq": "AutoAWQ",
+    "gptqmodel": "GPTQModel",
+    "auto_gptq": "AutoGPTQ",
+    "compressed_tensors": "compressed-tensors",
+    "eetq": "EETQ",
+    "aqlm": "AQLM",
+}
+
+
+def refuse_quantised(model: nn.Module) -> None:
+    """Refuses a model whose weights are not plain numbers.
+
+    Raises:
+        CheckpointError: says with what it is quantised, and what to do.
+    """
+    found = _quantised_part(model)
+    if found is not None:
+        raise CheckpointError(
+            f"{type(model).__name__} is {found}, and that is not read here: load it unquantised, or undo it with its "
+            "dequantize(); ours can be quantised afterwards, with layout='separate'"
+        )
+
+
+def _quantised_part(model: nn.Module) -> str | None:
+    """With what the first part is quantised that is: a module or tensor of another class than torch's own."""
+    if getattr(model, "is_quantized", False):
+        method: Any = getattr(model, "quantization_method", None)
+        return f"quantised with {getattr(method, 'value', method)}, as its config says"
+    for name, module in model.named_modules():
+        package = type(module).__module__
+        if package.startswith("torch.ao.") or package.partition(".")[0] in _QUANTISERS:
+            return f"quantised with {_library(type(module))} ({name} is a {type(module).__name__})"
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for tensor_name, tensor in own:
+            kind = type(tensor)
+            if kind not in (Tensor, nn.Parameter):
+                return f"quantised or spread out with {_library(kind)} ({name}.{tensor_name} is a {kind.__name__})"
+    return None
+
+
+def _library(kind: type) -> str:
+    return _QUANTISERS.get(kind.__module__.partition(".")[0], kind.__module__)
+
+
+def examine_model(model: nn.Module) -> Examination:
+    """Checks names, sizes and shapes of a loaded transformers T5, as for a file.
+
+    Raises:
+        CheckpointError: it is no T5, or its weights are not there (on the meta device, as sequential offloading does).
+    """
+    name = type(model).__name__
+    state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+    absent = [key for key, tensor in state.items() if tensor.is_meta]
+    if absent:
+        raise CheckpointError(
+            f"{name} has {len(absent)} weights on the meta device, such as {absent[0]}: they are offloaded or were "
+            "never loaded; remove its offload hooks first"
+        )
+    tensors = {key: TensorInfo(tuple(tensor.shape), tensor.dtype, Path(name)) for key, tensor in state.items()}
+    config: Any = model.config
+    return examine_checkpoint(
+        _LoadedModel(name, "a model in memory", tensors, state.__getitem__, config=config.to_dict())
+    )
+
+
+def check_model(
+    model: nn.Module, dtype: torch.dtype | str | None, layout: Layout, scales: ScalesChoice
+) -> tuple[Examination, torch.dtype]:
+    """Everything that can be refused of a model before its weights are taken, and the dtype that ours will have.
+
+    Where float16 might be exceeded, every weight of ours is made once and let go.
+
+    Raises:
+        CheckpointError: it is no T5, its weights are quantised, not there, or exceed float16.
+        ValueError: a dtype that is no T5's, an unknown layout, or scales for another number of layers.
+    """
+    refuse_quantised(model)
+    source: Any = model
+    wanted = DTYPES.get(str(dtype or source.dtype).removeprefix("torch."))
+    if wanted is None:
+        raise ValueError(f"a T5 cannot compute in {dtype or source.dtype}; give dtype, one of {', '.join(DTYPES)}")
+    examination = examine_model(model)
+    refuse_before_assembly(examination, wanted, layout, scales)
+    return examination, wanted
+
+
+def encoder_from_model(
+    model: nn.Module, dtype: torch.dtype | str | None, layout: Layout, scales: ScalesChoice, release: bool
+) -> T5EncoderStack:
+    """Our encoder with the weights of a loaded transformers model, on its device; ``dtype`` None is the model's.
+
+    Tensors that need no change are shared with the model (all of them in the separate layout and the same dtype).
+    ``release`` takes every weight from the model when it is used: the model is left on the meta device, and
+    :func:`give_back` fills it again.
+
+    Raises:
+        CheckpointError, ValueError: see :func:`check_model`; the model is as it was then.
+    """
+    examination, dtype = check_model(model, dtype, layout, scales)
+    embedding: Any = model.get_submodule("shared")
+    device = embedding.weight.device
+    if not release:
+        return assemble(examination, dtype, device, layout, scales, CastingOps)[0]
+    held = {name: model.get_parameter(full) for name, full in examination.keymap.names.items()}
+    # Read through the parameters: a dictionary of the tensors would keep them alive.
+    examination.checkpoint.read = _reader_of(held, examination.keymap.names)
+
+    def let_go(names: tuple[str, ...]) -> None:
+        for name in names:
+            _empty(model, held.pop(name))
+
+    return assemble(examination, dtype, device, layout, scales, CastingOps, let_go)[0]
+
+
+def _reader_of(held: Mapping[str, nn.Parameter], names: Mapping[str, str]) -> Callable[[str], Tensor]:
+    original = {full: name for name, full in names.items()}
+    return lambda full: held[original[full]].detach()
+
+
+def _empty(model: nn.Module, parameter: nn.Parameter) -> None:
+    """Puts a parameter without values in place of one, wherever the model has it or another on the same memory."""
+    empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+    for module in model.modules():
+        for name, own in module.named_parameters(recurse=False):
+            if own is parameter or own.data_ptr() == parameter.data_ptr() != 0:
+                setattr(module, name, empty)
+
+
+def give_back(stack: T5EncoderStack, model: nn.Module) -> None:
+    """Fills a model that :func:`encoder_from_model` has released: every tensor in the dtype it had, on our device.
+
+    From the separate layout the very tensors come back, unless scales had changed the embedding; from the fused layout
+    they are exact to the rounding of one multiplication and one division in their dtype.
+
+    Raises:
+        ValueError: see :func:`refuse_giving_back`.
+    """
+    refuse_giving_back(stack, model)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    originals = {name: tensor.to(dtypes[name]) for name, tensor in original_tensors(stack) if name in dtypes}
+    copies = [name for name in dtypes if name.endswith("embed_tokens.weight")]
+    model.load_state_dict(originals | dict.fromkeys(copies, originals["shared.weight"]), strict=False, assign=True)
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
+
+
+def refuse_giving_back(stack: T5EncoderStack, model: nn.Module) -> None:
+    """Raises a ValueError where the weights cannot be had, or are no longer those that the model has room for."""
+    refuse_wrapped(stack)
+    rows, wanted = len(stack.shared.weight), len(model.get_parameter("shared.weight"))
+    if rows != wanted:
+        raise ValueError(
+            f"the embedding table has {rows} rows, and that of the {type(model).__name__} has {wanted}: call "
+            f"resize_token_embeddings({wanted}) of ours first"
+        )
+
+
+def refuse_wrapped(stack: T5EncoderStack) -> None:
+    """Raises a ValueError where weights have adapters or live LoRAs beside them, or are packed."""
+    recipes = fused_recipes(stack.config) if stack.layout == "fused" else separate_recipes(stack.config)
+    present = stack.state_dict().keys()
+    absent = [recipe.target for recipe in recipes if recipe.target not in present]
+    if absent:
+        raise ValueError(
+            f"the weights of the encoder cannot be had as they are: {absent[0]} has an adapter or live LoRA beside it, "
+            f"or is packed ({len(absent)} weights in all); call clear() of the LiveLoras object, or peft's unload()"
+        )
+
+
+def original_tensors(stack: T5EncoderStack) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the encoder under its Hugging Face name; float32 where it is taken out of a fused one."""
+    state = stack.state_dict()
+    if stack.layout == "fused":
+        yield from unfuse(stack.config, state.__getitem__, stack.scales)
+        return
+    for name, tensor in state.items():
+        scale = stack.scales.embedding if name == "shared.weight" else 1.0
+        yield name, tensor if scale == 1 else tensor / scale
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Names of accelerate for device maps that it makes itself.
+_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def weights_name(variant: str | None) -> str:
+    """The name of a folder's weight file, such as ``model.fp16.safetensors``."""
+    return f"model.{variant}.safetensors" if variant else "model.safetensors"
+
+
+def open_source(source: str | Path | None, subfolder: str, hub: HubOptions, variant: str | None) -> Checkpoint:
+    """The checkpoint of a hub id, a folder or a file; of a folder, that with the name of a variant.
+
+    Raises:
+        CheckpointError: it cannot be read, or there is no such variant.
+    """
+    path = find_model(source, subfolder, hub)
+    if variant is None:
+        return open_checkpoint(path)
+    file = path / weights_name(variant)
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no {file.name}; leave out variant={variant!r}, or give a folder that has it")
+    checkpoint = open_checkpoint(file)
+    checkpoint.folder = path
+    return checkpoint
+
+
+def single_device(device_map: Any) -> str | torch.device:
+    """The device of a ``device_map`` that puts all on one; the CPU where there is none.
+
+    ``"auto"`` and the other strategies of accelerate choose it: they spread no model that one device can hold.
+
+    Raises:
+        ValueError: it spreads the model.
+    """
+    device = device_map
+    if isinstance(device_map, dict) and device_map:
+        devices = list(device_map.values())
+        device = devices[0] if devices.count(devices[0]) == len(devices) else device_map
+    if device is None:
+        return "cpu"
+    if isinstance(device, int):
+        accelerator = torch.accelerator.current_accelerator()
+        return torch.device("cuda" if accelerator is None else accelerator.type, device)
+    if not isinstance(device, str | torch.device) or device == "disk":
+        raise ValueError(f"device_map={device_map!r}; the whole model goes to one device, such as 'cuda' or {{'': 0}}")
+    return "auto" if device in _STRATEGIES else device
+
+
+def write_config(folder: Path, values: dict[str, Any], class_name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**values, "architectures": [class_name]}, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def write_native(stack: T5EncoderStack, file: Path, source: str) -> None:
+    """Writes our own format: the fused tensors, with config and scales in the header."""
+    recipes = fused_recipes(stack.config, stack.scales)
+    state = stack.state_dict()
+    # The hash is that of the tensors in memory: what file they came from is not known any more.
+    read = HashingReader((state if stack.layout == "fused" else dict(original_tensors(stack))).__getitem__)
+    chosen = native.stored(recipes) if stack.layout == "fused" else recipes
+    layout = {recipe.target: (recipe.dtype(stack.dtype), recipe.shape) for recipe in chosen}
+    scales = None if stack.scales.is_one else stack.scales
+    write_safetensors(
+        file,
+        layout,
+        ((recipe.target, cook(recipe, read, stack.dtype)) for recipe in chosen),
+        lambda: native.header(stack.config, source, read.hexdigest(), scales),
+    )
+
+
+def write_originals(stack: T5EncoderStack, file: Path) -> None:
+    """Writes the original tensors, as transformers reads them, in the dtype of the model."""
+    shapes: dict[str, Shape] = encoder_tensors(stack.config)
+    fused = [part for recipe in fused_recipes(stack.config) for part in recipe.parts]
+    names = fused if stack.layout == "fused" else list(stack.state_dict())
+    originals = ((name, tensor.to(stack.dtype)) for name, tensor in original_tensors(stack))
+    write_safetensors(file, {name: (stack.dtype, shapes[name]) for name in names}, originals, {"format": "pt"})

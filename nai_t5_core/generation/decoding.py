@@ -1,0 +1,105 @@
+"""One generation under way: the model, its memory of the prompts and the cache of the texts, moved on step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.model.attention import BIAS_ALIGNMENT, logit_scale
+from nai_t5_core.model.decoder_attention import CrossMemory, DecoderCache, bias_line
+from nai_t5_core.model.t5 import T5Model
+
+
+class NotFiniteLogitsError(ValueError):
+    """The decoder gave NaN or infinity; the message says what may help."""
+
+
+# Of one row, oneDNN's products and torch's attention on the CPU take longer than of four.
+_FEWEST_ROWS = 4
+
+
+class Decoding:
+    """Texts that grow token by token: [prompts, beams] of them, the beams of a prompt side by side.
+
+    Args:
+        model: in evaluation mode.
+        memory: from :meth:`T5.read`.
+        cache: from :meth:`T5.new_cache`; it is cleared.
+        fixed_shapes: every step has the same shapes, so that a compiled decoder (``model.decoder.compile()``) is
+            compiled once; it then attends to the whole cache at every step.
+
+    Raises:
+        ValueError: the cache is for another number of prompts, or another model.
+    """
+
+    def __init__(self, model: T5Model, memory: CrossMemory, cache: DecoderCache, fixed_shapes: bool = False) -> None:
+        if cache.prompts != memory.prompts:
+            raise ValueError(f"the cache is for {cache.prompts} prompts, and there are {memory.prompts}; make another")
+        if not cache.fits(model.config, model.dtype, model.device):
+            raise ValueError("the cache is for another model, dtype or device; make one by this model's new_cache()")
+        cache.clear()
+        self.model, self.memory, self.cache = model, memory, cache
+        compiled = model.compiled_steps
+        if compiled is not None:
+            compiled.prepare(cache, memory)
+        # A step reads a multiple of so many slots.
+        smallest = 1 if model.device.type == "cpu" else BIAS_ALIGNMENT
+        self._granularity = smallest if compiled is None else compiled.slots_at_once
+        if fixed_shapes:
+            self._granularity = cache.slots
+        self._scale = logit_scale(model.config)
+        is_lone_and_compiled = self.shape == (1, 1) and compiled is not None
+        is_narrow = cache.beams == 1 and model.device.type == "cpu" and not is_lone_and_compiled
+        self._copies = max(1, _FEWEST_ROWS // cache.prompts) if is_narrow else 1
+        # Weights that are spread over processes are gathered into tensors that inference mode would spoil.
+        is_spread = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+        self._without_gradients = torch.no_grad if is_spread else torch.inference_mode
+        tables = model.decoder.bias_tables(model.dtype)
+        self._lines = [bias_line(table, cache.length) for table in tables]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(prompts, beams)"""
+        return self.cache.prompts, self.cache.beams
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Appends a token to every text: ids [prompts, beams] to the next token's logits [prompts, beams, vocab_size].
+
+        Logits are float32, whatever the model computes in, and made in inference mode, unless the model is sharded.
+
+        Raises:
+            ValueError: the cache is full.
+            NotFiniteLogitsError: a logit is not finite.
+        """
+        with self._without_gradients():
+            logits = self._compute(tokens).float()
+        # The sum is not finite if any is not: one pass over the logits.
+        if not bool(logits.sum().isfinite()):
+            raise NotFiniteLogitsError(
+                f"the decoder gives values that are not finite in {self.model.dtype}: the weights are damaged, or "
+                "exceed its range; use bfloat16 or float32, give scales, or call generate_guarded"
+            )
+        return logits
+
+    def begin(self, tokens: Sequence[int]) -> Tensor:
+        """Gives every text the same beginning, and returns the next token's logits as :meth:`step` does."""
+        for token in tokens:
+            logits = self.step(torch.full(self.shape, token, device=self.model.device))
+        return logits
+
+    def reorder(self, parents: Tensor) -> None:
+        """Lets every beam go on from another beam of its prompt: [prompts, beams] int64."""
+        self.cache.reorder(parents)
+
+    def _compute(self, tokens: Tensor) -> Tensor:
+        """Logits in any dtype."""
+        embeddings = self.model.encoder_stack.embed(tokens)
+        plan = self.cache.step(self._lines, self._scale, self._granularity)
+        if self._copies > 1:
+            embeddings = embeddings.expand(-1, self._copies, -1)
+        if self.model.compiled_steps is not None:
+            return self.model.compiled_steps.logits(self.model, embeddings, plan, self.memory)[:, : self.cache.beams]
+        hidden: Tensor = self.model.decoder(embeddings, plan, self.memory, self.model.dtype)
+        return self.model.logits(hidden[:, : self.cache.beams])

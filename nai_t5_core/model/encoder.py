@@ -1,0 +1,387 @@
+"""The encoder: ids and mask in, hidden states out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.scales import StackScales, unscaled
+from nai_t5_core.model.attention import Attend, AttentionPlan, DenseAttention, distance_table, logit_scale
+from nai_t5_core.model.attention_choice import ATTENTION_CHOICES, AttentionChoice, describe_attention, document_plan
+from nai_t5_core.model.encoder_block import EncoderBlock
+from nai_t5_core.model.fixed_weights import refuse_change
+from nai_t5_core.model.layers import FoldedRMSNorm, RMSNorm, residual_dtype, scaled
+from nai_t5_core.model.packing import Packing, PaddingPolicy, bucket_for, pack_batch
+
+Layout = Literal["fused", "separate"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+# Called with a stack, what computes, and the arguments for it; gives what it gives, or raises an error.
+Guard = Callable[..., Any]
+
+
+class Encoder(nn.Module):
+    """The stack of blocks on a packed row: embeddings in, hidden states out."""
+
+    def __init__(self, config: T5Config, layout: Layout, scales: StackScales, ops: Any = nn, **factory: Any) -> None:
+        super().__init__()
+        self.num_buckets = config.relative_attention_num_buckets
+        self.max_distance = config.relative_attention_max_distance
+        self.bias_per_layer = config.bias_per_layer
+        make_block = EncoderBlock.fused if layout == "fused" else EncoderBlock.separate
+        self.block = nn.ModuleList(
+            make_block(config, config.bias_per_layer or index == 0, layer_scales, ops, **factory)
+            for index, layer_scales in enumerate(scales.layers)
+        )
+        self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, factory.get("device"))
+
+    def forward(self, embeddings: Tensor, plan: AttentionPlan, dtype: torch.dtype) -> Tensor:
+        """[tokens, d_model] in any float dtype to [tokens, d_model] in ``dtype``, after the final norm."""
+        residual = self._own_residual(embeddings, dtype)
+        for block, attend in self._layers(plan, dtype, residual.device):
+            residual = block(residual, attend, dtype)
+        return self.finish(residual, dtype)
+
+    def residuals(self, embeddings: Tensor, plan: AttentionPlan, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The residual stream before the first block and after each: layers + 1 tensors [tokens, d_model]."""
+        residual = self._own_residual(embeddings, dtype)
+        yield residual.clone()
+        for block, attend in self._layers(plan, dtype, residual.device):
+            residual = block(residual, attend, dtype)
+            yield residual.clone()
+
+    @staticmethod
+    def _own_residual(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy in the residual's precision, since blocks change it in place; the caller's tensor stays as it is."""
+        return embeddings.to(residual_dtype(dtype), copy=True)
+
+    def _layers(
+        self, plan: AttentionPlan, dtype: torch.dtype, device: torch.device
+    ) -> Iterator[tuple[nn.Module, Attend]]:
+        """Every block with its attention function."""
+        attend: Attend | None = None
+        for index, block in enumerate(self.block):
+            if attend is None or self.bias_per_layer:
+                attend = plan.layer(self.bias_table(index, device).to(dtype))
+            yield block, attend
+
+    def bias_table(self, index: int, device: torch.device | None = None) -> Tensor:
+        """The bias by distance that a layer uses, its own or the first layer's: [heads, 2 · max_distance + 1].
+
+        ``device`` is where it is needed, by default where the weight is. The weight is read by its own module's call,
+        for which offloading brings it in.
+        """
+        block: Any = self.block[index if self.bias_per_layer else 0]
+        embedding = block.layer[0].SelfAttention.relative_attention_bias
+        buckets = torch.arange(self.num_buckets, device=device or embedding.weight.device)
+        return distance_table(embedding(buckets), self.max_distance)
+
+    def finish(self, residual: Tensor, dtype: torch.dtype) -> Tensor:
+        """The final norm: residual to hidden states in ``dtype``."""
+        hidden: Tensor = self.final_layer_norm(residual)
+        return hidden.to(dtype)
+
+
+class T5EncoderStack(nn.Module):
+    """A T5 encoder with its embedding; the padding policy is chosen by the call.
+
+    Module and tensor names are those of Hugging Face checkpoints. ``layout="separate"`` has exactly their tensors;
+    ``layout="fused"`` joins q, k, v and gate, up, with the norm weights multiplied in.
+
+    Args:
+        config: the sizes.
+        layout: ``"fused"`` (the fastest) or ``"separate"``.
+        ops: a namespace with ``Linear`` and ``Embedding`` classes, ``torch.nn`` by default.
+        scales: powers of two that keep a float16 model in range; by default nothing is scaled. In the fused layout the
+            weights hold them, so they belong to the weights that will be loaded.
+        device, dtype: of the parameters; ``device="meta"`` allocates nothing.
+        attention: ``"flex"``, ``"sdpa"``, or ``"auto"``, which chooses for every batch, see
+            :func:`nai_t5_core.model.attention_choice.choose_attention`. Masks of 3 and 4 dimensions take SDPA, and are
+            an error with ``"flex"``. Flex has no backward on the CPU: where gradients are recorded, SDPA takes its
+            place.
+        kernel_options: passed on to torch's ``flex_attention``. This and ``attention`` may be changed at any time.
+
+    Attributes:
+        guard: what sees to it that results are finite, as :func:`nai_t5_core.float16.guard.guard` does; None, as here,
+            gives what comes out. It may be changed at any time.
+    """
+
+    guard: Guard | None = None
+
+    def __init__(
+        self,
+        config: T5Config,
+        layout: Layout = "fused",
+        ops: Any = nn,
+        scales: StackScales | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        attention: AttentionChoice = "auto",
+        kernel_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if layout not in LAYOUTS:
+            raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
+        if attention not in ATTENTION_CHOICES:
+            raise ValueError(f"unknown attention {attention!r}; allowed: {', '.join(ATTENTION_CHOICES)}")
+        self.config = config
+        self.layout = layout
+        self.attention = attention
+        self.kernel_options = kernel_options
+        # Token counts that a compiled encoder was compiled for; None while it is not compiled.
+        self.buckets: tuple[int, ...] | None = None
+        self.scales = scales or unscaled(config.num_layers)
+        if len(self.scales.layers) != config.num_layers:
+            raise ValueError(f"scales of {len(self.scales.layers)} layers for a model of {config.num_layers} layers")
+        self.shared = ops.Embedding(config.vocab_size, config.d_model, device=device, dtype=dtype)
+        self.encoder = Encoder(config, layout, self.scales, ops, device=device, dtype=dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype: that of the embedding table."""
+        dtype: torch.dtype = self.shared.weight.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.shared.weight.device
+        return device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> T5EncoderStack:
+        refuse_change(self, fn)
+        super()._apply(fn, recurse)
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        padding: PaddingPolicy = "exact",
+        extra_pad: int = 0,
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: [batch, length] integers below ``config.vocab_size``.
+            attention_mask: None, [batch, length] (non-zero at real tokens), [batch, query, key], or 4-dim and
+                broadcastable to [batch, heads, query, key]; the latter two are bool or integer, non-zero where a query
+                may see a key, and leave nothing to a padding policy.
+            inputs_embeds: [batch, length, d_model] in place of ``input_ids``.
+            padding, extra_pad: see :func:`nai_t5_core.model.packing.pack_batch`.
+
+        Returns:
+            [batch, length, d_model] in the compute dtype; with ``padding="trim"`` the longest prompt gives the length.
+
+        Raises:
+            ValueError: ids outside the vocabulary, both or neither of ids and embeddings, a mask of the wrong shape, an
+                unknown padding policy, ``attention="flex"`` with a mask of 3 or 4 dimensions or a model that flex
+                cannot compute.
+            FlexUnavailableError: ``attention="flex"`` where it cannot be compiled.
+            NotFiniteError: a ValueError; there is a guard, and the result is not finite.
+        """
+        out: Tensor = self._guarded(
+            self._encode,
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            padding=padding,
+            extra_pad=extra_pad,
+        )
+        return out
+
+    def _guarded(self, call: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        # To look at a number would break a graph that is being compiled.
+        if self.guard is None or torch.compiler.is_compiling():
+            return call(*inputs, **options)
+        return self.guard(self, call, *inputs, **options)
+
+    def _encode(self, *inputs: Any, **options: Any) -> Tensor:
+        embeddings, plan, packing = self.prepare(*inputs, **options)
+        return packing.unpack(self._run_encoder(embeddings, plan))
+
+    def _run_encoder(self, embeddings: Tensor, plan: AttentionPlan) -> Tensor:
+        """[tokens, d_model] to [tokens, d_model]; a compiled encoder sees the row filled up to its bucket."""
+        if self.buckets is None:
+            out: Tensor = self.encoder(embeddings, plan, self.dtype)
+            return out
+        if isinstance(plan, DenseAttention):
+            # Its mask has as many shapes as there are batches; each would be compiled anew.
+            return self.encoder.forward(embeddings, plan, self.dtype)
+        tokens = len(embeddings)
+        filled = nn.functional.pad(embeddings, (0, 0, 0, bucket_for(tokens, self.buckets) - tokens))
+        # A copy, since a CUDA graph writes its next result to the same place.
+        return self.encoder(filled, plan, self.dtype)[:tokens].clone()
+
+    def hidden_states(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        padding: PaddingPolicy = "exact",
+        extra_pad: int = 0,
+        final_norm: bool = True,
+    ) -> list[Tensor]:
+        """Hidden states of every layer: layers + 1 tensors, the embeddings first. Arguments as for a call.
+
+        The last one has passed the final norm unless ``final_norm=False``. All but that one are the residual stream and
+        come in its precision (float32, or float64 in a float64 model), since their range exceeds float16's.
+        """
+        out: list[Tensor] = self._guarded(
+            self._hidden_states,
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            padding=padding,
+            extra_pad=extra_pad,
+            final_norm=final_norm,
+        )
+        return out
+
+    def _hidden_states(self, *inputs: Any, final_norm: bool, **options: Any) -> list[Tensor]:
+        embeddings, plan, packing = self.prepare(*inputs, **options)
+        states = list(self.encoder.residuals(embeddings, plan, self.dtype))
+        if final_norm:
+            states[-1] = self.encoder.finish(states[-1], self.dtype)
+        return [packing.unpack(state) for state in states]
+
+    def prepare(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        padding: PaddingPolicy = "exact",
+        extra_pad: int = 0,
+    ) -> tuple[Tensor, AttentionPlan, Packing]:
+        """What the blocks need for a batch: packed embeddings, what attends to what, and the way back to the batch."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        assert inputs is not None
+        batch, length = self._check_inputs(inputs, is_ids=inputs_embeds is None)
+        device = self._device_for(inputs)
+        inputs = inputs.to(device)
+        scale = logit_scale(self.config)
+        plan: AttentionPlan
+        if padding == "exact" and attention_mask is not None and torch.compiler.is_compiling():
+            attention_mask = _for_every_query(attention_mask, batch, length)
+        if attention_mask is None or attention_mask.ndim == 2:
+            mask = None if attention_mask is None else attention_mask != 0
+            packing = pack_batch(mask, batch, length, padding, extra_pad, device)
+            bucket = None if self.buckets is None else bucket_for(packing.tokens, self.buckets)
+            plan = document_plan(
+                self.attention, packing, scale, device, self.dtype, self.config.d_kv, self.kernel_options, bucket
+            )
+        else:
+            if self.attention == "flex":
+                raise ValueError(
+                    f"the mask has {attention_mask.ndim} dimensions; attention='flex' takes [batch, length] masks, "
+                    "others need attention='sdpa' or 'auto'"
+                )
+            mask = _dense_mask(attention_mask, batch, self.config.num_heads, length)
+            packing = pack_batch(None, batch, length)
+            plan = DenseAttention(mask.to(device), scale)
+        packed = packing.pack(inputs)
+        return (packed if inputs_embeds is not None else self.embed(packed)), plan, packing
+
+    def _device_for(self, inputs: Tensor) -> torch.device:
+        """Inputs on the CPU go to where the weights are; elsewhere, offloading brings the weights to the inputs."""
+        offloaded = self.device.type == "meta"
+        return inputs.device if offloaded or inputs.device.type != "cpu" else self.device
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Ids of any shape to embeddings [..., d_model] in the residual's precision."""
+        embeddings: Tensor = self.shared(input_ids).to(residual_dtype(self.dtype))
+        return scaled(embeddings, 1 / self.scales.embedding)
+
+    def _check_inputs(self, inputs: Tensor, is_ids: bool) -> tuple[int, int]:
+        expected = "input_ids must be [batch, length]" if is_ids else "inputs_embeds must be [batch, length, d_model]"
+        if inputs.ndim != (2 if is_ids else 3):
+            raise ValueError(f"{expected}; got shape {list(inputs.shape)}")
+        if not is_ids and inputs.shape[-1] != self.config.d_model:
+            raise ValueError(f"{expected} with d_model={self.config.d_model}; got shape {list(inputs.shape)}")
+        if is_ids:
+            check_ids(inputs, self.config.vocab_size)
+        return inputs.shape[0], inputs.shape[1]
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Random weights for training from scratch, drawn by T5's own scheme (mesh-tensorflow's initialisers).
+
+        Every projection has variance 1 / fan-in, the queries another factor of 1 / d_kv unless ``scale_qk``; embeddings
+        have variance 1 and norms are ones. The same generator state gives the same weights.
+        """
+        nn.init.normal_(self.shared.weight, std=1.0, generator=generator)
+        init_modules(self.encoder, self.config, generator)
+
+    def extra_repr(self) -> str:
+        return f"{self.config.kind}, {self.layout}, {self.dtype}, attention={self.describe_attention()}"
+
+    def describe_attention(self) -> str:
+        """How attention is computed, in words: ``"auto: sdpa"``, ``"flex, compiled"``."""
+        if self.buckets is not None:
+            return "flex, compiled"
+        blocks: Any = self.encoder.block
+        return describe_attention(self.attention, self.device.type, blocks[0].runs_by_kernels(self.dtype))
+
+
+def init_modules(stack: nn.Module, config: T5Config, generator: torch.Generator | None = None) -> None:
+    """Random weights for every layer of an encoder or decoder; see :meth:`T5EncoderStack.init_weights`."""
+    module: Any
+    for module in stack.modules():
+        if hasattr(module, "init_weights"):
+            module.init_weights(generator)
+        if hasattr(module, "relative_attention_bias"):
+            nn.init.normal_(module.relative_attention_bias.weight, std=config.d_model**-0.5, generator=generator)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, FoldedRMSNorm):
+            nn.init.ones_(module.folded_weight)
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Raises a ValueError for an id outside the vocabulary."""
+    # On a device the check would wait for it, and a graph that is compiled cannot hold it: there the embedding's own
+    # assertion speaks.
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size} tokens "
+                "(ids start at 0); the tokenizer belongs to another model"
+            )
+
+
+def _for_every_query(mask: Tensor, batch: int, length: int) -> Tensor:
+    """A mask of keys as one of queries and keys, which hides the same.
+
+    It says nothing about shapes, so that one compiled graph serves every mask. Documents are found by reading it, and
+    end a graph there.
+    """
+    if mask.shape != (batch, length):  # for whoever knows what to do with it, or what to say
+        return mask
+    return (mask != 0)[:, None, None].expand(batch, 1, length, length)
+
+
+def _dense_mask(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:
+    """A 3- or 4-dim mask as bool [batch, 1 or heads, length, length]."""
+    full = (batch, heads, length, length)
+    if mask.ndim in (3, 4) and mask.is_floating_point():
+        raise ValueError(
+            f"the {mask.ndim}-dim mask has dtype {mask.dtype}; masks of 3 and 4 dimensions must be bool or integer, "
+            "non-zero where a query may see a key"
+        )
+    if mask.ndim == 3 and mask.shape == (batch, length, length):
+        mask = mask[:, None]
+    elif mask.ndim != 4 or any(size not in (1, limit) for size, limit in zip(mask.shape, full, strict=True)):
+        raise ValueError(
+            f"the mask has shape {list(mask.shape)}; allowed: {[batch, length]}, {[batch, length, length]}, "
+            f"or broadcastable to {list(full)}"
+        )
+    return (mask != 0).expand(batch, mask.shape[1], length, length)

@@ -1,0 +1,219 @@
+"""Attention over a packed row in one fused kernel: the bias is looked up and the mask is blockwise.
+
+Neither a [heads, length, length] bias nor a mask of that size is ever in memory: the kernel reads the bias from the
+table by clamped distance, and skips every block of keys that no query of a block may see.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from nai_t5_core.model.attention import Attend
+from nai_t5_core.model.packing import DocumentGroup
+
+# Rows and keys are masked in squares of this size; the packed row is filled up to a multiple of it.
+BLOCK = 128
+# A size of 1 gets a graph of its own, larger ones share one. So even a short row has two blocks: nothing is computed
+# for a block without documents.
+LEAST_BLOCKS = 2
+
+# The document of a row that is no key.
+_NO_KEY = -1
+
+# For every block of queries: how many blocks of keys need the mask [1, 1, blocks], and which [1, 1, blocks, blocks];
+# then how many are visible as a whole, and which; and all four again for every block of keys, which the backward needs.
+Blocks = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class FlexAttention:
+    """Every document of a packed row attends to its own keys, in one call for the whole row.
+
+    The same mathematics as :class:`nai_t5_core.model.attention.DocumentAttention`, and made once per batch as it is;
+    the layers share the mask. On the CPU it computes forwards only: torch has no backward for it there.
+
+    Attributes:
+        rows: [4, blocks · BLOCK] int32: the document of each row as a query, its document as a key (−1: no key), its
+            position in the prompt, and 1 where the prompt is fully masked and so attends evenly to all its rows.
+        blocks: which blocks of keys each block of queries looks at.
+        tokens: rows that are computed.
+        scale: what q·k is multiplied by.
+        kernel_options: passed on to torch's flex_attention.
+    """
+
+    rows: Tensor
+    blocks: Blocks
+    tokens: int
+    scale: float
+    kernel_options: dict[str, Any] | None = None
+
+    @classmethod
+    def over(
+        cls,
+        groups: Sequence[DocumentGroup],
+        scale: float,
+        device: torch.device | str = "cpu",
+        kernel_options: Mapping[str, Any] | None = None,
+        bucket: int | None = None,
+    ) -> FlexAttention:
+        """The plan for the documents of a packed row.
+
+        Args:
+            bucket: the size that the row is filled up to, a multiple of BLOCK; by default the next multiple.
+        """
+        tokens = groups[-1].stop if groups else 0
+        length = max(-(-tokens // BLOCK), LEAST_BLOCKS) * BLOCK if bucket is None else bucket
+        rows = _number_rows(groups, length, device)
+        tokens = tokens if bucket is None else bucket
+        return cls(rows, visible_blocks(rows), tokens, scale, dict(kernel_options) if kernel_options else None)
+
+    def layer(self, table: Tensor) -> Attend:
+        if self.tokens < 2:
+            return _attend_to_itself
+        # A view by strides is never merged into what reads it: torch's C++ kernel takes no table yet to be computed.
+        table = table.contiguous().as_strided(table.shape, (table.shape[1], 1))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if torch.compiler.is_compiling():
+                return packed_attention(q, k, v, table, self.rows, self.blocks, self.scale, self.kernel_options)
+            self._share_one_graph(q, k, v)
+            return _compiled()(q, k, v, table, self.rows, self.blocks, self.scale, self.kernel_options)
+
+        return attend
+
+    def _share_one_graph(self, *heads: Tensor) -> None:
+        """Marks the sizes that differ from batch to batch, so that all of them are compiled as one."""
+        mark = torch._dynamo.maybe_mark_dynamic
+        mark(self.rows, 1)
+        for tensor in heads:
+            mark(tensor, 0)
+        for tensor in self.blocks:
+            mark(tensor, list(range(2, tensor.ndim)))
+
+
+def _attend_to_itself(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """For a packed row of one token, or none."""
+    return v
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernel
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    blocks: Blocks,
+    scale: float,
+    kernel_options: Any,
+) -> Tensor:
+    """[tokens, heads, d_kv] each, and a [heads, distances] bias table, to [tokens, heads, d_kv].
+
+    Raises:
+        RuntimeError: it is not being compiled. Run as it stands, torch's flex_attention is slow and holds every logit.
+    """
+    if not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "flex attention is only of use compiled, and torch did not compile it: the compiler is switched off, or a "
+            "dispatch mode such as FlopCounterMode is active; use attention='sdpa' here"
+        )
+    query_document, key_document, position, is_even = rows.unbind()
+    reach = table.shape[-1] // 2
+
+    def biased(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        distance = (position[key] - position[query]).clamp(-reach, reach)
+        return score + table[head, distance + reach]
+
+    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query_document[query] == key_document[key]
+
+    tokens, length = q.shape[0], blocks[0].shape[-1] * BLOCK
+    mask = BlockMask((length, length), *blocks, (BLOCK, BLOCK), is_visible)
+    # All logits of a masked prompt are equal: it has no queries, and 0 for every position, so one bias for all.
+    q, k, v = q[None], k[None], v[None]
+    q = q.masked_fill(is_even[None, :tokens, None, None] != 0, 0)
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, length - tokens)).transpose(1, 2) for x in (q, k, v))
+    out = flex_attention(q, k, v, score_mod=biased, block_mask=mask, scale=scale, kernel_options=kernel_options)
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2)[0, :tokens]
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    # fullgraph: beyond torch's limit of compiled variants this is an error, and not the slow path without a word.
+    # dynamic=False: only what is marked as dynamic is. With more symbols than needed, torch 2.13's C++ kernel for the
+    # CPU does not compile.
+    return torch.compile(packed_attention, fullgraph=True, dynamic=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the kernel is told about the rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _number_rows(groups: Sequence[DocumentGroup], length: int, device: torch.device | str) -> Tensor:
+    """[4, length] int32, see :class:`FlexAttention`. Rows behind the last document see nothing and are not seen."""
+    rows = torch.zeros(4, length, dtype=torch.int32)
+    query_document, key_document, position, is_even = rows
+    key_document.fill_(_NO_KEY)
+    documents = 0
+    for group in groups:
+        span = slice(group.start, group.stop)
+        row = torch.arange(group.stop - group.start, dtype=torch.int32)
+        place = row % group.queries
+        query_document[span] = documents + row // group.queries
+        if group.keys == 0:
+            key_document[span] = query_document[span]
+            is_even[span] = 1
+        else:
+            is_key = (place >= group.key_start) & (place < group.key_start + group.keys)
+            key_document[span] = torch.where(is_key, query_document[span], _NO_KEY)
+            position[span] = place
+        documents += group.count
+    query_document[groups[-1].stop if groups else 0 :] = documents
+    rows = rows.to(device, non_blocking=True)
+    documents = 0
+    for group in groups:
+        # These tensors are on the device already; bringing them back would wait for it.
+        if group.positions is not None and group.key_rows is not None:
+            _, key_document, position, _ = rows[:, group.start : group.stop]
+            key_document.fill_(_NO_KEY).index_fill_(0, group.key_rows, documents)
+            position.copy_(group.positions)
+        documents += group.count
+    return rows
+
+
+def visible_blocks(rows: Tensor) -> Blocks:
+    """Which blocks of keys each block of queries must look at, from the documents that begin and end the blocks.
+
+    Documents lie in order, so two blocks have to do with each other if their ranges of documents overlap. That may
+    name a block in which the mask then hides every key, never leave one out; and no mask of [rows, rows] is made.
+    """
+    query_document, key_document = rows[0].unflatten(0, (-1, BLOCK)), rows[1].unflatten(0, (-1, BLOCK))
+    first, last = query_document[:, :1], query_document[:, -1:]
+    # A block without keys gets a range that overlaps no other: from beyond the last document to −1.
+    beyond = rows.shape[1]
+    key_first = key_document.masked_fill(key_document == _NO_KEY, beyond).amin(dim=1)
+    key_last = key_document.amax(dim=1)
+    some = (first <= key_last) & (key_first <= last)
+    whole = (first == last) & (key_document.amin(dim=1) == first) & (key_last == first)
+    part = some & ~whole
+    return *_in_order(part), *_in_order(whole), *_in_order(part.t()), *_in_order(whole.t())
+
+
+def _in_order(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """[blocks, blocks] bool to the number of chosen blocks in each row, and their places before all the others."""
+    places = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True)
+    return chosen.sum(dim=-1, dtype=torch.int32)[None, None], places.int()[None, None]

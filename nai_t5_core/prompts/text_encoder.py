@@ -1,0 +1,326 @@
+"""Prompts in, embeddings and masks out: the object most people need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from nai_t5_core.backends.cuda.encoder import cuda_encoder
+from nai_t5_core.backends.cuda.refusals import refuses_for_good
+from nai_t5_core.backends.int8 import quantize_int8
+from nai_t5_core.backends.prepack import can_prepack, prepack
+from nai_t5_core.facts.families import Family
+from nai_t5_core.facts.families import family as family_named
+from nai_t5_core.facts.text_cleaning import clean_text
+from nai_t5_core.float16.cuda_guard import GuardedCudaEncoder
+from nai_t5_core.float16.guard import encode_guarded
+from nai_t5_core.lora.loras import Loras
+from nai_t5_core.lora.set import LoraSource
+from nai_t5_core.model.attention_choice import AttentionChoice
+from nai_t5_core.model.encoder import Layout, T5EncoderStack
+from nai_t5_core.model.packing import PADDING_POLICIES, PaddingPolicy
+from nai_t5_core.tokenizer import TokenBatch, Tokenizer, load_tokenizer
+from nai_t5_core.weights.examine import NO_TOKENIZER, ModelSource
+from nai_t5_core.weights.load import LoadReport, ScalesChoice, load
+from nai_t5_core.weights.scales_file import write_scales
+
+PadTo = Literal["max_length", "longest", "none"]
+
+# Rows computed in one pass. Activations of T5-XXL take about 100 kB a row, so this is well under 1 GB.
+DEFAULT_TOKEN_BUDGET = 8192
+
+
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """What :meth:`TextEncoder.encode` gives.
+
+    Attributes:
+        hidden_states: [batch, length, d_model].
+        attention_mask: [batch, length] bool, True at the tokens of the prompt (and the family's extra pad positions).
+        token_counts: tokens of each prompt, the end token included, after truncation.
+        truncated: whether the prompt was longer than allowed.
+        cut_text: what was cut off each prompt, "" where nothing was.
+    """
+
+    hidden_states: Tensor
+    attention_mask: Tensor
+    token_counts: list[int]
+    truncated: list[bool]
+    cut_text: list[str]
+
+    def unpadded(self) -> list[Tensor]:
+        """The embeddings of each prompt without padding: [tokens, d_model] each."""
+        return [states[:count] for states, count in zip(self.hidden_states, self.token_counts, strict=True)]
+
+
+class TextEncoder:
+    """A T5 encoder with its tokenizer.
+
+    >>> encoder = TextEncoder.from_pretrained()          # the tiny embedded model
+    >>> out = encoder.encode(["a cat", "two dogs"])
+    >>> out.hidden_states.shape
+    torch.Size([2, 4, 128])
+    """
+
+    def __init__(
+        self,
+        stack: T5EncoderStack,
+        tokenizer: Tokenizer,
+        report: LoadReport | None = None,
+        token_budget: int = DEFAULT_TOKEN_BUDGET,
+    ) -> None:
+        if token_budget < 1:
+            raise ValueError(f"token_budget={token_budget}; at least 1 row must be computed at a time")
+        self.stack = stack
+        self.tokenizer = tokenizer
+        self.report = report
+        self.token_budget = token_budget
+        self._by_kernels: GuardedCudaEncoder | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: ModelSource = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        layout: Layout = "fused",
+        tokenizer: str | Path | None = None,
+        subfolder: str = "",
+        scales: ScalesChoice = "auto",
+        optimize: bool = True,
+        quantize: Literal["int8"] | None = None,
+        compile: bool | str = False,  # noqa: A002
+        token_budget: int = DEFAULT_TOKEN_BUDGET,
+        attention: AttentionChoice = "auto",
+        loras: Sequence[tuple[LoraSource, float]] = (),
+    ) -> TextEncoder:
+        """Loads weights and tokenizer; sources and arguments are those of :func:`nai_t5_core.load_encoder`.
+
+        Args:
+            tokenizer: a tokenizer file or folder, or a file of weights with one inside, for weight files that have none
+                beside or inside them.
+            optimize: prepack the weights where that speeds up this device. The model can then not be moved or trained.
+                On CUDA in half precision our own kernels encode, from CUDA graphs, see
+                :mod:`nai_t5_core.backends.cuda`; that takes nothing from the model.
+            quantize: ``"int8"`` computes the projections in 8 bits, see
+                :func:`nai_t5_core.backends.int8.quantize_int8`.
+            compile: True, or a mode of torch.compile, compiles the encoder, see
+                :func:`nai_t5_core.backends.compiled.compile_stack`; the weights are then not prepacked.
+            token_budget: how many rows are computed at a time; larger batches are split, which bounds the memory.
+            loras: files and strengths, merged for good before the weights are packed, quantised or compiled. Those that
+                come and go are for :class:`nai_t5_core.lora.live.LiveLoras`.
+
+        Raises:
+            CheckpointError: the checkpoint or a LoRA is unusable, or there is no tokenizer.
+            ValueError: an unknown choice, one that this device cannot do, or a LoRA for another T5.
+            FlexUnavailableError: ``compile`` without a compiler.
+        """
+        if quantize not in (None, "int8"):
+            raise ValueError(f"quantize={quantize!r}; allowed: None, 'int8'")
+        if quantize and compile:
+            raise ValueError("quantize and compile exclude each other; leave one out")
+        own = load_tokenizer(tokenizer) if tokenizer is not None else None
+        loaded = load(source, dtype, device, layout, subfolder, scales, attention)
+        found = own or loaded.tokenizer
+        if found is None:
+            raise ValueError(NO_TOKENIZER.format(source=loaded.report.source))
+        stack = loaded.stack
+        _merge_for_good(stack, loras)
+        if quantize:
+            quantize_int8(stack)
+        elif compile:
+            # Only now: torch's compiler takes a second to import.
+            from nai_t5_core.backends.compiled import compile_stack
+
+            compile_stack(stack, mode=compile if isinstance(compile, str) else None)
+        elif optimize and can_prepack(stack):
+            prepack(stack)
+        encoder = cls(stack, found, loaded.report, token_budget)
+        if optimize and not compile and attention == "auto":
+            encoder._use_kernels_for_cuda()
+        return encoder
+
+    def _use_kernels_for_cuda(self) -> None:
+        """Has them encode what they can, where there are any."""
+        if self.stack.device.type == "cuda" and refuses_for_good(self.stack) is None:
+            self._by_kernels = GuardedCudaEncoder(cuda_encoder(self.stack))
+
+    def save_scales(self, path: str | Path) -> None:
+        """Writes the float16 scales in use, those that a warning said were tightened included, to a JSON file.
+
+        ``from_pretrained(…, scales=path)`` and ``convert(…, scales=path)`` read it.
+        """
+        write_scales(path, self.stack.scales)
+
+    def count(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt, the end token included, before any truncation."""
+        return self.tokenizer(prompts, pad_to=None).full_counts
+
+    @torch.no_grad()
+    def encode(
+        self,
+        prompts: Sequence[str],
+        family: str | None = None,
+        *,
+        max_length: int | None = None,
+        padding: PaddingPolicy | None = None,
+        pad_to: PadTo | None = None,
+        extra_pad: int | None = None,
+        truncate: bool = True,
+        output_device: str | torch.device | None = None,
+    ) -> PromptEmbeddings:
+        """Encodes a batch of any size.
+
+        Args:
+            prompts: a list of texts; the empty text is allowed.
+            family: a diffusion model family such as ``"pixart-sigma"``: gives length, padding and text cleaning as its
+                pipeline has them. The other arguments override it.
+            max_length: longer prompts are cut to this many tokens, end token included. None: no limit.
+            padding: what is done with pad tokens, see :func:`nai_t5_core.model.packing.pack_batch`; ``"exact"``
+                by default.
+            pad_to: ``"max_length"``, or ``"longest"`` prompt of the batch (the default without a family).
+            extra_pad: pad positions after the text that are computed and left unmasked.
+            truncate: False makes a prompt that is too long an error; else it is cut, and the result says what was lost.
+            output_device: where the result is put; by default it stays on the model's device.
+
+        Raises:
+            ValueError: an empty list, something that is no text, an unknown family or padding policy, a bad length, a
+                prompt beyond the limit with ``truncate=False``.
+        """
+        row = family_named(family) if family is not None else None
+        settings = _Settings.choose(row, max_length, padding, pad_to, extra_pad)
+        tokens = self._tokenize(prompts, row, settings)
+        if not truncate:
+            _refuse_truncated(tokens, settings.max_length)
+        ids = torch.tensor(tokens.input_ids)
+        mask = torch.tensor(tokens.attention_mask, dtype=torch.bool)
+        ids, mask = self._with_room(ids, mask, settings)
+        hidden = self._encode_ids(ids, mask, settings, output_device)
+        mask = _with_extra_pad(mask, tokens.token_counts, settings.extra_pad)[:, : hidden.shape[1]]
+        return PromptEmbeddings(hidden, mask.to(hidden.device), tokens.token_counts, tokens.truncated, tokens.cut_text)
+
+    def _tokenize(self, prompts: Sequence[str], row: Family | None, settings: _Settings) -> TokenBatch:
+        if row is not None and isinstance(prompts, Sequence) and not isinstance(prompts, str):
+            # What is no text passes unchanged, for the tokenizer to refuse it with its place in the list.
+            prompts = [clean_text(text, row.text_cleaning) if isinstance(text, str) else text for text in prompts]
+        if settings.pad_to == "max_length" and settings.padding != "trim":
+            return self.tokenizer(prompts, settings.max_length, pad_to=settings.max_length)
+        return self.tokenizer(prompts, settings.max_length, pad_to="longest")
+
+    def _with_room(self, ids: Tensor, mask: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
+        """Ids and mask with as many pads behind the longest prompt as are to be computed, within the limit."""
+        room = settings.extra_pad - (ids.shape[1] - int(mask.sum(dim=1).max()))
+        if settings.max_length is not None:
+            room = min(room, settings.max_length - ids.shape[1])
+        if room <= 0:
+            return ids, mask
+        return pad(ids, (0, room), value=self.tokenizer.pad_token_id), pad(mask, (0, room))
+
+    def _encode_ids(
+        self, ids: Tensor, mask: Tensor, settings: _Settings, output_device: str | torch.device | None
+    ) -> Tensor:
+        """[batch, length, d_model], computed in parts of at most ``token_budget`` rows."""
+        parts = []
+        policy = {"padding": settings.padding, "extra_pad": settings.extra_pad}
+        encode = self._by_kernels or partial(encode_guarded, self.stack)
+        for part in self._parts(mask, settings):
+            states = encode(ids[part], mask[part], **policy)
+            parts.append(states if output_device is None else states.to(output_device))
+        if len(parts) == 1:
+            return parts[0]
+        length = max(states.shape[1] for states in parts)
+        out = parts[0].new_zeros(len(ids), length, self.stack.config.d_model)
+        start = 0
+        for states in parts:
+            out[start : start + len(states), : states.shape[1]] = states
+            start += len(states)
+        return out
+
+    def _parts(self, mask: Tensor, settings: _Settings) -> Iterator[slice]:
+        """Consecutive prompts that fit the budget together; a prompt that exceeds it alone is computed alone."""
+        computes_pads = settings.padding in ("attend", "exact")
+        costs = [mask.shape[1]] * len(mask) if computes_pads else mask.sum(dim=1).tolist()
+        start, total = 0, 0
+        for index, cost in enumerate(costs):
+            if index > start and total + cost > self.token_budget:
+                yield slice(start, index)
+                start, total = index, 0
+            total += cost
+        yield slice(start, len(costs))
+
+    def __repr__(self) -> str:
+        size = self.stack.config.size_name or f"d_model {self.stack.config.d_model}"
+        attention = self.stack.describe_attention()
+        if self._by_kernels is not None:
+            reason = self._by_kernels.refusal()
+            attention = f"{attention} (not the kernels for CUDA: {reason})" if reason else "auto: kernels for CUDA"
+        return (
+            f"TextEncoder({self.stack.config.kind}, {size}, {self.stack.dtype}, {self.stack.device}, "
+            f"attention={attention})"
+        )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Length and padding of one call, after the family's values and the caller's were brought together."""
+
+    max_length: int | None
+    padding: PaddingPolicy
+    pad_to: PadTo
+    extra_pad: int
+
+    @classmethod
+    def choose(
+        cls,
+        row: Family | None,
+        max_length: int | None,
+        padding: PaddingPolicy | None,
+        pad_to: PadTo | None,
+        extra_pad: int | None,
+    ) -> _Settings:
+        if row is None:
+            settings = cls(max_length, padding or "exact", pad_to or "longest", extra_pad or 0)
+        else:
+            if max_length is not None and row.length_limit is not None and max_length > row.length_limit:
+                raise ValueError(f"max_length={max_length}; {row.title} takes at most {row.length_limit} tokens")
+            settings = cls(
+                (row.call_length or row.max_length) if max_length is None else max_length,
+                padding or row.padding,
+                pad_to or row.pad_to,
+                row.extra_pad if extra_pad is None else extra_pad,
+            )
+        if settings.padding not in PADDING_POLICIES:
+            raise ValueError(f"unknown padding policy {settings.padding!r}; allowed: {', '.join(PADDING_POLICIES)}")
+        if settings.pad_to == "max_length" and settings.max_length is None:
+            raise ValueError("pad_to='max_length' needs a max_length")
+        return settings
+
+
+def _merge_for_good(stack: T5EncoderStack, loras: Sequence[tuple[LoraSource, float]]) -> None:
+    """The originals go with the object that knows them."""
+    merged = Loras(stack)
+    for number, (lora, strength) in enumerate(loras):
+        merged.add(lora, strength, name=str(number))
+
+
+def _refuse_truncated(tokens: TokenBatch, limit: int | None) -> None:
+    for index, cut in enumerate(tokens.truncated):
+        if cut:
+            raise ValueError(
+                f"prompt {index} has {tokens.full_counts[index]} tokens, the limit is {limit}; shorten it by "
+                f"{tokens.cut_text[index][:60]!r}, raise max_length, or allow truncation"
+            )
+
+
+def _with_extra_pad(mask: Tensor, counts: list[int], extra_pad: int) -> Tensor:
+    if extra_pad == 0:
+        return mask
+    ends = torch.tensor(counts)[:, None] + extra_pad
+    return torch.arange(mask.shape[1])[None, :] < ends

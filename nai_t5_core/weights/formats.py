@@ -1,0 +1,389 @@
+"""Checkpoints as named lazy tensors, recognised by their content and not by their file name.
+
+Nothing here knows T5: names, shapes, dtypes and bytes only. Reading one tensor maps its file for as long as the tensor
+lives, so that a whole checkpoint is never in memory twice.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nai_t5_core.facts.config import Shape
+from nai_t5_core.weights.pytorch_files import read_state
+from nai_t5_core.weights.shards import index_of, shard_count
+
+# What a folder's weights are called, the preferred first. A single file goes before an index: the hub's folders often
+# have the index of a second, sharded form that was never downloaded.
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "*.safetensors.index*.json",
+    "*.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# A file of such a name is a whole model of the Hugging Face layout: config.json and tokenizer beside it belong to it.
+_WHOLE_MODELS = ("model.safetensors", "pytorch_model.bin")
+# Types of 4 and 6 bits are not among these: no tensor has one number of them in each place.
+_TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "C64": "complex64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+# Older versions of torch lack some.
+_SAFETENSORS_DTYPES = {kind: getattr(torch, name) for kind, name in _TORCH_NAMES.items() if hasattr(torch, name)}
+_DTYPE_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
+# Tensors start at multiples of this many bytes in the files we write, so that a mapped tensor suits vector loads.
+_ALIGNMENT = 64
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or is not what it should be; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before it is read."""
+
+    shape: Shape
+    dtype: torch.dtype
+    file: Path
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint. ``read`` gives one tensor on the CPU, in the dtype of the file."""
+
+    source: str
+    format: str
+    tensors: dict[str, TensorInfo]
+    read: Callable[[str], Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+    """The folder that may hold config.json and a tokenizer; None for a lone file."""
+    others: dict[str, str] = field(default_factory=dict)
+    """Entries that torch has no tensor for, and what they are. Whether one is needed is for others to say."""
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    def hf_config(self) -> dict[str, Any] | None:
+        """The config.json beside the weights, or None where there is none."""
+        path = self.folder / "config.json" if self.folder else None
+        return _read_json(path) if path and path.is_file() else None
+
+
+def open_checkpoint(path: str | Path, subfolder: str = "") -> Checkpoint:
+    """Opens a file or folder: safetensors or PyTorch, single or sharded.
+
+    Raises:
+        CheckpointError: nothing at the path, no weights in the folder, or a file that is damaged or of another kind.
+    """
+    path = Path(path).expanduser() / subfolder
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        if path.is_file():
+            return _open_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    raise CheckpointError(
+        f"{path} does not exist; give a weight file, a folder, or a hub id such as google/t5-v1_1-xxl"
+    )
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    if (folder / "model_index.json").is_file():
+        encoders = sorted(path.name for path in folder.glob("text_encoder*"))
+        raise CheckpointError(
+            f"{folder} is a whole pipeline; give the subfolder of its T5 text encoder ({', '.join(encoders) or 'none'})"
+        )
+    weights = _weights_in(folder)
+    if weights is None:
+        raise CheckpointError(
+            f"{folder} holds no weights (looked for *.safetensors, pytorch_model.bin and their index files); "
+            "give the folder or the file that has them"
+        )
+    checkpoint = _open_file(weights)
+    checkpoint.source = str(folder)
+    checkpoint.folder = folder
+    return checkpoint
+
+
+def _weights_in(folder: Path) -> Path | None:
+    for pattern in _WEIGHT_FILES:
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        if len(found) > 1 and all(shard_count(file) > 1 for file in found):
+            raise CheckpointError(
+                f"{folder} holds {len(found)} of {shard_count(found[0])} shards ({found[0].name}, …) without the index "
+                f"that lists them; fetch the *.index.json of the same model as well"
+            )
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found[:5])
+            more = f" and {len(found) - 5} more" if found[5:] else ""
+            raise CheckpointError(
+                f"{folder} holds {len(found)} weight files and no model.safetensors ({names}{more}); name one of them"
+            )
+        if found:
+            return found[0]
+    return None
+
+
+def _open_file(path: Path) -> Checkpoint:
+    head = _head(path)
+    if head.lstrip()[:1] == b"{" and not _is_safetensors(head):
+        return _open_index(path)
+    _refuse_single_shard(path)
+    checkpoint = _open_weights(path)
+    if path.name in _WHOLE_MODELS:
+        checkpoint.folder = path.parent
+    return checkpoint
+
+
+def _refuse_single_shard(path: Path) -> None:
+    count = shard_count(path)
+    if count == 1:
+        return
+    index = index_of(path)
+    advice = f"give their index {index}, or the folder" if index else "the index that lists them is not beside it"
+    raise CheckpointError(f"{path} is one of {count} shards of a checkpoint; {advice}")
+
+
+def _open_weights(path: Path) -> Checkpoint:
+    head = _head(path)
+    if _is_safetensors(head):
+        return _open_safetensors(path)
+    if head[:2] in (b"PK", b"\x80\x02"):
+        return _open_pytorch(path)
+    if head[:4] == b"GGUF":
+        raise CheckpointError(
+            f"{path} is a GGUF file, which is not supported; use a safetensors file of the same model"
+        )
+    raise CheckpointError(
+        f"{path} is neither safetensors, nor a PyTorch file, nor a shard index (it begins with {head[:8]!r}); "
+        "it may be damaged or still downloading"
+    )
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(16)
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return head[8:9] == b"{"
+
+
+def _open_safetensors(path: Path) -> Checkpoint:
+    tensors, others = {}, {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                piece = file.get_slice(name)
+                kind = piece.get_dtype()
+                if kind in _SAFETENSORS_DTYPES:
+                    tensors[name] = TensorInfo(tuple(piece.get_shape()), _SAFETENSORS_DTYPES[kind], path)
+                else:
+                    others[name] = f"a tensor of type {kind}, which cannot be read"
+    except SafetensorError as error:
+        raise CheckpointError(_safetensors_fault(path, error)) from error
+
+    def read(name: str) -> Tensor:
+        # A handle for each tensor: its mapping ends with the tensor, and memory holds only what is in use.
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    return Checkpoint(str(path), "safetensors", tensors, read, metadata, others=others)
+
+
+def _safetensors_fault(path: Path, error: SafetensorError) -> str:
+    unknown = re.search(r"unknown variant `(\w+)`", str(error))
+    if unknown:
+        return (
+            f"{path} holds tensors of type {unknown[1]}, which the installed package safetensors does not know; "
+            "update it, or use another file of the same model"
+        )
+    return f"{path} is a damaged safetensors file ({path.stat().st_size:,} bytes: {error}); fetch it again"
+
+
+def _open_pytorch(path: Path) -> Checkpoint:
+    try:
+        state, others = read_state(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    tensors = {name: TensorInfo(tuple(value.shape), value.dtype, path) for name, value in state.items()}
+    return Checkpoint(str(path), "PyTorch", tensors, state.__getitem__, others=others)
+
+
+def _open_index(path: Path) -> Checkpoint:
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} is a JSON file without a weight_map; give the weight file or its index")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{path} is damaged: its weight_map gives something else than file names; fetch it again")
+    names = sorted(set(weight_map.values()))
+    absent = [name for name in names if not (path.parent / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{path} lists {len(names)} shards, of which {len(absent)} are absent: {', '.join(absent[:5])}; "
+            "fetch them again"
+        )
+    shards = {name: _open_weights(path.parent / name) for name in names}
+    others = {name: kind for shard in shards.values() for name, kind in shard.others.items()}
+    lost = [name for name, shard in weight_map.items() if name not in shards[shard].tensors and name not in others]
+    if lost:
+        raise CheckpointError(
+            f"{path} promises tensors that its shards do not hold: {', '.join(lost[:5])}; fetch both again"
+        )
+
+    def read(name: str) -> Tensor:
+        return shards[weight_map[name]].read(name)
+
+    tensors = {name: shards[shard].tensors[name] for name, shard in weight_map.items() if name not in others}
+    kind = shards[names[0]].format
+    return Checkpoint(
+        str(path), f"sharded {kind}, {len(names)} files", tensors, read, folder=path.parent, others=others
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}; an object is needed")
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside ``path`` to write to, and renames it in the end; after a fault nothing remains."""
+    partial = path.with_name(path.name + ".part")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_safetensors(
+    path: str | Path,
+    layout: Mapping[str, tuple[torch.dtype, Shape]],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | Callable[[], Mapping[str, str]],
+) -> None:
+    """Writes a safetensors file tensor by tensor, so that memory holds one of them at a time.
+
+    Args:
+        path: the file; it appears when it is complete.
+        layout: dtype and shape of every tensor, known before any is made.
+        tensors: the tensors in the order of ``layout``.
+        metadata: strings for the header; a function is called after the last tensor, and its result must be no longer
+            than :data:`METADATA_ROOM` allows.
+
+    Raises:
+        CheckpointError: the disk has too little room, or the file cannot be written. No file is left behind.
+    """
+    path = Path(path)
+    header, total = _header(layout)
+    begin = {} if callable(metadata) else dict(metadata)
+    try:
+        _check_room(path, total)
+        with replacing(path) as partial, partial.open("wb") as file:
+            room = _encoded({**header, "__metadata__": begin}, room=METADATA_ROOM if callable(metadata) else 0)
+            file.write(room)
+            _write_tensors(file, layout, tensors)
+            if callable(metadata):
+                file.seek(0)
+                file.write(_encoded({**header, "__metadata__": dict(metadata())}, length=len(room)))
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written: {error.strerror or error}; nothing was kept") from error
+
+
+# Bytes set aside in the header for metadata, which is complete only after the last tensor was hashed.
+METADATA_ROOM = 16_384
+
+
+def _header(layout: Mapping[str, tuple[torch.dtype, Shape]]) -> tuple[dict[str, Any], int]:
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, (dtype, shape) in layout.items():
+        size = dtype.itemsize * int(torch.Size(shape).numel())
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    return header, offset
+
+
+def _encoded(header: dict[str, Any], room: int = 0, length: int | None = None) -> bytes:
+    """The header as the format has it: its length as 8 bytes, then JSON, padded with spaces."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    if length is None:
+        length = -(-(8 + len(text) + room) // _ALIGNMENT) * _ALIGNMENT
+    assert 8 + len(text) <= length, "the metadata exceeds the room set aside for it"
+    return struct.pack("<Q", length - 8) + text.ljust(length - 8)
+
+
+def _write_tensors(
+    file: Any, layout: Mapping[str, tuple[torch.dtype, Shape]], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    for (name, (dtype, shape)), (given, tensor) in zip(layout.items(), tensors, strict=True):
+        assert (given, tensor.dtype, tuple(tensor.shape)) == (name, dtype, shape), f"{given} does not fit its place"
+        file.write(tensor_bytes(tensor))
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw bytes of a tensor in row-major order; a view where the tensor is contiguous and on the CPU."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _check_room(path: Path, needed: int) -> None:
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; give the name of the file to write in it")
+    if not folder.is_dir():
+        raise CheckpointError(f"{path} cannot be written: the folder {folder} does not exist")
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{path} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
+            "make room or write elsewhere"
+        )

@@ -1,0 +1,64 @@
+"""The config of a T5 from the shapes of its tensors, for files that come without a config.json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from nai_t5_core.facts.config import Shape, T5Config
+
+
+def infer_config(shapes: Mapping[str, Shape]) -> T5Config:
+    """Reads every size that tensors can tell from their shapes; the rest gets the defaults of the published models.
+
+    ``shapes`` maps Hugging Face names to shapes, such as ``{"shared.weight": (32128, 4096), ...}``.
+
+    Raises:
+        ValueError: a tensor that sizes are read from is absent or has the wrong number of dimensions.
+    """
+    first = "encoder.block.0.layer"
+    attention = f"{first}.0.SelfAttention"
+    gated = f"{first}.1.DenseReluDense.wi_0.weight" in shapes
+    vocab_size, d_model = _two_dims(shapes, "shared.weight")
+    inner_dim, _ = _two_dims(shapes, f"{attention}.q.weight")
+    buckets, num_heads = _two_dims(shapes, f"{attention}.relative_attention_bias.weight")
+    _, d_ff = _two_dims(shapes, f"{first}.1.DenseReluDense.wo.weight")
+    if inner_dim % num_heads:
+        raise ValueError(
+            f"{attention}.q.weight has {inner_dim} rows, which {num_heads} heads (columns of "
+            "relative_attention_bias) do not divide; the file is damaged or no T5"
+        )
+    bias_per_layer = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in shapes
+    is_pile_t5 = bias_per_layer and vocab_size < 100_000
+    return T5Config(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        d_kv=inner_dim // num_heads,
+        d_ff=d_ff,
+        num_heads=num_heads,
+        num_layers=_depth(shapes, "encoder"),
+        num_decoder_layers=_depth(shapes, "decoder"),
+        gated=gated,
+        activation="gelu_new" if gated else "relu",
+        bias_per_layer=bias_per_layer,
+        relative_attention_num_buckets=buckets,
+        # v1.0 is the only kind without a gate, and ties its embeddings.
+        tie_word_embeddings=not gated,
+        # Pile-T5 was trained with the Llama vocabulary, whose pad and end tokens are others than T5's.
+        pad_token_id=1 if is_pile_t5 else 0,
+        eos_token_id=2 if is_pile_t5 else 1,
+    )
+
+
+def _two_dims(shapes: Mapping[str, Shape], name: str) -> Shape:
+    shape = shapes.get(name)
+    if shape is None:
+        raise ValueError(f"{name} is absent, so the sizes of the model cannot be read from the tensors")
+    if len(shape) != 2:
+        raise ValueError(f"{name} has shape {list(shape)}; two dimensions are needed")
+    return shape
+
+
+def _depth(names: Iterable[str], stack: str) -> int:
+    pattern = re.compile(rf"{stack}\.block\.(\d+)\.")
+    return max((int(match[1]) + 1 for name in names if (match := pattern.match(name))), default=0)
