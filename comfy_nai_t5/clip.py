@@ -15,7 +15,7 @@ from comfy_nai_t5.encode import embedding_widths
 from comfy_nai_t5.idle_hooks import tell_of_idle_hooks
 from comfy_nai_t5.stack import SharedStack
 from comfy_nai_t5.telling import out_of_memory, warn
-from nai_t5_core.backends.prepack import packs
+from nai_t5_core.backends.products import ONEDNN
 from nai_t5_core.float16.guard import encode_guarded, is_finite
 from nai_t5_core.model.attention_choice import FlexUnavailableError, missing_for_flex, refuse_unsupported
 from nai_t5_core.model.packing import PaddingPolicy
@@ -234,7 +234,7 @@ def _refuse_without_flex(device: torch.device, dtype: torch.dtype, d_kv: int) ->
 
 
 def _refuse_packing(device: torch.device, dtype: torch.dtype) -> None:
-    if not packs(device, dtype):
+    if ONEDNN.missing(device, dtype):
         name = str(dtype).removeprefix("torch.")
         raise ValueError(
             f"the packed layout is for a T5 on the CPU in float32, or in bfloat16 where the processor computes in it; "

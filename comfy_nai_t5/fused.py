@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nai_t5_core.kernels.build import why_not_kernels
-from nai_t5_core.kernels.calls import COMPUTE_DTYPES
+from nai_t5_core.backends.kernel_block import KernelBlock
+from nai_t5_core.backends.kernels import KERNELS
+from nai_t5_core.kernels.build import better_than_kernels
 from nai_t5_core.model.attention import Attend
-from nai_t5_core.model.encoder_block import EncoderBlock
-from nai_t5_core.model.kernel_block import KernelBlock
+from nai_t5_core.model.block import Block, Lending
 from nai_t5_core.model.layers import ACTIVATIONS, GatedFeedForward, add_sublayer, gated, scaled
 
 
@@ -84,33 +84,46 @@ class FusedProducts:
         return F.linear(inner, self.weights.wo)
 
 
-class SharedBlock(EncoderBlock):
-    """A layer on ComfyUI's modules.
+class JoinedKernels:
+    """Runs a layer by the kernels on its joined weights, for the time of a call."""
 
-    It runs by ``kernels``, or by ``products``, with the norms of ``weights`` while it is given some.
-    """
+    name = "joined, by the kernels"
+    lending: Lending | None = None
 
-    weights: FusedWeights | None = None
-    products: Products | None = None
-    kernels: KernelBlock | None = None
+    def __init__(self, weights: FusedWeights, kernels: KernelBlock) -> None:
+        self.norms = (weights.attention_norm, weights.dense_norm)
+        self.kernels = kernels
 
-    def forward(self, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
-        if self.weights is not None and self.kernels is not None:
-            norms = (self.weights.attention_norm, self.weights.dense_norm)
-            return self.kernels(residual, attend, *(norm.detach().to(residual.dtype) for norm in norms))
-        if self.weights is None or self.products is None:
-            return super().forward(residual, attend, dtype)
-        attention: Any = self.layer[0]
-        dense: Any = self.layer[-1]
+    def __call__(self, block: Block, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
+        return self.kernels(residual, attend, *(norm.detach().to(residual.dtype) for norm in self.norms))
+
+    def attends(self, block: Block, dtype: torch.dtype) -> bool:
+        return True
+
+
+class JoinedProducts:
+    """Runs a layer by joined products, for the time of a call."""
+
+    name = "joined"
+    lending: Lending | None = None
+
+    def __init__(self, weights: FusedWeights, products: Products) -> None:
+        self.weights, self.products = weights, products
+
+    def __call__(self, block: Block, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
+        attention: Any = block.layer[0]
+        dense: Any = block.layer[-1]
         hidden = _norm(residual, self.weights.attention_norm, attention.layer_norm, dtype)
-        residual = add_sublayer(residual, self._attention(self.products, hidden, attend), attention.out_scale)
+        residual = add_sublayer(residual, self._attention(attention.SelfAttention, hidden, attend), attention.out_scale)
         hidden = _norm(residual, self.weights.dense_norm, dense.layer_norm, dtype)
         return add_sublayer(residual, self.products.feed_forward(hidden, dense.DenseReluDense), dense.out_scale)
 
-    def _attention(self, products: Products, hidden: Tensor, attend: Attend) -> Tensor:
-        module: Any = self.layer[0].SelfAttention
-        q, k, v = products.qkv(hidden).unflatten(-1, (3, module.heads, module.d_kv)).unbind(-3)
-        return products.o(scaled(attend(q, k, v).flatten(-2), module.scale))
+    def _attention(self, module: Any, hidden: Tensor, attend: Attend) -> Tensor:
+        q, k, v = self.products.qkv(hidden).unflatten(-1, (3, module.heads, module.d_kv)).unbind(-3)
+        return self.products.o(scaled(attend(q, k, v).flatten(-2), module.scale))
+
+    def attends(self, block: Block, dtype: torch.dtype) -> bool:
+        return False
 
 
 def _norm(residual: Tensor, weight: Tensor, norm: Any, dtype: torch.dtype) -> Tensor:
@@ -132,7 +145,7 @@ def fuse(block: Any) -> FusedWeights:
 
 def takes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels compute joined products in ``dtype``, as far as is known before they are built."""
-    return device.type == "cpu" and dtype in COMPUTE_DTYPES and why_not_kernels() is None
+    return KERNELS.missing(device, dtype) is None and better_than_kernels() is None
 
 
 def kernels_on(block: Any, weights: FusedWeights, dtype: torch.dtype) -> KernelBlock:

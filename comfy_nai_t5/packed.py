@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from comfy_nai_t5.fused import FusedWeights, kernels_on, projections
-from nai_t5_core.backends.prepack import PackedFeedForward, PackedGatedFeedForward, PackedLinear
+from nai_t5_core.backends.kernel_block import KernelBlock
+from nai_t5_core.backends.onednn import OneDNNProduct
+from nai_t5_core.backends.products import feed_forward
 from nai_t5_core.kernels.calls import WEIGHT_FORMATS
-from nai_t5_core.model.kernel_block import KernelBlock
 from nai_t5_core.model.layers import GatedFeedForward
 
 
@@ -39,12 +40,11 @@ class PackedKernels(Kept):
     def __init__(self, block: Any, weights: FusedWeights, dtype: torch.dtype) -> None:
         super().__init__(block)
         self.kernels = kernels_on(block, weights.cast(dtype, but=WEIGHT_FORMATS), dtype)
-        self.is_packed = False
         self._called = False
 
     def ready(self) -> KernelBlock:
-        if self._called and not self.is_packed:
-            self.kernels, self.is_packed = self.kernels.packed(), True
+        if self._called:
+            self.kernels = self.kernels.packed()
         self._called = True
         return self.kernels
 
@@ -56,17 +56,11 @@ class PackedProducts(Kept):
         super().__init__(block)
         dense = block.layer[-1].DenseReluDense
         cast = weights.cast(dtype)
-        self.qkv, self.o = PackedLinear(cast.qkv), PackedLinear(cast.o)
-        self.dense: nn.Module
-        if isinstance(dense, GatedFeedForward):
-            gate, up = cast.wi.chunk(2)
-            self.dense = PackedGatedFeedForward(gate, up, cast.wo, dense.activation, dense.scale)
-        else:
-            self.dense = PackedFeedForward(cast.wi, cast.wo, dense.activation, dense.scale)
+        self.qkv, self.o, self.wo = map(OneDNNProduct, (cast.qkv, cast.o, cast.wo))
+        self.inner = [OneDNNProduct(part) for part in cast.wi.chunk(2 if isinstance(dense, GatedFeedForward) else 1)]
 
-    def feed_forward(self, hidden: Tensor, _: nn.Module) -> Tensor:
-        out: Tensor = self.dense(hidden)
-        return out
+    def feed_forward(self, hidden: Tensor, dense: Any) -> Tensor:
+        return feed_forward(hidden, self.inner, self.wo, dense.activation, dense.scale)
 
 
 def _originals(block: Any) -> list[tuple[Tensor, int]]:

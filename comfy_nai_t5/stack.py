@@ -15,17 +15,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comfy_nai_t5.fused import FusedProducts, Products, SharedBlock, fuse, kernels_on, obstacle, takes_kernels
+from comfy_nai_t5.fused import (
+    FusedProducts,
+    FusedWeights,
+    JoinedKernels,
+    JoinedProducts,
+    Products,
+    fuse,
+    kernels_on,
+    obstacle,
+    takes_kernels,
+)
 from comfy_nai_t5.packed import Kept, PackedKernels, PackedProducts
 from nai_t5_core.backends.compiled import compile_stack
+from nai_t5_core.backends.kernel_block import KernelBlock
+from nai_t5_core.backends.kernels import refuses_mathematics
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, published_scales
 from nai_t5_core.kernels.build import prepare_kernels
 from nai_t5_core.kernels.calls import WEIGHT_FORMATS
 from nai_t5_core.model.attention import AttentionPlan, distance_table
 from nai_t5_core.model.attention_choice import AttentionChoice
+from nai_t5_core.model.block import Block, torch_is_needed
 from nai_t5_core.model.encoder import Encoder, T5EncoderStack
-from nai_t5_core.model.kernel_block import KernelBlock, is_supported, torch_is_needed
 from nai_t5_core.model.layers import NoInit
 from nai_t5_core.model.packing import TOKEN_BUCKETS
 
@@ -77,9 +89,7 @@ class SharedEncoder(Encoder):
 
     def __init__(self, config: T5Config, scales: StackScales) -> None:
         super().__init__(config, "separate", scales, NoInit, device="meta")
-        blocks: Any = self.block
-        self.block = nn.ModuleList(SharedBlock(*block.layer) for block in blocks)
-        self.kept: dict[SharedBlock, Kept] = {}
+        self.kept: dict[Block, Kept] = {}
 
     def bias_table(self, index: int, device: torch.device | None = None) -> Tensor:
         if self.tables is not None:
@@ -109,28 +119,30 @@ class SharedEncoder(Encoder):
             if reason:
                 reasons[reason] += 1
                 continue
-            block.weights = fuse(block)
-            # Both, whichever it is: attributes that come and go would be compiled anew.
-            block.kernels = self._kernels(block, dtype, is_packed) if by_kernels else None
-            block.products = None if by_kernels else self._products(block, dtype, is_packed)
+            weights = fuse(block)
+            block.runner = (
+                JoinedKernels(weights, self._kernels(block, weights, dtype, is_packed))
+                if by_kernels
+                else JoinedProducts(weights, self._products(block, weights, dtype, is_packed))
+            )
         if not reasons:
             count = len(self.block) if self.bias_per_layer else 1
             self.tables = [self.bias_table(index) for index in range(count)]
         return reasons
 
-    def _kernels(self, block: Any, dtype: torch.dtype, is_packed: bool) -> KernelBlock:
+    def _kernels(self, block: Block, weights: FusedWeights, dtype: torch.dtype, is_packed: bool) -> KernelBlock:
         if is_packed:
-            return self._keep(block, PackedKernels, dtype).ready()
-        return kernels_on(block, block.weights, dtype)
+            return self._keep(block, weights, PackedKernels, dtype).ready()
+        return kernels_on(block, weights, dtype)
 
-    def _products(self, block: Any, dtype: torch.dtype, is_packed: bool) -> Products:
-        return self._keep(block, PackedProducts, dtype) if is_packed else FusedProducts(block.weights)
+    def _products(self, block: Block, weights: FusedWeights, dtype: torch.dtype, is_packed: bool) -> Products:
+        return self._keep(block, weights, PackedProducts, dtype) if is_packed else FusedProducts(weights)
 
-    def _keep(self, block: Any, kind: type[KeptKind], dtype: torch.dtype) -> KeptKind:
+    def _keep(self, block: Block, weights: FusedWeights, kind: type[KeptKind], dtype: torch.dtype) -> KeptKind:
         """What is kept of a layer, made anew where it is of another kind or of other weights."""
         kept = self.kept.get(block)
         if not isinstance(kept, kind) or not kept.is_made_of(block):
-            self.kept[block] = kept = kind(block, block.weights, dtype)
+            self.kept[block] = kept = kind(block, weights, dtype)
         return kept
 
     def release(self) -> None:
@@ -138,7 +150,7 @@ class SharedEncoder(Encoder):
         self.tables = None
         block: Any
         for block in self.block:
-            block.weights = block.products = block.kernels = None
+            block.runner = None
 
 
 class SharedStack(T5EncoderStack):
@@ -199,8 +211,10 @@ class SharedStack(T5EncoderStack):
     @property
     def takes_kernels(self) -> bool:
         """Whether joined products are computed by the kernels."""
-        supported = not self.compiled and all(map(is_supported, self.encoder.block))
-        return supported and takes_kernels(self.device, self.dtype)
+        if self.compiled or not takes_kernels(self.device, self.dtype):
+            return False
+        blocks: Any = self.encoder.block
+        return all(refuses_mathematics(block) is None for block in blocks)
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         """See :class:`T5EncoderStack`.

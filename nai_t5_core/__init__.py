@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 # For type checkers, what _HOME says to Python.
 if TYPE_CHECKING:
+    from nai_t5_core.backends.choose import prepack as prepack
+    from nai_t5_core.backends.choose import quantize_int8 as quantize_int8
     from nai_t5_core.backends.compiled import compile_stack as compile_stack
     from nai_t5_core.backends.compiled import compile_steps as compile_steps
     from nai_t5_core.backends.compiled import warm_up as warm_up
-    from nai_t5_core.backends.int8 import quantize_int8 as quantize_int8
-    from nai_t5_core.backends.prepack import can_prepack as can_prepack
-    from nai_t5_core.backends.prepack import prepack as prepack
     from nai_t5_core.backends.sharding import shard as shard
     from nai_t5_core.facts.config import T5Config as T5Config
     from nai_t5_core.facts.config import named_config as named_config
@@ -55,7 +54,6 @@ _HOME = {
     "TextEncoder": "prompts.text_encoder",
     "Tokenizer": "tokenizer",
     "add_embeddings": "prompts.textual_inversion",
-    "can_prepack": "backends.prepack",
     "compile_stack": "backends.compiled",
     "compile_steps": "backends.compiled",
     "convert": "weights.convert",
@@ -66,8 +64,8 @@ _HOME = {
     "load_t5": "weights.load",
     "load_tokenizer": "tokenizer",
     "named_config": "facts.config",
-    "prepack": "backends.prepack",
-    "quantize_int8": "backends.int8",
+    "prepack": "backends.choose",
+    "quantize_int8": "backends.choose",
     "read_lora": "lora.files",
     "shard": "backends.sharding",
     "warm_up": "backends.compiled",

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nai_t5_core.backends.choose import run_in_place
 from nai_t5_core.facts.config import T5Config, config_to_hf, decoder_tensors, encoder_tensors
 from nai_t5_core.kernels.build import missing_for_kernels
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
@@ -85,7 +86,7 @@ def build_stack(
     recipes = fused_recipes(config) if layout == "fused" else separate_recipes(config)
     stack = T5EncoderStack(config, layout, NoInit, device="meta", dtype=dtype)
     stack.load_state_dict({recipe.target: cook(recipe, state.__getitem__, dtype) for recipe in recipes}, assign=True)
-    return stack.eval()
+    return run_in_place(stack.eval())
 
 
 def write_hf_folder(folder: Path, config: T5Config, state: dict[str, Tensor]) -> Path:

@@ -15,7 +15,7 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, needs_kernels, random_state
 from typer.testing import CliRunner
 
-from nai_t5_core.backends.prepack import can_prepack, prepack
+from nai_t5_core.backends.choose import prepack, why_not_prepack
 from nai_t5_core.bench.parity import random_batch
 from nai_t5_core.bench.parity_report import OWN
 from nai_t5_core.bench.roofline import encoder_flops
@@ -41,7 +41,7 @@ def shrunken(case: Case) -> Case:
 
 
 SMALL_CASES = tuple(map(shrunken, CASES))
-CAN_PREPACK = can_prepack(T5EncoderStack(V1_1, dtype=torch.float32))
+CAN_PREPACK = why_not_prepack(T5EncoderStack(V1_1, dtype=torch.float32)) is None
 HAS_KERNELS = why_not_kernels() is None
 
 

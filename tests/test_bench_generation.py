@@ -12,7 +12,7 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, random_state
 from typer.testing import CliRunner
 
-from nai_t5_core.backends.int8 import can_quantize
+from nai_t5_core.backends.choose import why_not_int8
 from nai_t5_core.bench.parity_report import OWN
 from nai_t5_core.bench.speed import (
     GENERATION_CASES,
@@ -28,7 +28,7 @@ from nai_t5_core.model.attention_choice import missing_for_flex
 
 V1_1 = TOY_CONFIGS["v1.1"].model_copy(update={"vocab_size": 512, "num_layers": 1, "num_decoder_layers": 1})
 MISSING = missing_for_flex(torch.device("cpu"))
-CAN_QUANTIZE = can_quantize(build_stack(V1_1, random_state(V1_1)))
+CAN_QUANTIZE = why_not_int8(build_stack(V1_1, random_state(V1_1))) is None
 NEW_TOKENS, PROMPT_LENGTH = 12, 9
 
 

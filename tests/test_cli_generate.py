@@ -13,7 +13,7 @@ import torch
 from checkpoints import spiece_model
 from conftest import TOY_CONFIGS, random_state, write_hf_folder
 
-from nai_t5_core.backends.int8 import can_quantize, quantize_int8
+from nai_t5_core.backends.choose import quantize_int8, why_not_int8
 from nai_t5_core.cli import main
 from nai_t5_core.weights.load import load_whole
 
@@ -89,7 +89,7 @@ def test_json_is_what_the_model_generates(run: Run, model: Path) -> None:
 
 
 def test_eight_bits(run: Run, model: Path) -> None:
-    if not can_quantize(load_whole(model, torch.float32, "cpu").model):
+    if why_not_int8(load_whole(model, torch.float32, "cpu").model) is not None:
         pytest.skip("this processor has no VNNI")
     call = ("a cat", "two dogs", "--model", model, "--max-new-tokens", 6, "--min-new-tokens", 6, "--json", *ON_CPU)
     status, stdout, stderr = run(*call, "--int8")

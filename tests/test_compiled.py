@@ -9,8 +9,8 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
 from torch._dynamo.utils import counters
 
+from nai_t5_core.backends.choose import prepack, why_not_prepack
 from nai_t5_core.backends.compiled import compile_stack, warm_up
-from nai_t5_core.backends.prepack import can_prepack, prepack
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.model.attention_choice import missing_for_flex
 from nai_t5_core.model.packing import PADDING_POLICIES, TOKEN_BUCKETS, PaddingPolicy, bucket_for
@@ -93,7 +93,7 @@ def test_what_cannot_be_compiled_is_refused() -> None:
     with pytest.raises(ValueError, match="the model is not compiled"):
         warm_up(build_stack(V1_1, state))
     packed = build_stack(V1_1, state)
-    if can_prepack(packed):
+    if why_not_prepack(packed) is None:
         with pytest.raises(ValueError, match="prepacked or quantised"):
             compile_stack(prepack(packed))
 

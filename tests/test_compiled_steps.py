@@ -7,8 +7,8 @@ import torch
 from conftest import TOY_CONFIGS, random_state
 from torch._dynamo.utils import counters
 
+from nai_t5_core.backends.choose import prepack, why_not_prepack
 from nai_t5_core.backends.compiled import compile_steps
-from nai_t5_core.backends.prepack import can_prepack, prepack
 from nai_t5_core.bench.peers import own_t5
 from nai_t5_core.float16.generation_guard import generate_guarded
 from nai_t5_core.float16.guard import NotFiniteError
@@ -56,7 +56,7 @@ def is_near(found: torch.Tensor, expected: torch.Tensor) -> bool:
 def test_compiled_equals_eager(shape: tuple[int, int]) -> None:
     """With the real compiler; float32, in which only the order of sums differs."""
     eager, compiled = toy(), compile_steps(toy())
-    if can_prepack(compiled):
+    if why_not_prepack(compiled) is None:
         compiled = prepack(compiled)
     for mask in (None, PADDED):
         assert is_near(logits_of(compiled, mask, *shape), logits_of(eager, mask, *shape))
@@ -143,7 +143,7 @@ def test_a_prepacked_model_keeps_its_compiled_steps() -> None:
     options = [{"max_new_tokens": 9}, {"max_new_tokens": 9, "num_beams": 3}]
     expected = [model.generate(PROMPT, **each) for each in options]
     compiled = compile_steps(model, backend="aot_eager")
-    if not can_prepack(compiled):
+    if why_not_prepack(compiled) is not None:
         pytest.skip("oneDNN does not pack here")
     compiled = prepack(compiled)
     for _ in range(3):
@@ -169,7 +169,7 @@ def test_mistakes() -> None:
     with pytest.raises(ValueError, match="blocks_at_once=0; it must be at least 1"):
         compile_steps(toy(), 0)
     packed = toy()
-    if can_prepack(packed):
+    if why_not_prepack(packed) is None:
         with pytest.raises(ValueError, match="prepacked or quantised for this CPU already"):
             compile_steps(prepack(packed))
     model = compile_steps(toy(), backend="aot_eager")

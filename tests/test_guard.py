@@ -14,11 +14,9 @@ from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask, rand
 from torch import Tensor
 from toy_loras import toy_lora
 
-from nai_t5_core.backends.int8 import can_quantize, quantize_int8
-from nai_t5_core.backends.int8_block import Int8Block
-from nai_t5_core.backends.int8_linear import Int8Linear
-from nai_t5_core.backends.plain_twin import plain_twin
-from nai_t5_core.backends.prepack import can_prepack, prepack
+from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_int8, why_not_prepack
+from nai_t5_core.backends.held import HeldLinear
+from nai_t5_core.backends.int8_weight import Int8Weight
 from nai_t5_core.bench.peers import own_t5
 from nai_t5_core.facts.scales import LayerScales
 from nai_t5_core.float16.generation_guard import generate_guarded
@@ -26,6 +24,7 @@ from nai_t5_core.float16.guard import NotFiniteError, ScaleTightenedWarning, enc
 from nai_t5_core.lora.live import LiveLinear, LiveLoras
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.model.encoder import LAYOUTS, Layout, T5EncoderStack
+from nai_t5_core.model.plain_twin import plain_twin
 from nai_t5_core.prompts.text_encoder import TextEncoder
 from nai_t5_core.weights.fuse import fused_recipes, separate_recipes
 from nai_t5_core.weights.load import load_encoder
@@ -35,8 +34,10 @@ IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
 MASK = padding_mask([12, 5, 1], 12)
 _PLAIN = build_stack(CONFIG, random_state(CONFIG))
 
-needs_onednn = pytest.mark.skipif(not can_prepack(_PLAIN), reason="this machine's oneDNN packs no float32 weights")
-needs_bytes = pytest.mark.skipif(not can_quantize(_PLAIN), reason="this processor has no VNNI")
+needs_onednn = pytest.mark.skipif(
+    why_not_prepack(_PLAIN) is not None, reason="this machine's oneDNN packs no float32 weights"
+)
+needs_bytes = pytest.mark.skipif(why_not_int8(_PLAIN) is not None, reason="this processor has no VNNI")
 
 
 def unchanged(stack: T5EncoderStack) -> T5EncoderStack:
@@ -114,7 +115,7 @@ def test_the_twin_has_the_weights(kind: str, layout: Layout, form: Form, dtype: 
     original, stack = (build_stack(config, random_state(config), dtype, layout) for _ in range(2))
     stack = form(stack)
     tolerance = 0.0
-    if any(isinstance(module, Int8Linear | Int8Block) for module in stack.modules()):
+    if any(isinstance(module, HeldLinear) and isinstance(module.lies(), Int8Weight) for module in stack.modules()):
         tolerance = 0.02
     elif any(isinstance(module, LiveLinear) for module in stack.modules()):
         Loras(original).add(toy_lora(config))
@@ -140,7 +141,7 @@ def test_the_text_encoder_names_it(tmp_path: Path, optimize: bool, options: dict
     state["encoder.block.1.layer.1.DenseReluDense.wo.weight"][3, 3] = float("nan")
     folder = write_hf_folder(tmp_path / "t5", config, state)
     (folder / "spiece.model").write_bytes(spiece_model())
-    if "quantize" in options and not can_quantize(_PLAIN):
+    if "quantize" in options and why_not_int8(_PLAIN) is not None:
         pytest.skip("this processor has no VNNI")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -168,7 +169,7 @@ def test_generation_names_it(damaged: str, change: Any) -> None:
     state = random_state(CONFIG)
     state[damaged][(0, 3)[: state[damaged].ndim]] = float("nan")
     model = own_t5(CONFIG, state, torch.float32)
-    if change is quantize_int8 and not can_quantize(model):
+    if change is quantize_int8 and why_not_int8(model) is not None:
         pytest.skip("this processor has no VNNI")
     model = change(model)
     with pytest.raises(NotFiniteError, match=damaged.replace(".", r"\.") + " holds values that are not finite"):

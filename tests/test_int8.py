@@ -11,10 +11,11 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask
 from torch import nn
 
-from nai_t5_core.backends.int8 import can_quantize, quantize_int8
-from nai_t5_core.backends.int8_block import Int8Block
-from nai_t5_core.backends.int8_linear import Int8Linear, Int8Weight
-from nai_t5_core.backends.prepack import ProductsChoice
+from nai_t5_core.backends.choose import ProductsChoice, quantize_int8, why_not_int8
+from nai_t5_core.backends.held import HeldLinear
+from nai_t5_core.backends.int8_weight import Int8Product, Int8Weight
+from nai_t5_core.backends.kernels import PackedKernels
+from nai_t5_core.backends.products import INT8_ONEDNN
 from nai_t5_core.bench.parity import measure_parity
 from nai_t5_core.bench.parity_report import OWN
 from nai_t5_core.bench.peers import own_t5, random_state
@@ -29,7 +30,7 @@ MASK = padding_mask([12, 5, 1], 12)
 PRODUCTS: list[Any] = [pytest.param("kernels", marks=needs_kernels), "onednn"]
 
 pytestmark = pytest.mark.skipif(
-    not can_quantize(build_stack(V1_1, random_state(V1_1), torch.float32)), reason="this processor has no VNNI"
+    why_not_int8(build_stack(V1_1, random_state(V1_1), torch.float32)) is not None, reason="this processor has no VNNI"
 )
 
 
@@ -39,7 +40,7 @@ def test_a_product_is_within_the_rounding_of_its_bytes() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 96, generator=generator)
     x = torch.randn(7, 96, generator=generator) * torch.tensor([1e-4, 1, 10, 1e4, 1, 1, 0])[:, None]
-    out = Int8Linear(Int8Weight.of(weight))(x)
+    out = Int8Product(Int8Weight.of(weight))(x)
     step_x = x.abs().amax(dim=1, keepdim=True) / 127
     step_w = weight.abs().amax(dim=1) / 127
     bound = 0.5 * step_x * weight.abs().sum(dim=1) + 0.5 * step_w * x.abs().sum(dim=1)[:, None]
@@ -57,7 +58,7 @@ def test_the_norm_weight_holds_down_large_channels() -> None:
     norm[6] = 0
     folded = weight * norm
     expected = x @ folded.T
-    plain, smooth = (Int8Linear(Int8Weight.of(folded, scale))(x) for scale in (None, norm))
+    plain, smooth = (Int8Product(Int8Weight.of(folded, scale))(x) for scale in (None, norm))
     assert float((smooth - expected).abs().max()) < 0.1 * float((plain - expected).abs().max())
 
 
@@ -74,7 +75,7 @@ def test_every_kind_is_close(
     expected = build_stack(config, state, torch.float64)(IDS, MASK)
     stack = quantize_int8(build_stack(config, state, dtype, layout), products)
     assert not any(isinstance(module, nn.Linear) for module in stack.modules())
-    assert all(isinstance(block, Int8Block) == (products == "kernels") for block in stack.encoder.block)
+    assert all(isinstance(block.runner, PackedKernels) == (products == "kernels") for block in stack.encoder.block)
     out = stack(IDS, MASK)
     assert out.dtype == dtype
     errors = (out - expected)[MASK.bool()].abs()
@@ -89,13 +90,15 @@ def test_every_kind_is_close(
 def test_blocks_go_back_to_onednn_with_the_same_bytes(layout: Layout) -> None:
     stack = build_stack(V1_1, random_state(V1_1, outliers=True), torch.float32, layout)
     by_onednn = quantize_int8(copy.deepcopy(stack), "onednn")
-    block = quantize_int8(stack, "kernels").encoder.block[1]
-    assert isinstance(block, Int8Block)
-    given_back = dict(block.unpacked().named_modules())
+    block: Any = quantize_int8(stack, "kernels").encoder.block[1]
+    assert isinstance(block.runner, PackedKernels)
+    INT8_ONEDNN.bind(block, torch.float32)
     x = torch.randn(5, V1_1.d_ff, generator=torch.Generator().manual_seed(0))
-    for name, module in by_onednn.encoder.block[1].named_modules():
-        if isinstance(module, Int8Linear):
-            assert torch.equal(given_back[name](x[:, : module.in_features]), module(x[:, : module.in_features]))
+    held = {name: module for name, module in block.named_modules() if isinstance(module, HeldLinear)}
+    assert len(held) == (4 if layout == "fused" else 7)
+    for name, module in held.items():
+        part = x[:, : module.in_features]
+        assert torch.equal(by_onednn.encoder.block[1].get_submodule(name)(part), module(part))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -126,7 +129,8 @@ def test_parity_prints_its_accuracy() -> None:
 
 def test_text_encoder_takes_it_by_name() -> None:
     encoder = TextEncoder.from_pretrained(quantize="int8")
-    assert any(isinstance(module, Int8Linear | Int8Block) for module in encoder.stack.modules())
+    held = [module for module in encoder.stack.modules() if isinstance(module, HeldLinear)]
+    assert held and all(isinstance(module.lies(), Int8Weight) for module in held)
     exact = TextEncoder.from_pretrained(dtype="float32").encode(["a cat"]).hidden_states
     out = encoder.encode(["a cat"]).hidden_states.float()
     assert float((out - exact).abs().max()) < 0.3 * float(exact.abs().max())

@@ -13,8 +13,7 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask, random_state
 from torch import Tensor
 
-from nai_t5_core.backends.int8 import can_quantize, quantize_int8
-from nai_t5_core.backends.prepack import can_prepack, prepack
+from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_int8, why_not_prepack
 from nai_t5_core.kernels import calls
 from nai_t5_core.kernels.calls import KernelWeight, add_product, attention, encode_block, normed_product
 from nai_t5_core.model.encoder import LAYOUTS, Layout
@@ -199,7 +198,7 @@ def test_norms_cast_behind_the_models_back_are_read_right(layout: Layout, change
     config = TOY_CONFIGS["v1.1"]
     state = {name: tensor.bfloat16().float() for name, tensor in random_state(config).items()}
     stack = build_stack(config, state, torch.float32, layout)
-    if not can_prepack(stack) or not can_quantize(stack):
+    if why_not_prepack(stack) is not None or why_not_int8(stack) is not None:
         pytest.skip("this machine packs or quantises no such weights")
     stack = change(stack, "kernels")
     expected = stack(IDS, MASK)

@@ -8,6 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask, rand
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from nai_t5_core.backends.packed_block import PackedBlock
-from nai_t5_core.backends.prepack import PackedLinear, prepack
+from nai_t5_core.backends.choose import prepack, run_in_place
+from nai_t5_core.backends.kernels import PackedKernels, refuses_in_place
+from nai_t5_core.backends.products import OneDNNRunner
 from nai_t5_core.facts.config import Activation, T5Config
 from nai_t5_core.kernels import build
 from nai_t5_core.kernels.calls import (
@@ -32,8 +34,6 @@ from nai_t5_core.kernels.calls import (
 )
 from nai_t5_core.model.attention import position_bias
 from nai_t5_core.model.encoder import LAYOUTS, Layout, T5EncoderStack
-from nai_t5_core.model.encoder_block import EncoderBlock
-from nai_t5_core.model.kernel_block import kernels_of
 from nai_t5_core.model.layers import CastingOps
 from nai_t5_core.model.packing import PADDING_POLICIES, PaddingPolicy
 
@@ -362,7 +362,7 @@ def by_torch(stack: T5EncoderStack, *inputs: Tensor, **options: PaddingPolicy) -
 @torch.no_grad()
 def test_encoders_are_as_exact_as_torchs(kind: str, mask: Tensor, padding: PaddingPolicy, dtype: torch.dtype) -> None:
     exact, rounded = exact_and_rounded(TOY_CONFIGS[kind], dtype=dtype)
-    assert all(kernels_of(block, rounded.dtype) for block in rounded.encoder.block)
+    assert rounded.describe_attention() == "auto: kernels"
     expected = exact(IDS, mask, padding=padding).float()
     found, theirs = rounded(IDS, mask, padding=padding), by_torch(rounded, IDS, mask, padding=padding)
     mean = [float((x.float() - expected).abs().mean()) for x in (found, theirs)]
@@ -378,16 +378,14 @@ def test_encoders_are_as_exact_as_torchs(kind: str, mask: Tensor, padding: Paddi
 def test_packed_encoders_give_what_plain_ones_give(kind: str, layout: Layout, dtype: torch.dtype) -> None:
     _, plain = exact_and_rounded(TOY_CONFIGS[kind], layout, dtype)
     packed = prepack(copy.deepcopy(plain), "kernels")
-    assert all(isinstance(block, PackedBlock) for block in packed.encoder.block)
+    assert all(isinstance(block.runner, PackedKernels) for block in packed.encoder.block)
     found = [packed(IDS, MASK) for _ in range(3)]
     assert torch.equal(found[1], found[2])
     if layout == "fused":
         assert torch.equal(found[0], plain(IDS, MASK)) and torch.equal(found[0], found[1])
     assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
-    block = packed.encoder.block[1]
-    assert isinstance(block, PackedBlock)
     original = plain.encoder.block[1].state_dict()
-    given_back = block.unpacked().state_dict()
+    given_back = packed.encoder.block[1].state_dict()
     assert given_back.keys() == original.keys()
     assert all(torch.equal(given_back[name], original[name]) for name in original)
 
@@ -398,18 +396,18 @@ def test_originals_are_kept_for_one_call_and_then_let_go() -> None:
     _, stack = exact_and_rounded(TOY_CONFIGS["v1.1"])
     originals = [weakref.ref(module.weight) for module in stack.modules() if isinstance(module, torch.nn.Linear)]
     prepack(stack, "kernels")
-    blocks = [block for block in stack.encoder.block if isinstance(block, PackedBlock)]
+    held = [block.layer[1].DenseReluDense.wo.forms[0].held for block in stack.encoder.block]
     assert {name for name, _ in stack.named_parameters()} == {
         "shared.weight",
         "encoder.final_layer_norm.weight",
         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
     }
     assert not any(original() for original in originals)
-    kept = [weakref.ref(block.kernels.weights[-1].values) for block in blocks]
+    kept = [weakref.ref(one.kernels.weights[-1].values) for one in held]
     stack(IDS)
-    assert not any(block.is_packed for block in blocks) and all(weight() is not None for weight in kept)
+    assert not any(one.kernels.is_packed for one in held) and all(weight() is not None for weight in kept)
     stack(IDS)
-    assert all(block.is_packed for block in blocks) and not any(weight() is not None for weight in kept)
+    assert all(one.kernels.is_packed for one in held) and not any(weight() is not None for weight in kept)
 
 
 @needs_kernels
@@ -425,32 +423,34 @@ def test_prompts_come_out_the_same_whatever_is_beside_them() -> None:
 def test_torch_computes_where_it_is_needed() -> None:
     _, stack = exact_and_rounded(TOY_CONFIGS["v1.1"])
     block = stack.encoder.block[0]
-    assert kernels_of(block, torch.bfloat16) is None  # gradients
+    with counted() as by_kernels:
+        stack(IDS)  # records gradients
+    assert by_kernels.flops == 0
     with torch.no_grad():
-        assert kernels_of(block, torch.bfloat16) is not None
+        with counted() as by_kernels:
+            stack(IDS)
+        assert by_kernels.flops > 0
         with FlopCounterMode(display=False) as counter:
             stack(IDS)
         assert counter.get_total_flops() > 0
         handle = block.layer[0].SelfAttention.o.register_forward_hook(lambda *_: None)
-        assert kernels_of(block, torch.bfloat16) is None
+        assert refuses_in_place(block, torch.bfloat16) == "other software hooks into its modules"
         handle.remove()
+        assert refuses_in_place(block, torch.bfloat16) is None
         block.layer[0].out_scale = 0.5
-        assert kernels_of(block, torch.bfloat16) is None
-    packed = prepack(exact_and_rounded(TOY_CONFIGS["v1.1"])[1], "kernels")
-    packed.shared.weight.requires_grad_(True)
-    with pytest.raises(RuntimeError, match=r"records no gradients; call it within torch.no_grad"):
-        packed(IDS)
+        assert "float16 scales" in str(refuses_in_place(block, torch.bfloat16))
+        assert stack.describe_attention() == "auto: kernels, and sdpa in 1 blocks"
 
 
 @needs_kernels
 @torch.no_grad()
 def test_drop_ins_run_by_them_until_a_projection_is_cast() -> None:
     config = TOY_CONFIGS["v1.1"].encoder_only()
-    stack = T5EncoderStack(config, ops=CastingOps, dtype=torch.bfloat16)
-    block = stack.encoder.block[0]
-    assert isinstance(block, EncoderBlock) and block.runs_by_kernels(torch.bfloat16)
+    stack = run_in_place(T5EncoderStack(config, ops=CastingOps, dtype=torch.bfloat16))
+    block: Any = stack.encoder.block[0]
+    assert block.attends_by_itself(torch.bfloat16)
     block.layer[1].DenseReluDense.wo.to(torch.float32)
-    assert not block.runs_by_kernels(torch.bfloat16)
+    assert not block.attends_by_itself(torch.bfloat16)
 
 
 @needs_kernels
@@ -490,7 +490,7 @@ def test_products_are_a_choice() -> None:
         prepack(build_stack(config, random_state(config)), "mkl")  # type: ignore[arg-type]
     scaled = build_stack(config, random_state(config))
     scaled.encoder.block[0].layer[0].out_scale = 0.5
-    with pytest.raises(ValueError, match=r"products='kernels' is not possible: the model has scales"):
+    with pytest.raises(ValueError, match=r"products='kernels' is not possible: a block has float16 scales"):
         prepack(scaled, "kernels")
 
 
@@ -498,8 +498,7 @@ def test_products_are_a_choice() -> None:
 def test_onednn_computes_what_the_kernels_cannot() -> None:
     config = TOY_CONFIGS["v1.1"].model_copy(update={"activation": "gelu"})
     _, stack = exact_and_rounded(config)
-    with pytest.raises(ValueError, match="an activation that the kernels do not know"):
+    with pytest.raises(ValueError, match="the activation is gelu, which the kernels do not know"):
         prepack(copy.deepcopy(stack), "kernels")
     for packed in (prepack(stack), prepack(exact_and_rounded(TOY_CONFIGS["v1.1"])[1], "onednn")):
-        assert any(isinstance(module, PackedLinear) for module in packed.modules())
-        assert not any(isinstance(module, PackedBlock) for module in packed.modules())
+        assert all(isinstance(block.runner, OneDNNRunner) for block in packed.encoder.block)

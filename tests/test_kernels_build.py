@@ -13,13 +13,16 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask, random_state
 from torch import nn
 
-from nai_t5_core.backends.int8 import can_quantize, quantize_int8
-from nai_t5_core.backends.packed_block import PackedBlock
-from nai_t5_core.backends.prepack import PackedLinear, can_prepack, prepack
+from nai_t5_core.backends.choose import (
+    automatic_attention,
+    prepack,
+    quantize_int8,
+    why_not_int8,
+    why_not_prepack,
+)
+from nai_t5_core.backends.kernels import PackedKernels
 from nai_t5_core.kernels import build
 from nai_t5_core.kernels.build import built_file, missing_for_kernels, prepare_kernels, why_not_kernels
-from nai_t5_core.model.attention_choice import automatic_attention
-from nai_t5_core.model.kernel_block import kernels_of
 
 V1_1 = TOY_CONFIGS["v1.1"]
 IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
@@ -50,12 +53,13 @@ BUILDING = "compiling the T5's kernels for AVX512 into"
 LOOKS = """
 import torch
 from nai_t5_core import load_encoder
-from nai_t5_core.model.attention_choice import automatic_attention
+from nai_t5_core.backends.kernels import PackedKernels
+from nai_t5_core.backends.choose import automatic_attention
 from nai_t5_core.kernels.build import missing_for_kernels, why_not_kernels
 stack = load_encoder(None, "bfloat16", "cpu")
 with torch.no_grad():
     repr(stack), str(stack), stack.describe_attention(), automatic_attention()
-    missing_for_kernels(), why_not_kernels(), stack.encoder.block[0].runs_by_kernels(torch.bfloat16)
+    missing_for_kernels(), why_not_kernels(), stack.encoder.block[0].attends_by_itself(torch.bfloat16)
 print(stack.describe_attention())
 """
 ENCODES = LOOKS + "print(bool(stack(torch.tensor([[5, 6, 1]])).isfinite().all()), stack.describe_attention())\n"
@@ -103,7 +107,7 @@ def test_where_they_cannot_be_built_torch_computes_and_says_so(
         assert done.stderr.count("the T5 goes without its kernels") == 1
     assert not list(tmp_path.rglob("*.so"))
     named = (
-        "from nai_t5_core import load_encoder; from nai_t5_core.backends.prepack import prepack; "
+        "from nai_t5_core import load_encoder; from nai_t5_core.backends.choose import prepack; "
         "prepack(load_encoder(None, 'float32', 'cpu'), 'kernels')"
     )
     assert f"products='kernels' is not possible: {reason}; use" in python(named, tmp_path, compiler).stderr
@@ -142,21 +146,20 @@ def on(monkeypatch: pytest.MonkeyPatch, flags: frozenset[str]) -> None:
 def test_amx_leaves_the_kernels_to_those_who_name_them(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, AVX512)
     plain, expected = build_stack(V1_1, random_state(V1_1)), prepack(build_stack(V1_1, random_state(V1_1)), "kernels")
-    if not can_prepack(plain) or not can_quantize(plain):
+    if why_not_prepack(plain) is not None or why_not_int8(plain) is not None:
         pytest.skip("this machine packs or quantises no such weights")
-    assert kernels_of(plain.encoder.block[0], torch.float32) is not None and why_not_kernels() is None
+    assert plain.describe_attention() == "auto: kernels" and why_not_kernels() is None
     on(monkeypatch, AMX)
     assert missing_for_kernels() is None
     assert why_not_kernels() == "this processor has AMX, which oneDNN uses and the kernels do not"
-    assert kernels_of(plain.encoder.block[0], torch.float32) is None
     assert plain.describe_attention() == "auto: sdpa" and automatic_attention()["cpu"] == "sdpa"
     changes: list[Any] = [prepack, quantize_int8]
     for change in changes:
         chosen = change(build_stack(V1_1, random_state(V1_1)))
-        assert not any(isinstance(block, PackedBlock) for block in chosen.encoder.block)
+        assert not any(isinstance(block.runner, PackedKernels) for block in chosen.encoder.block)
         named = change(build_stack(V1_1, random_state(V1_1)), "kernels")
-        assert all(isinstance(block, PackedBlock) for block in named.encoder.block)
-        assert not any(isinstance(module, PackedLinear | nn.Linear) for module in named.modules())
+        assert all(isinstance(block.runner, PackedKernels) for block in named.encoder.block)
+        assert not any(isinstance(module, nn.Linear) for module in named.modules())
         assert named.describe_attention() == "auto: kernels"
         if change is prepack:
             assert torch.equal(named(IDS, MASK), expected(IDS, MASK))
@@ -166,7 +169,7 @@ def test_without_the_instructions_naming_them_is_an_error(monkeypatch: pytest.Mo
     on(monkeypatch, frozenset({"avx2"}))
     stack = build_stack(V1_1, random_state(V1_1))
     for change in (prepack, quantize_int8):
-        if not can_prepack(stack) or not can_quantize(stack):
+        if why_not_prepack(stack) is not None or why_not_int8(stack) is not None:
             pytest.skip("this machine packs or quantises no such weights")
         with pytest.raises(ValueError, match=r"'kernels' is not possible: .* has no AVX512-BF16, or no AVX512-VNNI"):
             change(stack, "kernels")

@@ -27,13 +27,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from toy_loras import toy_lora
 
+from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_int8, why_not_prepack
 from nai_t5_core.backends.compiled import compile_stack
-from nai_t5_core.backends.int8 import can_quantize, quantize_int8
-from nai_t5_core.backends.int8_block import Int8Block
-from nai_t5_core.backends.int8_linear import Int8Linear
-from nai_t5_core.backends.lent_block import LentBlock
-from nai_t5_core.backends.packed_block import PackedBlock
-from nai_t5_core.backends.prepack import PackedLinear, can_prepack, is_packed, prepack
+from nai_t5_core.backends.held import HeldLinear
+from nai_t5_core.backends.int8_weight import Int8Product
+from nai_t5_core.backends.onednn import OneDNNProduct
 from nai_t5_core.bench.peers import transformers_encoder
 from nai_t5_core.facts.scales import LayerScales
 from nai_t5_core.float16.guard import rescale
@@ -42,10 +40,11 @@ from nai_t5_core.lora.live import LiveLinear, LiveLoras
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.model.attention_choice import missing_for_flex
 from nai_t5_core.model.encoder import LAYOUTS, Layout
+from nai_t5_core.model.fixed_weights import has_fixed_weights
 from nai_t5_core.prompts.text_encoder import TextEncoder
 
 needs_packing = pytest.mark.skipif(
-    not can_prepack(v1_1_stack()), reason="this machine's oneDNN packs no float32 weights"
+    why_not_prepack(v1_1_stack()) is not None, reason="this machine's oneDNN packs no float32 weights"
 )
 
 
@@ -99,7 +98,8 @@ def test_packed_weights(kind: str, layout: Layout) -> None:
             prepack(model)
         for _ in range(3):
             assert_near(ours(model), expected)
-        assert any(isinstance(module, PackedLinear) and module.packed is not None for module in model.modules())
+        held = [module for module in model.modules() if isinstance(module, HeldLinear)]
+        assert any(isinstance(module.forms[0], OneDNNProduct) and module.forms[0].packed is not None for module in held)
         loras.clear()
         assert_near(ours(model), reference(config))
         assert not any(isinstance(module, LiveLinear) for module in model.modules())
@@ -117,7 +117,7 @@ def test_one_packed_projection(target: str) -> None:
 @needs_packing
 def test_a_text_encoder_as_it_is_loaded() -> None:
     encoder = TextEncoder.from_pretrained(dtype="float32", device="cpu")
-    assert is_packed(encoder.stack)
+    assert has_fixed_weights(encoder.stack)
     lora = toy_lora(encoder.stack.config)
     merged = TextEncoder.from_pretrained(dtype="float32", device="cpu", loras=[(lora, 0.6)])
     before = encoder.encode(["a cat"]).hidden_states
@@ -130,7 +130,7 @@ def test_a_text_encoder_as_it_is_loaded() -> None:
 
 def test_packed_bfloat16() -> None:
     stack = v1_1_stack(dtype=torch.bfloat16)
-    if not can_prepack(stack):
+    if why_not_prepack(stack) is not None:
         pytest.skip("this machine's oneDNN packs no bfloat16 weights")
     lora = toy_lora(V1_1)
     LiveLoras(prepack(stack)).add(lora)
@@ -143,7 +143,7 @@ def test_packed_bfloat16() -> None:
 def test_weights_in_8_bits(layout: Layout, dtype: torch.dtype) -> None:
     """Each product is that of the bytes and the very change beside it; the whole is as near as without LoRA."""
     stack = v1_1_stack(layout, dtype)
-    if not can_quantize(stack):
+    if why_not_int8(stack) is not None:
         pytest.skip("this processor has no VNNI")
     quantize_int8(stack)
     error = (ours(stack).double() - reference(V1_1).double()).abs().mean()
@@ -153,7 +153,7 @@ def test_weights_in_8_bits(layout: Layout, dtype: torch.dtype) -> None:
     assert with_lora < 2 * error
     live = [module for module in stack.modules() if isinstance(module, LiveLinear)]
     assert len(live) == {"fused": 4, "separate": 7}[layout] * V1_1.num_layers
-    assert all(isinstance(module.base, Int8Linear) for module in live)
+    assert all(isinstance(module.base, HeldLinear) and isinstance(module.base.forms[0], Int8Product) for module in live)
     x = torch.randn(5, live[0].down.shape[1], generator=torch.Generator().manual_seed(3)).to(dtype)
     change = x @ live[0].down.T @ live[0].up.T
     assert_near(live[0](x) - live[0].base(x), change, 1e-5 if dtype == torch.float32 else 2e-2)
@@ -259,28 +259,30 @@ def test_gradients_pass_through() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 by_kernels = pytest.mark.parametrize(
-    ("change", "form"),
+    ("change", "form", "lent"),
     [
-        pytest.param(lambda stack: prepack(stack, "kernels"), PackedBlock, id="packed", marks=needs_packing),
+        pytest.param(lambda stack: prepack(stack, "kernels"), "kernels", "oneDNN", id="packed", marks=needs_packing),
         pytest.param(
             lambda stack: quantize_int8(stack, "kernels"),
-            Int8Block,
+            "kernels, in 8 bits",
+            "oneDNN, in 8 bits",
             id="int8",
-            marks=pytest.mark.skipif(not can_quantize(v1_1_stack()), reason="this processor has no VNNI"),
+            marks=pytest.mark.skipif(why_not_int8(v1_1_stack()) is not None, reason="this processor has no VNNI"),
         ),
     ],
 )
 
 
-def forms(stack: Any) -> list[type]:
-    return [type(block) for block in stack.encoder.block]
+def forms(stack: Any) -> list[str]:
+    """What computes the blocks, without whether it is packed yet."""
+    return [block.runner.name.removesuffix(", packed").removesuffix(", to be packed") for block in stack.encoder.block]
 
 
 @needs_kernels
 @by_kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_come_back_to_the_kernels(kind: str, layout: Layout, change: Any, form: type) -> None:
+def test_blocks_come_back_to_the_kernels(kind: str, layout: Layout, change: Any, form: str, lent: str) -> None:
     """With the same weights to the bit, whether they were packed before; and blocks without LoRA never leave."""
     config = TOY_CONFIGS[kind]
     lora = toy_lora(config)
@@ -293,11 +295,11 @@ def test_blocks_come_back_to_the_kernels(kind: str, layout: Layout, change: Any,
             ours(stack)
         loras = LiveLoras(stack)
         loras.add(second, 0.5)
-        assert forms(stack) == [LentBlock if index == 1 else form for index in range(config.num_layers)]
+        assert forms(stack) == [lent if index == 1 else form for index in range(config.num_layers)]
         with_second = [ours(stack) for _ in range(3)][-1]
         assert not torch.equal(with_second, expected)
         loras.add(lora, 0.5)
-        assert set(forms(stack)) == {LentBlock}
+        assert set(forms(stack)) == {lent}
         loras.remove("toy")
         assert torch.equal([ours(stack) for _ in range(3)][-1], with_second)
         loras.set_strength("second", 0)
@@ -306,13 +308,13 @@ def test_blocks_come_back_to_the_kernels(kind: str, layout: Layout, change: Any,
         loras.clear()
         assert set(forms(stack)) == {form}
         assert all(torch.equal(ours(stack), expected) for _ in range(3))
-        assert not any(isinstance(module, nn.Linear | PackedLinear | Int8Linear) for module in stack.modules())
+        assert not any(isinstance(module, nn.Linear) for module in stack.modules())
 
 
 @needs_kernels
 @by_kernels
 @pytest.mark.parametrize("refused", ["another T5", "not finite", "no number", "no such LoRA"])
-def test_what_is_refused_leaves_the_kernels_alone(refused: str, change: Any, form: type) -> None:
+def test_what_is_refused_leaves_the_kernels_alone(refused: str, change: Any, form: str, lent: str) -> None:
     stack = change(v1_1_stack())
     expected, blocks = ours(stack), list(stack.encoder.block)
     loras = LiveLoras(stack)

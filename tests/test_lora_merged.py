@@ -15,8 +15,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 from toy_loras import kohya, toy_lora, write_style
 
+from nai_t5_core.backends.choose import prepack, why_not_prepack
 from nai_t5_core.backends.compiled import compile_stack
-from nai_t5_core.backends.prepack import can_prepack, prepack
 from nai_t5_core.cli import main
 from nai_t5_core.facts.scales import LayerScales
 from nai_t5_core.float16.guard import rescale
@@ -96,7 +96,7 @@ def test_a_compiled_encoder_is_not_compiled_anew() -> None:
 
 def test_packed_weights_take_no_lora() -> None:
     stack = v1_1_stack()
-    if not can_prepack(stack):
+    if why_not_prepack(stack) is not None:
         pytest.skip("this machine's oneDNN packs no float32 weights")
     with pytest.raises(ValueError, match=r"is packed, quantised or wrapped.*optimize=False"):
         Loras(prepack(stack)).add(toy_lora(V1_1))

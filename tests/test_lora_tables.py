@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,19 +25,18 @@ from lora_oracle import (
 from safetensors.torch import save_file
 from toy_loras import kohya, projections, toy_differences, toy_lora, toy_tables, with_loras
 
-from nai_t5_core.backends.int8_block import Int8Block
-from nai_t5_core.backends.packed_block import PackedBlock
+from nai_t5_core.backends.choose import prepack, quantize_int8
 from nai_t5_core.bench.peers import transformers_encoder
 from nai_t5_core.diffusers.drop_in_weights import original_tensors, refuse_wrapped
 from nai_t5_core.facts.config import encoder_tensors
 from nai_t5_core.float16.guard import encode_guarded
+from nai_t5_core.kernels.calls import counted
 from nai_t5_core.lora.changes import WholeChange
 from nai_t5_core.lora.files import Lora, read_lora
 from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.lora.set import LoraSet
 from nai_t5_core.model.encoder import LAYOUTS, Layout
-from nai_t5_core.model.encoder_block import EncoderBlock
 from nai_t5_core.prompts.text_encoder import TextEncoder
 from nai_t5_core.weights.formats import CheckpointError
 
@@ -152,17 +152,16 @@ def test_on_weights_that_are_packed(options: dict[str, str]) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", [PackedBlock, Int8Block])
-def test_beside_the_kernels(kind: type[PackedBlock]) -> None:
-    stack, tables = v1_1_stack(), toy_tables(V1_1)
-    blocks = stack.encoder.block
-    for index, block in enumerate(blocks):
-        assert isinstance(block, EncoderBlock) and kind.takes(block)
-        blocks[index] = kind(block, torch.float32)
+@pytest.mark.parametrize(("change", "tolerance"), [(prepack, 1e-5), (quantize_int8, 0.1)])
+def test_beside_the_kernels(change: Any, tolerance: float) -> None:
+    stack, tables = change(v1_1_stack(), "kernels"), toy_tables(V1_1)
     LiveLoras(stack).add(tables, 0.5)
     expected = reference(V1_1, (tables, 0.5))
     for _ in range(3):
-        assert_near(ours(stack), expected, 1e-5 if kind is PackedBlock else 0.1)
+        with counted() as by_kernels:
+            found = ours(stack)
+        assert by_kernels.flops > 0
+        assert_near(found, expected, tolerance)
 
 
 @needs_kernels

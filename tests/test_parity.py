@@ -14,7 +14,7 @@ from conftest import TOY_CONFIGS
 from rich.console import Console
 from torch import Tensor
 
-from nai_t5_core.backends.prepack import can_prepack
+from nai_t5_core.backends.choose import why_not_prepack
 from nai_t5_core.bench.parity import QUANTILES, measure_parity, random_batch
 from nai_t5_core.bench.parity_report import OWN, plot, render
 from nai_t5_core.bench.peers import random_state
@@ -27,7 +27,7 @@ from nai_t5_core.model.packing import PADDING_POLICIES
 pytest.importorskip("transformers", reason="transformers is the reference")
 
 V1_1 = TOY_CONFIGS["v1.1"].encoder_only()
-CAN_PREPACK = can_prepack(T5EncoderStack(V1_1, dtype=torch.float32))
+CAN_PREPACK = why_not_prepack(T5EncoderStack(V1_1, dtype=torch.float32)) is None
 LENGTHS = (140, 1, 20, 7)
 
 

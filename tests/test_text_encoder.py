@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import TOY_CONFIGS, build_stack, random_state, write_hf_folder
 
-from nai_t5_core.backends.prepack import can_prepack, is_packed
+from nai_t5_core.backends.choose import why_not_prepack
 from nai_t5_core.facts.families import family, family_names
 from nai_t5_core.facts.text_cleaning import clean_text
 from nai_t5_core.kernels.build import why_not_kernels
+from nai_t5_core.model.fixed_weights import has_fixed_weights
 from nai_t5_core.model.packing import PADDING_POLICIES, PaddingPolicy
 from nai_t5_core.prompts.text_encoder import TextEncoder
 from nai_t5_core.tokenizer import ByteTokenizer
@@ -188,10 +189,10 @@ def test_results_work_in_autograd(encoder: TextEncoder) -> None:
 
 def test_prepacked_is_the_same() -> None:
     packed = TextEncoder.from_pretrained(dtype="float32", device="cpu")
-    if not can_prepack(load_encoder(dtype="float32", device="cpu")):
+    if why_not_prepack(load_encoder(dtype="float32", device="cpu")) is not None:
         pytest.skip("this machine's oneDNN packs nothing")
     plain = TextEncoder.from_pretrained(dtype="float32", device="cpu", optimize=False)
-    assert is_packed(packed.stack) and not is_packed(plain.stack)
+    assert has_fixed_weights(packed.stack) and not has_fixed_weights(plain.stack)
     for padding in PADDING_POLICIES:
         ours, expected = (encoder.encode(PROMPTS, padding=padding).hidden_states for encoder in (packed, plain))
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ from checkpoints import spiece_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nai_t5_core.backends.prepack import can_prepack
+from nai_t5_core.backends.choose import why_not_prepack
 from nai_t5_core.facts.scales import LayerScales, StackScales
 from nai_t5_core.prompts.text_encoder import TextEncoder
 from nai_t5_core.prompts.textual_inversion import add_embeddings
@@ -77,7 +77,7 @@ def test_families_that_clean_the_text() -> None:
 
 def test_prepacked() -> None:
     encoder = load(optimize=True)
-    if not can_prepack(load().stack):
+    if why_not_prepack(load().stack) is not None:
         pytest.skip("this machine's oneDNN packs no float32 weights")
     add_embeddings(encoder, vectors(), "<my-cat>")
     for _ in range(3):

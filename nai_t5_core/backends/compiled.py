@@ -10,10 +10,9 @@ from torch import nn
 
 from nai_t5_core.backends.compile_limit import compile_with_limit
 from nai_t5_core.backends.compiled_steps import CompiledSteps
-from nai_t5_core.backends.int8_linear import Int8Linear
-from nai_t5_core.backends.prepack import is_packed
 from nai_t5_core.model.attention_choice import FlexUnavailableError, missing_for_flex, refuse_unsupported
 from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.model.fixed_weights import has_fixed_weights
 from nai_t5_core.model.flex import BLOCK
 from nai_t5_core.model.packing import TOKEN_BUCKETS
 from nai_t5_core.model.t5 import T5Model
@@ -101,7 +100,7 @@ def compile_steps(model: Model, blocks_at_once: int = 4, **options: Any) -> Mode
 
 
 def _refuse_packed(module: nn.Module) -> None:
-    if is_packed(module) or any(isinstance(child, Int8Linear) for child in module.modules()):
+    if has_fixed_weights(module):
         raise ValueError("the model is prepacked or quantised for this CPU already; compile it before, or load it anew")
 
 

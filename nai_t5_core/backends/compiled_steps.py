@@ -2,7 +2,7 @@
 
 A few blocks are compiled as one graph, which then runs all others, for texts and prompts of any length. The attention
 of a few beams reads keys and values once for all of them, and the products of several texts are those of
-:mod:`nai_t5_core.backends.prepack`.
+:mod:`nai_t5_core.backends.onednn`.
 
 A lone text is another matter. Its step is bound by memory, for it takes all of the decoder's weights and does little
 with each; oneDNN's product of one row gets half of what the memory gives. Written as a multiplication and a sum, each

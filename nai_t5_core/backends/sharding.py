@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nai_t5_core.backends.int8_linear import Int8Linear
-from nai_t5_core.backends.prepack import is_packed
 from nai_t5_core.model.decoder import DecoderBlock
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.encoder_block import EncoderBlock
+from nai_t5_core.model.fixed_weights import has_fixed_weights
 from nai_t5_core.model.layers import RMSNorm
 from nai_t5_core.model.t5 import T5Model
 
@@ -51,7 +50,7 @@ def shard(model: Model, mesh: DeviceMesh | None = None, compute_dtype: torch.dty
     fully_shard, policy_class, register_entry = _torchs_own()
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("there is no process group; start the program with torchrun, or call init_process_group first")
-    if is_packed(model) or any(isinstance(module, Int8Linear) for module in model.modules()):
+    if has_fixed_weights(model):
         raise ValueError("packed and 8-bit weights cannot be spread over processes; load the model with optimize=False")
     # Activations keep their precision: the residual and what norms read are float32 whatever the products are in.
     own_dtype = next(model.parameters()).dtype

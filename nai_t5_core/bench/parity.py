@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.int8 import can_quantize, quantize_int8
-from nai_t5_core.backends.prepack import can_prepack, prepack
+from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_int8, why_not_prepack
 from nai_t5_core.bench.parity_report import OWN, Difference, LayerDifferences, ParityReport, PolicyCheck
 from nai_t5_core.bench.peers import PEERS, State, build_peer, exact_norms, own_encoder
 from nai_t5_core.facts.config import T5Config
@@ -167,9 +166,9 @@ def _own_variants(
     for layout in LAYOUTS:
         stack = own_encoder(config, state, dtype, layout, scales)
         yield f"{OWN} {layout}", stack
-        if layout == "fused" and int8 and can_quantize(stack):
+        if layout == "fused" and int8 and why_not_int8(stack) is None:
             yield f"{OWN} int8", quantize_int8(own_encoder(config, state, dtype))
-        if layout == "fused" and can_prepack(stack):
+        if layout == "fused" and why_not_prepack(stack) is None:
             yield f"{OWN} prepacked", prepack(stack)
 
 

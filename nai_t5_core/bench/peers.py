@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nai_t5_core.backends.choose import run_in_place
 from nai_t5_core.facts.config import Shape, T5Config, config_to_hf, decoder_tensors, encoder_tensors
 from nai_t5_core.facts.scales import StackScales
 from nai_t5_core.generation.t5 import T5
@@ -121,7 +122,7 @@ def own_encoder(
     recipes = (fused_recipes if layout == "fused" else separate_recipes)(config, scales)
     stack = T5EncoderStack(config, layout, NoInit, scales, device="meta", dtype=dtype)
     stack.load_state_dict({recipe.target: cook(recipe, state.__getitem__, dtype) for recipe in recipes}, assign=True)
-    return stack.eval().requires_grad_(False)
+    return run_in_place(stack.eval().requires_grad_(False))
 
 
 def own_t5(
@@ -137,7 +138,7 @@ def own_t5(
     recipes = fused_recipes(config, scales, decoder_scales) if fused else separate_recipes(config, scales)
     model = T5(config, layout, NoInit, scales, decoder_scales, device="meta", dtype=dtype)
     model.assign({recipe.target: cook(recipe, state.__getitem__, dtype) for recipe in recipes})
-    return model.eval()
+    return run_in_place(model.eval())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -161,8 +161,8 @@ def stress(
 def _inspection(examination: Examination) -> dict[str, Any]:
     import torch
 
+    from nai_t5_core.backends.choose import automatic_attention
     from nai_t5_core.facts.config import decoder_tensors, encoder_tensors
-    from nai_t5_core.model.attention_choice import automatic_attention
     from nai_t5_core.weights.examine import decoder_faults, find_tokenizer
 
     config, checkpoint = examination.config, examination.checkpoint

@@ -117,12 +117,11 @@ def generate(
 
 
 def _made_fast(model: T5, int8: bool) -> T5:
-    from nai_t5_core.backends.int8 import quantize_int8
-    from nai_t5_core.backends.prepack import can_prepack, prepack
+    from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_prepack
 
     if int8:
         return quantize_int8(model)
-    return prepack(model) if can_prepack(model) else model
+    return prepack(model) if why_not_prepack(model) is None else model
 
 
 def _generate(

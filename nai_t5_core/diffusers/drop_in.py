@@ -20,6 +20,7 @@ try:
 except ImportError as error:
     raise ImportError("this needs transformers; install it with: pip install 'comfy-nai-t5[transformers]'") from error
 
+from nai_t5_core.backends.choose import run_in_place
 from nai_t5_core.diffusers.drop_in_keywords import loading_options, refuse_for_saving
 from nai_t5_core.diffusers.drop_in_weights import (
     CastingOps,
@@ -81,7 +82,7 @@ class NAIT5EncoderModel(PreTrainedModel):
             stack = T5EncoderStack(config_from_hf(config.to_dict()).encoder_only(), "fused", CastingOps)
             if not stack.shared.weight.is_meta:
                 stack.init_weights()
-        stack.guard = guard
+        run_in_place(stack).guard = guard
         # In a tuple, so that the modules are registered once, under the names that Hugging Face checkpoints have.
         self._holder = (stack,)
         self.shared, self.encoder = stack.shared, stack.encoder

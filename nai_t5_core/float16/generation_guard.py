@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.backends.plain_twin import plain_twin, plain_weight
 from nai_t5_core.float16.guard import (
     DAMAGED,
     NotFiniteError,
@@ -26,6 +25,7 @@ from nai_t5_core.generation.decoding import NotFiniteLogitsError
 from nai_t5_core.generation.t5 import T5
 from nai_t5_core.model.decoder import DecoderBlock
 from nai_t5_core.model.layers import residual_dtype
+from nai_t5_core.model.plain_twin import plain_twin, plain_weight
 
 
 def generate_guarded(

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.backends.plain_twin import plain_twin
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import FLOAT16_MAX, LayerScales
 from nai_t5_core.float16.maxima import LayerMaxima, observe, scales_for
@@ -23,6 +22,7 @@ from nai_t5_core.model.decoder import DecoderBlock
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.encoder_block import EncoderBlock
 from nai_t5_core.model.layers import FusedGatedFeedForward, residual_dtype
+from nai_t5_core.model.plain_twin import plain_twin
 
 Result = TypeVar("Result", Tensor, list[Tensor])
 

@@ -36,7 +36,7 @@ def why_not_kernels() -> str | None:
 
     Where they are better left alone, they can be named all the same.
     """
-    return missing_for_kernels() or _better_than_kernels()
+    return missing_for_kernels() or better_than_kernels()
 
 
 def prepare_kernels() -> str | None:
@@ -60,7 +60,7 @@ def _missing_instructions() -> str | None:
     return None
 
 
-def _better_than_kernels() -> str | None:
+def better_than_kernels() -> str | None:
     has_amx = "amx_bf16" in _processor_flags()
     return "this processor has AMX, which oneDNN uses and the kernels do not" if has_amx else None
 

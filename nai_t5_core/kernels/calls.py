@@ -104,8 +104,14 @@ class KernelWeight:
         made.matrix()  # refuses what is left to refuse
         return made
 
+    @property
+    def is_packed(self) -> bool:
+        return self.format == _PANELS
+
     def packed(self) -> KernelWeight:
-        """A copy in panels."""
+        """A copy in panels; itself where it is in panels already."""
+        if self.is_packed:
+            return self
         matrix = self.matrix()
         steps = self._panel_steps
         panels = torch.empty(steps, dtype=torch.int32)
@@ -114,7 +120,7 @@ class KernelWeight:
 
     def unpacked(self) -> Tensor:
         """[columns, depth]; panels give it in ``dtype``, or in int8."""
-        if self.format != _PANELS:
+        if not self.is_packed:
             return self.values
         dtype = self.dtype if self.scales is None else torch.int8
         weight = torch.empty(self.columns, self.depth, dtype=dtype)
@@ -123,7 +129,7 @@ class KernelWeight:
 
     def check_packing(self) -> None:
         """Raises ValueError where this can only be computed once it is packed."""
-        if self.scales is not None and self.format != _PANELS:
+        if self.scales is not None and not self.is_packed:
             raise ValueError("a weight in int8 must be packed before it is used: call packed()")
 
     def matrix(self) -> Matrix:
@@ -134,7 +140,7 @@ class KernelWeight:
         """
         matrix = self._sizes()
         matrix.scales = address_if_any(self.scales, torch.float32, self.columns)
-        if self.format == _PANELS:
+        if self.is_packed:
             matrix.values = address(self.values, torch.int32, self._panel_steps)
         else:
             matrix.values = address(self.values, _FORMAT_DTYPES[self.format], self.columns, self.depth)

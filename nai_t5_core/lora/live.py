@@ -10,25 +10,20 @@ rows is multiplied into its second.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nai_t5_core.backends.lent_block import LentBlock
-from nai_t5_core.backends.packed_block import PackedBlock
-from nai_t5_core.backends.plain_twin import plain_weight
-from nai_t5_core.backends.prepack import PackedGatedFeedForward, PackedLinear
 from nai_t5_core.lora.set import HasStack, NamedLoras
 from nai_t5_core.lora.tables import LiveTables
+from nai_t5_core.model.block import Backend
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.layers import residual_dtype
+from nai_t5_core.model.plain_twin import plain_weight
 from nai_t5_core.weights.fuse import Recipe, folded_norm
-
-# What PackedGatedFeedForward calls the projections of a gate.
-_PACKED_NAMES = {"wi_0": "gate", "wi_1": "up"}
 
 
 class LiveLinear(nn.Module):
@@ -66,7 +61,7 @@ class LiveLinear(nn.Module):
         return F.linear(x, self.down.to(x))
 
     def plain_weight(self, path: str, like: Tensor) -> Tensor:
-        """See :func:`nai_t5_core.backends.plain_twin.plain_weight`; the sum, in the residual's precision."""
+        """See :func:`nai_t5_core.model.plain_twin.plain_weight`; the sum, in the residual's precision."""
         precision = residual_dtype(like.dtype)
         down, up = (factor.to(like.device, precision) for factor in (self.down, self.up))
         return torch.addmm(plain_weight(self.base, path, like).to(down), up, down)
@@ -77,15 +72,6 @@ class LiveLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.down.shape[0]}"
-
-
-class LivePackedLinear(LiveLinear):
-    """The same for a packed projection, whose activation and gating come after the sum."""
-
-    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
-        """act(x · (weight + up · down)ᵀ) · factor, as :class:`nai_t5_core.backends.prepack.PackedLinear` has it."""
-        out: Tensor = self.base(x, factor, F.linear(self.narrow(x), self.up))
-        return out
 
 
 class LiveLoras(LiveTables):
@@ -110,6 +96,7 @@ class LiveLoras(LiveTables):
         super().__init__(model)
         if self._changed_count():
             raise ValueError("the encoder has live LoRAs of another LiveLoras object; use that, or clear() it first")
+        self._lent: dict[int, Backend] = {}
 
     @torch.no_grad()
     def _apply(self, loras: NamedLoras, changed: Iterable[str]) -> None:
@@ -123,37 +110,28 @@ class LiveLoras(LiveTables):
             raise
         self._lend(is_changed)
         for recipe in recipes:
-            for path, part in list(self._projections(recipe)):
-                parent, _, name = path.rpartition(".")
-                setattr(self._stack.get_submodule(parent), name, self._renewed(path, part))
+            path = recipe.target.removesuffix(".weight")
+            parent, _, name = path.rpartition(".")
+            setattr(self._stack.get_submodule(parent), name, self._renewed(path, recipe))
         self._take_back()
 
     def _lend(self, indices: Iterable[int]) -> None:
-        """Gives blocks to oneDNN: the kernels have no place for what is added to their products."""
-        blocks = self._stack.encoder.block
+        """Has blocks computed by another backend, where theirs has no place for what is added to its products."""
+        block: Any
         for index in indices:
-            block = blocks[index]
-            if isinstance(block, PackedBlock):
-                blocks[index] = LentBlock(block)
+            block = self._stack.encoder.block[index]
+            lending = block.runner and block.runner.lending
+            if lending is not None:
+                self._lent[index] = lending.back
+                lending.to.bind(block, self._stack.dtype)
 
     def _take_back(self) -> None:
-        """Gives blocks that have no live LoRA any more back to the kernels."""
-        blocks = self._stack.encoder.block
-        for index, block in enumerate(blocks):
-            if isinstance(block, LentBlock) and not any(isinstance(part, LiveLinear) for part in block.modules()):
-                blocks[index] = block.returned()
-
-    def _projections(self, recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-        """The modules that compute with a weight, by path, each with what it has of the recipe; none in the kernels."""
-        if isinstance(self._stack.encoder.block[_block_of(recipe)], PackedBlock):
-            return
-        path = recipe.target.removesuffix(".weight")
-        parent, _, name = path.rpartition(".")
-        if name == "wo" or not isinstance(self._stack.get_submodule(parent), PackedGatedFeedForward):
-            yield path, recipe
-            return
-        for part, scale in zip(recipe.parts, recipe.scales, strict=True):
-            yield f"{parent}.{_PACKED_NAMES[part.split('.')[-2]]}", replace(recipe, parts=(part,), scales=(scale,))
+        """Gives blocks that have no live LoRA any more back to their backend."""
+        for index, backend in list(self._lent.items()):
+            block: Any = self._stack.encoder.block[index]
+            if not any(isinstance(part, LiveLinear) for part in block.modules()):
+                backend.bind(block, self._stack.dtype)
+                del self._lent[index]
 
     def _renewed(self, path: str, recipe: Recipe) -> nn.Module:
         """The projection with the present LoRAs beside it; by itself where there are none."""
@@ -162,8 +140,7 @@ class LiveLoras(LiveTables):
         factors = self._factors(recipe)
         if factors is None:
             return base
-        live = LivePackedLinear if isinstance(base, PackedLinear) else LiveLinear
-        return live(base, *factors)
+        return LiveLinear(base, *factors)
 
     def _factors(self, recipe: Recipe) -> tuple[Tensor, Tensor] | None:
         """All changes of a weight as one: down [ranks, in_features] and up [out_features, ranks]."""

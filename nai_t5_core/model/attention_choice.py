@@ -12,9 +12,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from nai_t5_core.kernels.build import why_not_kernels
 from nai_t5_core.model.attention import AttentionPlan, DocumentAttention
-from nai_t5_core.model.kernel_block import torch_is_needed
+from nai_t5_core.model.block import torch_is_needed
 from nai_t5_core.model.packing import Packing
 
 AttentionChoice = Literal["auto", "flex", "sdpa"]
@@ -47,24 +46,19 @@ def choose_attention(device_type: str, lengths: int, dtype: torch.dtype) -> Lite
     return "flex" if is_faster else "sdpa"
 
 
-def describe_attention(attention: AttentionChoice, device_type: str, by_kernels: bool = False) -> str:
-    """The choice, and what ``"auto"`` comes to on a device: ``"auto: sdpa"``, or ``"auto: kernels"``, on the CPU."""
+def describe_attention(attention: AttentionChoice, device_type: str, by_kernels: int = 0, blocks: int = 1) -> str:
+    """The choice, and what ``"auto"`` comes to: ``"auto: sdpa"``, or on the CPU ``"auto: kernels"``.
+
+    Args:
+        by_kernels: so many of the ``blocks`` compute attention by kernels of their own.
+    """
     if attention != "auto":
         return attention
     if by_kernels:
-        return "auto: kernels"
+        return "auto: kernels" if by_kernels == blocks else f"auto: kernels, and sdpa in {blocks - by_kernels} blocks"
     if device_type != "cuda":
         return "auto: sdpa"
     return f"auto: sdpa, and flex for batches of {FLEX_FROM_LENGTHS} lengths and more"
-
-
-def automatic_attention() -> dict[str, str]:
-    """What ``"auto"`` comes to, in words, by device and batch."""
-    return {
-        "cpu": "sdpa" if why_not_kernels() else "kernels in bfloat16 and float32, else sdpa",
-        "cuda": "sdpa",
-        f"cuda, {FLEX_FROM_LENGTHS} lengths and more": "flex in bfloat16 and float16",
-    }
 
 
 def document_plan(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import LayerScales, StackScales
 from nai_t5_core.model.attention import Attend, SelfAttentionLayer, query_std
+from nai_t5_core.model.block import Block
 from nai_t5_core.model.decoder_attention import CrossAttend, CrossMemory, DecoderPlan, causal_table, cross_bias
 from nai_t5_core.model.encoder import Layout
 from nai_t5_core.model.encoder_block import EncoderBlock
@@ -98,10 +99,11 @@ class CrossAttentionLayer(nn.Module):
         return add_sublayer(residual, out, self.out_scale)
 
 
-class DecoderBlock(nn.Module):
-    """One layer: self-attention, cross-attention, feed-forward. The first and the last are those of an encoder."""
+class DecoderBlock(Block):
+    """One layer: self-attention, cross-attention, feed-forward. The first and the last are those of an encoder.
 
-    layer: nn.ModuleList
+    It is called with what the text attends by, and then the prompt.
+    """
 
     @classmethod
     def fused(
@@ -134,14 +136,6 @@ class DecoderBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.layer = nn.ModuleList([self_attention, cross_attention, feed_forward])
-
-    def forward(self, residual: Tensor, attend: Attend, attend_across: CrossAttend, dtype: torch.dtype) -> Tensor:
-        """[prompts, queries, d_model] residual to residual; ``dtype`` is the compute dtype."""
-        self_attention, cross_attention, feed_forward = self.layer
-        residual = self_attention(residual, attend, dtype)
-        residual = cross_attention(residual, attend_across, dtype)
-        out: Tensor = feed_forward(residual, dtype)
-        return out
 
 
 # A block and what it attends to: the text so far, and the prompt.

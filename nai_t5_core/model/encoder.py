@@ -324,11 +324,12 @@ class T5EncoderStack(nn.Module):
         return f"{self.config.kind}, {self.layout}, {self.dtype}, attention={self.describe_attention()}"
 
     def describe_attention(self) -> str:
-        """How attention is computed, in words: ``"auto: sdpa"``, ``"flex, compiled"``."""
+        """How attention is computed in inference, in words: ``"auto: sdpa"``, ``"flex, compiled"``."""
         if self.buckets is not None:
             return "flex, compiled"
         blocks: Any = self.encoder.block
-        return describe_attention(self.attention, self.device.type, blocks[0].runs_by_kernels(self.dtype))
+        by_kernels = sum(block.attends_by_itself(self.dtype) for block in blocks)
+        return describe_attention(self.attention, self.device.type, by_kernels, len(blocks))
 
 
 def init_modules(stack: nn.Module, config: T5Config, generator: torch.Generator | None = None) -> None:

@@ -1,17 +1,15 @@
-"""A layer of the encoder, fused or separate, by torch or by the kernels."""
+"""A layer of the encoder, fused or separate."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import LayerScales
-from nai_t5_core.kernels.build import prepare_kernels
-from nai_t5_core.model.attention import Attend, FusedSelfAttention, SelfAttention, SelfAttentionLayer
-from nai_t5_core.model.kernel_block import kernels_of
+from nai_t5_core.model.attention import FusedSelfAttention, SelfAttention, SelfAttentionLayer
+from nai_t5_core.model.block import Block
 from nai_t5_core.model.layers import (
     FeedForward,
     FeedForwardLayer,
@@ -22,10 +20,8 @@ from nai_t5_core.model.layers import (
 )
 
 
-class EncoderBlock(nn.Module):
+class EncoderBlock(Block):
     """One layer: self-attention, then feed-forward."""
-
-    layer: nn.ModuleList
 
     @classmethod
     def fused(
@@ -69,16 +65,3 @@ class EncoderBlock(nn.Module):
     def __init__(self, attention: SelfAttentionLayer, feed_forward: FeedForwardLayer) -> None:
         super().__init__()
         self.layer = nn.ModuleList([attention, feed_forward])
-
-    def forward(self, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
-        """[tokens, d_model] residual to residual, changed in place in inference; ``dtype`` is the compute dtype."""
-        if (kernels := kernels_of(self, dtype)) and prepare_kernels() is None:
-            return kernels(residual, attend)
-        residual = self.layer[0](residual, attend, dtype)
-        out: Tensor = self.layer[-1](residual, dtype)
-        return out
-
-    def runs_by_kernels(self, dtype: torch.dtype) -> bool:
-        """Whether the kernels compute this block in inference. They are not built to find out."""
-        with torch.no_grad():
-            return kernels_of(self, dtype) is not None

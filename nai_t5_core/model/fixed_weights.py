@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class FixedWeights(nn.Module):
     """A module whose weights are no parameters.
 
-    They cannot be moved or cast, saved, or trained, and what tries to is an error: it would go by without them.
+    They cannot be moved or cast, replaced, or trained, and what tries to is an error: it would go by without them.
 
     Args:
         dtype: what they are for; None where the dtype of the model is nothing to them.
@@ -32,18 +32,13 @@ class FixedWeights(nn.Module):
                 f"{then.dtype} on {then.device}; load it anew, there and in that dtype"
             )
 
-    def refuse_gradients(self, x: Tensor) -> None:
-        """Raises a RuntimeError if gradients of an input are to be recorded."""
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("a prepacked model records no gradients; call it within torch.no_grad()")
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedWeights:
         self.refuse_change(fn)
         super()._apply(fn, recurse)
         return self
 
-    def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
-        raise ValueError("the model is prepacked or quantised for this CPU, and cannot be saved; save it before that")
+    def _load_from_state_dict(self, *_: Any, **__: Any) -> None:
+        raise ValueError("the model is prepacked or quantised for the CPU, and takes no other weights; load it anew")
 
 
 def refuse_change(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
@@ -54,3 +49,8 @@ def refuse_change(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     for module in model.modules():
         if isinstance(module, FixedWeights):
             module.refuse_change(change)
+
+
+def has_fixed_weights(model: nn.Module) -> bool:
+    """Whether weights of a model lie in an order of their own, or in 8 bits."""
+    return any(isinstance(module, FixedWeights) for module in model.modules())

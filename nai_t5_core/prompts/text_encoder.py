@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_prepack
 from nai_t5_core.backends.cuda.encoder import cuda_encoder
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
-from nai_t5_core.backends.int8 import quantize_int8
-from nai_t5_core.backends.prepack import can_prepack, prepack
 from nai_t5_core.facts.families import Family
 from nai_t5_core.facts.families import family as family_named
 from nai_t5_core.facts.text_cleaning import clean_text
@@ -110,7 +109,7 @@ class TextEncoder:
                 On CUDA in half precision our own kernels encode, from CUDA graphs, see
                 :mod:`nai_t5_core.backends.cuda`; that takes nothing from the model.
             quantize: ``"int8"`` computes the projections in 8 bits, see
-                :func:`nai_t5_core.backends.int8.quantize_int8`.
+                :func:`nai_t5_core.backends.choose.quantize_int8`.
             compile: True, or a mode of torch.compile, compiles the encoder, see
                 :func:`nai_t5_core.backends.compiled.compile_stack`; the weights are then not prepacked.
             token_budget: how many rows are computed at a time; larger batches are split, which bounds the memory.
@@ -140,7 +139,7 @@ class TextEncoder:
             from nai_t5_core.backends.compiled import compile_stack
 
             compile_stack(stack, mode=compile if isinstance(compile, str) else None)
-        elif optimize and can_prepack(stack):
+        elif optimize and why_not_prepack(stack) is None:
             prepack(stack)
         encoder = cls(stack, found, loaded.report, token_budget)
         if optimize and not compile and attention == "auto":

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.choose import run_in_place
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, published_scales, scale_for, unscaled
 from nai_t5_core.float16.guard import guard
@@ -188,7 +189,7 @@ def assemble(
     stack = T5EncoderStack(config, layout, ops, chosen, device="meta", dtype=dtype)
     recipes, read = _recipes(examination, config, layout, chosen)
     stack.load_state_dict(_tensors(recipes, read, dtype, device, release), assign=True)
-    return stack.eval(), recipes
+    return run_in_place(stack.eval()), recipes
 
 
 def refuse_before_assembly(examination: Examination, dtype: torch.dtype, layout: Layout, scales: ScalesChoice) -> None:
@@ -260,7 +261,7 @@ def load_whole(
     model = T5(config, layout, NoInit, chosen, chosen_for_decoder, device="meta", dtype=model_dtype)
     recipes, read = _recipes(examination, config, layout, chosen, chosen_for_decoder)
     model.assign(_tensors(recipes, read, model_dtype, place))
-    return LoadedT5(_report(examination, model.eval(), recipes, started), examination, model)
+    return LoadedT5(_report(examination, run_in_place(model.eval()), recipes, started), examination, model)
 
 
 def _place(device: str | torch.device, dtype: str | torch.dtype, layout: str) -> tuple[torch.device, torch.dtype]:

@@ -24,7 +24,7 @@ from comfy_toys import (
 )
 
 from comfy_nai_t5.choices import Settings
-from nai_t5_core.backends.prepack import packs
+from nai_t5_core.backends.products import ONEDNN
 from nai_t5_core.facts.scales import LayerScales, StackScales
 
 require_comfyui()
@@ -100,7 +100,7 @@ def test_lora_before_replacing(tmp_path: Path, settings: Settings) -> None:
 def test_lora_in_bfloat16_and_float16(dtype: str, limit: float, tmp_path: Path, settings: Settings) -> None:
     from comfy_nai_t5.clip import with_our_t5
 
-    if settings.layout == "packed" and not packs(torch.device("cpu"), getattr(torch, dtype)):
+    if settings.layout == "packed" and ONEDNN.missing(torch.device("cpu"), getattr(torch, dtype)):
         pytest.skip(f"{dtype} is not packed here")
     weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in toy_state(V1_1).items()}
     theirs = stock(write_file(tmp_path / "half.safetensors", weights), "mochi")

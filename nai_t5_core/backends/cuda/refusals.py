@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from nai_t5_core.model.attention import FusedSelfAttention, SelfAttentionLayer
+from nai_t5_core.model.block import is_watched, torch_is_needed
 from nai_t5_core.model.encoder import Encoder, T5EncoderStack
 from nai_t5_core.model.encoder_block import EncoderBlock
-from nai_t5_core.model.kernel_block import is_watched, torch_is_needed
 from nai_t5_core.model.layers import (
     FeedForward,
     FeedForwardLayer,

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.int8 import can_quantize, quantize_int8
-from nai_t5_core.backends.prepack import can_prepack, prepack
+from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_int8, why_not_prepack
 from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.bench.parity import TOLERANCE_INT8, TOLERANCES
 from nai_t5_core.bench.peers import own_encoder, own_t5, random_state
@@ -152,9 +151,9 @@ def _forms(
         if device.type != "cpu":
             continue
         yield f"{name}, sdpa", _placed(own_encoder(config, state, dtype), device, "sdpa"), TOLERANCES[dtype]
-        if can_prepack(own_encoder(config, state, dtype)):
+        if why_not_prepack(own_encoder(config, state, dtype)) is None:
             yield f"{name}, prepacked", prepack(own_encoder(config, state, dtype)), TOLERANCES[dtype]
-        if can_quantize(own_encoder(config, state, dtype)):
+        if why_not_int8(own_encoder(config, state, dtype)) is None:
             yield f"{name}, int8", quantize_int8(own_encoder(config, state, dtype)), TOLERANCE_INT8
 
 

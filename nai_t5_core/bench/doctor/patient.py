@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.choose import prepack, why_not_prepack
 from nai_t5_core.backends.cuda.encoder import cuda_encoder
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
-from nai_t5_core.backends.prepack import can_prepack, prepack
 from nai_t5_core.bench.doctor.settings import DoctorSettings
 from nai_t5_core.bench.peers import State, own_encoder, random_state
 from nai_t5_core.facts.config import T5Config, named_config
@@ -57,7 +57,7 @@ class Patient:
     def stack(self) -> T5EncoderStack:
         """Ours, as ``TextEncoder.from_pretrained`` gives it."""
         stack = own_encoder(self.config, self.state, self.dtype)
-        return prepack(stack) if can_prepack(stack) else stack
+        return prepack(stack) if why_not_prepack(stack) is None else stack
 
     @cached_property
     def encode(self) -> Callable[..., Tensor]:

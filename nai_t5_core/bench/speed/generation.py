@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_prepack
 from nai_t5_core.backends.compiled import compile_steps
-from nai_t5_core.backends.int8 import quantize_int8
-from nai_t5_core.backends.prepack import can_prepack, prepack
 from nai_t5_core.bench.parity import random_batch
 from nai_t5_core.bench.parity_report import OWN, without_nan
 from nai_t5_core.bench.peers import State, own_t5, random_state, transformers_t5
@@ -205,7 +204,7 @@ def _endless_state(config: T5Config, seed: int, dtype: torch.dtype) -> State:
 
 
 def _prepacked(model: T5) -> T5:
-    return prepack(model) if can_prepack(model) else model
+    return prepack(model) if why_not_prepack(model) is None else model
 
 
 def _own(model: T5) -> Generate:

@@ -26,7 +26,7 @@ class BareProjections:
     """Every projection of every layer, packed for oneDNN, in the encoder's order.
 
     Each has memory of its own, so that weights pass through the caches as they do in the model; their values are
-    random, and one draw serves all layers. A CPU that :func:`nai_t5_core.backends.prepack.can_prepack` accepts is
+    random, and one draw serves all layers. A CPU that :func:`nai_t5_core.backends.choose.why_not_prepack` accepts is
     needed.
     """
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from nai_t5_core.backends.prepack import can_prepack
+from nai_t5_core.backends.choose import why_not_prepack
 from nai_t5_core.bench.peers import State
 from nai_t5_core.bench.speed.results import ColdStart, LoadingReport, LoadMemory, Spread
 from nai_t5_core.facts.config import T5Config, config_to_hf
@@ -64,11 +64,11 @@ print("{}", flush=True)
 _OWN = """
 import nai_t5_core.prompts.text_encoder
 from nai_t5_core.weights.load import load_encoder
-from nai_t5_core.backends.prepack import can_prepack, prepack
+from nai_t5_core.backends.choose import why_not_prepack, prepack
 
 def load():
     stack = load_encoder(arguments["source"], arguments["dtype"], "cpu")
-    return prepack(stack) if arguments["prepack"] and can_prepack(stack) else stack
+    return prepack(stack) if arguments["prepack"] and why_not_prepack(stack) is None else stack
 
 def embed(model):
     return model(ids)
@@ -193,7 +193,7 @@ def _contenders(
     convert(hf, converted)
     ids = [2 + index % (config.vocab_size - 2) for index in range(_TOKENS)]
     common = {"threads": threads, "ids": ids, "dtype": str(dtype).removeprefix("torch.")}
-    packs = can_prepack(T5EncoderStack(_TINY, ops=NoInit, device="cpu", dtype=dtype))
+    packs = why_not_prepack(T5EncoderStack(_TINY, ops=NoInit, device="cpu", dtype=dtype)) is None
     contenders = []
     for title, source in (("converted file", converted), ("Hugging Face folder", hf)):
         arguments = {**common, "source": str(source)}

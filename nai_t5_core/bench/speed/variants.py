@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_prepack
 from nai_t5_core.backends.compiled import compile_stack
-from nai_t5_core.backends.int8 import quantize_int8
-from nai_t5_core.backends.prepack import can_prepack, prepack
 from nai_t5_core.bench.comfyui_peer import COMFYUI, comfyui_peer, import_comfyui
 from nai_t5_core.bench.parity_report import OWN
 from nai_t5_core.bench.peers import Peer, State, build_peer, own_encoder
@@ -94,7 +93,7 @@ def build_variants(
             forward = _compiled(peer.implementation.forward)
             compiled = replace(peer, implementation=replace(peer.implementation, forward=forward))
             encoders[f"{name}{COMPILED}"] = _of_peer(compiled)
-    return Built(encoders, versions, tuple(skipped), can_prepack(eager), _kernel_dtypes(eager, wanted))
+    return Built(encoders, versions, tuple(skipped), why_not_prepack(eager) is None, _kernel_dtypes(eager, wanted))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,7 +107,7 @@ Optimize = Callable[[T5EncoderStack], Callable[..., Tensor]]
 def _own_variants(stack: T5EncoderStack, wanted: Wanted) -> dict[str, Optimize]:
     """How each variant of ours is made from a stack of its own. A line is a variant; the first is TextEncoder's."""
     variants: dict[str, Optimize] = {OWN: _unchanged}
-    if can_prepack(stack):
+    if why_not_prepack(stack) is None:
         variants = {OWN: prepack, NOT_PREPACKED: _unchanged}
         if wanted.onednn:
             variants[BY_ONEDNN] = _by_onednn
@@ -120,7 +119,7 @@ def _own_variants(stack: T5EncoderStack, wanted: Wanted) -> dict[str, Optimize]:
 
 
 def _kernel_dtypes(stack: T5EncoderStack, wanted: Wanted) -> dict[str, torch.dtype]:
-    if not can_prepack(stack) or why_not_kernels() is not None:
+    if why_not_prepack(stack) is not None or why_not_kernels() is not None:
         return {}
     return {OWN: stack.dtype, **({INT8: torch.int8} if wanted.int8 else {})}
 

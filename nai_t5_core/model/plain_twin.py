@@ -18,11 +18,12 @@ from nai_t5_core.facts.scales import LayerScales
 from nai_t5_core.model.decoder import DecoderBlock
 from nai_t5_core.model.encoder import Layout
 from nai_t5_core.model.encoder_block import EncoderBlock
-from nai_t5_core.model.kernel_block import PRODUCTS
-from nai_t5_core.model.layers import NoInit, residual_dtype
+from nai_t5_core.model.layers import CastingOps, NoInit, residual_dtype
 
 Block = TypeVar("Block", EncoderBlock, DecoderBlock)
 
+# Of these the weight is all there is.
+_PRODUCTS = (nn.Linear, NoInit.Linear, CastingOps.Linear)
 _READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Rows of the identity that are multiplied at a time.
 _ROWS = 1024
@@ -52,7 +53,7 @@ def plain_weight(module: nn.Module, path: str, like: Tensor) -> Tensor:
 def _own_weight(linear: Any, like: Tensor) -> Tensor:
     weight: Tensor = linear.weight
     is_here = type(weight) is nn.Parameter and not weight.is_meta and weight.dtype in _READABLE
-    return weight.detach() if is_here and type(linear) in PRODUCTS else _by_the_identity(linear, like)
+    return weight.detach() if is_here and type(linear) in _PRODUCTS else _by_the_identity(linear, like)
 
 
 def _by_the_identity(linear: Any, like: Tensor) -> Tensor:

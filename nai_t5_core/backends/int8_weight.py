@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nai_t5_core.model.fixed_weights import FixedWeights
-
 # Activations are stored from 0 to 255 around this zero: oneDNN has fast products of unsigned with signed bytes only.
 _ZERO_POINT = 128
 _LARGEST = 127.0
-
-# Projections whose result goes into attention.
-_ATTENTION_INPUTS = ("q", "k", "v", "kv", "qkv")
 
 
 @dataclass(frozen=True)
@@ -63,41 +59,23 @@ class Int8Weight:
         return [Int8Weight(values.contiguous(), scale, self.in_scale) for values, scale in parts]
 
 
-class Int8Linear(FixedWeights):
-    """A product in 8 bits, by oneDNN. For inference on the CPU only: the weight is no parameter.
+class Int8Product:
+    """A product in 8 bits, by oneDNN. For inference on the CPU only.
 
     Args:
-        dtype: of the result.
+        weight: what to multiply with.
+        dtype: of the result, float32 or bfloat16.
     """
 
     def __init__(self, weight: Int8Weight, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(dtype)
         self.out_features, self.in_features = weight.values.shape
         self.dtype = dtype
         self.in_scale, self.out_scale = weight.in_scale, weight.scale
         self.packed = torch.ops.onednn.qlinear_prepack(weight.values, None)
         self.zero_points = torch.zeros(self.out_features, dtype=torch.long)
 
-    @classmethod
-    def named(cls, name: str, weight: Int8Weight, dtype: torch.dtype) -> Int8Linear:
-        """The projection of that name in a model of this dtype.
-
-        What enters attention is of the model's dtype; everything else stays in float32, where rounding it would take
-        longer than it saves.
-        """
-        if name in _ATTENTION_INPUTS:
-            return cls(weight, dtype)
-        linear = cls(weight, torch.float32)
-        linear.fixed_dtype = None
-        return linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features] in ``dtype``.
-
-        Raises:
-            RuntimeError: gradients of ``x`` are recorded.
-        """
-        self.refuse_gradients(x)
+    def __call__(self, x: Tensor) -> Tensor:
+        """[…, in_features] in any dtype to […, out_features] in ``dtype``."""
         if x.numel() == 0:
             return x.new_empty(*x.shape[:-1], self.out_features, dtype=self.dtype)
         values, token_scale = self._quantise(x.float())
@@ -118,15 +96,14 @@ class Int8Linear(FixedWeights):
         )
         return out.mul_(token_scale).to(self.dtype)
 
-    @property
-    def bytes_weight(self) -> Int8Weight:
+    def lies(self) -> Int8Weight:
         """What it was made of."""
         # oneDNN has it the other way round.
         return Int8Weight(self.packed.to_dense().T.contiguous(), self.out_scale, self.in_scale)
 
-    def plain_weight(self, path: str, like: Tensor) -> Tensor:
-        """See :func:`nai_t5_core.backends.plain_twin.plain_weight`; in float32."""
-        return self.bytes_weight.plain()
+    def plain(self) -> Tensor:
+        """See :meth:`Int8Weight.plain`."""
+        return self.lies().plain()
 
     def _quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes [..., in_features], and what a unit of each token is worth: [..., 1] float32."""
@@ -138,5 +115,12 @@ class Int8Linear(FixedWeights):
         # The conversion cuts off the fraction; the half makes that a rounding.
         return (x / scale).add_(_ZERO_POINT + 0.5).to(torch.uint8), scale
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied or written: oneDNN's order can be neither."""
+        return {"weight": self.lies(), "dtype": self.dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __str__(self) -> str:
+        return "8 bits"

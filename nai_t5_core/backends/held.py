@@ -1,0 +1,116 @@
+"""Weights in a form of their own, and the modules that stand for them in a model.
+
+A backend that rearranges or quantises weights takes them out of their modules. A :class:`HeldLinear` stays in the place
+of each, under the same name: it can be called, hooked into, saved and asked for its weight as the original could.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nai_t5_core.model.block import operations_are_watched
+from nai_t5_core.model.fixed_weights import FixedWeights
+from nai_t5_core.model.layers import NoInit
+
+
+class Form(Protocol):
+    """A weight [out_features, in_features] in a form of its own."""
+
+    out_features: int
+    in_features: int
+
+    def plain(self) -> Tensor:
+        """The weight, in the dtype in which the form has its numbers."""
+        ...
+
+    def lies(self) -> Any:
+        """The same without a change: a tensor, or what :mod:`nai_t5_core.backends.int8_weight` quantises to."""
+        ...
+
+
+class MultiplyingForm(Form, Protocol):
+    """One that can be multiplied with by itself."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x · weightᵀ: […, in_features] to […, out_features]."""
+        ...
+
+
+FormOfWeight = TypeVar("FormOfWeight", bound=Form)
+
+# Not their subclasses, which do more than a product (adapters, quantisation, offloading).
+PLAIN_LINEARS = (nn.Linear, NoInit.Linear)
+
+
+class HeldLinear(FixedWeights):
+    """A projection whose weight is held in other forms. It is no parameter, and computes without gradients of its own.
+
+    Args:
+        forms: that hold the weight, their rows one below the other.
+        part, parts: the weight is one of so many equal parts of the rows of the only form, which several share.
+        dtype: of the model that the forms were made for; None where they serve every dtype.
+    """
+
+    def __init__(self, forms: Sequence[Form], part: int = 0, parts: int = 1, dtype: torch.dtype | None = None) -> None:
+        super().__init__(dtype)
+        self.forms = tuple(forms)
+        self.part, self.parts = part, parts
+        self.in_features = self.forms[0].in_features
+        self.out_features = sum(form.out_features for form in self.forms) // parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, in_features] to […, out_features]; gradients of ``x`` are recorded."""
+        if self._multiplies and not self._torch_is_needed(x):
+            products = [form(x) for form in self.forms]  # type: ignore[operator]
+            return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+        return F.linear(x, self.plain().to(x.dtype))
+
+    def plain(self) -> Tensor:
+        """[out_features, in_features], in the dtype in which the form has its numbers."""
+        if self.parts > 1:
+            return self.forms[0].plain().chunk(self.parts)[self.part]
+        weights = [form.plain() for form in self.forms]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    def lies(self) -> Any:
+        """The weight as it lies: a tensor, or :class:`nai_t5_core.backends.int8_weight.Int8Weight`."""
+        if self.parts > 1:
+            return self.forms[0].lies().chunk(self.parts)[self.part]
+        weights = [form.lies() for form in self.forms]
+        if len(weights) == 1:
+            return weights[0]
+        return torch.cat(weights) if isinstance(weights[0], Tensor) else type(weights[0]).joined(weights)
+
+    def plain_weight(self, path: str, like: Tensor) -> Tensor:
+        """See :func:`nai_t5_core.model.plain_twin.plain_weight`."""
+        return self.plain()
+
+    @property
+    def _multiplies(self) -> bool:
+        return self.parts == 1 and callable(self.forms[0])
+
+    @staticmethod
+    def _torch_is_needed(x: Tensor) -> bool:
+        if torch.compiler.is_compiling():
+            return False
+        return (x.requires_grad and torch.is_grad_enabled()) or operations_are_watched()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.plain()
+
+    def extra_repr(self) -> str:
+        forms = ", ".join(dict.fromkeys(map(str, self.forms)))
+        return f"in_features={self.in_features}, out_features={self.out_features}, {forms}"
+
+
+def as_it_lies(projection: nn.Module) -> Any:
+    """The weight of a projection that is plain or held, as it lies."""
+    if isinstance(projection, HeldLinear):
+        return projection.lies()
+    weight: Any = projection.weight
+    return weight.detach()

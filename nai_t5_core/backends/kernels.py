@@ -1,0 +1,299 @@
+"""The kernels for AVX512 as backends: on weights where they lie, on packed copies, and on bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nai_t5_core.backends.held import PLAIN_LINEARS, HeldLinear, as_it_lies
+from nai_t5_core.backends.int8_weight import Int8Weight
+from nai_t5_core.backends.kernel_block import KernelBlock
+from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
+from nai_t5_core.kernels.build import missing_for_kernels, prepare_kernels, why_not_kernels
+from nai_t5_core.kernels.calls import ACTIVATION_NUMBERS, COMPUTE_DTYPES
+from nai_t5_core.model.attention import Attend, FusedSelfAttention
+from nai_t5_core.model.block import Backend, Block, Lending, Seen, is_watched, operations_are_watched, torch_is_needed
+from nai_t5_core.model.layers import (
+    CastingOps,
+    FeedForward,
+    FoldedRMSNorm,
+    FusedGatedFeedForward,
+    GatedFeedForward,
+)
+
+# Those whose call is a product where the weight is in the compute dtype.
+_PRODUCTS = (*PLAIN_LINEARS, CastingOps.Linear)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On weights where they lie
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class KernelsInPlace:
+    """Computes a block from the weights that its modules have, and sees every change that is made to them.
+
+    It takes nothing from the block, and goes by the modules wherever the kernels cannot compute it as it is then.
+    """
+
+    name = "kernels"
+    lending: Lending | None = None
+
+    def __init__(self) -> None:
+        self._looked: tuple[torch.dtype, Seen, KernelBlock | None] | None = None
+
+    def __call__(self, block: Block, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor | None:
+        if torch_is_needed() or not residual.is_cpu:
+            return None
+        kernels = self._kernels(block, dtype)
+        return None if kernels is None else kernels(residual, attend)
+
+    def attends(self, block: Block, dtype: torch.dtype) -> bool:
+        return why_not_kernels() is None and refuses_in_place(block, dtype) is None
+
+    def _kernels(self, block: Block, dtype: torch.dtype) -> KernelBlock | None:
+        if self._looked is not None:
+            looked_dtype, seen, kernels = self._looked
+            if looked_dtype == dtype and seen.is_same:
+                return kernels
+        kernels = None
+        if self.attends(block, dtype) and prepare_kernels() is None:
+            kernels = _kernels_in_place(block, dtype)
+        self._looked = (dtype, Seen(list(block.modules())[1:]), kernels)
+        return kernels
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_looked": None}
+
+
+def refuses_in_place(block: Block, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot compute a block from its modules' weights as they are now, as a sentence; None if they
+    can.
+    """
+    if dtype not in COMPUTE_DTYPES:
+        return f"the model computes in {dtype}; the kernels compute in bfloat16 and float32"
+    attends, dense = _sublayers(block)
+    if not isinstance(attends, FusedSelfAttention) or type(dense) not in (FusedGatedFeedForward, FeedForward):
+        return "the projections are not joined (the layout is separate)"
+    for linear in (attends.qkv, attends.o, dense.wi, dense.wo):
+        if type(linear) not in _PRODUCTS:
+            return f"a projection is of class {type(linear).__name__}"
+        weight = linear.weight
+        is_plain = type(weight) is nn.Parameter and weight.dtype == dtype and weight.is_cpu and weight.is_contiguous()
+        if not is_plain or weight.shape[1] % 2:
+            return f"a weight is no plain {dtype} of even depth on the CPU"
+    # A norm that has a weight of its own, as live LoRAs give it, is another one than the kernels compute here.
+    if not all(type(layer.layer_norm) is FoldedRMSNorm for layer in block.layer):
+        return "a norm has a weight of its own"
+    if is_watched(block.modules()):
+        return "other software hooks into its modules"
+    return refuses_mathematics(block)
+
+
+def _kernels_in_place(block: Block, dtype: torch.dtype) -> KernelBlock:
+    attends, dense = _sublayers(block)
+    weights = [linear.weight for linear in (attends.qkv, attends.o, dense.wi, dense.wo)]
+    return KernelBlock.of(weights, dtype, dense, attends.heads, _epsilon(block))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On packed copies
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Held:
+    """The kernels on weights that they alone have, packed by the second call.
+
+    A process that encodes once never pays for it. What multiplies activations because it was taken out of a weight in 8
+    bits are the ``in_scales`` of qkv, o, inner and wo.
+    """
+
+    def __init__(self, kernels: KernelBlock, in_scales: Sequence[Tensor | None] = (None,) * 4) -> None:
+        self.kernels, self.in_scales = kernels, tuple(in_scales)
+        self.called = False
+
+    def ready(self) -> KernelBlock:
+        # One object in place of another: threads that come here together find the same numbers in either.
+        if self.called:
+            self.kernels = self.kernels.packed()
+        self.called = True
+        return self.kernels
+
+
+class _HeldForm:
+    """One of the weights of qkv, o, inner and wo."""
+
+    def __init__(self, held: _Held, place: int) -> None:
+        self.held, self.place = held, place
+        kept = held.kernels.weights[place]
+        self.out_features, self.in_features = kept.columns, kept.depth
+
+    def lies(self) -> Tensor | Int8Weight:
+        kept = self.held.kernels.weights[self.place]
+        values = kept.unpacked()
+        return values if kept.scales is None else Int8Weight(values, kept.scales, self.held.in_scales[self.place])
+
+    def plain(self) -> Tensor:
+        found = self.lies()
+        return found if isinstance(found, Tensor) else found.plain()
+
+    def __str__(self) -> str:
+        kernels = self.held.kernels
+        return f"the kernels' {'panels' if kernels.is_packed else 'weights'}"
+
+
+class PackedKernels:
+    """Computes a block from weights that only the kernels have.
+
+    Attributes:
+        lending: the kernels have no place for what lies beside their weights.
+    """
+
+    def __init__(self, backend: KernelsBackend, held: _Held) -> None:
+        self.lending: Lending | None = Lending(to=backend.lends_to, back=backend)
+        self._name, self._held = backend.name, held
+        self._seen: Seen | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self._name}, {'packed' if self._held.kernels.is_packed else 'to be packed'}"
+
+    def __call__(self, block: Block, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor | None:
+        if operations_are_watched() or (residual.requires_grad and torch.is_grad_enabled()):
+            return None
+        if self._seen is None or not self._seen.is_same:
+            modules = list(block.modules())[1:]
+            if is_watched(modules) or not self._has_all_of(block):
+                return None
+            self._seen = Seen(modules)
+        return self._held.ready()(residual, attend, *self._norm_weights(block))
+
+    def _has_all_of(self, block: Block) -> bool:
+        linears = [getattr(owner, name) for owner, names in places(block) for name in names]
+        forms: list[Any] = [linear.forms[0] for linear in linears if isinstance(linear, HeldLinear)]
+        return len(forms) == len(linears) and all(getattr(form, "held", None) is self._held for form in forms)
+
+    def attends(self, block: Block, dtype: torch.dtype) -> bool:
+        return True
+
+    def _norm_weights(self, block: Block) -> list[Tensor | None]:
+        """Of attention and feed-forward, in float32; None where there is none to multiply with."""
+        factors = []
+        for layer, taken_out in zip(block.layer, (self._held.in_scales[0], self._held.in_scales[2]), strict=True):
+            weight: Any = getattr(layer.layer_norm, "weight", None)
+            # A cast of the model to the dtype that it has casts these, too.
+            own = None if weight is None else weight.detach().float()
+            factors.append(own if taken_out is None else taken_out if own is None else own * taken_out)
+        return factors
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seen": None}
+
+
+class KernelsBackend:
+    """Blocks of an encoder by the kernels, from packed copies of their weights, for which the originals are let go."""
+
+    name = "kernels"
+    lends_to: Backend = ONEDNN
+    # Weights are taken in steps of so many numbers.
+    _unit = 2
+
+    def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu":
+            return f"the model is on {device}; the kernels are for the CPU"
+        if dtype not in COMPUTE_DTYPES:
+            return f"the model is in {dtype}; the kernels compute in bfloat16 and float32"
+        return missing_for_kernels()
+
+    def refuses(self, block: Block, dtype: torch.dtype) -> str | None:
+        for owner, names in places(block):
+            for name in names:
+                linear: Any = getattr(owner, name)
+                if type(linear) not in PLAIN_LINEARS and not isinstance(linear, HeldLinear):
+                    return f"a projection is of class {type(linear).__name__}"
+                if linear.in_features % self._unit:
+                    return f"a projection has {linear.in_features} inputs; their number must divide by {self._unit}"
+        return refuses_mathematics(block)
+
+    def bind(self, block: Block, dtype: torch.dtype) -> None:
+        taken_from = places(block)
+        weights = [_joined([as_it_lies(getattr(owner, name)) for name in names]) for owner, names in taken_from]
+        held = self._held(block, weights, dtype)
+        for place, (owner, names) in enumerate(taken_from):
+            for part, name in enumerate(names):
+                setattr(owner, name, HeldLinear([_HeldForm(held, place)], part, len(names), dtype))
+        block.runner = PackedKernels(self, held)
+
+    def _held(self, block: Block, weights: list[Any], dtype: torch.dtype) -> _Held:
+        attends, dense = _sublayers(block)
+        return _Held(KernelBlock.of(weights, dtype, dense, attends.heads, _epsilon(block)))
+
+
+class Int8KernelsBackend(KernelsBackend):
+    """The same with weights and products in 8 bits; activations are stored in the model's dtype."""
+
+    name = "kernels, in 8 bits"
+    lends_to = INT8_ONEDNN
+    _unit = 4
+
+    def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return super().missing(device, dtype) or INT8_ONEDNN.missing(device, dtype)
+
+    def _held(self, block: Block, weights: list[Any], dtype: torch.dtype) -> _Held:
+        attends, dense = _sublayers(block)
+        norms = [layer.layer_norm for layer in block.layer]
+        # A norm's weight that was folded into a projection is taken out of it, and multiplies activations again.
+        folded = [norm.folded_weight if isinstance(norm, FoldedRMSNorm) else None for norm in norms]
+        quantised = [
+            weight if isinstance(weight, Int8Weight) else Int8Weight.of(weight, in_scale)
+            for weight, in_scale in zip(weights, (folded[0], None, folded[1], None), strict=True)
+        ]
+        values, scales, in_scales = zip(*((one.values, one.scale, one.in_scale) for one in quantised), strict=True)
+        kernels = KernelBlock.of(values, dtype, dense, attends.heads, _epsilon(block), scales)
+        return _Held(kernels.packed(), in_scales)
+
+
+KERNELS = KernelsBackend()
+INT8_KERNELS = Int8KernelsBackend()
+
+
+def _joined(weights: list[Any]) -> Any:
+    """The weights of several projections one above the other."""
+    if len(weights) == 1:
+        return weights[0]
+    return Int8Weight.joined(weights) if isinstance(weights[0], Int8Weight) else torch.cat(weights)
+
+
+def places(block: Block) -> list[tuple[nn.Module, tuple[str, ...]]]:
+    """Where the weights of qkv, o, inner and wo are: the modules that have them, and by what names."""
+    attends, dense = _sublayers(block)
+    qkv = ("qkv",) if isinstance(attends, FusedSelfAttention) else ("q", "k", "v")
+    inner = ("wi_0", "wi_1") if isinstance(dense, GatedFeedForward) else ("wi",)
+    return [(attends, qkv), (attends, ("o",)), (dense, inner), (dense, ("wo",))]
+
+
+def refuses_mathematics(block: Block) -> str | None:
+    """What a block computes that the kernels do not know, whatever form its weights have, as a sentence."""
+    attends, dense = _sublayers(block)
+    if dense.activation not in ACTIVATION_NUMBERS:
+        return f"the activation is {dense.activation}, which the kernels do not know"
+    if attends.d_kv % 2:
+        return f"a head has {attends.d_kv} numbers; the kernels need an even number"
+    factors = [layer.out_scale for layer in block.layer] + [getattr(module, "scale", 1) for module in (attends, dense)]
+    if any(factor != 1 for factor in factors):
+        return "a block has float16 scales, which the kernels do not know"
+    return None
+
+
+def _sublayers(block: Block) -> tuple[Any, Any]:
+    """The modules of attention and feed-forward."""
+    layers: Any = block.layer
+    return layers[0].SelfAttention, layers[-1].DenseReluDense
+
+
+def _epsilon(block: Block) -> float:
+    norm: Any = block.layer[0].layer_norm
+    return float(norm.eps)

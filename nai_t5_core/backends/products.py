@@ -1,0 +1,203 @@
+"""oneDNN as backends: every projection in its blocked order, or in 8 bits. A decoder's blocks are taken as well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nai_t5_core.backends.held import PLAIN_LINEARS, HeldLinear, as_it_lies
+from nai_t5_core.backends.int8_weight import Int8Product, Int8Weight
+from nai_t5_core.backends.onednn import OneDNNProduct
+from nai_t5_core.facts.config import Activation
+from nai_t5_core.model.block import Block, Lending, Seen, is_watched, operations_are_watched
+from nai_t5_core.model.layers import (
+    FoldedRMSNorm,
+    FusedGatedFeedForward,
+    GatedFeedForward,
+    add_sublayer,
+    scaled,
+)
+
+# Projections of a sublayer whose input is not its norm's output: of its own results, and of the encoder's states.
+_AFTER_NO_NORM = {"EncDecAttention": ("o", "wo", "k", "v", "kv")}
+_AFTER_THE_SUBLAYER = ("o", "wo")
+# Projections whose result goes into attention.
+_ATTENTION_INPUTS = ("q", "k", "v", "kv", "qkv")
+
+
+class OneDNNRunner:
+    """The block's modules, with activation and gating inside the products of the feed-forward: rounded once."""
+
+    name = "oneDNN"
+    lending: Lending | None = None
+
+    def __init__(self) -> None:
+        self._seen: Seen | None = None
+
+    def __call__(self, block: Block, residual: Tensor, *attends_and_dtype: Any) -> Tensor | None:
+        *attends, dtype = attends_and_dtype
+        if not self._serves(block, residual):
+            return None
+        last: Any
+        *attending, last = block.layer
+        for sublayer, attend in zip(attending, attends, strict=True):
+            residual = sublayer(residual, attend, dtype)
+        out = _feed_forward(last.DenseReluDense, last.layer_norm(residual).to(dtype))
+        return add_sublayer(residual, out, last.out_scale)
+
+    def attends(self, block: Block, dtype: torch.dtype) -> bool:
+        return False
+
+    def _serves(self, block: Block, residual: Tensor) -> bool:
+        last: Any = block.layer[-1]
+        if torch.compiler.is_compiling():
+            return _has_products(last.DenseReluDense)
+        if operations_are_watched() or (residual.requires_grad and torch.is_grad_enabled()):
+            return False
+        if self._seen is None or not self._seen.is_same:
+            modules = list(last.modules())
+            if is_watched(modules) or not _has_products(last.DenseReluDense):
+                return False
+            self._seen = Seen(modules)
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_seen": None}
+
+
+class OneDNNBackend:
+    """Every projection of a block in oneDNN's blocked order; each original is let go when its copy is made."""
+
+    name = "oneDNN"
+
+    def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu":
+            return f"the model is on {device}; oneDNN is for the CPU"
+        if not torch.backends.mkldnn.is_available():
+            return "this torch was built without oneDNN"
+        if dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            return None
+        return f"oneDNN packs float32, and bfloat16 where the processor supports it; the model is in {dtype}"
+
+    def refuses(self, block: Block, dtype: torch.dtype) -> str | None:
+        return None
+
+    def bind(self, block: Block, dtype: torch.dtype) -> None:
+        for layer in block.layer:
+            for sublayer in layer.children():
+                for owner, attribute, name in _projections(sublayer):
+                    # So that the activation is inside the product of the gate.
+                    parts = 2 if isinstance(sublayer, FusedGatedFeedForward) and name == "wi" else 1
+                    setattr(owner, attribute, self.held(getattr(owner, attribute), dtype, parts))
+        block.runner = OneDNNRunner()
+
+    @staticmethod
+    def held(linear: nn.Module, dtype: torch.dtype, parts: int = 1) -> HeldLinear:
+        """What takes the place of a projection, in so many products of equal size."""
+        weights: Any = as_it_lies(linear).chunk(parts)
+        return HeldLinear([OneDNNProduct(weight) for weight in weights], dtype=dtype)
+
+
+class Int8Runner:
+    """The block's modules, whose projections are in 8 bits."""
+
+    name = "oneDNN, in 8 bits"
+    lending: Lending | None = None
+
+    def __call__(self, block: Block, residual: Tensor, *attends_and_dtype: Any) -> Tensor | None:
+        return None
+
+    def attends(self, block: Block, dtype: torch.dtype) -> bool:
+        return False
+
+
+class Int8Backend:
+    """Every projection of a block in 8 bits; each original is let go when its copy is made."""
+
+    name = "oneDNN, in 8 bits"
+
+    def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+            return f"the model is in {dtype} on {device}; 8 bits are for float32 and bfloat16 on the CPU"
+        if "onednn" not in torch.backends.quantized.supported_engines:
+            return "this torch was built without oneDNN"
+        if not any(getattr(torch.cpu, check, bool)() for check in ("_is_vnni_supported", "_is_amx_tile_supported")):
+            return "this processor has no fast products of bytes (AVX512-VNNI or AMX)"
+        return None
+
+    def refuses(self, block: Block, dtype: torch.dtype) -> str | None:
+        return None
+
+    def bind(self, block: Block, dtype: torch.dtype) -> None:
+        for layer in block.layer:
+            norm = layer.layer_norm.folded_weight if isinstance(layer.layer_norm, FoldedRMSNorm) else None
+            for sublayer_name, sublayer in layer.named_children():
+                after_no_norm = _AFTER_NO_NORM.get(sublayer_name, _AFTER_THE_SUBLAYER)
+                for owner, attribute, name in _projections(sublayer):
+                    weight = as_it_lies(getattr(owner, attribute))
+                    held = self._held(name, weight, None if name in after_no_norm else norm, dtype)
+                    setattr(owner, attribute, held)
+        block.runner = Int8Runner()
+
+    def _held(self, name: str, weight: Tensor | Int8Weight, norm: Tensor | None, dtype: torch.dtype) -> HeldLinear:
+        quantised = weight if isinstance(weight, Int8Weight) else Int8Weight.of(weight, norm)
+        if name in _ATTENTION_INPUTS:
+            return HeldLinear([Int8Product(quantised, dtype)], dtype=dtype)
+        # Everything else stays in float32, where rounding it would take longer than it saves.
+        return HeldLinear([Int8Product(quantised, torch.float32)])
+
+
+ONEDNN = OneDNNBackend()
+INT8_ONEDNN = Int8Backend()
+
+
+def _projections(sublayer: nn.Module) -> list[tuple[nn.Module, str, str]]:
+    """Projections that are plain or held: the owner of each, its name there, and its name in the sublayer.
+
+    The two names differ where another module, such as a live LoRA, stands around the projection.
+    """
+    found = []
+    for name, child in sublayer.named_children():
+        if _can_be_taken(child):
+            found.append((sublayer, name, name))
+            continue
+        for owner in child.modules():
+            found += [(owner, inside, name) for inside, part in owner.named_children() if _can_be_taken(part)]
+    return found
+
+
+def _can_be_taken(linear: nn.Module) -> bool:
+    return type(linear) in PLAIN_LINEARS or isinstance(linear, HeldLinear)
+
+
+def _has_products(dense: Any) -> bool:
+    """Whether all projections of a feed-forward are products that take an activation."""
+    linears = list(dense.children())
+    return all(isinstance(linear, HeldLinear) and isinstance(linear.forms[0], OneDNNProduct) for linear in linears)
+
+
+def _feed_forward(dense: Any, hidden: Tensor) -> Tensor:
+    """As the module ``dense``, whose projections have products."""
+    if isinstance(dense, FusedGatedFeedForward):
+        return feed_forward(hidden, dense.wi.forms, dense.wo.forms[0], dense.activation)
+    names = ("wi_0", "wi_1") if isinstance(dense, GatedFeedForward) else ("wi",)
+    inner = [getattr(dense, name).forms[0] for name in names]
+    return feed_forward(hidden, inner, dense.wo.forms[0], dense.activation, dense.scale)
+
+
+def feed_forward(
+    hidden: Tensor, inner: Sequence[OneDNNProduct], wo: OneDNNProduct, activation: Activation, scale: float = 1.0
+) -> Tensor:
+    """[…, d_model] to […, d_model], with activation and gating inside the products.
+
+    Args:
+        inner: of gate and up, or the only one.
+        scale: multiplies the input of the last of them.
+    """
+    if len(inner) == 1:
+        return wo(inner[0](scaled(hidden, scale), activation))
+    gate, up = inner
+    return wo(up(scaled(hidden, scale), factor=gate(hidden, activation)))

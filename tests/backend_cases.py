@@ -1,0 +1,99 @@
+"""Every backend that a block can be bound to. What is entered here is tested by all of test_backends.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from conftest import TOY_CONFIGS, build_stack, random_state
+from torch import Tensor
+
+from nai_t5_core.backends.choose import prepack, quantize_int8, run_in_place
+from nai_t5_core.backends.kernels import INT8_KERNELS, KERNELS
+from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
+from nai_t5_core.kernels.build import prepare_kernels, why_not_kernels
+from nai_t5_core.model.encoder import Layout, T5EncoderStack
+
+CONFIG = TOY_CONFIGS["v1.1"].encoder_only()
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class BackendCase:
+    """A way to compute blocks.
+
+    Attributes:
+        name: what its runner says, without whether weights are packed yet; empty where there is no runner.
+        bind: makes a stack, in place, be computed by it.
+        missing: why this machine cannot test it, for a dtype; None where it can.
+        holds_weights: whether it takes the weights out of their modules.
+        rounding: of its numbers against those of the same dtype by torch, relative to the largest.
+        attends: whether attention is its own.
+    """
+
+    name: str
+    bind: Callable[[T5EncoderStack], T5EncoderStack]
+    missing: Callable[[torch.dtype], str | None]
+    holds_weights: bool = True
+    in_8_bits: bool = False
+    attends: bool = False
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+
+    @property
+    def tolerance(self) -> dict[torch.dtype, float]:
+        """How far hidden states may be from exact ones, relative to the largest."""
+        return dict.fromkeys(FLOATS, 0.3) if self.in_8_bits else {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+
+
+def by_modules(stack: T5EncoderStack) -> T5EncoderStack:
+    """Module by module, by torch."""
+    block: Any
+    for block in stack.encoder.block:
+        block.runner = None
+    return stack
+
+
+def _missing(backend: Any) -> Callable[[torch.dtype], str | None]:
+    return lambda dtype: (
+        backend.missing(torch.device("cpu"), dtype) or (prepare_kernels() if "kernels" in backend.name else None)
+    )
+
+
+CASES = {
+    "torch": BackendCase("", by_modules, lambda dtype: None, holds_weights=False),
+    "kernels in place": BackendCase(
+        "kernels", run_in_place, lambda dtype: why_not_kernels() or prepare_kernels(), holds_weights=False, attends=True
+    ),
+    "kernels": BackendCase("kernels", lambda stack: prepack(stack, "kernels"), _missing(KERNELS), attends=True),
+    "oneDNN": BackendCase("oneDNN", lambda stack: prepack(stack, "onednn"), _missing(ONEDNN)),
+    "int8 kernels": BackendCase(
+        "kernels, in 8 bits",
+        lambda stack: quantize_int8(stack, "kernels"),
+        _missing(INT8_KERNELS),
+        in_8_bits=True,
+        attends=True,
+    ),
+    "int8 oneDNN": BackendCase(
+        "oneDNN, in 8 bits", lambda stack: quantize_int8(stack, "onednn"), _missing(INT8_ONEDNN), in_8_bits=True
+    ),
+}
+
+
+def bound(case: BackendCase, layout: Layout = "fused", dtype: torch.dtype = torch.float32, **state: Tensor) -> Any:
+    """A toy encoder by that backend, or a skip that says why not; ``state`` replaces tensors of the checkpoint."""
+    if missing := case.missing(dtype):
+        pytest.skip(missing)
+    if case.name == "kernels" and not case.holds_weights and layout == "separate":
+        pytest.skip("in place the kernels read joined weights, which the separate layout has not")
+    stack = by_modules(build_stack(CONFIG, {**random_state(CONFIG), **state}, dtype, layout)).requires_grad_(False)
+    return case.bind(stack)
+
+
+def runner_names(stack: Any) -> set[str]:
+    """What computes the blocks, without whether it is packed yet."""
+    runners = [block.runner for block in stack.encoder.block]
+    names = ["" if runner is None else runner.name for runner in runners]
+    return {name.removesuffix(", packed").removesuffix(", to be packed") for name in names}
