@@ -13,10 +13,9 @@ from hf_toys import MASK, V1_1_IDS, assert_near, hf_model
 from toy_loras import toy_lora
 
 from nai_t5_core.backends.compiled import compile_stack
-from nai_t5_core.backends.cuda.encoder import cuda_encoder
+from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.bench.peers import own_t5
 from nai_t5_core.facts.families import family_names
-from nai_t5_core.float16.cuda_guard import GuardedCudaEncoder
 from nai_t5_core.float16.guard import NotFiniteError, ScaleTightenedWarning, encode_guarded
 from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.prompts.text_encoder import TextEncoder
@@ -57,21 +56,20 @@ def test_float16_that_overflows_is_tightened_and_exact(by_kernels: bool) -> None
     stack = build_stack(CONFIG, state, torch.float16).cuda()
     expected = build_stack(CONFIG, state, torch.float64)(V1_1_IDS, MASK)
     # By these products, which round what is added to the residual; those that do not have nothing that overflows.
-    kernels = cuda_encoder(stack, products="torch") if by_kernels else None
-    run: Any = GuardedCudaEncoder(kernels) if kernels else lambda *batch: encode_guarded(stack, *batch)
+    stack.runner = CudaRunner(products="torch") if by_kernels else None
     with pytest.warns(ScaleTightenedWarning):
-        found = run(V1_1_IDS, MASK)
+        found = encode_guarded(stack, V1_1_IDS, MASK)
     assert_near(found.double().cpu(), expected, 5e-3)
-    assert_near(run(V1_1_IDS, MASK).double().cpu(), expected, 5e-3)
+    assert_near(encode_guarded(stack, V1_1_IDS, MASK).double().cpu(), expected, 5e-3)
 
 
 @pytest.mark.parametrize("by_kernels", [True, False])
 def test_a_damaged_weight_is_named(by_kernels: bool) -> None:
     stack = build_stack(CONFIG, random_state(CONFIG), torch.float16).cuda()
     stack.encoder.block[1].layer[0].SelfAttention.o.weight.data[3, 3] = float("nan")  # type: ignore[union-attr, index]
-    run: Any = GuardedCudaEncoder(cuda_encoder(stack)) if by_kernels else lambda *batch: encode_guarded(stack, *batch)
+    stack.runner = CudaRunner() if by_kernels else None
     with pytest.raises(NotFiniteError, match=r"block\.1"):
-        run(V1_1_IDS, MASK)
+        encode_guarded(stack, V1_1_IDS, MASK)
 
 
 def test_live_loras_come_and_go() -> None:

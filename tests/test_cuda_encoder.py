@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -17,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nai_t5_core.backends.cuda.encoder import cuda_encoder
 from nai_t5_core.backends.cuda.refusals import missing_triton, refuses
+from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.facts.scales import LayerScales, StackScales
-from nai_t5_core.float16.cuda_guard import GuardedCudaEncoder
-from nai_t5_core.float16.guard import NotFiniteError, rescale
+from nai_t5_core.float16.guard import NotFiniteError, guard, rescale
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.packing import PADDING_POLICIES, PaddingPolicy
 
@@ -162,21 +163,35 @@ def test_a_result_that_is_not_finite_is_noted(padding: PaddingPolicy) -> None:
         assert int(found.finite) == expected == int(found.hidden.isfinite().all())
 
 
-def test_the_guarded_encoder_looks_once_and_leaves_the_rest_to_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stack_looks_once_and_leaves_the_rest_to_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = stack_of(TOY_CONFIGS["v1.1"])
     encoder = cuda_encoder(stack, eager=True)
-    guarded, looks = GuardedCudaEncoder(encoder), []
+    stack.guard, stack.runner, looks = guard, CudaRunner(eager=True), []
     examine = type(encoder)._examine
     monkeypatch.setattr(type(encoder), "_examine", lambda self: looks.append(self) or examine(self))
-    assert torch.equal(guarded(IDS, MASK, padding="skip"), encoder.encode(IDS, MASK, "skip").hidden)
-    assert len(looks) == 2 and guarded.refusal() is None
+    assert torch.equal(stack(IDS, MASK, padding="skip"), encoder.encode(IDS, MASK, "skip").hidden)
+    assert len(looks) == 2 and stack.describe_attention() == "auto: kernels for CUDA"
     hook = stack.encoder.block[0].register_forward_hook(lambda *_: None)
-    assert guarded.refusal() is not None and encoder.encode_unless_refused(IDS, MASK) is None
-    assert torch.equal(guarded(IDS, MASK), stack(IDS, MASK))
+    assert encoder.encode_unless_refused(IDS, MASK) is None
+    reason = "a EncoderBlock of the model has hooks, or another forward"
+    assert stack.describe_attention() == f"auto: sdpa (not the kernels for CUDA: {reason})"
+    by_modules = stack(IDS, MASK)
+    stack.runner = None
+    assert torch.equal(by_modules, stack(IDS, MASK))
+    stack.runner = CudaRunner(eager=True)
     hook.remove()
     stack.encoder.block[1].layer[0].SelfAttention.o.weight.data[3, 3] = float("nan")
     with pytest.raises(NotFiniteError, match=r"block\.1"):
-        guarded(IDS, MASK)
+        stack(IDS, MASK)
+
+
+def test_a_stack_and_its_runner_go_together() -> None:
+    stack = stack_of(TOY_CONFIGS["v1.1"])
+    stack.runner = CudaRunner(eager=True)
+    gone = weakref.ref(stack)
+    stack(IDS, MASK)
+    del stack
+    assert gone() is None
 
 
 def with_hook(stack: Any) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeVar, get_args
 
+from nai_t5_core.backends.cuda.refusals import refuses_for_good
+from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.backends.held import HeldLinear
 from nai_t5_core.backends.int8_weight import Int8Product, Int8Weight
 from nai_t5_core.backends.kernels import INT8_KERNELS, KERNELS, KernelsInPlace
@@ -38,6 +40,19 @@ def run_in_place(model: Model) -> Model:
         if block.runner is None and why_not_kernels() is None:
             block.runner = KernelsInPlace()
     return model
+
+
+def encode_on_cuda(stack: T5EncoderStack) -> T5EncoderStack:
+    """Has our kernels for CUDA encode what they can, see :mod:`nai_t5_core.backends.cuda`; elsewhere nothing changes.
+
+    They take nothing from the stack, which may be changed as ever.
+
+    Returns:
+        The same stack.
+    """
+    if stack.device.type == "cuda" and refuses_for_good(stack) is None:
+        stack.runner = CudaRunner()
+    return stack
 
 
 def why_not_prepack(model: T5EncoderStack | T5Model) -> str | None:

@@ -7,7 +7,7 @@ or a compiler or a mode of torch's watches every operation, the block calls them
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -120,16 +120,20 @@ class Seen:
     """Modules as they were looked at, and whether they still are what was seen: cheap enough for every call.
 
     Of the values of weights it knows nothing.
+
+    Args:
+        modules: what is kept, so not those that keep this.
+        members: of other modules, which they have by name.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], members: Sequence[dict[str, Any]] = ()) -> None:
         self._modules = list(modules)
         self._attributes = [module.__dict__ for module in self._modules]
         self._hooks = [module._forward_hooks for module in self._modules]
         self._hooks += [module._forward_pre_hooks for module in self._modules]
-        # Of modules and of their parameters, by name. Those that a leaf lacks are empty, and stay the same objects.
-        members: list[dict[str, Any]] = [module._modules for module in self._modules]
-        self._members = members + [module._parameters for module in self._modules]
+        # Modules and parameters, by name. Those that a leaf lacks are empty, and stay the same objects.
+        self._members = [*members, *(module._modules for module in self._modules)]
+        self._members += [module._parameters for module in self._modules]
         # Tensors of other classes may have no place to ask for.
         self._weights = [weight for found in self._members for weight in found.values() if type(weight) is nn.Parameter]
         self._state = None if self._is_watched else self._present_state()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,30 @@ class Encoder(nn.Module):
         return hidden.to(dtype)
 
 
+class StackRunner(Protocol):
+    """What encodes a batch in place of a stack's modules. It holds no reference to the stack, which holds it."""
+
+    name: str
+
+    def __call__(
+        self,
+        stack: T5EncoderStack,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        padding: PaddingPolicy,
+        extra_pad: int,
+    ) -> Tensor | None:
+        """As the stack's own call; None where its modules have to encode.
+
+        Where the stack has a guard, what it gives is finite.
+        """
+        ...
+
+    def refusal(self, stack: T5EncoderStack) -> str | None:
+        """Why the modules encode in inference now, as a sentence; None where it does."""
+        ...
+
+
 class T5EncoderStack(nn.Module):
     """A T5 encoder with its embedding; the padding policy is chosen by the call.
 
@@ -108,9 +132,11 @@ class T5EncoderStack(nn.Module):
     Attributes:
         guard: what sees to it that results are finite, as :func:`nai_t5_core.float16.guard.guard` does; None, as here,
             gives what comes out. It may be changed at any time.
+        runner: what encodes instead, where it can.
     """
 
     guard: Guard | None = None
+    runner: StackRunner | None = None
 
     def __init__(
         self,
@@ -185,6 +211,10 @@ class T5EncoderStack(nn.Module):
             FlexUnavailableError: ``attention="flex"`` where it cannot be compiled.
             NotFiniteError: a ValueError; there is a guard, and the result is not finite.
         """
+        if self.runner is not None and input_ids is not None and inputs_embeds is None:
+            hidden = self.runner(self, input_ids, attention_mask, padding, extra_pad)
+            if hidden is not None:
+                return hidden
         out: Tensor = self._guarded(
             self._encode,
             input_ids,
@@ -325,6 +355,13 @@ class T5EncoderStack(nn.Module):
 
     def describe_attention(self) -> str:
         """How attention is computed in inference, in words: ``"auto: sdpa"``, ``"flex, compiled"``."""
+        if self.runner is not None and (reason := self.runner.refusal(self)) is None:
+            return f"auto: {self.runner.name}"
+        if self.runner is not None:
+            return f"{self._describe_modules()} (not the {self.runner.name}: {reason})"
+        return self._describe_modules()
+
+    def _describe_modules(self) -> str:
         if self.buckets is not None:
             return "flex, compiled"
         blocks: Any = self.encoder.block

@@ -12,13 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_prepack
-from nai_t5_core.backends.cuda.encoder import cuda_encoder
-from nai_t5_core.backends.cuda.refusals import refuses_for_good
+from nai_t5_core.backends.choose import encode_on_cuda, prepack, quantize_int8, why_not_prepack
 from nai_t5_core.facts.families import Family
 from nai_t5_core.facts.families import family as family_named
 from nai_t5_core.facts.text_cleaning import clean_text
-from nai_t5_core.float16.cuda_guard import GuardedCudaEncoder
 from nai_t5_core.float16.guard import encode_guarded
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.lora.set import LoraSource
@@ -81,7 +78,6 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.report = report
         self.token_budget = token_budget
-        self._by_kernels: GuardedCudaEncoder | None = None
 
     @classmethod
     def from_pretrained(
@@ -143,13 +139,8 @@ class TextEncoder:
             prepack(stack)
         encoder = cls(stack, found, loaded.report, token_budget)
         if optimize and not compile and attention == "auto":
-            encoder._use_kernels_for_cuda()
+            encode_on_cuda(stack)
         return encoder
-
-    def _use_kernels_for_cuda(self) -> None:
-        """Has them encode what they can, where there are any."""
-        if self.stack.device.type == "cuda" and refuses_for_good(self.stack) is None:
-            self._by_kernels = GuardedCudaEncoder(cuda_encoder(self.stack))
 
     def save_scales(self, path: str | Path) -> None:
         """Writes the float16 scales in use, those that a warning said were tightened included, to a JSON file.
@@ -228,7 +219,7 @@ class TextEncoder:
         """[batch, length, d_model], computed in parts of at most ``token_budget`` rows."""
         parts = []
         policy = {"padding": settings.padding, "extra_pad": settings.extra_pad}
-        encode = self._by_kernels or partial(encode_guarded, self.stack)
+        encode = partial(encode_guarded, self.stack)
         for part in self._parts(mask, settings):
             states = encode(ids[part], mask[part], **policy)
             parts.append(states if output_device is None else states.to(output_device))
@@ -256,13 +247,9 @@ class TextEncoder:
 
     def __repr__(self) -> str:
         size = self.stack.config.size_name or f"d_model {self.stack.config.d_model}"
-        attention = self.stack.describe_attention()
-        if self._by_kernels is not None:
-            reason = self._by_kernels.refusal()
-            attention = f"{attention} (not the kernels for CUDA: {reason})" if reason else "auto: kernels for CUDA"
         return (
             f"TextEncoder({self.stack.config.kind}, {size}, {self.stack.dtype}, {self.stack.device}, "
-            f"attention={attention})"
+            f"attention={self.stack.describe_attention()})"
         )
 
 

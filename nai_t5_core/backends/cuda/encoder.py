@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,6 +50,13 @@ def cuda_encoder(stack: T5EncoderStack, eager: bool = False, products: ProductsC
         ValueError: the kernels cannot run this stack, see :func:`nai_t5_core.backends.cuda.refusals.refuses`; unknown
             products, or a torch before 2.8 with ``"torch-float32"``; graphs on the CPU.
     """
+    encoder = encoder_beside(stack, eager, products)
+    encoder.kept = stack
+    return encoder
+
+
+def encoder_beside(stack: T5EncoderStack, eager: bool, products: ProductsChoice) -> CudaEncoder:
+    """The same for a stack that keeps it, which would be freed late if it were kept in turn."""
     if products not in PRODUCTS_CHOICES:
         raise ValueError(f"unknown products {products!r}; allowed: {', '.join(PRODUCTS_CHOICES)}")
     if products == "torch-float32" and not hasattr(torch.ops.aten.mm, "dtype"):
@@ -66,7 +74,7 @@ class CudaEncoder:
     """See :func:`cuda_encoder`. Weights may be changed or replaced at any time.
 
     Attributes:
-        stack: what is run.
+        kept: the stack, unless it keeps this.
         graphs: the recordings; None if every kernel is launched in every call.
     """
 
@@ -75,11 +83,24 @@ class CudaEncoder:
         from nai_t5_core.backends.cuda.examined import ExaminedStack
         from nai_t5_core.backends.cuda.graphs import GraphRunner
 
-        self.stack = stack
+        self.kept: T5EncoderStack | None = None
+        self._stack = weakref.ref(stack)
         self.graphs = None if eager else GraphRunner(stack.device)
         self._products = products
         self._biases = BiasTables(stack)
         self._examined = ExaminedStack(stack, self._biases.tables)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it was made for."""
+        return self._biases.tables.device
+
+    @property
+    def stack(self) -> T5EncoderStack:
+        """What is run."""
+        stack = self._stack()
+        assert stack is not None
+        return stack
 
     def __call__(
         self,
@@ -109,7 +130,8 @@ class CudaEncoder:
         from nai_t5_core.backends.cuda.examined import refuse
 
         refuse(self._examine())
-        return self._encode(input_ids, attention_mask, padding, extra_pad)
+        encoded = self._encode(input_ids, attention_mask, padding, extra_pad)
+        return self._by_stack(input_ids, attention_mask, padding, extra_pad) if encoded is None else encoded
 
     def encode_unless_refused(
         self,
@@ -118,15 +140,15 @@ class CudaEncoder:
         padding: PaddingPolicy = "exact",
         extra_pad: int = 0,
     ) -> Encoded | None:
-        """The same; None where the kernels cannot run the stack now, see :meth:`refusal`."""
+        """The same; None where the kernels cannot run the stack now, see :meth:`refusal`, or not with this mask."""
         return None if self._examine() else self._encode(input_ids, attention_mask, padding, extra_pad)
 
     def _encode(
         self, input_ids: Tensor, attention_mask: Tensor | None, padding: PaddingPolicy, extra_pad: int
-    ) -> Encoded:
+    ) -> Encoded | None:
         stack = self.stack
         if attention_mask is not None and attention_mask.ndim != 2:
-            return self._by_stack(input_ids, attention_mask, padding, extra_pad)
+            return None
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [batch, length]; got shape {list(input_ids.shape)}")
         check_ids(input_ids, stack.config.vocab_size)
@@ -134,7 +156,7 @@ class CudaEncoder:
         batch, length = input_ids.shape
         packing = pack_batch(mask, batch, length, padding, extra_pad)
         if has_holes(packing.groups):
-            return self._by_stack(input_ids, attention_mask, padding, extra_pad)
+            return None
         index = packing.index
         packing = replace(packing, index=None if index is None else moved(index, stack.device))
         ids = _packed_ids(packing, index, input_ids)

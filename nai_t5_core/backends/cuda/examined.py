@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 from torch import Tensor
 
 from nai_t5_core.backends.cuda.block import CudaBlocks
@@ -21,9 +23,10 @@ class ExaminedStack:
 
     def __init__(self, stack: T5EncoderStack, biases: Tensor) -> None:
         refuse(refuses_for_good(stack))
-        self._stack = stack
+        # Neither the stack nor what refers to it is kept: it may keep this.
+        self._stack = weakref.proxy(stack)
         self._blocks = CudaBlocks.of(stack, biases)
-        self._seen = Seen(stack.modules())
+        self._seen = Seen(list(stack.modules())[1:], [stack._modules])
         self._scales = stack.scales
 
     @property

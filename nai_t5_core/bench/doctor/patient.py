@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.backends.choose import prepack, why_not_prepack
-from nai_t5_core.backends.cuda.encoder import cuda_encoder
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
+from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.bench.doctor.settings import DoctorSettings
 from nai_t5_core.bench.peers import State, own_encoder, random_state
 from nai_t5_core.facts.config import T5Config, named_config
-from nai_t5_core.float16.cuda_guard import GuardedCudaEncoder
 from nai_t5_core.float16.guard import encode_guarded
-from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.model.encoder import StackRunner, T5EncoderStack
 from nai_t5_core.model.precision import resolve_device, resolve_dtype
 
 # What a step found, as plain values. Under "wrong" it lists, in words, the numbers that are not what they must be.
@@ -62,17 +61,35 @@ class Patient:
     @cached_property
     def encode(self) -> Callable[..., Tensor]:
         """Ids, mask and policy to hidden states by what ``TextEncoder`` has encode here, under guard."""
-        if self.device.type == "cuda" and refuses_for_good(self.stack) is None:
-            return GuardedCudaEncoder(cuda_encoder(self.stack))
+        if self._takes_kernels_for_cuda:
+            return encoding_by(CudaRunner(), self.stack)
         return partial(encode_guarded, self.stack)
+
+    @property
+    def _takes_kernels_for_cuda(self) -> bool:
+        return self.device.type == "cuda" and refuses_for_good(self.stack) is None
 
     @property
     def encoded_by(self) -> str:
         """What encodes, in words."""
-        by_kernels = isinstance(self.encode, GuardedCudaEncoder)
-        return "kernels for CUDA, in graphs" if by_kernels else f"attention {self.stack.describe_attention()}"
+        if self._takes_kernels_for_cuda:
+            return "kernels for CUDA, in graphs"
+        return f"attention {self.stack.describe_attention()}"
 
     def ids(self, batch: int, length: int) -> Tensor:
         """Random ids on the CPU, where tokenizers leave them: [batch, length]."""
         generator = torch.Generator().manual_seed(length)
         return torch.randint(self.config.vocab_size, (batch, length), generator=generator)
+
+
+def encoding_by(runner: StackRunner, stack: T5EncoderStack) -> Callable[..., Tensor]:
+    """Ids, mask and policy to hidden states by this runner, under guard; the stack has it for the time of a call."""
+
+    def encode(*inputs: Any, **options: Any) -> Tensor:
+        stack.runner = runner
+        try:
+            return encode_guarded(stack, *inputs, **options)
+        finally:
+            stack.runner = None
+
+    return encode

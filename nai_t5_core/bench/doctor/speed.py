@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from nai_t5_core.backends.cuda.encoder import cuda_encoder
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
+from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.bench.doctor.clock import device_seconds, synchronize, timed
-from nai_t5_core.bench.doctor.patient import Finding, Patient
+from nai_t5_core.bench.doctor.patient import Finding, Patient, encoding_by
 from nai_t5_core.bench.roofline import encoder_work, projection_shapes
-from nai_t5_core.float16.cuda_guard import GuardedCudaEncoder
 from nai_t5_core.float16.guard import encode_guarded
 
 LENGTHS = (20, 64, 128, 512)
@@ -75,8 +74,8 @@ def count_launches(patient: Patient) -> Finding:
     cases |= {name: padded(patient, lengths) for name, lengths in BATCHES.items()}
     encoders: dict[str, Callable[..., Tensor]] = {"torch": partial(encode_guarded, patient.stack)}
     if refuses_for_good(patient.stack) is None:
-        encoders["kernels"] = GuardedCudaEncoder(cuda_encoder(patient.stack, eager=True))
-        encoders["graphs"] = GuardedCudaEncoder(cuda_encoder(patient.stack))
+        for name, eager in (("kernels", True), ("graphs", False)):
+            encoders[name] = encoding_by(CudaRunner(eager), patient.stack)
     return {
         f"{name}, by {by}": _counted(patient, partial(encode, *case, padding="skip"))
         for name, case in cases.items()

@@ -1,0 +1,62 @@
+"""The kernels for CUDA as what encodes in place of a stack's modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.backends.cuda.encoder import CudaEncoder, ProductsChoice, encoder_beside
+from nai_t5_core.backends.cuda.refusals import refuses
+from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.model.packing import PaddingPolicy
+
+
+class CudaRunner:
+    """Encodes by the kernels where they can, see :func:`nai_t5_core.backends.cuda.encoder.cuda_encoder`.
+
+    They cannot while a live LoRA or another adapter is in the stack, and under gradients. After the stack was moved to
+    another device everything is made anew.
+
+    Args:
+        eager, products: see :func:`nai_t5_core.backends.cuda.encoder.cuda_encoder`.
+    """
+
+    name = "kernels for CUDA"
+
+    def __init__(self, eager: bool = False, products: ProductsChoice = "auto") -> None:
+        self.eager, self.products = eager, products
+        self._encoder: CudaEncoder | None = None
+
+    def __call__(
+        self,
+        stack: T5EncoderStack,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        padding: PaddingPolicy,
+        extra_pad: int,
+    ) -> Tensor | None:
+        encoder = self._encoder_of(stack)
+        if encoder is None:
+            return None
+        encoded = encoder.encode_unless_refused(input_ids, attention_mask, padding, extra_pad)
+        # Reading the note waits for the device. Where a value is not finite, the guard finds out which, by the modules.
+        if encoded is None or (stack.guard is not None and not bool(encoded.finite)):
+            return None
+        return encoded.hidden
+
+    @torch.no_grad()
+    def refusal(self, stack: T5EncoderStack) -> str | None:
+        """See :class:`nai_t5_core.model.encoder.StackRunner`."""
+        return refuses(stack)
+
+    def _encoder_of(self, stack: T5EncoderStack) -> CudaEncoder | None:
+        if self._encoder is None or self._encoder.device != stack.device:
+            self._encoder = None
+            if refuses(stack) is None:
+                self._encoder = encoder_beside(stack, self.eager, self.products)
+        return self._encoder
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_encoder": None}
