@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+import typer
 import upstream_diffusers as upstream
+import upstream_rounding
 from upstream_swap import NOTHING_PLACED
 
 TEST_FILE = """
@@ -86,9 +89,9 @@ def test_our_encoder_is_in_place_in_every_kind_of_class(checkout: Path, tmp_path
         "test_that_wants_theirs",
         "test_untouched",
     }
-    assert [test.rpartition("::")[2] for test in upstream.lost_tests(stock, ours)] == [
-        "test_that_wants_theirs (failure)"
-    ]
+    lost = upstream.lost_tests(stock, ours)
+    assert [test.rpartition("::")[2] for test in lost] == ["test_that_wants_theirs"]
+    assert ours[lost[0]].startswith("failure: AssertionError: assert 'NAIT5EncoderModel' == 'T5EncoderModel'")
 
 
 def test_a_run_without_our_encoder_is_an_error(checkout: Path, tmp_path: Path) -> None:
@@ -123,9 +126,67 @@ def test_every_file_that_makes_a_t5_is_found(checkout: Path) -> None:
 
 def test_fewer_passes_with_theirs_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upstream, "KNOWN", {"flux": 2})
-    two = {"a": "passed", "b": "passed", "c": "failure"}
+    two = {"a": "passed", "b": "passed", "c": "failure: 1 != 2"}
     assert upstream.too_few("flux", two) == []
-    assert upstream.too_few("flux", two | {"b": "error"}) == [
-        "flux: 1 pass with theirs, 2 are known to; see b (error); c (failure)"
+    assert upstream.too_few("flux", two | {"b": "error: no file"}) == [
+        "flux: 1 pass with theirs, 2 are known to; see b (error: no file); c (failure: 1 != 2)"
     ]
     assert upstream.too_few("wan", two) == ["wan: 2 pass with theirs; write that down in KNOWN"]
+
+
+@pytest.mark.parametrize("test", upstream_rounding.DECIDED_BY_ROUNDING)
+def test_what_rounding_decides_is_neither_a_fault_nor_a_pass(test: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With either encoder, in either wording, up to the difference that was seen with theirs."""
+    known = upstream_rounding.DECIDED_BY_ROUNDING[test]
+    monkeypatch.setattr(upstream, "KNOWN", {"toy": 1})
+    for measured in (
+        f"failure: assert np.float32({known.largest}) < 0.0001",
+        f"failure: AssertionError: np.float32({known.largest}) not less than 0.0005",
+    ):
+        lost = {test: measured}
+        assert upstream.faults_of_ours({test: "passed"}, lost) == []
+        assert upstream.too_few("toy", lost) == []
+        assert upstream.passed(lost) == 0
+        assert upstream.difference({test: "passed"}, lost) == "theirs 1, ours 0"
+        (line,) = upstream_rounding.explain_rounding(lost, "ours")
+        assert test in line and measured in line and known.why in line
+
+
+@pytest.mark.parametrize("test", upstream_rounding.DECIDED_BY_ROUNDING)
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        "failure: assert np.float32(0.001) < 0.0001",
+        "failure: AssertionError: np.float32(nan) not less than 0.0005",
+        "failure: AttributeError: no save_pretrained",
+        "error: np.float32(0.0001)",
+        "skipped",
+        None,
+    ],
+)
+def test_any_other_end_of_such_a_test_is_a_fault(test: str, outcome: str | None) -> None:
+    ours = {} if outcome is None else {test: outcome}
+    assert upstream.faults_of_ours({test: "passed"}, ours) == [f"passes with theirs only: {test} ({outcome})"]
+    assert upstream_rounding.explain_rounding(ours, "ours") == []
+
+
+def test_the_same_failure_of_another_test_is_a_fault() -> None:
+    stock, ours = {"other": "passed"}, {"other": "failure: assert np.float32(0.00011) < 0.0001"}
+    assert len(upstream.faults_of_ours(stock, ours)) == 1
+
+
+def test_the_status_is_0_for_rounding_and_1_for_a_fault(
+    monkeypatch: pytest.MonkeyPatch, checkout: Path, capsys: Any
+) -> None:
+    """The whole tool: rounding is told and ends with 0, anything else with 1."""
+    name = next(iter(upstream_rounding.DECIDED_BY_ROUNDING))
+    monkeypatch.setattr(upstream, "KNOWN", {"toy": 1})
+    for measured, status in (("0.00051", 0), ("0.51", 1)):
+        end = f"failure: AssertionError: np.float32({measured}) not less than 0.0005"
+        monkeypatch.setattr(upstream, "run", lambda *given, end=end: {name: end if given[-1] else "passed"})
+        with pytest.raises(typer.Exit) as stopped:
+            upstream.main(checkout, ["toy"])
+        printed = capsys.readouterr().out
+        assert stopped.value.exit_code == status
+        assert ("decided by rounding" in printed, "passes with theirs only" in printed) == (status == 0, status == 1)
+        assert "| toy | 1 | 0 | theirs 1, ours 0 |" in printed
