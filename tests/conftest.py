@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -27,6 +28,10 @@ if not torch.cuda.is_available():
 # process that shares the tests has one, and so has each program that a test starts.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# What is imported to test is a million objects, and python's default looks through all of them every few seconds of a
+# compilation. Tests that want to see something freed collect it themselves.
+gc.set_threshold(50_000, 20, 20)
 
 # Built by the process that collects the tests, before others that share them start, so that each finds them built.
 needs_kernels = pytest.mark.skipif(bool(missing_for_kernels()), reason=f"no kernels here: {missing_for_kernels()}")

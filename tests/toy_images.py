@@ -128,6 +128,8 @@ def hidream() -> Toy:
         tokenizer(),
         drawn(transformer),
     )
+    # The pipeline scales every image to this size, in latents; its own makes thousands of rows.
+    pipe.default_sample_size = 16
     return Toy(pipe, short_square(16), "text_encoder_3")
 
 
