@@ -30,6 +30,12 @@ def toy(kind: str = "v1.1", dtype: torch.dtype = torch.float32, layout: Layout =
     return own_t5(config, random_state(config), dtype, layout)
 
 
+@pytest.fixture(scope="module")
+def compiled() -> T5:
+    """One for the tests that change nothing in it, and need no graphs of their own."""
+    return compile_steps(toy(), backend="aot_eager")
+
+
 # (prompts, beams): a lone text, several prompts, beams, and more beams than a graph spells out.
 SHAPES = [(1, 1), (3, 1), (3, 4), (2, 9)]
 
@@ -117,8 +123,8 @@ def test_one_graph_serves_all_blocks_and_all_lengths(blocks_at_once: int) -> Non
     assert not counters["graph_break"]
 
 
-def test_sampling_and_streaming() -> None:
-    eager, compiled = toy(), compile_steps(toy(), backend="aot_eager")
+def test_sampling_and_streaming(compiled: T5) -> None:
+    eager = toy()
     sampled = [
         list(model.stream(PROMPT, max_new_tokens=12, do_sample=True, generator=torch.Generator().manual_seed(3)))
         for model in (eager, compiled)
@@ -128,14 +134,13 @@ def test_sampling_and_streaming() -> None:
     assert torch.equal(compiled.generate(PROMPT, **start), eager.generate(PROMPT, **start))
 
 
-def test_a_cache_is_used_again_whatever_it_holds() -> None:
-    model = compile_steps(toy(), backend="aot_eager")
-    expected = model.generate(PROMPT, max_new_tokens=9)
-    cache = model.new_cache(1, 1, 10)
+def test_a_cache_is_used_again_whatever_it_holds(compiled: T5) -> None:
+    expected = compiled.generate(PROMPT, max_new_tokens=9)
+    cache = compiled.new_cache(1, 1, 10)
     cache.keys_values.fill_(torch.nan)
-    assert torch.equal(model.generate(PROMPT, max_new_tokens=9, cache=cache), expected)
+    assert torch.equal(compiled.generate(PROMPT, max_new_tokens=9, cache=cache), expected)
     cache.keys_values.fill_(torch.nan)
-    assert torch.equal(model.generate(PROMPT, max_new_tokens=9, cache=cache), expected)
+    assert torch.equal(compiled.generate(PROMPT, max_new_tokens=9, cache=cache), expected)
 
 
 def test_a_prepacked_model_keeps_its_compiled_steps() -> None:
@@ -163,7 +168,7 @@ def test_a_damaged_weight_is_named() -> None:
     assert model.compiled_steps is compiled is not None
 
 
-def test_mistakes() -> None:
+def test_mistakes(compiled: T5) -> None:
     with pytest.raises(ValueError, match=r"torch\.float16 on cpu; steps are compiled on the CPU in bfloat16"):
         compile_steps(toy(dtype=torch.float16))
     with pytest.raises(ValueError, match="blocks_at_once=0; it must be at least 1"):
@@ -172,9 +177,8 @@ def test_mistakes() -> None:
     if why_not_prepack(packed) is None:
         with pytest.raises(ValueError, match="prepacked or quantised for this CPU already"):
             compile_steps(prepack(packed))
-    model = compile_steps(toy(), backend="aot_eager")
     with torch.no_grad():
-        decoding = Decoding(model, model.read(PROMPT), model.new_cache(1, 1, 100))
+        decoding = Decoding(compiled, compiled.read(PROMPT), compiled.new_cache(1, 1, 100))
     for _ in range(116):
         decoding.step(torch.tensor([[5]]))
     with pytest.raises(ValueError, match="the cache holds 116 tokens and is full"):

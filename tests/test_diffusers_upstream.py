@@ -57,6 +57,16 @@ class TestMarked(Config):
 class TestWithoutParts:
     def test_untouched(self):
         pass
+"""
+
+# Takes less time to import.
+FILE_WITHOUT_PARTS = """
+import pytest
+
+
+class TestWithoutParts:
+    def test_untouched(self):
+        pass
 
 
 @pytest.mark.skip
@@ -71,6 +81,7 @@ def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "tests" / "pipelines" / "toy"
     folder.mkdir(parents=True)
     (folder / "test_toy.py").write_text(TEST_FILE)
+    (folder / "test_without_parts.py").write_text(FILE_WITHOUT_PARTS)
     return tmp_path
 
 
@@ -96,8 +107,8 @@ def test_our_encoder_is_in_place_in_every_kind_of_class(checkout: Path, tmp_path
 
 def test_a_run_without_our_encoder_is_an_error(checkout: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=f"pytest ended with {NOTHING_PLACED}"):
-        upstream.run(checkout, ["toy/test_toy.py::TestWithoutParts"], tmp_path, swap=True)
-    skipped = upstream.run(checkout, ["toy/test_toy.py::TestForAnAccelerator"], tmp_path, swap=True)
+        upstream.run(checkout, ["toy/test_without_parts.py::TestWithoutParts"], tmp_path, swap=True)
+    skipped = upstream.run(checkout, ["toy/test_without_parts.py::TestForAnAccelerator"], tmp_path, swap=True)
     assert list(skipped.values()) == ["skipped"]
 
 
