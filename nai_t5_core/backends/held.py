@@ -7,7 +7,7 @@ of each, under the same name: it can be called, hooked into, saved and asked for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,29 +19,15 @@ from nai_t5_core.model.layers import NoInit
 
 
 class Form(Protocol):
-    """A weight [out_features, in_features] in a form of its own."""
+    """A weight [out_features, in_features] in a form of its own; where it can be called, that multiplies by it."""
 
     out_features: int
     in_features: int
 
-    def plain(self) -> Tensor:
-        """The weight, in the dtype in which the form has its numbers."""
-        ...
-
     def lies(self) -> Any:
-        """The same without a change: a tensor, or what :mod:`nai_t5_core.backends.int8_weight` quantises to."""
+        """The very numbers: a tensor, or an :class:`nai_t5_core.backends.int8_weight.Int8Weight`."""
         ...
 
-
-class MultiplyingForm(Form, Protocol):
-    """One that can be multiplied with by itself."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x · weightᵀ: […, in_features] to […, out_features]."""
-        ...
-
-
-FormOfWeight = TypeVar("FormOfWeight", bound=Form)
 
 # Not their subclasses, which do more than a product (adapters, quantisation, offloading).
 PLAIN_LINEARS = (nn.Linear, NoInit.Linear)
@@ -71,11 +57,10 @@ class HeldLinear(FixedWeights):
         return F.linear(x, self.plain().to(x.dtype))
 
     def plain(self) -> Tensor:
-        """[out_features, in_features], in the dtype in which the form has its numbers."""
-        if self.parts > 1:
-            return self.forms[0].plain().chunk(self.parts)[self.part]
-        weights = [form.plain() for form in self.forms]
-        return weights[0] if len(weights) == 1 else torch.cat(weights)
+        """[out_features, in_features], in the dtype in which the form has its numbers; those in 8 bits in float32."""
+        found = self.lies()
+        plain: Tensor = found if isinstance(found, Tensor) else found.plain()
+        return plain
 
     def lies(self) -> Any:
         """The weight as it lies: a tensor, or :class:`nai_t5_core.backends.int8_weight.Int8Weight`."""
@@ -86,7 +71,7 @@ class HeldLinear(FixedWeights):
             return weights[0]
         return torch.cat(weights) if isinstance(weights[0], Tensor) else type(weights[0]).joined(weights)
 
-    def plain_weight(self, path: str, like: Tensor) -> Tensor:
+    def plain_weight(self, like: Tensor) -> Tensor:
         """See :func:`nai_t5_core.model.plain_twin.plain_weight`."""
         return self.plain()
 

@@ -101,10 +101,6 @@ class Int8Product:
         # oneDNN has it the other way round.
         return Int8Weight(self.packed.to_dense().T.contiguous(), self.out_scale, self.in_scale)
 
-    def plain(self) -> Tensor:
-        """See :meth:`Int8Weight.plain`."""
-        return self.lies().plain()
-
     def _quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes [..., in_features], and what a unit of each token is worth: [..., 1] float32."""
         if self.in_scale is not None:

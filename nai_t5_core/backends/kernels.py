@@ -136,10 +136,6 @@ class _HeldForm:
         values = kept.unpacked()
         return values if kept.scales is None else Int8Weight(values, kept.scales, self.held.in_scales[self.place])
 
-    def plain(self) -> Tensor:
-        found = self.lies()
-        return found if isinstance(found, Tensor) else found.plain()
-
     def __str__(self) -> str:
         kernels = self.held.kernels
         return f"the kernels' {'panels' if kernels.is_packed else 'weights'}"

@@ -75,7 +75,7 @@ class OneDNNProduct:
             out = pointwise(x, packed, None, *_POST_OPERATIONS[activation])
         return out
 
-    def plain(self) -> Tensor:
+    def lies(self) -> Tensor:
         """[out_features, in_features]; the very numbers that were given."""
         unpacked, packed = self.unpacked, self.packed
         if packed is None:
@@ -84,9 +84,6 @@ class OneDNNProduct:
         plain: Tensor = packed.to_dense()
         return plain
 
-    def lies(self) -> Tensor:
-        return self.plain()
-
     def _take_number(self) -> None:
         # A tensor, since a plain number would be compiled into the graph, which then served one weight alone.
         self.number = torch.tensor(next(_NUMBERS), device="cpu")
@@ -94,7 +91,7 @@ class OneDNNProduct:
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied or written: oneDNN's order can be neither."""
-        return {"weight": self.plain()}
+        return {"weight": self.lies()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["weight"])  # type: ignore[misc]

@@ -94,7 +94,7 @@ def _tighten_first_fault(model: T5, generate: Callable[[], Tensor]) -> str | Non
         like = torch.empty(0, dtype=model.dtype, device=model.device)
         raise NotFiniteError(
             f"the logits exceed {model.dtype}, though no layer does; use bfloat16 or float32"
-            if is_finite(plain_weight(model, "lm_head", like))
+            if is_finite(plain_weight(model.lm_head, like))
             else f"lm_head.weight {DAMAGED}"
         ) from error
     return None

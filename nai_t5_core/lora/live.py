@@ -60,11 +60,11 @@ class LiveLinear(nn.Module):
         # Under offloading the factors may be elsewhere than the input, and beside 8-bit weights in another dtype.
         return F.linear(x, self.down.to(x))
 
-    def plain_weight(self, path: str, like: Tensor) -> Tensor:
+    def plain_weight(self, like: Tensor) -> Tensor:
         """See :func:`nai_t5_core.model.plain_twin.plain_weight`; the sum, in the residual's precision."""
         precision = residual_dtype(like.dtype)
         down, up = (factor.to(like.device, precision) for factor in (self.down, self.up))
-        return torch.addmm(plain_weight(self.base, path, like).to(down), up, down)
+        return torch.addmm(plain_weight(self.base, like).to(down), up, down)
 
     def multiply_rows(self, factor: float, first_row: int) -> None:
         """Multiplies the rows of its own part from one on; the base is the caller's."""

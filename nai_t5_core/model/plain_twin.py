@@ -30,27 +30,16 @@ _ROWS = 1024
 
 
 @torch.no_grad()
-def plain_weight(module: nn.Module, path: str, like: Tensor) -> Tensor:
+def plain_weight(linear: Any, like: Tensor) -> Tensor:
     """The weight of a projection: [out_features, in_features], in the dtype in which its form has it.
 
     Args:
-        module: what the path begins at.
-        path: that of the projection in the model's layout, such as ``"layer.0.SelfAttention.qkv"``; ``""`` is the
-            module itself.
-        like: a tensor of the device and dtype that the projection is called with.
+        linear: of any form.
+        like: a tensor of the device and dtype that it is called with.
     """
-    found: Any = module
-    while True:
-        if hasattr(found, "plain_weight"):
-            weight: Tensor = found.plain_weight(path, like)
-            return weight
-        if not path:
-            return _own_weight(found, like)
-        name, _, path = path.partition(".")
-        found = getattr(found, name)
-
-
-def _own_weight(linear: Any, like: Tensor) -> Tensor:
+    if hasattr(linear, "plain_weight"):
+        held: Tensor = linear.plain_weight(like)
+        return held
     weight: Tensor = linear.weight
     is_here = type(weight) is nn.Parameter and not weight.is_meta and weight.dtype in _READABLE
     return weight.detach() if is_here and type(linear) in _PRODUCTS else _by_the_identity(linear, like)
@@ -81,7 +70,7 @@ def plain_twin(block: Block, layout: Layout, config: T5Config, scales: LayerScal
     twin: Block = make(config, False, scales, NoInit, device="meta", dtype=precision)
     for path, linear in twin.named_modules():
         if isinstance(linear, nn.Linear):
-            weight = plain_weight(block, path, like).to(like.device, precision)
+            weight = plain_weight(block.get_submodule(path), like).to(like.device, precision)
             linear.weight = nn.Parameter(weight, requires_grad=False)
     for layer, original in zip(twin.layer, block.layer, strict=True):
         layer.layer_norm = original.layer_norm
