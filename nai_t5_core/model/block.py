@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any, Protocol
 
 import torch
@@ -116,6 +117,10 @@ class Block(nn.Module):
         return "" if self.runner is None else self.runner.name
 
 
+# Of a module's attributes: whether its call was replaced.
+_HAS_FORWARD = methodcaller("__contains__", "forward")
+
+
 class Seen:
     """Modules as they were looked at, and whether they still are what was seen: cheap enough for every call.
 
@@ -131,11 +136,12 @@ class Seen:
         self._attributes = [module.__dict__ for module in self._modules]
         self._hooks = [module._forward_hooks for module in self._modules]
         self._hooks += [module._forward_pre_hooks for module in self._modules]
-        # Modules and parameters, by name. Those that a leaf lacks are empty, and stay the same objects.
-        self._members = [*members, *(module._modules for module in self._modules)]
-        self._members += [module._parameters for module in self._modules]
+        self._scaled = [found for found in self._attributes if "scale" in found or "out_scale" in found]
+        # Modules and parameters, by name. What gives members to a module that has none changes its class as well.
+        tables = [*members, *(table for found in self._modules for table in (found._modules, found._parameters))]
+        self._members = [table for table in tables if table]
         # Tensors of other classes may have no place to ask for.
-        self._weights = [weight for found in self._members for weight in found.values() if type(weight) is nn.Parameter]
+        self._weights = [weight for table in tables for weight in table.values() if type(weight) is nn.Parameter]
         self._state = None if self._is_watched else self._present_state()
 
     @property
@@ -148,13 +154,13 @@ class Seen:
 
     @property
     def _is_watched(self) -> bool:
-        return any(self._hooks) or any("forward" in found for found in self._attributes)
+        return any(self._hooks) or any(map(_HAS_FORWARD, self._attributes))
 
     def _present_state(self) -> tuple[Any, ...]:
         return (
-            [found.get("out_scale", found.get("scale")) for found in self._attributes],
             list(map(type, self._modules)),
-            [id(member) for members in self._members for member in members.values()],
+            [(found.get("scale"), found.get("out_scale")) for found in self._scaled],
+            [id(member) for table in self._members for member in table.values()],
             [weight.data_ptr() for weight in self._weights],
         )
 
