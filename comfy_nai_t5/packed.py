@@ -34,8 +34,8 @@ class Kept:
         )
 
 
-class PackedKernels(Kept):
-    """The kernels on the weights of one layer, packed by their second call."""
+class KeptKernels(Kept):
+    """The kernels on the weights of one layer, put in panels by their second call."""
 
     def __init__(self, block: Any, weights: FusedWeights, dtype: torch.dtype) -> None:
         super().__init__(block)
@@ -44,13 +44,13 @@ class PackedKernels(Kept):
 
     def ready(self) -> KernelBlock:
         if self._called:
-            self.kernels = self.kernels.packed()
+            self.kernels = self.kernels.in_panels()
         self._called = True
         return self.kernels
 
 
-class PackedProducts(Kept):
-    """The products of one layer in ``dtype``, by oneDNN. Each is packed by its second call."""
+class KeptProducts(Kept):
+    """The products of one layer in ``dtype``, by oneDNN. Each is reordered by its second call."""
 
     def __init__(self, block: Any, weights: FusedWeights, dtype: torch.dtype) -> None:
         super().__init__(block)

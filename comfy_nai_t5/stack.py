@@ -26,7 +26,7 @@ from comfy_nai_t5.fused import (
     obstacle,
     takes_kernels,
 )
-from comfy_nai_t5.packed import Kept, PackedKernels, PackedProducts
+from comfy_nai_t5.packed import Kept, KeptKernels, KeptProducts
 from nai_t5_core.backends.compiled import compile_stack
 from nai_t5_core.backends.kernel_block import KernelBlock
 from nai_t5_core.backends.kernels import refuses_mathematics
@@ -43,7 +43,7 @@ from nai_t5_core.model.packing import TOKEN_BUCKETS
 
 log = logging.getLogger(__name__)
 
-KeptKind = TypeVar("KeptKind", PackedKernels, PackedProducts)
+KeptKind = TypeVar("KeptKind", KeptKernels, KeptProducts)
 
 # Of weights that can be cast to what is computed in, once.
 _CASTABLE = (*WEIGHT_FORMATS, torch.float64)
@@ -132,11 +132,11 @@ class SharedEncoder(Encoder):
 
     def _kernels(self, block: Block, weights: FusedWeights, dtype: torch.dtype, is_packed: bool) -> KernelBlock:
         if is_packed:
-            return self._keep(block, weights, PackedKernels, dtype).ready()
+            return self._keep(block, weights, KeptKernels, dtype).ready()
         return kernels_on(block, weights, dtype)
 
     def _products(self, block: Block, weights: FusedWeights, dtype: torch.dtype, is_packed: bool) -> Products:
-        return self._keep(block, weights, PackedProducts, dtype) if is_packed else FusedProducts(weights)
+        return self._keep(block, weights, KeptProducts, dtype) if is_packed else FusedProducts(weights)
 
     def _keep(self, block: Block, weights: FusedWeights, kind: type[KeptKind], dtype: torch.dtype) -> KeptKind:
         """What is kept of a layer, made anew where it is of another kind or of other weights."""

@@ -26,7 +26,7 @@ class BackendCase:
     """A way to compute blocks.
 
     Attributes:
-        name: what its runner says, without whether weights are packed yet; empty where there is no runner.
+        name: what its runner says, without whether weights are in panels yet; empty where there is no runner.
         bind: makes a stack, in place, be computed by it.
         missing: why this machine cannot test it, for a dtype; None where it can.
         holds_weights: whether it takes the weights out of their modules.
@@ -93,7 +93,7 @@ def bound(case: BackendCase, layout: Layout = "fused", dtype: torch.dtype = torc
 
 
 def runner_names(stack: Any) -> set[str]:
-    """What computes the blocks, without whether it is packed yet."""
+    """What computes the blocks, without whether weights are in panels yet."""
     runners = [block.runner for block in stack.encoder.block]
     names = ["" if runner is None else runner.name for runner in runners]
-    return {name.removesuffix(", packed").removesuffix(", to be packed") for name in names}
+    return {name.removesuffix(", in panels").removesuffix(", to be in panels") for name in names}

@@ -14,7 +14,7 @@ from torch import nn
 from nai_t5_core.backends.choose import ProductsChoice, quantize_int8, why_not_int8
 from nai_t5_core.backends.held import HeldLinear
 from nai_t5_core.backends.int8_weight import Int8Product, Int8Weight
-from nai_t5_core.backends.kernels import PackedKernels
+from nai_t5_core.backends.kernels import KernelsOnPanels
 from nai_t5_core.backends.products import INT8_ONEDNN
 from nai_t5_core.bench.parity import measure_parity
 from nai_t5_core.bench.parity_report import OWN
@@ -75,7 +75,7 @@ def test_every_kind_is_close(
     expected = build_stack(config, state, torch.float64)(IDS, MASK)
     stack = quantize_int8(build_stack(config, state, dtype, layout), products)
     assert not any(isinstance(module, nn.Linear) for module in stack.modules())
-    assert all(isinstance(block.runner, PackedKernels) == (products == "kernels") for block in stack.encoder.block)
+    assert all(isinstance(block.runner, KernelsOnPanels) == (products == "kernels") for block in stack.encoder.block)
     out = stack(IDS, MASK)
     assert out.dtype == dtype
     errors = (out - expected)[MASK.bool()].abs()
@@ -91,7 +91,7 @@ def test_blocks_go_back_to_onednn_with_the_same_bytes(layout: Layout) -> None:
     stack = build_stack(V1_1, random_state(V1_1, outliers=True), torch.float32, layout)
     by_onednn = quantize_int8(copy.deepcopy(stack), "onednn")
     block: Any = quantize_int8(stack, "kernels").encoder.block[1]
-    assert isinstance(block.runner, PackedKernels)
+    assert isinstance(block.runner, KernelsOnPanels)
     INT8_ONEDNN.bind(block, torch.float32)
     x = torch.randn(5, V1_1.d_ff, generator=torch.Generator().manual_seed(0))
     held = {name: module for name, module in block.named_modules() if isinstance(module, HeldLinear)}

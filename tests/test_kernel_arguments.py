@@ -110,12 +110,12 @@ def _spoiled_parts(part: Any, spoil: Callable[[Tensor], Tensor]) -> list[Any]:
         return [spoil(part)]
     if not isinstance(part, KernelWeight):
         return []
-    packed = part.packed()
+    packed = part.in_panels()
     worse = [replace(part, values=spoil(part.values)), replace(packed, values=spoil(packed.values))]
     if not part.is_gated:
         in_bytes = KernelWeight.plain(
             torch.ones(part.columns, part.depth, dtype=torch.int8), torch.float32, scales=torch.ones(part.columns)
-        ).packed()
+        ).in_panels()
         assert in_bytes.scales is not None
         worse.append(replace(in_bytes, scales=spoil(in_bytes.scales)))
     return worse

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nai_t5_core.backends.choose import prepack, run_in_place
-from nai_t5_core.backends.kernels import PackedKernels, refuses_in_place
+from nai_t5_core.backends.kernels import KernelsOnPanels, refuses_in_place
 from nai_t5_core.backends.products import OneDNNRunner
 from nai_t5_core.facts.config import Activation, T5Config
 from nai_t5_core.kernels import build
@@ -80,7 +80,7 @@ def test_products_equal_those_in_float32(
     residual, norm = draw(rows, depth, seed=1) * 7, draw(depth, seed=2).abs() + 0.5
     plain = KernelWeight.plain(weight, dtype)
     x, addend = draw(rows, depth, seed=3).to(dtype), draw(rows, columns, seed=4)
-    for ours in (plain, plain.packed()):
+    for ours in (plain, plain.in_panels()):
         for ones_or_norm in (None, norm):
             found = normed_product(residual, ones_or_norm, 1e-6, ours)
             assert found.dtype == dtype
@@ -88,7 +88,7 @@ def test_products_equal_those_in_float32(
         total = addend.clone()
         add_product(x, ours, total)
         assert error(total, addend + x.float() @ exact.T) < 1e-5
-    assert torch.equal(plain.packed().unpacked(), weight.to(dtype))
+    assert torch.equal(plain.in_panels().original(), weight.to(dtype))
 
 
 @needs_kernels
@@ -111,7 +111,7 @@ def test_every_number_of_float8_is_read_exactly(dtype: torch.dtype) -> None:
     numbers = torch.arange(256, dtype=torch.uint8).view(dtype)
     weight = torch.zeros(256, 256, dtype=torch.uint8).view(dtype)
     weight[:, 0] = numbers
-    found = KernelWeight.plain(weight, torch.float32).packed().unpacked()[:, 0]
+    found = KernelWeight.plain(weight, torch.float32).in_panels().original()[:, 0]
     assert torch.equal(found.nan_to_num(1e9), numbers.float().nan_to_num(1e9))
     assert torch.equal(found.signbit() | found.isnan(), numbers.float().signbit() | found.isnan())
 
@@ -132,7 +132,7 @@ def test_products_in_8_bits_are_exact_sums(
 ) -> None:
     """Of whole numbers, two of which in a row may be one off: halves go either way, depending on the order of sums."""
     values, unit = in_bytes(draw(columns, depth))
-    weight = KernelWeight.plain(values.to(torch.int8), dtype, is_gated, unit[:, 0]).packed()
+    weight = KernelWeight.plain(values.to(torch.int8), dtype, is_gated, unit[:, 0]).in_panels()
     exact = (values * unit).double()
 
     def product(x: Tensor) -> tuple[Tensor, float]:
@@ -155,7 +155,7 @@ def test_products_in_8_bits_are_exact_sums(
         expected += total
         add_product(x, weight, total)
         assert float((total - expected).abs().max()) <= bound + 1e-5 * float(expected.abs().max())
-    assert torch.equal(weight.unpacked(), values.to(torch.int8))
+    assert torch.equal(weight.original(), values.to(torch.int8))
 
 
 FUNCTIONS: dict[Activation | None, Callable[[Tensor], Tensor]] = {
@@ -179,9 +179,9 @@ def test_activation_and_gating_are_rounded_once(
     function = FUNCTIONS[activation]
     expected = function(gate) * up if is_gated else function(product)
     plain = KernelWeight.plain(weight, dtype, is_gated)
-    for ours in (plain, plain.packed()):
+    for ours in (plain, plain.in_panels()):
         assert error(normed_product(residual, None, 1e-6, ours, activation), expected) < ONE_ROUNDING[dtype]
-    assert torch.equal(plain.packed().unpacked(), weight)
+    assert torch.equal(plain.in_panels().original(), weight)
 
 
 @needs_kernels
@@ -229,7 +229,7 @@ def test_attention_equals_that_in_float32(
 def test_what_is_not_a_number_is_not_lost(dtype: torch.dtype) -> None:
     """The guard looks for it at the end of the encoder."""
     plain = KernelWeight.plain(draw(32, 32), dtype)
-    in_8_bits = KernelWeight.plain(torch.ones(32, 32, dtype=torch.int8), dtype, scales=torch.ones(32)).packed()
+    in_8_bits = KernelWeight.plain(torch.ones(32, 32, dtype=torch.int8), dtype, scales=torch.ones(32)).in_panels()
     residual = draw(3, 32)
     residual[1, 5] = float("nan")
     for weight in (plain, in_8_bits):
@@ -254,7 +254,7 @@ def block_weights(is_gated: bool, in_8_bits: bool, dtype: torch.dtype) -> list[K
             weight, unit = in_bytes(weight)
         kept = weight.to(torch.int8 if in_8_bits else dtype)
         scales = None if unit is None else unit[:, 0]
-        weights.append(KernelWeight.plain(kept, dtype, is_gated and number == 2, scales).packed())
+        weights.append(KernelWeight.plain(kept, dtype, is_gated and number == 2, scales).in_panels())
     return weights
 
 
@@ -313,7 +313,7 @@ def test_wrong_tensors_are_refused() -> None:
         KernelWeight.plain(torch.zeros(4, 7, dtype=torch.float64), torch.float32)
     with pytest.raises(ValueError, match=r"scales and a depth that is a multiple of 4; got torch.int8 \[4, 6\]"):
         KernelWeight.plain(torch.zeros(4, 6, dtype=torch.int8), torch.float32, scales=torch.ones(4))
-    with pytest.raises(ValueError, match=r"must be packed"):
+    with pytest.raises(ValueError, match=r"must be in panels"):
         in_8_bits = KernelWeight.plain(torch.zeros(4, 8, dtype=torch.int8), torch.float32, scales=torch.ones(4))
         normed_product(torch.zeros(2, 8), None, 1e-6, in_8_bits)
     with pytest.raises(ValueError, match=r"compute in bfloat16 or float32, and not in torch.float16"):
@@ -378,7 +378,7 @@ def test_encoders_are_as_exact_as_torchs(kind: str, mask: Tensor, padding: Paddi
 def test_packed_encoders_give_what_plain_ones_give(kind: str, layout: Layout, dtype: torch.dtype) -> None:
     _, plain = exact_and_rounded(TOY_CONFIGS[kind], layout, dtype)
     packed = prepack(copy.deepcopy(plain), "kernels")
-    assert all(isinstance(block.runner, PackedKernels) for block in packed.encoder.block)
+    assert all(isinstance(block.runner, KernelsOnPanels) for block in packed.encoder.block)
     found = [packed(IDS, MASK) for _ in range(3)]
     assert torch.equal(found[1], found[2])
     if layout == "fused":
@@ -405,9 +405,9 @@ def test_originals_are_kept_for_one_call_and_then_let_go() -> None:
     assert not any(original() for original in originals)
     kept = [weakref.ref(one.kernels.weights[-1].values) for one in held]
     stack(IDS)
-    assert not any(one.kernels.is_packed for one in held) and all(weight() is not None for weight in kept)
+    assert not any(one.kernels.is_in_panels for one in held) and all(weight() is not None for weight in kept)
     stack(IDS)
-    assert all(one.kernels.is_packed for one in held) and not any(weight() is not None for weight in kept)
+    assert all(one.kernels.is_in_panels for one in held) and not any(weight() is not None for weight in kept)
 
 
 @needs_kernels

@@ -20,7 +20,7 @@ from nai_t5_core.backends.choose import (
     why_not_int8,
     why_not_prepack,
 )
-from nai_t5_core.backends.kernels import PackedKernels
+from nai_t5_core.backends.kernels import KernelsOnPanels
 from nai_t5_core.kernels import build
 from nai_t5_core.kernels.build import built_file, missing_for_kernels, prepare_kernels, why_not_kernels
 
@@ -53,7 +53,7 @@ BUILDING = "compiling the T5's kernels for AVX512 into"
 LOOKS = """
 import torch
 from nai_t5_core import load_encoder
-from nai_t5_core.backends.kernels import PackedKernels
+from nai_t5_core.backends.kernels import KernelsOnPanels
 from nai_t5_core.backends.choose import automatic_attention
 from nai_t5_core.kernels.build import missing_for_kernels, why_not_kernels
 stack = load_encoder(None, "bfloat16", "cpu")
@@ -156,9 +156,9 @@ def test_amx_leaves_the_kernels_to_those_who_name_them(monkeypatch: pytest.Monke
     changes: list[Any] = [prepack, quantize_int8]
     for change in changes:
         chosen = change(build_stack(V1_1, random_state(V1_1)))
-        assert not any(isinstance(block.runner, PackedKernels) for block in chosen.encoder.block)
+        assert not any(isinstance(block.runner, KernelsOnPanels) for block in chosen.encoder.block)
         named = change(build_stack(V1_1, random_state(V1_1)), "kernels")
-        assert all(isinstance(block.runner, PackedKernels) for block in named.encoder.block)
+        assert all(isinstance(block.runner, KernelsOnPanels) for block in named.encoder.block)
         assert not any(isinstance(module, nn.Linear) for module in named.modules())
         assert named.describe_attention() == "auto: kernels"
         if change is prepack:

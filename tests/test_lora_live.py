@@ -99,7 +99,9 @@ def test_packed_weights(kind: str, layout: Layout) -> None:
         for _ in range(3):
             assert_near(ours(model), expected)
         held = [module for module in model.modules() if isinstance(module, HeldLinear)]
-        assert any(isinstance(module.forms[0], OneDNNProduct) and module.forms[0].packed is not None for module in held)
+        assert any(
+            isinstance(module.forms[0], OneDNNProduct) and module.forms[0].blocked is not None for module in held
+        )
         loras.clear()
         assert_near(ours(model), reference(config))
         assert not any(isinstance(module, LiveLinear) for module in model.modules())
@@ -274,8 +276,10 @@ by_kernels = pytest.mark.parametrize(
 
 
 def forms(stack: Any) -> list[str]:
-    """What computes the blocks, without whether it is packed yet."""
-    return [block.runner.name.removesuffix(", packed").removesuffix(", to be packed") for block in stack.encoder.block]
+    """What computes the blocks, without whether weights are in panels yet."""
+    return [
+        block.runner.name.removesuffix(", in panels").removesuffix(", to be in panels") for block in stack.encoder.block
+    ]
 
 
 @needs_kernels

@@ -56,12 +56,12 @@ def encode_on_cuda(stack: T5EncoderStack) -> T5EncoderStack:
 
 
 def why_not_prepack(model: T5EncoderStack | T5Model) -> str | None:
-    """What is against packing this model's weights on this machine, as a sentence; None if nothing."""
+    """What is against prepacking this model's weights on this machine, as a sentence; None if nothing."""
     return ONEDNN.missing(model.device, model.dtype)
 
 
 def prepack(model: Model, products: ProductsChoice = "auto") -> Model:
-    """Has every projection packed for fast inference on this CPU; each original is let go when its copy is made.
+    """Has every projection prepacked for fast inference on this CPU; each original is let go when its copy is made.
 
     Args:
         products: ``"auto"`` has the blocks of the encoder computed by the kernels where these can do it and are faster

@@ -55,7 +55,7 @@ def compile_stack(
     if not sizes or any(size < 1 or size % BLOCK for size in sizes) or list(sizes) != sorted(set(sizes)):
         raise ValueError(f"buckets={sizes}; they must be rising multiples of {BLOCK}, and at least one")
     refuse_unsupported(stack.device, stack.dtype, stack.config.d_kv)
-    _refuse_packed(stack)
+    _refuse_prepacked(stack)
     if missing := missing_for_flex(stack.device):
         raise FlexUnavailableError(f"the encoder cannot be compiled here: {missing}")
     stack.buckets = sizes
@@ -92,14 +92,14 @@ def compile_steps(model: Model, blocks_at_once: int = 4, **options: Any) -> Mode
         )
     if blocks_at_once < 1:
         raise ValueError(f"blocks_at_once={blocks_at_once}; it must be at least 1")
-    _refuse_packed(model.decoder)
+    _refuse_prepacked(model.decoder)
     if missing := missing_for_flex(model.device):
         raise FlexUnavailableError(f"the decoder cannot be compiled here: {missing}")
     model.compiled_steps = CompiledSteps(model, blocks_at_once, **options)
     return model
 
 
-def _refuse_packed(module: nn.Module) -> None:
+def _refuse_prepacked(module: nn.Module) -> None:
     if has_fixed_weights(module):
         raise ValueError("the model is prepacked or quantised for this CPU already; compile it before, or load it anew")
 

@@ -71,7 +71,7 @@ class Int8Product:
         self.out_features, self.in_features = weight.values.shape
         self.dtype = dtype
         self.in_scale, self.out_scale = weight.in_scale, weight.scale
-        self.packed = torch.ops.onednn.qlinear_prepack(weight.values, None)
+        self.blocked = torch.ops.onednn.qlinear_prepack(weight.values, None)
         self.zero_points = torch.zeros(self.out_features, dtype=torch.long)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Int8Product:
             values,
             1.0,
             _ZERO_POINT,
-            self.packed,
+            self.blocked,
             self.out_scale,
             self.zero_points,
             None,
@@ -99,7 +99,7 @@ class Int8Product:
     def lies(self) -> Int8Weight:
         """What it was made of."""
         # oneDNN has it the other way round.
-        return Int8Weight(self.packed.to_dense().T.contiguous(), self.out_scale, self.in_scale)
+        return Int8Weight(self.blocked.to_dense().T.contiguous(), self.out_scale, self.in_scale)
 
     def _quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes [..., in_features], and what a unit of each token is worth: [..., 1] float32."""

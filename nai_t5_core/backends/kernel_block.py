@@ -1,4 +1,4 @@
-"""The products of an encoder block by the kernels for AVX512, from the modules' own weights or from packed copies.
+"""The products of an encoder block by the kernels for AVX512, from the modules' own weights or from copies in panels.
 
 In bfloat16 less is rounded than where torch computes the block: activation and gating are applied to float32 sums, and
 what is added to the residual is not rounded before.
@@ -45,21 +45,21 @@ class KernelBlock:
         """From the weights of qkv, o, wi and wo, [out_features, in_features]; q, k, v and gate, up one above the other.
 
         ``dtype`` is that of the activations, ``dense`` the feed-forward module that says which activation there is.
-        Weights in int8 have ``scales``, and must be packed.
+        Weights in int8 have ``scales``, and must be in panels.
         """
         is_gated = (False, False, not isinstance(dense, FeedForward), False)
         qkv, o, inner, wo = map(KernelWeight.plain, weights, (dtype,) * 4, is_gated, scales)
         return cls((qkv, o, inner, wo), dense.activation, heads, epsilon)
 
     @property
-    def is_packed(self) -> bool:
-        return self.weights[0].is_packed
+    def is_in_panels(self) -> bool:
+        return self.weights[0].is_in_panels
 
-    def packed(self) -> KernelBlock:
+    def in_panels(self) -> KernelBlock:
         """The same on copies in panels, for which nothing is rearranged in every call; itself where it is that."""
-        if self.is_packed:
+        if self.is_in_panels:
             return self
-        qkv, o, inner, wo = map(KernelWeight.packed, self.weights)
+        qkv, o, inner, wo = map(KernelWeight.in_panels, self.weights)
         return replace(self, weights=(qkv, o, inner, wo))
 
     def __call__(

@@ -1,4 +1,4 @@
-"""The kernels for AVX512 as backends: on weights where they lie, on packed copies, and on bytes."""
+"""The kernels for AVX512 as backends: on weights where they lie, on copies in panels, and on bytes."""
 
 from __future__ import annotations
 
@@ -100,12 +100,12 @@ def _kernels_in_place(block: Block, dtype: torch.dtype) -> KernelBlock:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# On packed copies
+# On copies in panels
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class _Held:
-    """The kernels on weights that they alone have, packed by the second call.
+    """The kernels on weights that they alone have, put in panels by the second call.
 
     A process that encodes once never pays for it. What multiplies activations because it was taken out of a weight in 8
     bits are the ``in_scales`` of qkv, o, inner and wo.
@@ -118,7 +118,7 @@ class _Held:
     def ready(self) -> KernelBlock:
         # One object in place of another: threads that come here together find the same numbers in either.
         if self.called:
-            self.kernels = self.kernels.packed()
+            self.kernels = self.kernels.in_panels()
         self.called = True
         return self.kernels
 
@@ -133,15 +133,15 @@ class _HeldForm:
 
     def lies(self) -> Tensor | Int8Weight:
         kept = self.held.kernels.weights[self.place]
-        values = kept.unpacked()
+        values = kept.original()
         return values if kept.scales is None else Int8Weight(values, kept.scales, self.held.in_scales[self.place])
 
     def __str__(self) -> str:
         kernels = self.held.kernels
-        return f"the kernels' {'panels' if kernels.is_packed else 'weights'}"
+        return f"the kernels' {'panels' if kernels.is_in_panels else 'weights'}"
 
 
-class PackedKernels:
+class KernelsOnPanels:
     """Computes a block from weights that only the kernels have.
 
     Attributes:
@@ -155,7 +155,7 @@ class PackedKernels:
 
     @property
     def name(self) -> str:
-        return f"{self._name}, {'packed' if self._held.kernels.is_packed else 'to be packed'}"
+        return f"{self._name}, {'in panels' if self._held.kernels.is_in_panels else 'to be in panels'}"
 
     def __call__(self, block: Block, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor | None:
         if operations_are_watched() or (residual.requires_grad and torch.is_grad_enabled()):
@@ -190,7 +190,7 @@ class PackedKernels:
 
 
 class KernelsBackend:
-    """Blocks of an encoder by the kernels, from packed copies of their weights, for which the originals are let go."""
+    """Blocks of an encoder by the kernels, from copies of their weights in panels; the originals are let go."""
 
     name = "kernels"
     lends_to: Backend = ONEDNN
@@ -221,7 +221,7 @@ class KernelsBackend:
         for place, (owner, names) in enumerate(taken_from):
             for part, name in enumerate(names):
                 setattr(owner, name, HeldLinear([_HeldForm(held, place)], part, len(names), dtype))
-        block.runner = PackedKernels(self, held)
+        block.runner = KernelsOnPanels(self, held)
 
     def _held(self, block: Block, weights: list[Any], dtype: torch.dtype) -> _Held:
         attends, dense = _sublayers(block)
@@ -249,7 +249,7 @@ class Int8KernelsBackend(KernelsBackend):
         ]
         values, scales, in_scales = zip(*((one.values, one.scale, one.in_scale) for one in quantised), strict=True)
         kernels = KernelBlock.of(values, dtype, dense, attends.heads, _epsilon(block), scales)
-        return _Held(kernels.packed(), in_scales)
+        return _Held(kernels.in_panels(), in_scales)
 
 
 KERNELS = KernelsBackend()

@@ -28,7 +28,7 @@ _BY_NUMBER: WeakValueDictionary[int, OneDNNProduct] = WeakValueDictionary()
 
 
 class OneDNNProduct:
-    """A weight that is packed by the second call: a process that encodes once never pays for it.
+    """A weight that is put in that order by the second call: a process that encodes once never pays for it.
 
     Args:
         weight: [out_features, in_features], float32, or bfloat16 where the processor supports it; on the CPU.
@@ -36,8 +36,8 @@ class OneDNNProduct:
 
     def __init__(self, weight: Tensor) -> None:
         self.out_features, self.in_features = weight.shape
-        self.unpacked: Tensor | None = weight.detach()
-        self.packed: Tensor | None = None
+        self.plain: Tensor | None = weight.detach()
+        self.blocked: Tensor | None = None
         self.called = False
         self._take_number()
 
@@ -50,39 +50,39 @@ class OneDNNProduct:
             factor: of the result's shape and dtype; not beside an activation.
         """
         if torch.compiler.is_compiling():
-            product: Tensor = torch.ops.nai_t5.packed_product(x, self.number, self.out_features, activation, factor)
+            product: Tensor = torch.ops.nai_t5.blocked_product(x, self.number, self.out_features, activation, factor)
             return product
         return self.product(x, activation, factor)
 
     def product(self, x: Tensor, activation: str | None, factor: Tensor | None) -> Tensor:
         """See :meth:`__call__`."""
         # The one of the two that is there, whatever another thread does meanwhile.
-        unpacked, packed = self.unpacked, self.packed
-        if packed is None:
-            assert unpacked is not None
+        plain, blocked = self.plain, self.blocked
+        if blocked is None:
+            assert plain is not None
             if not self.called:
                 self.called = True
-                product = F.linear(x, unpacked)
+                product = F.linear(x, plain)
                 product = product if activation is None else ACTIVATIONS[activation](product)  # type: ignore[index]
                 return product if factor is None else product * factor
-            self.packed = packed = torch.ops.mkldnn._reorder_linear_weight(unpacked)
-            self.unpacked = None
+            self.blocked = blocked = torch.ops.mkldnn._reorder_linear_weight(plain)
+            self.plain = None
         pointwise = torch.ops.mkldnn._linear_pointwise
         out: Tensor
         if factor is not None:
-            out = pointwise.binary(x, factor, packed, None, "mul")
+            out = pointwise.binary(x, factor, blocked, None, "mul")
         else:
-            out = pointwise(x, packed, None, *_POST_OPERATIONS[activation])
+            out = pointwise(x, blocked, None, *_POST_OPERATIONS[activation])
         return out
 
     def lies(self) -> Tensor:
         """[out_features, in_features]; the very numbers that were given."""
-        unpacked, packed = self.unpacked, self.packed
-        if packed is None:
-            assert unpacked is not None
-            return unpacked
-        plain: Tensor = packed.to_dense()
-        return plain
+        plain, blocked = self.plain, self.blocked
+        if blocked is None:
+            assert plain is not None
+            return plain
+        dense: Tensor = blocked.to_dense()
+        return dense
 
     def _take_number(self) -> None:
         # A tensor, since a plain number would be compiled into the graph, which then served one weight alone.
@@ -97,17 +97,17 @@ class OneDNNProduct:
         self.__init__(state["weight"])  # type: ignore[misc]
 
     def __str__(self) -> str:
-        return "oneDNN's order" if self.packed is not None else "to be in oneDNN's order"
+        return "oneDNN's order" if self.blocked is not None else "to be in oneDNN's order"
 
 
-@torch.library.custom_op("nai_t5::packed_product", mutates_args=())
-def _packed_product(
+@torch.library.custom_op("nai_t5::blocked_product", mutates_args=())
+def _blocked_product(
     x: Tensor, number: Tensor, out_features: int, activation: str | None, factor: Tensor | None
 ) -> Tensor:
     """The product with this number."""
     return _BY_NUMBER[int(number)].product(x, activation, factor)
 
 
-@_packed_product.register_fake
+@_blocked_product.register_fake
 def _(x: Tensor, number: Tensor, out_features: int, activation: str | None, factor: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)

@@ -80,7 +80,7 @@ class OneDNNBackend:
             return "this torch was built without oneDNN"
         if dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             return None
-        return f"oneDNN packs float32, and bfloat16 where the processor supports it; the model is in {dtype}"
+        return f"oneDNN reorders float32, and bfloat16 where the processor supports it; the model is in {dtype}"
 
     def refuses(self, block: Block, dtype: torch.dtype) -> str | None:
         return None

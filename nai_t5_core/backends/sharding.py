@@ -45,13 +45,13 @@ def shard(model: Model, mesh: DeviceMesh | None = None, compute_dtype: torch.dty
             training; by default everything is computed in the model's dtype.
 
     Raises:
-        ValueError: torch is older than 2.6, there is no process group, or the weights are packed or in 8 bits.
+        ValueError: torch is older than 2.6, there is no process group, or the weights are prepacked or in 8 bits.
     """
     fully_shard, policy_class, register_entry = _torchs_own()
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("there is no process group; start the program with torchrun, or call init_process_group first")
     if has_fixed_weights(model):
-        raise ValueError("packed and 8-bit weights cannot be spread over processes; load the model with optimize=False")
+        raise ValueError("prepacked or 8-bit weights cannot be spread over processes; load them with optimize=False")
     # Activations keep their precision: the residual and what norms read are float32 whatever the products are in.
     own_dtype = next(model.parameters()).dtype
     rounded = policy_class(param_dtype=compute_dtype, reduce_dtype=own_dtype, cast_forward_inputs=False)

@@ -47,8 +47,8 @@ class Head {
                 float scale, Number* out) {
         const long first_key = document.start + document.key_start;
         spread_bias(table, table_reach);
-        pack_keys(from, first_key, document.keys, head);
-        pack_values(from, first_key, document.keys, head);
+        arrange_keys(from, first_key, document.keys, head);
+        arrange_values(from, first_key, document.keys, head);
         const Tiles tiles(document.queries);
         for (long tile = 0; tile < tiles.count; tile++) {
             const long first = tiles.start(tile), rows = tiles.size(tile);
@@ -83,7 +83,7 @@ class Head {
     }
 
     // Keys are the columns of a product with queries.
-    void pack_keys(const Projected<Number>& from, long first, long count, long head) {
+    void arrange_keys(const Projected<Number>& from, long first, long count, long head) {
         const long steps = size_ / Kind::kPerStep;
         for (long key = 0; key < padded(count, kPanelColumns); key += kLanes) {
             Step* half = keys_.get() + key / kPanelColumns * steps * kPanelColumns + key % kPanelColumns;
@@ -94,7 +94,7 @@ class Head {
     }
 
     // Keys are what a product with values sums over.
-    void pack_values(const Projected<Number>& from, long first, long count, long head) {
+    void arrange_values(const Projected<Number>& from, long first, long count, long head) {
         const long steps = padded(count, kPanelColumns) / Kind::kPerStep;
         for (long step = 0; step < steps; step++) {
             const long key = step * Kind::kPerStep;

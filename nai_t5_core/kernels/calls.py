@@ -105,32 +105,32 @@ class KernelWeight:
         return made
 
     @property
-    def is_packed(self) -> bool:
+    def is_in_panels(self) -> bool:
         return self.format == _PANELS
 
-    def packed(self) -> KernelWeight:
+    def in_panels(self) -> KernelWeight:
         """A copy in panels; itself where it is in panels already."""
-        if self.is_packed:
+        if self.is_in_panels:
             return self
         matrix = self.matrix()
         steps = self._panel_steps
         panels = torch.empty(steps, dtype=torch.int32)
-        kernels().t5_pack(ctypes.byref(matrix), address(panels, torch.int32, steps))
+        kernels().t5_to_panels(ctypes.byref(matrix), address(panels, torch.int32, steps))
         return replace(self, values=panels, format=_PANELS)
 
-    def unpacked(self) -> Tensor:
+    def original(self) -> Tensor:
         """[columns, depth]; panels give it in ``dtype``, or in int8."""
-        if not self.is_packed:
+        if not self.is_in_panels:
             return self.values
         dtype = self.dtype if self.scales is None else torch.int8
         weight = torch.empty(self.columns, self.depth, dtype=dtype)
-        kernels().t5_unpack(ctypes.byref(self.matrix()), address(weight, dtype, self.columns, self.depth))
+        kernels().t5_from_panels(ctypes.byref(self.matrix()), address(weight, dtype, self.columns, self.depth))
         return weight
 
-    def check_packing(self) -> None:
-        """Raises ValueError where this can only be computed once it is packed."""
-        if self.scales is not None and not self.is_packed:
-            raise ValueError("a weight in int8 must be packed before it is used: call packed()")
+    def check_form(self) -> None:
+        """Raises ValueError where this can only be computed from panels."""
+        if self.scales is not None and not self.is_in_panels:
+            raise ValueError("a weight in int8 must be in panels before it is used: call in_panels()")
 
     def matrix(self) -> Matrix:
         """What the kernels are told; it is of no use once the tensors are gone.
@@ -140,7 +140,7 @@ class KernelWeight:
         """
         matrix = self._sizes()
         matrix.scales = address_if_any(self.scales, torch.float32, self.columns)
-        if self.is_packed:
+        if self.is_in_panels:
             matrix.values = address(self.values, torch.int32, self._panel_steps)
         else:
             matrix.values = address(self.values, _FORMAT_DTYPES[self.format], self.columns, self.depth)
@@ -170,11 +170,11 @@ def normed_product(
 
     Raises:
         ValueError: a tensor of another shape or dtype, an activation that the kernels do not know, or a weight in int8
-            that is not packed.
+            that is not in panels.
         MemoryError: there is no memory for the activations.
     """
     tokens, width = len(residual), weight.columns // (2 if weight.is_gated else 1)
-    weight.check_packing()
+    weight.check_form()
     out = torch.empty(tokens, width, dtype=weight.dtype)
     arguments = (
         address(residual, torch.float32, tokens, weight.depth),
@@ -195,11 +195,11 @@ def add_product(x: Tensor, weight: KernelWeight, residual: Tensor) -> None:
     """residual += x · weightᵀ, in float32: [tokens, depth] in the weight's ``dtype`` to float32 [tokens, columns].
 
     Raises:
-        ValueError: a tensor of another shape or dtype, or a weight that is gated, or in int8 and not packed.
+        ValueError: a tensor of another shape or dtype, or a weight that is gated, or in int8 and not in panels.
         MemoryError: there is no memory for the activations.
     """
     tokens = len(x)
-    weight.check_packing()
+    weight.check_form()
     if weight.is_gated:
         raise ValueError("what is added to the residual is the product of a weight without a gate; this one is gated")
     arguments = (
@@ -270,13 +270,13 @@ def encode_block(
         documents, table, scale: as for :func:`attention`.
 
     Raises:
-        ValueError: weights that do not fit each other, or are in int8 and not packed; a tensor of another shape or
+        ValueError: weights that do not fit each other, or are in int8 and not in panels; a tensor of another shape or
             dtype, or documents that are not as they are to be. The residual is as it was then.
         MemoryError: there is no memory for the activations.
     """
     tokens = len(residual)
     for weight in weights:
-        weight.check_packing()
+        weight.check_form()
     _check_block(weights, heads)
     qkv, o, _, wo = weights
     dtype, width, wide_columns = qkv.dtype, wo.columns, max(qkv.columns, wo.depth)

@@ -46,8 +46,8 @@ class Bias(ctypes.Structure):
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "t5_panel_steps": (_LONG, [_POINTER]),
-    "t5_pack": (None, [_POINTER, _POINTER]),
-    "t5_unpack": (None, [_POINTER, _POINTER]),
+    "t5_to_panels": (None, [_POINTER, _POINTER]),
+    "t5_from_panels": (None, [_POINTER, _POINTER]),
     "t5_normed_product": (_INT, [_POINTER, _LONG, _POINTER, _FLOAT, _POINTER, _INT, _POINTER]),
     "t5_added_product": (_INT, [_POINTER, _LONG, _POINTER, _POINTER]),
     "t5_attention": (_INT, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT, _POINTER]),

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 // A weight [columns, depth]. `format` is one of products.cpp, `kind` a number of with_kind. `scales` are those of the
-// columns of bytes that are still to be packed, and else null.
+// columns of bytes that are still to be put in panels, and else null.
 struct Matrix {
     const void* values;
     const float* scales;
@@ -41,10 +41,10 @@ int t5_threads();
 long t5_panel_steps(const Matrix* weight);
 
 // A weight in panels.
-void t5_pack(const Matrix* weight, void* panels);
+void t5_to_panels(const Matrix* weight, void* panels);
 
 // The reverse: panels to a weight [columns, depth].
-void t5_unpack(const Matrix* weight, void* values);
+void t5_from_panels(const Matrix* weight, void* values);
 
 // act(norm(residual) · weightᵀ), or act(norm(residual) · gateᵀ) · (norm(residual) · upᵀ). The norm's weight may be null.
 int t5_normed_product(const float* residual, long rows, const float* norm_weight, float epsilon, const Matrix* weight,

@@ -51,7 +51,7 @@ struct Weight {
     Format format;
     long columns, depth;
     bool is_gated;
-    const float* scales;  // of the columns, for packing bytes
+    const float* scales;  // of the columns, for putting bytes in panels
 
     explicit Weight(const Matrix& matrix)
         : values(static_cast<const char*>(matrix.values)), format(Format(matrix.format)), columns(matrix.columns),
@@ -65,9 +65,9 @@ struct Weight {
     long steps() const { return depth / Kind::kPerStep; }
     long panel_steps() const { return (steps() + Kind::kTrailing) * kPanelColumns; }
     const char* row(long column) const { return values + column * depth * size_of(format); }
-    const Step* packed(long panel) const { return reinterpret_cast<const Step*>(values) + panel * panel_steps(); }
+    const Step* panel_at(long panel) const { return reinterpret_cast<const Step*>(values) + panel * panel_steps(); }
 
-    // What to bring closer to the processor while a tile is multiplied with a panel. Packed, it is what comes a little
+    // What to bring closer to the processor while a tile is multiplied with a panel. In panels, it is what comes a little
     // later; otherwise the next panel's columns, of which the first tile brings in all, or the gate's, and the second
     // those of up. It need not be there.
     const void* ahead(const Step* numbers, long panel, long tile) const {
@@ -77,37 +77,37 @@ struct Weight {
         return numbers;
     }
 
-    void pack(long panel, Step* packed) const {
+    void fill_panel(long panel, Step* filled) const {
         const long first = panel * panel_width();
         if (is_gated) {
             const long count = std::min(kLanes, columns / 2 - first);
-            pack_half(first, count, packed);
-            pack_half(columns / 2 + first, count, packed + kLanes);
+            fill_half(first, count, filled);
+            fill_half(columns / 2 + first, count, filled + kLanes);
         } else {
-            pack_half(first, columns - first, packed);
-            pack_half(first + kLanes, columns - first - kLanes, packed + kLanes);
+            fill_half(first, columns - first, filled);
+            fill_half(first + kLanes, columns - first - kLanes, filled + kLanes);
         }
     }
 
   private:
     // Sixteen columns of a panel: [steps][16] of [steps][32]; those beyond `count` are zeros.
-    void pack_half(long first, long count, Step* half) const {
+    void fill_half(long first, long count, Step* half) const {
         if constexpr (kIsInt8<Kind>) {
-            pack_half_as_it_is(first, count, half);
+            fill_half_as_it_is(first, count, half);
             end_half(first, count, half);
         } else {
-            if (format == (Kind::kPerStep == 1 ? kFloat32 : kBfloat16)) return pack_half_as_it_is(first, count, half);
+            if (format == (Kind::kPerStep == 1 ? kFloat32 : kBfloat16)) return fill_half_as_it_is(first, count, half);
             switch (format) {
-                case kFloat16: return pack_half_from<kFloat16>(first, count, half);
-                case kFloat32: return pack_half_from<kFloat32>(first, count, half);
-                case kFloat8E4m3: return pack_half_from<kFloat8E4m3>(first, count, half);
-                case kFloat8E5m2: return pack_half_from<kFloat8E5m2>(first, count, half);
-                default: return pack_half_from<kBfloat16>(first, count, half);
+                case kFloat16: return fill_half_from<kFloat16>(first, count, half);
+                case kFloat32: return fill_half_from<kFloat32>(first, count, half);
+                case kFloat8E4m3: return fill_half_from<kFloat8E4m3>(first, count, half);
+                case kFloat8E5m2: return fill_half_from<kFloat8E5m2>(first, count, half);
+                default: return fill_half_from<kBfloat16>(first, count, half);
             }
         }
     }
 
-    void pack_half_as_it_is(long first, long count, Step* half) const {
+    void fill_half_as_it_is(long first, long count, Step* half) const {
         const long all = steps();
         const Step* start = reinterpret_cast<const Step*>(row(first));
         put_as_columns(half, kPanelColumns, kLanes, count, all, [=](long column, long step) {
@@ -116,7 +116,7 @@ struct Weight {
     }
 
     template <Format from>
-    void pack_half_from(long first, long count, Step* half) const {
+    void fill_half_from(long first, long count, Step* half) const {
         const long all = steps();
         const char* start = row(first);
         put_as_columns(half, kPanelColumns, kLanes, count, all, [=](long column, long step) {
@@ -241,7 +241,7 @@ Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, E
     {
         const Buffer<Step> own = allocate<Step>(weight.format == kPanels ? 1 : weight.panel_steps());
         failed = !own;
-        long packed_now = -1;
+        long filled_now = -1;
 #pragma omp for schedule(static)
         for (long tile = 0; tile < tiles.count; tile++) {
             const long start = tiles.start(tile);
@@ -253,8 +253,8 @@ Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, E
         for (long task = 0; task < panels * groups; task++) {
             const long panel = task / groups, group = task % groups;
             if (failed) continue;
-            if (weight.format != kPanels && packed_now != panel) weight.pack(packed_now = panel, own.get());
-            const Step* numbers = weight.format == kPanels ? weight.packed(panel) : own.get();
+            if (weight.format != kPanels && filled_now != panel) weight.fill_panel(filled_now = panel, own.get());
+            const Step* numbers = weight.format == kPanels ? weight.panel_at(panel) : own.get();
             for (long tile = group * kTilesAtOnce; tile < std::min(tiles.count, (group + 1) * kTilesAtOnce); tile++) {
                 const long start = tiles.start(tile), rows = tiles.size(tile);
                 for (long row = start; row < start + rows; row++) expect(row, panel);
@@ -326,21 +326,21 @@ Status added_product(const void* x, long rows, const Weight<Kind>& weight, float
 }
 
 template <class Kind>
-void pack(const Weight<Kind>& weight, void* panels) {
+void to_panels(const Weight<Kind>& weight, void* panels) {
 #pragma omp parallel for schedule(static)
     for (long panel = 0; panel < weight.panels(); panel++)
-        weight.pack(panel, static_cast<Step*>(panels) + panel * weight.panel_steps());
+        weight.fill_panel(panel, static_cast<Step*>(panels) + panel * weight.panel_steps());
 }
 
 template <class Kind>
-void unpack(const Weight<Kind>& weight, void* values) {
+void from_panels(const Weight<Kind>& weight, void* values) {
     using Number = typename Kind::Weight;
 #pragma omp parallel for schedule(static)
     for (long column = 0; column < weight.columns; column++) {
         const bool is_up = weight.is_gated && column >= weight.columns / 2;
         const long side = is_up ? column - weight.columns / 2 : column;
         const long place = side % weight.panel_width() + (is_up ? kLanes : 0);
-        const Number* panel = reinterpret_cast<const Number*>(weight.packed(side / weight.panel_width()));
+        const Number* panel = reinterpret_cast<const Number*>(weight.panel_at(side / weight.panel_width()));
         for (long k = 0; k < weight.depth; k++) {
             const long step = k / Kind::kPerStep * kPanelColumns + place;
             static_cast<Number*>(values)[column * weight.depth + k] = panel[step * Kind::kPerStep + k % Kind::kPerStep];
@@ -359,12 +359,12 @@ long t5_panel_steps(const Matrix* weight) {
     });
 }
 
-void t5_pack(const Matrix* weight, void* panels) {
-    with_kind(weight->kind, [=](auto kind) { pack(Weight<decltype(kind)>(*weight), panels); });
+void t5_to_panels(const Matrix* weight, void* panels) {
+    with_kind(weight->kind, [=](auto kind) { to_panels(Weight<decltype(kind)>(*weight), panels); });
 }
 
-void t5_unpack(const Matrix* weight, void* values) {
-    with_kind(weight->kind, [=](auto kind) { unpack(Weight<decltype(kind)>(*weight), values); });
+void t5_from_panels(const Matrix* weight, void* values) {
+    with_kind(weight->kind, [=](auto kind) { from_panels(Weight<decltype(kind)>(*weight), values); });
 }
 
 int t5_normed_product(const float* residual, long rows, const float* norm_weight, float epsilon, const Matrix* weight,

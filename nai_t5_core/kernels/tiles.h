@@ -52,7 +52,7 @@ inline __mmask16 first_lanes(long count) {
 // What is computed in
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Of each: Number is what activations are stored as, Weight what the numbers of a packed weight are, kPerStep how many of
+// Of each: Number is what activations are stored as, Weight what the numbers of a weight in panels are, kPerStep how many of
 // them a step has, and kTrailing how many more steps of 32 columns end a panel.
 
 struct Bfloat16 {
