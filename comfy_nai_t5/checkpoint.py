@@ -12,18 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comfy_nai_t5.gguf_file import is_gguf, open_gguf
 from nai_t5_core.facts.config import T5Config, encoder_tensors
+from nai_t5_core.model.precision import is_finite, keeps_finite
 from nai_t5_core.tokenizer import JsonTokenizer, Tokenizer, tokenizer_json_to_sentencepiece
 from nai_t5_core.weights import keymaps, native
-from nai_t5_core.weights.examine import Examination, examine, examine_checkpoint, find_tokenizer
-from nai_t5_core.weights.formats import CheckpointError, open_checkpoint
+from nai_t5_core.weights.examine import Examination, examine, find_tokenizer
+from nai_t5_core.weights.formats import GGUF, Checkpoint, CheckpointError, open_checkpoint
 from nai_t5_core.weights.shards import index_of, shard_count
+
+# What the numbers in blocks are kept in once they are unpacked: half of what they are exactly.
+_UNPACKED = torch.float16
 
 
 def holds_t5(path: str | Path) -> bool:
     """Whether there is a T5 in a file, under any prefix and in any spelling. One shard stands for all."""
-    checkpoint = open_gguf(path) if is_gguf(path) else open_checkpoint(_whole(path))
+    checkpoint = open_checkpoint(_whole(path))
     return native.is_native(checkpoint) or keymaps.holds_t5(checkpoint.tensors)
 
 
@@ -56,8 +59,12 @@ class ServerCheckpoint:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of most weights that are not quantised."""
-        plain = {dtype: n for dtype, n in self.examination.dtypes.items() if dtype.itemsize > 1}
+        """The dtype of most weights that are not quantised, or of those that come out of blocks."""
+        counts: dict[torch.dtype, int] = {}
+        for kind, count in self.examination.dtypes.items():
+            dtype = kind if isinstance(kind, torch.dtype) else _UNPACKED
+            counts[dtype] = counts.get(dtype, 0) + count
+        plain = {dtype: count for dtype, count in counts.items() if dtype.itemsize > 1}
         return max(plain, key=plain.__getitem__) if plain else torch.float32
 
 
@@ -74,17 +81,14 @@ def sentencepiece_tensor(tokenizer: Tokenizer) -> Tensor:
 
 
 def read_checkpoint(path: str | Path | None) -> ServerCheckpoint:
-    """Opens a T5 file of any form that :mod:`nai_t5_core` reads, or GGUF; None is the embedded model.
+    """Opens a T5 file of any form that :mod:`nai_t5_core` reads; None is the embedded model.
 
     One shard stands for all.
 
     Raises:
         CheckpointError: a ValueError that says all that is wrong with the file, and what to give instead.
     """
-    if path and is_gguf(path):
-        examination = examine_checkpoint(open_gguf(path))
-    else:
-        examination = examine(_whole(path) if path else None)
+    examination = examine(_whole(path) if path else None)
     examination.refuse_faults()
     names = encoder_tensors(examination.config.encoder_only())
     scales = {name: full for name, full in examination.keymap.scales.items() if name in names}
@@ -95,8 +99,23 @@ def read_checkpoint(path: str | Path | None) -> ServerCheckpoint:
 
 
 def _reader(examination: Examination) -> Callable[[str], Tensor]:
-    """Reads a tensor by its Hugging Face name, as it is in the file."""
-    return lambda name: examination.checkpoint.read(examination.keymap.names[name])
+    """Reads a tensor by its Hugging Face name, as it is in the file; what is in blocks there comes in float16."""
+    checkpoint, names = examination.checkpoint, examination.keymap.names
+    if checkpoint.format.startswith(GGUF):
+        return lambda name: _unpacked(name, names[name], checkpoint)
+    return lambda name: checkpoint.read(names[name])
+
+
+def _unpacked(name: str, full: str, checkpoint: Checkpoint) -> Tensor:
+    """A tensor of a GGUF file; of blocks, what they stand for in half the memory."""
+    exact = checkpoint.read(full)
+    values = exact.to(_UNPACKED) if checkpoint.tensors[full].packing else exact
+    # Rows of the embedding that no prompt uses may be anything in the original.
+    if not (keeps_finite(exact, values) if name == "shared.weight" else is_finite(values)):
+        raise CheckpointError(
+            f"{checkpoint.source} holds {name} beyond float16's range; use a safetensors file of the same model"
+        )
+    return values
 
 
 def _with_scales(examination: Examination, names: list[str], scales: dict[str, str]) -> ServerCheckpoint:

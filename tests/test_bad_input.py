@@ -152,9 +152,7 @@ class Anything:
 
 
 DAMAGED = r"t5.safetensors is a damaged safetensors file \([\d,]+ bytes: .*\); fetch it again"
-NEITHER = (
-    "is neither safetensors, nor a PyTorch file, nor a shard index .it begins with .*; it may be damaged or still d"
-)
+NEITHER = "is neither safetensors, nor a PyTorch or GGUF file, nor a shard index .it begins with .*; it may be dam"
 
 FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "cut in the first bytes": (lambda path: damaged(path, lambda all_: all_[:5]), NEITHER),
@@ -173,7 +171,7 @@ FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "nothing but zeros": (lambda path: file_of(path, bytes(5000)), NEITHER),
     "empty file": (lambda path: file_of(path, b""), NEITHER),
     "a page instead of a file": (lambda path: file_of(path, b"<!doctype html><html>"), NEITHER),
-    "GGUF": (lambda path: file_of(path, b"GGUF\3" + bytes(100)), "is a GGUF file, which is not supported; use a safet"),
+    "GGUF of nothing": (lambda path: file_of(path, b"GGUF\3" + bytes(100)), "is no T5: it begins with nothing"),
     "a cut PyTorch file": (
         lambda path: file_of(path, b"PK\3\4" + bytes(100)),
         "is not a readable PyTorch weight file .*; fetch it again",
@@ -275,7 +273,7 @@ FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing neighbour": (lambda path: Path("../absent"), "absent does not exist"),
     "folder without weights": (
         lambda path: path,
-        r"holds no weights \(looked for \*.safetensors, pytorch_model.bin .*\); give the folder or the file",
+        r"holds no weights \(looked for \*.safetensors, pytorch_model.bin, .* and \*.gguf\); give the folder",
     ),
     "folder of several models": (
         lambda path: (

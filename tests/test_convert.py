@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from nai_t5_core.facts.config import T5Config, decoder_tensors
 from nai_t5_core.prompts.text_encoder import TextEncoder
-from nai_t5_core.weights import formats
+from nai_t5_core.weights import formats, safetensors_files
 from nai_t5_core.weights.convert import convert
 from nai_t5_core.weights.examine import examine
 from nai_t5_core.weights.formats import CheckpointError
@@ -354,7 +354,7 @@ def test_long_metadata(tmp_path: Path) -> None:
 
 
 def test_every_dtype_comes_back(tmp_path: Path) -> None:
-    tensors = {str(dtype): torch.zeros(3, 2).to(dtype) for dtype in formats._DTYPE_NAMES}
+    tensors = {str(dtype): torch.zeros(3, 2).to(dtype) for dtype in safetensors_files.DTYPE_NAMES}
     tensors["empty"] = torch.zeros(0, 5)
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     formats.write_safetensors(tmp_path / "x", layout, tensors.items(), {})

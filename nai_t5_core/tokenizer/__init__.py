@@ -15,7 +15,7 @@ from typing import Any
 from nai_t5_core.tokenizer.added_tokens import FolderTokens, read_config
 from nai_t5_core.tokenizer.base import TokenBatch, Tokenizer
 from nai_t5_core.tokenizer.convert import sentencepiece_to_tokenizer_json, tokenizer_json_to_sentencepiece
-from nai_t5_core.tokenizer.inside_weights import TOKENIZER_TENSORS, is_safetensors, tokenizer_inside
+from nai_t5_core.tokenizer.inside_weights import TOKENIZER_TENSORS, is_gguf, is_safetensors, tokenizer_inside
 from nai_t5_core.tokenizer.kinds import ByteTokenizer, JsonTokenizer, SentencePieceTokenizer
 from nai_t5_core.tokenizer.sentencepiece_format import EXTRA_ID
 
@@ -53,10 +53,10 @@ def tokenizer_from_bytes(kind: str, content: bytes) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a folder of the Hugging Face layout, or in a file of any name.
 
-    A file is recognised by its content: a tokenizer.json, a SentencePiece model, a ByT5 tokenizer_config.json, or a
-    safetensors file with a tokenizer beside its weights, such as our own converted ones. In a folder, tokenizer.json
-    counts before a SentencePiece model, as in transformers, and both before weights; tokenizer_config.json,
-    added_tokens.json and special_tokens_map.json may add tokens and name the pad token.
+    A file is recognised by its content: a tokenizer.json, a SentencePiece model, a ByT5 tokenizer_config.json, or
+    weights with a tokenizer inside, in GGUF or in safetensors such as our own converted ones. In a folder,
+    tokenizer.json counts before a SentencePiece model, as in transformers, and both before weights;
+    tokenizer_config.json, added_tokens.json and special_tokens_map.json may add tokens and name the pad token.
 
     Raises ValueError where there is nothing to read or it is no tokenizer.
     """
@@ -64,7 +64,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.is_dir():
         return _load_folder(path)
     try:
-        if is_safetensors(path):
+        if is_safetensors(path) or is_gguf(path):
             return tokenizer_from_bytes(*tokenizer_inside(path))
         content = path.read_bytes()
     except OSError as error:
@@ -92,7 +92,8 @@ def _load_folder(folder: Path) -> Tokenizer:
     if _is_byte_config(read_config(folder)):
         return _bytes_alone(FolderTokens.read(folder, beside_json=False))
     file = next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
-    if file is None and len(weights := sorted(folder.glob("*.safetensors"))) == 1:
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]
+    if file is None and len(weights) == 1:
         return load_tokenizer(weights[0])
     if file is None:
         found = sorted(entry.name for entry in folder.iterdir())[:12]

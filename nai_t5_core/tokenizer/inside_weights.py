@@ -1,4 +1,4 @@
-"""The tokenizer that a safetensors file carries beside its weights, as our own files and ComfyUI's do."""
+"""The tokenizer that a file of weights carries: our own files and ComfyUI's as a tensor, GGUF files as metadata."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from pathlib import Path
 TOKENIZER_TENSORS = {"spiece_model": "sentencepiece", "tokenizer_json": "tokenizer.json"}
 
 _LENGTH_BYTES = 8
+_GGUF = b"GGUF"
+
+
+def is_gguf(file: Path) -> bool:
+    """Whether a file begins as GGUF files do."""
+    with file.open("rb") as opened:
+        return opened.read(len(_GGUF)) == _GGUF
 
 
 def is_safetensors(file: Path) -> bool:
@@ -18,10 +25,18 @@ def is_safetensors(file: Path) -> bool:
 
 
 def tokenizer_inside(file: Path) -> tuple[str, bytes]:
-    """Kind and content of the tokenizer in a safetensors file; the weights are not read.
+    """Kind and content of the tokenizer in a safetensors or GGUF file; the weights are not read.
 
     Raises ValueError where there is none, or more than one, or the file is damaged.
     """
+    if is_gguf(file):
+        from nai_t5_core.tokenizer.gguf_vocabulary import tokenizer_in_gguf  # with numpy, which takes a while
+
+        return TOKENIZER_TENSORS["spiece_model"], tokenizer_in_gguf(file)
+    return _tokenizer_tensor(file)
+
+
+def _tokenizer_tensor(file: Path) -> tuple[str, bytes]:
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -49,7 +49,7 @@ def convert(
     Args:
         source, subfolder: as for :func:`nai_t5_core.weights.load.load_encoder`.
         out: the file to write; it appears when it is complete.
-        dtype: of the weights; ``"auto"`` keeps the source's (bfloat16 for float8).
+        dtype: of the weights; ``"auto"`` keeps the source's (bfloat16 for float8 and for blocks).
         encoder_only: leave the decoder out.
         tokenizer: a tokenizer file or folder to put in, where the source has none.
         scales, decoder_scales: as for :func:`nai_t5_core.weights.load.load_t5`; they are kept in the file.
@@ -128,10 +128,13 @@ class HashingReader:
 
 
 def main_dtype(examination: Examination) -> torch.dtype:
-    """The dtype of most weights; bfloat16 for float8, since folding the norms in would round them a second time."""
+    """The dtype of most weights; bfloat16 for float8, since folding the norms in would round them a second time.
+
+    For the blocks of a GGUF file as well: their own rounding is coarser.
+    """
     counts = examination.dtypes
     main = max(counts, key=lambda dtype: counts[dtype])
-    return main if main in DTYPES.values() else torch.bfloat16
+    return main if isinstance(main, torch.dtype) and main in DTYPES.values() else torch.bfloat16
 
 
 def _vocabulary_tensor(serialized: tuple[str, bytes]) -> dict[str, Tensor]:

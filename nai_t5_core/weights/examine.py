@@ -22,7 +22,7 @@ from nai_t5_core.weights import native, neighbours
 from nai_t5_core.weights.formats import Checkpoint, CheckpointError, open_checkpoint
 from nai_t5_core.weights.fuse import Recipe, fused_recipes, uncook
 from nai_t5_core.weights.hub import find_model
-from nai_t5_core.weights.inferred_config import infer_config
+from nai_t5_core.weights.inferred_config import infer_config, with_told
 from nai_t5_core.weights.keymaps import KeyMap, map_names
 from nai_t5_core.weights.quantised import refuse_quantised
 
@@ -51,12 +51,13 @@ class Examination:
         return native.is_native(self.checkpoint)
 
     @property
-    def dtypes(self) -> dict[torch.dtype, int]:
-        """Number of weights of each dtype among the tensors that belong to the T5."""
-        counts: dict[torch.dtype, int] = {}
+    def dtypes(self) -> dict[torch.dtype | str, int]:
+        """Number of weights of each dtype, or in each kind of blocks by its name, among the tensors of the T5."""
+        counts: dict[torch.dtype | str, int] = {}
         for name in self.keymap.names.values():
             info = self.checkpoint.tensors[name]
-            counts[info.dtype] = counts.get(info.dtype, 0) + int(torch.Size(info.shape).numel())
+            kind = info.packing or info.dtype
+            counts[kind] = counts.get(kind, 0) + int(torch.Size(info.shape).numel())
         return counts
 
     @cached_property
@@ -130,22 +131,35 @@ def examine_checkpoint(checkpoint: Checkpoint) -> Examination:
     refuse_quantised(checkpoint, keymap)
     keymap.ignored |= checkpoint.others
     shapes = {name: checkpoint.tensors[full].shape for name, full in keymap.names.items()}
-    hf_config = checkpoint.hf_config()
     try:
-        config = infer_config(shapes) if hf_config is None else config_from_hf(hf_config)
+        config, config_source = _config(checkpoint, shapes)
     except ValidationError as error:
         raise CheckpointError(f"{checkpoint.source}: {error.errors()[0]['msg']}") from error
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.source}: {error}") from error
     if not any(name.startswith("decoder.") for name in keymap.names):
         config = config.encoder_only()
-    config_source = "the tensors" if hf_config is None else "config.json"
     examination = Examination(checkpoint, config, config_source, keymap)
     examination.faults += _shape_faults(examination, encoder_tensors(config), config_source)
     examination.faults += _surplus_faults(examination)
     examination.faults += _unknown_faults(examination)
     examination.faults += _number_faults(examination)
     return examination
+
+
+def _config(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> tuple[T5Config, str]:
+    """The config of a checkpoint, and where it comes from.
+
+    Raises:
+        ValueError: what is there makes no config.
+    """
+    hf_config = checkpoint.hf_config()
+    if hf_config is not None:
+        return config_from_hf(hf_config), "config.json"
+    inferred = infer_config(shapes)
+    if not checkpoint.config_values:
+        return inferred, "the tensors"
+    return with_told(inferred, checkpoint.config_values), "the tensors and metadata"
 
 
 def decoder_faults(examination: Examination) -> list[str]:

@@ -7,7 +7,6 @@ lives, so that a whole checkpoint is never in memory twice.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from nai_t5_core.facts.config import Shape
+from nai_t5_core.weights.gguf_files import open_gguf
 from nai_t5_core.weights.pytorch_files import read_state
+from nai_t5_core.weights.safetensors_files import DTYPE_NAMES, read_safetensors_header
 from nai_t5_core.weights.shards import index_of, shard_count
 
 # What a folder's weights are called, the preferred first. A single file goes before an index: the hub's folders often
@@ -33,34 +34,14 @@ _WEIGHT_FILES = (
     "*.safetensors",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "*.gguf",
 )
 # A file of such a name is a whole model of the Hugging Face layout: config.json and tokenizer beside it belong to it.
 _WHOLE_MODELS = ("model.safetensors", "pytorch_model.bin")
-# Types of 4 and 6 bits are not among these: no tensor has one number of them in each place.
-_TORCH_NAMES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-    "C64": "complex64",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-# Older versions of torch lack some.
-_SAFETENSORS_DTYPES = {kind: getattr(torch, name) for kind, name in _TORCH_NAMES.items() if hasattr(torch, name)}
-_DTYPE_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
+# The beginning of such a file, and of what its format is called.
+GGUF = "GGUF"
+# How the vocabulary in the metadata of a GGUF file is called among its tensors: as in ComfyUI's files.
+GGUF_VOCABULARY = "spiece_model"
 # Tensors start at multiples of this many bytes in the files we write, so that a mapped tensor suits vector loads.
 _ALIGNMENT = 64
 
@@ -76,11 +57,13 @@ class TensorInfo:
     shape: Shape
     dtype: torch.dtype
     file: Path
+    packing: str = ""
+    """The name of the blocks that its numbers are packed in, such as Q8_0; ``dtype`` is then what they are read as."""
 
 
 @dataclass
 class Checkpoint:
-    """An opened checkpoint. ``read`` gives one tensor on the CPU, in the dtype of the file."""
+    """An opened checkpoint. ``read`` gives one tensor on the CPU, in the dtype of the file, or unpacked."""
 
     source: str
     format: str
@@ -91,6 +74,10 @@ class Checkpoint:
     """The folder that may hold config.json and a tokenizer; None for a lone file."""
     others: dict[str, str] = field(default_factory=dict)
     """Entries that torch has no tensor for, and what they are. Whether one is needed is for others to say."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Tensors that ``read`` cannot unpack, and why."""
+    config_values: dict[str, float] = field(default_factory=dict)
+    """What a header without a whole config tells of one, by the names in :class:`nai_t5_core.facts.config.T5Config`."""
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -103,7 +90,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, subfolder: str = "") -> Checkpoint:
-    """Opens a file or folder: safetensors or PyTorch, single or sharded.
+    """Opens a file or folder: safetensors or PyTorch, single or sharded, or GGUF.
 
     Raises:
         CheckpointError: nothing at the path, no weights in the folder, or a file that is damaged or of another kind.
@@ -130,7 +117,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     weights = _weights_in(folder)
     if weights is None:
         raise CheckpointError(
-            f"{folder} holds no weights (looked for *.safetensors, pytorch_model.bin and their index files); "
+            f"{folder} holds no weights (looked for *.safetensors, pytorch_model.bin, their index files and *.gguf); "
             "give the folder or the file that has them"
         )
     checkpoint = _open_file(weights)
@@ -142,7 +129,7 @@ def _open_folder(folder: Path) -> Checkpoint:
 def _weights_in(folder: Path) -> Path | None:
     for pattern in _WEIGHT_FILES:
         found = sorted(path for path in folder.glob(pattern) if path.is_file())
-        if len(found) > 1 and all(shard_count(file) > 1 for file in found):
+        if len(found) > 1 and found[0].suffix != ".gguf" and all(shard_count(file) > 1 for file in found):
             raise CheckpointError(
                 f"{folder} holds {len(found)} of {shard_count(found[0])} shards ({found[0].name}, …) without the index "
                 f"that lists them; fetch the *.index.json of the same model as well"
@@ -160,6 +147,8 @@ def _weights_in(folder: Path) -> Path | None:
 
 def _open_file(path: Path) -> Checkpoint:
     head = _head(path)
+    if head.startswith(GGUF.encode()):  # it says itself whether it is a part, whatever its name
+        return _open_gguf(path)
     if head.lstrip()[:1] == b"{" and not _is_safetensors(head):
         return _open_index(path)
     _refuse_single_shard(path)
@@ -184,12 +173,8 @@ def _open_weights(path: Path) -> Checkpoint:
         return _open_safetensors(path)
     if head[:2] in (b"PK", b"\x80\x02"):
         return _open_pytorch(path)
-    if head[:4] == b"GGUF":
-        raise CheckpointError(
-            f"{path} is a GGUF file, which is not supported; use a safetensors file of the same model"
-        )
     raise CheckpointError(
-        f"{path} is neither safetensors, nor a PyTorch file, nor a shard index (it begins with {head[:8]!r}); "
+        f"{path} is neither safetensors, nor a PyTorch or GGUF file, nor a shard index (it begins with {head[:8]!r}); "
         "it may be damaged or still downloading"
     )
 
@@ -204,19 +189,11 @@ def _is_safetensors(head: bytes) -> bool:
 
 
 def _open_safetensors(path: Path) -> Checkpoint:
-    tensors, others = {}, {}
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
-                piece = file.get_slice(name)
-                kind = piece.get_dtype()
-                if kind in _SAFETENSORS_DTYPES:
-                    tensors[name] = TensorInfo(tuple(piece.get_shape()), _SAFETENSORS_DTYPES[kind], path)
-                else:
-                    others[name] = f"a tensor of type {kind}, which cannot be read"
-    except SafetensorError as error:
-        raise CheckpointError(_safetensors_fault(path, error)) from error
+        header = read_safetensors_header(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    tensors = {name: TensorInfo(shape, dtype, path) for name, (shape, dtype) in header.tensors.items()}
 
     def read(name: str) -> Tensor:
         # A handle for each tensor: its mapping ends with the tensor, and memory holds only what is in use.
@@ -224,17 +201,30 @@ def _open_safetensors(path: Path) -> Checkpoint:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
-    return Checkpoint(str(path), "safetensors", tensors, read, metadata, others=others)
+    return Checkpoint(str(path), "safetensors", tensors, read, header.metadata, others=header.others)
 
 
-def _safetensors_fault(path: Path, error: SafetensorError) -> str:
-    unknown = re.search(r"unknown variant `(\w+)`", str(error))
-    if unknown:
-        return (
-            f"{path} holds tensors of type {unknown[1]}, which the installed package safetensors does not know; "
-            "update it, or use another file of the same model"
-        )
-    return f"{path} is a damaged safetensors file ({path.stat().st_size:,} bytes: {error}); fetch it again"
+def _open_gguf(path: Path) -> Checkpoint:
+    try:
+        file = open_gguf(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    infos = {
+        name: TensorInfo(tensor.shape, tensor.dtype, path, "" if tensor.kind.is_plain else tensor.kind.name)
+        for name, tensor in file.tensors.items()
+    }
+    vocabulary = {} if file.vocabulary is None else {GGUF_VOCABULARY: file.vocabulary}
+    infos |= {name: TensorInfo((len(content),), torch.uint8, path) for name, content in vocabulary.items()}
+
+    def read(name: str) -> Tensor:
+        if name in vocabulary:
+            return torch.frombuffer(bytearray(vocabulary[name]), dtype=torch.uint8)
+        return file.tensors[name].read()
+
+    unreadable = {name: tensor.kind.obstacle for name, tensor in file.tensors.items() if tensor.kind.obstacle}
+    return Checkpoint(
+        str(path), f"{GGUF} ({file.kinds})", infos, read, unreadable=unreadable, config_values=file.config
+    )
 
 
 def _open_pytorch(path: Path) -> Checkpoint:
@@ -347,7 +337,7 @@ def _header(layout: Mapping[str, tuple[torch.dtype, Shape]]) -> tuple[dict[str, 
     offset = 0
     for name, (dtype, shape) in layout.items():
         size = dtype.itemsize * int(torch.Size(shape).numel())
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     return header, offset
 

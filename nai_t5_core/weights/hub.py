@@ -13,7 +13,7 @@ EMBEDDED_MODEL = Path(__file__).parent / "embedded" / "tiny.safetensors"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SMALL_FILES = ("*.json", "*.model")
 # The weights of a hub folder, the preferred form first: the same order as in a local folder.
-_WEIGHTS = ("model.safetensors", "model-*.safetensors", "*.safetensors", "pytorch_model*.bin")
+_WEIGHTS = ("model.safetensors", "model-*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
 @dataclass(frozen=True)

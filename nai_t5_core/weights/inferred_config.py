@@ -7,6 +7,10 @@ from collections.abc import Iterable, Mapping
 
 from nai_t5_core.facts.config import Shape, T5Config
 
+# What a header may tell and shapes tell as well.
+_SIZES = ("num_layers", "num_decoder_layers", "d_model", "d_ff", "num_heads", "d_kv", "relative_attention_num_buckets")
+_TOKENS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+
 
 def infer_config(shapes: Mapping[str, Shape]) -> T5Config:
     """Reads every size that tensors can tell from their shapes; the rest gets the defaults of the published models.
@@ -23,7 +27,7 @@ def infer_config(shapes: Mapping[str, Shape]) -> T5Config:
     inner_dim, _ = _two_dims(shapes, f"{attention}.q.weight")
     buckets, num_heads = _two_dims(shapes, f"{attention}.relative_attention_bias.weight")
     _, d_ff = _two_dims(shapes, f"{first}.1.DenseReluDense.wo.weight")
-    if inner_dim % num_heads:
+    if num_heads == 0 or inner_dim % num_heads:
         raise ValueError(
             f"{attention}.q.weight has {inner_dim} rows, which {num_heads} heads (columns of "
             "relative_attention_bias) do not divide; the file is damaged or no T5"
@@ -48,6 +52,25 @@ def infer_config(shapes: Mapping[str, Shape]) -> T5Config:
         pad_token_id=1 if is_pile_t5 else 0,
         eos_token_id=2 if is_pile_t5 else 1,
     )
+
+
+def with_told(config: T5Config, told: Mapping[str, float]) -> T5Config:
+    """The config of the tensors with what a header tells beside them, by the fields of a T5Config.
+
+    Raises:
+        ValueError: the header has other sizes than the tensors, or a value that no T5 has.
+    """
+    sizes = {name: value for name, value in told.items() if name in _SIZES}
+    if config.num_decoder_layers == 0:  # the encoder alone, of a file that tells of the whole model
+        sizes.pop("num_decoder_layers", None)
+    found = {name: getattr(config, name) for name in sizes}
+    wrong = [f"{name}={sizes[name]} and its tensors {found[name]}" for name in sizes if sizes[name] != found[name]]
+    if wrong:
+        raise ValueError(f"its metadata say {', '.join(wrong)}; the file is damaged or incomplete, fetch it again")
+    # An id beyond the vocabulary means that there is no such token.
+    others = {name: value for name, value in told.items() if name not in _SIZES}
+    others = {name: value for name, value in others.items() if name not in _TOKENS or 0 <= value < config.vocab_size}
+    return T5Config(**{**config.model_dump(), **others})
 
 
 def _two_dims(shapes: Mapping[str, Shape], name: str) -> Shape:

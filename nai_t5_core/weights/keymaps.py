@@ -21,6 +21,7 @@ class Naming:
         name: whose spelling it is.
         first_query: the module of the first layer's queries, with all that stands before the T5's names as ``prefix``.
         beside: a module that such a file has as well; other models have one of the same name as the first.
+        without: a module that no such file has; one that is spelled alike has it.
         modules: beginnings of names, and the Hugging Face names that stand for them.
         tokenizer: the folder beside such a file that has its tokenizer.
     """
@@ -28,13 +29,19 @@ class Naming:
     name: str
     first_query: re.Pattern[str]
     beside: str = ""
+    without: str = ""
     modules: tuple[tuple[re.Pattern[str], str], ...] = ()
     tokenizer: str = ""
 
     def prefixes(self, names: Collection[str]) -> set[str]:
         """What stands before each T5 of this spelling among the names of a file."""
         found = {match["prefix"] for name in names if (match := self.first_query.match(name))}
-        return {prefix for prefix in found if any(name.startswith(prefix + self.beside) for name in names)}
+
+        def has(beginning: str) -> bool:
+            return any(name.startswith(beginning) for name in names)
+
+        fitting = {prefix for prefix in found if has(prefix + self.beside)}
+        return {prefix for prefix in fitting if not (self.without and has(prefix + self.without))}
 
     def hf_name(self, name: str) -> str:
         """The Hugging Face name of a tensor; an unknown name comes back as it is."""
@@ -49,7 +56,29 @@ def _spelled(*modules: tuple[str, str]) -> tuple[tuple[re.Pattern[str], str], ..
     return tuple((re.compile(rf"{theirs}(?=\.)"), ours) for theirs, ours in modules)
 
 
+def _llama_cpp(ffn_up: str) -> tuple[tuple[re.Pattern[str], str], ...]:
+    """llama.cpp's spelling of a T5; what it calls ffn_up is wi_1 beside a gate, and else wi."""
+    feed_forward = {"ffn_gate": "wi_0", "ffn_up": ffn_up, "ffn_down": "wo"}
+    pairs = [(r"token_embd", "shared"), (r"output", "lm_head")]
+    for short, stack, last in (("enc", "encoder", 1), ("dec", "decoder", 2)):
+        block, ours = rf"{short}\.blk\.(\d+)", rf"{stack}.block.\1.layer"
+        pairs += [
+            (rf"{short}\.output_norm", f"{stack}.final_layer_norm"),
+            (rf"{block}\.attn_([qkvo])", rf"{ours}.0.SelfAttention.\2"),
+            (rf"{block}\.attn_rel_b", f"{ours}.0.SelfAttention.relative_attention_bias"),
+            (rf"{block}\.attn_norm", f"{ours}.0.layer_norm"),
+            (rf"{block}\.cross_attn_([qkvo])", rf"{ours}.1.EncDecAttention.\2"),
+            (rf"{block}\.cross_attn_rel_b", f"{ours}.1.EncDecAttention.relative_attention_bias"),
+            (rf"{block}\.cross_attn_norm", f"{ours}.1.layer_norm"),
+            (rf"{block}\.ffn_norm", f"{ours}.{last}.layer_norm"),
+        ]
+        pairs += [(rf"{block}\.{ffn}", f"{ours}.{last}.DenseReluDense.{name}") for ffn, name in feed_forward.items()]
+    return _spelled(*pairs)
+
+
 _LAYER = r"encoder.block.\1.layer"
+_LLAMA_CPP = re.compile(r"(?P<prefix>(.*\.)?)enc\.blk\.0\.attn_q\.")
+_GATE = "enc.blk.0.ffn_gate."
 NAMINGS = (
     Naming("Hugging Face", re.compile(r"(?P<prefix>.*?)encoder\.block\.0\.layer\.0\.SelfAttention\.q\.")),
     # A T5Stack that was saved by itself.
@@ -82,6 +111,8 @@ NAMINGS = (
         ),
         tokenizer="google/umt5-xxl",
     ),
+    Naming("llama.cpp", _LLAMA_CPP, beside=_GATE, modules=_llama_cpp(ffn_up="wi_1")),
+    Naming("llama.cpp, without gates", _LLAMA_CPP, without=_GATE, modules=_llama_cpp(ffn_up="wi")),
 )
 
 # Every tensor a T5 has, in Hugging Face's spelling.

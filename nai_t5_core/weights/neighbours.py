@@ -29,7 +29,7 @@ def _found(folder: Path, pattern: str) -> list[Path]:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.gguf"))
 
 
 def _is_t5(path: Path) -> bool:

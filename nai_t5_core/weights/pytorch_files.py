@@ -62,7 +62,7 @@ def _fault(path: Path, error: Exception) -> str:
     if quantiser:
         return (
             f"holds weights that {quantiser} has quantised, which cannot be read; use a safetensors file of the same "
-            "model in bfloat16, float16 or float8, or a GGUF file in ComfyUI"
+            "model in bfloat16, float16 or float8, or a GGUF file"
         )
     if classes:
         shown = ", ".join(classes[:3]) + (f" and {len(classes) - 3} more" if classes[3:] else "")

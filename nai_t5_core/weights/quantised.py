@@ -80,13 +80,20 @@ def refuse_quantised(checkpoint: Checkpoint, keymap: KeyMap) -> None:
     Raises:
         CheckpointError: with the name of the kind, how it was known, and what can be read.
     """
+    blocked = next(((name, full) for name, full in keymap.names.items() if full in checkpoint.unreadable), None)
+    if blocked is not None:
+        name, full = blocked
+        raise CheckpointError(
+            f"{checkpoint.source} keeps {name} as {checkpoint.tensors[full].packing}, {checkpoint.unreadable[full]}; "
+            "update it, or use another file of the same model"
+        )
     found = next(_noted_kinds(checkpoint, keymap), None) or _kind_by_names(checkpoint, keymap)
     if found is not None:
         kind, mark = found
         raise CheckpointError(
             f"{checkpoint.source} holds a T5 quantised as {kind} (known by {mark}), which cannot be read; use a file "
             "of the same model in float32, bfloat16, float16 or float8 (plain, or with one scale for each weight or "
-            "row), or a GGUF file in ComfyUI"
+            "row), or a GGUF file"
         )
 
 

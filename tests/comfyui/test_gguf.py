@@ -24,12 +24,12 @@ from comfy_toys import (
     toy_state,
 )
 from conftest import random_state
-from gguf_toys import add_tokenizer, gguf, gguf_name, write_gguf, write_tensors
+from toy_gguf import add_tokenizer, gguf, gguf_name, write_gguf, write_tensors
 
 from comfy_nai_t5.checkpoint import read_checkpoint
 from comfy_nai_t5.choices import Settings
-from comfy_nai_t5.gguf_format import read_header
 from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.gguf_header import read_header
 from nai_t5_core.tokenizer import SentencePieceTokenizer
 from nai_t5_core.tokenizer.sentencepiece_format import (
     ADD_DUMMY_PREFIX,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoints import encoder_part, write_file
 from conftest import TOY_CONFIGS, random_state
-from gguf_toys import gguf, write_gguf, write_tensors
+from toy_gguf import gguf, write_gguf, write_tensors
 
 from comfy_nai_t5.checkpoint import holds_t5, read_checkpoint
 from nai_t5_core.weights.formats import CheckpointError
