@@ -27,8 +27,7 @@ _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 
 _LEAST_ENTRY, _LEAST_TENSOR = 13, 24
 _MOST_DIMENSIONS = 4
 # Far beyond any vocabulary. Damage can look like a list of empty texts, as long as the file.
-_MOST_VALUES = 1 << 22
-_MOST_NESTED = 4
+_MOST_TEXTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class _Cursor:
         self.content = content.data
         self.size = len(content)
         self.position = 0
-        self.values = 0
+        self.texts = 0
 
     def take(self, size: int) -> memoryview:
         begin = self.position
@@ -136,34 +135,28 @@ class _Cursor:
         (value,) = struct.unpack(kind, self.take(struct.calcsize(kind)))
         return int(value)
 
-    def _count_value(self) -> None:
-        self.values += 1
-        if self.values > _MOST_VALUES:
-            raise ValueError(f"its header has more than {_MOST_VALUES:,} texts and lists")
-
     def raw_text(self) -> bytes:
-        self._count_value()
+        self.texts += 1
+        if self.texts > _MOST_TEXTS:
+            raise ValueError(f"its header has more than {_MOST_TEXTS:,} texts")
         return bytes(self.take(self.number("<Q")))
 
     def text(self) -> str:
         return self.raw_text().decode()
 
-    def value(self, kind: int, depth: int = 0) -> Any:
+    def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.text()
         if kind == _ARRAY:
-            return self._array(self.number("<I"), self.number("<Q"), depth + 1)
+            return self._array(self.number("<I"), self.number("<Q"))
         return self._numbers(kind, 1)[0].item()
 
-    def _array(self, kind: int, count: int, depth: int) -> Any:
-        self._count_value()
-        if kind in _SCALARS:
-            return self._numbers(kind, count)
+    def _array(self, kind: int, count: int) -> Any:
+        if kind == _ARRAY:
+            raise ValueError("it has lists in a list, which llama.cpp does not read either")
         if kind == _STRING:
             return [self.raw_text() for _ in range(count)]
-        if depth > _MOST_NESTED:
-            raise ValueError(f"lists in lists, more than {_MOST_NESTED} deep")
-        return [self.value(kind, depth) for _ in range(count)]
+        return self._numbers(kind, count)
 
     def _numbers(self, kind: int, count: int) -> np.ndarray:
         if kind not in _SCALARS:

@@ -129,7 +129,10 @@ def _open_folder(folder: Path) -> Checkpoint:
 def _weights_in(folder: Path) -> Path | None:
     for pattern in _WEIGHT_FILES:
         found = sorted(path for path in folder.glob(pattern) if path.is_file())
-        if len(found) > 1 and found[0].suffix != ".gguf" and all(shard_count(file) > 1 for file in found):
+        are_shards = len(found) > 1 and all(shard_count(file) > 1 for file in found)
+        if are_shards and pattern == "*.gguf":  # no index lists them; the first one says what to do
+            return found[0]
+        if are_shards:
             raise CheckpointError(
                 f"{folder} holds {len(found)} of {shard_count(found[0])} shards ({found[0].name}, …) without the index "
                 f"that lists them; fetch the *.index.json of the same model as well"

@@ -61,9 +61,9 @@ class GgufFile:
 
     @property
     def kinds(self) -> str:
-        """How many tensors are kept in which way, such as ``Q8_0: 168 tensors, F32: 50``."""
+        """How many tensors are kept in which way, such as ``tensors in Q8_0: 168, F32: 50``."""
         counts = Counter(tensor.kind.name for tensor in self.tensors.values()).most_common()
-        return ", ".join(f"{name}: {count}" + (" tensors" if i == 0 else "") for i, (name, count) in enumerate(counts))
+        return f"tensors in {', '.join(f'{name}: {count}' for name, count in counts)}" if counts else "no tensors"
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class GgufTensor:
         width = self.shape[-1]
         rows = torch.empty(math.prod(self.shape[:-1]), width)
         row_bytes = width // self.kind.block * self.kind.size
-        step = max(1, _SLICE // width)
+        step = max(1, _SLICE // max(1, width))
         for first in range(0, len(rows), step):
             part = rows[first : first + step]
             packed = self._bytes(first * row_bytes, len(part) * row_bytes).reshape(len(part), row_bytes)
@@ -154,8 +154,9 @@ def _require_gguf() -> None:
 def _placed(path: Path, name: str, stored: StoredTensor) -> GgufTensor:
     """Raises a ValueError if the file ends before the tensor does, or its rows are no whole blocks."""
     tensor = GgufTensor(path, stored.shape, _kind(stored.kind), stored.start)
-    if stored.shape and stored.shape[-1] % tensor.kind.block:
-        fault = f"{name} has rows of {stored.shape[-1]:,} numbers, which are no whole blocks of {tensor.kind.name}"
+    width = stored.shape[-1] if stored.shape else 1
+    if width % tensor.kind.block:
+        fault = f"{name} has rows of {width:,} numbers, which are no whole blocks of {tensor.kind.name}"
     elif (missing := stored.start + tensor.nbytes - path.stat().st_size) > 0:
         fault = f"{missing:,} bytes of {name} are missing"
     else:
