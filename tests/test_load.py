@@ -310,6 +310,7 @@ DOWNLOADED = {
         ["config.json", "pytorch_model.bin"],
     ),
     "safetensors of any name before PyTorch": (["t5.safetensors", "pytorch_model.bin"], "", ["t5.safetensors"]),
+    "GGUF where there is nothing else": (["README.md", "t5-Q8_0.gguf"], "", ["t5-Q8_0.gguf"]),
     "the encoder of a pipeline": (
         PIPELINE_REPO,
         "text_encoder_2",
@@ -338,6 +339,7 @@ def test_what_is_downloaded(case: str, tmp_path: Path, monkeypatch: pytest.Monke
     [
         (PIPELINE_REPO, "whole pipeline; give the subfolder of its T5 text encoder .text_encoder, text_encoder_2."),
         (["a.safetensors", "b.safetensors"], "2 weight files .a.safetensors, b.safetensors.; download one"),
+        (["t5-Q4_K.gguf", "t5-Q8_0.gguf"], "2 weight files .t5-Q4_K.gguf, t5-Q8_0.gguf.; download one"),
     ],
 )
 def test_too_much_is_not_downloaded(files: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:

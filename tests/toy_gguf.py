@@ -75,6 +75,9 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, "t5" if config is not None and config.num_decoder_layers else "t5encoder")
     if config is not None:
         add_config(writer, config)
+    if config is not None and not tokenizer:
+        writer.add_eos_token_id(config.eos_token_id)
+        writer.add_pad_token_id(config.pad_token_id)
     if tokenizer:
         add_tokenizer(writer, SentencePieceModel.parse(tokenizer), rows=len(state["shared.weight"]))
     write_tensors(writer, state, kind, gguf_name if spelling == "llama.cpp" else str)
@@ -88,7 +91,7 @@ def add_config(writer: gguf.GGUFWriter, config: T5Config) -> None:
     writer.add_feed_forward_length(config.d_ff)
     writer.add_block_count(config.num_layers)
     if config.num_decoder_layers:
-        writer.add_decoder_block_count(config.num_decoder_layers)
+        writer.add_uint32("t5.decoder_block_count", config.num_decoder_layers)  # older packages have no method for it
         writer.add_decoder_start_token_id(config.decoder_start_token_id)
     writer.add_head_count(config.num_heads)
     writer.add_key_length(config.d_kv)
@@ -97,8 +100,6 @@ def add_config(writer: gguf.GGUFWriter, config: T5Config) -> None:
     writer.add_relative_attn_buckets_count(config.relative_attention_num_buckets)
     writer.add_layer_norm_rms_eps(config.layer_norm_epsilon)
     writer.add_file_type(1)
-    writer.add_eos_token_id(config.eos_token_id)
-    writer.add_pad_token_id(config.pad_token_id)
 
 
 def write_tensors(

@@ -119,7 +119,7 @@ def load_encoder(
     that off, and with it the wait for a device at the end of every call.
 
     Args:
-        source: Hugging Face folder or id, safetensors (single or sharded), ``pytorch_model.bin``, a ComfyUI
+        source: Hugging Face folder or id, safetensors (single or sharded), ``pytorch_model.bin``, GGUF, a ComfyUI
             text-encoder file, a full encoder-decoder checkpoint, a bare ``T5Stack``, the UMT5 of Wan's own repository,
             or a file made by ``nai-t5 convert``.
         dtype: ``"auto"``, a name or a torch dtype; see :func:`nai_t5_core.model.precision.resolve_dtype`.
