@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 # The tests that compare with other packages, read or write their files, or stand in their place. Without the slow ones.
 CONCERNED = (
     *("config", "model", "encoder", "sampling", "peers", "lora", "lora_files", "textual_inversion"),
-    *("load", "load_t5", "gguf", "gguf_tokenizer", "convert", "tokenizer", "cli", "training_config"),
+    *("load", "load_t5", "load_gguf", "tokenizer_gguf", "convert", "tokenizer", "cli", "training_config"),
     *("hf", "hf_uses", "hf_weights"),
     *("diffusers_adapter", "diffusers_chunks", "diffusers_families", "diffusers_lora", "diffusers_prompts"),
 )

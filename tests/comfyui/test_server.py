@@ -172,7 +172,7 @@ def test_files_that_are_no_t5(server: Server) -> None:
         ("clip_l.safetensors", "is no T5: it looks like a CLIP"),
         ("vae.safetensors", "is no T5: it looks like a VAE"),
         ("cut.safetensors", "is a damaged safetensors file"),
-        ("text.safetensors", "neither safetensors, nor a PyTorch file"),
+        ("text.safetensors", "neither safetensors, nor a PyTorch or GGUF file"),
     ):
         assert message in server.fail(count(name=name))
     fault = server.fail(count(name="whole.safetensors", family="mochi"))

@@ -12,7 +12,7 @@ import torch
 from checkpoints import encoder_part, spiece_model, write_file
 from conftest import TOY_CONFIGS, padding_mask, random_state, write_hf_folder
 from test_cli import ON_CPU, Run, run  # noqa: F401 - a fixture
-from toy_gguf import SPELLINGS, Spelling, gguf, unpacked, write_gguf, write_tensors
+from toy_gguf import SPELLINGS, Spelling, gguf, gguf_name, unpacked, write_gguf, write_tensors
 
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.prompts.text_encoder import TextEncoder
@@ -59,6 +59,12 @@ def test_blocks_are_rounded_once_to_the_dtype_of_the_model(dtype: torch.dtype, t
 def test_every_kind_of_t5(config: T5Config, spelling: Spelling, tmp_path: Path) -> None:
     state = encoder_part(random_state(config))
     same_state(write_gguf(tmp_path / "t5.gguf", state, "Q8_0", spelling=spelling), tmp_path, state)
+
+
+def test_names_are_those_of_llama_cpp(config: T5Config) -> None:
+    theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5, config.num_layers)
+    names = random_state(config)
+    assert {name: gguf_name(name) for name in names} == {name: theirs.get_name(name, (".weight",)) for name in names}
 
 
 def test_float64(tmp_path: Path) -> None:
