@@ -301,6 +301,17 @@ def test_a_part_is_refused(given: str, tmp_path: Path) -> None:
         load_encoder(source)
 
 
+def test_an_index_may_list_it(tmp_path: Path) -> None:
+    state = encoder_part(random_state(V1_1))
+    write_gguf(tmp_path / "t5.gguf", state, "Q8_0", spelling="Hugging Face")
+    (tmp_path / "t5.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(state, "t5.gguf")}))
+    same_state(tmp_path / "t5.gguf", tmp_path, state)
+    listed = load_encoder(tmp_path / "t5.index.json", "float32", "cpu").state_dict()
+    assert all(
+        map(torch.equal, listed.values(), load_encoder(tmp_path / "t5.gguf", "float32", "cpu").state_dict().values())
+    )
+
+
 @pytest.mark.parametrize(
     ("number", "message"),
     [

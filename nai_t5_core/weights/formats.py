@@ -150,11 +150,10 @@ def _weights_in(folder: Path) -> Path | None:
 
 def _open_file(path: Path) -> Checkpoint:
     head = _head(path)
-    if head.startswith(GGUF.encode()):  # it says itself whether it is a part, whatever its name
-        return _open_gguf(path)
     if head.lstrip()[:1] == b"{" and not _is_safetensors(head):
         return _open_index(path)
-    _refuse_single_shard(path)
+    if not _is_gguf(head):  # which says itself whether it is a part, whatever its name
+        _refuse_single_shard(path)
     checkpoint = _open_weights(path)
     if path.name in _WHOLE_MODELS:
         checkpoint.folder = path.parent
@@ -176,6 +175,8 @@ def _open_weights(path: Path) -> Checkpoint:
         return _open_safetensors(path)
     if head[:2] in (b"PK", b"\x80\x02"):
         return _open_pytorch(path)
+    if _is_gguf(head):
+        return _open_gguf(path)
     raise CheckpointError(
         f"{path} is neither safetensors, nor a PyTorch or GGUF file, nor a shard index (it begins with {head[:8]!r}); "
         "it may be damaged or still downloading"
@@ -189,6 +190,10 @@ def _head(path: Path) -> bytes:
 
 def _is_safetensors(head: bytes) -> bool:
     return head[8:9] == b"{"
+
+
+def _is_gguf(head: bytes) -> bool:
+    return head.startswith(GGUF.encode())
 
 
 def _open_safetensors(path: Path) -> Checkpoint:
@@ -254,6 +259,7 @@ def _open_index(path: Path) -> Checkpoint:
         )
     shards = {name: _open_weights(path.parent / name) for name in names}
     others = {name: kind for shard in shards.values() for name, kind in shard.others.items()}
+    unreadable = {name: reason for shard in shards.values() for name, reason in shard.unreadable.items()}
     lost = [name for name, shard in weight_map.items() if name not in shards[shard].tensors and name not in others]
     if lost:
         raise CheckpointError(
@@ -265,9 +271,8 @@ def _open_index(path: Path) -> Checkpoint:
 
     tensors = {name: shards[shard].tensors[name] for name, shard in weight_map.items() if name not in others}
     kind = shards[names[0]].format
-    return Checkpoint(
-        str(path), f"sharded {kind}, {len(names)} files", tensors, read, folder=path.parent, others=others
-    )
+    form = f"sharded {kind}, {len(names)} files"
+    return Checkpoint(str(path), form, tensors, read, folder=path.parent, others=others, unreadable=unreadable)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
