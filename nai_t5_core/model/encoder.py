@@ -14,6 +14,7 @@ from nai_t5_core.model.attention import Attend, AttentionPlan, DenseAttention, d
 from nai_t5_core.model.attention_choice import ATTENTION_CHOICES, AttentionChoice, describe_attention, document_plan
 from nai_t5_core.model.encoder_block import EncoderBlock
 from nai_t5_core.model.fixed_weights import refuse_change
+from nai_t5_core.model.inputs import check_ids, dense_mask, for_every_query
 from nai_t5_core.model.layers import FoldedRMSNorm, RMSNorm, residual_dtype, scaled
 from nai_t5_core.model.packing import Packing, PaddingPolicy, bucket_for, pack_batch
 
@@ -301,7 +302,7 @@ class T5EncoderStack(nn.Module):
         scale = logit_scale(self.config)
         plan: AttentionPlan
         if padding == "exact" and attention_mask is not None and torch.compiler.is_compiling():
-            attention_mask = _for_every_query(attention_mask, batch, length)
+            attention_mask = for_every_query(attention_mask, batch, length)
         if attention_mask is None or attention_mask.ndim == 2:
             mask = None if attention_mask is None else attention_mask != 0
             packing = pack_batch(mask, batch, length, padding, extra_pad, device)
@@ -315,7 +316,7 @@ class T5EncoderStack(nn.Module):
                     f"the mask has {attention_mask.ndim} dimensions; attention='flex' takes [batch, length] masks, "
                     "others need attention='sdpa' or 'auto'"
                 )
-            mask = _dense_mask(attention_mask, batch, self.config.num_heads, length)
+            mask = dense_mask(attention_mask, batch, self.config.num_heads, length)
             packing = pack_batch(None, batch, length)
             plan = DenseAttention(mask.to(device), scale)
         packed = packing.pack(inputs)
@@ -381,45 +382,3 @@ def init_modules(stack: nn.Module, config: T5Config, generator: torch.Generator 
             nn.init.ones_(module.weight)
         elif isinstance(module, FoldedRMSNorm):
             nn.init.ones_(module.folded_weight)
-
-
-def check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raises a ValueError for an id outside the vocabulary."""
-    # On a device the check would wait for it, and a graph that is compiled cannot hold it: there the embedding's own
-    # assertion speaks.
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= vocab_size:
-            raise ValueError(
-                f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size} tokens "
-                "(ids start at 0); the tokenizer belongs to another model"
-            )
-
-
-def _for_every_query(mask: Tensor, batch: int, length: int) -> Tensor:
-    """A mask of keys as one of queries and keys, which hides the same.
-
-    It says nothing about shapes, so that one compiled graph serves every mask. Documents are found by reading it, and
-    end a graph there.
-    """
-    if mask.shape != (batch, length):  # for whoever knows what to do with it, or what to say
-        return mask
-    return (mask != 0)[:, None, None].expand(batch, 1, length, length)
-
-
-def _dense_mask(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:
-    """A 3- or 4-dim mask as bool [batch, 1 or heads, length, length]."""
-    full = (batch, heads, length, length)
-    if mask.ndim in (3, 4) and mask.is_floating_point():
-        raise ValueError(
-            f"the {mask.ndim}-dim mask has dtype {mask.dtype}; masks of 3 and 4 dimensions must be bool or integer, "
-            "non-zero where a query may see a key"
-        )
-    if mask.ndim == 3 and mask.shape == (batch, length, length):
-        mask = mask[:, None]
-    elif mask.ndim != 4 or any(size not in (1, limit) for size, limit in zip(mask.shape, full, strict=True)):
-        raise ValueError(
-            f"the mask has shape {list(mask.shape)}; allowed: {[batch, length]}, {[batch, length, length]}, "
-            f"or broadcastable to {list(full)}"
-        )
-    return (mask != 0).expand(batch, mask.shape[1], length, length)

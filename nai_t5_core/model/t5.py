@@ -14,8 +14,9 @@ from nai_t5_core.facts.scales import StackScales, unscaled
 from nai_t5_core.model.attention import logit_scale
 from nai_t5_core.model.decoder import Decoder
 from nai_t5_core.model.decoder_attention import CachedAttention, CausalAttention, CrossMemory, DecoderCache
-from nai_t5_core.model.encoder import Layout, T5EncoderStack, check_ids, init_modules
+from nai_t5_core.model.encoder import Layout, T5EncoderStack, init_modules
 from nai_t5_core.model.fixed_weights import refuse_change
+from nai_t5_core.model.inputs import check_ids
 from nai_t5_core.model.layers import residual_dtype, scaled
 from nai_t5_core.model.packing import PaddingPolicy
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nai_t5_core.backends.cuda.documents import document_table, has_holes, query_block
 from nai_t5_core.backends.cuda.refusals import refuses_for_good, refuses_now
-from nai_t5_core.model.encoder import T5EncoderStack, check_ids
+from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.model.inputs import check_ids
 from nai_t5_core.model.packing import Packing, PaddingPolicy, pack_batch
 
 if TYPE_CHECKING:

@@ -1,0 +1,48 @@
+"""What a batch may be: ids of the vocabulary, and masks of two, three or four dimensions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Raises a ValueError for an id outside the vocabulary."""
+    # On a device the check would wait for it, and a graph that is compiled cannot hold it: there the embedding's own
+    # assertion speaks.
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size} tokens "
+                "(ids start at 0); the tokenizer belongs to another model"
+            )
+
+
+def for_every_query(mask: Tensor, batch: int, length: int) -> Tensor:
+    """A mask of keys as one of queries and keys, which hides the same.
+
+    It says nothing about shapes, so that one compiled graph serves every mask. Documents are found by reading it, and
+    end a graph there.
+    """
+    if mask.shape != (batch, length):  # for whoever knows what to do with it, or what to say
+        return mask
+    return (mask != 0)[:, None, None].expand(batch, 1, length, length)
+
+
+def dense_mask(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:
+    """A 3- or 4-dim mask as bool [batch, 1 or heads, length, length]."""
+    full = (batch, heads, length, length)
+    if mask.ndim in (3, 4) and mask.is_floating_point():
+        raise ValueError(
+            f"the {mask.ndim}-dim mask has dtype {mask.dtype}; masks of 3 and 4 dimensions must be bool or integer, "
+            "non-zero where a query may see a key"
+        )
+    if mask.ndim == 3 and mask.shape == (batch, length, length):
+        mask = mask[:, None]
+    elif mask.ndim != 4 or any(size not in (1, limit) for size, limit in zip(mask.shape, full, strict=True)):
+        raise ValueError(
+            f"the mask has shape {list(mask.shape)}; allowed: {[batch, length]}, {[batch, length, length]}, "
+            f"or broadcastable to {list(full)}"
+        )
+    return (mask != 0).expand(batch, mask.shape[1], length, length)
