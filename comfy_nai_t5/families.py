@@ -1,7 +1,7 @@
 """Which of ComfyUI's own classes serve each model family whose only text encoder is a T5.
 
-They decide what the diffusion model is used to: lengths, masks, padding, how a weight of 1.2 is applied. Classes are
-named and not imported, since an older server may lack some.
+They decide what the diffusion model is used to: lengths, masks, padding, how a weight of 1.2 is applied. Their names
+stand in the records of the families.
 """
 
 from __future__ import annotations
@@ -10,33 +10,22 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from nai_t5_core.facts.families import FAMILIES as RECORDS
+from nai_t5_core.facts.families.record import ComfyAlone, ComfyJoint
+
 if TYPE_CHECKING:
     from nai_t5_core.facts.config import T5Config
 
 
-@dataclass(frozen=True)
-class ServerFamily:
-    """One family.
+@dataclass(frozen=True, kw_only=True)
+class ServerFamily(ComfyAlone):
+    """A family whose only text encoder is a T5.
 
     Attributes:
-        name: what the user chooses.
-        title: what people call the models.
-        module, model, tokenizer: ComfyUI's module under ``comfy.text_encoders``, and the names in it of the model's
-            class (or of a function that makes it) and of the tokenizer's class.
-        slot: the name of the T5 in the model, and of its tokens.
-        kind, width: what the diffusion model was trained with; None: anything goes.
-        config_key: the option by which ComfyUI takes other sizes for this model.
+        checkpoint: the hub id of the T5 that the diffusion model was trained with; None: anything goes.
     """
 
-    name: str
-    title: str
-    module: str
-    model: str
-    tokenizer: str
-    slot: str
-    kind: str | None
-    width: int | None
-    config_key: str = ""
+    checkpoint: str | None
 
     @property
     def size_option(self) -> str:
@@ -60,41 +49,74 @@ class ServerFamily:
         model = getattr(home, self.model)
         return (model if isinstance(model, type) else model()), getattr(home, self.tokenizer)
 
+    def fits(self, config: T5Config) -> bool:
+        """Whether the family was trained with a T5 like this."""
+        return self.checkpoint is not None and _kind_and_width(config) == _kind_and_width(_t5(self.checkpoint))
+
     def check(self, config: T5Config) -> None:
         """Raises a ValueError if the family cannot use a T5 like this."""
-        if self.kind not in (None, config.kind) or self.width not in (None, config.d_model):
+        if self.checkpoint is not None and not self.fits(config):
+            kind, width = _kind_and_width(_t5(self.checkpoint))
             raise ValueError(
-                f"{self.title} was trained with a {self.kind} of width {self.width}; this file holds a {config.kind} "
+                f"{self.title} was trained with a {kind} of width {width}; this file holds a {config.kind} "
                 f"of width {config.d_model}. Choose the right file, or the family that it belongs to"
             )
 
 
-def _family(name: str, title: str, module: str, model: str, tokenizer: str, *facts: Any) -> ServerFamily:
-    return ServerFamily(name, title, f"comfy.text_encoders.{module}", model, tokenizer, *facts)
+@dataclass(frozen=True, kw_only=True)
+class JointFamily(ComfyJoint):
+    """A family with other text encoders beside the T5.
+
+    Attributes:
+        checkpoint: the hub id of the T5 that the diffusion model was trained with.
+    """
+
+    checkpoint: str
+
+    def check(self, files: int, config: T5Config | None) -> None:
+        """Raises a ValueError unless it takes this number of files, of which one is a T5 of this config."""
+        if files not in self.files:
+            allowed = " or ".join(map(str, self.files))
+            raise ValueError(f"{self.name} takes {allowed} text encoder files and {files} were given")
+        if config is None:
+            raise ValueError("none of these files holds a T5; choose the file of the T5")
+        kind = _t5(self.checkpoint).kind
+        if config.kind != kind:
+            raise ValueError(
+                f"{self.name} was trained with a {kind}, and this file holds a {config.kind}; choose the right one"
+            )
 
 
-_XXL = ("t5xxl", "T5 v1.1", 4096)
-# fmt: off
-_ROWS = (
-    _family("pixart", "PixArt", "pixart_t5", "pixart_te", "PixArtTokenizer", *_XXL),
-    _family("chroma", "Chroma", "pixart_t5", "pixart_te", "PixArtTokenizer", *_XXL),
-    _family("ltxv", "LTX-Video", "lt", "ltxv_te", "LTXVT5Tokenizer", *_XXL),
-    _family("mochi", "Mochi", "genmo", "mochi_te", "MochiT5Tokenizer", *_XXL),
-    _family("cogvideox", "CogVideoX", "cogvideo", "cogvideo_te", "CogVideoXTokenizer", *_XXL),
-    _family("cosmos", "Cosmos", "cosmos", "te", "CosmosT5Tokenizer", "t5xxl", "T5 v1.0", 1024),
-    _family("wan", "Wan", "wan", "te", "WanT5Tokenizer", "umt5xxl", "UMT5", 4096),
-    _family("auraflow", "AuraFlow", "aura_t5", "AuraT5Model", "AuraT5Tokenizer", "pile_t5xl", "Pile-T5", 2048),
-    _family("stable_audio", "Stable Audio", "sa_t5", "SAT5Model", "SAT5Tokenizer", "t5base", "T5 v1.0", 768),
-    # ComfyUI gives ACE's T5 no name, so its sizes go by the empty one.
-    _family("ace", "ACE-Step", "ace", "AceT5Model", "AceT5Tokenizer", "umt5base", "UMT5", 768, "_model_config"),
-    ServerFamily("t5", "no family", "comfy_nai_t5.plain", "PlainModel", "PlainTokenizer", "t5", None, None),
+def _t5(checkpoint: str) -> T5Config:
+    from nai_t5_core.facts.config import named_config
+
+    return named_config(checkpoint.rpartition("/")[2])
+
+
+def _kind_and_width(config: T5Config) -> tuple[str, int]:
+    return config.kind, config.d_model
+
+
+_WITHOUT_FAMILY = ServerFamily(
+    name="t5",
+    title="no family",
+    module="comfy_nai_t5.plain",
+    model="PlainModel",
+    tokenizer="PlainTokenizer",
+    slot="t5",
+    checkpoint=None,
 )
-# fmt: on
-FAMILIES = {row.name: row for row in _ROWS}
+FAMILIES = {
+    row.comfy.name: ServerFamily(**vars(row.comfy), checkpoint=row.checkpoint)
+    for row in RECORDS
+    if isinstance(row.comfy, ComfyAlone)
+} | {_WITHOUT_FAMILY.name: _WITHOUT_FAMILY}
+JOINT_FAMILIES = {
+    row.comfy.name: JointFamily(**vars(row.comfy), checkpoint=row.checkpoint)
+    for row in RECORDS
+    if isinstance(row.comfy, ComfyJoint)
+}
 AUTO = "auto"
-# Those with other text encoders beside the T5, which is a v1.1 XXL: ComfyUI's names for them, and how many files each
-# takes. With another number ComfyUI would take them for another family.
-JOINT_FAMILIES = {"flux": (2,), "sd3": (1, 2, 3), "hidream": (1, 2, 4)}
 
 
 def family_for(config: T5Config, name: str = AUTO) -> ServerFamily:
@@ -108,28 +130,26 @@ def family_for(config: T5Config, name: str = AUTO) -> ServerFamily:
             raise ValueError(f"unknown family {name!r}; known: {AUTO}, {', '.join(FAMILIES)}")
         FAMILIES[name].check(config)
         return FAMILIES[name]
-    fitting = [row for row in FAMILIES.values() if row.kind and (row.kind, row.width) == (config.kind, config.d_model)]
+    fitting = [row for row in FAMILIES.values() if row.fits(config)]
     if len(fitting) > 1:
         raise ValueError(
             f"a {config.kind} of width {config.d_model} is the text encoder of several families; choose one of "
-            f"{', '.join(row.name for row in fitting)} (for Flux, SD3 and HiDream take Load CLIP + T5)"
+            f"{', '.join(row.name for row in fitting)} (for {joint_titles('and')} take Load CLIP + T5)"
         )
-    return fitting[0] if fitting else FAMILIES["t5"]
+    return fitting[0] if fitting else _WITHOUT_FAMILY
+
+
+def joint_titles(word: str) -> str:
+    """The titles of the families with other encoders, a word before the last."""
+    *others, last = (row.title for row in JOINT_FAMILIES.values())
+    return f"{', '.join(others)} {word} {last}"
 
 
 def check_joint(name: str, files: int, config: T5Config | None) -> None:
     """Raises a ValueError unless the family takes this number of files, of which one is a T5 of this config."""
     if name not in JOINT_FAMILIES:
         raise ValueError(f"unknown family {name!r}; allowed: {', '.join(JOINT_FAMILIES)}")
-    allowed = JOINT_FAMILIES[name]
-    if files not in allowed:
-        raise ValueError(f"{name} takes {' or '.join(map(str, allowed))} text encoder files and {files} were given")
-    if config is None:
-        raise ValueError("none of these files holds a T5; choose the file of the T5")
-    if config.kind != "T5 v1.1":
-        raise ValueError(
-            f"{name} was trained with a T5 v1.1, and this file holds a {config.kind}; choose the right one"
-        )
+    JOINT_FAMILIES[name].check(files, config)
 
 
 def server_config(config: T5Config) -> dict[str, Any]:

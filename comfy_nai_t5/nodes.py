@@ -15,7 +15,7 @@ from comfy_api.latest import ComfyExtension, io, ui
 
 from comfy_nai_t5 import embeddings, encode
 from comfy_nai_t5.choices import Settings
-from comfy_nai_t5.families import AUTO, FAMILIES, JOINT_FAMILIES
+from comfy_nai_t5.families import AUTO, FAMILIES, JOINT_FAMILIES, joint_titles
 from comfy_nai_t5.node_inputs import (
     EMBEDDED,
     computing_inputs,
@@ -89,8 +89,8 @@ class LoadClipT5(io.ComfyNode):
         return schema(
             node_id="NAILoadClipT5",
             display_name="Load CLIP + T5 (NAI)",
-            description="Loads the text encoders of Flux, SD3 or HiDream. Only the T5 is ours, the others ComfyUI's.",
-            search_aliases=["dual clip loader", "triple clip loader", "flux", "sd3", "hidream", "t5xxl"],
+            description=f"Loads the text encoders of {joint_titles('or')}. Only the T5 is ours, the others ComfyUI's.",
+            search_aliases=["dual clip loader", "triple clip loader", *JOINT_FAMILIES, "t5xxl"],
             inputs=[
                 io.Combo.Input("t5_name", options=files(), tooltip="The T5 v1.1 XXL of the model, in any dtype."),
                 io.Combo.Input("family", options=list(JOINT_FAMILIES), tooltip="The model they belong to."),

@@ -16,7 +16,7 @@ from checkpoints import spiece_tensor
 from comfy_nai_t5.checkpoint import read_checkpoint, sentencepiece_tensor
 from comfy_nai_t5.embeddings import describe, load_conditioning, save_conditioning
 from comfy_nai_t5.encode import encode_lines, tokenize
-from comfy_nai_t5.families import FAMILIES, check_joint, family_for, server_config
+from comfy_nai_t5.families import FAMILIES, JOINT_FAMILIES, check_joint, family_for, server_config
 from comfy_nai_t5.report import precision_report
 from nai_t5_core.facts.config import config_from_hf, named_config
 
@@ -96,6 +96,13 @@ def test_requirements_are_what_the_nodes_need_and_leave_torch_alone() -> None:
 )
 def test_a_family_is_known_by_its_t5(size: str, family: str) -> None:
     assert family_for(named_config(size)).name == family
+
+
+def test_menus_keep_their_order() -> None:
+    """A workflow keeps what was chosen by name; a new node gets the first."""
+    alone = ["pixart", "chroma", "ltxv", "mochi", "cogvideox", "cosmos", "wan", "auraflow", "stable_audio", "ace"]
+    assert [name for name in FAMILIES if name in (*alone, "t5")] == [*alone, "t5"] and [*FAMILIES][-1] == "t5"
+    assert [name for name in JOINT_FAMILIES if name in ("flux", "sd3", "hidream")] == ["flux", "sd3", "hidream"]
 
 
 def test_xxl_is_the_encoder_of_several() -> None:

@@ -1,15 +1,19 @@
-"""The family table: its shape, facts pinned by hand, look-up and text cleaning."""
+"""The records of families: their shape, facts pinned by hand, look-up and text cleaning."""
 
+import ast
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 
 from nai_t5_core.facts import families, text_cleaning
-from nai_t5_core.facts.families import Family, family, family_names
+from nai_t5_core.facts.families import FAMILIES, Family, family, family_names
+from nai_t5_core.facts.families.record import CallTakes, ComfyAlone, MaskDtype, Runs, TokenizerLimit
+from nai_t5_core.facts.padding import PADDING_POLICIES, PadTo
 from nai_t5_core.facts.text_cleaning import TextCleaning, clean_text
 
 ROWS = [family(name) for name in family_names()]
@@ -55,10 +59,12 @@ def test_more_pinned_facts() -> None:
     assert family("mochi").returns_mask and not family("wan").returns_mask
 
 
-def test_every_family_is_there_once() -> None:
-    assert len(ROWS) == 29
+def test_every_record_is_there_once() -> None:
+    files = Path(families.__file__).parent.glob("*.py")
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert len(ROWS) == len(FAMILIES) == sum(ast.unparse(call.func) == "Family" for call in calls) >= 29
     assert len(family("wan").pipelines) == 14
-    assert [facts.name for facts in families._FACTS] == list(families._WORDS)
     names = [families._key(name) for row in ROWS for name in (row.name, *row.aliases, *row.pipelines)]
     assert len(names) == len(set(names))
     assert all(families._key(name) == name for row in ROWS for name in (row.name, *row.aliases))
@@ -69,13 +75,42 @@ def test_values_are_legal(row: Family) -> None:
     assert row.title and row.reason and row.checkpoint.count("/") == 1
     assert all(name.endswith("Pipeline") for name in row.pipelines)
     assert 0 < row.max_length <= (row.length_limit or 2048)
-    assert row.pad_to in get_args(families.PadTo)
-    assert row.padding in get_args(families.Padding)
-    assert row.mask_dtype in (None, *get_args(families.MaskDtype))
+    assert row.pad_to in get_args(PadTo)
+    assert row.padding in PADDING_POLICIES
+    assert row.mask_dtype in (None, *get_args(MaskDtype))
     assert row.text_cleaning in get_args(TextCleaning)
     # Without a mask the pads are tokens like any others. Bria gives no mask because it gives no pads.
     assert (row.padding == "attend") == (not row.encoder_mask) or row.name == "bria"
     assert (row.padding == "trim") == (row.pad_to == "none")
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.diffusers], ids=lambda row: row.name)
+def test_what_is_said_of_pipelines_is_legal(row: Family) -> None:
+    facts = row.diffusers
+    assert facts is not None and facts.pipelines
+    assert len(set(facts.outputs)) == len(facts.outputs) > 0
+    assert facts.runs in get_args(Runs)
+    assert facts.tokenizer_limit in get_args(TokenizerLimit)
+    assert facts.call_takes in get_args(CallTakes)
+    # A call that takes no embeddings takes no longer ones.
+    assert facts.call_takes != "nothing" or facts.one_chunk
+
+
+def test_every_word_for_pipelines_is_used() -> None:
+    """A word that no family needs is code that nothing runs."""
+    facts = [row.diffusers for row in ROWS if row.diffusers]
+    assert {each.runs for each in facts} == set(get_args(Runs))
+    assert {each.tokenizer_limit for each in facts} == set(get_args(TokenizerLimit))
+    assert {each.call_takes for each in facts} == set(get_args(CallTakes))
+
+
+def test_families_that_share_a_name_in_comfyui_share_all_of_it() -> None:
+    first: dict[str, Family] = {}
+    for row in FAMILIES:
+        if isinstance(row.comfy, ComfyAlone):
+            other = first.setdefault(row.comfy.name, row)
+            assert (row.comfy, row.checkpoint) == (other.comfy, other.checkpoint)
+    assert len(first) >= 10
 
 
 def test_rows_are_frozen() -> None:

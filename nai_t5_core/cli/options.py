@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from nai_t5_core.facts.padding import PADDING_POLICIES
+
 
 class Dtype(str, Enum):
     """Names of compute dtypes, and the choice by device."""
@@ -19,13 +21,8 @@ class Dtype(str, Enum):
     float64 = "float64"
 
 
-class Padding(str, Enum):
-    """Padding policies; see nai_t5_core.model.packing."""
-
-    attend = "attend"
-    exact = "exact"
-    skip = "skip"
-    trim = "trim"
+# Of the type that typer takes.
+Padding = Enum("Padding", {policy: policy for policy in PADDING_POLICIES}, type=str)  # type: ignore[misc]
 
 
 class Attention(str, Enum):

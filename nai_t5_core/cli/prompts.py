@@ -30,7 +30,7 @@ from nai_t5_core.cli.options import (
 from nai_t5_core.cli.terminal import all_prompts, counting, err, out, print_json, say, short, working
 
 if TYPE_CHECKING:
-    from nai_t5_core.model.packing import PaddingPolicy
+    from nai_t5_core.facts.padding import PaddingPolicy
     from nai_t5_core.prompts.text_encoder import PromptEmbeddings, TextEncoder
 
 

@@ -27,8 +27,9 @@ from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
 from nai_t5_core.diffusers.drop_in_weights import check_model, refuse_giving_back, refuse_quantised
 from nai_t5_core.facts.families import Family
 from nai_t5_core.facts.families import family as family_named
+from nai_t5_core.facts.padding import PaddingPolicy
 from nai_t5_core.model.encoder import Layout
-from nai_t5_core.model.packing import PaddingPolicy, check_policy
+from nai_t5_core.model.packing import check_policy
 from nai_t5_core.weights.load import ScalesChoice
 
 _MODEL_TYPES = ("t5", "mt5", "umt5")

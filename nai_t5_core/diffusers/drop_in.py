@@ -36,10 +36,11 @@ from nai_t5_core.diffusers.drop_in_weights import (
 )
 from nai_t5_core.diffusers.row_memory import RowMemory
 from nai_t5_core.facts.config import config_from_hf, config_to_hf
+from nai_t5_core.facts.padding import PaddingPolicy
 from nai_t5_core.float16.guard import guard
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.fixed_weights import refuse_change
-from nai_t5_core.model.packing import PaddingPolicy, check_policy
+from nai_t5_core.model.packing import check_policy
 from nai_t5_core.model.precision import DTYPES, resolve_device, resolve_dtype
 from nai_t5_core.weights.convert import main_dtype
 from nai_t5_core.weights.examine import Examination, examine_checkpoint

@@ -15,14 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nai_t5_core.diffusers.outputs import OUTPUTS, EncodedPrompt, call_arguments, join_chunks
+from nai_t5_core.diffusers.outputs import EncodedPrompt, call_arguments, join_chunks
 from nai_t5_core.diffusers.requests import Request, Run, Texts
+from nai_t5_core.diffusers.requests import adapted_families as adapted_families
 from nai_t5_core.diffusers.row_memory import RowMemory
-
-
-def adapted_families() -> list[str]:
-    """The families whose pipelines :func:`encode_prompt` takes, sorted."""
-    return sorted(OUTPUTS)
 
 
 @torch.no_grad()
@@ -72,10 +68,10 @@ def encode_prompt(
         outputs |= _results(request, run, chunks_of_run, memories)
     if weights and any(memory.missed for memory in memories):
         raise ValueError(request.no_weights("changes these prompts itself"))
-    if request.row.name == "stable-audio":
+    if request.facts.call_takes == "unprojected":
         arguments = _before_projection(request, chunks[0], memories)
     else:
-        arguments = call_arguments(pipe, request.row.name, request.arguments, outputs)
+        arguments = call_arguments(pipe, request.facts.call_takes, request.arguments, outputs)
     return EncodedPrompt(outputs, *_cut(request, chunks), arguments, type(pipe).__name__)
 
 
@@ -117,7 +113,7 @@ def _encoded(
     for input_ids, attention_mask in request.batches(texts for each in chunks for texts in each):
         hidden = encoder(input_ids, attention_mask)[0]
         hidden = weighted(hidden, input_ids, weights) if weights else hidden
-        if request.asks_for_each_alone:
+        if request.facts.one_by_one:
             assert attention_mask is not None
             first.add_each_alone(input_ids, attention_mask, hidden)
         else:
@@ -132,7 +128,7 @@ def _encoded(
 
 def _results(request: Request, run: Run, chunks: list[Texts], memories: tuple[RowMemory, RowMemory]) -> dict[str, Any]:
     """What the pipeline's own function gives for a run, by name, its chunks joined."""
-    names = [run.naming.format(name) for name in OUTPUTS[request.row.name].split()]
+    names = [run.naming.format(name) for name in request.facts.outputs]
     parts = []
     for place, texts in enumerate(chunks):
         # Lists in place of single texts, since several pipelines take "" for no text.

@@ -1,4 +1,4 @@
-"""What `encode_prompt` of each family's pipelines gives, and what of it their calls take in place of the prompts."""
+"""What `encode_prompt` of pipelines gives, and what of it their calls take in place of the prompts."""
 
 from __future__ import annotations
 
@@ -9,47 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PAIR = "prompt_embeds negative_prompt_embeds"
-_WITH_MASKS = "prompt_embeds prompt_attention_mask negative_prompt_embeds negative_prompt_attention_mask"
-_GLYPHS = "prompt_embeds prompt_embeds_mask prompt_embeds_2 prompt_embeds_mask_2"
+from nai_t5_core.facts.families.record import CallTakes
 
-# The names of the results, in order.
-OUTPUTS = {
-    "allegro": _WITH_MASKS,
-    "audioldm2": "prompt_embeds attention_mask generated_prompt_embeds",
-    "auraflow": _WITH_MASKS,
-    "bria": f"{_PAIR} text_ids",
-    "chroma": "prompt_embeds text_ids prompt_attention_mask "
-    "negative_prompt_embeds negative_text_ids negative_prompt_attention_mask",
-    "cogvideox": _PAIR,
-    "cogview3plus": _PAIR,
-    "cosmos": _PAIR,
-    "deepfloyd-if": _PAIR,
-    "flux": "prompt_embeds pooled_prompt_embeds text_ids",
-    "glm-image": _PAIR,
-    "helios": _PAIR,
-    "hidream": "prompt_embeds_t5 negative_prompt_embeds_t5 prompt_embeds_llama3 negative_prompt_embeds_llama3 "
-    "pooled_prompt_embeds negative_pooled_prompt_embeds",
-    "hunyuandit": f"{_PAIR} prompt_attention_mask negative_prompt_attention_mask",
-    "hunyuanimage": _GLYPHS,
-    "hunyuanvideo-1.5": _GLYPHS,
-    "kandinsky3": f"{_PAIR} attention_mask negative_attention_mask",
-    "latte": _PAIR,
-    "longcat-audiodit": "prompt_embeds lengths",
-    "ltx-condition": _WITH_MASKS,
-    "ltx-video": _WITH_MASKS,
-    "mochi": _WITH_MASKS,
-    "pixart-alpha": _WITH_MASKS,
-    "pixart-sigma": _WITH_MASKS,
-    "sd3": f"{_PAIR} pooled_prompt_embeds negative_pooled_prompt_embeds",
-    "stable-audio": "prompt_embeds",
-    "visualcloze": "prompt_embeds pooled_prompt_embeds text_ids",
-    "wan": _PAIR,
-}
 # Not of the T5, so that they are those of the whole prompt however many chunks it has.
 _OF_OTHERS = ("pooled_prompt_embeds", "prompt_embeds_llama3")
-# Their calls make embeddings from the texts, whatever else they are given.
-_WITHOUT_EMBEDDINGS = ("longcat-audiodit", "visualcloze")
 
 
 class EncodedPrompt(Mapping[str, Any]):
@@ -94,35 +57,36 @@ def _told(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
-def call_arguments(pipe: Any, family: str, given: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
+def call_arguments(pipe: Any, takes: CallTakes, given: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
     """Embeddings and masks by the names that the pipeline's call has for them; empty if it takes none.
 
     None stands for a text that the call would assume by default, and then refuse beside the embeddings.
 
     Args:
+        takes: what the record of its family says.
         given: the arguments of the pipeline's ``encode_prompt``.
         outputs: what that gave.
     """
-    if family in _WITHOUT_EMBEDDINGS:
+    if takes == "nothing":
         return {}
-    taken = inspect.signature(pipe.__call__).parameters
-    named = _as_the_call_has_them(family, given, outputs)
-    arguments = {name: value for name, value in named.items() if name in taken and value is not None}
+    of_call = inspect.signature(pipe.__call__).parameters
+    named = _as_the_call_has_them(takes, given, outputs)
+    arguments = {name: value for name, value in named.items() if name in of_call and value is not None}
     for text in ("prompt", "negative_prompt"):
         replaced = any(name.startswith(f"{text}_embeds") for name in arguments)
-        if replaced and text in taken and taken[text].default is not None:
+        if replaced and text in of_call and of_call[text].default is not None:
             arguments[text] = None
     return arguments
 
 
-def _as_the_call_has_them(family: str, given: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
-    if family == "audioldm2" and given["do_classifier_free_guidance"]:  # one batch, the negative half first
+def _as_the_call_has_them(takes: CallTakes, given: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
+    if takes == "halves" and given["do_classifier_free_guidance"]:
         halves = {name: value.chunk(2) for name, value in outputs.items()}
         negative = {f"negative_{name}": first for name, (first, _) in halves.items()}
         return negative | {name: second for name, (_, second) in halves.items()}
-    if family == "glm-image":  # its negative is always the empty text, and would have to be as long as the other
+    if takes == "prompt-only":
         return {"prompt_embeds": outputs["prompt_embeds"]}
-    if family == "cogview3plus" and given.get("negative_prompt") is not None:  # gives zeros unless it has the text
+    if takes == "negative-text" and given.get("negative_prompt") is not None:
         texts = {name: given[name] for name in ("negative_prompt", "max_sequence_length")}
         return {"prompt_embeds": outputs["prompt_embeds"], **texts}
     return outputs

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from string import Formatter
 from typing import Any
 
 from torch import Tensor
@@ -14,39 +15,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nai_t5_core.diffusers.adapter import family_of
 from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
-from nai_t5_core.diffusers.outputs import OUTPUTS
 from nai_t5_core.diffusers.prompt_chunks import split_text
-from nai_t5_core.facts.families import Family
+from nai_t5_core.facts.families import FAMILIES, Family
+from nai_t5_core.facts.families.record import Diffusers
 from nai_t5_core.facts.text_cleaning import clean_text
 
-# Without a negative prompt these make zeros themselves.
-_ZEROS_WITHOUT_NEGATIVE = ("bria", "cogview3plus", "kandinsky3", "stable-audio")
-# Their call has a negative prompt, and runs `encode_prompt` a second time for it.
-_NEGATIVE_APART = ("flux", "hunyuanimage", "hunyuanvideo-1.5")
-# Their length is the tokenizer's own limit; a greater number than this stands for none.
-_LENGTH_OF_TOKENIZER = ("audioldm2", "longcat-audiodit", "stable-audio")
+# A tokenizer with a greater limit than this has none.
 _GREATEST_LIMIT = 32768
-# This cuts the length to that limit.
-_LIMITED_BY_TOKENIZER = ("hidream",)
-# Nothing is predicted where the ids are put together by the pipeline, or hidden states of more layers are read: each of
-# its calls is a pass. Why words have no weights then.
-_NOT_PREDICTED = {"glm-image": "changes these prompts itself", "longcat-audiodit": "normalises each row"}
-# Each prompt goes alone and without pads into the encoder.
-_ONE_BY_ONE = ("bria",)
-# Why a prompt cannot be longer than one piece.
-_ONE_CHUNK = {
-    "audioldm2": "its language model goes on from the whole text",
-    "cogview3plus": "its call takes no negative embeddings",
-    "cogvideox": "its transformer has positions for one piece of text",
-    "glm-image": "only quoted parts of a prompt are encoded",
-    "hunyuandit": "its transformer has one learned value for each pad position",
-    "hunyuanimage": "only quoted parts of a prompt are encoded",
-    "hunyuanvideo-1.5": "only quoted parts of a prompt are encoded",
-    "kandinsky3": "its model averages over the rows, which are cut to the longest prompt",
-    "latte": "its negative prompt is cut to the tokens of the prompt",
-    "longcat-audiodit": "its call takes no embeddings",
-    "visualcloze": "its call takes no embeddings",
-}
 
 Texts = dict[str, list[str]]
 """The texts that the T5 gets, by the argument of `encode_prompt` that they stand in."""
@@ -58,7 +33,7 @@ class Run:
 
     arguments: dict[str, Any]
     naming: str = "{}"
-    """What its results are called, from their names in the table."""
+    """What its results are called, from their names in the record."""
     uses_t5: bool = True
 
 
@@ -68,6 +43,7 @@ class Request:
 
     pipe: Any
     row: Family
+    facts: Diffusers
     component: str
     model: NAIT5EncoderModel
     arguments: dict[str, Any]
@@ -75,8 +51,8 @@ class Request:
     @classmethod
     def of(cls, pipe: Any, prompt: str | list[str], options: dict[str, Any]) -> Request:
         """Raises ValueError for all that :func:`nai_t5_core.diffusers.encode_prompt.encode_prompt` says."""
-        row = _known_family(pipe)
-        return cls(pipe, row, *_own_encoder(pipe), _arguments(pipe, row, prompt, options))
+        row, facts = _known_family(pipe)
+        return cls(pipe, row, facts, *_own_encoder(pipe), _arguments(pipe, facts, prompt, options))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Runs and their texts
@@ -84,10 +60,10 @@ class Request:
 
     def runs(self) -> list[Run]:
         """The runs that make all that the pipeline's call needs."""
-        if self.row.name == "hunyuandit":
+        if self.facts.runs == "by-encoder":
             indices = [self.arguments[_INDEX]] if _INDEX in self.arguments else [0, 1]
             return [Run({**self.arguments, _INDEX: i}, ("{}", "{}_2")[i], uses_t5=i == 1) for i in indices]
-        if self.row.name not in _NEGATIVE_APART:
+        if self.facts.runs == "once":
             return [Run(self.arguments)]
         negative = {name: value for name, value in self.arguments.items() if name.startswith("negative_prompt")}
         positive = {name: value for name, value in self.arguments.items() if name not in negative}
@@ -102,13 +78,13 @@ class Request:
         """What the T5 gets in a run; a negative prompt only if it is encoded."""
         if not run.uses_t5:
             return {}
-        if self.row.name == "visualcloze":
-            return {"content_prompt": _visualcloze_texts(run.arguments)}
+        if self.facts.composed:
+            return {"content_prompt": _composed_texts(self.facts.composed, run.arguments)}
         prompts = _as_list(self._for_t5(run, "prompt"))
         texts = {self._name_for_t5("prompt"): prompts}
         if self.has_negative:
             negative = self._for_t5(run, "negative_prompt")
-            if negative is not None or self.row.name not in _ZEROS_WITHOUT_NEGATIVE:
+            if negative is not None or not self.facts.zeros_without_negative:
                 texts[self._name_for_t5("negative_prompt")] = _as_list(negative or "", len(prompts))
         return texts
 
@@ -144,8 +120,8 @@ class Request:
             raise ValueError(f"max_chunks={most}; it must be 1 or more")
         if most == 1:
             return [[each] for each in texts]
-        if self.row.name in _ONE_CHUNK:
-            reason = f"{type(self.pipe).__name__} takes no longer text: {_ONE_CHUNK[self.row.name]}"
+        if self.facts.one_chunk:
+            reason = f"{type(self.pipe).__name__} takes no longer text: {self.facts.one_chunk}"
             raise ValueError(f"max_chunks={most}, but {reason}; leave it 1")
         words = list(whole)
 
@@ -192,7 +168,7 @@ class Request:
 
     def batches(self, texts: Iterable[Texts]) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Ids [prompts, length] and mask of all different texts: one batch, or one for each length that they have."""
-        if self.row.name in _NOT_PREDICTED:
+        if self.facts.not_predicted:
             return
         rows = {}
         for each in texts:
@@ -214,12 +190,7 @@ class Request:
         ids, mask = (
             pad_sequence(list(column), batch_first=True).to(self._device) for column in zip(*rows, strict=True)
         )
-        return ids, mask if self.row.encoder_mask or self.asks_for_each_alone else None
-
-    @property
-    def asks_for_each_alone(self) -> bool:
-        """Whether the pipeline encodes each prompt alone and without pads."""
-        return self.row.name in _ONE_BY_ONE
+        return ids, mask if self.row.encoder_mask or self.facts.one_by_one else None
 
     @cached_property
     def _device(self) -> Any:
@@ -231,8 +202,8 @@ class Request:
         texts = self.cleaned(texts)
         if self.row.text_cleaning in ("quoted", "double-quoted"):
             texts = [text for text in texts if text]  # nothing in quotes is not encoded
-        calls = [[text] for text in texts] if self.asks_for_each_alone else [texts] if texts else []
-        padding = False if self.asks_for_each_alone else "max_length"
+        calls = [[text] for text in texts] if self.facts.one_by_one else [texts] if texts else []
+        padding = False if self.facts.one_by_one else "max_length"
         for call in calls:
             tokens = self.tokenizer(call, padding=padding, max_length=length, truncation=True, return_tensors="pt")
             yield from zip(tokens.input_ids, tokens.attention_mask, strict=True)
@@ -241,8 +212,8 @@ class Request:
         """The weights by the words' token ids, which are the same at the beginning of a text and within it."""
         if not word_weights:
             return {}
-        if self.row.name in _NOT_PREDICTED:
-            raise ValueError(self.no_weights(_NOT_PREDICTED[self.row.name]))
+        if self.facts.not_predicted:
+            raise ValueError(self.no_weights(self.facts.not_predicted))
         cleaned = self.cleaned(list(texts))
         weights = {}
         for words, weight in word_weights.items():
@@ -271,12 +242,12 @@ class Request:
     def length(self) -> int:
         """Tokens per prompt, end token included."""
         own = self.tokenizer.model_max_length
-        if self.row.name in _LENGTH_OF_TOKENIZER:
+        if self.facts.tokenizer_limit == "is-the-length":
             return int(own) if own <= _GREATEST_LIMIT else self.row.max_length
         default = self._parameters.get("max_sequence_length")
         length = self.arguments.get("max_sequence_length", None if default is None else default.default)
         length = self.row.max_length if length is None else length
-        if self.row.name in _LIMITED_BY_TOKENIZER:
+        if self.facts.tokenizer_limit == "cuts-the-length":
             return min(length, own)
         return int(length)
 
@@ -288,14 +259,19 @@ def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(function).parameters
 
 
-def _known_family(pipe: Any) -> Family:
+def adapted_families() -> list[str]:
+    """The families whose pipelines `encode_prompt` of ours takes, sorted."""
+    return sorted(row.name for row in FAMILIES if row.diffusers is not None)
+
+
+def _known_family(pipe: Any) -> tuple[Family, Diffusers]:
     row = family_of(pipe)
-    if row is None or row.name not in OUTPUTS or not hasattr(pipe, "encode_prompt"):
+    if row is None or row.diffusers is None or not hasattr(pipe, "encode_prompt"):
         raise ValueError(
             f"encode_prompt of {type(pipe).__name__} is not known here; call pipe.encode_prompt, which uses our "
-            f"encoder as well. Known families: {', '.join(sorted(OUTPUTS))}"
+            f"encoder as well. Known families: {', '.join(adapted_families())}"
         )
-    return row
+    return row, row.diffusers
 
 
 def _own_encoder(pipe: Any) -> tuple[str, NAIT5EncoderModel]:
@@ -306,13 +282,13 @@ def _own_encoder(pipe: Any) -> tuple[str, NAIT5EncoderModel]:
     raise ValueError(f"the T5 of {type(pipe).__name__} is not ours; call replace_text_encoder(pipe) first")
 
 
-def _arguments(pipe: Any, row: Family, prompt: str | list[str], options: dict[str, Any]) -> dict[str, Any]:
+def _arguments(pipe: Any, facts: Diffusers, prompt: str | list[str], options: dict[str, Any]) -> dict[str, Any]:
     """All that the pipeline's `encode_prompt` needs. What is not given is what the pipeline's call would give it."""
     if not isinstance(prompt, str | list) or prompt == []:
         raise ValueError(f"prompt is {prompt!r}; give a text or a list of texts")
     taken, of_call = _parameters(pipe.encode_prompt), _parameters(pipe.__call__)
     apart = [name for name in of_call if name in ("negative_prompt", "negative_prompt_2")]
-    allowed = [*taken, *(apart if row.name in _NEGATIVE_APART else [])]
+    allowed = [*taken, *(apart if facts.runs == "negative-apart" else [])]
     unknown = [name for name in options if name not in allowed]
     if unknown:
         raise ValueError(
@@ -341,12 +317,10 @@ def _arguments(pipe: Any, row: Family, prompt: str | list[str], options: dict[st
     return arguments
 
 
-def _visualcloze_texts(arguments: dict[str, Any]) -> list[str]:
-    columns = (_as_list(arguments[f"{name}_prompt"] or "") for name in ("layout", "task", "content"))
-    return [
-        f"{layout} {task} The last image of the last row depicts: {content}".strip()
-        for layout, task, content in zip(*columns, strict=True)
-    ]
+def _composed_texts(pattern: str, arguments: dict[str, Any]) -> list[str]:
+    names = [name for _, name, _, _ in Formatter().parse(pattern) if name]
+    columns = (_as_list(arguments[f"{name}_prompt"] or "") for name in names)
+    return [pattern.format(**dict(zip(names, row, strict=True))).strip() for row in zip(*columns, strict=True)]
 
 
 def _as_list(texts: str | Iterable[str], count: int = 1) -> list[str]:

@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-PaddingPolicy = Literal["attend", "exact", "skip", "trim"]
-PADDING_POLICIES: tuple[PaddingPolicy, ...] = get_args(PaddingPolicy)
-
+from nai_t5_core.facts.padding import PADDING_POLICIES, PaddingPolicy
 
 # Sizes that a compiled encoder computes: a packed row is filled up to the next. Steps of at most a half.
 TOKEN_BUCKETS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)

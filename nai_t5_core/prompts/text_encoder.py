@@ -15,19 +15,17 @@ from torch.nn.functional import pad
 from nai_t5_core.backends.choose import encode_on_cuda, prepack, quantize_int8, why_not_prepack
 from nai_t5_core.facts.families import Family
 from nai_t5_core.facts.families import family as family_named
+from nai_t5_core.facts.padding import PADDING_POLICIES, PaddingPolicy, PadTo
 from nai_t5_core.facts.text_cleaning import clean_text
 from nai_t5_core.float16.guard import encode_guarded
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.lora.set import LoraSource
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
-from nai_t5_core.model.packing import PADDING_POLICIES, PaddingPolicy
 from nai_t5_core.tokenizer import TokenBatch, Tokenizer, load_tokenizer
 from nai_t5_core.weights.examine import NO_TOKENIZER, ModelSource
 from nai_t5_core.weights.load import LoadReport, ScalesChoice, load
 from nai_t5_core.weights.scales_file import write_scales
-
-PadTo = Literal["max_length", "longest", "none"]
 
 # Rows computed in one pass. Activations of T5-XXL take about 100 kB a row, so this is well under 1 GB.
 DEFAULT_TOKEN_BUDGET = 8192

@@ -81,7 +81,7 @@ def toy_family(name: str) -> Any:
     """A family that takes a T5 of any size."""
     from comfy_nai_t5.families import FAMILIES
 
-    return replace(FAMILIES[name], kind=None, width=None)
+    return replace(FAMILIES[name], checkpoint=None)
 
 
 def stock(path: Path | None, family: str) -> Any:

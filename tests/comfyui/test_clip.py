@@ -370,14 +370,6 @@ def test_saved_files_are_those_of_stock(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-_SIZES = {
-    "T5 v1.1": "t5-v1_1-xxl",
-    "T5 v1.0": "t5-11b",
-    "UMT5": "umt5-xxl",
-    "Pile-T5": "pile-t5-xl",
-}
-
-
 class Chosen(Exception):  # noqa: N818 - it stops ComfyUI's loader where it has chosen its classes
     """Carries what was chosen."""
 
@@ -391,7 +383,7 @@ def test_the_table_has_the_classes_that_comfyui_chooses(name: str, monkeypatch: 
 
     if not knows(name):
         pytest.skip(f"this ComfyUI is older than {name}")
-    size = {"stable_audio": "t5-base", "ace": "umt5-base"}.get(name, _SIZES[FAMILIES[name].kind])
+    size = FAMILIES[name].checkpoint.rpartition("/")[2]
     shapes = encoder_tensors(named_config(size).encoder_only())
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
 
@@ -413,5 +405,5 @@ def test_a_family_keeps_its_own_sizes(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"Mochi was trained with a T5 v1\.1 of width 4096; this file holds"):
         FAMILIES["mochi"].check(V1_1)
-    assert replace(FAMILIES["mochi"], kind=None, width=None) == toy_family("mochi")
+    assert replace(FAMILIES["mochi"], checkpoint=None) == toy_family("mochi")
     assert toy_state(UMT5)["spiece_model"].dtype == torch.uint8
