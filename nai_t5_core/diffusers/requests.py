@@ -79,7 +79,7 @@ class Request:
         if not run.uses_t5:
             return {}
         if self.facts.composed:
-            return {"content_prompt": _composed_texts(self.facts.composed, run.arguments)}
+            return {self.facts.prompt_argument: _composed_texts(self.facts.composed, run.arguments)}
         prompts = _as_list(self._for_t5(run, "prompt"))
         texts = {self._name_for_t5("prompt"): prompts}
         if self.has_negative:
@@ -306,7 +306,7 @@ def _arguments(pipe: Any, facts: Diffusers, prompt: str | list[str], options: di
     defaults = {name: value for name, value in needed.items() if name in taken}
     if "device" in taken and "device" not in options:
         defaults["device"] = pipe._execution_device
-    arguments = {**defaults, "prompt" if "prompt" in taken else "content_prompt": prompt, **options}
+    arguments = {**defaults, facts.prompt_argument: prompt, **options}
     missing = [
         name
         for name, parameter in taken.items()

@@ -374,6 +374,12 @@ class Chosen(Exception):  # noqa: N818 - it stops ComfyUI's loader where it has 
     """Carries what was chosen."""
 
 
+def test_every_family_has_a_toy() -> None:
+    from comfy_nai_t5.families import FAMILIES
+
+    assert {*FAMILY_CONFIGS, "t5"} == set(FAMILIES)
+
+
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_the_table_has_the_classes_that_comfyui_chooses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import comfy.sd

@@ -51,6 +51,7 @@ FAMILIES = (
         diffusers=Diffusers(
             pipelines=("VisualClozePipeline", "VisualClozeGenerationPipeline"),
             outputs=_WITH_POOLED,
+            prompt_argument="content_prompt",
             composed="{layout} {task} The last image of the last row depicts: {content}",
             one_chunk="its call takes no embeddings",
             call_takes="nothing",

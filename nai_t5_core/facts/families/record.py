@@ -22,6 +22,7 @@ class Diffusers:
         runs: how often a call runs `encode_prompt`. `once`, or `negative-apart`: a second time for the negative prompt,
             which `encode_prompt` itself does not take; or `by-encoder`: for each text encoder, by `text_encoder_index`.
         zeros_without_negative: whether they make zeros where there is no negative prompt; else the T5 gets "".
+        prompt_argument: the argument of `encode_prompt` that the prompt is.
         composed: how the text of the T5 is put together; a name in braces stands for the argument `<name>_prompt`.
             Empty where the text is the prompt.
         one_by_one: whether each prompt goes alone and without pads into the encoder.
@@ -41,6 +42,7 @@ class Diffusers:
     outputs: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
     runs: Runs = "once"
     zeros_without_negative: bool = False
+    prompt_argument: str = "prompt"
     composed: str = ""
     one_by_one: bool = False
     tokenizer_limit: TokenizerLimit = "unread"
