@@ -89,6 +89,9 @@ def test_what_is_said_of_pipelines_is_legal(row: Family) -> None:
     facts = row.diffusers
     assert facts is not None and facts.pipelines
     assert len(set(facts.outputs)) == len(facts.outputs) > 0
+    assert set(facts.of_others) <= set(facts.outputs)
+    # A pooled row is CLIP's.
+    assert {name for name in facts.outputs if "pooled" in name} <= set(facts.of_others)
     assert facts.runs in get_args(Runs)
     assert facts.tokenizer_limit in get_args(TokenizerLimit)
     assert facts.call_takes in get_args(CallTakes)

@@ -128,7 +128,9 @@ def _encoded(
 
 def _results(request: Request, run: Run, chunks: list[Texts], memories: tuple[RowMemory, RowMemory]) -> dict[str, Any]:
     """What the pipeline's own function gives for a run, by name, its chunks joined."""
-    names = [run.naming.format(name) for name in request.facts.outputs]
+    names, others = (
+        [run.naming.format(name) for name in each] for each in (request.facts.outputs, request.facts.of_others)
+    )
     parts = []
     for place, texts in enumerate(chunks):
         # Lists in place of single texts, since several pipelines take "" for no text.
@@ -137,7 +139,7 @@ def _results(request: Request, run: Run, chunks: list[Texts], memories: tuple[Ro
             results = request.pipe.encode_prompt(**arguments)
         part = dict(zip(names, results if isinstance(results, tuple) else (results,), strict=True))
         parts.append(_without_absent(part, request) if place else part)
-    return join_chunks(parts, request.length)
+    return join_chunks(parts, request.length, others)
 
 
 def _without_absent(part: dict[str, Any], request: Request) -> dict[str, Any]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nai_t5_core.facts.families.record import CallTakes
-
-# Not of the T5, so that they are those of the whole prompt however many chunks it has.
-_OF_OTHERS = ("pooled_prompt_embeds", "prompt_embeds_llama3")
 
 
 class EncodedPrompt(Mapping[str, Any]):
@@ -92,19 +89,20 @@ def _as_the_call_has_them(takes: CallTakes, given: dict[str, Any], outputs: dict
     return outputs
 
 
-def join_chunks(parts: list[dict[str, Any]], length: int) -> dict[str, Any]:
+def join_chunks(parts: list[dict[str, Any]], length: int, of_others: Collection[str] = ()) -> dict[str, Any]:
     """The results of each chunk as those of one long prompt.
 
     Args:
         parts: by name: embeddings [batch, length, width], masks [batch, length], or ids [length, 3].
         length: of the T5's rows in a part. Rows of CLIP that precede them are taken from the first part.
+        of_others: names of results that are not of the T5. They are those of the first part.
     """
     first = parts[0]
     if len(parts) == 1:
         return first
     joined = {}
     for name, value in first.items():
-        if value is None or name.endswith(_OF_OTHERS):
+        if value is None or name in of_others:
             joined[name] = value
         elif name.endswith("text_ids"):
             joined[name] = torch.cat([part[name] for part in parts], dim=-2)

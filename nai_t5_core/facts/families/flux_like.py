@@ -34,6 +34,7 @@ FAMILIES = (
                 "FluxPriorReduxPipeline",
             ),
             outputs=_WITH_POOLED,
+            of_others=("pooled_prompt_embeds",),
             runs="negative-apart",
         ),
         comfy=ComfyJoint(name="flux", title="Flux", files=(2,)),
@@ -51,6 +52,7 @@ FAMILIES = (
         diffusers=Diffusers(
             pipelines=("VisualClozePipeline", "VisualClozeGenerationPipeline"),
             outputs=_WITH_POOLED,
+            of_others=("pooled_prompt_embeds",),
             prompt_argument="content_prompt",
             composed="{layout} {task} The last image of the last row depicts: {content}",
             one_chunk="its call takes no embeddings",
@@ -135,6 +137,7 @@ FAMILIES = (
                 "pooled_prompt_embeds",
                 "negative_pooled_prompt_embeds",
             ),
+            of_others=("pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
         ),
         comfy=ComfyJoint(name="sd3", title="SD3", files=(1, 2, 3)),
     ),
@@ -152,6 +155,12 @@ FAMILIES = (
             outputs=(
                 "prompt_embeds_t5",
                 "negative_prompt_embeds_t5",
+                "prompt_embeds_llama3",
+                "negative_prompt_embeds_llama3",
+                "pooled_prompt_embeds",
+                "negative_pooled_prompt_embeds",
+            ),
+            of_others=(
                 "prompt_embeds_llama3",
                 "negative_prompt_embeds_llama3",
                 "pooled_prompt_embeds",

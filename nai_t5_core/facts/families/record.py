@@ -19,6 +19,8 @@ class Diffusers:
     Attributes:
         pipelines: their class names.
         outputs: the names of what `encode_prompt` gives, in order.
+        of_others: those of them that are not of the T5, so that they are those of the whole prompt however many pieces
+            it has.
         runs: how often a call runs `encode_prompt`. `once`, or `negative-apart`: a second time for the negative prompt,
             which `encode_prompt` itself does not take; or `by-encoder`: for each text encoder, by `text_encoder_index`.
         zeros_without_negative: whether they make zeros where there is no negative prompt; else the T5 gets "".
@@ -40,6 +42,7 @@ class Diffusers:
 
     pipelines: tuple[str, ...]
     outputs: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
+    of_others: tuple[str, ...] = ()
     runs: Runs = "once"
     zeros_without_negative: bool = False
     prompt_argument: str = "prompt"
