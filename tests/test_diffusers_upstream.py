@@ -80,6 +80,7 @@ class TestForAnAccelerator:
 def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "tests" / "pipelines" / "toy"
     folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
     (folder / "test_toy.py").write_text(TEST_FILE)
     (folder / "test_without_parts.py").write_text(FILE_WITHOUT_PARTS)
     return tmp_path
