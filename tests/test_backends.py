@@ -14,7 +14,7 @@ from test_lora_live import toy_lora
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nai_t5_core.float16.guard import NotFiniteError, encode_guarded
+from nai_t5_core.float16.guard import NotFiniteError, ScaleTightenedWarning, encode_guarded
 from nai_t5_core.kernels.calls import counted
 from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.lora.loras import Loras
@@ -90,19 +90,26 @@ def test_the_guard_names_a_damaged_weight(case: BackendCase, layout: Layout, cal
         encode_guarded(stack, IDS, MASK)
 
 
-def test_float16_is_refused_before_anything_is_changed(case: BackendCase, layout: Layout) -> None:
+def test_float16_is_tightened_or_refused(case: BackendCase, layout: Layout) -> None:
+    """Refused before anything is changed; where it is taken, the guard keeps it in range."""
     if case.missing(torch.float32):
         pytest.skip(str(case.missing(torch.float32)))
-    stack = by_modules(build_stack(CONFIG, random_state(CONFIG), torch.float16, layout))
+    name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    state = random_state(CONFIG)
+    state[name] = state[name] * 5e4
+    stack = by_modules(build_stack(CONFIG, state, torch.float16, layout))
     before = last_of(stack, 1)
-    if not case.holds_weights:
-        case.bind(stack)
-        assert stack.describe_attention() == "auto: sdpa"
-    else:
+    if case.holds_weights:
         with pytest.raises(ValueError, match=r"a model in torch\.float16 on cpu"):
             case.bind(stack)
         assert runner_names(stack) == {""}
-    assert torch.equal(last_of(stack, 1), before)
+        assert torch.equal(last_of(stack, 1).isfinite(), before.isfinite())
+        return
+    case.bind(stack)
+    assert stack.describe_attention() == "auto: sdpa" and not before.isfinite().all()
+    with pytest.warns(ScaleTightenedWarning, match=r"layer 1: feed_forward_out"):
+        found = encode_guarded(stack, IDS, MASK)
+    assert_near(found, reference(**{name: state[name]}), 5e-3)
 
 
 @every_dtype

@@ -212,8 +212,9 @@ class T5EncoderStack(nn.Module):
             FlexUnavailableError: ``attention="flex"`` where it cannot be compiled.
             NotFiniteError: a ValueError; there is a guard, and the result is not finite.
         """
-        if self.runner is not None and input_ids is not None and inputs_embeds is None:
-            hidden = self.runner(self, input_ids, attention_mask, padding, extra_pad)
+        runner = None if inputs_embeds is not None or torch.compiler.is_compiling() else self.runner
+        if runner is not None and input_ids is not None:
+            hidden = runner(self, input_ids, attention_mask, padding, extra_pad)
             if hidden is not None:
                 return hidden
         out: Tensor = self._guarded(
