@@ -14,11 +14,13 @@ from test_lora_live import toy_lora
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nai_t5_core.backends.held import HeldLinear
 from nai_t5_core.float16.guard import NotFiniteError, ScaleTightenedWarning, encode_guarded
 from nai_t5_core.kernels.calls import counted
 from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.model.encoder import LAYOUTS, Layout
+from nai_t5_core.model.layers import CastingOps
 
 IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
 MASK = padding_mask([12, 5, 1], 12)
@@ -66,6 +68,32 @@ def test_it_computes_the_encoder_and_says_so(case: BackendCase, layout: Layout, 
     assert any(type(module) is nn.Linear or isinstance(module, nn.Linear) for module in stack.modules()) == (
         not case.holds_weights
     )
+
+
+def test_weights_that_stay_on_the_cpu_say_so(case: BackendCase, layout: Layout) -> None:
+    """What moves embeddings and norms to an accelerator at every call finds no parameters of these."""
+    if not case.holds_weights:
+        pytest.skip("its weights can be moved")
+    held = [module for module in bound(case, layout).modules() if isinstance(module, HeldLinear)]
+    assert held
+    for linear in held:
+        with pytest.raises(ValueError, match="is prepacked or quantised for the CPU, and was called on meta"):
+            linear(torch.empty(2, linear.in_features, device="meta"))
+
+
+@every_dtype
+def test_projections_that_cast_their_input_are_taken(case: BackendCase, layout: Layout, dtype: torch.dtype) -> None:
+    """As a stand-in for transformers' encoder has them; and one of them may be in a dtype of its own."""
+    stack = bound(CASES["torch"], layout, dtype)
+    for module in stack.modules():
+        if isinstance(module, nn.Linear):
+            module.__class__ = CastingOps.Linear
+    stack.encoder.block[1].layer[1].DenseReluDense.wo.float()
+    if missing := case.missing(dtype):
+        pytest.skip(missing)
+    assert_near(last_of(case.bind(stack)), reference(), case.tolerance[dtype])
+    assert runner_names(stack) == {case.name} or not case.holds_weights
+    assert any(isinstance(module, nn.Linear) for module in stack.modules()) == (not case.holds_weights)
 
 
 @every_dtype

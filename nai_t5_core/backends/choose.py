@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeVar, get_args
 
+import torch
+
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.backends.held import HeldLinear
@@ -24,6 +26,9 @@ Model = TypeVar("Model", bound=T5EncoderStack | T5Model)
 
 ProductsChoice = Literal["auto", "kernels", "onednn"]
 PRODUCTS_CHOICES: tuple[ProductsChoice, ...] = get_args(ProductsChoice)
+
+# How a model that is being loaded can be quantised.
+Quantisation = Literal["int8"]
 
 
 def run_in_place(model: Model) -> Model:
@@ -89,6 +94,18 @@ def why_not_int8(model: T5EncoderStack | T5Model) -> str | None:
     return INT8_ONEDNN.missing(model.device, model.dtype)
 
 
+def refuse_quantising(quantize: str | None, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuses what cannot be done to a model in this dtype on this device; None asks for nothing.
+
+    Raises:
+        ValueError: an unknown quantisation, or one that is not possible here.
+    """
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize={quantize!r}; allowed: None, 'int8'")
+    if quantize and (reason := INT8_ONEDNN.missing(device, dtype)):
+        raise ValueError(f"cannot quantise a model in {dtype} on {device} to int8: {reason}")
+
+
 def quantize_int8(model: Model, products: ProductsChoice = "auto") -> Model:
     """Weights and activations in 8 bits on the CPU: about twice the speed of bfloat16's products, for some accuracy.
 
@@ -106,8 +123,7 @@ def quantize_int8(model: Model, products: ProductsChoice = "auto") -> Model:
         ValueError: the model is not on the CPU or not in float32 or bfloat16, or this processor has no fast products
             of bytes (AVX512-VNNI or AMX); or the kernels were asked for and cannot compute it.
     """
-    if reason := why_not_int8(model):
-        raise ValueError(f"cannot quantise a model in {model.dtype} on {model.device} to int8: {reason}")
+    refuse_quantising("int8", model.device, model.dtype)
     _bind(model, INT8_KERNELS if _takes_kernels(model, products, INT8_KERNELS) else INT8_ONEDNN, INT8_ONEDNN)
     if isinstance(model, T5Model):
         head = Int8Product(Int8Weight.of(model.lm_head.weight), model.dtype)

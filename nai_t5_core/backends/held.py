@@ -15,14 +15,21 @@ from torch import Tensor, nn
 
 from nai_t5_core.model.block import operations_are_watched
 from nai_t5_core.model.fixed_weights import FixedWeights
-from nai_t5_core.model.layers import NoInit
+from nai_t5_core.model.layers import CastingOps, NoInit
 
 
 class Form(Protocol):
-    """A weight [out_features, in_features] in a form of its own; where it can be called, that multiplies by it."""
+    """A weight [out_features, in_features] in a form of its own; where it can be called, that multiplies by it.
+
+    Attributes:
+        in_8_bits: whether its numbers are near those that were given, and no longer the same.
+    """
 
     out_features: int
     in_features: int
+
+    @property
+    def in_8_bits(self) -> bool: ...
 
     def lies(self) -> Any:
         """The very numbers: a tensor, or an :class:`nai_t5_core.backends.int8_weight.Int8Weight`."""
@@ -30,7 +37,7 @@ class Form(Protocol):
 
 
 # Not their subclasses, which do more than a product (adapters, quantisation, offloading).
-PLAIN_LINEARS = (nn.Linear, NoInit.Linear)
+PLAIN_LINEARS = (nn.Linear, NoInit.Linear, CastingOps.Linear)
 
 
 class HeldLinear(FixedWeights):
@@ -50,7 +57,16 @@ class HeldLinear(FixedWeights):
         self.out_features = sum(form.out_features for form in self.forms) // parts
 
     def forward(self, x: Tensor) -> Tensor:
-        """[…, in_features] to […, out_features]; gradients of ``x`` are recorded."""
+        """[…, in_features] to […, out_features]; gradients of ``x`` are recorded.
+
+        Raises:
+            ValueError: ``x`` is not on the CPU.
+        """
+        if not x.is_cpu:
+            raise ValueError(
+                f"the model is prepacked or quantised for the CPU, and was called on {x.device}: what moves or "
+                "offloads it leaves its weights where they are; switch that off, or load the model anew"
+            )
         if self._multiplies and not self._torch_is_needed(x):
             products = [form(x) for form in self.forms]  # type: ignore[operator]
             return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
@@ -76,6 +92,11 @@ class HeldLinear(FixedWeights):
         return self.plain()
 
     @property
+    def in_8_bits(self) -> bool:
+        """Whether the weight lies in 8 bits."""
+        return any(form.in_8_bits for form in self.forms)
+
+    @property
     def _multiplies(self) -> bool:
         return self.parts == 1 and callable(self.forms[0])
 
@@ -91,6 +112,11 @@ class HeldLinear(FixedWeights):
     def extra_repr(self) -> str:
         forms = ", ".join(dict.fromkeys(map(str, self.forms)))
         return f"in_features={self.in_features}, out_features={self.out_features}, {forms}"
+
+
+def is_in_8_bits(model: nn.Module) -> bool:
+    """Whether a weight of a model lies in 8 bits, so that the numbers that it was given are not to be had of it."""
+    return any(module.in_8_bits for module in model.modules() if isinstance(module, HeldLinear))
 
 
 def as_it_lies(projection: nn.Module) -> Any:

@@ -67,6 +67,8 @@ class Int8Product:
         dtype: of the result, float32 or bfloat16.
     """
 
+    in_8_bits = True
+
     def __init__(self, weight: Int8Weight, dtype: torch.dtype = torch.float32) -> None:
         self.out_features, self.in_features = weight.values.shape
         self.dtype = dtype

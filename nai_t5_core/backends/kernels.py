@@ -17,16 +17,11 @@ from nai_t5_core.kernels.calls import ACTIVATION_NUMBERS, COMPUTE_DTYPES
 from nai_t5_core.model.attention import Attend, FusedSelfAttention
 from nai_t5_core.model.block import Backend, Block, Lending, Seen, is_watched, operations_are_watched, torch_is_needed
 from nai_t5_core.model.layers import (
-    CastingOps,
     FeedForward,
     FoldedRMSNorm,
     FusedGatedFeedForward,
     GatedFeedForward,
 )
-
-# Those whose call is a product where the weight is in the compute dtype.
-_PRODUCTS = (*PLAIN_LINEARS, CastingOps.Linear)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # On weights where they lie
@@ -79,7 +74,7 @@ def refuses_in_place(block: Block, dtype: torch.dtype) -> str | None:
     if not isinstance(attends, FusedSelfAttention) or type(dense) not in (FusedGatedFeedForward, FeedForward):
         return "the projections are not joined (the layout is separate)"
     for linear in (attends.qkv, attends.o, dense.wi, dense.wo):
-        if type(linear) not in _PRODUCTS:
+        if type(linear) not in PLAIN_LINEARS:
             return f"a projection is of class {type(linear).__name__}"
         weight = linear.weight
         is_plain = type(weight) is nn.Parameter and weight.dtype == dtype and weight.is_cpu and weight.is_contiguous()
@@ -131,6 +126,10 @@ class _HeldForm:
         kept = held.kernels.weights[place]
         self.out_features, self.in_features = kept.columns, kept.depth
 
+    @property
+    def in_8_bits(self) -> bool:
+        return self.held.kernels.weights[self.place].scales is not None
+
     def lies(self) -> Tensor | Int8Weight:
         kept = self.held.kernels.weights[self.place]
         values = kept.original()
@@ -138,7 +137,7 @@ class _HeldForm:
 
     def __str__(self) -> str:
         kernels = self.held.kernels
-        return f"the kernels' {'panels' if kernels.is_in_panels else 'weights'}"
+        return f"the kernels' {'panels' if kernels.is_in_panels else 'weights'}{', 8 bits' if self.in_8_bits else ''}"
 
 
 class KernelsOnPanels:
@@ -158,7 +157,7 @@ class KernelsOnPanels:
         return f"{self._name}, {'in panels' if self._held.kernels.is_in_panels else 'to be in panels'}"
 
     def __call__(self, block: Block, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor | None:
-        if operations_are_watched() or (residual.requires_grad and torch.is_grad_enabled()):
+        if not residual.is_cpu or operations_are_watched() or (residual.requires_grad and torch.is_grad_enabled()):
             return None
         if self._seen is None or not self._seen.is_same:
             modules = list(block.modules())[1:]

@@ -34,6 +34,8 @@ class OneDNNProduct:
         weight: [out_features, in_features], float32, or bfloat16 where the processor supports it; on the CPU.
     """
 
+    in_8_bits = False
+
     def __init__(self, weight: Tensor) -> None:
         self.out_features, self.in_features = weight.shape
         self.plain: Tensor | None = weight.detach()

@@ -98,7 +98,7 @@ class OneDNNBackend:
     def held(linear: nn.Module, dtype: torch.dtype, parts: int = 1) -> HeldLinear:
         """What takes the place of a projection, in so many products of equal size."""
         weights: Any = as_it_lies(linear).chunk(parts)
-        return HeldLinear([OneDNNProduct(weight) for weight in weights], dtype=dtype)
+        return HeldLinear([OneDNNProduct(weight.to(dtype)) for weight in weights], dtype=dtype)
 
 
 class Int8Runner:

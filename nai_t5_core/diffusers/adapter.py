@@ -23,8 +23,10 @@ try:
 except ImportError as error:
     raise ImportError("this needs diffusers; install it with: pip install 'comfy-nai-t5[diffusers]'") from error
 
+from nai_t5_core.backends.choose import Quantisation, refuse_quantising
+from nai_t5_core.backends.held import is_in_8_bits
 from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
-from nai_t5_core.diffusers.drop_in_weights import check_model, refuse_giving_back, refuse_quantised
+from nai_t5_core.diffusers.drop_in_weights import check_model, has_values, refuse_giving_back, refuse_quantised
 from nai_t5_core.facts.families import Family
 from nai_t5_core.facts.families import family as family_named
 from nai_t5_core.facts.padding import PaddingPolicy
@@ -34,7 +36,7 @@ from nai_t5_core.weights.load import ScalesChoice
 
 _MODEL_TYPES = ("t5", "mt5", "umt5")
 
-# What stood in the place of each of our encoders: a transformers model without its weights.
+# What stood in the place of each of our encoders: a transformers model, without its weights unless ours is in 8 bits.
 _REPLACED: WeakKeyDictionary[NAIT5EncoderModel, nn.Module] = WeakKeyDictionary()
 
 
@@ -86,6 +88,7 @@ def replace_text_encoder(
     extra_pad: int | None = None,
     layout: Layout = "fused",
     scales: ScalesChoice = "auto",
+    quantize: Quantisation | None = None,
 ) -> DiffusionPipeline:
     """Puts our encoder in the place of every T5, mT5 and UMT5 of a pipeline, and returns the pipeline.
 
@@ -98,10 +101,16 @@ def replace_text_encoder(
         padding, extra_pad: in place of what :func:`padding_for` finds.
         layout, scales: see :meth:`nai_t5_core.diffusers.drop_in.NAIT5EncoderModel.from_hf`. With ``layout="separate"``
             restoring gives back the very tensors; from ``"fused"`` they are exact to rounding.
+        quantize: ``"int8"`` computes the projections in 8 bits on the CPU, see
+            :func:`nai_t5_core.backends.choose.quantize_int8`. The old encoder then keeps its weights, so that restoring
+            gives back every bit, and memory holds both: for less,
+            ``NAIT5EncoderModel.from_pretrained(…, quantize="int8")`` goes into the pipeline as it is made. Ours is then
+            no more moved, cast or saved.
 
     Raises:
-        ValueError: the pipeline has no T5, is spread over devices, or offloads groups to disk; or an argument has a
-            value that there is not.
+        ValueError: the pipeline has no T5, is spread over devices, or offloads groups to disk; an argument has a value
+            that there is not; or 8 bits are asked for and not possible here, or the pipeline's offloading computes on
+            another device than the CPU, or an encoder is ours already.
         CheckpointError: an encoder has adapters or quantised weights, or exceeds float16.
 
     What is refused is refused before anything is changed.
@@ -113,12 +122,16 @@ def replace_text_encoder(
     theirs = {name: module for name, module in found.items() if not isinstance(module, NAIT5EncoderModel)}
     for module in theirs.values():
         refuse_quantised(module)
+    if quantize is not None:
+        refuse_quantising(quantize, torch.device("cpu"), torch.float32)
+        _refuse_ours_before_8_bits(found)
+        _refuse_offloading_from_the_cpu(pipe, found)
 
     def check(old: nn.Module) -> None:
-        check_model(old, dtype, layout, scales)
+        check_model(old, dtype, layout, scales, quantize)
 
     def convert(old: nn.Module) -> NAIT5EncoderModel:
-        ours = NAIT5EncoderModel.from_hf(old, dtype, layout, scales, release=True).train(old.training)
+        ours = NAIT5EncoderModel.from_hf(old, dtype, layout, scales, quantize is None, quantize).train(old.training)
         _REPLACED[ours] = old
         return ours
 
@@ -127,6 +140,15 @@ def replace_text_encoder(
         ours: Any = getattr(pipe, name)
         ours.padding, ours.extra_pad = choice.padding, choice.extra_pad
     return pipe
+
+
+def _refuse_ours_before_8_bits(found: dict[str, nn.Module]) -> None:
+    exact = [name for name, ours in found.items() if isinstance(ours, NAIT5EncoderModel) and not is_in_8_bits(ours)]
+    if exact:
+        raise ValueError(
+            f"quantize: {', '.join(exact)} is ours already, and not in 8 bits; call restore_text_encoder(pipe) first, "
+            "or load it with NAIT5EncoderModel.from_pretrained(…, quantize='int8') and give that to the pipeline"
+        )
 
 
 def _choice(pipe: Any, padding: PaddingPolicy | None, extra_pad: int | None) -> PaddingChoice:
@@ -161,7 +183,8 @@ def restore_text_encoder(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
     def convert(model: Any) -> nn.Module:
         old = _REPLACED[model]
-        model.give_back(old)
+        if not has_values(old):
+            model.give_back(old)
         del _REPLACED[model]
         return old.train(model.training)
 
@@ -222,6 +245,19 @@ def _refuse_offloading(pipe: Any, modules: dict[str, nn.Module]) -> None:
         raise ValueError("accelerate's hooks are on a component, but not by the pipeline; remove them first")
     if any(hook.config.offload_to_disk_path is not None for part in modules.values() for hook in _group_hooks(part)):
         raise ValueError("the text encoder is offloaded to disk in groups; replace it before enabling that")
+
+
+def _refuse_offloading_from_the_cpu(pipe: Any, modules: dict[str, nn.Module]) -> None:
+    """8 bits are computed on the CPU, and weights in them stay there."""
+    devices = [hook.config.onload_device for part in modules.values() for hook in _group_hooks(part)]
+    if _is_hooked(pipe) and getattr(pipe, "_offload_device", None) is not None:
+        devices.append(pipe._offload_device)
+    elsewhere = [device for device in devices if torch.device(device).type != "cpu"]
+    if elsewhere:
+        raise ValueError(
+            f"quantize: 8 bits are computed on the CPU, and the pipeline's offloading has its parts computed on "
+            f"{elsewhere[0]}; encode on a pipeline of the text encoder alone, which stays on the CPU"
+        )
 
 
 def _is_hooked(pipe: Any) -> bool:

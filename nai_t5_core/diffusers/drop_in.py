@@ -5,7 +5,6 @@ Needs the extra ``transformers``.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,18 +14,21 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from transformers import MT5Config, PretrainedConfig, PreTrainedModel, T5Config, UMT5Config
+    from transformers import PretrainedConfig, PreTrainedModel, T5Config
     from transformers.modeling_outputs import BaseModelOutput
 except ImportError as error:
     raise ImportError("this needs transformers; install it with: pip install 'comfy-nai-t5[transformers]'") from error
 
-from nai_t5_core.backends.choose import run_in_place
+from nai_t5_core.backends.choose import Quantisation, quantize_int8, refuse_quantising, run_in_place
+from nai_t5_core.backends.held import is_in_8_bits
+from nai_t5_core.diffusers.drop_in_config import ENCODER_CLASSES, config_beside, own_config
 from nai_t5_core.diffusers.drop_in_keywords import loading_options, refuse_for_saving
 from nai_t5_core.diffusers.drop_in_weights import (
     CastingOps,
     encoder_from_model,
     give_back,
     open_source,
+    refuse_8_bits,
     refuse_wrapped,
     single_device,
     weights_name,
@@ -35,7 +37,7 @@ from nai_t5_core.diffusers.drop_in_weights import (
     write_originals,
 )
 from nai_t5_core.diffusers.row_memory import RowMemory
-from nai_t5_core.facts.config import config_from_hf, config_to_hf
+from nai_t5_core.facts.config import config_from_hf
 from nai_t5_core.facts.padding import PaddingPolicy
 from nai_t5_core.float16.guard import guard
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
@@ -43,15 +45,11 @@ from nai_t5_core.model.fixed_weights import refuse_change
 from nai_t5_core.model.packing import check_policy
 from nai_t5_core.model.precision import DTYPES, resolve_device, resolve_dtype
 from nai_t5_core.weights.convert import main_dtype
-from nai_t5_core.weights.examine import Examination, examine_checkpoint
+from nai_t5_core.weights.examine import examine_checkpoint
 from nai_t5_core.weights.load import ScalesChoice, assemble
 
 SaveFormat = Literal["native", "transformers"]
 SAVE_FORMATS: tuple[SaveFormat, ...] = get_args(SaveFormat)
-
-_CONFIG_CLASSES = {"t5": T5Config, "mt5": MT5Config, "umt5": UMT5Config}
-# What transformers calls the encoder of each model type.
-_ENCODER_CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 
 
 class NAIT5EncoderModel(PreTrainedModel):
@@ -78,7 +76,7 @@ class NAIT5EncoderModel(PreTrainedModel):
 
     def __init__(self, config: PretrainedConfig, stack: T5EncoderStack | None = None) -> None:
         """A model around a finished encoder, or, without one, a random model of the sizes in ``config``."""
-        super().__init__(_own_config(config))
+        super().__init__(own_config(config))
         if stack is None:
             stack = T5EncoderStack(config_from_hf(config.to_dict()).encoder_only(), "fused", CastingOps)
             if not stack.shared.weight.is_meta:
@@ -104,6 +102,7 @@ class NAIT5EncoderModel(PreTrainedModel):
         layout: Layout = "fused",
         scales: ScalesChoice = "auto",
         release: bool = False,
+        quantize: Quantisation | None = None,
     ) -> NAIT5EncoderModel:
         """From a loaded transformers T5, mT5 or UMT5 (encoder or whole model), on its device, in evaluation mode.
 
@@ -113,14 +112,18 @@ class NAIT5EncoderModel(PreTrainedModel):
             scales: see :func:`nai_t5_core.weights.load.load_encoder`.
             release: take each weight away from ``model`` when it has been used, so that memory never holds both. The
                 model is left without values; :meth:`give_back` fills it again.
+            quantize: ``"int8"`` computes the projections in 8 bits on the CPU, in float32 or bfloat16, see
+                :func:`nai_t5_core.backends.choose.quantize_int8`. Ours is then no more moved, cast, saved or given
+                back.
 
         Raises:
             CheckpointError: the model is no T5, has adapters or quantised weights, is offloaded, or exceeds float16.
-            ValueError: a dtype that is no T5's, an unknown layout, or scales for another number of layers.
+            ValueError: a dtype that is no T5's, an unknown layout, scales for another number of layers, or an unknown
+                quantisation or one that is not possible here. The model is as it was then.
         """
-        stack = encoder_from_model(model, dtype, layout, scales, release)
+        stack = encoder_from_model(model, dtype, layout, scales, quantize, release)
         source: Any = model
-        return cls(source.config, stack).eval()
+        return cls(source.config, _quantised(stack, quantize)).eval()
 
     def give_back(self, model: nn.Module) -> None:
         """Fills a model released by :meth:`from_hf`, as :mod:`nai_t5_core.diffusers.drop_in_weights` describes."""
@@ -139,6 +142,7 @@ class NAIT5EncoderModel(PreTrainedModel):
         device_map: Any = None,
         layout: Layout = "fused",
         scales: ScalesChoice = "auto",
+        quantize: Quantisation | None = None,
         **others: Any,
     ) -> NAIT5EncoderModel:
         """Loads a T5 encoder in evaluation mode from a hub id, a folder or a file.
@@ -152,23 +156,27 @@ class NAIT5EncoderModel(PreTrainedModel):
             variant: ``"fp16"`` reads ``model.fp16.safetensors``.
             device_map: one device for the whole model, also as ``{"": device}``; ``"auto"`` is the accelerator, or the
                 CPU where there is none.
+            quantize: as for :meth:`from_hf`; the weights as they were are let go one by one.
             others: ``output_hidden_states`` and ``return_dict`` are put into the config. What transformers takes
                 beyond that is accepted where it changes nothing here, and else refused by name, see
                 :mod:`nai_t5_core.diffusers.drop_in_keywords`.
 
         Raises:
             CheckpointError: the checkpoint is unusable; all its faults are listed.
-            ValueError: an unknown dtype or device, several devices, or what is not done here, such as a quantisation.
+            ValueError: an unknown dtype or device, several devices, a quantisation that is not possible here, or what
+                is not done, such as those of other libraries.
             TypeError: an unknown keyword.
         """
         hub, settings = loading_options(others, revision)
         device = resolve_device(single_device(device_map))
         wanted = torch_dtype if torch_dtype is not None else dtype
         given = None if wanted == "auto" else resolve_dtype(wanted or torch.float32, device)
+        refuse_quantising(quantize, device, given or torch.float32)  # before anything is fetched
         examination = examine_checkpoint(open_source(pretrained_model_name_or_path, subfolder, hub, variant))
         model_dtype = given or resolve_dtype(main_dtype(examination), device)
+        refuse_quantising(quantize, device, model_dtype)
         stack, _ = assemble(examination, model_dtype, device, layout, scales, CastingOps)
-        model = cls(_hf_config(examination), stack)
+        model = cls(config_beside(examination), _quantised(stack, quantize))
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path or "")
         model.config.update(settings)
         return model.eval()
@@ -194,8 +202,8 @@ class NAIT5EncoderModel(PreTrainedModel):
                 refused by name.
 
         Raises:
-            ValueError: an unknown format, what is not done here (``push_to_hub``), or weights that have adapters or
-                live LoRAs beside them.
+            ValueError: an unknown format, what is not done here (``push_to_hub``), or weights that are in 8 bits, or
+                have adapters or live LoRAs beside them.
             TypeError: an unknown keyword.
             CheckpointError: the file cannot be written.
         """
@@ -203,10 +211,11 @@ class NAIT5EncoderModel(PreTrainedModel):
             raise ValueError(f"unknown save_format {save_format!r}; allowed: {', '.join(SAVE_FORMATS)}")
         folder = Path(save_directory)
         refuse_for_saving(others, folder)
+        refuse_8_bits(self.stack)
         refuse_wrapped(self.stack)
         if not is_main_process:
             return
-        class_name = type(self).__name__ if save_format == "native" else _ENCODER_CLASSES[self.config.model_type]
+        class_name = type(self).__name__ if save_format == "native" else ENCODER_CLASSES[self.config.model_type]
         dtype = str(self.dtype).removeprefix("torch.")
         write_config(folder, {**self.config.to_dict(), "dtype": dtype}, class_name)
         file = folder / weights_name(variant)
@@ -370,24 +379,13 @@ class NAIT5EncoderModel(PreTrainedModel):
 
     def extra_repr(self) -> str:
         extra = f", extra_pad={self._extra_pad}" if self._extra_pad else ""
-        return f"{self.stack.config.kind}, {self.stack.layout}, {self.dtype}, padding={self._padding}{extra}"
+        in_8_bits = ", 8 bits" if is_in_8_bits(self.stack) else ""
+        kind = f"{self.stack.config.kind}, {self.stack.layout}, {self.dtype}{in_8_bits}"
+        return f"{kind}, padding={self._padding}{extra}"
 
 
-def _own_config(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy, since models write into their config."""
-    own = copy.deepcopy(config)
-    own._attn_implementation = "sdpa"
-    own.is_encoder_decoder = own.use_cache = False
-    return own
-
-
-def _hf_config(examination: Examination) -> PretrainedConfig:
-    """The config.json beside the weights, or one made of what the weights tell."""
-    values = examination.checkpoint.hf_config() or {}
-    if values.get("model_type") not in _CONFIG_CLASSES:
-        values = config_to_hf(examination.config.encoder_only())
-    values = {name: value for name, value in values.items() if name not in ("dtype", "torch_dtype")}
-    return _CONFIG_CLASSES[values["model_type"]](**values)
+def _quantised(stack: T5EncoderStack, quantize: Quantisation | None) -> T5EncoderStack:
+    return stack if quantize is None else quantize_int8(stack)
 
 
 def _within_range(states: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,10 @@ from typing import Any
 
 from nai_t5_core.weights.hub import HubOptions
 
-_QUANTISED = "load it unquantised, with layout='separate' if another library is to quantise what was loaded"
+_QUANTISED = (
+    "load it unquantised, with layout='separate' if another library is to quantise what was loaded, or with "
+    "quantize='int8' for 8 bits on the CPU"
+)
 _ONE_DEVICE = "the whole model goes to one device; give device_map"
 
 # What from_pretrained takes whatever the value is. Weights are mapped from safetensors files, unpickled as tensors

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nai_t5_core.backends.choose import Quantisation, refuse_quantising
+from nai_t5_core.backends.held import HeldLinear, is_in_8_bits
 from nai_t5_core.facts.config import Shape, encoder_tensors
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.layers import CastingOps
@@ -114,7 +116,11 @@ def examine_model(model: nn.Module) -> Examination:
 
 
 def check_model(
-    model: nn.Module, dtype: torch.dtype | str | None, layout: Layout, scales: ScalesChoice
+    model: nn.Module,
+    dtype: torch.dtype | str | None,
+    layout: Layout,
+    scales: ScalesChoice,
+    quantize: Quantisation | None,
 ) -> tuple[Examination, torch.dtype]:
     """Everything that can be refused of a model before its weights are taken, and the dtype that ours will have.
 
@@ -122,7 +128,8 @@ def check_model(
 
     Raises:
         CheckpointError: it is no T5, its weights are quantised, not there, or exceed float16.
-        ValueError: a dtype that is no T5's, an unknown layout, or scales for another number of layers.
+        ValueError: a dtype that is no T5's, an unknown layout, scales for another number of layers, or a quantisation
+            that there is not or that is not possible there.
     """
     refuse_quantised(model)
     source: Any = model
@@ -130,23 +137,29 @@ def check_model(
     if wanted is None:
         raise ValueError(f"a T5 cannot compute in {dtype or source.dtype}; give dtype, one of {', '.join(DTYPES)}")
     examination = examine_model(model)
+    refuse_quantising(quantize, model.get_parameter("shared.weight").device, wanted)
     refuse_before_assembly(examination, wanted, layout, scales)
     return examination, wanted
 
 
 def encoder_from_model(
-    model: nn.Module, dtype: torch.dtype | str | None, layout: Layout, scales: ScalesChoice, release: bool
+    model: nn.Module,
+    dtype: torch.dtype | str | None,
+    layout: Layout,
+    scales: ScalesChoice,
+    quantize: Quantisation | None,
+    release: bool,
 ) -> T5EncoderStack:
     """Our encoder with the weights of a loaded transformers model, on its device; ``dtype`` None is the model's.
 
     Tensors that need no change are shared with the model (all of them in the separate layout and the same dtype).
     ``release`` takes every weight from the model when it is used: the model is left on the meta device, and
-    :func:`give_back` fills it again.
+    :func:`give_back` fills it again. ``quantize`` is only checked: whether it will be possible.
 
     Raises:
         CheckpointError, ValueError: see :func:`check_model`; the model is as it was then.
     """
-    examination, dtype = check_model(model, dtype, layout, scales)
+    examination, dtype = check_model(model, dtype, layout, scales, quantize)
     embedding: Any = model.get_submodule("shared")
     device = embedding.weight.device
     if not release:
@@ -195,9 +208,16 @@ def give_back(stack: T5EncoderStack, model: nn.Module) -> None:
         tie()
 
 
+def has_values(model: nn.Module) -> bool:
+    """Whether a model has kept its weights."""
+    return not any(parameter.is_meta for parameter in model.parameters())
+
+
 def refuse_giving_back(stack: T5EncoderStack, model: nn.Module) -> None:
     """Raises a ValueError where the weights cannot be had, or are no longer those that the model has room for."""
     refuse_wrapped(stack)
+    if not has_values(model):
+        refuse_8_bits(stack)
     rows, wanted = len(stack.shared.weight), len(model.get_parameter("shared.weight"))
     if rows != wanted:
         raise ValueError(
@@ -207,14 +227,27 @@ def refuse_giving_back(stack: T5EncoderStack, model: nn.Module) -> None:
 
 
 def refuse_wrapped(stack: T5EncoderStack) -> None:
-    """Raises a ValueError where weights have adapters or live LoRAs beside them, or are packed."""
+    """Raises a ValueError where weights have adapters or live LoRAs beside them."""
     recipes = fused_recipes(stack.config) if stack.layout == "fused" else separate_recipes(stack.config)
-    present = stack.state_dict().keys()
+    # Not the names in the state, for which weights in other forms would all be made anew.
+    held = {f"{name}.weight" for name, module in stack.named_modules() if isinstance(module, HeldLinear)}
+    plain = [*stack.named_parameters(remove_duplicate=False), *stack.named_buffers(remove_duplicate=False)]
+    present = held.union(name for name, _ in plain)
     absent = [recipe.target for recipe in recipes if recipe.target not in present]
     if absent:
         raise ValueError(
-            f"the weights of the encoder cannot be had as they are: {absent[0]} has an adapter or live LoRA beside it, "
-            f"or is packed ({len(absent)} weights in all); call clear() of the LiveLoras object, or peft's unload()"
+            f"the weights of the encoder cannot be had as they are: {absent[0]} has an adapter or live LoRA beside it "
+            f"({len(absent)} weights in all); call clear() of the LiveLoras object, or peft's unload()"
+        )
+
+
+def refuse_8_bits(stack: T5EncoderStack) -> None:
+    """Raises a ValueError where weights lie in 8 bits: what they stand for is near the originals, and not the same."""
+    if is_in_8_bits(stack):
+        raise ValueError(
+            "the weights of the encoder are in 8 bits, and its originals cannot be had of it: save or give them back "
+            "before quantising (an encoder that quantize='int8' has put into a pipeline goes by restore_text_encoder), "
+            "or load the model anew without quantize"
         )
 
 
