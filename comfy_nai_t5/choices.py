@@ -11,8 +11,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("auto", "file", "float8_e4m3fn", "float8_e5m2")
 ATTENTIONS = ("auto", "flex", "sdpa")
 # "auto" joins products where that changes nothing; "fused" makes it an error where it would; "packed" keeps a second,
-# faster copy of the joined weights for the CPU.
-LAYOUTS = ("auto", "fused", "packed", "separate")
+# faster copy of the joined weights for the CPU, and "int8" one in 8 bits.
+LAYOUTS = ("auto", "fused", "packed", "int8", "separate")
 _ALLOWED = {"dtype": DTYPES, "weights": WEIGHTS, "attention": ATTENTIONS, "layout": LAYOUTS}
 
 
@@ -38,7 +38,8 @@ class Settings:
                 raise ValueError(f"unknown choice {chosen!r} for {field.name}; allowed: {', '.join(allowed)}")
         if self.compile and self.layout == "separate":
             raise ValueError("compile needs joined products; choose the layout auto or fused, or switch compile off")
-        if self.compile and self.layout == "packed":
-            raise ValueError("packed weights are not compiled; choose the layout auto or fused, or switch compile off")
+        if self.compile and self.layout in ("packed", "int8"):
+            kept = "packed weights" if self.layout == "packed" else "weights in 8 bits"
+            raise ValueError(f"{kept} are not compiled; choose the layout auto or fused, or switch compile off")
         if self.compile and self.attention == "sdpa":
             raise ValueError("compile brings flex attention; choose the attention auto or flex, or switch compile off")

@@ -15,7 +15,7 @@ from comfy_nai_t5.encode import embedding_widths
 from comfy_nai_t5.idle_hooks import tell_of_idle_hooks
 from comfy_nai_t5.stack import SharedStack
 from comfy_nai_t5.telling import out_of_memory, warn
-from nai_t5_core.backends.products import ONEDNN
+from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
 from nai_t5_core.float16.guard import encode_guarded, is_finite
 from nai_t5_core.model.attention_choice import FlexUnavailableError, missing_for_flex, refuse_unsupported
 from nai_t5_core.model.packing import PaddingPolicy
@@ -213,6 +213,8 @@ def with_our_t5(clip: Any, settings: Settings | None = None) -> T5Clip:
             _refuse_without_flex(device, compute_dtype, stack.config.d_kv)
         if settings.layout == "packed":
             _refuse_packing(device, compute_dtype)
+        if settings.layout == "int8":
+            _refuse_8_bits(device, compute_dtype)
         # Where the owner multiplies masked rows by zero, they need not be computed.
         return EncoderModel(owner.transformer, stack, "skip" if owner.zero_out_masked else "exact")
 
@@ -242,6 +244,11 @@ def _refuse_packing(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
+def _refuse_8_bits(device: torch.device, dtype: torch.dtype) -> None:
+    if reason := INT8_ONEDNN.missing(device, dtype):
+        raise ValueError(f"the int8 layout is not possible: {reason}; choose the layout auto")
+
+
 def describe(clip: T5Clip) -> str:
     """What each T5 of a CLIP is, how it computes, and why so: a line for each.
 
@@ -253,7 +260,7 @@ def describe(clip: T5Clip) -> str:
         stack = owner.transformer.stack
         dtype = str(stack.dtype).removeprefix("torch.")
         layout = stack.expected_layout()
-        if is_streamed(clip) and layout.startswith("fused"):
+        if is_streamed(clip) and not layout.startswith("separate"):
             layout = "separate layout: ComfyUI streams its weights (dynamic memory)"
         lines.append(f"{name}: {stack.config.kind} of {stack.config.num_layers} layers, {dtype}, {layout}")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nai_t5_core.backends.kernel_block import KernelBlock
-from nai_t5_core.backends.kernels import KERNELS
+from nai_t5_core.backends.kernels import KERNELS, KernelsBackend
 from nai_t5_core.kernels.build import better_than_kernels
 from nai_t5_core.model.attention import Attend
 from nai_t5_core.model.block import Block, Lending
@@ -51,6 +51,11 @@ class FusedWeights:
     dense_norm: Tensor
     wi: Tensor
     wo: Tensor
+
+    @property
+    def products(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Those of qkv, o, wi and wo."""
+        return self.qkv, self.o, self.wi, self.wo
 
     def cast(self, dtype: torch.dtype, but: Collection[torch.dtype] = ()) -> FusedWeights:
         """The same in ``dtype``; norms, and weights in one of the dtypes ``but``, as they are."""
@@ -143,16 +148,18 @@ def fuse(block: Any) -> FusedWeights:
     )
 
 
-def takes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels compute joined products in ``dtype``, as far as is known before they are built."""
-    return KERNELS.missing(device, dtype) is None and better_than_kernels() is None
+def takes_kernels(device: torch.device, dtype: torch.dtype, kernels: KernelsBackend = KERNELS) -> bool:
+    """Whether these kernels compute joined products in ``dtype``, as far as is known before they are built."""
+    return kernels.missing(device, dtype) is None and better_than_kernels() is None
 
 
-def kernels_on(block: Any, weights: FusedWeights, dtype: torch.dtype) -> KernelBlock:
-    """The kernels on a layer's joined weights, computing in ``dtype``."""
+def kernels_on(
+    block: Any, products: Sequence[Tensor], dtype: torch.dtype, scales: Sequence[Tensor | None] = (None,) * 4
+) -> KernelBlock:
+    """The kernels on a layer's joined weights of qkv, o, wi and wo, computing in ``dtype``; on bytes with scales."""
     attention, dense = block.layer[0], block.layer[-1].DenseReluDense
     heads, epsilon = attention.SelfAttention.heads, attention.layer_norm.variance_epsilon
-    return KernelBlock.of((weights.qkv, weights.o, weights.wi, weights.wo), dtype, dense, heads, epsilon)
+    return KernelBlock.of(products, dtype, dense, heads, epsilon, scales)
 
 
 def obstacle(

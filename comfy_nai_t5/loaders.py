@@ -191,9 +191,9 @@ def _store(clip: Any, settings: Settings) -> None:
         return
     device = clip.patcher.load_device
     wanted = resolve_dtype(settings.dtype, device) if choice == "auto" else getattr(torch, choice)
-    # The kernels round float16 as they read it, and loading need not.
+    # The kernels round float16 as they read it, and 8 bits are made of the very numbers: loading need not round.
     by_kernels = settings.layout != "separate" and not settings.compile and takes_kernels(device, wanted)
-    kept = (torch.float16,) if choice == "auto" and by_kernels else ()
+    kept = (torch.float16,) if choice == "auto" and (by_kernels or settings.layout == "int8") else ()
     for owner in t5_models(clip.cond_stage_model).values():
         for name, module in owner.transformer.named_modules():
             if isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and wanted.itemsize > 1):

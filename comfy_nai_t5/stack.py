@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Collection
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +20,15 @@ from comfy_nai_t5.fused import (
     FusedWeights,
     JoinedKernels,
     JoinedProducts,
-    Products,
     fuse,
     kernels_on,
     obstacle,
     takes_kernels,
 )
+from comfy_nai_t5.int8 import Int8Kernels, Int8Products
 from comfy_nai_t5.packed import Kept, KeptKernels, KeptProducts
 from nai_t5_core.backends.compiled import compile_stack
-from nai_t5_core.backends.kernel_block import KernelBlock
-from nai_t5_core.backends.kernels import refuses_mathematics
+from nai_t5_core.backends.kernels import INT8_KERNELS, KERNELS, refuses_mathematics
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, published_scales
 from nai_t5_core.kernels.build import prepare_kernels
@@ -43,15 +42,19 @@ from nai_t5_core.model.packing import TOKEN_BUCKETS
 
 log = logging.getLogger(__name__)
 
-KeptKind = TypeVar("KeptKind", KeptKernels, KeptProducts)
+# What is kept of a layer in the layouts that keep something: where the kernels run, and elsewhere.
+KEPT: dict[str, tuple[type[Kept], type[Kept]]] = {
+    "packed": (KeptKernels, KeptProducts),
+    "int8": (Int8Kernels, Int8Products),
+}
 
 # Of weights that can be cast to what is computed in, once.
 _CASTABLE = (*WEIGHT_FORMATS, torch.float64)
 
 
-def dtypes_cast(is_packed: bool, by_kernels: bool) -> Collection[torch.dtype]:
+def dtypes_cast(is_kept: bool, by_kernels: bool) -> Collection[torch.dtype]:
     """Of weights that need not be kept in what is computed in to be joined."""
-    return _CASTABLE if is_packed else WEIGHT_FORMATS if by_kernels else ()
+    return _CASTABLE if is_kept else WEIGHT_FORMATS if by_kernels else ()
 
 
 def config_of(t5: Any) -> T5Config:
@@ -106,13 +109,13 @@ class SharedEncoder(Encoder):
         weight = norm.weight.to(residual)
         return F.rms_norm(residual, residual.shape[-1:], weight, norm.variance_epsilon).to(dtype)
 
-    def join(self, dtype: torch.dtype, is_packed: bool, by_kernels: bool) -> Counter[str]:
+    def join(self, dtype: torch.dtype, kind: type[Kept] | None, by_kernels: bool) -> Counter[str]:
         """Joins the products of every layer where that changes nothing; returns why other layers are as they are.
 
-        With ``is_packed``, the products of a layer are kept for later calls, as long as its weights stay the same.
+        Those of a ``kind`` are kept for later calls, as long as the layer's weights stay the same.
         """
         reasons: Counter[str] = Counter()
-        others = dtypes_cast(is_packed, by_kernels)
+        others = dtypes_cast(kind is not None, by_kernels)
         block: Any
         for block in self.block:
             reason = obstacle(block, dtype, others, self.device)
@@ -120,25 +123,18 @@ class SharedEncoder(Encoder):
                 reasons[reason] += 1
                 continue
             weights = fuse(block)
-            block.runner = (
-                JoinedKernels(weights, self._kernels(block, weights, dtype, is_packed))
-                if by_kernels
-                else JoinedProducts(weights, self._products(block, weights, dtype, is_packed))
-            )
+            if kind is not None:
+                block.runner = self._keep(block, weights, kind, dtype).runner(weights)
+            elif by_kernels:
+                block.runner = JoinedKernels(weights, kernels_on(block, weights.products, dtype))
+            else:
+                block.runner = JoinedProducts(weights, FusedProducts(weights))
         if not reasons:
             count = len(self.block) if self.bias_per_layer else 1
             self.tables = [self.bias_table(index) for index in range(count)]
         return reasons
 
-    def _kernels(self, block: Block, weights: FusedWeights, dtype: torch.dtype, is_packed: bool) -> KernelBlock:
-        if is_packed:
-            return self._keep(block, weights, KeptKernels, dtype).ready()
-        return kernels_on(block, weights, dtype)
-
-    def _products(self, block: Block, weights: FusedWeights, dtype: torch.dtype, is_packed: bool) -> Products:
-        return self._keep(block, weights, KeptProducts, dtype) if is_packed else FusedProducts(weights)
-
-    def _keep(self, block: Block, weights: FusedWeights, kind: type[KeptKind], dtype: torch.dtype) -> KeptKind:
+    def _keep(self, block: Block, weights: FusedWeights, kind: type[Kept], dtype: torch.dtype) -> Kept:
         """What is kept of a layer, made anew where it is of another kind or of other weights."""
         kept = self.kept.get(block)
         if not isinstance(kept, kind) or not kept.is_made_of(block):
@@ -161,7 +157,8 @@ class SharedStack(T5EncoderStack):
 
     Args:
         wish: ``"auto"`` joins products wherever that changes nothing, ``"fused"`` makes anything else an error,
-            ``"packed"`` keeps those that are joined in oneDNN's order, ``"separate"`` joins none.
+            ``"packed"`` keeps those that are joined in an order of their own, ``"int8"`` in 8 bits, ``"separate"``
+            joins none.
         compiled: have torch compile the encoder, on its first call with all products joined.
 
     Attributes:
@@ -204,17 +201,21 @@ class SharedStack(T5EncoderStack):
         self.encoder.device = device
 
     @property
-    def is_packed(self) -> bool:
-        """Whether the next call's products are packed ones where they can be joined."""
-        return self.wish == "packed" and not self.is_hooked
+    def is_kept(self) -> bool:
+        """Whether the next call's products are kept ones where they can be joined."""
+        return self.wish in KEPT and not self.is_hooked
 
     @property
     def takes_kernels(self) -> bool:
         """Whether joined products are computed by the kernels."""
-        if self.compiled or not takes_kernels(self.device, self.dtype):
+        kernels = INT8_KERNELS if self.wish == "int8" and self.is_kept else KERNELS
+        if self.compiled or not takes_kernels(self.device, self.dtype, kernels):
             return False
+        inputs = (self.config.d_model, self.config.num_heads * self.config.d_kv, self.config.d_ff)
         blocks: Any = self.encoder.block
-        return all(refuses_mathematics(block) is None for block in blocks)
+        return not any(size % kernels.unit for size in inputs) and all(
+            refuses_mathematics(block) is None for block in blocks
+        )
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         """See :class:`T5EncoderStack`.
@@ -226,7 +227,8 @@ class SharedStack(T5EncoderStack):
             return super().forward(*inputs, **options)
         try:
             by_kernels = self.takes_kernels and not torch_is_needed() and prepare_kernels() is None
-            reasons = self.encoder.join(self.dtype, self.is_packed, by_kernels)
+            kind = KEPT[self.wish][0 if by_kernels else 1] if self.is_kept else None
+            reasons = self.encoder.join(self.dtype, kind, by_kernels)
             self._tell(reasons)
             self._compile_if(self.compiled and not reasons)
             return super().forward(*inputs, **options)
@@ -256,14 +258,14 @@ class SharedStack(T5EncoderStack):
         if self.wish == "separate":
             return "separate layout, as chosen"
         blocks: Any = self.encoder.block
-        others = dtypes_cast(self.is_packed, self.takes_kernels)
+        others = dtypes_cast(self.is_kept, self.takes_kernels)
         return self._described(Counter(reason for block in blocks if (reason := obstacle(block, self.dtype, others))))
 
     def _described(self, reasons: Counter[str]) -> str:
         """The layout in words; an error where the fused one was asked for and a layer cannot be joined."""
         if reasons and self.wish == "fused":
             raise ValueError(f"the T5 cannot run in the fused layout: {next(iter(reasons))}; choose the layout auto")
-        joined = "packed layout" if self.is_packed else "fused layout"
+        joined = f"{self.wish if self.is_kept else 'fused'} layout"
         if self.takes_kernels:
             joined += " with AVX512 kernels"
         return describe_layout(reasons, len(self.encoder.block), joined)

@@ -194,7 +194,7 @@ class KernelsBackend:
     name = "kernels"
     lends_to: Backend = ONEDNN
     # Weights are taken in steps of so many numbers.
-    _unit = 2
+    unit = 2
 
     def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
@@ -209,8 +209,8 @@ class KernelsBackend:
                 linear: Any = getattr(owner, name)
                 if type(linear) not in PLAIN_LINEARS and not isinstance(linear, HeldLinear):
                     return f"a projection is of class {type(linear).__name__}"
-                if linear.in_features % self._unit:
-                    return f"a projection has {linear.in_features} inputs; their number must divide by {self._unit}"
+                if linear.in_features % self.unit:
+                    return f"a projection has {linear.in_features} inputs; their number must divide by {self.unit}"
         return refuses_mathematics(block)
 
     def bind(self, block: Block, dtype: torch.dtype) -> None:
@@ -232,7 +232,7 @@ class Int8KernelsBackend(KernelsBackend):
 
     name = "kernels, in 8 bits"
     lends_to = INT8_ONEDNN
-    _unit = 4
+    unit = 4
 
     def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return super().missing(device, dtype) or INT8_ONEDNN.missing(device, dtype)

@@ -16,12 +16,18 @@ from checkpoints import spiece_tensor, write_file
 from conftest import random_state
 from torch import Tensor
 
+from nai_t5_core.backends.products import INT8_ONEDNN
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.kernels.build import why_not_kernels
 
 # What a T5 whose products are joined says of itself: of this processor's kernels too, if it has them.
 KERNELS = "" if why_not_kernels() else " with AVX512 kernels"
-FUSED, PACKED = f"fused layout{KERNELS}", f"packed layout{KERNELS}"
+FUSED, PACKED, INT8 = (f"{name} layout{KERNELS}" for name in ("fused", "packed", "int8"))
+
+# Of hidden states in 8 bits against exact ones, relative to the largest: a unit is 1/127 of the largest of a row.
+NEAR_IN_8_BITS = 0.05
+_NO_8_BITS = INT8_ONEDNN.missing(torch.device("cpu"), torch.float32)
+needs_8_bits = pytest.mark.skipif(_NO_8_BITS is not None, reason=str(_NO_8_BITS))
 
 
 def require_comfyui() -> Path:

@@ -12,10 +12,12 @@ from checkpoints import write_file
 from comfy_toys import (
     FAMILY_CONFIGS,
     FUSED,
+    NEAR_IN_8_BITS,
     V1_1,
     assert_equal_conditioning,
     conditioning,
     error,
+    needs_8_bits,
     require_comfyui,
     stock,
     toy_file,
@@ -38,7 +40,7 @@ EVERYWHERE = (
 )
 
 
-@pytest.fixture(params=["fused", "packed", "separate"])
+@pytest.fixture(params=["fused", "packed", "separate", pytest.param("int8", marks=needs_8_bits)])
 def settings(request: pytest.FixtureRequest) -> Settings:
     """All layouts, where "fused" makes it an error if a layer is not."""
     return Settings("float32", layout=request.param)
@@ -50,6 +52,18 @@ def pair(folder: Path, settings: Settings, family: str = "mochi") -> tuple[Any, 
 
     path = toy_file(folder, FAMILY_CONFIGS[family])
     return with_our_t5(stock(path, family), settings), stock(path, family)
+
+
+def reference(theirs: Any, settings: Settings, text: str = "a cat") -> dict[str, Any]:
+    """What stock makes; for 8 bits, what is near it, by one in 8 bits that is made of its weights."""
+    from comfy_nai_t5.clip import with_our_t5
+
+    exact = conditioning(theirs, text)
+    if settings.layout != "int8":
+        return exact
+    anew = conditioning(with_our_t5(theirs, settings), text)
+    assert error(anew["cond"], exact["cond"]) < NEAR_IN_8_BITS
+    return anew
 
 
 def with_lora(clip: Any, lora: dict[str, torch.Tensor], strength: float) -> Any:
@@ -69,8 +83,8 @@ def test_lora(keys: tuple[str, ...], tmp_path: Path, settings: Settings) -> None
     ours, theirs = pair(tmp_path, settings)
     lora = toy_lora(t5_of(theirs), keys, "t5xxl")
     plain = conditioning(ours, "a (cat:1.2)")
-    patched = [with_lora(clip, lora, 0.8) for clip in (ours, theirs)]
-    mine, expected = (conditioning(clip, "a (cat:1.2)") for clip in patched)
+    mine = conditioning(with_lora(ours, lora, 0.8), "a (cat:1.2)")
+    expected = reference(with_lora(theirs, lora, 0.8), settings, "a (cat:1.2)")
     assert_equal_conditioning(mine, expected)
     assert error(expected["cond"], plain["cond"]) > 1e-3
     # And without it again, from the same weights.
@@ -82,9 +96,9 @@ def test_lora_strengths_and_several_at_once(tmp_path: Path, settings: Settings) 
     first = toy_lora(t5_of(theirs), EVERYWHERE[:3], "t5xxl", seed=1)
     second = toy_lora(t5_of(theirs), EVERYWHERE[2:5], "t5xxl", seed=2)
     for a, b in ((1.0, 0.5), (-0.3, 0.5), (0.0, 2.0)):
-        mine, expected = (
-            conditioning(with_lora(with_lora(clip, first, a), second, b), "a cat") for clip in (ours, theirs)
-        )
+        mine, stock_one = (with_lora(with_lora(clip, first, a), second, b) for clip in (ours, theirs))
+        expected = reference(stock_one, settings)
+        mine = conditioning(mine, "a cat")
         assert_equal_conditioning(mine, expected)
 
 
@@ -93,19 +107,20 @@ def test_lora_before_replacing(tmp_path: Path, settings: Settings) -> None:
 
     _, theirs = pair(tmp_path, settings)
     patched = with_lora(theirs, toy_lora(t5_of(theirs), EVERYWHERE, "t5xxl"), 1.0)
-    assert_equal_conditioning(conditioning(with_our_t5(patched, settings), "a cat"), conditioning(patched, "a cat"))
+    assert_equal_conditioning(conditioning(with_our_t5(patched, settings), "a cat"), reference(patched, settings))
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 4e-2), ("float16", 4e-3)])
 def test_lora_in_bfloat16_and_float16(dtype: str, limit: float, tmp_path: Path, settings: Settings) -> None:
     from comfy_nai_t5.clip import with_our_t5
 
-    if settings.layout == "packed" and ONEDNN.missing(torch.device("cpu"), getattr(torch, dtype)):
-        pytest.skip(f"{dtype} is not packed here")
+    if settings.layout in ("packed", "int8") and ONEDNN.missing(torch.device("cpu"), getattr(torch, dtype)):
+        pytest.skip(f"{dtype} is not kept in another form here")
     weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in toy_state(V1_1).items()}
     theirs = stock(write_file(tmp_path / "half.safetensors", weights), "mochi")
     patched = with_lora(theirs, toy_lora(t5_of(theirs), EVERYWHERE, "t5xxl"), 1.0)
     ours = with_our_t5(patched, replace(settings, dtype=dtype))
+    limit = NEAR_IN_8_BITS if settings.layout == "int8" else limit
     assert error(conditioning(ours, "a cat")["cond"], conditioning(patched, "a cat")["cond"]) < limit
 
 
@@ -122,8 +137,9 @@ def test_lora_with_float16_scales(key: str, tmp_path: Path, settings: Settings) 
         owner.transformer, SharedStack(owner.transformer, torch.float32, scales, wish=settings.layout)
     )
     lora = toy_lora(t5_of(theirs), (key,), "t5xxl")
-    mine, expected = (conditioning(with_lora(clip, lora, 0.8), "a cat") for clip in (ours, theirs))
-    assert_equal_conditioning(mine, expected)
+    mine = conditioning(with_lora(ours, lora, 0.8), "a cat")
+    expected = reference(with_lora(theirs, lora, 0.8), settings)
+    assert_equal_conditioning(mine, expected, 1e-2 if settings.layout == "int8" else 1e-4)
 
 
 def test_norms_and_weights_that_are_replaced(tmp_path: Path, settings: Settings) -> None:
@@ -131,13 +147,12 @@ def test_norms_and_weights_that_are_replaced(tmp_path: Path, settings: Settings)
     ours, theirs = pair(tmp_path, settings)
     q, norm = (f"t5xxl.transformer.encoder.block.1.layer.0.{name}.weight" for name in ("SelfAttention.q", "layer_norm"))
     patches = {q: ("set", (torch.randn(64, 64) / 8,)), norm: ("diff", (torch.rand(64),))}
-    results = []
-    for clip in (ours, theirs):
-        clone = clip.clone()
+    clones = [clip.clone() for clip in (ours, theirs)]
+    for clone in clones:
         assert set(clone.add_patches(patches, 0.7)) == set(patches)
-        results.append(conditioning(clone, "a cat"))
-    assert_equal_conditioning(*results)
-    assert error(results[1]["cond"], conditioning(theirs, "a cat")["cond"]) > 1e-3
+    mine, expected = conditioning(clones[0], "a cat"), reference(clones[1], settings)
+    assert_equal_conditioning(mine, expected)
+    assert error(expected["cond"], conditioning(theirs, "a cat")["cond"]) > 1e-3
 
 
 def test_dora(tmp_path: Path, settings: Settings) -> None:
@@ -146,8 +161,8 @@ def test_dora(tmp_path: Path, settings: Settings) -> None:
     key = ATTENTION.format(1, "q")
     lora = toy_lora(t5_of(theirs), (key,), "t5xxl")
     lora[f"text_encoders.t5xxl.transformer.{key}.dora_scale"] = torch.rand(64, 1) + 0.5
-    mine, expected = (conditioning(with_lora(clip, lora, 0.8), "a cat") for clip in (ours, theirs))
-    assert_equal_conditioning(mine, expected)
+    mine = conditioning(with_lora(ours, lora, 0.8), "a cat")
+    assert_equal_conditioning(mine, reference(with_lora(theirs, lora, 0.8), settings))
 
 
 def test_clones_with_other_strengths_take_turns(tmp_path: Path, settings: Settings) -> None:
@@ -155,8 +170,8 @@ def test_clones_with_other_strengths_take_turns(tmp_path: Path, settings: Settin
     lora = toy_lora(t5_of(theirs), EVERYWHERE, "t5xxl")
     clones = {strength: [with_lora(clip, lora, strength) for clip in (ours, theirs)] for strength in (0.2, 1.0, -0.5)}
     for strength in (0.2, 1.0, 0.2, -0.5, 1.0):
-        mine, expected = (conditioning(clip, "a cat") for clip in clones[strength])
-        assert_equal_conditioning(mine, expected)
+        mine, stock_one = clones[strength]
+        assert_equal_conditioning(conditioning(mine, "a cat"), reference(stock_one, settings))
 
 
 def test_a_lora_that_matches_nothing_changes_nothing_and_says_so(
@@ -249,7 +264,7 @@ def test_merging(tmp_path: Path, settings: Settings) -> None:
     from comfy_nai_t5.clip import with_our_t5
 
     first, second = (stock(toy_file(tmp_path, V1_1, seed), "mochi") for seed in (0, 1))
-    expected = conditioning(CLIPMergeSimple().merge(first, second, 0.4)[0], "a cat")
+    expected = reference(CLIPMergeSimple().merge(first, second, 0.4)[0], settings)
     both = [with_our_t5(clip, settings) for clip in (first, second)]
     assert_equal_conditioning(conditioning(CLIPMergeSimple().merge(*both, 0.4)[0], "a cat"), expected)
     assert error(expected["cond"], conditioning(first, "a cat")["cond"]) > 1e-3

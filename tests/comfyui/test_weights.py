@@ -16,6 +16,7 @@ from comfy_toys import (
     assert_equal_conditioning,
     conditioning,
     error,
+    needs_8_bits,
     require_comfyui,
     stock,
     toy_family,
@@ -52,7 +53,7 @@ def exact(clip: Any, config: T5Config, state: dict[str, Tensor], family: str) ->
     return stack(ids, mask, padding="skip" if family in ("wan", "cosmos") else "exact")
 
 
-@pytest.mark.parametrize("layout", ["auto", "packed"])
+@pytest.mark.parametrize("layout", ["auto", "packed", pytest.param("int8", marks=needs_8_bits)])
 @pytest.mark.parametrize("spelling", ["scale_weight", "weight_scale"])
 @pytest.mark.parametrize(("family", "config"), [("mochi", V1_1), ("wan", UMT5), ("cosmos", V1_0)])
 def test_scaled_float8(
