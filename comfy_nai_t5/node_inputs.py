@@ -27,7 +27,7 @@ _TIPS = {
     "layout": "fused: products that have the same input run as one. auto: fused layer by layer, wherever that changes "
     "nothing, LoRA included; the log says where not, and why. packed: for a T5 on the CPU, up to 1.5 times faster by a "
     "second copy of the weights, which takes as much memory again. int8: for a T5 on the CPU, faster still for some "
-    "accuracy (about 1% of the largest value), by a copy in 8 bits. separate: every product by itself.",
+    "accuracy (the help page has figures), by a copy in 8 bits. separate: every product by itself.",
     "compile": "Have torch compile the encoder for each of a few prompt lengths, when it first meets one: slow once, "
     "faster afterwards. For GPUs.",
 }

@@ -22,6 +22,7 @@ from test_diffusers_families import assert_same
 from toy_offloading import CPU, OFFLOADS, cpu_has_one_name, hooks_of, offload_model, offload_sequentially
 from toy_pipelines import PROMPT, T5, Toy, make, text_encoder
 
+from nai_t5_core.backends.choose import prepack, why_not_prepack
 from nai_t5_core.bench.stress import stress_state
 from nai_t5_core.diffusers.adapter import replace_text_encoder, restore_text_encoder
 from nai_t5_core.float16.guard import ScaleTightenedWarning
@@ -63,6 +64,27 @@ def test_the_old_encoder_holds_no_values_meanwhile() -> None:
     assert restore_text_encoder(toy.pipe) is toy.pipe
     assert toy.encoder is old
     assert all(torch.equal(tensor, before[name]) for name, tensor in old.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", ["fused", "separate"])
+def test_prepacked_by_hand(layout: Any, tmp_path: Path) -> None:
+    """Packed weights are the same numbers: they are saved, and they come back."""
+    toy = make("pixart-sigma")
+    old, image = toy.encoder, toy.run()
+    before = {name: tensor.clone() for name, tensor in old.state_dict().items()}
+    replace_text_encoder(toy.pipe, layout=layout)
+    if missing := why_not_prepack(toy.encoder.stack):
+        pytest.skip(missing)
+    prepack(toy.encoder.stack)
+    for _ in range(2):
+        assert_same(toy.run(), image, 1e-4)
+    assert "packed" in repr(toy.encoder) or "oneDNN's order" in repr(toy.encoder)
+    toy.encoder.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7, 1]])
+    assert_same(NAIT5EncoderModel.from_pretrained(tmp_path)(ids)[0], toy.encoder(ids)[0], 1e-5)
+    restore_text_encoder(toy.pipe)
+    assert toy.encoder is old
+    assert all(torch.allclose(tensor, before[name], rtol=1e-6, atol=0) for name, tensor in old.state_dict().items())
 
 
 def test_restoring_twice_or_too_early() -> None:

@@ -53,7 +53,7 @@ def main() -> None:
         one.add_argument("--rounds", type=int, default=5, help="that count, for each prompt")
         if command is modules:
             one.add_argument("--threads", type=int, default=2)
-            one.add_argument("--layout", default="auto", help="of ours: auto, or packed")
+            one.add_argument("--layout", default="auto", help="of ours: auto, packed or int8")
             one.add_argument("--file", default="float16", choices=("float16", "float8_e4m3fn"), help="its dtype")
             one.add_argument("--size", default="t5-v1_1-large", help="width, depth and heads")
     options = parser.parse_args()
