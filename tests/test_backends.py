@@ -81,6 +81,22 @@ def test_weights_that_stay_on_the_cpu_say_so(case: BackendCase, layout: Layout) 
             linear(torch.empty(2, linear.in_features, device="meta"))
 
 
+def test_a_call_elsewhere_says_so(case: BackendCase, layout: Layout) -> None:
+    """As under software that moves nothing but parameters."""
+    if not case.holds_weights:
+        pytest.skip("its weights can be moved")
+    stack = bound(case, layout)
+    block = stack.encoder.block[0]
+    last_of(stack)
+    for layer in block.layer:
+        layer.layer_norm.to("meta")
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="is prepacked or quantised for the CPU, and was called on meta"),
+    ):
+        block(torch.empty(4, CONFIG.d_model, device="meta"), None, torch.float32)
+
+
 @every_dtype
 def test_projections_that_cast_their_input_are_taken(case: BackendCase, layout: Layout, dtype: torch.dtype) -> None:
     """As a stand-in for transformers' encoder has them; and one of them may be in a dtype of its own."""

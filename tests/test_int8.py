@@ -134,8 +134,13 @@ def test_text_encoder_takes_it_by_name() -> None:
     exact = TextEncoder.from_pretrained(dtype="float32").encode(["a cat"]).hidden_states
     out = encoder.encode(["a cat"]).hidden_states.float()
     assert float((out - exact).abs().max()) < 0.3 * float(exact.abs().max())
-    with pytest.raises(ValueError, match=r"quantize='int4'; allowed: None, 'int8'"):
-        TextEncoder.from_pretrained(quantize="int4")  # type: ignore[arg-type]
+    for told, message in (
+        ({"quantize": "int4"}, r"quantize='int4'; allowed: None, 'int8'"),
+        ({"quantize": "int8", "dtype": "float16"}, r"float16 on cpu to int8: .* for float32 and bfloat16 on the CPU"),
+        ({"quantize": "int8", "device": "meta"}, r"on meta to int8: .* 8 bits are for float32 and bfloat16 on the CPU"),
+    ):
+        with pytest.raises(ValueError, match=message):  # before anything is looked for
+            TextEncoder.from_pretrained("no such file", **{"device": "cpu", **told})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="quantize and compile exclude each other"):
         TextEncoder.from_pretrained(quantize="int8", compile=True)
 

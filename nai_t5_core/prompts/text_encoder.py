@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nai_t5_core.backends.choose import encode_on_cuda, prepack, quantize_int8, why_not_prepack
+from nai_t5_core.backends.choose import (
+    Quantisation,
+    encode_on_cuda,
+    prepack,
+    quantize_int8,
+    refuse_quantising,
+    why_not_prepack,
+)
 from nai_t5_core.facts.families import Family
 from nai_t5_core.facts.families import family as family_named
 from nai_t5_core.facts.padding import PADDING_POLICIES, PaddingPolicy, PadTo
@@ -22,6 +29,7 @@ from nai_t5_core.lora.loras import Loras
 from nai_t5_core.lora.set import LoraSource
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
+from nai_t5_core.model.precision import resolve_device, resolve_dtype
 from nai_t5_core.tokenizer import TokenBatch, Tokenizer, load_tokenizer
 from nai_t5_core.weights.examine import NO_TOKENIZER, ModelSource
 from nai_t5_core.weights.load import LoadReport, ScalesChoice, load
@@ -88,7 +96,7 @@ class TextEncoder:
         subfolder: str = "",
         scales: ScalesChoice = "auto",
         optimize: bool = True,
-        quantize: Literal["int8"] | None = None,
+        quantize: Quantisation | None = None,
         compile: bool | str = False,  # noqa: A002
         token_budget: int = DEFAULT_TOKEN_BUDGET,
         attention: AttentionChoice = "auto",
@@ -115,10 +123,10 @@ class TextEncoder:
             ValueError: an unknown choice, one that this device cannot do, or a LoRA for another T5.
             FlexUnavailableError: ``compile`` without a compiler.
         """
-        if quantize not in (None, "int8"):
-            raise ValueError(f"quantize={quantize!r}; allowed: None, 'int8'")
         if quantize and compile:
             raise ValueError("quantize and compile exclude each other; leave one out")
+        where = resolve_device(device)
+        refuse_quantising(quantize, where, resolve_dtype(dtype, where))
         own = load_tokenizer(tokenizer) if tokenizer is not None else None
         loaded = load(source, dtype, device, layout, subfolder, scales, attention)
         found = own or loaded.tokenizer
