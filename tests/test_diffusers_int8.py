@@ -59,7 +59,7 @@ def meta_is_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hidden(encoder: Any) -> Tensor:
-    """Of the last of some calls, when everything is packed that is packed by a later one; zeros at pads."""
+    """Of the last of some calls, when everything is in the order that a later one puts it in; zeros at pads."""
     with torch.no_grad():
         states: Tensor = [encoder(IDS, MASK)[0] for _ in range(3)][-1]
     return states * MASK[..., None]
