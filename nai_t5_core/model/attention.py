@@ -25,12 +25,12 @@ from nai_t5_core.model.packing import DocumentGroup
 # Queries, keys and values [tokens, heads, d_kv] to attention output [tokens, heads, d_kv].
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# Left to itself, torch may take cuDNN's kernel on CUDA. With a mask, that one has read float32 values as something else
-# without a word, and has given NaN gradients; flash attention takes no mask at all.
+# torch may otherwise choose cuDNN's kernel on CUDA. With a mask, that kernel silently misread float32 values and gave NaN
+# gradients; flash attention takes no mask at all.
 _CUDA_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-# torch's efficient kernel reads a bias in runs of 8 numbers: one whose rows have another width is copied in every call,
-# and one that begins elsewhere is an error, or a crash of the whole device.
+# torch's efficient kernel reads a bias in runs of 8 numbers. A bias whose row width is no multiple of 8 is copied in
+# every call; a bias that does not start at a multiple of 8 is an error, or crashes the whole device.
 BIAS_ALIGNMENT = 8
 
 
@@ -65,7 +65,7 @@ def distance_table(weight: Tensor, max_distance: int, bidirectional: bool = True
 
     Buckets are constant beyond ``max_distance``, so this table serves sequences of any length.
     """
-    # A compiler sees through the cache and complains; it folds the whole computation into a constant anyway.
+    # torch.compile traces into lru_cache with a warning, and folds the computation into a constant without the cache.
     find = _buckets_by_distance if torch.compiler.is_compiling() else _cached_buckets_by_distance
     return weight[find(max_distance, bidirectional, weight.shape[0], weight.device)].t()
 
@@ -75,8 +75,8 @@ def _buckets_by_distance(max_distance: int, bidirectional: bool, num_buckets: in
     return relative_position_bucket(distances, bidirectional, num_buckets, max_distance)
 
 
-# A dozen small operations whose result never changes. Never an inference tensor, or a first call under inference mode
-# would spoil later ones with gradients.
+# Cached: a dozen small operations whose result never changes. Made outside inference mode, since autograd refuses
+# inference tensors: a first call under inference mode would break later calls with gradients.
 @lru_cache
 @torch.inference_mode(False)
 def _cached_buckets_by_distance(
@@ -93,16 +93,16 @@ def aligned(width: int) -> int:
 def position_bias(table: Tensor, queries: int, keys: int | None = None, key_start: int = 0) -> Tensor:
     """Bias of a run of queries and a run of keys: [heads, 2 · max_distance + 1] to [heads, queries, keys].
 
-    ``key_start`` is where the first key stands, counted from the first query; by default keys are the queries. The
-    result is a view of rows of :func:`aligned` width.
+    ``key_start`` is the position of the first key relative to the first query; by default the keys have the positions
+    of the queries. The result is a view into rows of :func:`aligned` width.
     """
     reach = table.shape[-1] // 2
     keys = queries if keys is None else keys
     width = aligned(keys)
-    # Row q of the result is the run of the distance line that starts at distance −q: overlapping windows, copied once.
+    # Row q of the result is the bias of consecutive distances from −q on: overlapping windows of one line, copied once.
     distances = torch.arange(key_start - queries + 1, key_start + width, device=table.device)
     windows = table[:, distances.clamp(-reach, reach) + reach].unfold(-1, width, 1)
-    # Not flip(), which may lay out what it makes with rows and columns exchanged.
+    # Not flip(), whose result may have rows and columns exchanged in memory.
     return windows.index_select(-2, torch.arange(queries - 1, -1, -1, device=table.device))[..., :keys]
 
 
@@ -119,7 +119,7 @@ def scattered_bias(table: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
 
 
 class AttentionPlan(Protocol):
-    """Attention of one batch, before a layer's bias is known."""
+    """Which tokens of a batch attend to which; a layer adds its bias table."""
 
     def layer(self, table: Tensor) -> Attend:
         """The attention function of a layer with this [heads, distances] bias table in the compute dtype."""
@@ -128,10 +128,10 @@ class AttentionPlan(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class DocumentAttention:
-    """Every document of a packed row attends to its own keys, through SDPA, one call per group of equal documents.
+    """Every document of a packed row attends to its own keys: one SDPA call for each group of documents of one shape.
 
-    ``dropout`` is the share of attention weights that are set to zero, in training; ``by_kernels`` allows blocks that
-    are computed by the kernels to have these attend as well.
+    ``dropout`` is the share of attention weights that are set to zero in training. ``by_kernels`` allows a block that
+    our CPU kernels compute to compute its attention by them as well.
     """
 
     groups: Sequence[DocumentGroup]
@@ -140,14 +140,15 @@ class DocumentAttention:
     by_kernels: bool = True
 
     def layer(self, table: Tensor) -> Attend:
-        # With gradients the biases belong to the graph outside of the blocks, some of which may be computed twice.
+        # With gradients the biases are computed here, outside the blocks, whose forward checkpointing may run twice.
         return DocumentLayer(self, table, self.biases(table) if torch.is_grad_enabled() else None)
 
     @cached_property
     def documents(self) -> Tensor | None:
-        """For the kernels, every document as [documents, 4] int64: first row, rows, first key in the document, keys.
+        """Every document, for our CPU kernels, [documents, 4] int64: first row, rows, first key in the document, keys.
 
-        None where they are not to attend, or that does not say all: a document has holes, or no keys.
+        None where the kernels are not to compute attention, or a document has holes in its mask or no keys, which these
+        four numbers cannot describe.
         """
         if not self.by_kernels or any(group.keys == 0 or group.positions is not None for group in self.groups):
             return None
@@ -172,7 +173,7 @@ class DocumentAttention:
 
     @staticmethod
     def _bias_of(group: DocumentGroup, table: Tensor, whole: Tensor) -> Tensor:
-        """[heads, queries, keys]; a part of the ``whole`` bias of the longest document, where that is aligned."""
+        """[heads, queries, keys]; a view into ``whole``, the longest document's bias, where the view is aligned."""
         if group.positions is not None:
             return scattered_bias(table, group.positions, group.positions[group.key_rows])
         if group.key_start % BIAS_ALIGNMENT:
@@ -190,7 +191,7 @@ class DocumentAttention:
         else:
             k, v = k[:, group.key_rows], v[:, group.key_rows]
         if group.keys == 1 and self.dropout == 0:
-            # All the weight is on it. An empty negative prompt is such a document, and a kernel call costs something.
+            # The only key gets all the weight. An empty negative prompt is such a document; this saves a kernel call.
             return v.expand_as(q).flatten(0, 1)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = sdpa(q, k, v, bias.expand(group.count, *bias.shape), self.scale, self.dropout)
@@ -198,10 +199,10 @@ class DocumentAttention:
 
 
 class DocumentLayer:
-    """:class:`DocumentAttention` with a layer's bias, which layers share where they share the bias.
+    """:class:`DocumentAttention` with a layer's bias. Layers with a common bias share one instance.
 
     Attributes:
-        plan: what attends to what.
+        plan: the documents, and which rows attend to which keys.
         table: the bias by distance, [heads, distances].
     """
 
@@ -223,14 +224,14 @@ class DocumentLayer:
 
 @dataclass(frozen=True, eq=False)
 class DenseAttention:
-    """A whole padded batch under a mask of any pattern; ``mask`` is bool [batch, 1 or heads, query, key]."""
+    """Attention over a padded batch with an arbitrary mask; ``mask`` is bool [batch, 1 or heads, query, key]."""
 
     mask: Tensor
     scale: float
 
     def layer(self, table: Tensor) -> Attend:
         batch, _, length, _ = self.mask.shape
-        # The lowest finite number and not −∞: a row masked everywhere then attends evenly, as in the reference.
+        # The lowest finite number and not −∞: a fully masked row then attends evenly, as in transformers.
         hidden = torch.finfo(table.dtype).min
         bias = position_bias(table, aligned(length))[:, :length]
         mask = F.pad(self.mask, (0, aligned(length) - length))
@@ -244,9 +245,9 @@ class DenseAttention:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
-    """torch's attention by a kernel that is right: [batch, heads, tokens, d_kv] each, and the result like q.
+    """torch's attention, on CUDA without its faulty kernels: q, k, v [batch, heads, tokens, d_kv]; the result like q.
 
-    ``bias`` is in their dtype, and can be expanded to [batch, heads, queries, keys].
+    ``bias`` has the dtype of q, k and v, and can be expanded to [batch, heads, queries, keys].
     """
     with sdpa_kernel(_CUDA_KERNELS) if q.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
@@ -326,14 +327,14 @@ def _bias_embedding(config: T5Config, ops: Any, **factory: Any) -> nn.Embedding:
 
 
 def query_std(d_model: int, d_kv: int, scale_qk: bool) -> float:
-    """T5 puts the 1/√d_kv that others apply to the logits into the initial queries."""
+    """Initial standard deviation of q's weight. T5 puts the 1/√d_kv that other models apply to the logits into it."""
     return d_model**-0.5 if scale_qk else (d_model * d_kv) ** -0.5
 
 
 class SelfAttentionLayer(nn.Module):
     """Norm, self-attention, and the sum with the residual: ``block[i].layer[0]``.
 
-    The attention's output comes multiplied by ``out_scale``, which the sum takes back.
+    The attention's output comes multiplied by ``out_scale``; the sum divides by it.
     """
 
     def __init__(self, norm: nn.Module, attention: nn.Module, out_scale: float = 1.0) -> None:

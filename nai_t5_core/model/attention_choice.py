@@ -1,7 +1,6 @@
-"""Which attention a batch gets: flex or SDPA, by the caller's wish, the device and the batch.
+"""Whether a batch is computed by flex attention or SDPA: chosen by the caller's argument, the device and the batch.
 
-What is said of SDPA holds for the kernels' own attention as well, which a block that the kernels compute takes in its
-place unless the caller names SDPA.
+Where SDPA is chosen automatically, a block that our CPU kernels compute uses the kernels' own attention in its place.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from nai_t5_core.model.packing import Packing
 AttentionChoice = Literal["auto", "flex", "sdpa"]
 ATTENTION_CHOICES: tuple[AttentionChoice, ...] = get_args(AttentionChoice)
 
-# On CUDA SDPA takes a call for each length of document in a batch; flex takes one for all, and is compiled once. On an
-# H200, with a T5-XXL in float16, SDPA takes less for one prompt, as long with 8 lengths, and thrice as long with 32. In
-# float32 flex's kernels spill.
+# On CUDA SDPA needs one call for each document length in a batch; flex needs one call in all, and is compiled once. On
+# an H200, with a T5-XXL in float16, SDPA is faster for one prompt, equally fast with 8 lengths, and three times as slow
+# with 32. In float32 flex's kernels spill registers.
 FLEX_FROM_LENGTHS = 16
 AUTOMATIC_FLEX_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -35,22 +34,22 @@ class FlexUnavailableError(RuntimeError):
 
 
 def choose_attention(device_type: str, lengths: int, dtype: torch.dtype) -> Literal["flex", "sdpa"]:
-    """What ``"auto"`` takes for a batch.
+    """Which attention ``"auto"`` means for a batch.
 
     Args:
-        device_type: ``"cuda"``, ``"cpu"`` and so on. Flex is taken on CUDA alone: on the CPU, where SDPA computes each
-            document alone as well, it has nothing to skip and must first be compiled.
-        lengths: how many lengths of documents there are in the batch.
+        device_type: ``"cuda"``, ``"cpu"`` and so on. Flex is chosen on CUDA alone: on the CPU it has no work to skip,
+            since SDPA computes each document by itself as well, and it must first be compiled.
+        lengths: how many different document lengths the batch has.
     """
     is_faster = device_type == "cuda" and lengths >= FLEX_FROM_LENGTHS and dtype in AUTOMATIC_FLEX_DTYPES
     return "flex" if is_faster else "sdpa"
 
 
 def describe_attention(attention: AttentionChoice, device_type: str, by_kernels: int = 0, blocks: int = 1) -> str:
-    """The choice, and what ``"auto"`` comes to: ``"auto: sdpa"``, or on the CPU ``"auto: kernels"``.
+    """The choice in words, and which attention ``"auto"`` takes: ``"auto: sdpa"``, or on the CPU ``"auto: kernels"``.
 
     Args:
-        by_kernels: so many of the ``blocks`` compute attention by kernels of their own.
+        by_kernels: how many of the ``blocks`` compute attention by our CPU kernels.
     """
     if attention != "auto":
         return attention
@@ -73,16 +72,16 @@ def document_plan(
 ) -> AttentionPlan:
     """The attention plan of a packed batch.
 
-    A ``bucket`` is for compiled encoders: the row is filled up to it, and attention is flex. Where gradients are
-    recorded, or a compiler or a mode of torch's watches, ``"auto"`` takes SDPA; so does ``"flex"`` on the CPU where
-    gradients are recorded, since it has no backward there.
+    A ``bucket`` is for compiled encoders: the row is padded to that many tokens, and attention is flex. ``"auto"``
+    takes SDPA where gradients are recorded, or a compiler or a dispatch mode of torch sees the operations; ``"flex"``
+    takes SDPA on the CPU where gradients are recorded, since flex has no backward there.
 
     Raises:
         ValueError: flex was asked for and does not support the device, the dtype or the size of the heads.
         FlexUnavailableError: flex was asked for and cannot be compiled here.
     """
     if bucket is not None or _takes_flex(attention, packing, device, dtype, d_kv):
-        # Only now: the import is slow in some versions of torch.
+        # Imported only here: the import is slow in some versions of torch.
         from nai_t5_core.model.flex import FlexAttention
 
         return FlexAttention.over(packing.groups, scale, device, kernel_options, bucket)

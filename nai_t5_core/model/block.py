@@ -1,8 +1,8 @@
-"""The contract between a block and what computes it in another way than module by module.
+"""The interface between a block and its runner, which computes the block faster than its modules would.
 
-A block is made of modules, and these can always compute it. A runner stands beside them and computes the same faster.
-Where the modules have to be called, since other software hooks into them or has replaced one, gradients are recorded,
-or a compiler or a mode of torch's watches every operation, the block calls them. All of that is decided here.
+A block's modules can always compute it. A block with a runner still calls its modules where other software hooks into
+one or has replaced one, where gradients are recorded, or where a compiler or a dispatch mode of torch sees the
+operations. This file has the checks for that.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 
 class BlockRunner(Protocol):
-    """What computes a block in place of its modules. It holds no reference to the block, which holds it.
+    """What computes a block in place of its modules. The block holds its runner, which keeps no reference to it.
 
     Attributes:
         name: what it is, in words.
-        lending: what is done with the block while something lies beside its weights; None where that needs nothing.
+        lending: the backend that computes the block while a live LoRA stands beside its weights, and the one that
+            takes it back; None where this runner can compute a block with a LoRA.
     """
 
     lending: Lending | None
@@ -30,16 +31,16 @@ class BlockRunner(Protocol):
     def name(self) -> str: ...
 
     def __call__(self, block: Block, residual: Tensor, *attends_and_dtype: Any) -> Tensor | None:
-        """As the block's own call; None where its modules have to be called."""
+        """As the block's own call; None where the block's modules have to be called."""
         ...
 
     def attends(self, block: Block, dtype: torch.dtype) -> bool:
-        """Whether attention, too, is its own in inference. Nothing is built or computed to find out."""
+        """Whether the runner computes attention, too, in inference. Nothing is built or computed to find out."""
         ...
 
 
 class Backend(Protocol):
-    """A way to compute a block.
+    """A way to compute blocks: it binds them to runners.
 
     Attributes:
         name: what users call it.
@@ -48,28 +49,28 @@ class Backend(Protocol):
     name: str
 
     def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """What this machine lacks for a model in this dtype on this device, as a sentence; None if nothing is known of.
+        """What this machine lacks for a model in this dtype on this device, as a sentence; None if nothing known.
 
         Nothing is compiled and no process is started.
         """
         ...
 
     def refuses(self, block: Block, dtype: torch.dtype) -> str | None:
-        """What about a block it cannot compute, as a sentence; None if nothing."""
+        """Why it cannot compute this block, as a sentence; None if it can."""
         ...
 
     def bind(self, block: Block, dtype: torch.dtype) -> None:
-        """Has a block, which it does not refuse, computed by it from now on."""
+        """Makes this backend compute a block, which :meth:`refuses` accepts, from now on."""
         ...
 
 
 @dataclass(frozen=True)
 class Lending:
-    """A block is computed by another backend for a while, and then by its own again.
+    """Two backends: one that computes a block for a while, and the one that computes it again afterwards.
 
     Attributes:
-        to: that other.
-        back: its own.
+        to: the backend that computes the block meanwhile.
+        back: the block's own backend.
     """
 
     to: Backend
@@ -81,7 +82,7 @@ class Block(nn.Module):
 
     Attributes:
         layer: the sublayers, each with its norm.
-        runner: what computes the block instead, where it can.
+        runner: what computes the block in place of the modules, where it can; None: the modules always do.
     """
 
     layer: nn.ModuleList
@@ -92,7 +93,7 @@ class Block(nn.Module):
 
         Args:
             residual: in float32, or float64 in a float64 model.
-            attends_and_dtype: for each sublayer but the last what it attends by, and then the compute dtype.
+            attends_and_dtype: the attention function of each sublayer but the last, and then the compute dtype.
         """
         if self.runner is not None:
             out = self.runner(self, residual, *attends_and_dtype)
@@ -117,18 +118,18 @@ class Block(nn.Module):
         return "" if self.runner is None else self.runner.name
 
 
-# Of a module's attributes: whether its call was replaced.
+# Whether a module's __dict__ has a forward of its own, which replaces that of its class.
 _HAS_FORWARD = methodcaller("__contains__", "forward")
 
 
 class Seen:
-    """Modules as they were looked at, and whether they still are what was seen: cheap enough for every call.
+    """A record of modules and their weights, which tells whether any was replaced since; cheap enough for every call.
 
-    Of the values of weights it knows nothing.
+    It does not notice changed values of a weight.
 
     Args:
-        modules: what is kept, so not those that keep this.
-        members: of other modules, which they have by name.
+        modules: the modules to watch. They are kept alive, so a module that holds this object must not be among them.
+        members: dictionaries of named modules or parameters of further modules.
     """
 
     def __init__(self, modules: Iterable[nn.Module], members: Sequence[dict[str, Any]] = ()) -> None:
@@ -137,18 +138,19 @@ class Seen:
         self._hooks = [module._forward_hooks for module in self._modules]
         self._hooks += [module._forward_pre_hooks for module in self._modules]
         self._scaled = [found for found in self._attributes if "scale" in found or "out_scale" in found]
-        # Modules and parameters, by name. What gives members to a module that has none changes its class as well.
+        # Modules and parameters, by name. Empty tables are left out: whatever adds members to a module without any
+        # changes its class, which is compared as well.
         tables = [*members, *(table for found in self._modules for table in (found._modules, found._parameters))]
         self._members = [table for table in tables if table]
-        # Tensors of other classes may have no place to ask for.
+        # Tensors of other classes may have no data_ptr.
         self._weights = [weight for table in tables for weight in table.values() if type(weight) is nn.Parameter]
         self._state = None if self._is_watched else self._present_state()
 
     @property
     def is_same(self) -> bool:
-        """Whether all modules, weights and scales are the same, the weights at the same place with any values.
+        """Whether modules, weights, the weights' addresses and the scales are as they were; values are not compared.
 
-        False while other software watches the modules, and where it did so when they were looked at.
+        False while a module has hooks or a replaced forward, and always if one had when this record was made.
         """
         return not self._is_watched and self._present_state() == self._state
 
@@ -166,15 +168,15 @@ class Seen:
 
 
 def is_watched(modules: Iterable[nn.Module]) -> bool:
-    """Whether other software wants to know of calls of these modules, or has put its own in place of their calls."""
+    """Whether other software has put hooks on these modules, or replaced the forward of one."""
     return any(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in modules)
 
 
 def torch_is_needed() -> bool:
-    """Whether operations must be torch's now: gradients are recorded, a compiler traces them, or a mode counts them."""
+    """Whether operations must be torch's own now: gradients are recorded, or a compiler or dispatch mode sees them."""
     return torch.is_grad_enabled() or operations_are_watched()
 
 
 def operations_are_watched() -> bool:
-    """Whether a compiler traces operations, or a mode of torch's counts or changes them."""
+    """Whether a compiler traces operations, or a dispatch mode of torch counts or changes them."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0

@@ -23,7 +23,7 @@ from nai_t5_core.model.packing import Packing
 
 
 class CrossAttention(nn.Module):
-    """Cross-attention: queries and the way out. How keys and values are made is up to the layout.
+    """Cross-attention: the projections q and o. Subclasses, one for each layout, have those of keys and values.
 
     ``scale`` multiplies the input of o, and so the output.
     """
@@ -84,7 +84,7 @@ class FusedCrossAttention(CrossAttention):
 class CrossAttentionLayer(nn.Module):
     """Norm, cross-attention, and the sum with the residual: ``block[i].layer[1]``.
 
-    The attention's output comes multiplied by ``out_scale``, which the sum takes back.
+    The attention's output comes multiplied by ``out_scale``; the sum divides by it.
     """
 
     def __init__(self, norm: nn.Module, attention: nn.Module, out_scale: float = 1.0) -> None:
@@ -100,9 +100,9 @@ class CrossAttentionLayer(nn.Module):
 
 
 class DecoderBlock(Block):
-    """One layer: self-attention, cross-attention, feed-forward. The first and the last are those of an encoder.
+    """One layer: self-attention, cross-attention, feed-forward. The first and the last are those of an encoder block.
 
-    It is called with what the text attends by, and then the prompt.
+    It is called with the residual, the attention function of self-attention, that of cross-attention, and the dtype.
     """
 
     @classmethod
@@ -118,7 +118,7 @@ class DecoderBlock(Block):
     def separate(
         cls, config: T5Config, has_bias: bool, scales: LayerScales, ops: Any = nn, **factory: Any
     ) -> DecoderBlock:
-        """The original tensors; what the scales do to weights in the fused layout is done to activations."""
+        """The original tensors; the scales, which the fused layout multiplies into weights, multiply activations."""
         norm = RMSNorm(config.d_model, config.layer_norm_epsilon, factory.get("device"))
         scale = scales.cross_attention_out
         cross = CrossAttentionLayer(norm, SeparateCrossAttention(config, ops, scale, **factory), scale)
@@ -138,7 +138,7 @@ class DecoderBlock(Block):
         self.layer = nn.ModuleList([self_attention, cross_attention, feed_forward])
 
 
-# A block and what it attends to: the text so far, and the prompt.
+# A block, its self-attention over the text so far, and its cross-attention to the prompt.
 BlockInPlan = tuple[nn.Module, Attend, CrossAttend]
 RunBlocks = Callable[[Iterable[BlockInPlan], Tensor, torch.dtype], Tensor]
 
@@ -174,7 +174,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """[prompts, queries, d_model] in any float dtype to the same in ``dtype``, after the final norm.
 
-        ``run_blocks`` is how the blocks are run, such as compiled.
+        ``run_blocks`` calls the blocks; compiled steps give another function for it.
         """
         # A copy, since blocks change it in place.
         residual = embeddings.to(residual_dtype(dtype), copy=True)
@@ -197,7 +197,7 @@ class Decoder(nn.Module):
         block: Any
         for block in self.block if self.bias_per_layer else self.block[:1]:
             embedding = block.layer[0].SelfAttention.relative_attention_bias
-            # By its own module's call, for which sharding gathers it.
+            # Read by calling the embedding: sharded weights are gathered for a module's call only.
             weight = embedding(torch.arange(embedding.num_embeddings, device=embedding.weight.device))
             tables.append(causal_table(weight, self.max_distance).to(dtype))
         return tables
@@ -208,7 +208,7 @@ class Decoder(nn.Module):
         Args:
             states: the encoder's hidden states, [tokens, d_model], one row for each position that was computed.
             packing: where those positions are in the batch.
-            mask: bool [prompts, length], True at real tokens; None where everything is real.
+            mask: bool [prompts, length], True at real tokens; None where there are no pad tokens.
             scale: what q·k is multiplied by.
         """
         layers = []

@@ -1,9 +1,9 @@
 """What a decoder's queries attend to: the text so far, and the prompt.
 
 A batch is [prompts, queries]. When a whole text is read at once (training, scoring), the queries of a prompt are the
-text's positions. In generation they are the last tokens of its beams: all beams of a prompt share its cross-attention
-keys, and one set of cached keys in which a mask shows each beam its own ancestors. So nothing is copied for a beam,
-what beams have in common is there once, and what reordering moves is that mask.
+text's positions. In generation they are the last tokens of its beams. All beams of a prompt share its cross-attention
+keys and one cache, in which a mask shows each beam the tokens of its own text. So keys and values that beams have in
+common are stored once, and reordering the beams changes that mask alone.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from nai_t5_core.model.layers import residual_dtype
 # Queries [prompts, queries, heads, d_kv] to attention output of the same shape.
 CrossAttend = Callable[[Tensor], Tensor]
 
-# Queries that a compiled step spells out one by one; more are left to torch's own kernel.
+# Up to so many queries, a compiled step computes attention query by query; for more it calls torch's kernel.
 _MOST_SPELLED_OUT = 8
 
 
 class DecoderPlan(Protocol):
-    """Self-attention of one call of the decoder. Attend takes [prompts, queries, heads, d_kv]."""
+    """Self-attention of one call of the decoder. Its attention functions take [prompts, queries, heads, d_kv]."""
 
     def bias(self, index: int) -> Tensor:
         """Bias and mask of the layers that use bias table number ``index``: [1 or prompts, heads, queries, keys]."""
@@ -42,7 +42,7 @@ class DecoderPlan(Protocol):
 def causal_table(weight: Tensor, max_distance: int) -> Tensor:
     """Bias by distance of a decoder's layer: [buckets, heads] to [heads, 2 · max_distance + 1].
 
-    It is −∞ for keys ahead of the query, so that any window of it is a causal mask as well.
+    It is −∞ for keys ahead of the query, so that a bias made of it is the causal mask as well.
     """
     table = distance_table(weight, max_distance, bidirectional=False)
     is_ahead = torch.arange(table.shape[1], device=table.device) > max_distance
@@ -62,14 +62,14 @@ def attend_to(
 
 
 def _attend_in_float32(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """The same for single queries, for which torch's kernel of half precision takes up to four times longer."""
+    """:func:`attend_to` for a single query, for which torch's half-precision kernel takes up to four times longer."""
     logits = torch.matmul(q.transpose(1, 2).float(), keys.float().transpose(-1, -2)) * scale
     weights = (logits if bias is None else logits + bias).softmax(dim=-1)
     return torch.matmul(weights, values.float()).to(q.dtype).transpose(1, 2)
 
 
 def _attend_one_by_one(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """The same as multiplications and sums, which a compiler joins, so that keys and values are read once for all."""
+    """:func:`attend_to` as products and sums, which a compiler fuses, so that keys and values are read only once."""
     exact = residual_dtype(q.dtype)
     keys, values = keys.to(exact), values.to(exact)
     outputs = []
@@ -83,7 +83,7 @@ def _attend_one_by_one(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | N
 
 @dataclass(frozen=True, eq=False)
 class CausalAttention:
-    """Every position of a text at once; each sees itself and what is before it.
+    """Self-attention of all positions of a text at once; each sees itself and those before it.
 
     ``dropout`` is the share of attention weights that are set to zero, in training.
     """
@@ -110,11 +110,11 @@ class CausalAttention:
 
 @dataclass(frozen=True, eq=False)
 class CrossMemory:
-    """What the decoder reads of the prompts: the keys and values of every layer, computed once.
+    """The keys and values of every layer for the prompts, computed once and read by cross-attention at every step.
 
     Attributes:
         layers: keys and values of each layer, [prompts, heads, length, d_kv] each.
-        bias: [prompts, 1, 1, length], hides pad tokens; None where there are none.
+        bias: [prompts, 1, 1, length], hides pad tokens; None where there are no pad tokens.
         scale: what q·k is multiplied by.
         dropout: the share of attention weights that are set to zero, in training.
     """
@@ -140,7 +140,7 @@ class CrossMemory:
 
 @dataclass(frozen=True, eq=False)
 class CrossLayer:
-    """Attention of one layer to the prompts; see :class:`CrossMemory`. A class, since compilers look into it."""
+    """Cross-attention of one layer; see :class:`CrossMemory`. A class, not a closure: compilers see its fields."""
 
     keys: Tensor
     values: Tensor
@@ -153,8 +153,8 @@ class CrossLayer:
 
 
 def cross_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bool [prompts, length] to what is added to the logits: [prompts, 1, 1, length]."""
-    # The lowest finite number and not −∞: a prompt masked everywhere is then read evenly, as in the reference.
+    """A bool mask [prompts, length] as the bias that is added to the logits: [prompts, 1, 1, length]."""
+    # The lowest finite number and not −∞: a fully masked prompt is then read evenly, as in transformers.
     hidden = torch.finfo(dtype).min
     length = mask.shape[1]
     mask = F.pad(mask, (0, aligned(length) - length))
@@ -170,11 +170,11 @@ class DecoderCache:
     """The keys and values of a text as it grows: one tensor, allocated once and written in place.
 
     ``keys_values`` is [layers, 2, prompts, heads, slots, d_kv], with a slot for every token of every beam of a prompt.
-    A token goes into the first slot that no beam reads. A beam that is given up leaves its slots to others, so that
-    far fewer than all are in use, and no more are read: beams mostly differ in their last few tokens only.
+    A token goes into the first slot that no beam reads. The slots of a beam that is given up are used again. Beams
+    mostly differ in their last few tokens only, so few of the slots are in use, and only those are read.
 
-    ``positions`` [prompts, slots] says where in its text the token of a slot stands, and ``visible``
-    [prompts, beams, slots] is True where it belongs to the text of a beam.
+    ``positions`` [prompts, slots] is the position in its text of each slot's token, and ``visible``
+    [prompts, beams, slots] is True where a slot's token belongs to the text of a beam.
 
     Args:
         config: of the model.
@@ -198,11 +198,11 @@ class DecoderCache:
         if min(prompts, beams, length) < 1:
             raise ValueError(f"a cache of {prompts} prompts, {beams} beams, {length} tokens; each must be at least 1")
         self.prompts, self.beams, self.length = prompts, beams, length
-        # Whole runs of numbers for torch's attention; what no text needs is never seen.
+        # Rounded up to the alignment of torch's attention; slots that no text needs stay invisible.
         slots = aligned(length * beams)
         shape = (config.num_decoder_layers, 2, prompts, config.num_heads, slots, config.d_kv)
         self.keys_values = torch.empty(shape, dtype=dtype, device=device)
-        # Each a tensor by itself: of the whole, a compiler would copy all to write a part.
+        # A view for each layer: a compiler copies the whole tensor to write into a part of it.
         self.layers = [(keys, values) for keys, values in self.keys_values]
         self.positions = torch.zeros(prompts, slots, dtype=torch.int64, device=device)
         self.visible = torch.zeros(prompts, beams, slots, dtype=torch.bool, device=device)
@@ -217,37 +217,40 @@ class DecoderCache:
 
     @property
     def written_nbytes(self) -> int:
-        """Memory of the slots that the last texts have used."""
+        """Memory of the slots that were used since :meth:`clear`."""
         return self.nbytes // self.slots * self.used
 
     def fits(self, config: T5Config, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether it is a cache for such a model."""
+        """Whether the cache has the sizes, dtype and device of a model."""
         layers, _, _, heads, _, d_kv = self.keys_values.shape
         sizes = (config.num_decoder_layers, config.num_heads, config.d_kv)
         return (layers, heads, d_kv) == sizes and self.keys_values.dtype == dtype and self.keys_values.device == device
 
-    # In inference mode, since a cache that was made in it can be changed nowhere else.
+    # In inference mode, since a cache that was made in inference mode can be changed only there.
     @torch.inference_mode()
     def clear(self) -> None:
-        """Begins anew; nothing is allocated."""
+        """Forgets all texts, for use by the next generation; nothing is allocated."""
         self.position = self.used = 0
         self.visible.zero_()
 
     @torch.inference_mode()
     def reorder(self, parents: Tensor) -> None:
-        """Lets every beam go on from another beam of its prompt: [prompts, beams] int64. Keys and values stay."""
+        """Makes every beam continue the text of beam ``parents`` [prompts, beams] int64 of its prompt.
+
+        Keys and values stay where they are.
+        """
         index = parents[:, :, None].expand_as(self.visible)
         self.visible.copy_(self.visible.gather(1, index))
 
     @property
     def slots(self) -> int:
-        """Tokens that there is room for beside each prompt."""
+        """How many tokens fit for each prompt, of all its beams together."""
         return self.positions.shape[1]
 
     def step(self, lines: Sequence[Tensor], scale: float, granularity: int = 1) -> CachedAttention:
         """The plan of the next step; see :func:`bias_line` for ``lines``.
 
-        It reads the slots in use and no others, but for as many as make their number a multiple of ``granularity``.
+        It reads the slots in use, their number rounded up to a multiple of ``granularity``.
 
         Raises:
             ValueError: the cache is full.
@@ -255,7 +258,7 @@ class DecoderCache:
         self._refuse_if_full()
         slots = self._take_slots()
         self._use(self._slots_to_read(slots, granularity))
-        # Places on the bias line, whose last is hidden from every query.
+        # Index into the bias line for each slot; the line's last entry is −∞, for slots that a beam does not see.
         places = self.positions[:, None, : self.used] + (self.length - 1 - self.position)
         places = torch.where(self.visible[:, :, : self.used], places, 2 * self.length - 1)
         self.position += 1
@@ -269,7 +272,7 @@ class DecoderCache:
         """A free slot for the next token of every beam: [prompts, beams]."""
         candidates = self.visible[:, :, : self.used + self.beams]
         slots = candidates.any(dim=1).byte().sort(dim=1, stable=True).indices[:, : self.beams]
-        # The same strides always, for which compilers look even where a size is 1.
+        # Always contiguous: a compiler compiles anew for other strides, even where a size is 1.
         slots = slots.clone(memory_format=torch.contiguous_format)
         self.visible.scatter_(2, slots[:, None].expand_as(self.own), self.own)
         self.positions.scatter_(1, slots, self.position)
@@ -277,19 +280,19 @@ class DecoderCache:
 
     def _slots_to_read(self, taken: Tensor, granularity: int) -> int:
         if granularity >= self.slots:
-            return self.slots  # all: an accelerator need not be waited for
+            return self.slots  # all of them, without waiting for an accelerator
         in_use = int(taken.max()) + 1
         return min(self.slots, -(-in_use // granularity) * granularity)
 
     def _use(self, slots: int) -> None:
-        """Takes more slots into use. They are read before each is written, by a probability of zero, times zero."""
+        """Takes more slots into use and zeroes them: they are read with weight 0 before they are written."""
         if slots > self.used:
             self.keys_values[..., self.used : slots, :].zero_()
             self.used = slots
 
 
 def bias_line(table: Tensor, length: int) -> Tensor:
-    """Bias of the distances −(length − 1) … length: [heads, 2 · length]. Those above 0 are −∞."""
+    """Bias of the distances −(length − 1) … length, [heads, 2 · length]; that of distances above 0 is −∞."""
     reach = table.shape[-1] // 2
     distances = torch.arange(1 - length, length + 1, device=table.device).clamp(-reach, reach) + reach
     return table[:, distances]
@@ -297,13 +300,13 @@ def bias_line(table: Tensor, length: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class CachedAttention:
-    """One step: the last tokens write their keys and values and attend to what they may see.
+    """One step: the keys and values of the last tokens go into the cache, and each attends to its own text.
 
     Attributes:
         layers: keys and values of every layer, [prompts, heads, slots, d_kv] each.
         rows, slots: where the last tokens go, [prompts, 1] and [prompts, beams].
-        lines: the bias of every layer that has its own, by distance.
-        places: [prompts, beams, slots in use], where on the line the bias of a slot is.
+        lines: the bias by distance of every layer that has its own, see :func:`bias_line`.
+        places: [prompts, beams, slots in use], the index into the line for each slot.
         scale: what q·k is multiplied by.
     """
 
@@ -323,7 +326,7 @@ class CachedAttention:
 
 @dataclass(frozen=True, eq=False)
 class CachedLayer:
-    """One layer of :class:`CachedAttention`. A lone token may come in several copies, of which the first is written."""
+    """One layer of :class:`CachedAttention`. A lone query may come in several copies, of which the first is written."""
 
     keys: Tensor
     values: Tensor

@@ -21,7 +21,7 @@ from nai_t5_core.model.packing import Packing, PaddingPolicy, bucket_for, pack_b
 Layout = Literal["fused", "separate"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
-# Called with a stack, what computes, and the arguments for it; gives what it gives, or raises an error.
+# Called with a stack, a function and its arguments; returns the function's result if it is finite, or raises an error.
 Guard = Callable[..., Any]
 
 
@@ -57,7 +57,7 @@ class Encoder(nn.Module):
 
     @staticmethod
     def _own_residual(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy in the residual's precision, since blocks change it in place; the caller's tensor stays as it is."""
+        """A copy in the residual's precision, since blocks change the residual in place."""
         return embeddings.to(residual_dtype(dtype), copy=True)
 
     def _layers(
@@ -73,8 +73,8 @@ class Encoder(nn.Module):
     def bias_table(self, index: int, device: torch.device | None = None) -> Tensor:
         """The bias by distance that a layer uses, its own or the first layer's: [heads, 2 · max_distance + 1].
 
-        ``device`` is where it is needed, by default where the weight is. The weight is read by its own module's call,
-        for which offloading brings it in.
+        ``device`` is where the result is needed, by default where the weight is. The weight is read by calling its
+        module, since offloading fetches weights for a module's call only.
         """
         block: Any = self.block[index if self.bias_per_layer else 0]
         embedding = block.layer[0].SelfAttention.relative_attention_bias
@@ -88,7 +88,7 @@ class Encoder(nn.Module):
 
 
 class StackRunner(Protocol):
-    """What encodes a batch in place of a stack's modules. It holds no reference to the stack, which holds it."""
+    """What encodes a batch in place of a stack's modules. The stack holds it; it keeps no reference to the stack."""
 
     name: str
 
@@ -100,14 +100,14 @@ class StackRunner(Protocol):
         padding: PaddingPolicy,
         extra_pad: int,
     ) -> Tensor | None:
-        """As the stack's own call; None where its modules have to encode.
+        """As the stack's own call; None where the stack's modules have to encode.
 
-        Where the stack has a guard, what it gives is finite.
+        If the stack has a guard, the result is finite.
         """
         ...
 
     def refusal(self, stack: T5EncoderStack) -> str | None:
-        """Why the modules encode in inference now, as a sentence; None where it does."""
+        """Why the modules encode in inference in place of this runner, as a sentence; None where the runner does."""
         ...
 
 
@@ -122,18 +122,17 @@ class T5EncoderStack(nn.Module):
         layout: ``"fused"`` (the fastest) or ``"separate"``.
         ops: a namespace with ``Linear`` and ``Embedding`` classes, ``torch.nn`` by default.
         scales: powers of two that keep a float16 model in range; by default nothing is scaled. In the fused layout the
-            weights hold them, so they belong to the weights that will be loaded.
+            scales are multiplied into the weights, so they must be those of the weights that will be loaded.
         device, dtype: of the parameters; ``device="meta"`` allocates nothing.
         attention: ``"flex"``, ``"sdpa"``, or ``"auto"``, which chooses for every batch, see
             :func:`nai_t5_core.model.attention_choice.choose_attention`. Masks of 3 and 4 dimensions take SDPA, and are
-            an error with ``"flex"``. Flex has no backward on the CPU: where gradients are recorded, SDPA takes its
-            place.
+            an error with ``"flex"``. Flex has no backward on the CPU: where gradients are recorded there, SDPA is used.
         kernel_options: passed on to torch's ``flex_attention``. This and ``attention`` may be changed at any time.
 
     Attributes:
-        guard: what sees to it that results are finite, as :func:`nai_t5_core.float16.guard.guard` does; None, as here,
-            gives what comes out. It may be changed at any time.
-        runner: what encodes instead, where it can.
+        guard: what makes sure that results are finite, as :func:`nai_t5_core.float16.guard.guard` does; None, the
+            default, returns results unchecked. It may be changed at any time.
+        runner: what encodes in place of the modules, where it can.
     """
 
     guard: Guard | None = None
@@ -198,7 +197,7 @@ class T5EncoderStack(nn.Module):
             input_ids: [batch, length] integers below ``config.vocab_size``.
             attention_mask: None, [batch, length] (non-zero at real tokens), [batch, query, key], or 4-dim and
                 broadcastable to [batch, heads, query, key]; the latter two are bool or integer, non-zero where a query
-                may see a key, and leave nothing to a padding policy.
+                may see a key, and the padding policy has no effect on them.
             inputs_embeds: [batch, length, d_model] in place of ``input_ids``.
             padding, extra_pad: see :func:`nai_t5_core.model.packing.pack_batch`.
 
@@ -210,7 +209,7 @@ class T5EncoderStack(nn.Module):
                 unknown padding policy, ``attention="flex"`` with a mask of 3 or 4 dimensions or a model that flex
                 cannot compute.
             FlexUnavailableError: ``attention="flex"`` where it cannot be compiled.
-            NotFiniteError: a ValueError; there is a guard, and the result is not finite.
+            NotFiniteError: the result is not finite, and there is a guard; a ValueError.
         """
         runner = None if inputs_embeds is not None or torch.compiler.is_compiling() else self.runner
         if runner is not None and input_ids is not None:
@@ -228,7 +227,7 @@ class T5EncoderStack(nn.Module):
         return out
 
     def _guarded(self, call: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-        # To look at a number would break a graph that is being compiled.
+        # Reading a value would break a graph that is being compiled.
         if self.guard is None or torch.compiler.is_compiling():
             return call(*inputs, **options)
         return self.guard(self, call, *inputs, **options)
@@ -243,7 +242,7 @@ class T5EncoderStack(nn.Module):
             out: Tensor = self.encoder(embeddings, plan, self.dtype)
             return out
         if isinstance(plan, DenseAttention):
-            # Its mask has as many shapes as there are batches; each would be compiled anew.
+            # Not compiled: the mask's shape differs from batch to batch, and each would be compiled anew.
             return self.encoder.forward(embeddings, plan, self.dtype)
         tokens = len(embeddings)
         filled = nn.functional.pad(embeddings, (0, 0, 0, bucket_for(tokens, self.buckets) - tokens))
@@ -262,8 +261,8 @@ class T5EncoderStack(nn.Module):
     ) -> list[Tensor]:
         """Hidden states of every layer: layers + 1 tensors, the embeddings first. Arguments as for a call.
 
-        The last one has passed the final norm unless ``final_norm=False``. All but that one are the residual stream and
-        come in its precision (float32, or float64 in a float64 model), since their range exceeds float16's.
+        The last one has passed the final norm unless ``final_norm=False``. All others are the residual stream, in its
+        precision (float32, or float64 in a float64 model), since their range exceeds float16's.
         """
         out: list[Tensor] = self._guarded(
             self._hidden_states,
@@ -292,7 +291,7 @@ class T5EncoderStack(nn.Module):
         padding: PaddingPolicy = "exact",
         extra_pad: int = 0,
     ) -> tuple[Tensor, AttentionPlan, Packing]:
-        """What the blocks need for a batch: packed embeddings, what attends to what, and the way back to the batch."""
+        """What the blocks need for a batch: packed embeddings, the attention plan, and how the result is unpacked."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
@@ -324,7 +323,7 @@ class T5EncoderStack(nn.Module):
         return (packed if inputs_embeds is not None else self.embed(packed)), plan, packing
 
     def _device_for(self, inputs: Tensor) -> torch.device:
-        """Inputs on the CPU go to where the weights are; elsewhere, offloading brings the weights to the inputs."""
+        """The weights' device for inputs on the CPU; else the inputs' device, where offloading brings the weights."""
         offloaded = self.device.type == "meta"
         return inputs.device if offloaded or inputs.device.type != "cpu" else self.device
 

@@ -46,7 +46,7 @@ class EncoderBlock(Block):
     def separate(
         cls, config: T5Config, has_bias: bool, scales: LayerScales, ops: Any = nn, **factory: Any
     ) -> EncoderBlock:
-        """The original tensors; what the scales do to weights in the fused layout is done to activations."""
+        """The original tensors; the scales, which the fused layout multiplies into weights, multiply activations."""
         feed_forward = GatedFeedForward if config.gated else FeedForward
         inner_scale = scales.hidden * scales.feed_forward_out
         return cls(

@@ -1,4 +1,4 @@
-"""Modules whose weights lie in an order of their own, for one processor and one dtype, and what they refuse."""
+"""Modules whose weights are prepacked or in 8 bits, for one processor and dtype, and the operations they refuse."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 class FixedWeights(nn.Module):
     """A module whose weights are no parameters.
 
-    They cannot be moved or cast, replaced, or trained, and what tries to is an error: it would go by without them.
+    The weights cannot be moved, cast, replaced or trained. Attempts are errors, since torch would silently skip them.
 
     Args:
-        dtype: what they are for; None where the dtype of the model is nothing to them.
+        dtype: the compute dtype that the weights are for; None where they serve any.
     """
 
     def __init__(self, dtype: torch.dtype | None) -> None:
-        nn.Module.__init__(self)  # and not what else a subclass is
+        nn.Module.__init__(self)  # not super(): a subclass may have further bases
         self.fixed_dtype = dtype
 
     def refuse_change(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -44,7 +44,7 @@ class FixedWeights(nn.Module):
 def refuse_change(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     """Raises a ValueError if a change of all parameters would move or cast fixed weights somewhere in a model.
 
-    Models ask this first, since torch changes one module after the other.
+    Models call this before a change, since torch changes one module after the other and would stop half-way.
     """
     for module in model.modules():
         if isinstance(module, FixedWeights):
@@ -52,5 +52,5 @@ def refuse_change(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def has_fixed_weights(model: nn.Module) -> bool:
-    """Whether weights of a model lie in an order of their own, or in 8 bits."""
+    """Whether a model has weights that are prepacked or in 8 bits."""
     return any(isinstance(module, FixedWeights) for module in model.modules())

@@ -21,15 +21,15 @@ from nai_t5_core.model.packing import DocumentGroup
 
 # Rows and keys are masked in squares of this size; the packed row is filled up to a multiple of it.
 BLOCK = 128
-# A size of 1 gets a graph of its own, larger ones share one. So even a short row has two blocks: nothing is computed
-# for a block without documents.
+# torch compiles a size of 1 on its own, while all larger sizes share one graph. So even a short row gets two blocks;
+# nothing is computed for a block without documents.
 LEAST_BLOCKS = 2
 
-# The document of a row that is no key.
+# The document number of a row that is no key.
 _NO_KEY = -1
 
-# For every block of queries: how many blocks of keys need the mask [1, 1, blocks], and which [1, 1, blocks, blocks];
-# then how many are visible as a whole, and which; and all four again for every block of keys, which the backward needs.
+# For every block of queries: how many blocks of keys are partly visible [1, 1, blocks], and which [1, 1, blocks,
+# blocks]; how many are wholly visible, and which. Then the same four for every block of keys, for the backward.
 Blocks = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -37,8 +37,8 @@ Blocks = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 class FlexAttention:
     """Every document of a packed row attends to its own keys, in one call for the whole row.
 
-    The same mathematics as :class:`nai_t5_core.model.attention.DocumentAttention`, and made once per batch as it is;
-    the layers share the mask. On the CPU it computes forwards only: torch has no backward for it there.
+    The same mathematics as :class:`nai_t5_core.model.attention.DocumentAttention`, and like it made once per batch; all
+    layers share the mask. On the CPU there is no backward: torch has none for flex attention there.
 
     Attributes:
         rows: [4, blocks · BLOCK] int32: the document of each row as a query, its document as a key (−1: no key), its
@@ -67,7 +67,7 @@ class FlexAttention:
         """The plan for the documents of a packed row.
 
         Args:
-            bucket: the size that the row is filled up to, a multiple of BLOCK; by default the next multiple.
+            bucket: the number of tokens that the row is padded to, a multiple of BLOCK; by default the next multiple.
         """
         tokens = groups[-1].stop if groups else 0
         length = max(-(-tokens // BLOCK), LEAST_BLOCKS) * BLOCK if bucket is None else bucket
@@ -78,7 +78,7 @@ class FlexAttention:
     def layer(self, table: Tensor) -> Attend:
         if self.tokens < 2:
             return _attend_to_itself
-        # A view by strides is never merged into what reads it: torch's C++ kernel takes no table yet to be computed.
+        # The compiler never fuses an as_strided view into its reader, and torch's C++ kernel needs a finished table.
         table = table.contiguous().as_strided(table.shape, (table.shape[1], 1))
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def packed_attention(
     """[tokens, heads, d_kv] each, and a [heads, distances] bias table, to [tokens, heads, d_kv].
 
     Raises:
-        RuntimeError: it is not being compiled. Run as it stands, torch's flex_attention is slow and holds every logit.
+        RuntimeError: it is not being compiled. Uncompiled, torch's flex_attention is slow and stores all logits.
     """
     if not torch.compiler.is_compiling():
         raise RuntimeError(
@@ -141,7 +141,7 @@ def packed_attention(
 
     tokens, length = q.shape[0], blocks[0].shape[-1] * BLOCK
     mask = BlockMask((length, length), *blocks, (BLOCK, BLOCK), is_visible)
-    # All logits of a masked prompt are equal: it has no queries, and 0 for every position, so one bias for all.
+    # A fully masked prompt attends evenly: its queries are zeros, and all its positions 0, so all its logits are equal.
     q, k, v = q[None], k[None], v[None]
     q = q.masked_fill(is_even[None, :tokens, None, None] != 0, 0)
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, length - tokens)).transpose(1, 2) for x in (q, k, v))
@@ -152,9 +152,9 @@ def packed_attention(
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    # fullgraph: beyond torch's limit of compiled variants this is an error, and not the slow path without a word.
-    # dynamic=False: only what is marked as dynamic is. With more symbols than needed, torch 2.13's C++ kernel for the
-    # CPU does not compile.
+    # fullgraph: beyond torch's limit of compiled variants this raises an error, instead of silently running uncompiled.
+    # dynamic=False: only sizes that are marked as dynamic are. With more symbolic sizes, torch 2.13's C++ kernel for
+    # the CPU does not compile.
     return torch.compile(packed_attention, fullgraph=True, dynamic=False)
 
 
@@ -186,7 +186,7 @@ def _number_rows(groups: Sequence[DocumentGroup], length: int, device: torch.dev
     rows = rows.to(device, non_blocking=True)
     documents = 0
     for group in groups:
-        # These tensors are on the device already; bringing them back would wait for it.
+        # Done on the device, where these tensors are already: copying them to the CPU would wait for the device.
         if group.positions is not None and group.key_rows is not None:
             _, key_document, position, _ = rows[:, group.start : group.stop]
             key_document.fill_(_NO_KEY).index_fill_(0, group.key_rows, documents)
@@ -196,10 +196,10 @@ def _number_rows(groups: Sequence[DocumentGroup], length: int, device: torch.dev
 
 
 def visible_blocks(rows: Tensor) -> Blocks:
-    """Which blocks of keys each block of queries must look at, from the documents that begin and end the blocks.
+    """Which blocks of keys each block of queries must look at, from the first and last document of each block.
 
-    Documents lie in order, so two blocks have to do with each other if their ranges of documents overlap. That may
-    name a block in which the mask then hides every key, never leave one out; and no mask of [rows, rows] is made.
+    Documents lie in order, so a block of queries may see a block of keys only if their ranges of documents overlap.
+    This may include a block whose keys the mask all hides, but never omits one, and needs no mask of [rows, rows].
     """
     query_document, key_document = rows[0].unflatten(0, (-1, BLOCK)), rows[1].unflatten(0, (-1, BLOCK))
     first, last = query_document[:, :1], query_document[:, -1:]
@@ -214,6 +214,6 @@ def visible_blocks(rows: Tensor) -> Blocks:
 
 
 def _in_order(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """[blocks, blocks] bool to the number of chosen blocks in each row, and their places before all the others."""
+    """[blocks, blocks] bool to the number of True in each row, and the indices of each row with those of True first."""
     places = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True)
     return chosen.sum(dim=-1, dtype=torch.int32)[None, None], places.int()[None, None]

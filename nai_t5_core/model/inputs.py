@@ -8,8 +8,8 @@ from torch import Tensor
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
     """Raises a ValueError for an id outside the vocabulary."""
-    # On a device the check would wait for it, and a graph that is compiled cannot hold it: there the embedding's own
-    # assertion speaks.
+    # On another device the check would wait for the device, and a compiled graph cannot contain it: in these cases the
+    # embedding's own assertion reports the id.
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocab_size:
@@ -20,12 +20,12 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
 
 
 def for_every_query(mask: Tensor, batch: int, length: int) -> Tensor:
-    """A mask of keys as one of queries and keys, which hides the same.
+    """A mask [batch, length] of keys, expanded to [batch, 1, length, length]; masks of other shapes as they are.
 
-    It says nothing about shapes, so that one compiled graph serves every mask. Documents are found by reading it, and
-    end a graph there.
+    With it one compiled graph serves every mask: packing reads the values of a [batch, length] mask to find the
+    documents, which ends a graph.
     """
-    if mask.shape != (batch, length):  # for whoever knows what to do with it, or what to say
+    if mask.shape != (batch, length):  # the caller handles or refuses it
         return mask
     return (mask != 0)[:, None, None].expand(batch, 1, length, length)
 

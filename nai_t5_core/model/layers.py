@@ -1,8 +1,8 @@
-"""The pieces of a T5 block outside attention: RMS norm, feed-forward, and how both meet the residual.
+"""The parts of a T5 block outside attention: RMS norm, feed-forward, and the sum with the residual.
 
-The one dtype rule: the residual is float32 (float64 in a float64 model) from the embedding to the final norm. Every
-norm reads it in that precision and hands the compute dtype to the projections; every sublayer's output is added to it
-in that precision. So a float16 or bfloat16 model rounds activations, never their running sum.
+The residual is float32 (float64 in a float64 model) from the embedding to the final norm. Every norm computes in that
+precision and casts its output to the compute dtype for the projections; every sublayer's output is added in the
+residual's precision. So a float16 or bfloat16 model rounds activations, never their running sum.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """act(gate) · up, in half precision taken in float32 and rounded once (2% less error in an encoder)."""
+    """act(gate) · up; for half precision computed in float32 and rounded once (2% less error in an encoder)."""
     return (ACTIVATIONS[activation](gate.to(residual_dtype(gate.dtype))) * up).to(gate.dtype)
 
 
@@ -47,8 +47,8 @@ def scaled(x: Tensor, scale: float) -> Tensor:
 def add_sublayer(residual: Tensor, out: Tensor, out_scale: float) -> Tensor:
     """residual + out / out_scale, in the residual's precision.
 
-    In inference the sum is written into ``residual``, so that the stream stays in one place in memory; the encoder
-    owns that tensor. Under autograd the norm before still needs the old values.
+    In inference the sum is written into ``residual``, which belongs to the stack, so that nothing is allocated. Under
+    autograd it is a new tensor, since the backward of the norm needs the old values.
     """
     if torch.is_grad_enabled():
         return torch.add(residual, out, alpha=1 / out_scale)
@@ -58,8 +58,8 @@ def add_sublayer(residual: Tensor, out: Tensor, out_scale: float) -> Tensor:
 class NoInit:
     """``ops`` for models whose weights come from a file: torch's own classes without their random initialisation.
 
-    On the meta device that would do nothing, but drawing an Embedding there imports all of torch's compiler, which
-    takes longer than loading most checkpoints.
+    On the meta device initialising does nothing, but for an Embedding it imports all of torch's compiler, which takes
+    longer than loading most checkpoints.
     """
 
     class Linear(nn.Linear):
@@ -90,7 +90,7 @@ class RMSNorm(nn.Module):
     def __init__(self, d_model: int, eps: float, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.eps = eps
-        # Always float32: it is a few kilobytes, and the norm computes in float32 whatever the projections do.
+        # Always float32: it is a few kilobytes, and the norm computes in float32 whatever the compute dtype.
         self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=torch.float32))
 
     def forward(self, residual: Tensor) -> Tensor:
@@ -101,10 +101,10 @@ class RMSNorm(nn.Module):
 
 
 class FoldedRMSNorm(nn.Module):
-    """The same norm after its weight was multiplied into the projection that follows.
+    """RMS norm whose weight was multiplied into the projection that follows.
 
-    ``folded_weight`` takes no part in the computation. It is kept because LoRA on the fused projection, and turning a
-    fused model back into the original tensors, both need it.
+    ``folded_weight``, that weight, takes no part in the computation. LoRA on the fused projection needs it, and so does
+    turning a fused model back into the original tensors.
     """
 
     folded_weight: Tensor
@@ -124,7 +124,7 @@ class FoldedRMSNorm(nn.Module):
 class FeedForward(nn.Module):
     """wo(act(wi(x))) of T5 v1.0.
 
-    ``scale`` multiplies the input, and so the output, which is true of ReLU and of no other activation.
+    ``scale`` multiplies the input and thereby the output, which holds for ReLU and no other activation.
     """
 
     def __init__(self, config: T5Config, ops: Any, scale: float = 1.0, **factory: Any) -> None:
@@ -194,7 +194,7 @@ class FusedGatedFeedForward(nn.Module):
 class FeedForwardLayer(nn.Module):
     """Norm, feed-forward, and the sum with the residual: ``block[i].layer[-1]``.
 
-    The feed-forward's output comes multiplied by ``out_scale``, which the sum takes back.
+    The feed-forward's output comes multiplied by ``out_scale``; the sum divides by it.
     """
 
     def __init__(self, norm: nn.Module, feed_forward: nn.Module, out_scale: float = 1.0) -> None:

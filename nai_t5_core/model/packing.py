@@ -1,7 +1,7 @@
 """Padded batch to packed row and back, and which rows attend to which.
 
-A batch ``[batch, length]`` becomes one row of the positions worth computing, prompt behind prompt ("documents"). All of
-the encoder outside attention sees only that row; attention is restricted to each document's own keys.
+A batch ``[batch, length]`` becomes one packed row of the positions that are computed, prompt after prompt; in it each
+prompt is a "document". The encoder computes only that row; attention is restricted to each document's own keys.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from torch import Tensor
 
 from nai_t5_core.facts.padding import PADDING_POLICIES, PaddingPolicy
 
-# Sizes that a compiled encoder computes: a packed row is filled up to the next. Steps of at most a half.
+# Token counts that a compiled encoder computes: a packed row is padded to the next. Each is at most double the last.
 TOKEN_BUCKETS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 
 
 def bucket_for(tokens: int, buckets: tuple[int, ...] = TOKEN_BUCKETS) -> int:
-    """The smallest bucket that holds a row; beyond the largest, the next multiple of that."""
+    """The smallest bucket that holds a row; beyond the largest bucket, the next multiple of the largest."""
     largest = buckets[-1]
     return next((bucket for bucket in buckets if tokens <= bucket), -(-tokens // largest) * largest)
 
 
 @dataclass(frozen=True)
 class DocumentGroup:
-    """Documents of one shape that lie one behind the other in the packed row.
+    """Documents of one shape that follow one another in the packed row.
 
-    Each of the ``count`` documents has ``queries`` rows; its keys are the rows ``key_start … key_start + keys`` of
-    itself. ``keys = 0`` stands for a prompt whose mask is all zero: its rows attend evenly to every row of the
-    document, which is what a softmax over equally masked logits gives.
+    Each of the ``count`` documents has ``queries`` rows; its keys are its rows ``key_start … key_start + keys``.
+    ``keys = 0`` stands for a prompt whose mask is all zero: its rows attend evenly to every row of the document, which
+    is what a softmax over equally masked logits gives.
 
     A prompt with holes in its mask has no contiguous keys: then ``count`` is 1, ``key_rows`` lists the keys' rows
-    within the document, and ``positions`` the true position of every row in the prompt.
+    within the document, and ``positions`` the position of every row in the prompt.
     """
 
     start: int
@@ -93,7 +93,7 @@ class _Document:
 
     @property
     def is_contiguous(self) -> bool:
-        """Queries are a run of positions and so are the keys: then distances follow from places in the row."""
+        """Queries and keys are consecutive positions, so that their distances are distances in the packed row."""
         return _is_run(self.queries) and _is_run(self.keys)
 
     @property
@@ -126,9 +126,9 @@ def pack_batch(
     """Decides which positions of a padded batch are computed, and in which order.
 
     Args:
-        mask: [batch, length] bool, True at real tokens; None where everything is real.
+        mask: [batch, length] bool, True at real tokens; None where there are no pad tokens.
         padding: ``attend`` treats pad tokens as real, ``exact`` computes pad rows but hides their keys, ``skip`` never
-            computes a pad row (it comes back as zeros), ``trim`` is ``skip`` with the result cut to its longest prompt.
+            computes a pad row (zeros in the result), ``trim`` is ``skip`` with the result cut to the longest prompt.
         extra_pad: with ``skip`` and ``trim``, that many pad positions after the last real token are computed as well.
         device: where ``index`` and the other tensors are put.
 
@@ -149,7 +149,7 @@ def pack_batch(
         return Packing(batch, length, length, tuple(_groups(documents, device)), index=None)
 
     longest = max((int(document.queries[-1]) + 1 for document in documents), default=0)
-    # Equal lengths side by side make one attention call of them.
+    # Documents of one length side by side are one attention call.
     documents.sort(key=lambda document: document.shape)
     places = [document.queries + document.prompt * length for document in documents]
     index = torch.cat(places).to(device) if places else torch.zeros(0, dtype=torch.long, device=device)
@@ -170,7 +170,7 @@ def _documents(mask: Tensor, padding: PaddingPolicy, extra_pad: int) -> Iterator
 
 
 def _groups(documents: list[_Document], device: torch.device | str) -> Iterator[DocumentGroup]:
-    """Joins neighbours of one shape; a document with holes stays alone."""
+    """Joins neighbouring documents of one shape; a document with holes in its mask is a group by itself."""
     start = 0
     for is_contiguous, neighbours in groupby(documents, key=lambda document: document.is_contiguous):
         if not is_contiguous:

@@ -1,9 +1,8 @@
-"""A block's weights as plain tensors, and a block in float32 made of them, in whatever form it computes.
+"""A block's weights as plain tensors, and a plain float32 block made of them, whichever backend computes the block.
 
-Nothing of the block is copied as a module: forms hold what cannot be copied (opaque memory, handles of a streamer), or
-has no tensor that could be cast. A form that keeps weights in an order of its own has a method ``plain_weight``; of
-every other module the weight is read where it lies, or, where it is somewhere else or in another code, from the
-product with the identity.
+No module is copied: it may hold what cannot be copied (oneDNN's opaque memory, an offloader's handles) or cast. A
+projection with prepacked weights has a method ``plain_weight``. The weight of every other module is read directly; a
+weight that is offloaded or quantised is computed as the projection of the identity matrix.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from nai_t5_core.model.layers import CastingOps, NoInit, residual_dtype
 
 Block = TypeVar("Block", EncoderBlock, DecoderBlock)
 
-# Of these the weight is all there is.
+# Classes that compute a product with their weight and nothing else.
 _PRODUCTS = (nn.Linear, NoInit.Linear, CastingOps.Linear)
 _READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Rows of the identity that are multiplied at a time.
+# Rows of the identity matrix that are projected at a time.
 _ROWS = 1024
 
 
 @torch.no_grad()
 def plain_weight(linear: Any, like: Tensor) -> Tensor:
-    """The weight of a projection: [out_features, in_features], in the dtype in which its form has it.
+    """The weight of a projection: [out_features, in_features], in the dtype that it is kept in.
 
     Args:
-        linear: of any form.
-        like: a tensor of the device and dtype that it is called with.
+        linear: a projection of any class.
+        like: a tensor of the device and dtype of the projection's inputs.
     """
     if hasattr(linear, "plain_weight"):
         held: Tensor = linear.plain_weight(like)
@@ -57,12 +56,12 @@ def _by_the_identity(linear: Any, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def plain_twin(block: Block, layout: Layout, config: T5Config, scales: LayerScales, like: Tensor) -> Block:
-    """A block in the residual's precision that computes what this one does, but for what is rounded or overflows.
+    """A block in the residual's precision that computes the same as ``block``, without its rounding and overflows.
 
     Args:
-        block: of an encoder or a decoder, in any form, without a bias of its own.
-        layout, config, scales: what it was built with.
-        like: a tensor of the device and dtype that its projections are called with.
+        block: of an encoder or a decoder, with any backend. The twin has no position bias.
+        layout, config, scales: what ``block`` was built with.
+        like: a tensor of the device and dtype of the inputs of the block's projections.
     """
     kind: Any = DecoderBlock if isinstance(block, DecoderBlock) else EncoderBlock
     make = kind.fused if layout == "fused" else kind.separate

@@ -13,7 +13,7 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# Of a weight, as many are looked at together.
+# Rows of a weight that are checked at a time.
 _ROWS = 1024
 
 
@@ -61,26 +61,26 @@ def _has_native_bfloat16(device: torch.device) -> bool:
 
 
 def is_finite(weight: Tensor) -> bool:
-    """Whether a weight is without NaN and infinity; takes no memory beside it."""
+    """Whether a weight has neither NaN nor infinity; allocates nothing of its size."""
     return math.isfinite(largest_absolute(weight))
 
 
 def largest_absolute(weight: Tensor) -> float:
-    """The largest absolute value; NaN if there is one."""
+    """The largest absolute value; NaN if any value is NaN."""
     low, high = weight.aminmax()
     return float(torch.stack((low.float(), high.float())).abs().max())
 
 
 def largest_finite(weight: Tensor) -> float:
-    """The largest absolute value among those that are finite; 0 where there is none. Takes float8 as well."""
+    """The largest absolute finite value; 0 where no value is finite. Takes float8 as well."""
     if weight.dtype.itemsize > 1 and math.isfinite(largest := largest_absolute(weight)):
         return largest
-    # By rows: a copy of the whole table in float32 would be a model's worth of memory.
+    # By rows: a float32 copy of a whole embedding table would need as much memory as a model.
     slices = (rows.float().nan_to_num(nan=0, posinf=0, neginf=0) for rows in weight.split(_ROWS))
     return max(largest_absolute(rows) for rows in slices)
 
 
 def keeps_finite(original: Tensor, made: Tensor) -> bool:
-    """Whether what was finite in a weight still is in another one that was made of it, of the same shape."""
+    """Whether every finite value of ``original`` is finite in ``made``, a tensor of its shape that was made of it."""
     pairs = zip(original.split(_ROWS), made.split(_ROWS), strict=True)
     return all(bool((now.isfinite() | ~before.float().isfinite()).all()) for before, now in pairs)

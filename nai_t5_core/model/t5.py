@@ -24,23 +24,23 @@ IGNORE_INDEX = -100
 
 
 class T5Output(NamedTuple):
-    """What a call of :class:`T5Model` gives: logits [prompts, length, vocab_size], and the loss if given labels."""
+    """The result of :class:`T5Model`: logits [prompts, length, vocab_size], and the loss, or None without labels."""
 
     logits: Tensor
     loss: Tensor | None
 
 
 class StepRunner(Protocol):
-    """What computes the decoder's steps of a generation in another way than module by module.
+    """What computes the decoder's steps in generation in place of its modules.
 
     Attributes:
-        slots_at_once: of the cache, a step reads a multiple of so many slots.
+        slots_at_once: a step reads a multiple of this many slots of the cache.
     """
 
     slots_at_once: int
 
     def prepare(self, cache: DecoderCache, memory: CrossMemory) -> None:
-        """To be called once, before the steps of a generation."""
+        """Called once, before the first step of a generation."""
         ...
 
     def logits(self, model: T5Model, embeddings: Tensor, plan: CachedAttention, memory: CrossMemory) -> Tensor:
@@ -57,7 +57,7 @@ class T5Model(nn.Module):
         config: the sizes; ``num_decoder_layers`` is at least 1.
         layout, ops, device, dtype: as for :class:`nai_t5_core.model.encoder.T5EncoderStack`.
         scales, decoder_scales: powers of two that keep a float16 model in range; by default nothing is scaled. The
-            embedding's is that of ``scales``.
+            embedding table, which both stacks share, has the scale that ``scales`` gives it.
 
     Raises:
         ValueError: a config without decoder, or scales for another number of layers.
@@ -90,13 +90,13 @@ class T5Model(nn.Module):
         self.lm_head = ops.Linear(config.d_model, config.vocab_size, bias=False, device=device, dtype=dtype)
         # How steps are computed once `nai_t5_core.backends.compiled.compile_steps` was called.
         self.compiled_steps: StepRunner | None = None
-        # In a tuple, for its modules are this module's own, and should not be listed twice.
+        # In a tuple, so that torch does not register it: its modules are already registered above.
         self._encoder_stack = (stack,)
         self._tie()
 
     @property
     def encoder_stack(self) -> T5EncoderStack:
-        """The encoder as a model of its own, of the same modules."""
+        """The encoder as a model by itself; the modules are this model's."""
         return self._encoder_stack[0]
 
     @property
@@ -130,11 +130,11 @@ class T5Model(nn.Module):
         decoder_input_ids: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> T5Output:
-        """Logits of every position of a known text, and the loss if it comes as labels.
+        """Logits of every position of a known text, and the loss if the text is given as labels.
 
         Args:
             input_ids: [prompts, length] integers below ``config.vocab_size``.
-            attention_mask: [prompts, length], non-zero at real tokens; None where everything is real.
+            attention_mask: [prompts, length], non-zero at real tokens; None where there are no pad tokens.
             decoder_input_ids: [prompts, text length]; by default the labels shifted right behind the start token.
             labels: [prompts, text length] ids; −100 where nothing is to be learned.
 
@@ -180,7 +180,7 @@ class T5Model(nn.Module):
 
         Args:
             input_ids, attention_mask: as for a call.
-            keep_length: leave the keys as long as the ids are; else they are cut to the longest prompt.
+            keep_length: keep as many keys as there are ids; else they are cut to the longest prompt.
 
         Raises:
             ValueError: ids outside the vocabulary, or a mask of another shape.
@@ -192,7 +192,7 @@ class T5Model(nn.Module):
         mask = None if attention_mask is None else (attention_mask != 0).to(self.device)
         padding: PaddingPolicy = "skip" if keep_length else "trim"
         if mask is not None and not bool(mask.any(dim=1).all()):
-            # A prompt without a token is read evenly over all its pad rows, so these have to be computed.
+            # Cross-attention reads a fully masked prompt evenly over all its pad rows, so these have to be computed.
             padding = "exact"
         embeddings, plan, packing = self.encoder_stack.prepare(input_ids, mask, padding=padding)
         states = self.encoder(embeddings, plan, self.dtype)
@@ -216,8 +216,8 @@ class T5Model(nn.Module):
     def logits(self, hidden: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Hidden states [..., d_model] to logits [..., vocab_size] in the compute dtype.
 
-        Where a scale is taken off them again they are float32, since they may exceed the compute dtype. ``head`` is
-        called instead of the model's own.
+        With a tied head whose embedding is scaled, logits are divided by that scale in float32, since they may exceed
+        the compute dtype. ``head`` is called in place of the model's own head.
         """
         logits: Tensor = (self.lm_head if head is None else head)(scaled(hidden, self.config.head_scale))
         embedding = self.encoder_stack.scales.embedding if self.config.tie_word_embeddings else 1.0
@@ -226,7 +226,7 @@ class T5Model(nn.Module):
     def new_cache(self, prompts: int, beams: int, length: int) -> DecoderCache:
         """A cache for texts of up to ``length`` tokens, start token included; ``generate`` can use it many times."""
         if self.compiled_steps is not None:
-            # So that no step ever reads all slots, which would be compiled anew.
+            # A few slots more, so that no step reads all slots: that would be compiled anew.
             length += self.compiled_steps.slots_at_once
         return DecoderCache(self.config, prompts, beams, length, self.dtype, self.device)
 
