@@ -1,7 +1,7 @@
-"""Which backend computes a model: the one table of preferences, and the functions that follow it.
+"""Which backend computes a model: the automatic choice, and the functions that bind the chosen backend.
 
-"Cannot" and "is not preferred" are two things: a backend that is named is taken wherever it can compute the model, and
-is an error that says why not elsewhere.
+A backend that the caller names is used wherever it can compute the model, even if the automatic choice prefers another.
+Where it cannot, that is an error that says why.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Model = TypeVar("Model", bound=T5EncoderStack | T5Model)
 ProductsChoice = Literal["auto", "kernels", "onednn"]
 PRODUCTS_CHOICES: tuple[ProductsChoice, ...] = get_args(ProductsChoice)
 
-# How a model that is being loaded can be quantised.
+# The ways to quantise a model while it is loaded.
 Quantisation = Literal["int8"]
 
 
 def run_in_place(model: Model) -> Model:
-    """Has an encoder's blocks computed by what is fastest for weights that stay where they are, whenever that can.
+    """Makes our CPU kernels compute an encoder's blocks on the model's own parameters, wherever they can.
 
-    It takes nothing from the model, which may be moved, cast, trained and changed as ever: then, and wherever nothing
-    is faster, blocks are computed module by module. Nothing is built before the first call.
+    The model may still be moved, cast, trained and changed. Where the kernels cannot compute a block, or are not
+    preferred on this processor, its modules do. No kernel is compiled before the first call.
 
     Returns:
         The same model.
@@ -48,9 +48,9 @@ def run_in_place(model: Model) -> Model:
 
 
 def encode_on_cuda(stack: T5EncoderStack) -> T5EncoderStack:
-    """Has our kernels for CUDA encode what they can, see :mod:`nai_t5_core.backends.cuda`; elsewhere nothing changes.
+    """Makes our kernels for CUDA encode what they can, see :mod:`nai_t5_core.backends.cuda`; else nothing changes.
 
-    They take nothing from the stack, which may be changed as ever.
+    They read the stack's own parameters, which may still be changed.
 
     Returns:
         The same stack.
@@ -61,21 +61,21 @@ def encode_on_cuda(stack: T5EncoderStack) -> T5EncoderStack:
 
 
 def why_not_prepack(model: T5EncoderStack | T5Model) -> str | None:
-    """What is against prepacking this model's weights on this machine, as a sentence; None if nothing."""
+    """Why this model's weights cannot be prepacked on this machine, as a sentence; None if they can."""
     return ONEDNN.missing(model.device, model.dtype)
 
 
 def prepack(model: Model, products: ProductsChoice = "auto") -> Model:
-    """Has every projection prepacked for fast inference on this CPU; each original is let go when its copy is made.
+    """Prepacks the weight of every projection for fast inference on this CPU. Each original is freed after its copy.
 
     Args:
-        products: ``"auto"`` has the blocks of the encoder computed by the kernels where these can do it and are faster
-            (see :mod:`nai_t5_core.kernels`), and all else by oneDNN; ``"kernels"`` takes them wherever the processor
-            has the instructions, and is an error elsewhere; ``"onednn"`` does without them.
+        products: ``"auto"`` computes the encoder's blocks by our CPU kernels where they can and are faster (see
+            :mod:`nai_t5_core.kernels`), and all other products by oneDNN; ``"kernels"`` uses the kernels wherever the
+            processor has the instructions, and is an error elsewhere; ``"onednn"`` uses oneDNN alone.
 
     Returns:
-        The same model, changed. It can no longer be moved, cast or trained. A tied head gets a copy of its own, since
-        the embedding stays as it was.
+        The same model, changed. It can no longer be moved, cast or trained. A tied head gets a prepacked copy, since
+        the embedding table stays as it was.
 
     Raises:
         ValueError: the model is not on the CPU, or not in float32 or a bfloat16 that this processor's oneDNN supports;
@@ -90,12 +90,12 @@ def prepack(model: Model, products: ProductsChoice = "auto") -> Model:
 
 
 def why_not_int8(model: T5EncoderStack | T5Model) -> str | None:
-    """What is against computing this model in 8 bits on this machine, as a sentence; None if nothing."""
+    """Why this model cannot be computed in 8 bits on this machine, as a sentence; None if it can."""
     return INT8_ONEDNN.missing(model.device, model.dtype)
 
 
 def refuse_quantising(quantize: str | None, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuses what cannot be done to a model in this dtype on this device; None asks for nothing.
+    """Refuses a quantisation that is not possible for a model in this dtype on this device; None is always possible.
 
     Raises:
         ValueError: an unknown quantisation, or one that is not possible here.
@@ -110,8 +110,8 @@ def quantize_int8(model: Model, products: ProductsChoice = "auto") -> Model:
     """Weights and activations in 8 bits on the CPU: about twice the speed of bfloat16's products, for some accuracy.
 
     Weights are quantised once with a scale per output channel, activations in every call with a scale per token; sums
-    are exact in int32. Embeddings, norms, attention and the residual stay as they are; of a whole T5 the output head is
-    quantised too. ``nai-t5 parity --int8`` prints what it costs. Each original is let go when its copy is made.
+    are exact in int32. Embeddings, norms, attention and the residual stay as they are; the output head of a whole T5 is
+    quantised too. ``nai-t5 parity --int8`` prints the loss of accuracy. Each original weight is freed after its copy.
 
     Args:
         products: see :func:`prepack`.
@@ -132,7 +132,7 @@ def quantize_int8(model: Model, products: ProductsChoice = "auto") -> Model:
 
 
 def automatic_attention() -> dict[str, str]:
-    """What ``attention="auto"`` comes to, in words, by device and batch."""
+    """Which attention ``attention="auto"`` chooses, in words, by device and batch."""
     return {
         "cpu": "sdpa" if why_not_kernels() else "kernels in bfloat16 and float32, else sdpa",
         "cuda": "sdpa",
@@ -141,7 +141,7 @@ def automatic_attention() -> dict[str, str]:
 
 
 def _takes_kernels(model: T5EncoderStack | T5Model, products: ProductsChoice, kernels: Backend) -> bool:
-    """Whether these kernels are to compute the encoder's blocks; they are built then.
+    """Whether these kernels are to compute the encoder's blocks; if so, they are compiled now.
 
     Raises:
         ValueError: unknown products, or the kernels were asked for and cannot compute this model.

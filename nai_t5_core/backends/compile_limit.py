@@ -1,4 +1,4 @@
-"""torch.compile with a limit of its own on the number of graphs, in every torch that can compile the model."""
+"""torch.compile with a chosen limit on the number of graphs, in every version of torch that can compile the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# Before torch 2.12 graphs are counted for all models of a class together.
+# Before torch 2.12 the limit counts the graphs of all models of a class together: allow for so many models.
 _MODELS_TOGETHER = 8
 
 

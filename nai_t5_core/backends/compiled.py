@@ -19,10 +19,10 @@ from nai_t5_core.model.t5 import T5Model
 
 Model = TypeVar("Model", bound=T5Model)
 
-# Graphs beyond the buckets: rows longer than the largest, and calls with gradients or under inference mode.
+# Graphs beside those of the buckets: for rows longer than the largest, calls with gradients or under inference mode.
 _SPARE_GRAPHS = 8
 
-# The first compiles, the second records the CUDA graph, if there is to be one, and the third runs it.
+# The first call compiles, the second records the CUDA graph, if there is one, and the third runs it.
 _CALLS_TO_BE_READY = 3
 
 
@@ -32,11 +32,11 @@ def compile_stack(
     buckets: Sequence[int] = TOKEN_BUCKETS,
     **options: Any,
 ) -> T5EncoderStack:
-    """Has torch compile everything between the embedding and the final norm, on first use of each bucket.
+    """Makes torch compile everything from the embeddings to the final norm, at the first use of each bucket.
 
-    A packed row is filled up to the next bucket, and attention is flex, so there are at most as many compilations as
-    buckets. torch keeps compiled kernels on disk, so that later processes compile faster. Masks of 3 and 4 dimensions
-    run uncompiled.
+    A packed row is padded to the next bucket, and attention is flex, so there are at most as many compilations as
+    buckets. torch keeps compiled kernels on disk, so that later processes compile faster. Batches with masks of 3 and 4
+    dimensions run uncompiled.
 
     Args:
         mode: of torch.compile: ``"reduce-overhead"`` records CUDA graphs, ``"max-autotune"`` tries out kernels.
@@ -47,8 +47,7 @@ def compile_stack(
         The same stack, changed.
 
     Raises:
-        ValueError: buckets that are none, a model that is prepacked or quantised or that flex attention does not
-            support.
+        ValueError: invalid buckets, or a model that is prepacked, quantised or not supported by flex attention.
         FlexUnavailableError: there is no compiler.
     """
     sizes = tuple(buckets)
@@ -60,7 +59,7 @@ def compile_stack(
         raise FlexUnavailableError(f"the encoder cannot be compiled here: {missing}")
     stack.buckets = sizes
     options |= {"mode": mode, "dynamic": False}
-    # What Module.compile sets: calls of the module take it in place of forward.
+    # The attribute that Module.compile sets: calls of the module use it in place of forward.
     stack.encoder._compiled_call_impl = compile_with_limit(
         stack.encoder._call_impl, len(sizes) + _SPARE_GRAPHS, **options
     )
@@ -68,22 +67,22 @@ def compile_stack(
 
 
 def compile_steps(model: Model, blocks_at_once: int = 4, **options: Any) -> Model:
-    """Has torch compile the decoder's step in generation on the CPU: greedy, sampled and with beams.
+    """Makes torch compile the decoder's step in generation on the CPU: greedy, sampled and with beams.
 
-    It takes up to half a minute when the first token is wanted, for a lone text, several prompts, every other number of
-    beams, the first mask and the first prompt of a single token. Call it before the model is prepacked, and after its
-    weights were changed for the last time.
+    Compiling takes up to half a minute at the first token, separately for a lone text, for several prompts, for each
+    number of beams, for the first mask and for the first prompt of a single token. Call this before the model is
+    prepacked, and after the last change of its weights.
 
     Args:
-        blocks_at_once: so many blocks at most are one graph, which then serves all others. With more of them a step
-            calls fewer graphs, and compiling takes longer.
+        blocks_at_once: the most blocks in one graph; the graph of the first blocks runs all others as well. With larger
+            graphs a step calls fewer of them, and compiling takes longer.
         options: passed on to torch.compile.
 
     Returns:
         The same model, changed.
 
     Raises:
-        ValueError: the model is not on the CPU, in float16, prepacked or quantised; or no block at once.
+        ValueError: the model is not on the CPU, in float16, prepacked or quantised; ``blocks_at_once`` below 1.
         FlexUnavailableError: there is no compiler.
     """
     if model.device.type != "cpu" or model.dtype == torch.float16:

@@ -1,12 +1,12 @@
-"""The decoder's step on the CPU as torch compiles it: what is between the products becomes a few passes over memory.
+"""The decoder's step on the CPU under torch.compile, which fuses the small operations between the products.
 
 A few blocks are compiled as one graph, which then runs all others, for texts and prompts of any length. The attention
 of a few beams reads keys and values once for all of them, and the products of several texts are those of
 :mod:`nai_t5_core.backends.onednn`.
 
-A lone text is another matter. Its step is bound by memory, for it takes all of the decoder's weights and does little
-with each; oneDNN's product of one row gets half of what the memory gives. Written as a multiplication and a sum, each
-becomes one pass over the weight as it lies in memory.
+A lone text is computed by other products. Its step is bound by memory, since it reads all of the decoder's weights for
+one row; oneDNN's product of one row reaches half of the memory's bandwidth. Written as a multiplication and a sum, a
+product is compiled into one pass over the weight as it lies in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nai_t5_core.model.decoder_attention import CachedAttention, CachedLayer, Cr
 from nai_t5_core.model.layers import NoInit, residual_dtype
 from nai_t5_core.model.t5 import T5Model
 
-# Each number of beams is compiled on its own, as are single prompts beside several; this bounds how many may meet.
+# Each number of beams is a graph, for single prompts and for several; this limits how many there may be.
 _MOST_GRAPHS = 64
 
 
@@ -33,7 +33,7 @@ class SingleRow(NoInit):
 
     class Linear(NoInit.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            """[1, 1, in_features] to [1, 1, out_features]; not compiled, it would take a copy of the weight."""
+            """[1, 1, in_features] to [1, 1, out_features]; uncompiled, it would allocate a copy of the weight."""
             exact = residual_dtype(x.dtype)
             return (self.weight.to(exact) * x[0, 0].to(exact)).sum(-1).to(x.dtype)[None, None]
 
@@ -47,12 +47,12 @@ class CompiledSteps:
         options: passed on to torch.compile.
     """
 
-    # Whole vectors, and never one slot alone, which would be compiled anew.
+    # A multiple of a vector register, and never 1, which would be compiled anew.
     slots_at_once = 16
 
     def __init__(self, model: T5Model, blocks_at_once: int, **options: Any) -> None:
         blocks = model.config.num_decoder_layers
-        # A divisor, or the last few would be another graph.
+        # A divisor of the number of blocks, or the last few blocks would need another graph.
         self.blocks_at_once = max(size for size in range(1, blocks_at_once + 1) if blocks % size == 0)
         self._run_group: Callable[..., Tensor] = compile_with_limit(run_blocks, _MOST_GRAPHS, **options)
         place: dict[str, Any] = {"device": "meta", "dtype": model.dtype}
@@ -95,6 +95,6 @@ class CompiledSteps:
 
 
 def _let_vary(tensor: Tensor, *dimensions: int) -> None:
-    """Sizes that are not to be compiled into a graph."""
+    """Marks dimensions whose sizes may vary without another compilation."""
     for dimension in dimensions:
         torch._dynamo.maybe_mark_dynamic(tensor, dimension)

@@ -1,7 +1,7 @@
-"""Weights in a form of their own, and the modules that stand for them in a model.
+"""Projections whose weights a backend holds, prepacked or in 8 bits.
 
-A backend that rearranges or quantises weights takes them out of their modules. A :class:`HeldLinear` stays in the place
-of each, under the same name: it can be called, hooked into, saved and asked for its weight as the original could.
+A backend that rearranges or quantises weights replaces each projection by a :class:`HeldLinear` of the same name, which
+can be called, hooked into, saved and asked for its weight as the original could.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from nai_t5_core.model.layers import CastingOps, NoInit
 
 
 class Form(Protocol):
-    """A weight [out_features, in_features] in a form of its own; where it can be called, that multiplies by it.
+    """A weight [out_features, in_features], prepacked or in 8 bits; a callable form multiplies its argument by it.
 
     Attributes:
-        in_8_bits: whether its numbers are near those that were given, and no longer the same.
+        in_8_bits: whether it is quantised, and no longer the weight that was given.
     """
 
     out_features: int
@@ -32,21 +32,22 @@ class Form(Protocol):
     def in_8_bits(self) -> bool: ...
 
     def lies(self) -> Any:
-        """The very numbers: a tensor, or an :class:`nai_t5_core.backends.int8_weight.Int8Weight`."""
+        """The weight as it is kept: a tensor, or an :class:`nai_t5_core.backends.int8_weight.Int8Weight`."""
         ...
 
 
-# Not their subclasses, which do more than a product (adapters, quantisation, offloading).
+# Exactly these classes: subclasses do more than a product (adapters, quantisation, offloading).
 PLAIN_LINEARS = (nn.Linear, NoInit.Linear, CastingOps.Linear)
 
 
 class HeldLinear(FixedWeights):
-    """A projection whose weight is held in other forms. It is no parameter, and computes without gradients of its own.
+    """A projection whose weight a backend holds. The weight is no parameter and gets no gradient.
 
     Args:
-        forms: that hold the weight, their rows one below the other.
-        part, parts: the weight is one of so many equal parts of the rows of the only form, which several share.
-        dtype: of the model that the forms were made for; None where they serve every dtype.
+        forms: what holds the weight; several forms hold consecutive rows of it.
+        part, parts: with ``parts`` above 1 there is one form, which several projections share, and this projection's
+            weight is part number ``part`` of its rows, split into ``parts`` equal parts.
+        dtype: the compute dtype that the forms were made for; None where they serve every dtype.
     """
 
     def __init__(self, forms: Sequence[Form], part: int = 0, parts: int = 1, dtype: torch.dtype | None = None) -> None:
@@ -73,13 +74,13 @@ class HeldLinear(FixedWeights):
         return F.linear(x, self.plain().to(x.dtype))
 
     def plain(self) -> Tensor:
-        """[out_features, in_features], in the dtype in which the form has its numbers; those in 8 bits in float32."""
+        """The weight [out_features, in_features] in the dtype that the form keeps, or float32 for a form in 8 bits."""
         found = self.lies()
         plain: Tensor = found if isinstance(found, Tensor) else found.plain()
         return plain
 
     def lies(self) -> Any:
-        """The weight as it lies: a tensor, or :class:`nai_t5_core.backends.int8_weight.Int8Weight`."""
+        """The weight as it is kept: a tensor, or an :class:`nai_t5_core.backends.int8_weight.Int8Weight`."""
         if self.parts > 1:
             return self.forms[0].lies().chunk(self.parts)[self.part]
         weights = [form.lies() for form in self.forms]
@@ -93,7 +94,7 @@ class HeldLinear(FixedWeights):
 
     @property
     def in_8_bits(self) -> bool:
-        """Whether the weight lies in 8 bits."""
+        """Whether the weight is in 8 bits."""
         return any(form.in_8_bits for form in self.forms)
 
     @property
@@ -115,12 +116,12 @@ class HeldLinear(FixedWeights):
 
 
 def is_in_8_bits(model: nn.Module) -> bool:
-    """Whether a weight of a model lies in 8 bits, so that the numbers that it was given are not to be had of it."""
+    """Whether a model has a weight in 8 bits, from which the original weight cannot be had again."""
     return any(module.in_8_bits for module in model.modules() if isinstance(module, HeldLinear))
 
 
 def as_it_lies(projection: nn.Module) -> Any:
-    """The weight of a projection that is plain or held, as it lies."""
+    """The weight of a projection, plain or held by a backend: a tensor, or an 8-bit weight."""
     if isinstance(projection, HeldLinear):
         return projection.lies()
     weight: Any = projection.weight

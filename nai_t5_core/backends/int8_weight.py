@@ -1,4 +1,4 @@
-"""Weights and products in 8 bits: a scale per output channel, and one per token in every call."""
+"""Weights and products in 8 bits: weights have a scale per output channel, activations one per token in every call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Activations are stored from 0 to 255 around this zero: oneDNN has fast products of unsigned with signed bytes only.
+# Activations are stored as unsigned bytes with this zero point: oneDNN is fast for unsigned times signed bytes only.
 _ZERO_POINT = 128
 _LARGEST = 127.0
 
@@ -20,7 +20,7 @@ class Int8Weight:
 
     Attributes:
         values: [out_features, in_features] int8, from −127 to 127.
-        scale: [out_features] float32; what a unit is worth.
+        scale: [out_features] float32; ``values`` times ``scale`` is the weight of an output channel.
         in_scale: [in_features] float32; activations are multiplied by it before they are quantised.
     """
 
@@ -32,8 +32,8 @@ class Int8Weight:
     def of(cls, weight: Tensor, in_scale: Tensor | None = None) -> Int8Weight:
         """Quantises a weight [out_features, in_features].
 
-        The weight is divided by ``in_scale`` [in_features]. The weight of the norm before, which was folded into this
-        weight, is the right one: it holds down the few large channels that would otherwise leave no bits to the others.
+        The weight is divided by ``in_scale`` [in_features] first. Give the weight of the preceding norm if it was
+        folded into this weight: dividing by it removes the few large channels that would leave few bits for the others.
         """
         exact = weight.detach().float()
         if in_scale is not None:
@@ -44,12 +44,12 @@ class Int8Weight:
 
     @classmethod
     def joined(cls, parts: Sequence[Int8Weight]) -> Int8Weight:
-        """One weight of several that read the same input, one above the other; :meth:`chunk` takes it apart."""
+        """The weights of several projections of one input joined into one, rows in order; :meth:`chunk` splits it."""
         values, scale = (torch.cat(x) for x in zip(*((part.values, part.scale) for part in parts), strict=True))
         return cls(values, scale, parts[0].in_scale)
 
     def plain(self) -> Tensor:
-        """What it stands for: [out_features, in_features] float32, to be multiplied with activations as they are."""
+        """The dequantised weight: [out_features, in_features] float32, for activations without ``in_scale``."""
         weight = self.values.float() * self.scale[:, None]
         return weight if self.in_scale is None else weight * self.in_scale
 
@@ -99,22 +99,22 @@ class Int8Product:
         return out.mul_(token_scale).to(self.dtype)
 
     def lies(self) -> Int8Weight:
-        """What it was made of."""
-        # oneDNN has it the other way round.
+        """The weight that was given."""
+        # oneDNN keeps it transposed.
         return Int8Weight(self.blocked.to_dense().T.contiguous(), self.out_scale, self.in_scale)
 
     def _quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Bytes [..., in_features], and what a unit of each token is worth: [..., 1] float32."""
+        """Activations as bytes [..., in_features], and the scale of each token: [..., 1] float32."""
         if self.in_scale is not None:
             x = x * self.in_scale
         # Not the infinity norm, which torch computes twenty times slower.
         largest = x.abs().amax(dim=-1, keepdim=True)
         scale = largest.clamp_(min=torch.finfo(torch.float32).tiny).div_(_LARGEST)
-        # The conversion cuts off the fraction; the half makes that a rounding.
+        # The conversion truncates; adding a half makes it round.
         return (x / scale).add_(_ZERO_POINT + 0.5).to(torch.uint8), scale
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied or written: oneDNN's order can be neither."""
+        """The plain weight: a tensor in oneDNN's blocked order can be neither copied nor pickled."""
         return {"weight": self.lies(), "dtype": self.dtype}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The products of an encoder block by the kernels for AVX512, from the modules' own weights or from copies in panels.
 
-In bfloat16 less is rounded than where torch computes the block: activation and gating are applied to float32 sums, and
-what is added to the residual is not rounded before.
+In bfloat16 these round less often than torch: activation and gating are applied to float32 sums, and a sublayer's
+output is added to the residual without rounding.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from nai_t5_core.model.layers import FeedForward
 
 @dataclass(frozen=True)
 class KernelBlock:
-    """A block's products.
+    """A block as four weights and the numbers that the kernels need.
 
-    ``weights`` are those of qkv, o, the feed-forward's first, gated or not, and wo. They are read where they lie, so
-    that a block of plain weights sees every change that is made to them.
+    ``weights`` are those of qkv, o, wi (gated or not) and wo. Plain weights are the modules' own tensors, so that
+    changes of their values take effect.
     """
 
     weights: tuple[KernelWeight, KernelWeight, KernelWeight, KernelWeight]
@@ -44,8 +44,8 @@ class KernelBlock:
     ) -> KernelBlock:
         """From the weights of qkv, o, wi and wo, [out_features, in_features]; q, k, v and gate, up one above the other.
 
-        ``dtype`` is that of the activations, ``dense`` the feed-forward module that says which activation there is.
-        Weights in int8 have ``scales``, and must be in panels.
+        ``dtype`` is that of the activations; ``dense`` is the feed-forward module, which has the activation function.
+        Weights in int8 need ``scales``, and must be put in panels.
         """
         is_gated = (False, False, not isinstance(dense, FeedForward), False)
         qkv, o, inner, wo = map(KernelWeight.plain, weights, (dtype,) * 4, is_gated, scales)
@@ -56,7 +56,7 @@ class KernelBlock:
         return self.weights[0].is_in_panels
 
     def in_panels(self) -> KernelBlock:
-        """The same on copies in panels, for which nothing is rearranged in every call; itself where it is that."""
+        """The block with copies of its weights in panels, which no call has to rearrange; itself if it has them."""
         if self.is_in_panels:
             return self
         qkv, o, inner, wo = map(KernelWeight.in_panels, self.weights)

@@ -1,4 +1,4 @@
-"""The kernels for AVX512 as backends: on weights where they lie, on copies in panels, and on bytes."""
+"""The kernels for AVX512 as backends: on the modules' own weights, on copies in panels, and in 8 bits."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from nai_t5_core.model.layers import (
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# On weights where they lie
+# On the modules' own weights
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class KernelsInPlace:
-    """Computes a block from the weights that its modules have, and sees every change that is made to them.
+    """Computes a block by the kernels, from its modules' own weights; changes of the weights take effect.
 
-    It takes nothing from the block, and goes by the modules wherever the kernels cannot compute it as it is then.
+    Wherever the kernels cannot compute the block in its present state, its modules do.
     """
 
     name = "kernels"
@@ -65,9 +65,7 @@ class KernelsInPlace:
 
 
 def refuses_in_place(block: Block, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot compute a block from its modules' weights as they are now, as a sentence; None if they
-    can.
-    """
+    """Why the kernels cannot compute a block from its modules' present weights, as a sentence; None if they can."""
     if dtype not in COMPUTE_DTYPES:
         return f"the model computes in {dtype}; the kernels compute in bfloat16 and float32"
     attends, dense = _sublayers(block)
@@ -80,7 +78,7 @@ def refuses_in_place(block: Block, dtype: torch.dtype) -> str | None:
         is_plain = type(weight) is nn.Parameter and weight.dtype == dtype and weight.is_cpu and weight.is_contiguous()
         if not is_plain or weight.shape[1] % 2:
             return f"a weight is no plain {dtype} of even depth on the CPU"
-    # A norm that has a weight of its own, as live LoRAs give it, is another one than the kernels compute here.
+    # The kernels compute norms without a weight here; a live LoRA may give a norm one.
     if not all(type(layer.layer_norm) is FoldedRMSNorm for layer in block.layer):
         return "a norm has a weight of its own"
     if is_watched(block.modules()):
@@ -100,10 +98,10 @@ def _kernels_in_place(block: Block, dtype: torch.dtype) -> KernelBlock:
 
 
 class _Held:
-    """The kernels on weights that they alone have, put in panels by the second call.
+    """A block's weights, held by the backend alone; the second call puts them in panels.
 
-    A process that encodes once never pays for it. What multiplies activations because it was taken out of a weight in 8
-    bits are the ``in_scales`` of qkv, o, inner and wo.
+    So a process that encodes once never pays for panels. ``in_scales`` are the factors of the inputs of qkv, o, inner
+    and wo that were divided out of weights in 8 bits, see :class:`nai_t5_core.backends.int8_weight.Int8Weight`.
     """
 
     def __init__(self, kernels: KernelBlock, in_scales: Sequence[Tensor | None] = (None,) * 4) -> None:
@@ -111,7 +109,7 @@ class _Held:
         self.called = False
 
     def ready(self) -> KernelBlock:
-        # One object in place of another: threads that come here together find the same numbers in either.
+        # The attribute is replaced at once, so it does not matter which of the two objects another thread reads.
         if self.called:
             self.kernels = self.kernels.in_panels()
         self.called = True
@@ -119,7 +117,7 @@ class _Held:
 
 
 class _HeldForm:
-    """One of the weights of qkv, o, inner and wo."""
+    """The :class:`nai_t5_core.backends.held.Form` of one of the weights of qkv, o, inner and wo."""
 
     def __init__(self, held: _Held, place: int) -> None:
         self.held, self.place = held, place
@@ -141,10 +139,11 @@ class _HeldForm:
 
 
 class KernelsOnPanels:
-    """Computes a block from weights that only the kernels have.
+    """Computes a block by the kernels, from weights that the backend holds.
 
     Attributes:
-        lending: the kernels have no place for what lies beside their weights.
+        lending: the backend that computes the block while a live LoRA stands beside its weights, which the kernels
+            cannot compute.
     """
 
     def __init__(self, backend: KernelsBackend, held: _Held) -> None:
@@ -175,11 +174,11 @@ class KernelsOnPanels:
         return True
 
     def _norm_weights(self, block: Block) -> list[Tensor | None]:
-        """Of attention and feed-forward, in float32; None where there is none to multiply with."""
+        """Norm weights of attention and feed-forward, times their ``in_scales``, in float32; None where neither is."""
         factors = []
         for layer, taken_out in zip(block.layer, (self._held.in_scales[0], self._held.in_scales[2]), strict=True):
             weight: Any = getattr(layer.layer_norm, "weight", None)
-            # A cast of the model to the dtype that it has casts these, too.
+            # In float32 again: casting a model, even to its own compute dtype, casts the norm weights as well.
             own = None if weight is None else weight.detach().float()
             factors.append(own if taken_out is None else taken_out if own is None else own * taken_out)
         return factors
@@ -189,11 +188,11 @@ class KernelsOnPanels:
 
 
 class KernelsBackend:
-    """Blocks of an encoder by the kernels, from copies of their weights in panels; the originals are let go."""
+    """Computes an encoder's blocks by the kernels, from copies of their weights in panels; the originals are freed."""
 
     name = "kernels"
     lends_to: Backend = ONEDNN
-    # Weights are taken in steps of so many numbers.
+    # The kernels read a row of a weight in groups of this many numbers.
     unit = 2
 
     def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -228,7 +227,7 @@ class KernelsBackend:
 
 
 class Int8KernelsBackend(KernelsBackend):
-    """The same with weights and products in 8 bits; activations are stored in the model's dtype."""
+    """:class:`KernelsBackend` with weights and products in 8 bits; activations are stored in the model's dtype."""
 
     name = "kernels, in 8 bits"
     lends_to = INT8_ONEDNN
@@ -240,7 +239,7 @@ class Int8KernelsBackend(KernelsBackend):
     def _held(self, block: Block, weights: list[Any], dtype: torch.dtype) -> _Held:
         attends, dense = _sublayers(block)
         norms = [layer.layer_norm for layer in block.layer]
-        # A norm's weight that was folded into a projection is taken out of it, and multiplies activations again.
+        # A norm weight that was folded into a projection is divided out of it, and multiplies activations instead.
         folded = [norm.folded_weight if isinstance(norm, FoldedRMSNorm) else None for norm in norms]
         quantised = [
             weight if isinstance(weight, Int8Weight) else Int8Weight.of(weight, in_scale)
@@ -256,14 +255,14 @@ INT8_KERNELS = Int8KernelsBackend()
 
 
 def _joined(weights: list[Any]) -> Any:
-    """The weights of several projections one above the other."""
+    """The weights of several projections joined into one, rows in order."""
     if len(weights) == 1:
         return weights[0]
     return Int8Weight.joined(weights) if isinstance(weights[0], Int8Weight) else torch.cat(weights)
 
 
 def places(block: Block) -> list[tuple[nn.Module, tuple[str, ...]]]:
-    """Where the weights of qkv, o, inner and wo are: the modules that have them, and by what names."""
+    """Where the weights of qkv, o, inner and wo are: for each, the module and the names of its projections there."""
     attends, dense = _sublayers(block)
     qkv = ("qkv",) if isinstance(attends, FusedSelfAttention) else ("q", "k", "v")
     inner = ("wi_0", "wi_1") if isinstance(dense, GatedFeedForward) else ("wi",)
@@ -271,7 +270,7 @@ def places(block: Block) -> list[tuple[nn.Module, tuple[str, ...]]]:
 
 
 def refuses_mathematics(block: Block) -> str | None:
-    """What a block computes that the kernels do not know, whatever form its weights have, as a sentence."""
+    """What a block computes that the kernels do not support, whatever its weights, as a sentence; None if nothing."""
     attends, dense = _sublayers(block)
     if dense.activation not in ACTIVATION_NUMBERS:
         return f"the activation is {dense.activation}, which the kernels do not know"

@@ -1,4 +1,4 @@
-"""Products with weights in oneDNN's own blocked order, which saves reordering them in every call."""
+"""Products with weights in oneDNN's blocked order, so that no call has to reorder them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from nai_t5_core.facts.config import Activation
 from nai_t5_core.model.layers import ACTIVATIONS
 
-# How oneDNN names what it does to a product before rounding it.
+# oneDNN's names for the operation that it applies to a product before rounding.
 _POST_OPERATIONS: dict[str | None, tuple[str, list[Any], str]] = {
     None: ("none", [], ""),
     "relu": ("relu", [], ""),
@@ -22,13 +22,13 @@ _POST_OPERATIONS: dict[str | None, tuple[str, list[Any], str]] = {
     "silu": ("swish", [], ""),
 }
 
-# By which a compiled graph finds its products, for it cannot hold weights in oneDNN's order.
+# A compiled graph cannot hold weights in oneDNN's blocked order; it holds a product's number and finds it here.
 _NUMBERS = itertools.count()
 _BY_NUMBER: WeakValueDictionary[int, OneDNNProduct] = WeakValueDictionary()
 
 
 class OneDNNProduct:
-    """A weight that is put in that order by the second call: a process that encodes once never pays for it.
+    """A product with a weight, which the second call puts in blocked order: a process that encodes once never pays.
 
     Args:
         weight: [out_features, in_features], float32, or bfloat16 where the processor supports it; on the CPU.
@@ -47,9 +47,9 @@ class OneDNNProduct:
         """act(x · weightᵀ), or x · weightᵀ · factor, rounded once: […, in_features] to […, out_features].
 
         Args:
-            x: in the dtype of the weight, as the result is.
+            x: in the dtype of the weight, which is also that of the result.
             activation: applied before the result is rounded.
-            factor: of the result's shape and dtype; not beside an activation.
+            factor: of the result's shape and dtype; not together with an activation.
         """
         if torch.compiler.is_compiling():
             product: Tensor = torch.ops.nai_t5.blocked_product(x, self.number, self.out_features, activation, factor)
@@ -58,7 +58,7 @@ class OneDNNProduct:
 
     def product(self, x: Tensor, activation: str | None, factor: Tensor | None) -> Tensor:
         """See :meth:`__call__`."""
-        # The one of the two that is there, whatever another thread does meanwhile.
+        # Read once, plain first: whatever another thread does meanwhile, at least one of the two is there.
         plain, blocked = self.plain, self.blocked
         if blocked is None:
             assert plain is not None
@@ -78,7 +78,7 @@ class OneDNNProduct:
         return out
 
     def lies(self) -> Tensor:
-        """[out_features, in_features]; the very numbers that were given."""
+        """The weight that was given, without loss: [out_features, in_features]."""
         plain, blocked = self.plain, self.blocked
         if blocked is None:
             assert plain is not None
@@ -87,12 +87,12 @@ class OneDNNProduct:
         return dense
 
     def _take_number(self) -> None:
-        # A tensor, since a plain number would be compiled into the graph, which then served one weight alone.
+        # A tensor, since an int would be compiled into the graph as a constant, and the graph serve one weight only.
         self.number = torch.tensor(next(_NUMBERS), device="cpu")
         _BY_NUMBER[int(self.number)] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied or written: oneDNN's order can be neither."""
+        """The plain weight: a tensor in oneDNN's blocked order can be neither copied nor pickled."""
         return {"weight": self.lies()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class OneDNNProduct:
 def _blocked_product(
     x: Tensor, number: Tensor, out_features: int, activation: str | None, factor: Tensor | None
 ) -> Tensor:
-    """The product with this number."""
+    """The result of the :class:`OneDNNProduct` that has this number."""
     return _BY_NUMBER[int(number)].product(x, activation, factor)
 
 

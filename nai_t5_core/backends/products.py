@@ -1,4 +1,4 @@
-"""oneDNN as backends: every projection in its blocked order, or in 8 bits. A decoder's blocks are taken as well."""
+"""oneDNN as backends for blocks of encoder and decoder: projections in oneDNN's blocked order, or in 8 bits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nai_t5_core.model.layers import (
     scaled,
 )
 
-# Projections of a sublayer whose input is not its norm's output: of its own results, and of the encoder's states.
+# Projections of a sublayer that do not read its norm's output, but an inner result or the encoder's hidden states.
 _AFTER_NO_NORM = {"EncDecAttention": ("o", "wo", "k", "v", "kv")}
 _AFTER_THE_SUBLAYER = ("o", "wo")
 # Projections whose result goes into attention.
@@ -29,7 +29,7 @@ _ATTENTION_INPUTS = ("q", "k", "v", "kv", "qkv")
 
 
 class OneDNNRunner:
-    """The block's modules, with activation and gating inside the products of the feed-forward: rounded once."""
+    """Calls the block's modules, but has activation and gating inside the feed-forward's products: rounded once."""
 
     name = "oneDNN"
     lending: Lending | None = None
@@ -69,7 +69,7 @@ class OneDNNRunner:
 
 
 class OneDNNBackend:
-    """Every projection of a block in oneDNN's blocked order; each original is let go when its copy is made."""
+    """Puts every projection of a block in oneDNN's blocked order; each original weight is freed after its copy."""
 
     name = "oneDNN"
 
@@ -89,20 +89,20 @@ class OneDNNBackend:
         for layer in block.layer:
             for sublayer in layer.children():
                 for owner, attribute, name in _projections(sublayer):
-                    # So that the activation is inside the product of the gate.
+                    # Gate and up are two products, so that oneDNN applies the activation in the gate's.
                     parts = 2 if isinstance(sublayer, FusedGatedFeedForward) and name == "wi" else 1
                     setattr(owner, attribute, self.held(getattr(owner, attribute), dtype, parts))
         block.runner = OneDNNRunner()
 
     @staticmethod
     def held(linear: nn.Module, dtype: torch.dtype, parts: int = 1) -> HeldLinear:
-        """What takes the place of a projection, in so many products of equal size."""
+        """The projection that replaces ``linear``, as ``parts`` products of equal size."""
         weights: Any = as_it_lies(linear).chunk(parts)
         return HeldLinear([OneDNNProduct(weight.to(dtype)) for weight in weights], dtype=dtype)
 
 
 class Int8Runner:
-    """The block's modules, whose projections are in 8 bits."""
+    """Leaves the block to its modules, whose projections compute in 8 bits."""
 
     name = "oneDNN, in 8 bits"
     lending: Lending | None = None
@@ -115,7 +115,7 @@ class Int8Runner:
 
 
 class Int8Backend:
-    """Every projection of a block in 8 bits; each original is let go when its copy is made."""
+    """Quantises every projection of a block to 8 bits; each original weight is freed after its copy."""
 
     name = "oneDNN, in 8 bits"
 
@@ -146,7 +146,7 @@ class Int8Backend:
         quantised = weight if isinstance(weight, Int8Weight) else Int8Weight.of(weight, norm)
         if name in _ATTENTION_INPUTS:
             return HeldLinear([Int8Product(quantised, dtype)], dtype=dtype)
-        # Everything else stays in float32, where rounding it would take longer than it saves.
+        # All other results stay in float32: rounding them would take longer than it saves.
         return HeldLinear([Int8Product(quantised, torch.float32)])
 
 
@@ -155,9 +155,9 @@ INT8_ONEDNN = Int8Backend()
 
 
 def _projections(sublayer: nn.Module) -> list[tuple[nn.Module, str, str]]:
-    """Projections that are plain or held: the owner of each, its name there, and its name in the sublayer.
+    """Projections, plain or held by a backend: for each its owner, its name in the owner, its name in the sublayer.
 
-    The two names differ where another module, such as a live LoRA, stands around the projection.
+    The two names differ where another module, such as a live LoRA, wraps the projection.
     """
     found = []
     for name, child in sublayer.named_children():
@@ -180,7 +180,7 @@ def _has_products(dense: Any) -> bool:
 
 
 def _feed_forward(dense: Any, hidden: Tensor) -> Tensor:
-    """As the module ``dense``, whose projections have products."""
+    """The result of the module ``dense``, all of whose projections are a :class:`OneDNNProduct`."""
     if isinstance(dense, FusedGatedFeedForward):
         return feed_forward(hidden, dense.wi.forms, dense.wo.forms[0], dense.activation)
     names = ("wi_0", "wi_1") if isinstance(dense, GatedFeedForward) else ("wi",)
@@ -194,8 +194,8 @@ def feed_forward(
     """[…, d_model] to […, d_model], with activation and gating inside the products.
 
     Args:
-        inner: of gate and up, or the only one.
-        scale: multiplies the input of the last of them.
+        inner: the products of gate and up, or the only one.
+        scale: multiplies the input of the last of these.
     """
     if len(inner) == 1:
         return wo(inner[0](scaled(hidden, scale), activation))

@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=T5EncoderStack | T5Model)
 
-# Cross-attention's projections of what the encoder gives.
+# Cross-attention's projections of the encoder's hidden states.
 _KEYS_VALUES = ("k", "v", "kv")
-# Methods beside the call that compute with a model's own weights, and do not call each other.
+# Methods beside forward that compute with the model's weights; none calls another of them.
 _ENTRIES = ("generate", "stream", "hidden_states")
 
 
 def shard(model: Model, mesh: DeviceMesh | None = None, compute_dtype: torch.dtype | None = None) -> Model:
     """Spreads a model's weights over the processes of ``mesh``, block by block; returns the same model.
 
-    All processes call this with equal weights, and from then on call the model equally often, each with inputs of its
-    own; each waits for the others in every block. So texts have to be generated with the same number of steps, such as
-    from the same prompts. Gradients are the mean over the processes.
+    All processes call this with equal weights, and must afterwards call the model equally often, each with its own
+    inputs, since each waits for the others in every block. So generation must take the same number of steps in all,
+    such as with the same prompts. Gradients are the mean over the processes.
 
     Args:
-        model: on the CPU or on the mesh's device; its parameters become DTensors, and later optimizers see those.
+        model: on the CPU or on the mesh's device; its parameters become DTensors, so make the optimizer afterwards.
         mesh: one-dimensional; by default all processes, on the accelerator if there is one.
         compute_dtype: gather weights in this dtype, while the parts, norms and gradients keep the model's own. For
             training; by default everything is computed in the model's dtype.
@@ -52,7 +52,7 @@ def shard(model: Model, mesh: DeviceMesh | None = None, compute_dtype: torch.dty
         raise ValueError("there is no process group; start the program with torchrun, or call init_process_group first")
     if has_fixed_weights(model):
         raise ValueError("prepacked or 8-bit weights cannot be spread over processes; load them with optimize=False")
-    # Activations keep their precision: the residual and what norms read are float32 whatever the products are in.
+    # Activations are not cast: the residual and the inputs of norms are float32 whatever the compute dtype.
     own_dtype = next(model.parameters()).dtype
     rounded = policy_class(param_dtype=compute_dtype, reduce_dtype=own_dtype, cast_forward_inputs=False)
     for norms in _norms(model):
@@ -66,7 +66,7 @@ def shard(model: Model, mesh: DeviceMesh | None = None, compute_dtype: torch.dty
 
 
 def _norms(model: nn.Module) -> Iterator[list[RMSNorm]]:
-    """Norms with a weight, which is float32 beside all others; those of a block are gathered together."""
+    """Norms with a weight, which is float32 unlike all other weights; the norms of a block are gathered together."""
     module: Any
     for module in model.modules():
         if isinstance(module, EncoderBlock | DecoderBlock):
@@ -78,7 +78,7 @@ def _norms(model: nn.Module) -> Iterator[list[RMSNorm]]:
 
 
 def _units(model: nn.Module) -> Iterator[nn.Module]:
-    """What is gathered together, the inner before the outer: first what is computed before its block is called."""
+    """Modules whose weights are gathered together, inner before outer: first those called before their block."""
     module: Any
     for module in model.modules():
         if hasattr(module, "relative_attention_bias"):
@@ -98,14 +98,14 @@ def _torchs_own() -> tuple[Any, Any, Any]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor of a sharded model gathered from all processes, which all call this; any other as it is."""
+    """A sharded tensor gathered from all processes, which must all call this; any other tensor as it is."""
     gather = getattr(tensor, "full_tensor", None)
     out: Tensor = tensor if gather is None else gather()
     return out
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, equal in all processes, spread as ``like`` is; as it is where that is not sharded."""
+    """A whole tensor, equal in all processes, sharded as ``like`` is; as it is where ``like`` is not sharded."""
     placements = getattr(like, "placements", None)
     if placements is None:
         return tensor

@@ -25,8 +25,8 @@ from nai_t5_core.model.packing import DocumentGroup
 # Queries, keys and values [tokens, heads, d_kv] to attention output [tokens, heads, d_kv].
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# torch may otherwise choose cuDNN's kernel on CUDA. With a mask, that kernel silently misread float32 values and gave NaN
-# gradients; flash attention takes no mask at all.
+# torch may otherwise choose cuDNN's kernel on CUDA. With a mask, that kernel silently misread float32 values and gave
+# NaN gradients; flash attention takes no mask at all.
 _CUDA_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # torch's efficient kernel reads a bias in runs of 8 numbers. A bias whose row width is no multiple of 8 is copied in

@@ -1,7 +1,7 @@
-"""The encoder on CUDA in float16 and bfloat16, for inference: few launches a layer, or a recorded graph of them all.
+"""The encoder on CUDA in float16 and bfloat16, for inference: few launches per layer, or a CUDA graph of all launches.
 
-``kernels.py`` has what lies between the products, in Triton; ``launches.py`` calls it on tensors; ``block.py`` is a
-layer, ``graphs.py`` the recordings, ``encoder.py`` what users call:
+``kernels.py`` has the Triton kernels between the products; ``launches.py`` calls them on tensors; ``block.py`` computes
+a layer, ``graphs.py`` records CUDA graphs, and ``encoder.py`` has what users call,
 :func:`nai_t5_core.backends.cuda.encoder.cuda_encoder`.
 
 Nothing here needs a device to be imported. ``kernels.py`` and what calls it need Triton, which torch brings along on

@@ -1,4 +1,4 @@
-"""The blocks of an encoder as launches: four products a layer, and four small kernels between them."""
+"""The blocks of an encoder as kernel launches: per layer four products, and four small kernels between them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from nai_t5_core.model.layers import FeedForward
 
 @dataclass(frozen=True)
 class CudaBlock:
-    """A layer in the fused layout, on its own weights, where these are now.
+    """A layer in the fused layout, as references to its block's weights.
 
-    ``bias`` is [heads, distances]; the two factors take back what the out-projections are scaled by.
+    ``bias`` is [heads, distances]; the two factors undo the float16 scales of the out-projections.
     """
 
     qkv: Tensor
@@ -37,7 +37,7 @@ class CudaBlock:
 
     @classmethod
     def of(cls, block: Any, bias: Tensor, logit_scale: float) -> CudaBlock:
-        """From an :class:`nai_t5_core.model.encoder_block.EncoderBlock` that is not refused."""
+        """From an :class:`nai_t5_core.model.encoder_block.EncoderBlock` that the kernels can run."""
         attention, feed_forward = block.layer
         attends, dense = attention.SelfAttention, feed_forward.DenseReluDense
         return cls(
@@ -52,20 +52,20 @@ class CudaBlock:
         )
 
     def add_attention(self, residual: Tensor, hidden: Tensor, documents: Documents, products: Products) -> Tensor:
-        """Adds the attention's output to the residual; from its normed input to that of the feed-forward."""
+        """Adds the attention's output to the residual in place; takes its normed input, returns the feed-forward's."""
         attended = attend(products.plain(hidden, self.qkv), self.bias, documents, self.logit_scale, products.overlaps)
         delta = products.summed(attended, self.o)
         factor = self.attention_factor
         return add_norm(residual, delta, factor, self.epsilon, hidden.dtype, overlaps=products.overlaps)
 
     def feed_forward(self, hidden: Tensor, products: Products) -> Tensor:
-        """What the feed-forward adds to the residual, but for its factor."""
+        """The feed-forward's output, before it is multiplied by ``feed_forward_factor``."""
         return products.summed(products.activated(hidden, self.wi, self.activation, self.is_gated), self.wo)
 
 
 @dataclass(frozen=True)
 class CudaBlocks:
-    """All layers between embedding and hidden states. ``final_weight`` is that of the final norm, in float32."""
+    """All layers between embedding and hidden states. ``final_weight`` is the final norm's weight, in float32."""
 
     blocks: tuple[CudaBlock, ...]
     final_weight: Tensor
@@ -74,7 +74,7 @@ class CudaBlocks:
 
     @classmethod
     def of(cls, stack: T5EncoderStack, biases: Tensor) -> CudaBlocks:
-        """From a stack that is not refused; ``biases`` has that of every layer, or one."""
+        """From a stack that the kernels can run; ``biases`` has one table for each layer, or one for all."""
         scale = logit_scale(stack.config)
         return cls(
             tuple(
@@ -87,9 +87,9 @@ class CudaBlocks:
         )
 
     def __call__(self, residual: Tensor, documents: Documents, products: Products, watch: Watch) -> Tensor:
-        """[tokens, d_model] in float32, which is changed, to hidden states in the compute dtype.
+        """Residual [tokens, d_model] in float32, changed in place, to hidden states in the compute dtype.
 
-        Rows of no document come out as anything.
+        Rows that belong to no document have undefined values in the result.
         """
         overlaps = products.overlaps
         hidden = add_norm(residual, None, 1.0, self.blocks[0].epsilon, self.dtype, overlaps=overlaps)
@@ -107,19 +107,19 @@ class CudaBlocks:
 
 
 class BiasTables:
-    """The bias by distance of every layer, or one that all share, in float32 and in one place."""
+    """The bias by distance of every layer, or the one that all share, in one float32 tensor whose address stays."""
 
     def __init__(self, stack: T5EncoderStack) -> None:
         config = stack.config
         count = config.num_layers if config.bias_per_layer else 1
         distances = 2 * config.relative_attention_max_distance + 1
-        # An inference tensor could be refreshed under inference mode alone.
+        # Outside inference mode: an inference tensor could only be refreshed under inference mode.
         with torch.inference_mode(False):
             self.tables = torch.empty(count, config.num_heads, distances, device=stack.device)
         self._made_from: list[Any] = []
 
     def refresh(self, stack: T5EncoderStack) -> None:
-        """Makes them anew where a weight has changed, or cannot tell whether it has."""
+        """Computes the tables anew if a weight has changed, or is an inference tensor, which has no version counter."""
         blocks: Any = stack.encoder.block
         weights = [blocks[index].layer[0].SelfAttention.relative_attention_bias.weight for index in self._layers]
         if not any(weight.is_inference() for weight in weights):
@@ -136,7 +136,7 @@ class BiasTables:
 
 
 def _are_same(some: list[tuple[Tensor, int]], others: list[tuple[Tensor, int]]) -> bool:
-    """Whether these are the same tensors, unchanged."""
+    """Whether both lists have the same tensors in the same versions."""
     return len(some) == len(others) and all(
         a is b and version == other for (a, version), (b, other) in zip(some, others, strict=True)
     )

@@ -28,7 +28,7 @@ PRODUCTS_CHOICES: tuple[ProductsChoice, ...] = get_args(ProductsChoice)
 class Encoded:
     """Hidden states [batch, length, d_model], and whether all of them are finite: int32 [1], 1 or 0, on the device.
 
-    Reading ``finite`` waits for the device; a call does not.
+    Reading ``finite`` waits for the device; encoding does not.
     """
 
     hidden: Tensor
@@ -40,12 +40,12 @@ def cuda_encoder(stack: T5EncoderStack, eager: bool = False, products: ProductsC
 
     Args:
         stack: in the fused layout, in float16 or bfloat16 on CUDA.
-        eager: launch every kernel in every call. Otherwise rows of up to 1024 tokens are run from CUDA graphs, one for
-            each of a few sizes, which are recorded when a size is first met.
-        products: ``"torch"``; ``"torch-float32"``, where what is added to the residual is not rounded before;
-            ``"triton"``, which has few rows multiplied by kernels of our own where these are the faster, as far as that
-            was measured; ``"triton-overlapping"``, where launches overlap as well, for compute capability 9.0 and
-            later; or ``"auto"``, which takes ``"triton"`` where it was measured, on capability 9.0, else ``"torch"``.
+        eager: launch every kernel in every call. Otherwise packed rows of up to 1024 tokens run from CUDA graphs, one
+            for each of a few sizes, recorded at the first use of a size.
+        products: ``"torch"``; ``"torch-float32"``, whose outputs are not rounded before they are added to the residual;
+            ``"triton"``, which multiplies few rows by our own kernel where it was measured, or is estimated, to be
+            faster; ``"triton-overlapping"``, whose launches overlap as well, for compute capability 9.0 and later; or
+            ``"auto"``: ``"triton"`` on capability 9.0, where it was measured, else ``"torch"``.
 
     Raises:
         ValueError: the kernels cannot run this stack, see :func:`nai_t5_core.backends.cuda.refusals.refuses`; unknown
@@ -57,7 +57,7 @@ def cuda_encoder(stack: T5EncoderStack, eager: bool = False, products: ProductsC
 
 
 def encoder_beside(stack: T5EncoderStack, eager: bool, products: ProductsChoice) -> CudaEncoder:
-    """The same for a stack that keeps it, which would be freed late if it were kept in turn."""
+    """:func:`cuda_encoder` for a stack that holds the result, which keeps no reference back: a cycle is freed late."""
     if products not in PRODUCTS_CHOICES:
         raise ValueError(f"unknown products {products!r}; allowed: {', '.join(PRODUCTS_CHOICES)}")
     if products == "torch-float32" and not hasattr(torch.ops.aten.mm, "dtype"):
@@ -75,8 +75,8 @@ class CudaEncoder:
     """See :func:`cuda_encoder`. Weights may be changed or replaced at any time.
 
     Attributes:
-        kept: the stack, unless it keeps this.
-        graphs: the recordings; None if every kernel is launched in every call.
+        kept: the stack, to keep it alive; None where the stack holds this object.
+        graphs: the CUDA graphs; None if every kernel is launched in every call.
     """
 
     def __init__(self, stack: T5EncoderStack, eager: bool, products: Products) -> None:
@@ -93,12 +93,12 @@ class CudaEncoder:
 
     @property
     def device(self) -> torch.device:
-        """Where it was made for."""
+        """The device that this encoder was made for."""
         return self._biases.tables.device
 
     @property
     def stack(self) -> T5EncoderStack:
-        """What is run."""
+        """The stack that this encoder computes."""
         stack = self._stack()
         assert stack is not None
         return stack
@@ -116,7 +116,8 @@ class CudaEncoder:
         Prompts whose mask has holes, and masks of 3 and 4 dimensions, are computed by the stack itself.
 
         Raises:
-            ValueError: what the stack refuses, or the kernels cannot run it now (gradients, hooks, other weights).
+            ValueError: inputs that the stack refuses; or the kernels cannot run the stack now (gradients, hooks, other
+                weights).
         """
         return self.encode(input_ids, attention_mask, padding, extra_pad).hidden
 
@@ -127,7 +128,7 @@ class CudaEncoder:
         padding: PaddingPolicy = "exact",
         extra_pad: int = 0,
     ) -> Encoded:
-        """The same, with a note on whether the result is finite."""
+        """As a call, and also tells whether the result is finite."""
         from nai_t5_core.backends.cuda.examined import refuse
 
         refuse(self._examine())
@@ -141,7 +142,7 @@ class CudaEncoder:
         padding: PaddingPolicy = "exact",
         extra_pad: int = 0,
     ) -> Encoded | None:
-        """The same; None where the kernels cannot run the stack now, see :meth:`refusal`, or not with this mask."""
+        """As :meth:`encode`; None where the kernels cannot run the stack now, see :meth:`refusal`, or this mask."""
         return None if self._examine() else self._encode(input_ids, attention_mask, padding, extra_pad)
 
     def _encode(
@@ -178,7 +179,7 @@ class CudaEncoder:
         return refuses_for_good(self.stack) or (None if before == now else has_moved)
 
     def _examine(self) -> str | None:
-        """Reads anew what has changed; returns why the kernels cannot run it, if they cannot."""
+        """Reads the stack again if it has changed; returns why the kernels cannot run it, None if they can."""
         from nai_t5_core.backends.cuda.examined import ExaminedStack
 
         if reason := refuses_now():
@@ -225,7 +226,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def moved(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device, brought there without waiting for it."""
+    """Values on a device, copied there without waiting for the device."""
     if values.device == device or device.type != "cuda":
         return values
     if values.numel() == 0:
@@ -234,7 +235,7 @@ def moved(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _packed_ids(packing: Packing, index: Tensor | None, input_ids: Tensor) -> Tensor:
-    """[tokens], where the ids are; ``index`` is that of the packing on the CPU."""
+    """Packed ids [tokens], on the device of ``input_ids``; ``index`` is the packing's index on the CPU."""
     if input_ids.is_cuda:
         return packing.pack(input_ids)
     return replace(packing, index=index).pack(input_ids)

@@ -1,4 +1,4 @@
-"""A stack that was examined, and whether it is still what was examined: cheap enough for every call."""
+"""What the kernels read of a stack, and whether the stack has changed since; cheap enough for every call."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from nai_t5_core.model.encoder import T5EncoderStack
 
 
 class ExaminedStack:
-    """What is read of a stack that the kernels can run.
+    """References to the weights and sizes of a stack that the kernels can run.
 
     Raises:
-        ValueError: they cannot run it.
+        ValueError: the kernels cannot run the stack.
     """
 
     def __init__(self, stack: T5EncoderStack, biases: Tensor) -> None:
         refuse(refuses_for_good(stack))
-        # Neither the stack nor what refers to it is kept: it may keep this.
+        # No reference to the stack is kept: the stack may hold this object.
         self._stack = weakref.proxy(stack)
         self._blocks = CudaBlocks.of(stack, biases)
         self._seen = Seen(list(stack.modules())[1:], [stack._modules])
@@ -31,11 +31,11 @@ class ExaminedStack:
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether all modules, weights and scales are the same, the weights at the same place with any values."""
+        """Whether modules, weights, the weights' addresses and the scales are as they were; values may differ."""
         return self._stack.scales == self._scales and self._seen.is_same
 
     def encode(self, products: Products, ids: Tensor, documents: Documents, watch: Watch) -> Tensor:
-        """Packed ids [tokens] to hidden states [tokens, d_model]; rows of no document come out as anything."""
+        """Packed ids [tokens] to hidden states [tokens, d_model]; rows of no document have undefined values."""
         return self._blocks(self._stack.embed(ids), documents, products, watch)
 
 

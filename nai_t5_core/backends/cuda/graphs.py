@@ -1,4 +1,4 @@
-"""CUDA graphs of an encoder: one for each of a few sizes, recorded at first use, run on what is copied into it."""
+"""CUDA graphs of an encoder: one for each of a few sizes, recorded at first use; inputs are copied into its memory."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from torch.nn.functional import pad
 from nai_t5_core.backends.cuda.documents import COLUMNS, query_block
 from nai_t5_core.backends.cuda.launches import Documents, Watch
 
-# Tokens of a row. Up to a few hundred the weights are read in the same time, beyond that steps of a half at most.
+# Tokens of a packed row. Up to a few hundred, reading the weights takes the most time, so that padding costs little;
+# the larger sizes are at most 1.5 times the one before.
 GRAPH_BUCKETS = (16, 32, 64, 128, 256, 384, 512, 768, 1024)
 
-# Ids [tokens] int32, what attends to what, and where to note faults, to hidden states [tokens, d_model].
+# Ids [tokens] int32, the documents, and where to note that a value is not finite, to hidden states [tokens, d_model].
 Encode = Callable[[Tensor, Documents, Watch], Tensor]
 
 
 @dataclass(frozen=True)
 class GraphSize:
-    """Of a recording: tokens, and blocks of queries, which the document table has rows for."""
+    """The size of a recording: tokens, and rows of the document table, one for each block of queries."""
 
     tokens: int
     blocks: int
 
     @classmethod
     def holding(cls, tokens: int, blocks: int) -> GraphSize:
-        """With room for twice as many blocks as a document of all tokens has; where that is too little, doubled."""
+        """Room for twice as many blocks as one document of all tokens would have, doubled until ``blocks`` fit."""
         room = 2 * -(-tokens // query_block(tokens))
         while room < blocks:
             room *= 2
@@ -37,7 +38,7 @@ class GraphSize:
 
 
 class _Inputs:
-    """What a recording reads: the number of tokens, the document table and the ids, one behind the other in memory."""
+    """What a recording reads: the number of tokens, the document table and the ids, in this order in one tensor."""
 
     def __init__(self, size: GraphSize, device: torch.device) -> None:
         self.size = size
@@ -48,11 +49,11 @@ class _Inputs:
         self.ids = self.all[self._table_end :]
 
     def fill(self, ids: Tensor, table: Tensor) -> None:
-        """With ids on the CPU or the device, and a table on the CPU; nothing waits for the device."""
+        """Copies in ids, from the CPU or the device, and a table from the CPU, without waiting for the device."""
         surplus = self.size.blocks * COLUMNS - table.numel()
         parts = [torch.tensor([len(ids)], dtype=torch.int32), pad(table.flatten(), (0, surplus))]
         if ids.is_cuda:
-            # What is behind them are ids of earlier calls, which are as good as any.
+            # Behind them stay ids of earlier calls: valid ids, whose rows nobody reads.
             self.ids[: len(ids)].copy_(ids)
         else:
             parts.append(ids.to(torch.int32))
@@ -61,7 +62,7 @@ class _Inputs:
 
 
 class _Place:
-    """Where recordings are made: memory that they share, and a stream on which nothing else is done."""
+    """The memory pool that all recordings share, and the stream on which they are recorded, used for nothing else."""
 
     def __init__(self, device: torch.device) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -69,7 +70,7 @@ class _Place:
 
 
 class _Recording:
-    """The launches of one size, and where they read and write."""
+    """The CUDA graph of one size, with its inputs and outputs."""
 
     def __init__(self, size: GraphSize, encode: Encode, device: torch.device, place: _Place) -> None:
         self.inputs = _Inputs(size, device)
@@ -78,7 +79,7 @@ class _Recording:
         aside = torch.cuda.Stream(device)
         aside.wait_stream(before)
         with torch.cuda.stream(aside):
-            # Compiles the kernels, and has cuBLAS choose its own and take its memory: neither can be recorded.
+            # A first run, since these cannot be recorded: Triton compiles, and cuBLAS chooses kernels and allocates.
             self._run(encode)
         before.wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
@@ -90,14 +91,14 @@ class _Recording:
         return encode(self.inputs.ids, self.inputs.documents, Watch(self.finite, self.inputs.count))
 
     def __call__(self, ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of the hidden states [tokens, d_model], and of the note on faults: the next call writes over both."""
+        """Hidden states [tokens, d_model] and ``finite`` [1]: copies, since the next call overwrites the originals."""
         self.inputs.fill(ids, table)
         self.graph.replay()
         return self.hidden[: len(ids)].clone(), self.finite.clone()
 
 
 class GraphRunner:
-    """Runs rows of up to the largest bucket from recordings that share their memory.
+    """Runs packed rows of up to the largest bucket from CUDA graphs that share one memory pool.
 
     A call from another stream or thread waits for the one before it.
     """
@@ -113,20 +114,20 @@ class GraphRunner:
 
     @property
     def sizes(self) -> tuple[GraphSize, ...]:
-        """Of what is recorded."""
+        """The sizes that have been recorded."""
         return tuple(self._recordings)
 
     def bucket(self, tokens: int) -> int | None:
-        """The tokens of the recording that takes such a row; None where it is longer than the largest."""
+        """The smallest bucket that holds a packed row of so many tokens; None for a row longer than the largest."""
         return next((bucket for bucket in self.buckets if tokens <= bucket), None)
 
     def run(self, encode: Encode, source: object, bucket: int, ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states [tokens, d_model], and int32 [1], 1 where they are finite.
 
         Args:
-            encode: what is recorded. It is called at the first use of a size alone.
-            source: what ``encode`` reads beside its arguments. From another object everything is recorded anew.
-            bucket: of :meth:`bucket`.
+            encode: the function that is recorded; it is called only at the first use of a size.
+            source: the object that ``encode`` reads weights from. If it is another than before, all is recorded anew.
+            bucket: the result of :meth:`bucket`.
             ids: [tokens] integers, on the CPU or the device.
             table: of documents, [blocks, 5] on the CPU, for blocks of the bucket's size.
         """
@@ -147,12 +148,12 @@ class GraphRunner:
     def _record(self, size: GraphSize, encode: Encode) -> _Recording:
         if self._place is None:
             self._place = _Place(self.device)
-        # Inference tensors could be filled under inference mode alone.
+        # Outside inference mode: inference tensors could only be filled under inference mode.
         with torch.inference_mode(False), torch.no_grad():
             return _Recording(size, encode, self.device, self._place)
 
     def _forget(self) -> None:
-        """Lets recordings and their memory go, when the device is done with them."""
+        """Frees all recordings and their memory, after the device has finished with them."""
         if self._recordings:
             torch.cuda.synchronize(self.device)
         self._recordings.clear()

@@ -1,7 +1,7 @@
-"""What a layer computes between its products, in Triton. :mod:`nai_t5_core.backends.cuda.launches` says what the
-arguments are.
+"""Triton kernels for what a layer computes between its products; the arguments are described in
+:mod:`nai_t5_core.backends.cuda.launches`.
 
-Sums are in float32 whatever the tensors are in, and every result is rounded once, where it is stored.
+Sums are in float32 whatever the tensors' dtype, and every result is rounded once, when it is stored.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Numbers that say of a block of queries what it attends to.
+# Numbers in a row of the document table, see nai_t5_core.backends.cuda.documents.document_table.
 DOCUMENT_COLUMNS = tl.constexpr(5)
 
 
 @triton.jit
 def wait_for_inputs(overlaps: tl.constexpr) -> None:
-    """Where launches overlap (from sm_90 on): lets the next one start, and waits for the end of those before.
+    """Where launches overlap (from sm_90 on): lets the next launch start, and waits for the end of those before.
 
-    Whatever was written by another launch, or may still be read by one, is touched after this alone.
+    Memory that another launch writes or may still read must not be touched before this call.
     """
     if overlaps:
         tl.extra.cuda.gdc_launch_dependents()
@@ -43,14 +43,14 @@ def attend(
     head, block = tl.program_id(0), tl.program_id(1)
     document = documents + block * DOCUMENT_COLUMNS
     rows = tl.load(document + 1)
-    # Surplus blocks of a table of fixed size.
+    # An unused row of a table of fixed size.
     if rows == 0:
         return
     start = tl.load(document).to(tl.int64)
     first_query = tl.load(document + 2)
     key_start = tl.load(document + 3)
     keys = tl.load(document + 4)
-    # Without keys every row of the document counts the same.
+    # Without keys, attention is even over all rows of the document.
     is_even = keys == 0
     key_start = tl.where(is_even, 0, key_start)
     keys = tl.where(is_even, rows, keys)
@@ -68,7 +68,8 @@ def attend(
     largest = tl.full((query_block,), -float("inf"), tl.float32)
     total = tl.zeros((query_block,), tl.float32)
     values = tl.zeros((query_block, d_kv), tl.float32)
-    # Keys that lie beyond the reach of every query have one bias on either side; those between, one by distance.
+    # Keys farther than ``reach`` from every query of the block share one bias before it and one behind it; only the
+    # keys between need a bias by distance.
     nearest = first_query - key_start
     far_before = tl.minimum(tl.maximum(nearest - reach + 1, 0) // key_block * key_block, keys)
     far_behind = tl.cdiv(tl.maximum(nearest + query_block - 1 + reach, 0), key_block) * key_block
@@ -103,7 +104,7 @@ def keys_and_values(
     depth: tl.tensor,
     key_block: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """A block of keys [d_kv, key_block], its values [key_block, d_kv], and which of them there are."""
+    """A block of keys [d_kv, key_block], its values [key_block, d_kv], and which of the key_block places have a key."""
     places = first + tl.arange(0, key_block)
     is_key = places < keys
     here = key_rows + places * stride
@@ -121,7 +122,7 @@ def taken_in(
     total: tl.tensor,
     values: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The running softmax with a block of keys more: the largest logit, the sum of weights, the weighted values."""
+    """Updates the running softmax by a block of keys: largest logit, sum of weights, weighted sum of values."""
     logits = tl.where(is_key[None, :], logits, -float("inf"))
     new_largest = tl.maximum(largest, tl.max(logits, 1))
     weights = tl.exp(logits - new_largest[:, None])
@@ -168,7 +169,7 @@ def add_norm(
     rounded = normed.to(out.dtype.element_ty)
     tl.store(out + row * width + columns, rounded, mask=inside)
     if watches:
-        # False for NaN as well.
+        # The comparison is false for NaN as well.
         is_fine = tl.abs(rounded.to(tl.float32)) < float("inf")
         faults = tl.sum(tl.where(is_fine, 0, 1))
         tl.store(finite, 0, mask=(faults > 0) & (row < tl.load(count)))

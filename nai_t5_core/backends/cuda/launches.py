@@ -1,4 +1,4 @@
-"""The kernels on tensors: outputs, grids and sizes of blocks."""
+"""Functions that launch the Triton kernels on tensors: they allocate outputs and choose grids and block sizes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _GATE_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Documents:
-    """What attends to what: [blocks, 5] int32 as :func:`nai_t5_core.backends.cuda.documents.document_table` makes it.
+    """The table of documents, [blocks, 5] int32, from :func:`nai_t5_core.backends.cuda.documents.document_table`.
 
-    ``query_block`` is the number of queries that a row of it stands for. The table lies where the queries are.
+    ``query_block`` is the number of queries that a row of the table stands for. The table is on the queries' device.
     """
 
     table: Tensor
@@ -28,10 +28,10 @@ class Documents:
 
 @dataclass(frozen=True)
 class Watch:
-    """Where a norm notes that a row is not finite.
+    """Where the final norm notes that a value is not finite.
 
-    ``finite`` is int32 [1], which becomes 0 then and is left alone otherwise; of ``count``, int32 [1], rows are looked
-    at.
+    ``finite``, int32 [1], is set to 0 then and left alone otherwise; only the first ``count`` rows, int32 [1], are
+    checked.
     """
 
     finite: Tensor
@@ -45,10 +45,11 @@ def attend(qkv: Tensor, bias: Tensor, documents: Documents, scale: float, overla
         qkv: [tokens, 3 · heads · d_kv], queries, keys and values side by side; d_kv a power of two from 16 on.
         bias: [heads, 2 · reach + 1] by distance, contiguous, in any float dtype.
         scale: of q · k.
-        overlaps: with the launches before and after, see :class:`nai_t5_core.backends.cuda.torch_products.Products`.
+        overlaps: whether this launch overlaps with those before and after it, see
+            :class:`nai_t5_core.backends.cuda.torch_products.Products`.
 
     Returns:
-        [tokens, heads · d_kv] like ``qkv``; rows of no document are not written.
+        [tokens, heads · d_kv] like ``qkv``; rows that belong to no document are not written.
     """
     heads, distances = bias.shape
     tokens, inner = qkv.shape[0], qkv.shape[1] // 3
@@ -86,7 +87,7 @@ def add_norm(
 
     Args:
         residual: [tokens, d_model] float32, changed in place.
-        delta: [tokens, d_model], or its parts, [parts, tokens, d_model], in any float dtype; None adds nothing.
+        delta: [tokens, d_model], or partial sums [parts, tokens, d_model], in any float dtype; None adds nothing.
         dtype: of the result.
         weight: [d_model] float32, or None for ones.
 
@@ -96,7 +97,7 @@ def add_norm(
     rows, width = residual.shape
     out = torch.empty_like(residual, dtype=dtype)
     block = triton.next_power_of_2(width)
-    # Tensors that a kernel is compiled not to read are given for those that are missing.
+    # For an absent tensor another is passed; the kernel is compiled without the code that would read it.
     kernels.add_norm[(rows,)](
         residual,
         residual if delta is None else delta,
@@ -118,12 +119,12 @@ def add_norm(
 
 
 def overlapping(overlaps: bool) -> dict[str, bool]:
-    """What a kernel is launched with to overlap with others, or not to."""
+    """The arguments of a launch that does, or does not, overlap with others."""
     return {"overlaps": True, "launch_pdl": True} if overlaps else {"overlaps": False}
 
 
 def norm_warps(block: int) -> int:
-    """For rows of a norm that are computed as ``block`` numbers."""
+    """Warps of a norm kernel whose rows are computed as ``block`` numbers."""
     return min(max(block // 256, 4), 16)
 
 

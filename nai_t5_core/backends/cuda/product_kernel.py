@@ -1,4 +1,4 @@
-"""The product of a few rows, in Triton: bound by reading the weight, which is the left operand and read once."""
+"""The product of a few rows in Triton. Its time is that of reading the weight, which is the left operand, read once."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import triton.language as tl
 
 from nai_t5_core.backends.cuda.kernels import activated, wait_for_inputs
 
-# What a program fetches of each row of its weight while the launch before it still runs: four lines of 64 numbers.
+# A program prefetches this much of each row of its weight while the launch before still runs: 4 lines of 64 numbers.
 FETCHED_LINES = tl.constexpr(4)
 LINE = tl.constexpr(64)
 
 
 @triton.jit
 def fetch(places: tl.tensor) -> None:
-    """Brings lines of memory into the second-level cache, without waiting for them."""
+    """Prefetches lines of memory into the L2 cache."""
     code: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
     tl.inline_asm_elementwise(code, "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1)
 
@@ -49,7 +49,7 @@ def multiply(
     weights = weight + n[:, None].to(tl.int64) * depth + k[None, :]
     inputs = x + m[None, :] * depth + k[:, None]
     if overlaps:
-        # The weights alone: no launch before has written them.
+        # Only weights may be read before the wait: no earlier launch writes them.
         first = part * (depth // parts) + tl.arange(0, FETCHED_LINES) * LINE
         lines = weight + n[:, None].to(tl.int64) * depth + first[None, :]
         fetch(lines)

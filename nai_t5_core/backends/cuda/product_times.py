@@ -16,12 +16,12 @@ from nai_t5_core.backends.cuda.torch_products import TorchProducts, UnroundedTor
 from nai_t5_core.facts.config import Activation
 
 _ACTIVATION: Activation = "gelu_new"
-# Beyond any cache of a device: a product finds none of its weight there from the product before.
+# Larger than any cache of a device, so that a product finds nothing of its weight in the cache.
 _BYTES_OF_WEIGHTS = 256 << 20
 _REPLAYS = 20
 
 
-# Inputs and weight to their product.
+# A function from inputs and weight to their product.
 Way = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -45,7 +45,7 @@ XXL_SHAPES = (
 
 @dataclass(frozen=True)
 class ProductTime:
-    """What was measured: ``error`` is relative to the product in float32, in the norm of all numbers."""
+    """A measurement; ``error`` is |product − float32 product| / |float32 product|, in the Euclidean norm."""
 
     shape: ProductShape
     rows: int
@@ -62,7 +62,7 @@ class ProductTime:
 
 
 def candidates(shape: ProductShape, rows: int) -> Iterator[Configuration]:
-    """Configurations that fit a product, for so many rows."""
+    """The configurations to try for a product of so many rows."""
     is_wide = block_rows(rows) == 128
     for columns in (32, 64) if shape.kind == "gated" else (64, 128) if shape.kind == "summed" else (32, 64, 128):
         for depth in (64, 128):
@@ -83,15 +83,15 @@ def time_products(
     tell: Callable[[ProductTime], None] | None = None,
     overlaps: bool = False,
 ) -> list[ProductTime]:
-    """Times every product by torch and in every candidate configuration; all kernels are compiled side by side before.
+    """Times every product by torch and in every candidate configuration; all kernels are compiled before, in parallel.
 
     Args:
         dtype: of inputs and weights.
-        tell: called with each time as it is known.
+        tell: called with each time as soon as it is measured.
         overlaps: have launches of our kernel overlap, see :class:`nai_t5_core.backends.cuda.products.TritonProducts`.
 
     Returns:
-        The times, those of one product and number of rows together, the shortest first.
+        The times, grouped by product and number of rows, the shortest first in each group.
     """
     times = []
     counts = tuple(rows)
@@ -139,7 +139,7 @@ def _times(shape: ProductShape, rows: int, weights: Sequence[Tensor], overlaps: 
 
 
 def _ways(shape: ProductShape, rows: int, overlaps: bool) -> Iterator[tuple[Configuration | str, Way]]:
-    """Every way to compute a product, from inputs and weight."""
+    """Every way to compute a product, with its name or configuration."""
     for name, products in (("torch", TorchProducts()), ("torch, float32", UnroundedTorchProducts())):
         if shape.kind == "summed":
             yield name, products.summed
@@ -174,7 +174,7 @@ def _expected(shape: ProductShape, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _seconds(multiplied: Way, x: Tensor, weights: Sequence[Tensor]) -> float:
-    """Of one product, among products with every weight in turn from a graph, so that launches cost what they must."""
+    """Seconds of one product: the mean over a CUDA graph of products with each weight, without the cost of Python."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for weight in weights:

@@ -1,4 +1,4 @@
-"""Products of up to 128 rows by our own kernel, in configurations that are written down here."""
+"""Products of up to 128 rows by our own kernel, and the configurations in which it runs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from nai_t5_core.facts.config import Activation
 
 MOST_ROWS = 128
 
-# What becomes of a product: it is rounded, activated and gated before that, or summed up in float32.
+# What is done with a product: rounded ("plain"); activated, gated and rounded ("gated"); added in float32 ("summed").
 Kind = Literal["plain", "gated", "summed"]
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """How a product is divided among programs: each has so many columns, and one of the parts of the depth."""
+    """How a product is divided among programs: each computes ``block_columns`` columns over one part of the depth."""
 
     block_columns: int
     block_depth: int
@@ -34,13 +34,13 @@ class Configuration:
         return columns % self.block_columns == 0 and depth % (self.parts * self.block_depth) == 0
 
 
-# By the kind of a product and the rows of a block: the first that fits is taken, and where there is none, torch.
+# By the kind of a product and the rows of a block: the first configuration that fits is used; without one, torch.
 Configurations = dict[tuple[Kind, int], tuple[Configuration, ...]]
 
-# For sizes that no other fits.
+# For sizes that no other configuration fits.
 _SMALLEST = Configuration(16, 16, 1, 2)
 
-# NOT MEASURED: estimates. All of them keep within the shared memory of consumer cards.
+# Estimates, not measured. All of them fit into the shared memory of consumer cards.
 _PLAIN = (Configuration(64, 64), Configuration(32, 64), _SMALLEST)
 _PLAIN_WIDE = (Configuration(64, 64, stages=3), Configuration(32, 64, stages=3), _SMALLEST)
 _GATED = (Configuration(64, 64), Configuration(32, 32), _SMALLEST)
@@ -70,22 +70,22 @@ HOPPER: Configurations = {
 
 
 def configurations_for(capability: tuple[int, int]) -> Configurations:
-    """Those for GPUs of a compute capability."""
+    """The configurations for GPUs of a compute capability."""
     return HOPPER if capability == (9, 0) else ESTIMATED
 
 
 def block_rows(rows: int) -> int:
-    """The rows that a program computes for so many: 16, 32, 64 or 128."""
+    """The rows of a program's block that holds so many rows: 16, 32, 64 or 128."""
     return max(16, 1 << (rows - 1).bit_length())
 
 
 class TritonProducts(TorchProducts):
-    """Products of up to 128 rows by our own kernel; torch has those of more, and those that no configuration fits.
+    """Products of up to 128 rows by our own kernel; torch computes larger ones, and those that no configuration fits.
 
     Args:
-        configurations: what is taken for which product.
-        overlaps: has launches overlap, which needs compute capability 9.0: each fetches weights while those before it
-            are at work.
+        configurations: the configurations to choose from for each kind of product.
+        overlaps: make launches overlap, which needs compute capability 9.0: each prefetches weights while the launches
+            before it still run.
     """
 
     def __init__(self, configurations: Configurations, overlaps: bool = False) -> None:
@@ -112,7 +112,7 @@ class TritonProducts(TorchProducts):
         return product(x, weight, chosen, torch.float32, overlaps=self.overlaps)
 
     def _chosen(self, kind: Kind, x: Tensor, columns: int, depth: int) -> Configuration | None:
-        """The first configuration that fits; None for rows beyond the kernel's, or where there is none."""
+        """The first configuration that fits; None where none does, or there are more rows than the kernel takes."""
         if not 0 < len(x) <= MOST_ROWS:
             return None
         known = self.configurations[kind, block_rows(len(x))]
@@ -128,14 +128,15 @@ def product(
     is_gated: bool = False,
     overlaps: bool = False,
 ) -> Tensor:
-    """x · weightᵀ in parts, summed in float32.
+    """x · weightᵀ as partial sums over parts of the depth, each computed in float32.
 
     Args:
         x: [rows, depth], contiguous, of up to 128 rows.
         weight: [columns, depth] in the same dtype; with ``is_gated`` gate and up, one above the other.
         dtype: of the result.
         activation: of the product, or of its gate; it needs the whole depth in one part, and so does gating.
-        overlaps: with the launches before and after, see :class:`nai_t5_core.backends.cuda.torch_products.Products`.
+        overlaps: whether this launch overlaps with those before and after it, see
+            :class:`nai_t5_core.backends.cuda.torch_products.Products`.
 
     Returns:
         [parts, rows, columns].
@@ -162,7 +163,7 @@ def arguments(
     is_gated: bool = False,
     overlaps: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the kernel is called with for a :func:`product`, and what it is compiled for."""
+    """The kernel's arguments for a :func:`product`: those of the call, and the constants that it is compiled for."""
     constants = {
         "columns": out.shape[2],
         "depth": x.shape[1],

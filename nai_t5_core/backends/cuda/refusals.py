@@ -25,7 +25,7 @@ from nai_t5_core.model.layers import (
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16)
 LEAST_CAPABILITY = (8, 0)
 
-# Not their subclasses, which do more (adapters, quantisation, offloading).
+# Exactly these classes: subclasses do more (adapters, quantisation, offloading).
 _KNOWN = {
     *(nn.Linear, NoInit.Linear, nn.Embedding, NoInit.Embedding, nn.ModuleList),
     *(T5EncoderStack, Encoder, EncoderBlock, SelfAttentionLayer, FeedForwardLayer, FoldedRMSNorm, RMSNorm),
@@ -46,12 +46,12 @@ def refuses(stack: T5EncoderStack) -> str | None:
 
 
 def refuses_for_good(stack: T5EncoderStack) -> str | None:
-    """The same without what depends on the moment: whether gradients are recorded, or other software watches."""
+    """As :func:`refuses`, but regardless of whether gradients are recorded or a compiler or dispatch mode is active."""
     return next(_obstacles(stack), None)
 
 
 def refuses_now() -> str | None:
-    """What only the moment is against."""
+    """Why the kernels cannot run any encoder now: gradients are recorded, or a compiler or dispatch mode is active."""
     return next(_momentary(), None)
 
 
@@ -63,7 +63,7 @@ def _momentary() -> Iterator[str]:
 
 
 def _obstacles(stack: T5EncoderStack) -> Iterator[str]:
-    """What is in the way, the plainest first; later ones count on there being none of the earlier."""
+    """Why the kernels cannot run a stack. Later checks assume that the earlier ones found nothing."""
     if missing := missing_triton():
         yield missing
     if stack.layout != "fused":
@@ -90,7 +90,7 @@ def _device_obstacles(device: torch.device) -> Iterator[str]:
 
 
 def _module_obstacles(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
-    """Other software's modules, hooks, calls and tensors: the kernels would go past them."""
+    """Modules, hooks, replaced forwards and tensors of other software, which the kernels would ignore."""
     kind = type(module)
     if kind not in _KNOWN:
         yield f"the model has a module of class {kind.__name__}, which computes on its own"

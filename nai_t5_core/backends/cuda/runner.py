@@ -1,4 +1,4 @@
-"""The kernels for CUDA as what encodes in place of a stack's modules."""
+"""The kernels for CUDA as the runner of a stack."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from nai_t5_core.model.packing import PaddingPolicy
 class CudaRunner:
     """Encodes by the kernels where they can, see :func:`nai_t5_core.backends.cuda.encoder.cuda_encoder`.
 
-    They cannot while a live LoRA or another adapter is in the stack, and under gradients. After the stack was moved to
-    another device everything is made anew.
+    They cannot while a live LoRA or another adapter is in the stack, or gradients are recorded. If the stack was moved
+    to another device, a new encoder is made.
 
     Args:
         eager, products: see :func:`nai_t5_core.backends.cuda.encoder.cuda_encoder`.
@@ -41,7 +41,7 @@ class CudaRunner:
         if encoder is None:
             return None
         encoded = encoder.encode_unless_refused(input_ids, attention_mask, padding, extra_pad)
-        # Reading the note waits for the device. Where a value is not finite, the guard finds out which, by the modules.
+        # Reading ``finite`` waits for the device. If it is 0, the modules encode again, and the guard finds the cause.
         if encoded is None or (stack.guard is not None and not bool(encoded.finite)):
             return None
         return encoded.hidden

@@ -1,4 +1,4 @@
-"""The products of a layer by torch, which is cuBLAS on CUDA, and the interface that other products share."""
+"""The products of a layer by torch (cuBLAS on CUDA), and the interface of all implementations of products."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from nai_t5_core.backends.cuda.launches import gate
 from nai_t5_core.facts.config import Activation
 
-# What lets cuBLAS round sums of parts to the dtype of the result, or sum in it altogether.
+# Settings that let cuBLAS round partial sums to the dtype of the result, or compute whole sums in it.
 _ROUNDED_SUMS = (
     "allow_fp16_reduced_precision_reduction",
     "allow_bf16_reduced_precision_reduction",
@@ -21,10 +21,10 @@ _ROUNDED_SUMS = (
 
 
 class Products(Protocol):
-    """How products are computed; x is [tokens, in_features], a weight [out_features, in_features] in its dtype.
+    """How products are computed; x is [tokens, in_features], a weight [out_features, in_features] in the dtype of x.
 
-    Where launches overlap, each starts when all programs of the one before it are at work, and waits for the end of
-    that by itself. So do the kernels between products then.
+    If ``overlaps`` is set, launches of products and of the kernels between them overlap: each starts when all programs
+    of the launch before it are running, and waits for their end in the kernel (programmatic dependent launch).
     """
 
     overlaps: bool
@@ -34,16 +34,16 @@ class Products(Protocol):
         ...
 
     def activated(self, x: Tensor, weight: Tensor, activation: Activation, is_gated: bool) -> Tensor:
-        """act(x · weightᵀ), or act(gate) · up where the weight is both, gate above up: [tokens, d_ff]."""
+        """act(x · weightᵀ), or act(gate) · up where the weight has gate above up: [tokens, d_ff]."""
         ...
 
     def summed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x · weightᵀ for a sum in float32: [tokens, out_features], or parts of it, [parts, tokens, out_features]."""
+        """x · weightᵀ, to add in float32: [tokens, out_features], or partial sums [parts, tokens, out_features]."""
         ...
 
 
 class TorchProducts:
-    """Every product rounded to the compute dtype."""
+    """Products by torch, each rounded to the compute dtype."""
 
     overlaps = False
 
@@ -58,23 +58,23 @@ class TorchProducts:
 
 
 class UnroundedTorchProducts(TorchProducts):
-    """What is added to the residual comes in float32: nothing is rounded there, and nothing overflows."""
+    """As :class:`TorchProducts`, but ``summed`` gives float32: it neither rounds nor overflows."""
 
     def summed(self, x: Tensor, weight: Tensor) -> Tensor:
         if not x.is_cuda:
-            # The product with a dtype of its own exists on CUDA alone.
+            # ``out_dtype`` exists on CUDA only.
             return torch.mm(x.float(), weight.float().t())
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
 
 
 @contextmanager
 def sums_in_float32() -> Iterator[None]:
-    """Has cuBLAS sum in float32 in this scope, whatever the process has set; it is set back afterwards."""
+    """Makes cuBLAS sum in float32 within this context; afterwards the settings are what they were."""
     settings = torch.backends.cuda.matmul
     before = {name: value for name in _ROUNDED_SUMS if (value := _setting(name)) is not None}
     try:
         for name, value in before.items():
-            # Sums may still be taken in parts.
+            # Partial sums (split-k) stay allowed.
             setattr(settings, name, (False, value[1]) if isinstance(value, tuple) else False)
         yield
     finally:
@@ -83,7 +83,7 @@ def sums_in_float32() -> Iterator[None]:
 
 
 def _setting(name: str) -> bool | tuple[bool, bool] | None:
-    """A setting as it is set: with that of sums in parts where torch has one; None where torch lacks it."""
+    """A setting's value, as a pair with its split-k setting where torch has one; None where torch lacks the setting."""
     settings = torch.backends.cuda.matmul
     try:
         value = getattr(settings, name)
