@@ -20,17 +20,17 @@ _ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "relu": "relu"}
 
 
 def comfyui_peer(checkout: Path, config: T5Config, state: State, dtype: torch.dtype, device: torch.device) -> Peer:
-    """ComfyUI's encoder as ComfyUI runs it: it computes in float32, and casts each weight that is not when it is used.
+    """ComfyUI's encoder as ComfyUI runs it: in float32, to which each weight of another dtype is cast when it is used.
 
     The tensors of ``state`` that have the right dtype are shared. The checkout stays on ``sys.path``, at its end, since
     its modules import others when they run.
 
     Args:
-        dtype: in which the weights are kept.
+        dtype: of the stored weights.
         device: where it will run; ComfyUI must know before it is imported.
 
     Raises:
-        ValueError: it cannot do the config or dtype, or :func:`import_comfyui` fails.
+        ValueError: ComfyUI does not support the config or dtype, or :func:`import_comfyui` fails.
     """
     t5, ops = import_comfyui(checkout, device)
     _refuse(config, dtype)
@@ -78,7 +78,7 @@ def import_comfyui(checkout: Path, device: torch.device) -> tuple[Any, Any]:
     """The modules with the T5 and with the layer classes, imported into this process.
 
     Raises:
-        ValueError: no checkout there, one of its dependencies is missing, or another one was imported before.
+        ValueError: no checkout there, a dependency is missing, or another checkout was imported before.
     """
     checkout = checkout.resolve()
     source = checkout / "comfy" / "text_encoders" / "t5.py"
@@ -88,7 +88,7 @@ def import_comfyui(checkout: Path, device: torch.device) -> tuple[Any, Any]:
         sys.path.append(str(checkout))
     try:
         if device.type == "cpu":
-            # Else it looks for a GPU while it is imported, and fails where there is none.
+            # Without this flag its import looks for a GPU, and fails where there is none.
             importlib.import_module("comfy.cli_args").args.cpu = True
         t5, ops = (importlib.import_module(name) for name in ("comfy.text_encoders.t5", "comfy.ops"))
     except ImportError as error:
@@ -115,6 +115,6 @@ def _forward(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _residual(value: Any) -> Tensor:
-    """A copy, since its layers add to the residual in place."""
+    """The residual from a layer's output, copied since ComfyUI's layers change it in place."""
     residual: Tensor = value[0] if isinstance(value, tuple) else value
     return residual.clone()

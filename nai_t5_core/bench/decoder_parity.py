@@ -21,7 +21,7 @@ TEXT_LENGTH = 40
 
 @dataclass(frozen=True)
 class DecoderDifferences:
-    """How far every implementation's hidden states and logits are from the reference, and which could not run."""
+    """Differences of every implementation's hidden states and logits from the reference; those that could not run."""
 
     hidden: tuple[Difference, ...]
     logits: tuple[Difference, ...]
@@ -44,12 +44,12 @@ def measure_decoder_parity(
 ) -> DecoderDifferences:
     """Compares our decoder, and others, with transformers in float64 with exact norms.
 
-    Random texts are read behind random prompts, each implementation's decoder behind its own encoder in the same dtype.
+    Random texts are read for random prompts, which each implementation's own encoder encodes in the same dtype.
 
     Args:
         state: weights of a whole model under Hugging Face names.
         text_length: tokens that the decoder reads for each prompt, the start token included.
-        scales, decoder_scales: of ours in float16.
+        scales, decoder_scales: of our encoder and decoder in float16.
         dtypes, against, prompt_lengths, reference_state, progress: as for
             :func:`nai_t5_core.bench.parity.measure_parity`.
 

@@ -1,4 +1,4 @@
-"""Whole T5s of other packages, and ours, as functions that read a known text; to compare decoders with."""
+"""Whole T5s of other packages, and ours, as functions that read a known text, to compare their decoders."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def own_decoder(
     scales: StackScales | None = None,
     decoder_scales: StackScales | None = None,
 ) -> Decode:
-    """Our decoder behind our encoder."""
+    """Our encoder and decoder as one function."""
     model = own_t5(config, state, dtype, layout, scales, decoder_scales)
 
     def decode(ids: Tensor, mask: Tensor, texts: Tensor) -> Decoded:
@@ -52,7 +52,7 @@ def own_decoder(
 
 
 def transformers_decoder(config: T5Config, state: State, dtype: torch.dtype, exact: bool = False) -> Decode:
-    """transformers' decoder behind its encoder; ``exact`` makes its norms exact in float64."""
+    """transformers' encoder and decoder as one function; ``exact`` makes its norms exact in float64."""
     model: Any = transformers_t5(config, state, dtype)
     if exact:
         exact_norms(model)
@@ -65,10 +65,10 @@ def transformers_decoder(config: T5Config, state: State, dtype: torch.dtype, exa
 
 
 def nai_t5_decoder(config: T5Config, state: State, dtype: torch.dtype) -> Decode:
-    """The decoder of the nai-t5 package behind its encoder, with its own conversion and norm fusion.
+    """Encoder and decoder of the nai-t5 package as one function, with its own conversion and norm fusion.
 
     Raises:
-        ValueError: the package is not installed, or it cannot do the config or dtype.
+        ValueError: the package is not installed, or does not support the config or dtype.
     """
     refuse_for_nai_t5(config, dtype)
     if config.tie_word_embeddings:

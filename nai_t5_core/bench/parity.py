@@ -22,8 +22,8 @@ from nai_t5_core.model.precision import DTYPES
 QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 0.9999)
 PROMPT_LENGTHS = (150, 1, 77, 30)
 
-# Largest difference allowed, relative to the reference's largest value. The first two are rounding with room to spare.
-# In half precision rounding grows with depth, so that those limits find gross faults only, such as a wrong mask.
+# Largest difference allowed, relative to the reference's largest value. The first two are well above rounding errors.
+# In half precision rounding errors grow with depth, so these limits find gross faults only, such as a wrong mask.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 TOLERANCE_INT8 = 0.5
 
@@ -46,7 +46,7 @@ class _Batch:
         return float(self.masked[self.mask].abs().max())
 
     def difference(self, name: str, dtype: str, hidden: Tensor) -> Difference:
-        """How far an output is from the reference at real positions."""
+        """The difference of an output from the reference at real positions."""
         return difference(name, dtype, hidden[self.mask], self.masked[self.mask])
 
 
@@ -67,21 +67,20 @@ def measure_parity(
 ) -> ParityReport:
     """Compares our encoder, and others, with a reference on one right-padded batch of random token ids.
 
-    The reference is transformers in float64 with exact norms. Ours is measured in both layouts, and prepacked as
-    ``TextEncoder`` runs it where this machine can; each with every padding policy. Everything runs on the CPU, one
-    model after the other; the reference needs 8 bytes a weight.
+    The reference is transformers in float64 with exact norms. Ours is measured in both layouts, and prepacked as in
+    ``TextEncoder`` where this machine can; each with every padding policy. Everything runs on the CPU, one model after
+    the other; the reference needs 8 bytes per weight.
 
     Args:
         state: encoder weights under Hugging Face names, such as :func:`nai_t5_core.bench.peers.hf_state` gives.
         dtypes: compute dtypes, by name or as torch dtypes.
         against: names of peers to measure beside ours; see :data:`nai_t5_core.bench.peers.PEERS`.
         prompt_lengths: tokens of each prompt, at least 1; the longest gives the batch its length.
-        reference_dtype: float32 halves the reference's memory, and limits what can be seen to about 1e-6.
-        reference_state: weights of the reference and the peers, where they are others than ours: the original of a
-            converted checkpoint.
+        reference_dtype: float32 halves the reference's memory, but differences below about 1e-6 cannot be seen.
+        reference_state: other weights for the reference and the peers, such as the original of a converted checkpoint.
         scales: of our encoder in float16, as :func:`nai_t5_core.weights.load.choose_scales` finds them.
         per_layer: also compare the residual stream after every layer.
-        int8: also measure our 8-bit form, in the dtypes and on the machines that have it.
+        int8: also measure our encoder in 8 bits, in the dtypes and on the machines that support it.
         progress: called with what is being done, in words.
 
     Raises:
@@ -107,7 +106,7 @@ def measure_parity(
             if per_layer:
                 states = stack.hidden_states(batch.ids, batch.mask, padding="exact", final_norm=False)
                 layers.append(_layer_differences(variant, name, states, batch))
-            # 8 bits are a choice whose error is for the user to judge; only gross faults count.
+            # The error of 8 bits is the user's to judge; the tolerance finds gross faults only.
             bound = TOLERANCE_INT8 if variant == f"{OWN} int8" else tolerance
             for padding, (found, wanted) in outputs.items():
                 relative = _relative(found, wanted, batch)
@@ -161,7 +160,7 @@ def _reference_batch(
 def _own_variants(
     config: T5Config, state: State, dtype: torch.dtype, scales: StackScales | None, int8: bool
 ) -> Iterator[tuple[str, T5EncoderStack]]:
-    """Ours as users run it; each is made when the one before is done with."""
+    """Our encoder in both layouts and as users run it; each variant is built after the one before was freed."""
     scales = scales if dtype == torch.float16 else None
     for layout in LAYOUTS:
         stack = own_encoder(config, state, dtype, layout, scales)
@@ -173,14 +172,14 @@ def _own_variants(
 
 
 def _policy_run(stack: T5EncoderStack, batch: _Batch, padding: PaddingPolicy) -> tuple[Tensor, Tensor]:
-    """What a policy gives, and what the reference says that it must give, both [batch, length, d_model]."""
+    """The output under a padding policy, and the one expected from the reference, both [batch, length, d_model]."""
     ids, mask, wanted = batch.ids, batch.mask, batch.masked
     if padding == "attend":
         wanted = batch.unmasked
     elif padding == "skip":
         wanted = wanted.masked_fill(~mask[..., None], 0)
     elif padding == "trim":
-        # Without the longest prompts, so that there is something to trim.
+        # The longest prompts are left out, so that there is something to trim.
         counts = mask.sum(dim=1)
         shorter = counts < counts.max() if int(counts.min()) < int(counts.max()) else counts > 0
         ids, mask = ids[shorter], mask[shorter]
@@ -196,7 +195,7 @@ def _relative(found: Tensor, wanted: Tensor, batch: _Batch) -> float:
 
 
 def difference(name: str, dtype: str, found: Tensor, expected: Tensor) -> Difference:
-    """How far values are from those expected, of the same shape."""
+    """The difference of values from those expected, of the same shape."""
     errors = (found.to(expected.dtype) - expected).abs().flatten().numpy()
     quantiles = dict(zip(map(str, QUANTILES), np.quantile(errors, QUANTILES).tolist(), strict=True))
     largest = float(errors.max())

@@ -1,4 +1,4 @@
-"""What a parity measurement found, as data, as tables for a terminal and as a picture."""
+"""The results of a parity measurement: as data, as tables for a terminal and as a picture."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Difference:
         quantiles: of the absolute difference over all values, by name such as ``"0.99"``.
         largest: the largest absolute difference; not finite where the output is not, and some quantiles with it.
         relative: ``largest`` divided by the largest absolute value of the reference.
-        tolerance: what ``relative`` may be; infinite where nothing is demanded.
+        tolerance: the largest ``relative`` allowed; infinite where any is.
     """
 
     name: str
@@ -64,7 +64,7 @@ class LayerDifferences:
 
 @dataclass(frozen=True)
 class PolicyCheck:
-    """One padding policy of one of our layouts against what it must give, with the largest relative difference."""
+    """The largest relative difference of one of our layouts from the expected output, under one padding policy."""
 
     name: str
     dtype: str
@@ -79,11 +79,11 @@ class PolicyCheck:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What :func:`nai_t5_core.bench.parity.measure_parity` found.
+    """The result of :func:`nai_t5_core.bench.parity.measure_parity`.
 
-    ``reference`` says what that is, ``largest_value`` is its largest absolute value, ``layers`` is empty unless asked
-    for, and ``skipped`` names the peers that could not run in a dtype, and why. ``decoder_hidden`` and ``logits`` are
-    what :func:`nai_t5_core.bench.decoder_parity.measure_decoder_parity` found, where it was asked.
+    ``reference`` describes the reference, ``largest_value`` is its largest absolute value, ``layers`` is empty unless
+    asked for, and ``skipped`` names the peers that could not run in a dtype, and why. ``decoder_hidden`` and ``logits``
+    are results of :func:`nai_t5_core.bench.decoder_parity.measure_decoder_parity`, empty unless asked for.
     """
 
     kind: str
@@ -99,7 +99,7 @@ class ParityReport:
 
     @property
     def failures(self) -> list[str]:
-        """What of ours is outside its tolerance, in words."""
+        """Which of our results exceed their tolerance, in words."""
         policies = [f"{check.name} {check.dtype} {check.padding}" for check in self.policies if not check.passed]
         return policies + [
             f"{item.name} {item.dtype} {where}"
@@ -121,7 +121,7 @@ class ParityReport:
 
 
 def without_nan(value: Any) -> Any:
-    """Nested lists and dictionaries with None for NaN and infinity, which JSON has not."""
+    """Nested lists and dictionaries with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -242,7 +242,7 @@ _STYLES = {"float16": "-", "bfloat16": "--", "float32": ":", "float64": "-."}
 
 
 def _plotted(name: str) -> bool:
-    """Ours once: its layouts differ by less than the width of a line."""
+    """Whether an implementation is drawn; of ours only one, since its layouts differ by less than a line's width."""
     return not name.startswith(OWN) or name == f"{OWN} fused"
 
 

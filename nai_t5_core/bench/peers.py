@@ -1,7 +1,7 @@
 """Other T5s built from the same weights as ours, to compare with: transformers and nai-t5.
 
-Both packages are optional and imported on first use. Tensors are shared with the given state wherever a peer keeps
-them as they are, so that several implementations fit in memory side by side.
+Both packages are optional and imported on first use. Tensors that a peer uses unchanged are shared with the given
+state, so that several implementations fit in memory side by side.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from nai_t5_core.weights.fuse import cook, fused_recipes, separate_recipes
 
 State = Mapping[str, Tensor]
 
-# In random_state(outliers=True): how many channels share one large one, its factor, and its mean in embeddings (in
-# standard deviations; a steady offset, as in trained models, so that the norm does not hang on a value near zero).
+# For random_state(outliers=True): one channel in so many is large; its factor; and its mean in the embeddings, in
+# standard deviations (an offset, as in trained models, so that the norm does not depend on a value near zero).
 _CHANNELS_PER_OUTLIER = 64
 _OUTLIER_GAIN = 100.0
 _OUTLIER_OFFSET = 8.0
@@ -53,10 +53,10 @@ def random_state(
 
     Args:
         seed: the same seed gives the same weights.
-        outliers: one channel in 64 of the residual stream is several hundred times larger than the others, and the norm
-            weights take that back, as in trained T5 models.
+        outliers: make one channel in 64 of the residual stream several hundred times larger than the others, and the
+            norm weights smaller by as much, as in trained T5 models.
         dtype: drawn in float32 and cast tensor by tensor.
-        device: where they are drawn and stay; one seed gives other weights on another type of device.
+        device: where the weights are drawn; the same seed gives other weights on another type of device.
     """
     generator = torch.Generator(device).manual_seed(seed)
     gains = _channel_gains(config.d_model, outliers, generator)
@@ -66,7 +66,7 @@ def random_state(
         if name == "shared.weight":
             tensor = (tensor + _OUTLIER_OFFSET * (gains > 1)) * gains
         elif name.endswith((".o.weight", ".wo.weight")):
-            # Since the large channels hold the norm's divisor still, it no longer bounds what the layers add up to.
+            # The large channels dominate the norm's divisor, so it no longer limits the sum of the layers' outputs.
             tensor *= gains[:, None] * (0.5 * config.num_layers**-0.5 if outliers else 1.0)
         elif "layer_norm" in name:
             # The norm divides by the root mean square, which the large channels dominate.
@@ -77,7 +77,7 @@ def random_state(
 
 
 def _channel_gains(d_model: int, outliers: bool, generator: torch.Generator) -> Tensor:
-    """What every channel of the residual stream is multiplied by: [d_model]."""
+    """The factor of every channel of the residual stream: [d_model]."""
     device = generator.device
     gains = torch.ones(d_model, device=device)
     if outliers:
@@ -101,7 +101,7 @@ def _random_tensor(name: str, shape: Shape, config: T5Config, generator: torch.G
 def hf_state(examination: Examination) -> dict[str, Tensor]:
     """The tensors of an examined checkpoint under their Hugging Face names, in the file's precision.
 
-    Those of a file made by ``nai-t5 convert`` are taken apart again, in float32 and exact to a rounding or two.
+    Fused tensors of a file from ``nai-t5 convert`` are separated again, in float32 and exact to a rounding or two.
     """
     names = encoder_tensors(examination.config) | decoder_tensors(examination.config)
     return {name: examination.read(name) for name in names}
@@ -114,7 +114,7 @@ def own_encoder(
     layout: Layout = "fused",
     scales: StackScales | None = None,
 ) -> T5EncoderStack:
-    """Our own encoder from tensors in memory, made by the same recipes as at load; in evaluation mode on the CPU.
+    """Our encoder from tensors in memory, built as by loading a file; in evaluation mode on the CPU.
 
     ``scales`` are for float16, see :mod:`nai_t5_core.facts.scales`.
     """
@@ -158,7 +158,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Peer:
-    """A built peer. A call takes [batch, length] ids, and a mask or None, to [batch, length, d_model]."""
+    """A built peer. A call maps [batch, length] ids, and a mask or None, to [batch, length, d_model]."""
 
     name: str
     version: str
@@ -197,11 +197,11 @@ def build_peer(name: str, config: T5Config, state: State, dtype: torch.dtype) ->
 
 
 def transformers_encoder(config: T5Config, state: State, dtype: torch.dtype) -> nn.Module:
-    """transformers' encoder class for this config, with SDPA attention where it has that, in evaluation mode.
+    """transformers' encoder for this config, in evaluation mode, with SDPA where transformers has it.
 
-    It is built on the meta device and shares the tensors of ``state`` that have the right dtype already. As its own
-    ``from_pretrained`` does, a float16 model keeps ``wo`` in float32. Its norms compute the variance in float32 even in
-    a float64 model, which alone makes an error of about 4e-7 of the largest value; see :func:`exact_norms`.
+    It is built on the meta device and shares the tensors of ``state`` that have the right dtype already. As with its
+    ``from_pretrained``, a float16 model keeps ``wo`` in float32. Its norms compute the variance in float32 even in a
+    float64 model, which alone makes an error of about 4e-7 of the largest value; see :func:`exact_norms`.
 
     Raises:
         ValueError: transformers is absent, or lacks what the config has (``scale_qk``, a gate with exact GELU).
@@ -213,11 +213,11 @@ def transformers_encoder(config: T5Config, state: State, dtype: torch.dtype) -> 
 
 
 def transformers_t5(config: T5Config, state: State, dtype: torch.dtype) -> nn.Module:
-    """transformers' class with decoder and output head, as :func:`transformers_encoder` has the encoder.
+    """transformers' T5 with decoder and output head, built as by :func:`transformers_encoder`.
 
-    Hidden states are divided by √d_model before the head where the config says so. Left alone, transformers 5.0 to 5.23
-    divides those of every UMT5, since its config forgets whether the head was tied; the published models were trained
-    without, and neither transformers 4 nor 5.24 divides theirs.
+    Hidden states are divided by √d_model before the head only where the config says so. By itself, transformers 5.0 to
+    5.23 divides those of every UMT5, since its config loses whether the head is tied; the published models were trained
+    without the division, and neither transformers 4 nor 5.24 divides theirs.
 
     Raises:
         ValueError: as :func:`transformers_encoder`.
@@ -227,12 +227,12 @@ def transformers_t5(config: T5Config, state: State, dtype: torch.dtype) -> nn.Mo
     embedding = tensors["shared.weight"]
     copies = {"encoder.embed_tokens.weight": embedding, "decoder.embed_tokens.weight": embedding}
     model.load_state_dict({"lm_head.weight": embedding, **copies, **tensors}, assign=True)
-    # Assigning has made parameters of their own of what is one.
+    # Assigning the weights has untied the shared embedding; tie it again.
     model.set_input_embeddings(model.shared)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.shared.weight
     if config.bias_per_layer:
-        # 5.24 reads the second, those before it the first.
+        # transformers 5.24 reads the second, earlier versions the first.
         model.config.tie_word_embeddings = model.config.scale_decoder_outputs = config.head_scale != 1
     return model.eval().requires_grad_(False)
 
@@ -253,7 +253,7 @@ def _transformers_model(config: T5Config) -> nn.Module:
 
 
 def _transformers_tensors(model: Any, state: State, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors in the dtypes that its own loading gives them."""
+    """The tensors in the dtypes that transformers' own loading would give them."""
     kept = model._keep_in_fp32_modules or () if dtype == torch.float16 else ()
     return {
         name: state[name].to(torch.float32 if any(f".{part}." in name for part in kept) else dtype) for name in names
@@ -263,8 +263,9 @@ def _transformers_tensors(model: Any, state: State, names: Iterable[str], dtype:
 def exact_norms(model: nn.Module) -> nn.Module:
     """Replaces the norms of a transformers T5 by :class:`torch.nn.RMSNorm` with the same weight and epsilon.
 
-    transformers takes the variance in float32 whatever the model's dtype, so even its float64 model is exact to float32
-    only. After this, a float64 model is exact to float64, and serves as the reference. Changes and returns ``model``.
+    transformers computes the variance in float32 whatever the model's dtype, so even its float64 model is only as exact
+    as float32. After this, a float64 model is exact to float64, and serves as the reference. Changes and returns
+    ``model``.
 
     Raises:
         ValueError: there is no such norm in the model.
@@ -287,12 +288,12 @@ def exact_norms(model: nn.Module) -> nn.Module:
 def nai_t5_encoder(config: T5Config, state: State, dtype: torch.dtype) -> nn.Module:
     """The encoder of the nai-t5 package with SDPA attention and fused norms, as its README recommends and measures.
 
-    Weights go through that package's own conversion, and through its norm fusion in float32. What it keeps in float32
-    (norms, residual) stays so; the rest is in ``dtype``.
+    Weights go through that package's own conversion, and through its norm fusion in float32. It keeps norms and
+    residual in float32; everything else is in ``dtype``.
 
     Raises:
-        ValueError: nai-t5 or einops is not installed, or it cannot do the config or dtype: no float64, ReLU or gated
-            tanh-GELU only, and always a largest distance of 128.
+        ValueError: nai-t5 or einops is not installed, or nai-t5 does not support the config or dtype: no float64, ReLU
+            or gated tanh-GELU only, and always a largest distance of 128.
     """
     refuse_for_nai_t5(config, dtype)
     encoder, hf, fusing = (require(f"nai_t5.{part}") for part in ("t5_encoder", "t5_hf", "fuse_norm_scales"))
@@ -306,7 +307,7 @@ def nai_t5_encoder(config: T5Config, state: State, dtype: torch.dtype) -> nn.Mod
 
 
 def nai_t5_config(config: T5Config, dtype: torch.dtype) -> Any:
-    """That package's config object."""
+    """nai-t5's config object."""
     common = require("nai_t5.t5_common")
     return common.T5Config(
         vocab_size=config.vocab_size,
@@ -335,13 +336,13 @@ def _nai_t5_tensors(hf: Any, based: Any, state: State, wanted: State) -> Iterato
     """The converted tensors in the dtypes of the ``wanted`` ones."""
     for name, tensor in hf.hf_to_based_t5_enc_state(state, based).items():
         cast = tensor.to(wanted[name].dtype)
-        # The norm fusion writes into its projections, so a tensor of the given state must not be one.
+        # The norm fusion writes into projections, which must not be tensors of the given state.
         is_given = name.endswith("ff_in.weight") and cast is tensor
         yield name, cast.clone() if is_given else cast
 
 
 def refuse_for_nai_t5(config: T5Config, dtype: torch.dtype) -> None:
-    """Raises a ValueError that says what of a config or dtype that package cannot do."""
+    """Raises a ValueError that says what nai-t5 does not support of a config or dtype."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"nai-t5 has no {str(dtype).removeprefix('torch.')}: its norms and residual are float32")
     if (config.gated, config.activation) not in ((False, "relu"), (True, "gelu_new")):
@@ -380,7 +381,10 @@ def _residual_of_transformers(value: Any) -> Tensor:
 
 
 def _residual_of_nai_t5(value: Any) -> Tensor:
-    """What a layer adds to the residual, and the residual, travel side by side; the first layer gets no residual."""
+    """The residual from a layer's output: nai-t5 passes the residual and what is yet to be added as a pair.
+
+    The first layer's input has no residual.
+    """
     added, residual = value
     total: Tensor = added if residual is None else added.to(residual.dtype) + residual
     return total

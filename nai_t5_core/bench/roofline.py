@@ -1,4 +1,4 @@
-"""How long an encode must take on a device, on paper: the larger of its arithmetic and its memory traffic.
+"""The least time of an encode on a device by its data sheet: the larger of the times for arithmetic and for memory.
 
 Nothing here is measured. A real encode takes longer: no kernel reaches the rates of a data sheet, and launches, norms,
 bias and softmax are not counted.
@@ -17,7 +17,7 @@ _FLOAT16, _FLOAT32 = 2, 4
 
 @dataclass(frozen=True)
 class Device:
-    """What a data sheet promises: dense float16 products summed in float32, and memory bandwidth."""
+    """The rates on a data sheet: dense float16 products summed in float32, and memory bandwidth."""
 
     name: str
     flops_per_second: float
@@ -37,7 +37,7 @@ DEVICES = (
 
 @dataclass(frozen=True)
 class Work:
-    """What one encode computes and moves."""
+    """The operations of one encode, and the bytes that it reads and writes."""
 
     flops: int
     nbytes: int
@@ -58,7 +58,7 @@ class PaperTime:
 
 @dataclass(frozen=True)
 class DeviceEstimate:
-    """A batch on one device: with every pad computed, and with its real tokens alone."""
+    """Paper times of a batch on one device: with all pads computed, and with real tokens only."""
 
     device: Device
     padded: PaperTime
@@ -71,7 +71,7 @@ class DeviceEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Paper times of one batch. ``padded`` is the work of encoders that compute pads, ``ours`` that without."""
+    """Paper times of one batch. ``padded`` is the work of encoders that compute pads, ``ours`` that without pads."""
 
     size: str
     prompt_lengths: tuple[int, ...]
@@ -106,10 +106,10 @@ def estimate(config: T5Config, size: str, prompt_lengths: Sequence[int], padded_
 
 
 def encoder_work(config: T5Config, document_lengths: Sequence[int]) -> Work:
-    """A float16 encode of these documents in one batch, pads counted as tokens where they are computed.
+    """The work of a float16 encode of these documents in one batch; pads that are computed count as tokens.
 
     Bytes: every weight once, the inputs and outputs of every product and of attention once, and the float32 residual
-    read and written by both sublayers. A fused attention kernel leaves no logits in memory.
+    read and written by both sublayers. Logits do not count: a fused attention kernel does not write them to memory.
     """
     tokens = sum(document_lengths)
     products = sum(out_features + in_features for out_features, in_features in projection_shapes(config))
@@ -121,7 +121,7 @@ def encoder_work(config: T5Config, document_lengths: Sequence[int]) -> Work:
 
 
 def encoder_flops(config: T5Config, document_lengths: Sequence[int]) -> int:
-    """Floating-point operations of the products and of attention when each document attends to itself alone."""
+    """Floating-point operations of the products and of attention, with each document attending to itself only."""
     attention = sum(4 * length * length * config.inner_dim for length in document_lengths)
     return projection_flops(config, sum(document_lengths)) + config.num_layers * attention
 
@@ -132,7 +132,7 @@ def projection_flops(config: T5Config, tokens: int) -> int:
 
 
 def projection_shapes(config: T5Config) -> tuple[Shape, ...]:
-    """[out, in] of one layer's projections, in order: q, k and v joined, o, the inner ones, the last."""
+    """[out, in] of one layer's projections, in order: q, k and v joined, o, wi (gate and up joined), wo."""
     inner = ((config.d_ff, config.d_model),) * (2 if config.gated else 1)
     attention = ((3 * config.inner_dim, config.d_model), (config.d_model, config.inner_dim))
     return (*attention, *inner, (config.d_model, config.d_ff))

@@ -1,7 +1,7 @@
 """Random models that overflow plain float16 in chosen places, as trained T5s do.
 
-The weights of real T5-XXL checkpoints make some activations exceed 65504. These stand in for them: everywhere of order
-one, except for the chosen outliers in one or two layers.
+In real T5-XXL checkpoints some activations exceed 65504. These random models imitate that: their activations are of
+order one, except for the chosen outliers in one or two layers.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def stress_state(
       channel; every weight fits.
     - ``hidden``: the feed-forward's inner product exceeds float16; gate, up and output do not.
     - ``embedding``: the embedding table exceeds float16 in one channel.
-    - ``large_norm``, ``small_norm``: norm weights of the layer are a thousand times larger, or smaller, than the
-      projections behind them make up for.
+    - ``large_norm``, ``small_norm``: norm weights of the layer are a thousand times larger, or smaller; the projections
+      that follow compensate for it.
 
     Raises:
-        ValueError: an unknown outlier, or a layer that the model has not.
+        ValueError: an unknown outlier, or a layer that the model does not have.
     """
     if outlier not in outliers_of(stack):
         raise ValueError(f"unknown outlier {outlier!r}; allowed: {', '.join(outliers_of(stack))}")
@@ -82,7 +82,7 @@ def stress_state(
 def write_stress_checkpoint(
     folder: Path, config: T5Config, outlier: Outlier, layer: int = 1, seed: int = 0, stack: Stack = "encoder"
 ) -> Path:
-    """Such a model as a Hugging Face folder, with the embedded model's tokenizer, to try commands with.
+    """Writes a model of :func:`stress_state` as a Hugging Face folder, with the embedded model's tokenizer.
 
     Raises:
         ValueError: as :func:`stress_state`, or a vocabulary smaller than the tokenizer's.
@@ -101,7 +101,7 @@ def write_stress_checkpoint(
 
 
 def _make_hidden_large(state: dict[str, Tensor], dense: str, inputs: tuple[str, ...], config: T5Config) -> None:
-    """A few inner channels whose gate and up are both large, and an out-projection that takes that back."""
+    """Makes gate and up large in a few inner channels, and the out-projection small there to compensate."""
     channels = slice(0, max(1, config.d_ff // 64))
     for name in inputs:
         state[f"{dense}.{name}.weight"][channels] *= 1e3 if config.gated else 1e5

@@ -1,4 +1,4 @@
-"""What this machine is, what of ours runs on it, whether it is right and how fast: ``nai-t5 doctor``."""
+"""``nai-t5 doctor``: describes the machine, says which backends run on it, checks their results and times them."""
 
 from nai_t5_core.bench.doctor.examination import Diagnosis, examine_machine
 from nai_t5_core.bench.doctor.settings import DoctorSettings

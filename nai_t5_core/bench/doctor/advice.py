@@ -10,7 +10,7 @@ _XXL_BYTES_16_BIT, _XXL_BYTES_8_BIT = 9.5e9, 4.8e9
 
 
 def advice(diagnosis: Diagnosis) -> list[str]:
-    """Dtype and backend; quantisation; where to run a T5-XXL. None of it where the machine could not be described."""
+    """Three lines: dtype and backend; quantisation; where to run a T5-XXL. One line if the machine is not described."""
     machine = diagnosis.data("machine")
     if not machine:
         return ["The machine could not be described; see the step that failed."]

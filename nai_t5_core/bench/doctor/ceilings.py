@@ -1,4 +1,4 @@
-"""How fast the machine copies memory and multiplies matrices: what no encoder can go beyond."""
+"""How fast the machine reads and copies memory and multiplies matrices: upper limits for any encoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def measure(patient: Patient) -> Finding:
-    """Bytes per second of reading alone and of a copy (read and written bytes), operations per second of products."""
+    """Bytes per second of reading and of copying (bytes read plus written), operations per second of products."""
     device = patient.device
     copied, read = _memory_rates(device)
     return {
@@ -36,7 +36,7 @@ def _memory_rates(device: torch.device) -> tuple[float, float]:
 
 
 def _rate(make: Callable[[int], Callable[[], Tensor]], patient: Patient) -> float | str:
-    """Operations per second, or why there are none."""
+    """Operations per second, or the error where the device cannot multiply in this dtype."""
     side = _SIDE[patient.device.type]
     try:
         multiply = make(side)
@@ -47,7 +47,7 @@ def _rate(make: Callable[[int], Callable[[], Tensor]], patient: Patient) -> floa
 
 
 def _kinds(device: torch.device) -> dict[str, Callable[[int], Callable[[], Tensor]]]:
-    """By name: a side to the product of two square matrices of random numbers."""
+    """By dtype: a function from a side length to a call that multiplies two random square matrices of it."""
 
     def plain(dtype: torch.dtype) -> Callable[[int], Callable[[], Tensor]]:
         def make(side: int) -> Callable[[], Tensor]:

@@ -1,4 +1,4 @@
-"""How long a call takes on a device, and how long it keeps the host."""
+"""How long a call takes on a device, and how long the host needs to issue it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def timed(call: Callable[[], Any], device: torch.device, warm_ups: int = 2) -> dict[str, float]:
-    """Milliseconds: ``ms`` until the device is done, ``host_ms`` until the call returns; medians, and the lowest."""
+    """Milliseconds: ``ms`` until the device is done, ``host_ms`` until the call returns (medians); ``lowest_ms``."""
     for _ in range(warm_ups):
         call()
     synchronize(device)
@@ -40,7 +40,7 @@ def timed(call: Callable[[], Any], device: torch.device, warm_ups: int = 2) -> d
 
 
 def device_seconds(call: Callable[[int], Any], device: torch.device, rounds: int = 20) -> float:
-    """Seconds of one of ``rounds`` calls that follow each other without a wait; each is given its number."""
+    """Mean seconds of ``rounds`` calls that follow each other without a wait; each gets its number as argument."""
     for number in range(2):
         call(number)
     synchronize(device)

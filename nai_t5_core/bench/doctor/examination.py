@@ -18,7 +18,7 @@ class Diagnosis:
     """What was found.
 
     Attributes:
-        outcomes: of every step by name: ``status`` (``ok``, ``wrong``, ``failed``, ``crashed``, ``late``,
+        outcomes: for each step by name: ``status`` (``ok``, ``wrong``, ``failed``, ``crashed``, ``late``,
             ``left out``), ``title``, ``seconds``, and ``data`` or ``message``.
         device: the type of device that was examined.
     """
@@ -32,7 +32,7 @@ class Diagnosis:
         return all(outcome["status"] in ("ok", "late", "left out") for outcome in self.outcomes.values())
 
     def data(self, step: str) -> dict[str, Any]:
-        """What a step found; nothing if it did not."""
+        """What a step found; empty if it did not run or found nothing."""
         found: dict[str, Any] = self.outcomes.get(step, {}).get("data", {})
         return found
 
@@ -42,7 +42,7 @@ class Diagnosis:
 
 
 def examine_machine(settings: DoctorSettings, progress: Callable[[str], None] | None = None) -> Diagnosis:
-    """Runs the steps; one that fails, hangs or crashes is told, and the others run.
+    """Runs the steps; one that fails, hangs or crashes is reported, and the others run.
 
     Raises:
         ValueError: an unknown step or device.

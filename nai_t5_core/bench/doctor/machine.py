@@ -1,4 +1,4 @@
-"""What the machine is, and what of ours can run on it."""
+"""What the machine is, and which backends can run on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.kernels.build import missing_for_kernels
 from nai_t5_core.model.attention_choice import missing_for_flex
 
-# Of a processor's flags, those that decide what computes a T5.
+# The processor flags that decide which backend computes a T5.
 _INSTRUCTION_SETS = (
     "avx2",
     "avx_vnni",
@@ -33,7 +33,7 @@ _PACKAGES = ("torch", "triton", "transformers", "diffusers", "nai-t5", "numpy")
 
 
 def describe(patient: Patient) -> Finding:
-    """Processor, card, memory, versions; and what of ours is missing here, with the reason."""
+    """Processor, card, memory, versions; and which backends cannot run here, with the reason."""
     return {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "python": platform.python_version(),
@@ -115,7 +115,7 @@ def _versions() -> dict[str, str]:
 
 
 def _obstacles(device: torch.device) -> dict[str, str | None]:
-    """What cannot run here, by name; None where it can."""
+    """Why each backend cannot run here, by name; None where it can."""
     cuda = None
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip

@@ -1,4 +1,4 @@
-"""Small models on the device, held against the same in float64 on the CPU."""
+"""Small models on the device, compared with the same models in float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SMALL: dict[str, Any] = {
     "num_decoder_layers": 2,
 }  # fmt: skip
 
-# One of each kind that differs in how it is computed.
+# One config for each kind of T5 that is computed differently.
 SMALL_CONFIGS = {
     "v1.1": T5Config(**_SMALL),
     "v1.0": T5Config(**_SMALL, gated=False, activation="relu", tie_word_embeddings=True),
@@ -36,7 +36,7 @@ _LENGTHS = (40, 1, 77, 96)
 
 @dataclass(frozen=True)
 class Question:
-    """A batch, and the answer in float64: ``mask`` is None, [batch, length], or [batch, query, key]."""
+    """A batch and its expected output in float64; ``mask`` is None, [batch, length], or [batch, query, key]."""
 
     name: str
     ids: Tensor
@@ -49,12 +49,12 @@ class Question:
             return stack(self.ids, self.mask, padding=self.padding).double().cpu()
 
     def on(self, device: torch.device) -> Question:
-        """The same with ids and mask on a device."""
+        """This question with ids and mask on a device."""
         return replace(self, ids=self.ids.to(device), mask=None if self.mask is None else self.mask.to(device))
 
 
 def _mask(name: str, length: int) -> Tensor | None:
-    """Masks of the prompts of :data:`_LENGTHS`, in as many ways as there are to lay them out."""
+    """The mask of this name for prompts of :data:`_LENGTHS` tokens."""
     counts = torch.tensor(_LENGTHS)[:, None]
     places = torch.arange(length)[None, :]
     right = places < counts
@@ -76,7 +76,7 @@ _MASKS = ("none", "right", "left", "holes", "empty", "dense")
 
 
 def questions(config: T5Config, length: int) -> Iterator[Question]:
-    """Every mask with every policy that it leaves a choice to."""
+    """Every mask, with every padding policy where the mask has pads to treat."""
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(config.vocab_size, (len(_LENGTHS), length), generator=generator)
     for name in _MASKS:
@@ -86,7 +86,7 @@ def questions(config: T5Config, length: int) -> Iterator[Question]:
 
 
 def check_stacks(patient: Patient) -> Finding:
-    """Every kind, layout, dtype and form on one length; see :func:`check_masks` for the others."""
+    """Every kind, layout, dtype and backend on one length; see :func:`check_masks` for other lengths."""
     wrong, errors = list[str](), dict[str, float]()
     for kind, config in SMALL_CONFIGS.items():
         state = random_state(config)
@@ -125,7 +125,7 @@ def check_masks(patient: Patient) -> Finding:
 
 
 def check_attention(attention: AttentionChoice, device: torch.device, dtype: torch.dtype) -> Finding:
-    """One kind by one attention, with the masks that every attention takes."""
+    """One kind of T5 with one choice of attention, over the masks that every attention takes."""
     config = SMALL_CONFIGS["v1.1"]
     state = random_state(config)
     exact = own_encoder(config, state, torch.float64, "separate")
@@ -141,7 +141,7 @@ def check_attention(attention: AttentionChoice, device: torch.device, dtype: tor
 def _forms(
     config: T5Config, state: dict[str, Tensor], device: torch.device
 ) -> Iterator[tuple[str, T5EncoderStack, float]]:
-    """Name, model and tolerance of every way in which ours runs here."""
+    """Name, model and tolerance of every layout and backend of ours that runs here."""
     dtypes = [torch.float32, torch.bfloat16, torch.float16] + ([torch.float64] if device.type != "mps" else [])
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
@@ -163,7 +163,7 @@ def _placed(stack: T5EncoderStack, device: torch.device, attention: AttentionCho
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
-    """The largest, relative to the largest wanted value; NaN stays NaN, and other shapes are infinitely wrong."""
+    """The largest difference relative to the largest wanted value; NaN stays NaN, other shapes give infinity."""
     if found.shape != wanted.shape:
         return math.inf
     return float((found - wanted).abs().max() / wanted.abs().max())
@@ -204,9 +204,9 @@ def check_generation(patient: Patient) -> Finding:
 
 
 def check_sums(patient: Patient) -> Finding:
-    """How far a sum of 10240 products, that of an XXL's last projection, is from float64, in root mean square.
+    """The root mean square error of a sum of 10240 products, as in an XXL's last projection, against float64.
 
-    In float16 torch allows its libraries to add up parts in float16; ours does not (``encoder``).
+    In float16 torch allows its libraries to add partial sums in float16; our encoder does not (``encoder``).
     """
     device, found = patient.device, dict[str, Any]()
     for rows in (16, 64, 512):

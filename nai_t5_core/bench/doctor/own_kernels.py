@@ -21,13 +21,13 @@ _PRODUCTS: tuple[ProductsChoice, ...] = ("torch", "torch-float32", "triton", "tr
 
 
 def _possible(device: torch.device) -> tuple[ProductsChoice, ...]:
-    """The products that a card has; launches overlap from compute capability 9.0 on."""
+    """The choices of products that a card can run; overlapping launches need compute capability 9.0."""
     return _PRODUCTS if torch.cuda.get_device_capability(device) >= (9, 0) else _PRODUCTS[:-1]
 
 
 @torch.no_grad()
 def check(patient: Patient) -> Finding:
-    """Every kind in half precision, eager and from graphs, on several lengths in turn, against float64."""
+    """Every kind of T5 in half precision, eager and from CUDA graphs, on several lengths in turn, against float64."""
     wrong, errors = list[str](), dict[str, float]()
     checked = 0
     for kind, config in SMALL_CONFIGS.items():
@@ -54,7 +54,7 @@ def check(patient: Patient) -> Finding:
 
 @torch.no_grad()
 def time_kernels(patient: Patient) -> Finding:
-    """The timed model, with the note on faults read in every call."""
+    """The timed model; every call reads whether its result is finite."""
     cases: dict[str, Any] = {str(length): (patient.ids(1, length), None) for length in LENGTHS}
     cases |= {name: padded(patient, lengths) for name, lengths in BATCHES.items()}
     times: dict[str, Any] = {}
@@ -74,7 +74,7 @@ def time_kernels(patient: Patient) -> Finding:
 
 
 def time_products(patient: Patient) -> Finding:
-    """The products of a T5-XXL's layer in every configuration of our kernel: torch's, and the fastest three of ours."""
+    """Times the products of a T5-XXL's layer by torch and by our kernel; gives the fastest three configurations."""
     from nai_t5_core.backends.cuda.product_times import time_products
 
     found: dict[str, Any] = {}

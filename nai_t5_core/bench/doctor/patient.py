@@ -44,7 +44,7 @@ class Patient:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """What ``dtype="auto"`` takes here."""
+        """The dtype that ``dtype="auto"`` chooses here."""
         return resolve_dtype("auto", self.device)
 
     @cached_property
@@ -54,13 +54,13 @@ class Patient:
 
     @cached_property
     def stack(self) -> T5EncoderStack:
-        """Ours, as ``TextEncoder.from_pretrained`` gives it."""
+        """Our encoder, as ``TextEncoder.from_pretrained`` makes it."""
         stack = own_encoder(self.config, self.state, self.dtype)
         return prepack(stack) if why_not_prepack(stack) is None else stack
 
     @cached_property
     def encode(self) -> Callable[..., Tensor]:
-        """Ids, mask and policy to hidden states by what ``TextEncoder`` has encode here, under guard."""
+        """A function from ids, mask and padding policy to hidden states, guarded, by what ``TextEncoder`` uses here."""
         if self._takes_kernels_for_cuda:
             return encoding_by(CudaRunner(), self.stack)
         return partial(encode_guarded, self.stack)
@@ -71,7 +71,7 @@ class Patient:
 
     @property
     def encoded_by(self) -> str:
-        """What encodes, in words."""
+        """What ``encode`` runs, in words."""
         if self._takes_kernels_for_cuda:
             return "kernels for CUDA, in graphs"
         return f"attention {self.stack.describe_attention()}"
@@ -83,7 +83,7 @@ class Patient:
 
 
 def encoding_by(runner: StackRunner, stack: T5EncoderStack) -> Callable[..., Tensor]:
-    """Ids, mask and policy to hidden states by this runner, under guard; the stack has it for the time of a call."""
+    """A guarded function from ids, mask and padding policy to hidden states, by a runner set only during each call."""
 
     def encode(*inputs: Any, **options: Any) -> Tensor:
         stack.runner = runner

@@ -1,4 +1,4 @@
-"""Other encoders on the same weights and device, each in turn with ours."""
+"""Other encoders on the same weights and device, each timed alternately with ours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.bench.doctor.speed import PADDED_TO, padded
 from nai_t5_core.bench.peers import Peer, build_peer
 
-# Prompts of one batch and what they are padded to; None: not at all.
+# Prompt lengths of one batch and the length that they are padded to; None: no padding.
 _CASES: dict[str, tuple[tuple[int, ...], int | None]] = {
     "64": ((64,), None),
     "512": ((512,), None),
@@ -26,7 +26,7 @@ _CASES: dict[str, tuple[tuple[int, ...], int | None]] = {
 
 @torch.no_grad()
 def time_transformers(patient: Patient) -> Finding:
-    """transformers in our dtype; then with all in float32, which is how ComfyUI computes a T5 on most cards."""
+    """transformers in our dtype, and in float32, in which ComfyUI computes a T5 on most cards."""
     found = _beside_ours(patient, "transformers", patient.dtype)
     if patient.device.type == "cuda":
         found["in float32"] = _beside_ours(patient, "transformers", torch.float32)
@@ -35,7 +35,7 @@ def time_transformers(patient: Patient) -> Finding:
 
 @torch.no_grad()
 def time_nai_t5(patient: Patient) -> Finding:
-    """nai-t5 as its README recommends it without compiling: SDPA, fused norms."""
+    """nai-t5 as its README recommends for use without torch.compile: SDPA and fused norms."""
     return _beside_ours(patient, "nai-t5", patient.dtype)
 
 
@@ -85,7 +85,7 @@ def _built(patient: Patient, name: str, dtype: torch.dtype) -> Peer:
 
 
 def _difference(theirs: Tensor, ours: Tensor, mask: Tensor | None) -> float:
-    """The largest at real positions, relative to our largest value: a check that both compute the same."""
+    """The largest difference at real positions, relative to our largest value: a check that both compute the same."""
     theirs, ours = theirs.double(), ours.double()
     if mask is not None:
         theirs, ours = theirs[mask], ours[mask]

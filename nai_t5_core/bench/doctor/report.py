@@ -1,4 +1,4 @@
-"""The diagnosis for people: in a terminal, and as Markdown."""
+"""The diagnosis as text: for a terminal, and as Markdown."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Section:
 
 
 def render(diagnosis: Diagnosis) -> RenderableType:
-    """For a terminal."""
+    """The diagnosis for a terminal."""
     from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
@@ -52,7 +52,7 @@ def render(diagnosis: Diagnosis) -> RenderableType:
 
 
 def as_markdown(diagnosis: Diagnosis) -> str:
-    """The same as Markdown."""
+    """The diagnosis as Markdown."""
     lines = []
     for section in _sections(diagnosis):
         lines += [f"**{section.title}**", ""]

@@ -12,11 +12,11 @@ class DoctorSettings:
 
     Attributes:
         device: as :func:`nai_t5_core.model.precision.resolve_device` takes it.
-        size: the published size whose weights are drawn for the timings; None takes what suits the device.
+        size: the published size that is timed, with random weights; None chooses one for the device.
         full: also the largest size, peers, compiled graphs, and everything that takes minutes.
-        budget: seconds for everything; steps that do not fit any more are left out, and named.
+        budget: seconds for all steps; those that no longer fit are left out, and reported.
         only: the steps to run, by name; all that apply by default.
-        results: a file to which what each step found is added when it is found, as lines of JSON.
+        results: a file to which each step's outcome is appended when the step ends, as a line of JSON.
     """
 
     device: str = "auto"

@@ -1,4 +1,4 @@
-"""How long our encoder takes at the lengths that people have, beside the least that the machine allows."""
+"""How long our encoder takes at common prompt lengths, beside the least time that the machine allows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PADDED_TO = 512
 
 @torch.no_grad()
 def measure_lengths(patient: Patient) -> Finding:
-    """One prompt without padding, as ``TextEncoder`` encodes it, the check for NaN included; ids on the CPU."""
+    """Times of one prompt without padding, as ``TextEncoder`` encodes it, with the check for NaN; ids on the CPU."""
     found: dict[str, Any] = {}
     for length in LENGTHS:
         ids = patient.ids(1, length)
@@ -36,7 +36,7 @@ def measure_lengths(patient: Patient) -> Finding:
 
 @torch.no_grad()
 def measure_batches(patient: Patient) -> Finding:
-    """Prompts of many lengths, padded and masked, whose pads are skipped."""
+    """Times of prompts of many lengths, padded and masked, whose pad rows are skipped."""
     found: dict[str, Any] = {}
     for name, lengths in BATCHES.items():
         ids, mask = padded(patient, lengths)
@@ -67,7 +67,7 @@ def _about(patient: Patient, times: dict[str, Any]) -> Finding:
 
 @torch.no_grad()
 def count_launches(patient: Patient) -> Finding:
-    """Kernels, copies and waits of one encode, by torch's profiler and its warnings of waits."""
+    """Kernels, copies and waits of one encode, from torch's profiler and its warnings about synchronisation."""
     cases: dict[str, tuple[Tensor, Tensor | None]] = {
         f"1 prompt of {length}": (patient.ids(1, length), None) for length in (64, 512)
     }
@@ -107,7 +107,7 @@ def _counted(patient: Patient, call: Callable[[], Tensor]) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_products(patient: Patient) -> Finding:
-    """The projections of all layers as torch multiplies them, and nothing else, for some numbers of rows."""
+    """Times of the projections of all layers by torch, without the rest of the encoder, for several numbers of rows."""
     shapes = projection_shapes(patient.config)
     joined = [shapes[0], shapes[1], (sum(out for out, _ in shapes[2:-1]), patient.config.d_model), shapes[-1]]
     layers = min(patient.config.num_layers, 8)
@@ -125,7 +125,7 @@ def measure_products(patient: Patient) -> Finding:
 
 
 def _graphed_seconds(call: Any, layers: int, device: torch.device) -> float:
-    """Seconds of one call, by replays of a graph of one call for each layer's weights: the host is not in it."""
+    """Seconds of one call, from replays of a CUDA graph with a call for each layer's weights: no time of the host."""
     for number in range(layers):
         call(number)
     synchronize(device)

@@ -1,4 +1,4 @@
-"""The steps of an examination, cheap ones first. Each stands alone, and returns plain values for JSON."""
+"""The steps of an examination, cheap ones first. Each is independent of the others and returns values for JSON."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Step:
     Attributes:
         name: what a command line calls it.
         title: what it does, in words.
-        run: does it, in a process that may be stopped at any time.
+        run: the function that does it, in a process that may be stopped at any time.
         deadline: seconds after which it is stopped.
-        only_full: whether it is for ``--full`` alone.
-        devices: the types of device that it is for.
+        only_full: whether it runs with ``--full`` only.
+        devices: the types of device that it runs on.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Step:
 
 def all_steps() -> tuple[Step, ...]:
     """Every step, in order."""
-    # Only now: these import torch.
+    # Imported only here: these import torch.
     from nai_t5_core.bench.doctor import ceilings, graphs, machine, numbers, own_kernels, peers, speed
 
     return (

@@ -1,4 +1,4 @@
-"""A process that runs steps for another: one that hangs, crashes or loses its device takes nobody with it."""
+"""Runs steps in a child process, so that one that hangs, crashes or loses its device does not end the examination."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PATIENCE = 10.0  # seconds in which a process that was told to end does so
 
 
 class StepProcess:
-    """Runs steps in a process of its own, begun anew after one that did not come back as it should."""
+    """Runs steps in a child process, which is started anew after a step that crashed, hung or lost the device."""
 
     def __init__(self, settings: DoctorSettings, known_steps: Callable[[], tuple[Step, ...]] = all_steps) -> None:
         self._settings, self._known_steps = settings, known_steps
@@ -24,9 +24,9 @@ class StepProcess:
         self._connection: Connection | None = None
 
     def run(self, name: str, deadline: float) -> dict[str, Any]:
-        """What a step found, or why it did not: ``status``, ``seconds``, and ``data`` or ``message``.
+        """What a step found, or what went wrong: ``status``, ``seconds``, and ``data`` or ``message``.
 
-        ``status`` is ``"ok"``, ``"failed"`` (it raised), ``"crashed"`` (its process is gone) or ``"late"``.
+        ``status`` is ``"ok"``, ``"failed"`` (an exception), ``"crashed"`` (the process died) or ``"late"``.
         """
         connection = self._connected()
         started = time.perf_counter()
@@ -92,6 +92,6 @@ def _outcome(run: Callable[[Any], dict[str, Any]], patient: Any) -> dict[str, An
             "status": "failed",
             "message": f"{kind}: {text.strip()[:1500]}",
             "where": " > ".join(where[-8:]),
-            # After such an error every later call of this process fails as well.
+            # After such an error every later CUDA call of the process fails as well.
             "device_is_lost": "CUDA error" in text or "device-side assert" in text,
         }

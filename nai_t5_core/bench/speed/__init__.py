@@ -1,4 +1,4 @@
-"""How fast our encoder is beside others, and our generation: the same random weights, one process, taking turns.
+"""Times of our encoder and generation beside others': the same random weights, in one process, taking turns.
 
 Loading and cold start are measured in fresh processes, see :mod:`nai_t5_core.bench.speed.loading`.
 """

@@ -1,4 +1,4 @@
-"""What is encoded: batches that show length, padding and batch size each by itself."""
+"""The batches that are timed; they vary length, padding and batch size one at a time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ NO_CASES = "none"
 class Case:
     """One batch to encode: ``prompt_lengths`` real tokens each, padded to ``length``.
 
-    ``padding`` is our policy for the pads; None gives everybody the batch without a mask. ``slug`` is what a command
-    line calls it.
+    ``padding`` is our padding policy; None gives all implementations the batch without a mask. ``slug`` is the case's
+    name on the command line.
     """
 
     slug: str
@@ -30,7 +30,7 @@ class Case:
 
     @property
     def computed_tokens(self) -> int:
-        """Rows that our encoder computes: pads only where the policy wants them."""
+        """Rows that our encoder computes; pad rows count only where the policy has them computed."""
         return self.real_tokens if self.padding in ("skip", "trim") else len(self.prompt_lengths) * self.length
 
 

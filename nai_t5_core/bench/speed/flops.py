@@ -15,11 +15,11 @@ from nai_t5_core.kernels.calls import counted
 
 
 def count_flops(call: Callable[[], Any]) -> int:
-    """Those of the matrix products and of attention in one call; elementwise work is not counted.
+    """Operations of the matrix products and of attention in one call; elementwise operations are not counted.
 
-    What is compiled is run without its compiled code, which a counter cannot see into.
+    Compiled functions run eagerly here, since torch's counter does not see the operations of compiled code.
     """
-    # torch 2.5 has no stances; nothing is compiled there.
+    # torch 2.5 has no set_stance, and nothing is compiled with it.
     eager = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
     mode = FlopCounterMode(display=False, custom_mapping=_formulas())
     with eager, counted() as by_kernels, mode as by_torch:
@@ -28,7 +28,7 @@ def count_flops(call: Callable[[], Any]) -> int:
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """Kernels of the CPU that torch's counter does not know."""
+    """Formulas for CPU kernels that torch's counter does not know."""
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops
     }
@@ -39,7 +39,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
 
 
 def _attention_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    """Two products; shapes are [batch, heads, tokens, d_kv]."""
+    """Operations of attention's two products; shapes are [batch, heads, tokens, d_kv]."""
     batch, heads, queries, width = query
     return 2 * batch * heads * queries * key[2] * (width + value[3])
 

@@ -1,6 +1,6 @@
-"""How fast texts are generated, beside transformers: the same random weights, one process, taking turns.
+"""Times of generation beside transformers': the same random weights, in one process, taking turns.
 
-The end token is out of reach, so that everybody does the same number of steps.
+The weights make the end token unreachable, so that all implementations take the same number of steps.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from nai_t5_core.model.precision import resolve_device, resolve_dtype
 
 TRANSFORMERS = "transformers"
 
-# [prompts, length] ids to generated tokens [prompts, new tokens].
+# From ids [prompts, length], number of beams and number of new tokens to generated tokens [prompts, new tokens].
 Generate = Callable[[Tensor, int, int], Tensor]
 
 
 @dataclass(frozen=True)
 class GenerationCase:
-    """A batch of prompts and how they are continued. ``slug`` is what a command line calls it."""
+    """A batch of prompts and how they are continued. ``slug`` is the case's name on the command line."""
 
     slug: str
     name: str
@@ -55,10 +55,10 @@ class GenerationTiming:
     """One implementation in one case.
 
     Attributes:
-        seconds: of one call, the reading of the prompts included.
+        seconds: of one call, encoding the prompts included.
         ratio: how many times longer than ours it takes.
-        tokens_per_second: of the returned texts.
-        same_texts: the share of its texts that are ours, token for token.
+        tokens_per_second: tokens of the returned texts per second.
+        same_texts: the share of its texts that equal ours, token for token.
     """
 
     name: str
@@ -73,10 +73,10 @@ class CacheMemory:
     """Bytes of our cached keys and values.
 
     Attributes:
-        computed: of the texts, from the shapes: every layer's keys and values of every token of every beam.
-        allocated: what the cache has.
-        written: the part of it that this generation came to use; the system backs no more with memory.
-        prompts: the keys and values of the prompts beside it, which all beams share.
+        computed: the size by the shapes: every layer's keys and values of every token of every beam.
+        allocated: the size of the cache.
+        written: the part of the cache that this generation used; the system backs only that part with memory.
+        prompts: the size of the prompts' keys and values, which all beams share; not part of the cache.
     """
 
     computed: int
@@ -96,7 +96,7 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """What :func:`bench_generation` found, and on what."""
+    """The result of :func:`bench_generation`, with the machine and the versions."""
 
     size: str
     dtype: str
@@ -146,7 +146,7 @@ def bench_generation(
         size: a name that :func:`nai_t5_core.facts.config.named_config` knows, or a config with a decoder.
         dtype, device: as for :func:`nai_t5_core.weights.load.load_t5`.
         threads: of torch on the CPU, None leaves the number as it is.
-        repeats: rounds that count, after two short calls that do not (the second packs the weights).
+        repeats: rounds that count, after two short calls that do not (the second prepacks the weights).
         prompt_length, new_tokens: tokens of each prompt and of each text.
         with_peer: also time transformers.
         int8: ours also in 8 bits.
@@ -154,8 +154,8 @@ def bench_generation(
         progress: called with what is being done, in words.
 
     Raises:
-        ValueError: an unknown size, dtype or device, fewer than one repeat, transformers, fast products of bytes or a
-            compiler are wanted and absent.
+        ValueError: an unknown size, dtype or device, fewer than one repeat; or transformers, fast 8-bit products or a
+            compiler are asked for and absent.
     """
     tell = progress or (lambda _: None)
     config = named_config(size) if isinstance(size, str) else size
@@ -197,7 +197,7 @@ def bench_generation(
 
 
 def _endless_state(config: T5Config, seed: int, dtype: torch.dtype) -> State:
-    """Random weights whose logit for the end token is always 0, which no text takes among thousands of others."""
+    """Random weights whose logit for the end token is always 0, so that some other token is always likelier."""
     state = random_state(config, seed, dtype=dtype)
     state["shared.weight" if config.tie_word_embeddings else "lm_head.weight"][config.eos_token_id] = 0
     return state

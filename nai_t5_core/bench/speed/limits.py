@@ -1,4 +1,4 @@
-"""What ours is held against: its projections as bare products of a library, and the processor's instruction alone."""
+"""What our times are compared with: the projections alone, by oneDNN, and the rate of the multiplying instruction."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ _ROUNDS = 4_000_000  # some hundredths of a second
 
 
 def register_rate(dtype: torch.dtype) -> float:
-    """Operations per second of the instruction that the kernels multiply with, on registers and nothing else."""
+    """Operations per second of the instruction that our CPU kernels multiply with, on registers only."""
     started = time.perf_counter()
     operations = multiply_in_registers(dtype, _ROUNDS)
     return operations / (time.perf_counter() - started)
 
 
 class BareProjections:
-    """Every projection of every layer, packed for oneDNN, in the encoder's order.
+    """Every projection of every layer in oneDNN's blocked order, in the encoder's order.
 
-    Each has memory of its own, so that weights pass through the caches as they do in the model; their values are
-    random, and one draw serves all layers. A CPU that :func:`nai_t5_core.backends.choose.why_not_prepack` accepts is
-    needed.
+    Each has its own memory, so that weights pass through the caches as they do in the model; all layers have the same
+    random values. It needs a CPU that :func:`nai_t5_core.backends.choose.why_not_prepack` accepts.
     """
 
     def __init__(self, config: T5Config, dtype: torch.dtype) -> None:
@@ -40,7 +39,7 @@ class BareProjections:
         ]
 
     def of(self, tokens: int) -> Callable[[], None]:
-        """The products for that many rows, ready to be timed."""
+        """A function that computes the products for that many rows, to be timed."""
         inputs = {width: torch.randn(tokens, width).to(self.dtype) for _, width in self.shapes}
 
         def multiply() -> None:

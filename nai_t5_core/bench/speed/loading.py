@@ -1,7 +1,7 @@
 """Loading, measured in fresh processes: time from process start to the first embedding, and peak memory.
 
-The children run the code below with ``python -c`` and print one line of JSON. Files have just been written, so that the
-system holds them in memory: what is measured is the work of the program and not the speed of the disk.
+Child processes run the code below with ``python -c`` and print one line of JSON. The files have just been written and
+are in the system's page cache, so that the program is measured and not the disk.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ print(json.dumps({"load": at_load, "first": peaks(), "can_reset": can_reset}), f
 
 @dataclass(frozen=True)
 class _Contender:
-    """A way to load: code that defines ``load`` and ``embed``, and what it is told."""
+    """A way to load: code that defines ``load`` and ``embed``, and its arguments."""
 
     name: str
     code: str
@@ -156,13 +156,13 @@ def measure_loading(
     repeats: int = 5,
     progress: Callable[[str], None] | None = None,
 ) -> LoadingReport:
-    """Writes the weights to a temporary folder, as Hugging Face has them and converted, and loads them on the CPU.
+    """Writes the weights to a temporary folder, in the Hugging Face layout and converted, and loads them on the CPU.
 
     Contenders take turns, after one round that does not count. transformers takes part where it is installed.
 
     Raises:
         CheckpointError: the disk has too little room.
-        RuntimeError: a child failed; the message has the end of what it said.
+        RuntimeError: a child process failed; the message has the end of its output.
     """
     tell = progress or (lambda _: None)
     config = config.encoder_only()
@@ -187,7 +187,7 @@ def measure_loading(
 def _contenders(
     folder: Path, config: T5Config, state: State, dtype: torch.dtype, threads: int | None
 ) -> list[_Contender]:
-    """Writes the files and lists who loads which."""
+    """Writes the files, and lists which contender loads which file."""
     converted = folder / "converted.safetensors"
     hf = _write_hf_folder(folder / "hf", config, state, dtype)
     convert(hf, converted)

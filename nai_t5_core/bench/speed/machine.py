@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def threads_set(count: int | None) -> Iterator[int]:
-    """Sets torch's threads for a while; gives the number in use."""
+    """Sets torch's number of threads within the context, and yields the number in use."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)

@@ -15,9 +15,9 @@ _CPU = 0
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """The most that torch had allocated on the device at once during a call, above what it had before; with the result.
+    """The peak of torch's allocations on the device during a call, its result included, above those before it.
 
-    None on devices other than the CPU and CUDA. What libraries such as oneDNN allocate by themselves does not count.
+    None on devices other than the CPU and CUDA. What libraries such as oneDNN allocate by themselves is not counted.
     """
     if device.type == "cuda":
         return _peak_on_cuda(call, device)
@@ -34,7 +34,7 @@ def _peak_on_cuda(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def _peak_on_cpu(call: Callable[[], Any]) -> int:
-    """The profiler's trace has an event for each allocation, with the bytes that it added or took away."""
+    """The peak from the profiler's trace, which has an event with a number of bytes for each allocation and release."""
     with tempfile.TemporaryDirectory(prefix="nai-t5-bench-") as folder:
         trace = Path(folder) / "trace.json"
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

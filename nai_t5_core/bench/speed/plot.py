@@ -13,7 +13,7 @@ from nai_t5_core.bench.speed.variants import COMPILED, INT8, NOT_PREPACKED
 from nai_t5_core.weights.formats import replacing
 
 _GROUP_WIDTH = 0.84
-# By what was done to an implementation, which its name says at its end.
+# By the variant of an implementation, which is the end of its name.
 _HATCHES = {COMPILED: "///", NOT_PREPACKED.removeprefix(OWN): "...", INT8.removeprefix(OWN): "xxx"}
 _COLORS = {OWN: "tab:blue", "transformers": "tab:orange", "nai-t5": "tab:green", COMFYUI: "tab:red"}
 
@@ -54,7 +54,7 @@ def plot(report: BenchReport, path: Path) -> None:
 def _draw_bars(axes: Any, report: BenchReport, name: str, place: float, width: float) -> None:
     """The bars of one implementation, ``place`` bars from the middle of each group.
 
-    They stand on 1, which is ours: what takes less time than ours hangs below it.
+    The bars start at 1, our time; those of faster implementations extend below it.
     """
     places = [case + place * width for case in range(len(report.cases))]
     ratios = [timing.ratio.median for result in report.cases for timing in result.timings if timing.name == name]
@@ -67,10 +67,10 @@ def _draw_bars(axes: Any, report: BenchReport, name: str, place: float, width: f
 
 
 def _color(name: str) -> str | None:
-    """Of an implementation, whatever was done to it."""
+    """The color of an implementation; its variants share it."""
     return _COLORS.get(name.partition(",")[0])
 
 
 def _caption(result: CaseResult) -> str:
-    """The case, and what ours takes."""
+    """The case and our time."""
     return f"{textwrap.fill(result.case.name, 20)}\nours {result.timings[0].seconds.median * 1e3:.1f} ms"

@@ -125,7 +125,7 @@ def _of_peers(result: CaseResult) -> list[Timing]:
 
 
 def _ratio_of_highest(timing: Timing, least: LeastTime) -> str:
-    """The ratio, and what it would be if ours took the least time."""
+    """The ratio to our time, and the ratio to our least time, which is the highest possible."""
     return f"{timing.ratio.median:.2f}× of {timing.seconds.median / least.seconds.median:.2f}×"
 
 

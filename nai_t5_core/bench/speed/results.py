@@ -1,4 +1,4 @@
-"""What a benchmark found, as data."""
+"""The results of a benchmark, as data."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Timing:
     Attributes:
         seconds: of one call.
         ratio: how many times longer than ours it takes.
-        tokens_per_second: real tokens; pads do not count.
+        tokens_per_second: real tokens per second; pads do not count.
         flops: floating-point operations of the matrix products and attention of one call; None for our compiled
             encoder, whose attention torch's counter cannot see.
         flops_ratio: ``flops`` divided by those of the real tokens alone.
-        peak_memory: bytes that the call allocated at once, with its result and without the weights; None where the
-            device does not tell.
+        peak_memory: the peak of bytes allocated during the call, with its result and without the weights; None on
+            devices where torch cannot measure it.
         difference: largest difference from ours at real positions, relative to our largest value; a check that all
             compute the same.
     """
@@ -59,11 +59,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Limit:
-    """What oneDNN reaches on this machine.
+    """The time of the projections alone by oneDNN on this machine.
 
     Attributes:
-        seconds: of the projections alone, as packed products of the same shapes with as many bytes of weights.
-        reached: that time divided by the time of our call: 1 would be an encoder that costs nothing but its products.
+        seconds: of prepacked products of the projections' shapes, with as many bytes of weights.
+        reached: that time divided by the time of our call; 1 means that the rest of the encoder costs nothing.
     """
 
     seconds: Spread
@@ -72,12 +72,12 @@ class Limit:
 
 @dataclass(frozen=True)
 class LeastTime:
-    """What no program can undercut on this processor.
+    """The time that no program can undercut on this processor, for one of our variants.
 
     Attributes:
-        name: the variant of ours that it is for.
-        rate: operations per second of the instruction that its projections are multiplied with, on registers alone.
-        seconds: what the variant's operations take at that rate; those of attention are never in 8 bits.
+        name: the variant.
+        rate: operations per second of the instruction that multiplies the variant's projections, on registers only.
+        seconds: the time of the variant's operations at that rate; attention is never computed in 8 bits.
         reached: that time divided by the time of the variant's call.
     """
 
@@ -89,7 +89,7 @@ class LeastTime:
 
 @dataclass(frozen=True)
 class GuardCost:
-    """The check of the output for NaN and infinity: ``seconds``, and as ``share`` of our call."""
+    """The time of the check for NaN and infinity: ``seconds``, and the ``share`` of our call."""
 
     seconds: Spread
     share: Spread
@@ -123,9 +123,9 @@ class LoadMemory:
     """Peaks above the process before the load, in bytes.
 
     Attributes:
-        peak, anonymous: while loading; all resident memory, and the part of it that no file backs.
-        peak_first, anonymous_first: the same up to and with the first embedding, since a mapped file is read then.
-        limit: what the design allows.
+        peak, anonymous: while loading; all resident memory, and the part of it that is not backed by a file.
+        peak_first, anonymous_first: the same up to the end of the first encode, which reads a mapped file.
+        limit: the most that loading is designed to use.
     """
 
     name: str
@@ -146,7 +146,7 @@ class LoadingReport:
 
     Attributes:
         import_torch: seconds of a process that only imports torch.
-        memory: empty where the system cannot tell; ``method`` says where the figures come from.
+        memory: empty where the system cannot measure it; ``method`` says where the figures come from.
         weights: bytes of the weights in their final dtypes; ``work_space`` those of the largest tensor in float32.
     """
 
@@ -160,7 +160,7 @@ class LoadingReport:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What :func:`nai_t5_core.bench.speed.run_bench` found, and on what. ``skipped``: what could not run, and why."""
+    """The result of :func:`nai_t5_core.bench.speed.run_bench`. ``skipped``: what could not run, and why."""
 
     size: str
     dtype: str

@@ -38,23 +38,23 @@ def run_bench(
 ) -> BenchReport:
     """Times our encoder and its peers on random weights of a published size.
 
-    Ours runs as ``TextEncoder.from_pretrained`` gives it on this device, and once more without prepacking where that
-    differs. In every round each implementation encodes once, in turn, the projections alone are multiplied once, and
-    the instruction that the kernels multiply with is timed alone. Tensors are shared between the implementations where
-    their layouts agree; about five copies of the weights are in memory.
+    Ours runs as ``TextEncoder.from_pretrained`` makes it on this device, and also without prepacking where the former
+    is prepacked. In every round each implementation encodes once, in turn; the projections alone are computed once; and
+    the instruction that our kernels multiply with is timed alone. Implementations share tensors where their layouts
+    agree; about five copies of the weights are in memory.
 
     Args:
         size: a name that :func:`nai_t5_core.facts.config.named_config` knows, or a config. Only the encoder is used.
-        dtype, device: as for :func:`nai_t5_core.weights.load.load_encoder`; peers run in the same, but for ComfyUI.
+        dtype, device: as for :func:`nai_t5_core.weights.load.load_encoder`; also for the peers, except ComfyUI's dtype.
         threads: of torch on the CPU, None leaves the number as it is.
         repeats: rounds that count, after two calls that do not.
-        cases: what is encoded; none builds no encoder, and leaves loading alone.
+        cases: the batches to time; without any, no encoder is built, and only loading is measured.
         with_load: also measure loading, in fresh processes and always on the CPU.
         progress: called with what is being done, in words.
-        comfyui: a checkout of ComfyUI, whose T5 becomes one more peer; it computes in float32.
+        comfyui: a checkout of ComfyUI, whose T5 becomes a peer; it computes in float32.
         compiled: every implementation also under ``torch.compile``.
         int8: ours also in 8 bits.
-        onednn: ours also without its own kernels, as it is on processors for which there are none.
+        onednn: ours also by oneDNN instead of our kernels, as on processors that the kernels do not support.
 
     Raises:
         ValueError: unknown size, dtype, device or peer, fewer than one repeat, or no compiler for ``compiled``.
@@ -111,7 +111,7 @@ def _measure(
     seed: int,
     tell: Callable[[str], None],
 ) -> _Measured:
-    """Everything that is built here is gone afterwards, so that loading has the memory to itself."""
+    """Times all cases. The encoders are freed on return, before loading is measured."""
     built = build_variants(config, state, dtype, device, wanted, tell)
     projections = None
     if built.can_prepack:

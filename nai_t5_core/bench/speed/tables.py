@@ -27,7 +27,7 @@ def for_terminal(headline: str, tables: Iterable[Table], notes: Iterable[str]) -
     for title, headings, rows in tables:
         table = RichTable(title=title, title_justify="left", show_lines=True)
         for heading, *cells in zip(headings, *rows, strict=True):
-            # In a narrow terminal, columns shrink to their longest word and no further.
+            # In a narrow terminal, columns shrink at most to their longest word.
             words = " ".join((heading, *cells)).split()
             table.add_column(heading, min_width=max(map(len, words)))
         for row in rows:
@@ -37,7 +37,7 @@ def for_terminal(headline: str, tables: Iterable[Table], notes: Iterable[str]) -
 
 
 def as_markdown(headline: str, tables: Iterable[Table], notes: Iterable[str]) -> str:
-    """The same as Markdown."""
+    """The headline, the tables and the notes as Markdown."""
     parts = [headline]
     for title, headings, rows in tables:
         lines = [headings, ("---",) * len(headings), *rows]

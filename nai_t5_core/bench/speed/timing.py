@@ -1,4 +1,4 @@
-"""One case: every implementation encodes in turn, round after round, and so does what they are held against."""
+"""Times one case: in every round each implementation encodes once, and the limits are timed once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nai_t5_core.float16.guard import is_finite
 
 @dataclass(frozen=True)
 class Bench:
-    """What every case is run with."""
+    """What all cases have in common: the implementations, the limits and the settings."""
 
     config: T5Config
     encoders: dict[str, Encode]
@@ -40,7 +40,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class _Rounds:
-    """Seconds of each round, and the rates at which registers are multiplied."""
+    """Seconds of each round, and the rates of the multiplying instruction."""
 
     encoders: dict[str, list[float]]
     guard: list[float] = field(default_factory=list)
@@ -50,19 +50,19 @@ class _Rounds:
 
 @torch.no_grad()
 def run_case(case: Case, bench: Bench) -> CaseResult:
-    """Three calls that do not count (operations are counted, then weights packed or code compiled, then memory is
-    weighed), and the rounds.
+    """Times one case: three calls that do not count (for operations, for prepacking or compiling, and for memory), then
+    the rounds.
     """
     ids, mask = (x.to(bench.device) for x in random_batch(bench.config, case.prompt_lengths, case.length, bench.seed))
     calls = {name: partial(encode, case, ids, mask) for name, encode in bench.encoders.items()}
-    # What was compiled for other shapes must not count against the limit of recompilations.
+    # Graphs that were compiled for earlier cases must not count against the limit of recompilations.
     torch.compiler.reset()
     flops, memory, outputs = dict[str, int | None](), dict[str, int | None](), dict[str, Tensor]()
     for name, call in calls.items():
         bench.tell(f"{case.name}: warm-up of {name}")
         flops[name] = count_flops(call) if name != OWN_COMPILED else None
         call()
-        # By the second call weights are packed, which is no part of what later ones need.
+        # The second call prepacks the weights, so that the memory of later calls does not include that.
         outputs[name] = call()[mask].double().cpu()
         memory[name] = peak_bytes(call, bench.device)
     rounds = _run_rounds(case, bench, calls)

@@ -1,4 +1,4 @@
-"""What is timed: our encoder as users run it and in other states, and its peers, each eager or compiled."""
+"""The implementations that are timed: variants of our encoder, and its peers, each eager or compiled."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ Encode = Callable[[Case, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which implementations to build: peers by name, ComfyUI from a checkout, ours in 8 bits or by oneDNN alone.
+    """Which implementations to build: peers by name, ComfyUI from a checkout, ours also in 8 bits or by oneDNN only.
 
-    With ``compiled``, all of them compiled as well.
+    With ``compiled``, each also under torch.compile.
     """
 
     peers: tuple[str, ...] = ()
@@ -45,9 +45,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Built:
-    """Ready implementations by name, ours first; versions of the peers; what could not be built, and why.
+    """Built implementations by name, ours first; versions of the peers; what could not be built, and why.
 
-    ``kernel_dtypes`` says what the kernels multiply the projections in, for those variants of ours that they compute.
+    ``kernel_dtypes`` has, for each variant of ours that our kernels compute, the dtype that they multiply in.
     """
 
     encoders: dict[str, Encode]
@@ -68,12 +68,12 @@ def build_variants(
     """Builds everything from one set of weights; tensors are shared where the layouts agree.
 
     Raises:
-        ValueError: compiled variants or 8 bits are wanted and this machine has them not, or ComfyUI cannot be imported.
+        ValueError: compiled variants or 8 bits are asked for and not possible here, or ComfyUI cannot be imported.
     """
     if wanted.compiled:
         _check_compiler()
     if wanted.comfyui is not None:
-        # A checkout that was named and cannot be used is a fault, and not a peer to skip.
+        # A named checkout that cannot be used is an error, where other peers are skipped.
         import_comfyui(wanted.comfyui, device)
     tell(f"building {OWN}")
     eager = own_encoder(config, state, dtype).to(device)
@@ -100,12 +100,12 @@ def build_variants(
 # Ours
 # ---------------------------------------------------------------------------------------------------------------------
 
-# A stack to something that is called like it.
+# Makes of a stack something that is called like it.
 Optimize = Callable[[T5EncoderStack], Callable[..., Tensor]]
 
 
 def _own_variants(stack: T5EncoderStack, wanted: Wanted) -> dict[str, Optimize]:
-    """How each variant of ours is made from a stack of its own. A line is a variant; the first is TextEncoder's."""
+    """How each variant of ours is made from a stack. Each line is a variant; the first is the one of TextEncoder."""
     variants: dict[str, Optimize] = {OWN: _unchanged}
     if why_not_prepack(stack) is None:
         variants = {OWN: prepack, NOT_PREPACKED: _unchanged}
@@ -125,7 +125,7 @@ def _kernel_dtypes(stack: T5EncoderStack, wanted: Wanted) -> dict[str, torch.dty
 
 
 def _twin(stack: T5EncoderStack) -> T5EncoderStack:
-    """Another stack with the same tensors, for functions that change the modules of one."""
+    """Another stack on the same tensors, for functions that change a stack's modules."""
     twin = T5EncoderStack(stack.config, stack.layout, scales=stack.scales, device="meta", dtype=stack.dtype)
     twin.load_state_dict(stack.state_dict(), assign=True)
     return twin.eval().requires_grad_(False)
@@ -173,7 +173,7 @@ def _of_peer(peer: Peer) -> Encode:
 
 
 def _compiled(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compiled for each shape by itself, which is the fastest code that a model can get."""
+    """Compiled for each shape separately, which gives the fastest code."""
     return torch.compile(call, dynamic=False)
 
 
