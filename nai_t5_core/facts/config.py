@@ -1,6 +1,6 @@
-"""What a T5 is, as data: sizes, feed-forward kind, where the relative position bias sits.
+"""The config of a T5: sizes, kind of feed-forward, and which layers have a relative position bias of their own.
 
-Needs no torch, so that a command's help, a token count or a listing answers at once.
+Imports no torch, so that a command's help, a token count or a listing answers at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ACTIVATION_NAMES: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
 }
-# ByT5's tokens, about as many as an unpublished one may have with its own, and those of the smallest T5 of pieces.
+# Vocabulary sizes: ByT5's, the largest taken for a ByT5 with added tokens, and that of the smallest T5 of word pieces.
 _BYT5_TOKENS, _MOST_BYT5_TOKENS, _PIECES = 384, 2_048, 32_000
 _MODEL_TYPES = ("t5", "mt5", "umt5")
 
@@ -51,10 +51,10 @@ class T5Config(BaseModel):
     relative_attention_num_buckets: int = Field(default=32, gt=0)
     relative_attention_max_distance: int = Field(default=128, gt=0)
     layer_norm_epsilon: float = Field(default=1e-6, gt=0)
-    # T5 was trained with unscaled q·k; dividing by √d_kv is for training from scratch.
+    # Whether q·k is divided by √d_kv. The published models were trained without; for training from scratch.
     scale_qk: bool = False
     tie_word_embeddings: bool = False
-    # Whether hidden states are divided by √d_model before the output head; None: where it is tied.
+    # Whether hidden states are divided by √d_model before the output head; None: if the head is tied.
     scale_decoder_outputs: bool | None = None
     dropout_rate: float = Field(default=0.1, ge=0, lt=1)
 
@@ -64,7 +64,7 @@ class T5Config(BaseModel):
 
     @model_validator(mode="after")
     def _check_buckets(self) -> T5Config:
-        # Half of the buckets are for each direction, and half of those for exact distances.
+        # Each direction has half of the buckets, of which again half are for single distances.
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if buckets % 4 or distance <= buckets // 4:
             raise ValueError(
@@ -75,12 +75,12 @@ class T5Config(BaseModel):
 
     @property
     def inner_dim(self) -> int:
-        """Width of q, k and v of all heads together."""
+        """Width of q, of k and of v, over all heads."""
         return self.num_heads * self.d_kv
 
     @property
     def kind(self) -> str:
-        """The family this model belongs to, as people call it."""
+        """The common name of this kind of T5, such as ``"T5 v1.1"``."""
         if self._reads_bytes:
             return "ByT5"
         if self.bias_per_layer:
@@ -91,8 +91,8 @@ class T5Config(BaseModel):
 
     @property
     def _reads_bytes(self) -> bool:
-        # 256 bytes, 3 special tokens and 125 sentinels; tokens for colours and fonts may follow. Vocabularies of pieces
-        # have thousands, but a published size is what it is with any number of tokens.
+        # 256 bytes, 3 special tokens and 125 sentinels; added tokens, such as for colours and fonts, may follow.
+        # Vocabularies of word pieces are larger, but a published size is recognised with any number of tokens.
         if not self.gated or self.bias_per_layer or self.vocab_size < _BYT5_TOKENS:
             return False
         sizes = (self.d_model, self.d_kv, self.d_ff, self.num_heads, self.num_layers)
@@ -109,7 +109,7 @@ class T5Config(BaseModel):
 
     @property
     def can_scale_hidden(self) -> bool:
-        """Whether a factor on the feed-forward's in-projection comes out of it unchanged."""
+        """Whether the feed-forward's output is proportional to a factor on its (up) in-projection."""
         return self.gated or self.activation == "relu"
 
     @property
@@ -241,7 +241,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> T5Config:
             **{name: hf[name] for name in sizes},
             **{name: hf[name] for name in optional if hf.get(name) is not None},
             num_decoder_layers=0 if is_encoder_only else decoder_layers,
-            # Hugging Face ties unless told otherwise, and v1.0 files do not say it.
+            # Tied is transformers' default, on which the files of v1.0 rely.
             tie_word_embeddings=hf.get("tie_word_embeddings", True),
             scale_decoder_outputs=_scales_outputs(hf),
             gated=gated,
@@ -294,10 +294,10 @@ def _feed_forward_kind(feed_forward_proj: str) -> tuple[bool, Activation]:
 
 
 def _scales_outputs(hf: Mapping[str, Any]) -> bool | None:
-    """Whether a file's decoder outputs are scaled before the head; None: where it is tied, as all releases agree then.
+    """Whether the model of a file scales the decoder's outputs before the head; None: if the head is tied.
 
-    transformers 5 ties every mT5 and scales none; transformers 4 scales the tied ones. Neither writes it down. T5's are
-    told in every file of transformers 5, and UMT5's since 5.24.
+    For mT5, transformers 5 ties every head and scales no outputs, while transformers 4 scales them if the head is tied;
+    neither writes which to config.json. transformers 5 writes it for T5, and since 5.24 for UMT5.
     """
     if hf.get("model_type") == "mt5" and str(hf.get("transformers_version", "")).startswith("5."):
         return False

@@ -1,7 +1,7 @@
 """The header of a GGUF file: metadata, and where each tensor is.
 
-The package gguf reads the same, but takes most of a minute for the vocabulary of a UMT5, and trusts what a file says.
-Here every number is checked against the size of the file before anything is read or made because of it.
+The package gguf reads headers too, but needs most of a minute for the vocabulary of a UMT5, and trusts every number in
+the file. Here every number is checked against the file's size before anything is read or allocated by it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _ALIGNMENT = "general.alignment"
 _STRING, _ARRAY = 8, 9
 # The format's numbers for the kinds of values in metadata, as numpy names them; all are little-endian.
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
-# The fewest bytes that an entry can have: a name's length, a kind and one byte of a value; and for a tensor a name's
-# length, the number of dimensions, a kind and a place.
+# The least bytes of a metadata entry: a name's length, a kind and one byte of a value; and of a tensor's description: a
+# name's length, the number of dimensions, a kind and an offset.
 _LEAST_ENTRY, _LEAST_TENSOR = 13, 24
 _MOST_DIMENSIONS = 4
-# Far beyond any vocabulary. Damage can look like a list of empty texts, as long as the file.
+# Far beyond any vocabulary. A damaged file can look like a list of empty texts, as many as it has bytes.
 _MOST_TEXTS = 1 << 20
 
 
@@ -36,7 +36,7 @@ class StoredTensor:
 
     Attributes:
         shape: the outermost dimension first, as torch has it.
-        kind: the format's number for how values are kept.
+        kind: the format's number for the tensor's data type.
         start: the byte of the file where its data begin.
     """
 
@@ -47,7 +47,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """Metadata are numbers, texts, numpy arrays of numbers, or lists of the bytes of texts."""
+    """Metadata values are numbers, texts, numpy arrays of numbers, or lists of UTF-8 texts as bytes."""
 
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
@@ -57,7 +57,7 @@ def read_header(path: str | Path) -> Header:
     """The header of a GGUF file, little-endian, version 2 or 3.
 
     Raises:
-        ValueError: the file is damaged, or of another version; the message goes on from the file's name.
+        ValueError: the file is damaged, or of another version; put the file's name in front of the message.
         OSError: it cannot be read.
     """
     with Path(path).open("rb") as file:
@@ -96,7 +96,7 @@ def _read(cursor: _Cursor) -> Header:
 
 
 def _distinct(count: int, read: Callable[[], tuple[str, Any]]) -> dict[str, Any]:
-    """Named things, each under a name of its own; where damage is nothing but zeros, the second is refused."""
+    """Entries by name; two of one name are refused, such as those that a file of zeros seems to have."""
     found: dict[str, Any] = {}
     for _ in range(count):
         name, value = read()
@@ -107,7 +107,7 @@ def _distinct(count: int, read: Callable[[], tuple[str, Any]]) -> dict[str, Any]
 
 
 def _described(cursor: _Cursor) -> tuple[Shape, int, int]:
-    """Shape, kind and place of a tensor."""
+    """Shape, kind and offset of a tensor."""
     count = cursor.number("<I")
     if count > _MOST_DIMENSIONS:
         raise ValueError(f"a tensor has {count:,} dimensions; {_MOST_DIMENSIONS} are the most")

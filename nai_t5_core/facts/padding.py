@@ -1,10 +1,10 @@
-"""The words for what is done with pad tokens."""
+"""The names of the padding policies."""
 
 from typing import Literal, get_args
 
 PaddingPolicy = Literal["attend", "exact", "skip", "trim"]
 PADDING_POLICIES: tuple[PaddingPolicy, ...] = get_args(PaddingPolicy)
-"""What each does says :func:`nai_t5_core.model.packing.pack_batch`."""
+"""They are described in :func:`nai_t5_core.model.packing.pack_batch`."""
 
 PadTo = Literal["max_length", "longest", "none"]
-"""How long the rows of a batch are made: a given length, that of the longest prompt, or each its own."""
+"""The length that rows are padded to: a given length, that of the longest prompt, or none: each keeps its own."""

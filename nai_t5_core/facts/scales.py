@@ -1,7 +1,7 @@
 """Powers of two that keep a float16 model inside float16's range, exactly.
 
-A sublayer's output is added to a float32 residual, so it may leave its last matrix product at any scale and be set
-right in that addition. Three numbers per layer (four in a decoder), each a power of two at most 1:
+A sublayer's output is added to a float32 residual, so its last matrix product may be scaled down, and the scale be
+divided out in that addition. A layer has three scales (four in a decoder), each a power of two, at most 1:
 
 - ``attention_out``, ``feed_forward_out``, and a decoder's ``cross_attention_out``: what the out-projection's weight is
   multiplied by; the sum with the residual divides by it, in float32.
@@ -34,7 +34,7 @@ class LayerScales:
     attention_out: float = 1.0
     feed_forward_out: float = 1.0
     hidden: float = 1.0
-    # Of a decoder; files written before there was one lack it.
+    # For decoders only; it has a default since older files lack it.
     cross_attention_out: float = 1.0
 
     def __post_init__(self) -> None:
@@ -56,11 +56,11 @@ class StackScales:
 
     @property
     def is_one(self) -> bool:
-        """Nothing is scaled."""
+        """Whether nothing is scaled."""
         return self.embedding == 1 and all(layer == LayerScales() for layer in self.layers)
 
     def with_layer(self, index: int, scales: LayerScales) -> StackScales:
-        """The same with other scales for one layer."""
+        """A copy with other scales for one layer."""
         return replace(self, layers=(*self.layers[:index], scales, *self.layers[index + 1 :]))
 
     def to_json(self) -> str:
@@ -92,7 +92,7 @@ def unscaled(layers: int) -> StackScales:
 
 
 def _from_residual_scales(scales: Sequence[float], is_decoder: bool = False) -> StackScales:
-    """From hand-picked factors of the residual at each feed-forward, which hold for all sublayers that follow."""
+    """From hand-picked factors, one per feed-forward, each of which also scales the residual of all later sublayers."""
     after = list(accumulate(scales, mul))
     return StackScales(
         tuple(
@@ -102,7 +102,7 @@ def _from_residual_scales(scales: Sequence[float], is_decoder: bool = False) -> 
     )
 
 
-# Scales that the authors of NovelAI's T5 found by hand for the published encoders, by the model's dimensions.
+# Scales that the authors of NovelAI's T5 found by hand for the published T5 v1.1 models, by size.
 _PUBLISHED_ENCODERS = {
     "small": _from_residual_scales([1, 1, 1 / 2, 1, 1, 1, 1, 1 / 2]),
     "xl": _from_residual_scales([1, 1 / 2, 1, 1, 1, 1 / 4, *[1] * 18]),

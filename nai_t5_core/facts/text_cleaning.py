@@ -1,4 +1,4 @@
-"""What the pipelines of some families do to a prompt before they count its tokens."""
+"""How the pipelines of some families clean a prompt before they tokenize it."""
 
 import html
 import re
@@ -15,12 +15,12 @@ def clean_text(text: str, kind: TextCleaning) -> str:
 
     Args:
         text: the prompt.
-        kind: `none` leaves it alone; `lower-strip` lower-cases and strips; `wan` mends broken unicode (if ftfy is
+        kind: `none` leaves it alone; `lower-strip` lower-cases and strips; `wan` repairs broken Unicode (if ftfy is
             installed), resolves HTML entities twice and collapses whitespace; `quoted` keeps the quoted parts only,
-            each as `Text "...". `; `double-quoted` does so without single quotes and without repetitions.
+            each as `Text "...". `; `double-quoted` does the same for double quotes only, and drops repetitions.
 
     Returns:
-        The cleaned text; empty where the two last kinds find nothing in quotes.
+        The cleaned text; empty where `quoted` or `double-quoted` finds nothing in quotes.
 
     Raises:
         ValueError: there is no such kind.
@@ -35,7 +35,7 @@ def _lower_strip(text: str) -> str:
 
 
 def _wan(text: str) -> str:
-    with suppress(ImportError):  # the reference goes on without it, too
+    with suppress(ImportError):  # the pipeline goes without ftfy as well
         text = import_module("ftfy").fix_text(text)
     return " ".join(html.unescape(html.unescape(text)).split())
 

@@ -1,8 +1,8 @@
 """What each diffusion model family expects of its T5, one record per family.
 
-The records say how the reference pipelines of diffusers call the encoder and what their transformers read of the
-result, and what the families are in ComfyUI. They are data: `family("pixart-sigma")` gives a frozen `Family`, nothing
-here needs torch. A new family is one record in one of the files beside this; nothing else names it.
+A record says how the reference pipelines of diffusers call the encoder, which rows of the result their transformers
+read, and which classes the family has in ComfyUI. `family("pixart-sigma")` gives a frozen `Family`; nothing here
+imports torch. A new family is one record in a file of this folder; no other file of the package names it.
 """
 
 import re
@@ -13,7 +13,7 @@ from nai_t5_core.facts.families.record import Family
 
 __all__ = ["FAMILIES", "Family", "family", "family_names"]
 
-# Menus have this order.
+# The order in menus.
 FAMILIES: tuple[Family, ...] = (
     *pixart_like.FAMILIES,
     *flux_like.FAMILIES,

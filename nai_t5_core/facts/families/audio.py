@@ -46,7 +46,7 @@ FAMILIES = (
             model="AceT5Model",
             tokenizer="AceT5Tokenizer",
             slot="umt5base",
-            # ComfyUI gives this T5 no name, so its sizes go by the empty one.
+            # ComfyUI prefixes this option with the T5's name, which is empty here.
             config_key="_model_config",
         ),
     ),

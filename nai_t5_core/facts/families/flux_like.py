@@ -1,4 +1,4 @@
-"""Flux and its kin: image transformers that have text and image in one sequence."""
+"""Flux and similar families: image transformers with text and image in one sequence."""
 
 from nai_t5_core.facts.families.record import ComfyAlone, ComfyJoint, Diffusers, Family
 from nai_t5_core.facts.families.shared import ALL_READ, NO_MASK, V1_1_XXL

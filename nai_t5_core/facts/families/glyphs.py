@@ -1,4 +1,4 @@
-"""Families whose ByT5 reads only what a prompt has in quotes, so that the letters come out right."""
+"""Families whose ByT5 reads only the quoted parts of a prompt, so that the model draws their letters correctly."""
 
 from nai_t5_core.facts.families.record import Diffusers, Family
 from nai_t5_core.facts.families.shared import MASKED

@@ -1,4 +1,4 @@
-"""PixArt and its kin, whose pipelines lower-case the prompt and may clean it as a caption."""
+"""PixArt and similar families, whose pipelines lower-case the prompt and may clean it as a caption."""
 
 from nai_t5_core.facts.families.record import ComfyAlone, Diffusers, Family
 from nai_t5_core.facts.families.shared import ALL_READ, MASKED, V1_1_XXL, WITH_MASKS

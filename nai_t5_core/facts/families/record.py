@@ -14,30 +14,33 @@ CallTakes = Literal["results", "nothing", "prompt-only", "negative-text", "halve
 
 @dataclass(frozen=True, kw_only=True)
 class Diffusers:
-    """How the pipelines of a family use its T5, so that all of it can be encoded in one pass before.
+    """How the pipelines of a family use its T5, which is needed to encode all prompts of a call in one pass beforehand.
 
     Attributes:
         pipelines: their class names.
-        outputs: the names of what `encode_prompt` gives, in order.
-        of_others: those of them that are not of the T5, so that they are those of the whole prompt however many pieces
-            it has.
-        runs: how often a call runs `encode_prompt`. `once`, or `negative-apart`: a second time for the negative prompt,
-            which `encode_prompt` itself does not take; or `by-encoder`: for each text encoder, by `text_encoder_index`.
-        zeros_without_negative: whether they make zeros where there is no negative prompt; else the T5 gets "".
-        prompt_argument: the argument of `encode_prompt` that the prompt is.
-        composed: how the text of the T5 is put together; a name in braces stands for the argument `<name>_prompt`.
+        outputs: the names of the results of `encode_prompt`, in order.
+        of_others: those of the outputs that do not come from the T5. If a long prompt is encoded in pieces, they are
+            computed from the whole prompt.
+        runs: how often a call of the pipeline runs `encode_prompt`. `once`; `negative-apart`: a second time for the
+            negative prompt, which `encode_prompt` itself does not take; `by-encoder`: once for each text encoder, which
+            `text_encoder_index` chooses.
+        zeros_without_negative: whether the negative embeddings are zeros if no negative prompt is given; else the T5
+            encodes "".
+        prompt_argument: the name of the prompt's argument of `encode_prompt`.
+        composed: a template for the text that the T5 gets; a name in braces stands for the argument `<name>_prompt`.
             Empty where the text is the prompt.
-        one_by_one: whether each prompt goes alone and without pads into the encoder.
-        tokenizer_limit: what the greatest length of the tokenizer is to them. `unread`, or `is-the-length` of the rows,
-            or `cuts-the-length` that was asked for.
-        not_predicted: why words can have no weights. Nothing is predicted where the ids are put together by the
-            pipeline, or hidden states of more layers are read: each call of the T5 is a pass. Empty elsewhere.
+        one_by_one: whether each prompt is encoded alone and without pads.
+        tokenizer_limit: how the pipelines use the tokenizer's greatest length: `unread`: not at all;
+            `is-the-length`: as the length of the rows; `cuts-the-length`: as an upper limit of the requested length.
+        not_predicted: why words cannot be given weights, and prompts cannot be encoded in one pass beforehand: the ids
+            that the T5 will get cannot be predicted, or hidden states of several layers are read. Empty where they can.
         one_chunk: why a prompt cannot be longer than one piece; empty where it can.
-        call_takes: what a call takes in place of the prompts. `results`: what `encode_prompt` gives. `nothing`: it
-            makes embeddings from the texts, whatever else it is given. `prompt-only`: the embeddings of the prompt; its
-            negative is always the empty text, and would have to be as long. `negative-text`: of the negative prompt
-            the text, since it makes zeros without it. `halves`: the one batch of both, negative first, taken apart.
-            `unprojected`: the T5's own rows, which it projects itself.
+        call_takes: what a call of the pipeline takes in place of the prompts. `results`: results of `encode_prompt`.
+            `nothing`: it always encodes the texts itself. `prompt-only`: the embeddings of the prompt; the negative
+            prompt is always the empty text, and would have to be as long. `negative-text`: embeddings of the prompt,
+            but the negative prompt as text, since it makes zeros of negative embeddings. `halves`: the batch of
+            negative and positive prompts, split in two. `unprojected`: the T5's own hidden states, which the call
+            projects itself.
     """
 
     pipelines: tuple[str, ...]
@@ -56,18 +59,17 @@ class Diffusers:
 
 @dataclass(frozen=True, kw_only=True)
 class ComfyAlone:
-    """ComfyUI's own classes for a family whose only text encoder is a T5; two families may share them.
+    """ComfyUI's own classes for a family whose only text encoder is a T5; several families may share them.
 
-    They are named and not imported, since an older server may lack some.
+    The classes are given by name and not imported, since an older ComfyUI may lack some.
 
     Attributes:
-        name: what the user chooses.
-        title: what people call the models.
-        module, model, tokenizer: the module, and the names in it of the model's class (or of a function that makes it)
-            and of the tokenizer's class.
-        slot: the name of the T5 in the model, and of its tokens.
-        config_key: the option by which ComfyUI takes other sizes for this model, if it goes by another name than the
-            slot's.
+        name: the choice in the nodes.
+        title: the common name of the models.
+        module, model, tokenizer: the module, and the names in it of the model's class (or a function that makes it) and
+            of the tokenizer's class.
+        slot: the name of the T5 in ComfyUI's model, which is also the key of its tokens.
+        config_key: the model option by which ComfyUI takes other sizes; empty where its name follows from the slot's.
     """
 
     name: str
@@ -81,12 +83,12 @@ class ComfyAlone:
 
 @dataclass(frozen=True, kw_only=True)
 class ComfyJoint:
-    """A family that has other text encoders in ComfyUI beside the T5.
+    """A family that ComfyUI gives further text encoders beside the T5.
 
     Attributes:
-        name: what the user chooses, and ComfyUI's type of CLIP in small letters.
-        title: what people call the models.
-        files: how many files it takes. With another number ComfyUI would take them for another family.
+        name: the choice in the nodes, which is ComfyUI's CLIP type in lower case.
+        title: the common name of the models.
+        files: the possible numbers of files. From another number ComfyUI would recognise another family.
     """
 
     name: str
@@ -100,24 +102,24 @@ class Family:
 
     Attributes:
         name: the family's name, in kebab-case.
-        title: its name as people write it.
+        title: the name as it is usually written.
         aliases: other names that `family` takes.
         checkpoint: the hub id of the T5 that the family's encoder is, or was made from.
         max_length: tokens per prompt, end token included, that `encode_prompt` asks for by default.
-        call_length: the same for a call of the whole pipeline, where that asks for another number; else None.
+        call_length: tokens per prompt that a call of the whole pipeline asks for, if another number; else None.
         length_limit: the greatest length that the pipeline takes; None where it sets no limit.
-        pad_to: how long the rows of the result are: `max_length`, the longest prompt, or each its own length.
+        pad_to: the length of the result's rows: `max_length`, the `longest` prompt's, or `none`: each its own.
         encoder_mask: whether the pad mask is given to the encoder.
-        padding: the policy that gives the consumer exactly what it reads, at the least work.
-            `attend`: pads are ordinary tokens. `exact`: pads are no keys, but their rows are computed.
+        padding: the policy with the least work that leaves every row that the diffusion model reads as it is.
+            `attend`: pads are ordinary tokens. `exact`: pads are masked as keys, but their rows are computed.
             `skip`: pad rows come back as zeros. `trim`: there are no pad rows.
         extra_pad: pad positions after the text that the returned mask counts as text.
-        mask_dtype: what `encode_prompt` returns as mask, or None if it returns no mask.
-        text_cleaning: what is done to the text first; see `text_cleaning.clean_text`.
+        mask_dtype: the dtype of the mask that `encode_prompt` returns, or None if it returns no mask.
+        text_cleaning: how the text is cleaned first; see `text_cleaning.clean_text`.
         reason: why this padding policy.
-        notes: what else a faithful caller has to know.
-        diffusers: how its pipelines use it; None where diffusers has none.
-        comfy: what it is in ComfyUI; None where the nodes do not offer it.
+        notes: what else a caller has to know to get the pipeline's results.
+        diffusers: how its diffusers pipelines use the T5; None where diffusers has no pipeline.
+        comfy: its classes in ComfyUI; None where the nodes do not offer the family.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What records of several files have in common: T5s, reasons for a padding policy, results of `encode_prompt`."""
+"""Values that records of several files share: checkpoints, reasons for a padding policy, outputs of `encode_prompt`."""
 
 V1_1_XXL = "google/t5-v1_1-xxl"
 UMT5_XXL = "google/umt5-xxl"

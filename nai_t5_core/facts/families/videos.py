@@ -1,4 +1,4 @@
-"""Families that make videos, and hand the whole prompt to the T5."""
+"""Families that make videos, and whose T5 reads the whole prompt."""
 
 from nai_t5_core.facts.families.record import ComfyAlone, Diffusers, Family
 from nai_t5_core.facts.families.shared import MASKED, NO_MASK, UMT5_XXL, V1_1_XXL, WITH_MASKS, ZEROED
