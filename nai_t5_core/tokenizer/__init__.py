@@ -1,7 +1,7 @@
 """Prompts to token ids, behind one call for SentencePiece models, tokenizer.json files and ByT5's bytes.
 
-The reference is the fast tokenizer of transformers 5; docs/tokenizers.md lists where a file's own rules differ from it.
-Importing this module loads neither torch nor a tokenizer library: those load with the first tokenizer.
+The reference is the fast tokenizer of transformers 5; docs/tokenizers.md lists where the ids differ from it. Importing
+this module loads neither torch nor a tokenizer library: a library is loaded with the first tokenizer that needs it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
     "tokenizer_json_to_sentencepiece",
 ]
 
-# A tokenizer in a folder of the Hugging Face layout, in the order in which transformers prefers them.
+# Tokenizer files in a folder of the Hugging Face layout, in transformers' order of preference.
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 
@@ -55,7 +55,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     A file is recognised by its content: a tokenizer.json, a SentencePiece model, a ByT5 tokenizer_config.json, or
     weights with a tokenizer inside, in GGUF or in safetensors such as our own converted ones. In a folder,
-    tokenizer.json counts before a SentencePiece model, as in transformers, and both before weights;
+    tokenizer.json is preferred to a SentencePiece model, as in transformers, and both to weights;
     tokenizer_config.json, added_tokens.json and special_tokens_map.json may add tokens and name the pad token.
 
     Raises ValueError where there is nothing to read or it is no tokenizer.

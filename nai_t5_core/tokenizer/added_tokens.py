@@ -1,4 +1,4 @@
-"""Tokens that the files of a folder put beside those of the tokenizer's own file, as transformers 5 reads them."""
+"""Tokens that other files of a folder add to those of the tokenizer file, as transformers 5 reads them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class AddedToken:
 
     Attributes:
         content: its text.
-        special: left out where a text is decoded without special tokens.
-        normalized: looked for after normalisation.
-        lstrip, rstrip: takes the white space before, or behind, with it.
-        single_word: not found within a longer word.
+        special: whether decoding without special tokens leaves it out.
+        normalized: whether it is looked for after normalisation.
+        lstrip, rstrip: whether white space before, or after, it belongs to the token.
+        single_word: whether it is not found within a longer word.
     """
 
     content: str
@@ -30,7 +30,7 @@ class AddedToken:
 
     @classmethod
     def read(cls, value: object, special: bool = False) -> AddedToken | None:
-        """A token as the files write it: a text, or an object with the text inside; None for anything else."""
+        """From an entry of the files: a text, or a JSON object that holds it; None for anything else."""
         values: Mapping[str, Any] = value if isinstance(value, Mapping) else {"content": value}
         content = values.get("content")
         if not isinstance(content, str) or not content:
@@ -46,14 +46,15 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class FolderTokens:
-    """What a folder's files say about tokens.
+    """The tokens in a folder's files.
 
     Attributes:
-        numbered: tokens with the ids that they are to have, in the order of these.
+        numbered: tokens by their ids, in the order of the ids.
         special: further special tokens, which get the next ids.
-        special_alone: of a SentencePiece model's extra ids, only those in ``special`` are looked for in prompts.
-        extra_ids: how many extra ids there are, where that is said.
-        pad_token: the pad token, where that is said.
+        special_alone: whether only those of a SentencePiece model's extra ids that are in ``special`` are looked for
+            in prompts.
+        extra_ids: the number of extra ids; None where no file tells it.
+        pad_token: the pad token; None where no file names it.
     """
 
     numbered: Mapping[int, AddedToken] = field(default_factory=dict)
@@ -64,15 +65,15 @@ class FolderTokens:
 
     @classmethod
     def read(cls, folder: Path, beside_json: bool) -> FolderTokens:
-        """From tokenizer_config.json, special_tokens_map.json and added_tokens.json, as far as they are there.
+        """From tokenizer_config.json, special_tokens_map.json and added_tokens.json, those that exist.
 
-        ``beside_json``: the tokenizer's own file is a tokenizer.json, and no SentencePiece model.
+        ``beside_json``: whether the tokenizer file is a tokenizer.json, and not a SentencePiece model.
 
-        Raises ValueError where one is no json object, or has something else in a token's place.
+        Raises ValueError where a file is no JSON object, or has something else in a token's place.
         """
         config = _read_object(folder / "tokenizer_config.json")
         settings = {**_read_object(folder / "special_tokens_map.json"), **config}
-        # As it is; beside a SentencePiece model, transformers leaves out what the map lists.
+        # Beside a SentencePiece model, transformers ignores the lists in special_tokens_map.json.
         lists = settings if beside_json else config
         further = lists.get("extra_special_tokens", lists.get("additional_special_tokens", ()))
         listed = further.values() if isinstance(further, Mapping) else further or ()
@@ -90,7 +91,7 @@ def _numbered(folder: Path, config: Mapping[str, Any], settings: Mapping[str, An
     if config.get("added_tokens_decoder"):
         source, entries = "added_tokens_decoder of tokenizer_config.json", dict(config["added_tokens_decoder"])
     else:
-        # An older list, which the newer one takes the place of.
+        # The older file; transformers reads it only where added_tokens_decoder is absent.
         source = "added_tokens.json"
         ids = _read_object(folder / source)
         special = {token.content for value in settings.values() if (token := AddedToken.read(value))}
@@ -105,7 +106,7 @@ def _numbered(folder: Path, config: Mapping[str, Any], settings: Mapping[str, An
 
 
 def refuse_gaps(new: Sequence[int], size: int) -> None:
-    """Raises ValueError where new ids are not those that follow a file's."""
+    """Raises ValueError where the new ids do not follow the last id of the tokenizer file without a gap."""
     if list(new) != list(range(size, size + len(new))):
         raise ValueError(
             f"tokens are added with the ids {list(new)[:8]}, but the tokenizer's file ends at {size}: the files of the "

@@ -1,4 +1,4 @@
-"""What every tokenizer has in common: checking, truncating and padding a batch of prompts."""
+"""The base class of the tokenizers, which checks, truncates and pads a batch of prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TokenBatch:
     token_counts: list[int]
     """Tokens of each prompt with its end token, after truncation."""
     full_counts: list[int]
-    """The same before truncation."""
+    """Tokens of each prompt with its end token, before truncation."""
     truncated: list[bool]
     """Whether something was cut off."""
     cut_text: list[str]
@@ -30,9 +30,9 @@ class TokenBatch:
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. Subclasses say how a text becomes pieces; ends, truncation and padding are the same in all.
+    """Text to ids and back. Subclasses split a text into tokens; end token, truncation and padding are done here.
 
-    Lone surrogates, which are no text, count as U+FFFD. The empty prompt is the end token alone.
+    Lone surrogates are read as U+FFFD. The empty prompt becomes the end token alone.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _begin(self, text: str, index: int) -> int:
-        """The position in `text` at which token number `index` of it begins."""
+        """The position in `text` where its token number `index` begins."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -123,7 +123,7 @@ class Tokenizer(ABC):
 
 
 def _clean(text: str, name: str) -> str:
-    """`text` if it is a str, of the same length but with U+FFFD for lone surrogates."""
+    """`text` with every lone surrogate replaced by U+FFFD, so that its length stays; refuses what is no str."""
     if not isinstance(text, str):
         raise ValueError(f"{name} is a {type(text).__name__} ({str(text)[:40]!r}), not a str")
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
@@ -149,12 +149,12 @@ def _padded_lengths(counts: list[int], pad_to: int | Literal["longest"] | None) 
 def split_at_tokens(
     text: str, tokens: re.Pattern[str], ids: Mapping[str, int]
 ) -> Iterator[tuple[int, str, int | None]]:
-    """A text cut at the special tokens written in it: (start, text between, None) or (start, "", token id)."""
+    """Splits a text at the special tokens written in it: (start, text between, None) or (start, "", token id)."""
     position = 0
     for match in tokens.finditer(text):
         if match.start() > position:
             yield position, text[position : match.start()], None
-        # White space may itself be a token, or only go with one.
+        # White space in a match may be part of the token's text, or only be removed with the token.
         found = match.group()
         yield match.start(), "", ids[found if found in ids else found.strip()]
         position = match.end()

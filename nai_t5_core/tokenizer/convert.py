@@ -1,4 +1,4 @@
-"""Unigram tokenizer.json files and SentencePiece models, each turned into the other."""
+"""Conversion of Unigram tokenizer.json files to SentencePiece models, and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 @dataclass(frozen=True)
 class Normalization:
-    """What happens to a text before it is cut into pieces, in SentencePiece's words."""
+    """How a text is normalised before it is split into pieces, in SentencePiece's terms."""
 
     charsmap: bytes
     add_dummy_prefix: bool
@@ -29,7 +29,7 @@ class Normalization:
     def from_json(cls, data: Mapping[str, Any]) -> Normalization:
         """What the normalizer and the pre-tokenizer of a parsed tokenizer.json do together.
 
-        Raises ValueError where they hold a step that SentencePiece has no word for.
+        Raises ValueError where they hold a step that SentencePiece does not have.
         """
         charsmap, collapse, prefix, escape = b"", False, False, False
         for step in _steps(data.get("normalizer"), "normalizers"):
@@ -81,8 +81,8 @@ def tokenizer_json_to_sentencepiece(json_bytes: bytes) -> bytes:
     `<extra_id_N>` become user-defined symbols at their ids, other special tokens control symbols, `<0x..>` byte pieces
     where byte_fallback is set. Ids that the json leaves out are filled with unused pieces.
 
-    Raises ValueError where the file is no tokenizer.json, is not Unigram (no scores can be had from BPE merges), has no
-    unknown token or end token, or has a normalizer or pre-tokenizer that SentencePiece has no word for.
+    Raises ValueError where the file is no tokenizer.json, is not Unigram (BPE merges have no scores), has no unknown
+    token or end token, or has a normalizer or pre-tokenizer that SentencePiece does not have.
     """
     data = _read_json(json_bytes)
     model = data["model"]
@@ -105,7 +105,7 @@ def tokenizer_json_to_sentencepiece(json_bytes: bytes) -> bytes:
 
 
 def _read_json(json_bytes: bytes) -> dict[str, Any]:
-    """The parsed file, which is a Unigram tokenizer.json; ValueError where it is not."""
+    """Parses a Unigram tokenizer.json; raises a ValueError for anything else."""
     try:
         data = json.loads(json_bytes)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The SentencePiece model that a GGUF file was converted from, out of the vocabulary in its metadata."""
+"""Rebuilds the SentencePiece model that a GGUF file was converted from, out of the vocabulary in its metadata."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from nai_t5_core.tokenizer.sentencepiece_format import (
 
 _PREFIX = "tokenizer.ggml."
 _COLUMNS = ("tokens", "scores", "token_type")
-# What llama.cpp puts into rows of the embedding for which the tokenizer has no piece.
+# llama.cpp's names for rows of the embedding that the tokenizer has no piece for.
 _FILLING = re.compile(r"\[PAD\d+\]")
-# What such files call a Unigram model and a BPE model (Pile-T5's), and their numbers in a SentencePiece file.
+# GGUF's names for a Unigram and a BPE model (Pile-T5's), and their numbers in a SentencePiece file.
 _MODEL_TYPES = {"t5": 1, "llama": 2}
 _SPECIAL = {
     "unknown_token_id": UNK_PIECE,
@@ -61,13 +61,13 @@ def tokenizer_in_gguf(path: Path) -> bytes:
 
 
 def sentencepiece_model(metadata: Mapping[str, Any]) -> bytes | None:
-    """A SentencePiece file that gives the ids of the one before conversion; None where the metadata hold no such model.
+    """A SentencePiece file that gives the same ids as the original; None where the metadata hold no such model.
 
     Args:
         metadata: of a GGUF file, as :func:`nai_t5_core.facts.gguf_header.read_header` reads them.
 
     Raises:
-        ValueError: they are of other kinds than a vocabulary's; the message goes on from the file's name.
+        ValueError: values of the vocabulary have wrong types; put the file's name in front of the message.
     """
     facts = {key.removeprefix(_PREFIX): value for key, value in metadata.items() if key.startswith(_PREFIX)}
     if facts.get("model") not in _MODEL_TYPES or not all(key in facts for key in _COLUMNS):
@@ -90,7 +90,7 @@ def sentencepiece_model(metadata: Mapping[str, Any]) -> bytes | None:
 
 
 def _pieces(facts: Mapping[str, Any]) -> list[tuple[str, float, int]]:
-    """Text, score and kind of every token; raises errors of several types where they are none."""
+    """Text, score and kind of every token; raises errors of several types where the values have wrong types."""
     columns = zip(*(facts[key] for key in _COLUMNS), strict=True)
     return [(token.decode(), float(score), int(kind)) for token, score, kind in columns]
 
@@ -117,7 +117,7 @@ def _normalizer(facts: Mapping[str, Any]) -> bytes:
     charsmap = np.asarray(facts.get("precompiled_charsmap", np.empty(0, np.uint8)))
     if charsmap.dtype.itemsize != 1:
         raise TypeError(f"precompiled_charsmap holds {charsmap.dtype}, and bytes are needed")
-    # llama.cpp's converter does not write this for BPE, where white space is kept.
+    # llama.cpp's converter does not write this flag for BPE models, which keep white space.
     removes = facts.get("remove_extra_whitespaces", facts["model"] == "t5")
     return (
         write_field(CHARSMAP, charsmap.tobytes())

@@ -1,10 +1,10 @@
-"""The tokenizer that a file of weights carries: our own files and ComfyUI's as a tensor, GGUF files as metadata."""
+"""The tokenizer inside a file of weights: a tensor in our own files and ComfyUI's, metadata in GGUF files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-# Tensor that holds a tokenizer to the tokenizer's kind. The first name is the one ComfyUI's single files use.
+# The kind of tokenizer by the name of the tensor that holds it. ComfyUI's single files use the first name.
 TOKENIZER_TENSORS = {"spiece_model": "sentencepiece", "tokenizer_json": "tokenizer.json"}
 
 _LENGTH_BYTES = 8
@@ -30,7 +30,7 @@ def tokenizer_inside(file: Path) -> tuple[str, bytes]:
     Raises ValueError where there is none, or more than one, or the file is damaged.
     """
     if is_gguf(file):
-        from nai_t5_core.tokenizer.gguf_vocabulary import tokenizer_in_gguf  # with numpy, which takes a while
+        from nai_t5_core.tokenizer.gguf_vocabulary import tokenizer_in_gguf  # imports numpy, which is slow
 
         return TOKENIZER_TENSORS["spiece_model"], tokenizer_in_gguf(file)
     return _tokenizer_tensor(file)

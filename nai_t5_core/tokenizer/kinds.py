@@ -20,8 +20,8 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model file: T5's and UMT5's spiece.model, Pile-T5's tokenizer.model.
 
     Special tokens written in a prompt (`</s>`, `<pad>`, `<unk>`, `<extra_id_0>`) become their ids, as in transformers.
-    `<extra_id_N>` that a T5 file leaves out follow its pieces in reverse order: T5's `<extra_id_0>` is 32099. A model
-    without a pad piece pads with its begin token, or with its end token if it has none.
+    `<extra_id_N>` that a T5 file lacks get the ids after its pieces, in reverse order: T5's `<extra_id_0>` is 32099. A
+    model without a pad piece pads with its begin token, or with its end token if it has no begin token.
 
     Raises ValueError where `content` is no SentencePiece model or has no end token.
     """
@@ -55,7 +55,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._blanks = self._unmapped_blanks()
 
     def _special_tokens(self) -> dict[int, str]:
-        """Id to text of every token that is recognised in a prompt before SentencePiece sees it."""
+        """Texts by id of all tokens that are recognised in a prompt before SentencePiece tokenizes it."""
         model = self._model
         names = {i: model.id_to_piece(i) for i in range(self.file_size) if model.is_control(i)}
         names[model.unk_id()] = model.id_to_piece(model.unk_id())
@@ -68,7 +68,7 @@ class SentencePieceTokenizer(Tokenizer):
         return names
 
     def _unmapped_blanks(self) -> dict[int, str]:
-        """White space that the model's own normalisation leaves alone but that splits words in the reference."""
+        """Translates to a space each white space that splits words in transformers, but that the model keeps."""
         normalize = self._model.normalize
         if normalize("a  b") != normalize("a b"):
             return {}
@@ -80,14 +80,14 @@ class SentencePieceTokenizer(Tokenizer):
         return found if self._model.id_to_piece(found) == token else None
 
     def extended(self, tokens: Sequence[str], pad_token: str | None = None) -> SentencePieceTokenizer:
-        """The same tokenizer with further tokens behind the model file's pieces and, where given, another pad token."""
+        """A copy with further tokens after the model file's pieces and, where given, another pad token."""
         return SentencePieceTokenizer(extend_sentencepiece(self._content, tokens, pad_token))
 
     def with_tokens(self, tokens: FolderTokens) -> Tokenizer:
-        """The tokenizer with what the other files of its folder say.
+        """The tokenizer with the tokens that other files of its folder add.
 
-        Where that is more than extra ids and a pad token, a Unigram model is run as a tokenizer.json, by the library
-        that transformers runs it by: how tokens are found in a prompt is a matter of its own.
+        If they add more than extra ids and a pad token, a Unigram model is converted to a tokenizer.json and run by the
+        `tokenizers` library, as in transformers, since that library finds added tokens in a prompt by rules of its own.
 
         Raises ValueError where ids do not follow those of the model file.
         """
@@ -96,13 +96,13 @@ class SentencePieceTokenizer(Tokenizer):
             return base._with_pad(tokens.pad_token)
         try:
             as_json = JsonTokenizer(sentencepiece_to_tokenizer_json(base._content))
-        except ValueError:  # a model of another kind than Unigram
+        except ValueError:  # not a Unigram model
             return base._with_special(tokens.special)._with_pad(tokens.pad_token)
         complete = as_json.with_tokens(tokens)
         return base if complete is as_json else complete
 
     def _with_extra_ids(self, tokens: FolderTokens) -> SentencePieceTokenizer:
-        """With the tokens that are listed behind the model file's pieces, or as many extra ids as are told."""
+        """A copy with the tokens whose ids follow the model file's pieces, or with the stated number of extra ids."""
         if self.file_size in tokens.numbered:
             behind = [i for i in tokens.numbered if i >= self.file_size]
             refuse_gaps(behind, self.file_size)
@@ -139,7 +139,7 @@ class SentencePieceTokenizer(Tokenizer):
         return len(text)
 
     def _piece_begins(self, text: str) -> list[int]:
-        """The byte of `text` where each piece begins: field 4 of the pieces, field 2 of a SentencePieceText message."""
+        """The byte of `text` where each piece begins: field 4 of each piece, which are field 2 of SentencePieceText."""
         message = self._model.encode(text, out_type="serialized_proto")
         pieces = (value for number, value in read_fields(message) if number == 2 and isinstance(value, bytes))
         return [int(dict(read_fields(piece)).get(4, 0)) for piece in pieces]
@@ -161,9 +161,9 @@ class SentencePieceTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json file, run by the `tokenizers` library.
 
-    A Unigram file that collapses white space, as all of T5's do, runs the steps that transformers 5 builds for it
-    whatever the file says: its character map, a split at white space, and a "▁" in front of every word. Other files run
-    as they are, but without their post-processor: no token is added in front, and the end token always behind.
+    A Unigram file that collapses white space, as all of T5's do, is run with the steps that transformers 5 builds
+    whatever the file says: the file's character map, a split at white space, and a "▁" in front of every word. Other
+    files are run as they are, but without their post-processor: the end token is always added, and no other token.
 
     Raises ValueError where `content` is no tokenizer.json or has no `</s>`.
     """
@@ -202,7 +202,7 @@ class JsonTokenizer(Tokenizer):
             steps = Normalization.from_json(
                 {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}
             )
-        except ValueError:  # steps of its own: run them
+        except ValueError:  # the file has other steps: run the file as it is
             return
         if steps.escape_whitespaces and steps.remove_extra_whitespaces and steps.add_dummy_prefix:
             charsmap = [normalizers.Precompiled(steps.charsmap)] if steps.charsmap else []
@@ -216,12 +216,12 @@ class JsonTokenizer(Tokenizer):
         return self._backend.token_to_id(token)
 
     def extended(self, tokens: Sequence[str], pad_token: str | None = None) -> JsonTokenizer:
-        """The same tokenizer with further special tokens at its end and, where given, another pad token."""
+        """A copy with further special tokens at its end and, where given, another pad token."""
         further = tuple(AddedToken(token) for token in tokens)
         return self.with_tokens(FolderTokens(special=further, pad_token=pad_token))
 
     def with_tokens(self, tokens: FolderTokens) -> JsonTokenizer:
-        """The tokenizer with what the other files of its folder say.
+        """The tokenizer with the tokens that other files of its folder add.
 
         Raises ValueError where ids do not follow those of the file.
         """
@@ -246,7 +246,7 @@ class JsonTokenizer(Tokenizer):
         return JsonTokenizer(json.dumps(data, ensure_ascii=False).encode())
 
     def _entries(self, before: dict[str, dict[str, Any]], tokens: FolderTokens) -> dict[str, dict[str, Any]]:
-        """The added tokens of the file by their text, and then those of the folder."""
+        """Entries for the file's added tokens and then for those of the folder, by their text."""
         entries = dict(before)
         listed = {token.content for token in (*tokens.numbered.values(), *tokens.special)}
         if tokens.special_alone:
@@ -281,7 +281,7 @@ class ByteTokenizer(Tokenizer):
     """ByT5's tokenizer, which needs no file: a token is a byte of UTF-8, its id the byte plus 3.
 
     0, 1 and 2 are `<pad>`, `</s>` and `<unk>`, and 259 to 383 are `<extra_id_0>` to `<extra_id_124>`. As in
-    transformers, the first three swallow the white space around them when they are written in a prompt, and a prompt
+    transformers, the first three remove the white space around them when they are written in a prompt, and a prompt
     that ends with `</s>` gets no second one.
     """
 
@@ -319,7 +319,7 @@ class ByteTokenizer(Tokenizer):
         return ids if ids and ids[-1] == self.eos_token_id else super()._with_end(ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of some ids; ids outside the vocabulary and bytes that are no UTF-8 are left out."""
+        """The text of some ids; ids outside the vocabulary and bytes that are not valid UTF-8 are left out."""
         names = {i: token.encode() for token, i in self._specials.items()}
         out = bytearray()
         for i in ids:

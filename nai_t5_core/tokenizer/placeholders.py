@@ -1,4 +1,4 @@
-"""Words of one's own in prompts: each stands for ids behind the vocabulary."""
+"""User-defined words in prompts; each becomes ids beyond the vocabulary (textual inversion)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from nai_t5_core.tokenizer.base import Tokenizer
 
 
 class PlaceholderTokenizer(Tokenizer):
-    """A tokenizer with further words, each of which becomes one or more ids.
+    """A tokenizer with user-defined words, each of which becomes one or more ids.
 
-    A word is found wherever it is written, in upper or lower case, but not inside a longer word. What is between is
-    tokenized by itself, as it is between special tokens.
+    A word is found wherever it is written, in upper or lower case, but not inside a longer word. The text between words
+    is tokenized piece by piece, as between special tokens.
 
     Args:
-        base: the tokenizer of everything else.
+        base: the tokenizer of all other text.
         words: the ids of each word, at least one.
 
     Raises ValueError where a word is empty, begins or ends with white space, differs from another only by its case, has
@@ -36,7 +36,7 @@ class PlaceholderTokenizer(Tokenizer):
         self.eos_token_id = base.eos_token_id
         self.unk_token_id = base.unk_token_id
         self.vocab_size = max([base.vocab_size - 1, *(i for ids in words.values() for i in ids)]) + 1
-        # One group for each word, the longest first, so that <cat-2> is not read as <cat and a rest.
+        # One group for each word, longest first: of two words of which one begins the other, the longer is found.
         self._by_length = sorted(words, key=len, reverse=True)
         self._pattern = re.compile("|".join(f"({_alone(word)})" for word in self._by_length), re.IGNORECASE)
         self._names = {ids[0]: word for word, ids in self.words.items()}
@@ -96,7 +96,7 @@ def _check(word: str, ids: Sequence[int], base: Tokenizer) -> None:
 
 
 def _alone(word: str) -> str:
-    """The pattern of a word that is no part of a longer one."""
+    """The pattern of a word that is not part of a longer word."""
     before = r"(?<!\w)" if re.match(r"\w", word[0]) else ""
     after = r"(?!\w)" if re.match(r"\w", word[-1]) else ""
     return f"{before}{re.escape(word)}{after}"

@@ -1,7 +1,7 @@
-"""The bytes of a SentencePiece model file, read and written without a protobuf runtime.
+"""Reads and writes SentencePiece model files without a protobuf runtime.
 
-A model file is one protobuf message (`ModelProto` in sentencepiece_model.proto), and only a handful of its fields
-matter here. The numbers below are the field numbers of the public .proto file.
+A model file is one protobuf message (`ModelProto` in sentencepiece_model.proto), of which only a few fields are needed
+here. The numbers below are the field numbers of the public .proto file.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def write_piece(text: str, score: float, kind: int) -> bytes:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What a SentencePiece model file says, as far as tokenizing a prompt needs it."""
+    """The fields of a SentencePiece model file that tokenizing a prompt needs."""
 
     pieces: list[tuple[str, float, int]]  # text, score, kind; the position is the id
     model_type: str
@@ -111,7 +111,7 @@ class SentencePieceModel:
 
     @classmethod
     def parse(cls, model_bytes: bytes) -> SentencePieceModel:
-        """Read a serialized ModelProto. Raises ValueError where the bytes are none."""
+        """Reads a serialized ModelProto. Raises ValueError for other bytes."""
         pieces: list[tuple[str, float, int]] = []
         trainer: dict[int, Any] = {}
         normalizer: dict[int, Any] = {}
@@ -140,16 +140,16 @@ class SentencePieceModel:
 
 
 def missing_extra_ids(piece_count: int, pad_id: int, has_extra_ids: bool) -> int:
-    """How many `<extra_id_N>` the vocabulary continues with after the pieces of a model file.
+    """How many `<extra_id_N>` are to be added after the pieces of a model file.
 
-    T5 and UMT5 files leave them out although the models have rows for them. A file whose pad piece is not its first is
-    no T5 file, and a file with extra ids of its own is complete: 0 for both.
+    T5 and UMT5 files lack them, although the models' embeddings have rows for them. The number is 0 for a file whose
+    pad piece is not its first piece, which is no T5 file, and for a file that has extra ids.
     """
     return 0 if has_extra_ids or pad_id != 0 else EXTRA_IDS_BY_PIECES.get(piece_count, EXTRA_IDS)
 
 
 def extend_sentencepiece(model_bytes: bytes, pieces: Sequence[str] = (), pad_piece: str | None = None) -> bytes:
-    """The same model with `pieces` appended to its vocabulary and, where given, another pad piece.
+    """A model file with `pieces` appended to its vocabulary and, where given, another pad piece.
 
     `<extra_id_N>` become user-defined symbols, all others control symbols. Protobuf messages are extended by appending:
     repeated fields add up, and the last value of a single field counts.
