@@ -1,7 +1,7 @@
-"""Batched beam search. Every prompt stops on its own, and so gives what it would give alone.
+"""Batched beam search. Every prompt stops on its own, so that its texts are the same in a batch as alone.
 
-The scores are float32 sums of log-probabilities, added up and compared in the order that transformers does it: where
-two texts are nearly as good, the rounding decides which one is kept.
+Scores are float32 sums of log-probabilities, added and compared in the same order as in transformers: where two texts
+have nearly the same score, rounding decides which one is kept.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from nai_t5_core.generation.decoding import Decoding
 from nai_t5_core.generation.options import GenerationOptions
 from nai_t5_core.generation.token_scores import find_largest
 
-# Added to the score of what must not be chosen; finite, so that it still has an order.
+# Added to the score of what must not be chosen; finite, so that such scores still have an order.
 _HOPELESS = -1.0e9
 
 
 class BeamResult(NamedTuple):
     """The best texts of every prompt, best first.
 
-    ``tokens`` are [prompts · num_return_sequences, new tokens], padded behind the end token; ``scores`` their
-    log-probabilities divided by length to the power of ``length_penalty``: [prompts · num_return_sequences] float32.
+    ``tokens`` is [prompts · num_return_sequences, new tokens], padded behind the end token; ``scores`` has their
+    log-probabilities divided by length to the power of ``length_penalty``, [prompts · num_return_sequences] float32.
     """
 
     tokens: Tensor
@@ -33,20 +33,20 @@ class BeamResult(NamedTuple):
 
 @dataclass
 class _Texts:
-    """Texts side by side: ``tokens`` [prompts, texts, total length], ``scores`` [prompts, texts]."""
+    """Texts of every prompt: ``tokens`` [prompts, texts, total length], ``scores`` [prompts, texts]."""
 
     tokens: Tensor
     scores: Tensor
 
     def select(self, index: Tensor) -> _Texts:
-        """Those at [prompts, chosen] int64."""
+        """The texts at ``index``, [prompts, chosen] int64."""
         tokens = self.tokens.gather(1, index[:, :, None].expand(-1, -1, self.tokens.shape[2]))
         return _Texts(tokens, self.scores.gather(1, index))
 
 
 @torch.no_grad()
 def beam_search(decoding: Decoding, options: GenerationOptions) -> BeamResult:
-    """Finds ``options.num_return_sequences`` of ``options.num_beams`` texts for every prompt."""
+    """Finds the best ``options.num_return_sequences`` texts for every prompt, with ``options.num_beams`` beams."""
     search = _Search(decoding, options)
     logits = decoding.begin(options.start)
     for length in range(len(options.start), options.total_length):
@@ -66,19 +66,19 @@ class _Search:
         device, shape = decoding.model.device, decoding.shape
         tokens = torch.full((*shape, options.total_length), options.pad_token, device=device)
         tokens[:, :, : len(options.start)] = torch.tensor(options.start, device=device)
-        # All beams begin alike, so the first alone may be continued.
+        # All beams begin with the same tokens, so only the first may be continued.
         scores = torch.zeros(shape, device=device)
         scores[:, 1:] = _HOPELESS
         self.running = _Texts(tokens, scores)
         self.finished = _Texts(tokens, torch.full(shape, _HOPELESS, device=device))
         self.is_finished = torch.zeros(shape, dtype=torch.bool, device=device)
-        # Of each prompt: whether a running text may still do better than the finished ones.
+        # For each prompt, whether a running text may still get a better score than the finished ones.
         self.is_open = torch.ones(shape[0], 1, dtype=torch.bool, device=device)
 
     def extend(self, logits: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Continues the running texts, which have ``length`` tokens.
 
-        Takes [prompts, beams, vocab_size] logits; returns the beams to go on from and their new tokens,
+        Takes logits [prompts, beams, vocab_size]; returns the beams that are continued and their new tokens,
         [prompts, beams] each.
         """
         beams = logits.shape[1]
@@ -94,7 +94,7 @@ class _Search:
         return parents.gather(1, chosen), tokens.gather(1, chosen)
 
     def _candidates(self, logits: Tensor, length: int) -> tuple[_Texts, Tensor]:
-        """The best 2 · beams continuations, of which at least half do not end, and the beams they come from."""
+        """The best 2 · beams continuations, at most half of which end now, and the beams that they continue."""
         prompts, beams, vocab_size = logits.shape
         scores = logits.log_softmax(dim=-1).flatten(0, 1)
         scores = self.options.apply_rules(scores, self.running.tokens[:, :, :length].flatten(0, 1))
@@ -124,9 +124,9 @@ class _Search:
         self.is_finished = torch.cat([self.is_finished, ends], dim=1).gather(1, best)
 
     def _close(self, new_tokens: int) -> None:
-        """Closes the prompts whose running texts cannot do better than the worst finished one."""
+        """Closes the prompts whose running texts cannot get a better score than the worst finished one."""
         options = self.options
-        # Where long texts are favoured, "never" takes the longest possible for granted.
+        # Where long texts are favoured, "never" assumes that a running text reaches the greatest length.
         is_patient = options.early_stopping == "never" and options.length_penalty > 0
         length = options.max_new_tokens if is_patient else new_tokens
         best_running = self.running.scores[:, :1] / (length**options.length_penalty)
@@ -135,7 +135,7 @@ class _Search:
         self.is_open = self.is_open & (best_running > worst_finished).any(dim=1, keepdim=True)
 
     def is_over(self) -> bool:
-        """Whether every prompt has its texts."""
+        """Whether the search has ended for every prompt."""
         is_full = self.options.early_stopping is True and bool(self.is_finished.all())
         return is_full or not bool(self.is_open.any())
 

@@ -1,4 +1,4 @@
-"""One generation under way: the model, its memory of the prompts and the cache of the texts, moved on step by step."""
+"""The state of one generation, advanced step by step: the prompts' keys and values, and the cache of the texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class NotFiniteLogitsError(ValueError):
     """The decoder gave NaN or infinity; the message says what may help."""
 
 
-# Of one row, oneDNN's products and torch's attention on the CPU take longer than of four.
+# On the CPU, oneDNN's products and torch's attention take longer for one row than for four.
 _FEWEST_ROWS = 4
 
 
@@ -44,7 +44,7 @@ class Decoding:
         compiled = model.compiled_steps
         if compiled is not None:
             compiled.prepare(cache, memory)
-        # A step reads a multiple of so many slots.
+        # Each step reads a multiple of this number of slots.
         smallest = 1 if model.device.type == "cpu" else BIAS_ALIGNMENT
         self._granularity = smallest if compiled is None else compiled.slots_at_once
         if fixed_shapes:
@@ -53,7 +53,7 @@ class Decoding:
         is_lone_and_compiled = self.shape == (1, 1) and compiled is not None
         is_narrow = cache.beams == 1 and model.device.type == "cpu" and not is_lone_and_compiled
         self._copies = max(1, _FEWEST_ROWS // cache.prompts) if is_narrow else 1
-        # Weights that are spread over processes are gathered into tensors that inference mode would spoil.
+        # Sharded weights are gathered into tensors that must not become inference tensors.
         is_spread = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
         self._without_gradients = torch.no_grad if is_spread else torch.inference_mode
         tables = model.decoder.bias_tables(model.dtype)
@@ -67,7 +67,7 @@ class Decoding:
     def step(self, tokens: Tensor) -> Tensor:
         """Appends a token to every text: ids [prompts, beams] to the next token's logits [prompts, beams, vocab_size].
 
-        Logits are float32, whatever the model computes in, and made in inference mode, unless the model is sharded.
+        Logits are float32 whatever the compute dtype, and inference tensors unless the model is sharded.
 
         Raises:
             ValueError: the cache is full.
@@ -75,7 +75,7 @@ class Decoding:
         """
         with self._without_gradients():
             logits = self._compute(tokens).float()
-        # The sum is not finite if any is not: one pass over the logits.
+        # The sum is not finite if any logit is not; this is one pass over the logits.
         if not bool(logits.sum().isfinite()):
             raise NotFiniteLogitsError(
                 f"the decoder gives values that are not finite in {self.model.dtype}: the weights are damaged, or "
@@ -90,11 +90,11 @@ class Decoding:
         return logits
 
     def reorder(self, parents: Tensor) -> None:
-        """Lets every beam go on from another beam of its prompt: [prompts, beams] int64."""
+        """Makes every beam continue the text of beam ``parents`` [prompts, beams] int64 of its prompt."""
         self.cache.reorder(parents)
 
     def _compute(self, tokens: Tensor) -> Tensor:
-        """Logits in any dtype."""
+        """The logits of :meth:`step`, in any dtype."""
         embeddings = self.model.encoder_stack.embed(tokens)
         plan = self.cache.step(self._lines, self._scale, self._granularity)
         if self._copies > 1:

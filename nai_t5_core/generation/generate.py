@@ -1,4 +1,4 @@
-"""From prompts to texts: greedy, by sampling, or by beam search, batched over prompts of different lengths.
+"""Greedy generation, sampling and beam search, batched over prompts of different lengths.
 
 The same options give the same tokens as in transformers.
 """
@@ -25,7 +25,7 @@ def generate(
     generator: torch.Generator | None = None,
     cache: DecoderCache | None = None,
 ) -> Tensor:
-    """See :meth:`nai_t5_core.T5.generate`; ``options`` have passed :meth:`GenerationOptions.for_model`."""
+    """See :meth:`nai_t5_core.T5.generate`; ``options`` are the result of :meth:`GenerationOptions.for_model`."""
     if options.num_beams > 1:
         return beam_search(_prepare(model, input_ids, attention_mask, options, cache), options).tokens
     return torch.stack(list(stream(model, input_ids, attention_mask, options, generator, cache)), dim=1)
@@ -42,7 +42,7 @@ def stream(
     """See :meth:`nai_t5_core.generation.t5.T5.stream`.
 
     Raises:
-        ValueError: beams, of which no token is certain before the end.
+        ValueError: more than one beam, since then no token is certain before the end.
     """
     if options.num_beams > 1:
         raise ValueError(f"num_beams={options.num_beams} cannot be streamed: no token is certain before the end")
@@ -57,7 +57,7 @@ def _prepare(
     options: GenerationOptions,
     cache: DecoderCache | None,
 ) -> Decoding:
-    """Reads the prompts and makes sure of a cache with room for the texts."""
+    """Reads the prompts, and makes a cache for the texts, or checks that the given one has room."""
     memory = model.read(input_ids, attention_mask, keep_length=options.fixed_shapes)
     beams, length = options.texts_per_prompt, options.total_length
     if cache is None:
@@ -89,7 +89,7 @@ def _stream(decoding: Decoding, options: GenerationOptions, generator: torch.Gen
 
 
 def _choose(scores: Tensor, options: GenerationOptions, generator: torch.Generator | None) -> Tensor:
-    """[texts, vocab_size] to [texts]."""
+    """The next tokens [texts], chosen by scores [texts, vocab_size]."""
     if not options.do_sample:
         return scores.argmax(dim=-1)
     probabilities = options.apply_filters(scores).softmax(dim=-1)

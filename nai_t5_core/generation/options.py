@@ -17,21 +17,21 @@ class GenerationOptions:
     """How texts are generated.
 
     Attributes:
-        max_new_tokens: texts end here at the latest, the end token included.
-        min_new_tokens: the end token is banned before.
+        max_new_tokens: the most tokens of a text, the end token included.
+        min_new_tokens: before so many tokens, the end token is banned.
         num_beams: texts kept for each prompt; 1 is greedy, or sampling.
         num_return_sequences: texts returned for each prompt: the best beams, or that many samples.
         length_penalty: a finished beam's score is its log-probability divided by its length to this power.
-        early_stopping: when a prompt is done that has ``num_beams`` finished texts. True: at once. False: when no
-            running beam could do better if it ended now. "never": when none could at any length.
+        early_stopping: when a prompt stops that has ``num_beams`` finished texts. True: at once. False: when no running
+            beam would have a better score if it ended now. "never": when none could have one at any length.
         do_sample: draw each token from its distribution.
         temperature: the logits are divided by it.
         top_k: draw from that many of the likeliest tokens; 0: from all.
-        top_p: draw from the likeliest tokens which together have this probability.
+        top_p: draw from the likeliest tokens that together have this probability.
         repetition_penalty: tokens of the text so far become less likely by this factor.
-        no_repeat_ngram_size: no run of that many tokens comes twice; 0: no such rule.
-        forced_start: tokens that every text begins with, behind the start token. They count as given: neither for
-            the score and its length nor for ``max_new_tokens``.
+        no_repeat_ngram_size: no n-gram of this size comes twice in a text; 0: no such rule.
+        forced_start: tokens that every text begins with, after the start token. They count neither in the score and
+            its length nor in ``max_new_tokens``.
         decoder_start_token_id, eos_token_id, pad_token_id: None: those of the model.
         fixed_shapes: see :class:`nai_t5_core.generation.decoding.Decoding`.
     """
@@ -84,7 +84,7 @@ class GenerationOptions:
             )
 
     def for_model(self, config: T5Config) -> GenerationOptions:
-        """The same with the model's special tokens where none are given.
+        """A copy with the model's special tokens where none are given.
 
         Raises:
             ValueError: a token outside the vocabulary.
@@ -100,7 +100,7 @@ class GenerationOptions:
 
     @property
     def start(self) -> tuple[int, ...]:
-        """What every text begins with; of :meth:`for_model`'s result."""
+        """The tokens that every text begins with; only for the result of :meth:`for_model`."""
         assert self.decoder_start_token_id is not None
         return (self.decoder_start_token_id, *self.forced_start)
 
@@ -116,12 +116,12 @@ class GenerationOptions:
 
     @property
     def total_length(self) -> int:
-        """Tokens of a text at most, with what it begins with."""
+        """The most tokens of a text, with those that it begins with."""
         return len(self.start) + self.max_new_tokens
 
     @property
     def texts_per_prompt(self) -> int:
-        """Texts that grow side by side."""
+        """Texts that are generated at once for each prompt: beams or samples."""
         return self.num_return_sequences if self.do_sample else self.num_beams
 
     def apply_rules(self, scores: Tensor, history: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class GenerationOptions:
         return scores
 
     def apply_filters(self, logits: Tensor) -> Tensor:
-        """Temperature, top-k and top-p of sampling: [texts, vocab_size], −∞ at what is not drawn."""
+        """Temperature, top-k and top-p of sampling: [texts, vocab_size], −∞ at tokens that cannot be drawn."""
         if self.temperature != 1:
             logits = logits / self.temperature
         if self.top_k > 0:

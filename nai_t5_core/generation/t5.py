@@ -1,4 +1,4 @@
-"""The T5 that users get: it also generates text."""
+"""The T5 that users load: a model with encoder, decoder and head that also generates text."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class T5(T5Model):
         cache: DecoderCache | None = None,
         **options: Any,
     ) -> Tensor:
-        """Texts for prompts of different lengths, side by side; each stops on its own.
+        """Generates texts for a batch of prompts of different lengths; each text stops on its own.
 
         Args:
             input_ids, attention_mask: as for a call.
-            generator: for sampling; by default torch's own.
-            cache: from :meth:`new_cache`, to use the same memory again; by default made for this call.
+            generator: the random generator for sampling; by default torch's global one.
+            cache: from :meth:`new_cache`, to reuse its memory; by default a new one for this call.
             options: fields of :class:`nai_t5_core.generation.options.GenerationOptions`, such as ``num_beams=4``.
 
         Returns:
@@ -54,9 +54,9 @@ class T5(T5Model):
         cache: DecoderCache | None = None,
         **options: Any,
     ) -> Iterator[Tensor]:
-        """As :meth:`generate` without beams, token by token: int64 [prompts · num_return_sequences] each time.
+        """As :meth:`generate`, but without beams, and one token at a time: int64 [prompts · num_return_sequences] each.
 
-        Finished texts give the pad token; the iterator ends when all are.
+        Finished texts give the pad token; the iterator ends when all texts are finished.
         """
         chosen = GenerationOptions(**options).for_model(self.config)
         return stream(self, input_ids, attention_mask, chosen, generator, cache)

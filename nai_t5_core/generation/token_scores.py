@@ -1,7 +1,7 @@
 """Rules that change the scores of the next token before one is chosen: penalties, bans, and the filters of sampling.
 
-Each is a function from [texts, vocab_size] scores (logits or log-probabilities) to the same, in the forms and the order
-that transformers has them, so that the same options give the same texts.
+Each rule maps scores [texts, vocab_size] (logits or log-probabilities) to new scores. Formulas and order are those of
+transformers, so that the same options give the same texts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _BLOCK = 128
 
 
 def penalise_repetition(scores: Tensor, history: Tensor, penalty: float) -> Tensor:
-    """Makes every token that a text has less likely: positive scores are divided, negative ones multiplied.
+    """Makes the tokens of a text less likely: their scores are divided if positive, and multiplied if negative.
 
     ``history`` is [texts, tokens so far], the start token included (Keskar et al. 2019, section 4.1).
     """
@@ -30,7 +30,7 @@ def ban_repeated_ngrams(scores: Tensor, history: Tensor, size: int) -> Tensor:
     ending = history[:, history.shape[1] - size + 1 :]
     repeats = (runs[..., :-1] == ending[:, None]).all(dim=-1)
     vocab_size = scores.shape[1]
-    # Runs that do not match ban a token beside the vocabulary.
+    # Runs that do not match ban an extra token behind the vocabulary, which is cut off below.
     banned = scores.new_zeros(scores.shape[0], vocab_size + 1, dtype=torch.bool)
     banned.scatter_(1, torch.where(repeats, runs[..., -1], vocab_size), True)
     return scores.masked_fill(banned[:, :vocab_size], -torch.inf)
@@ -42,10 +42,10 @@ def ban_token(scores: Tensor, token: int) -> Tensor:
 
 
 def find_largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest of each row and where they are, largest first: [rows, count] each.
+    """The ``count`` largest scores of each row and their indices, largest first: [rows, count] each.
 
-    The largest scores are in the blocks with the largest maxima, so that nearly all of a long row is read once and
-    never sorted, which is several times faster on the CPU.
+    The largest scores are in the ``count`` blocks with the largest maxima, so only those blocks are sorted. On the CPU
+    this is several times faster than topk on a long row.
     """
     length = scores.shape[1]
     if length % _BLOCK or length < count * _BLOCK:
@@ -59,7 +59,7 @@ def find_largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def keep_top_k(scores: Tensor, count: int) -> Tensor:
-    """Bans all but the ``count`` likeliest tokens (and those as likely as the last of them)."""
+    """Bans all but the ``count`` likeliest tokens, and those exactly as likely as the last of them."""
     least = scores.topk(min(count, scores.shape[1])).values[:, -1:]
     return scores.masked_fill(scores < least, -torch.inf)
 
