@@ -1,4 +1,4 @@
-"""Prompts in, embeddings and masks out: the object most people need."""
+""":class:`TextEncoder`, which turns prompts into embeddings and masks."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from nai_t5_core.weights.examine import NO_TOKENIZER, ModelSource
 from nai_t5_core.weights.load import LoadReport, ScalesChoice, load
 from nai_t5_core.weights.scales_file import write_scales
 
-# Rows computed in one pass. Activations of T5-XXL take about 100 kB a row, so this is well under 1 GB.
+# The most rows computed in one pass. Activations of T5-XXL take about 100 kB per row, so this is well under 1 GB.
 DEFAULT_TOKEN_BUDGET = 8192
 
 
 @dataclass(frozen=True)
 class PromptEmbeddings:
-    """What :meth:`TextEncoder.encode` gives.
+    """The result of :meth:`TextEncoder.encode`.
 
     Attributes:
         hidden_states: [batch, length, d_model].
@@ -104,22 +104,22 @@ class TextEncoder:
         """Loads weights and tokenizer; sources and arguments are those of :func:`nai_t5_core.load_encoder`.
 
         Args:
-            tokenizer: a tokenizer file or folder, or a file of weights with one inside, for weight files that have none
-                beside or inside them.
-            optimize: prepack the weights where that speeds up this device. The model can then not be moved or trained.
-                On CUDA in half precision our own kernels encode, from CUDA graphs, see
-                :mod:`nai_t5_core.backends.cuda`; that takes nothing from the model.
+            tokenizer: a tokenizer file or folder, or a file of weights with a tokenizer inside; for a ``source`` that
+                comes without one.
+            optimize: prepack the weights where that makes this device faster. The model can then not be moved or
+                trained. On CUDA in half precision our own kernels encode, from CUDA graphs, see
+                :mod:`nai_t5_core.backends.cuda`; these leave the model's weights as they are.
             quantize: ``"int8"`` computes the projections in 8 bits, see
                 :func:`nai_t5_core.backends.choose.quantize_int8`.
             compile: True, or a mode of torch.compile, compiles the encoder, see
                 :func:`nai_t5_core.backends.compiled.compile_stack`; the weights are then not prepacked.
             token_budget: how many rows are computed at a time; larger batches are split, which bounds the memory.
-            loras: files and strengths, merged for good before the weights are packed, quantised or compiled. Those that
-                come and go are for :class:`nai_t5_core.lora.live.LiveLoras`.
+            loras: files and strengths, merged for good before the weights are prepacked, quantised or compiled. To add
+                and remove LoRAs later, use :class:`nai_t5_core.lora.live.LiveLoras`.
 
         Raises:
             CheckpointError: the checkpoint or a LoRA is unusable, or there is no tokenizer.
-            ValueError: an unknown choice, one that this device cannot do, or a LoRA for another T5.
+            ValueError: an unknown choice, one that is not possible on this device, or a LoRA for another T5.
             FlexUnavailableError: ``compile`` without a compiler.
         """
         if quantize and compile:
@@ -136,7 +136,7 @@ class TextEncoder:
         if quantize:
             quantize_int8(stack)
         elif compile:
-            # Only now: torch's compiler takes a second to import.
+            # Imported only here: torch's compiler takes a second to import.
             from nai_t5_core.backends.compiled import compile_stack
 
             compile_stack(stack, mode=compile if isinstance(compile, str) else None)
@@ -148,7 +148,7 @@ class TextEncoder:
         return encoder
 
     def save_scales(self, path: str | Path) -> None:
-        """Writes the float16 scales in use, those that a warning said were tightened included, to a JSON file.
+        """Writes the float16 scales in use to a JSON file, with all that were tightened since loading.
 
         ``from_pretrained(…, scales=path)`` and ``convert(…, scales=path)`` read it.
         """
@@ -175,19 +175,19 @@ class TextEncoder:
 
         Args:
             prompts: a list of texts; the empty text is allowed.
-            family: a diffusion model family such as ``"pixart-sigma"``: gives length, padding and text cleaning as its
-                pipeline has them. The other arguments override it.
+            family: a diffusion model family such as ``"pixart-sigma"``, which sets length, padding and text cleaning as
+                in its pipeline. The other arguments override these.
             max_length: longer prompts are cut to this many tokens, end token included. None: no limit.
-            padding: what is done with pad tokens, see :func:`nai_t5_core.model.packing.pack_batch`; ``"exact"``
-                by default.
+            padding: how pad tokens are treated, see :func:`nai_t5_core.model.packing.pack_batch`; ``"exact"`` by
+                default.
             pad_to: ``"max_length"``, or ``"longest"`` prompt of the batch (the default without a family).
             extra_pad: pad positions after the text that are computed and left unmasked.
-            truncate: False makes a prompt that is too long an error; else it is cut, and the result says what was lost.
+            truncate: False makes a prompt that is too long an error; else it is cut, and the result has what was cut.
             output_device: where the result is put; by default it stays on the model's device.
 
         Raises:
-            ValueError: an empty list, something that is no text, an unknown family or padding policy, a bad length, a
-                prompt beyond the limit with ``truncate=False``.
+            ValueError: an empty list, a prompt that is no text, an unknown family or padding policy, an invalid length,
+                or with ``truncate=False`` a prompt beyond the limit.
         """
         row = family_named(family) if family is not None else None
         settings = _Settings.choose(row, max_length, padding, pad_to, extra_pad)
@@ -203,14 +203,14 @@ class TextEncoder:
 
     def _tokenize(self, prompts: Sequence[str], row: Family | None, settings: _Settings) -> TokenBatch:
         if row is not None and isinstance(prompts, Sequence) and not isinstance(prompts, str):
-            # What is no text passes unchanged, for the tokenizer to refuse it with its place in the list.
+            # What is no text is passed on as it is: the tokenizer refuses it and names its place in the list.
             prompts = [clean_text(text, row.text_cleaning) if isinstance(text, str) else text for text in prompts]
         if settings.pad_to == "max_length" and settings.padding != "trim":
             return self.tokenizer(prompts, settings.max_length, pad_to=settings.max_length)
         return self.tokenizer(prompts, settings.max_length, pad_to="longest")
 
     def _with_room(self, ids: Tensor, mask: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
-        """Ids and mask with as many pads behind the longest prompt as are to be computed, within the limit."""
+        """Ids and mask with pads added behind the longest prompt, as many as ``extra_pad`` needs within the limit."""
         room = settings.extra_pad - (ids.shape[1] - int(mask.sum(dim=1).max()))
         if settings.max_length is not None:
             room = min(room, settings.max_length - ids.shape[1])
@@ -239,7 +239,7 @@ class TextEncoder:
         return out
 
     def _parts(self, mask: Tensor, settings: _Settings) -> Iterator[slice]:
-        """Consecutive prompts that fit the budget together; a prompt that exceeds it alone is computed alone."""
+        """Runs of consecutive prompts that fit into the token budget; a prompt that exceeds it is a run by itself."""
         computes_pads = settings.padding in ("attend", "exact")
         costs = [mask.shape[1]] * len(mask) if computes_pads else mask.sum(dim=1).tolist()
         start, total = 0, 0
@@ -260,7 +260,7 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class _Settings:
-    """Length and padding of one call, after the family's values and the caller's were brought together."""
+    """Length and padding of one call: the caller's values, or else the family's."""
 
     max_length: int | None
     padding: PaddingPolicy
@@ -295,7 +295,7 @@ class _Settings:
 
 
 def _merge_for_good(stack: T5EncoderStack, loras: Sequence[tuple[LoraSource, float]]) -> None:
-    """The originals go with the object that knows them."""
+    """Merges LoRAs into a stack. The original weights, which only the local ``Loras`` object holds, are freed."""
     merged = Loras(stack)
     for number, (lora, strength) in enumerate(loras):
         merged.add(lora, strength, name=str(number))

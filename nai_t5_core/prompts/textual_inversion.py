@@ -1,4 +1,4 @@
-"""Textual inversion: trained vectors that a word of the prompt stands for."""
+"""Textual inversion: trained embedding vectors that a word in a prompt is replaced by."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nai_t5_core.prompts.text_encoder import TextEncoder
 from nai_t5_core.tokenizer.placeholders import PlaceholderTokenizer
 from nai_t5_core.weights.formats import Checkpoint, open_checkpoint
 
-# What files with vectors for several text encoders call those of the T5.
+# Names of the T5's vectors in files with vectors for several text encoders.
 _T5_KEYS = ("t5xxl", "t5", "umt5xxl", "umt5", "pile_t5xl", "mt5xl", "t5base")
 
 
 @torch.no_grad()
 def add_embeddings(encoder: TextEncoder, source: Tensor | str | Path, token: str, key: str | None = None) -> list[int]:
-    """Has prompts with ``token`` use trained vectors, one token position for each.
+    """Makes ``token`` in prompts stand for trained vectors; each vector takes one token position.
 
     >>> add_embeddings(encoder, "my-cat.safetensors", "<my-cat>")
     [32128, 32129]
@@ -28,16 +28,16 @@ def add_embeddings(encoder: TextEncoder, source: Tensor | str | Path, token: str
         encoder: changed; its embedding table grows by the vectors. It may be prepacked, quantised or compiled.
         source: [vectors, d_model] or [d_model], or a safetensors or PyTorch file that holds them.
         token: the word for prompts, found in upper and lower case alike, but not inside other words.
-        key: the tensor's name in the file. By default the only one, the one named like ``token``, or the T5's among
-            those for several text encoders.
+        key: the tensor's name in the file. By default the file's only tensor, or the one named like ``token``, or the
+            T5's among those for several text encoders.
 
     Returns:
         The ids of the vectors.
 
     Raises:
         CheckpointError: the file is unusable.
-        ValueError: no or several tensors that may be meant, vectors of another width, or not finite in the model's
-            dtype; a token that is empty or taken.
+        ValueError: no tensor of the file can be chosen; vectors of another width, or not finite in the model's dtype; a
+            token that is empty or taken.
     """
     vectors = source if isinstance(source, Tensor) else _read(open_checkpoint(source), token, key)
     rows = _rows(vectors, encoder.stack)
@@ -63,7 +63,7 @@ def _read(checkpoint: Checkpoint, token: str, key: str | None) -> Tensor:
 
 
 def _rows(vectors: Tensor, stack: T5EncoderStack) -> Tensor:
-    """The vectors as they stand in the embedding table: [vectors, d_model]."""
+    """The vectors as rows of the embedding table, with its scale, dtype and device: [vectors, d_model]."""
     width = stack.config.d_model
     if vectors.ndim not in (1, 2) or vectors.shape[-1] != width or not vectors.numel():
         raise ValueError(
