@@ -1,4 +1,4 @@
-"""Batches of a training run, each a function of the seed and its number: to resume is to ask for the next number."""
+"""Batches of a training run. Each depends on the seed and its number only: a resumed run asks for the next number."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from nai_t5_core.training.config import DataSection
 from nai_t5_core.training.span_corruption import Ids, corrupt
 
 Example = tuple[Ids, Ids]
-# Begins the random numbers of an order, so that they are others than those of an example.
+# First numbers of the seeds of orders and of examples, so that the two draw different random numbers.
 _ORDER, _EXAMPLE = 0, 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a call of the model takes: ids and mask [rows, length], labels [rows, text length], −100 behind the end."""
+    """The inputs of the model: ids and mask [rows, length], labels [rows, text length], −100 behind the end."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -32,7 +32,7 @@ class Batch:
 
     @property
     def targets(self) -> int:
-        """Labels that count."""
+        """The number of labels that count in the loss."""
         return int((self.labels != IGNORE_INDEX).sum())
 
     def to(self, device: torch.device) -> Batch:
@@ -40,7 +40,7 @@ class Batch:
 
 
 class Texts(Protocol):
-    """Examples of one file. ``example`` gives inputs and targets, without end tokens."""
+    """The examples of one file. ``example`` gives inputs and targets, without end tokens."""
 
     def __len__(self) -> int: ...
 
@@ -62,7 +62,7 @@ class SpanCorruption:
 
 
 class Prefixes:
-    """Texts cut in two at a place drawn anew each time: the first part is read, the second written."""
+    """Texts cut at a random place, drawn anew each time: the first part is the input, the second the target."""
 
     def __init__(self, texts: Sequence[Ids]) -> None:
         self.texts = texts
@@ -90,13 +90,13 @@ class Pairs:
 
 
 class Batches:
-    """``batches(number)`` is always the same batch. Every file goes round in a new order each time.
+    """``batches(number)`` is always the same batch. Every file is read in a new random order in each epoch.
 
     Args:
-        sections: the files; each gives its ``rows`` to every batch.
-        tokenizer: of the model.
-        seed: of orders and of noise.
-        rank, count: of several processes that share every batch, this one gets the rows ``rank``, ``rank + count`` …
+        sections: the files; each contributes its ``rows`` to every batch.
+        tokenizer: the model's.
+        seed: of the orders and of the noise.
+        rank, count: with several processes, this one gets the rows ``rank``, ``rank + count`` … of every batch.
 
     Raises:
         ValueError: a file that cannot be read, is empty, or holds something else; no sentinels in the vocabulary; more
@@ -124,7 +124,7 @@ class Batches:
         return Batch(ids, mask.long(), _padded(targets, IGNORE_INDEX))
 
     def _example(self, place: int, position: int) -> Example:
-        """The example at a position of a file's endless stream."""
+        """The example at a position in the endless stream of a file's epochs."""
         source = self.sources[place]
         epoch, index = divmod(position, len(source))
         random = np.random.default_rng([_EXAMPLE, self.seed, place, position])
@@ -165,7 +165,7 @@ def read_texts(section: DataSection, tokenizer: Tokenizer) -> Texts:
 
 
 def sentinel_ids(tokenizer: Tokenizer) -> Ids:
-    """The ids of ``<extra_id_0>``, ``<extra_id_1>`` and so on, as many as there are.
+    """The ids of ``<extra_id_0>``, ``<extra_id_1>`` and so on, as many as the vocabulary has.
 
     Raises:
         ValueError: there are none.
@@ -179,7 +179,7 @@ def sentinel_ids(tokenizer: Tokenizer) -> Ids:
 
 
 def _read_lines(section: DataSection, tokenizer: Tokenizer) -> Iterator[Ids]:
-    """Texts in pieces of ``max_length``, end token included. What is left over at the end may be too short to learn."""
+    """Texts in pieces of at most ``max_length`` tokens, end token included. A last piece of one token is dropped."""
     piece = section.max_length - 1
     for number, line in _lines(section.file):
         ids = np.array(tokenizer.encode(line, add_eos=False), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Where a run stands, in one file that is replaced as a whole: an interruption leaves the one before."""
+"""Checkpoints: one file that is replaced as a whole, so that an interruption leaves the previous checkpoint."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def save(
 ) -> None:
     """Writes weights and optimizer state after ``step`` steps of the run that ``identity`` describes.
 
-    All processes of a sharded run call this; ``is_writer`` is the one that writes, whole tensors.
+    All processes of a sharded run call this; the one with ``is_writer`` writes the gathered tensors.
     """
     weights = _gathered(model.state_dict(), is_writer)
     kept = optimizer.state_dict()
@@ -38,12 +38,12 @@ def save(
     with replacing(path) as partial, partial.open("wb") as file:
         torch.save(state, file)
         file.flush()
-        # Else the new name may be on the disk before the content is.
+        # Without this the rename may reach the disk before the content does.
         os.fsync(file.fileno())
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> int:
-    """Fills model and optimizer, and returns the number of steps done.
+    """Loads a checkpoint into model and optimizer, and returns the number of steps done.
 
     Raises:
         ValueError: no such file, a damaged one, or one of another run; the message names what differs.
@@ -69,7 +69,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identit
 
 
 def _gathered(values: Mapping[str, Any], keep: bool) -> dict[str, Any]:
-    """The values with whole tensors, of which only one process needs to keep any."""
+    """The values with sharded tensors gathered; empty without ``keep``, though all processes must take part."""
     gathered = {}
     for name, value in values.items():
         complete = whole(value).cpu() if isinstance(value, Tensor) else value
@@ -79,7 +79,7 @@ def _gathered(values: Mapping[str, Any], keep: bool) -> dict[str, Any]:
 
 
 def _spread(values: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """The optimizer's state of a parameter; what has its shape is spread over the processes as it is."""
+    """The optimizer's state of a parameter; tensors of its shape are sharded as the parameter is."""
     return {
         name: part_of(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
         for name, value in values.items()

@@ -1,4 +1,4 @@
-"""A training run as data: what is trained, on what, and how. Read from TOML."""
+"""The config of a training run (model, data, optimizer, precision), read from TOML."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def _from_config_folder(path: Path, info: ValidationInfo) -> Path:
 
 
 def _local_source(source: str | None, info: ValidationInfo) -> str | None:
-    """The path, where there is something at it; anything else, such as a hub id, as it is."""
+    """A path from the config file's folder, if it exists; anything else, such as a hub id, as it is."""
     path = _from_config_folder(Path(source or ""), info)
     return str(path) if source and path.exists() else source
 
 
-# Relative paths are meant from the folder of the config file, wherever the command is run.
+# Relative paths start at the folder of the config file, wherever the command is run.
 ConfigPath = Annotated[Path, AfterValidator(_from_config_folder)]
 
 
@@ -38,7 +38,7 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """What is trained: the weights of ``source``, a hub id, folder or file; or random ones of these ``sizes``.
+    """The model to train: with the weights of ``source`` (hub id, folder or file), or with random ones of ``sizes``.
 
     ``tokenizer`` is a file or folder; by default the one that comes with ``source``.
     """
@@ -59,11 +59,11 @@ class ModelSection(_Section):
 
 
 class OptimizerSection(_Section):
-    """AdamW or Adafactor, and how the learning rate goes.
+    """AdamW or Adafactor, and the schedule of the learning rate.
 
-    It rises linearly over ``warmup`` steps to ``learning_rate`` and then follows ``schedule``: ``constant``,
+    The rate rises linearly over ``warmup`` steps to ``learning_rate`` and then follows ``schedule``: ``constant``,
     ``linear`` or ``cosine`` down to 0 at the last step, or ``inverse-sqrt``, √(warmup / step). Embeddings and position
-    biases, whose numbers are larger than those of matrices, get ``table_factor`` times as much.
+    biases, whose values are larger than those of matrices, have ``table_factor`` times that rate.
     """
 
     kind: Literal["adamw", "adafactor"] = "adamw"
@@ -85,7 +85,7 @@ class OptimizerSection(_Section):
 
 
 class DataSection(_Section):
-    """One file of texts, and the ``rows`` that it gives to every batch.
+    """One file of texts, and the number of ``rows`` that it contributes to every batch.
 
     ``span-corruption`` and ``prefix`` read one text per line; ``pairs`` reads JSON lines with ``input`` and
     ``target``. Lengths count tokens, the end token included. A longer text is cut into pieces; a longer pair is an
@@ -108,11 +108,11 @@ class DataSection(_Section):
 
 
 class TrainConfig(_Section):
-    """A whole run. ``precision`` is what is computed in; the weights that the optimizer changes are float32.
+    """A whole run. ``precision`` is the compute dtype; the weights that the optimizer changes are float32.
 
-    ``dropout`` is the share of activations that are set to zero, at the places where T5 does so; published models were
-    pre-trained without and fine-tuned with 0.1. ``attention`` is the encoder's; ``"auto"`` is SDPA, and ``"flex"``
-    needs CUDA and no dropout.
+    ``dropout`` is the share of activations that are set to zero, in the places where T5 has dropout; published models
+    were pre-trained without dropout and fine-tuned with 0.1. ``attention`` is the encoder's; ``"auto"`` is SDPA, and
+    ``"flex"`` needs CUDA and no dropout.
     """
 
     out: ConfigPath
@@ -138,7 +138,7 @@ class TrainConfig(_Section):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What has to be the same for a run to go on: everything that its losses depend on, and no path."""
+        """The settings that must be unchanged to resume a run: all that its losses depend on, without paths."""
         return self.model_dump(
             mode="json",
             exclude={

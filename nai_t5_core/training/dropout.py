@@ -1,8 +1,8 @@
-"""Dropout as T5 has it: on embeddings, attention weights, what a sublayer adds, the feed-forward's hidden values, and
+"""Dropout in T5's places: on embeddings, attention weights, outputs of sublayers, the feed-forward's hidden values and
 the output of each stack.
 
-It is put onto a model from outside, so that a model without it has no trace of it. What is dropped follows from the
-seed and the number of the batch alone: a run that is resumed drops the same.
+It is added to a model by hooks, so that the model classes have no dropout. The dropped values depend on the seed and
+the number of the batch only, so that a resumed run drops the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ATTENDING = (DocumentAttention, CausalAttention, CrossMemory)
 
 
 def add_dropout(model: T5, rate: float) -> None:
-    """Has a model drop that share of its activations in training mode, from now on."""
+    """Adds dropout of this rate to a model, in training mode."""
 
     def drop(module: nn.Module, values: Tensor) -> Tensor:
         return F.dropout(values, rate, module.training)
@@ -38,7 +38,7 @@ def add_dropout(model: T5, rate: float) -> None:
         return (drop(module, inputs[0]),)
 
     def enter_stack(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Embeddings, then what attends to what, then the dtype."""
+        """Changes the arguments of a stack: embeddings, then attention plans, then the dtype."""
         embeddings, *others = inputs
         attention_rate = rate if module.training else 0.0
         return drop(module, embeddings), *(_dropping(other, attention_rate) for other in others)
@@ -55,13 +55,13 @@ def add_dropout(model: T5, rate: float) -> None:
 
 
 def _dropping(value: Any, rate: float) -> Any:
-    """A plan of attention that drops attention weights; anything else as it is."""
+    """An attention plan with dropout of this rate; any other value as it is."""
     return dataclasses.replace(value, dropout=rate) if isinstance(value, _ATTENDING) else value
 
 
 @contextmanager
 def drawn_for(seed: int, number: int, rank: int, device: torch.device) -> Iterator[None]:
-    """Within it, torch's random numbers are those of a batch; afterwards they go on as if it had not been."""
+    """Within this context torch's random numbers are those of a batch; afterwards its generators are as before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence([seed, number, rank]).generate_state(1)[0]))
         yield

@@ -1,4 +1,4 @@
-"""A trained model as files: the Hugging Face layout, and our own single file made of it."""
+"""Exports a trained model: the Hugging Face layout, and our own single file, converted from it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from nai_t5_core.weights.convert import convert
 from nai_t5_core.weights.formats import write_safetensors
 
 HF_FOLDER, NATIVE_FILE = "hf", "model.safetensors"
-# What transformers looks for in a folder, by the kind of tokenizer.
+# The file that transformers looks for in a folder, by the kind of tokenizer.
 _TOKENIZER_FILES = {"sentencepiece": "spiece.model", "tokenizer.json": "tokenizer.json"}
 
 
 def export(model: T5, tokenizer: Tokenizer, out: Path, dtype: str, is_writer: bool = True) -> tuple[Path, Path]:
     """Writes ``out/hf`` in float32 and ``out/model.safetensors`` in ``dtype``; returns both paths.
 
-    All processes of a sharded run call this; ``is_writer`` is the one that writes.
+    All processes of a sharded run call this; the one with ``is_writer`` writes.
     """
     folder, file = out / HF_FOLDER, out / NATIVE_FILE
     if is_writer:
@@ -37,7 +37,7 @@ def export(model: T5, tokenizer: Tokenizer, out: Path, dtype: str, is_writer: bo
 
 
 def _original_tensors(model: T5) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a model in the separate layout, in float32 and whole."""
+    """Every tensor of a model in the separate layout, in float32 and gathered from all processes."""
     assert model.layout == "separate", "a fused model has not the original tensors"
     state = model.state_dict()
     for name in encoder_tensors(model.config) | decoder_tensors(model.config):

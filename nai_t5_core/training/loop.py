@@ -1,4 +1,4 @@
-"""The training loop: batches in, steps, log, checkpoints, and the exported model in the end."""
+"""The training loop: steps, log, checkpoints, and in the end the exported model."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ class TrainingError(ValueError):
 
 
 class Run:
-    """A model on its way: weights, optimizer and how many steps were taken.
+    """The state of a run: weights, optimizer and number of steps taken.
 
     Args:
-        config: the run.
-        model, batches: what is trained, and on what; the batches of several processes are their parts of each.
+        config: the config of the run.
+        model: the float32 model to train.
+        batches: its batches; with several processes, this process's rows of each.
         processes: those that train together; by default this one alone.
 
     Raises:
@@ -66,7 +67,7 @@ class Run:
         return self.weights.model
 
     def advance(self) -> StepReport:
-        """Takes one step, of ``accumulation`` batches that count as a single large one.
+        """Takes one optimizer step on ``accumulation`` batches, which count as one large batch.
 
         Raises:
             TrainingError: the loss or its gradient is not finite; the weights are those before the step.
@@ -82,7 +83,7 @@ class Run:
             with drawn_for(config.seed, number, self.processes.rank, self.processes.device):
                 loss += share * self.weights.add_gradients(batch, share)
         loss = self.processes.total(loss)
-        # With an infinite limit nothing is clipped, and the norm is computed all the same.
+        # Without a limit, an infinite one: nothing is clipped, but the norm is computed.
         limit = config.optimizer.max_gradient_norm or math.inf
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
         if not math.isfinite(loss + norm):
@@ -115,7 +116,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run has made: the folder in the Hugging Face layout, our file, and the losses that were logged."""
+    """The results of a run: the folder in the Hugging Face layout, our file, and the losses that were logged."""
 
     hf_folder: Path
     file: Path
@@ -125,13 +126,13 @@ class Trained:
 def train(config: TrainConfig, resume: bool = False, progress: Progress | None = None) -> Trained:
     """Trains to the last step and exports.
 
-    Processes that torchrun has started, or that have a process group, train one model together: its weights are spread
-    over them and every batch is divided among them. The losses are those of one process, to rounding.
+    Processes that torchrun has started, or that have a process group, train one model together: its weights are sharded
+    and every batch is divided among them. The losses are those of a single process, up to rounding.
 
     Args:
         config: the run; its folder gets ``losses.jsonl``, ``checkpoint.pt``, ``model.safetensors`` and ``hf``.
         resume: go on from the checkpoint in the folder.
-        progress: called with every step's report and the number of steps in all.
+        progress: called with every step's report and the total number of steps.
 
     Raises:
         ValueError: bad data, weights or tokenizer; a folder that holds a run, without ``resume``, or none, with it.
@@ -162,6 +163,6 @@ def _train(config: TrainConfig, resume: bool, progress: Progress | None, process
         if progress is not None:
             progress(report, config.steps)
     folder, file = export(run.model, tokenizer, config.out, config.export_dtype, processes.is_first)
-    # Until the first has written all of it, which the others read.
+    # A barrier: the other processes read the log only after the first has written all of it.
     processes.total(0)
     return Trained(folder, file, losses.read_losses(log_file))

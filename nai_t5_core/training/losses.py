@@ -1,4 +1,4 @@
-"""The log of a run as JSON lines, one for every so many steps, and as a picture."""
+"""The log of a run: JSON lines, one every ``log_every`` steps, and a plot of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StepReport:
 
 
 class LossLog:
-    """Appends to a file. A run that goes on at a step first drops what lies behind that step."""
+    """Appends reports to a file. A run that resumes at ``step`` first drops the reports of later steps."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
@@ -95,7 +95,7 @@ def plot_losses(reports: list[StepReport], path: Path, title: str = "Training") 
 
 
 def running_mean(values: Sequence[float], share: float = 0.02) -> list[float]:
-    """The mean of each value and those beside it, ``share`` of all on both sides, and at the ends of fewer."""
+    """The mean of each value and its neighbours: on each side ``share`` of all values, fewer at the ends."""
     reach = round(len(values) * share)
     windows = (values[max(0, index - reach) : index + reach + 1] for index in range(len(values)))
     return [sum(window) / len(window) for window in windows]

@@ -1,4 +1,4 @@
-"""AdamW and Adafactor, torch's own, and how the learning rate goes from step to step."""
+"""torch's AdamW and Adafactor, and the schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nai_t5_core.training.config import OptimizerSection
 
 @dataclass
 class _Group:
-    """Parameters that learn alike, under the names that torch's optimizers know."""
+    """A parameter group, with torch's names for its settings."""
 
     weight_decay: float
     factor: float
@@ -21,9 +21,10 @@ class _Group:
 
 
 def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
-    """The optimizer of a float32 model. Each group has a ``factor``, which multiplies the learning rate of every step.
+    """The optimizer of a float32 model. Each group has a ``factor`` for the learning rate of every step.
 
-    Norm weights and position biases are not decayed. Embeddings and position biases have a factor of their own.
+    Norm weights and position biases have no weight decay. Embeddings and position biases have ``table_factor`` as
+    factor.
     """
     matrices = _Group(section.weight_decay, 1.0)
     kinds = {
@@ -41,14 +42,14 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.O
 
 
 def refuse_unsharded(section: OptimizerSection) -> None:
-    """Raises a ValueError for an optimizer whose state torch cannot spread over processes."""
-    # It works on sums over rows and columns in place, which torch 2.13 refuses for spread tensors.
+    """Raises a ValueError for an optimizer whose state torch cannot shard."""
+    # Adafactor changes sums over rows and columns in place, which torch 2.13 refuses for sharded tensors.
     if section.kind == "adafactor":
         raise ValueError('torch\'s Adafactor cannot train a model that is spread over processes; use kind = "adamw"')
 
 
 def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
-    """The learning rate of a step, counted from 0, of a run of ``steps``. Never 0 at a step that is taken."""
+    """The learning rate of a step, counted from 0, in a run of ``steps``. It is above 0 for every step of the run."""
     if step < section.warmup:
         return section.learning_rate * (step + 1) / section.warmup
     done = (step - section.warmup) / max(1, steps - section.warmup)

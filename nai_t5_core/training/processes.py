@@ -12,13 +12,13 @@ import torch.distributed as dist
 
 from nai_t5_core.model.precision import resolve_device
 
-# Far more than a waiting thread needs to take the lock and free two tensors.
+# Far more than gloo's thread needs to take the lock and free two tensors, see _leave_group.
 _FREEING_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among its like: ``rank`` of ``count``, and the device that it computes on."""
+    """This process among those that train together: ``rank`` of ``count``, and the device that it computes on."""
 
     rank: int
     count: int
@@ -30,7 +30,7 @@ class Processes:
         return self.rank == 0
 
     def total(self, value: float) -> float:
-        """The sum of all processes' values; all of them wait here for each other."""
+        """The sum of all processes' values; each process waits here for all others."""
         if self.count == 1:
             return value
         sums = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -39,15 +39,15 @@ class Processes:
 
 
 def alone(device: str) -> Processes:
-    """A run of one process, on the device of this name or choice."""
+    """This process as the only one, on a device by name or ``"auto"``."""
     return Processes(0, 1, resolve_device(device))
 
 
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
-    """Joins the process group that this process was started for, for as long as the context is open.
+    """Joins the process group that torchrun started this process for, within the context.
 
-    A group that exists already is used and left as it is. On a machine with several GPUs each process takes its own.
+    A group that exists already is used and not ended. On a machine with several GPUs each process uses its own.
 
     Raises:
         ValueError: no such device.
@@ -73,8 +73,9 @@ def joined(device: str) -> Iterator[Processes]:
 def _leave_group() -> None:
     """Ends the process group that this process has joined.
 
-    A thread of gloo's frees the tensors of a collective, for which it needs Python's lock. torch does not wait for it,
-    and aborts a process that ends meanwhile: one in five that end right after a collective. Sleeping gives up the lock.
+    After a collective, a thread of gloo frees its tensors, for which it needs Python's GIL. torch does not wait for
+    that thread, and aborts a process that ends meanwhile (one in five that end right after a collective). Sleeping
+    releases the GIL.
     """
     time.sleep(_FREEING_SECONDS)
     dist.destroy_process_group()

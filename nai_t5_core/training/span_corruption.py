@@ -2,8 +2,8 @@
 
 Of n tokens, round(n · density) are noise, in round(noise / mean span) spans between which there is text (Raffel et al.,
 2020, section 3.1.4). In the inputs every span is one sentinel; the targets are the same sentinels, each followed by the
-tokens it stands for. All places of the spans are equally likely. The published code lets every text end with a span,
-which is nothing in 512 tokens; the only span of a short caption would always be its last words.
+tokens it stands for. All places of the spans are equally likely. In the published code every text ends with a span,
+which hardly matters in 512 tokens; but the only span of a short caption would always be its last words.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Ids = NDArray[np.int64]
 def span_lengths(length: int, density: float, mean_span: float, random: np.random.Generator) -> tuple[Ids, Ids]:
     """Lengths of the kept pieces [spans + 1] and of the noise spans between them [spans].
 
-    Only the first and the last piece can be 0; spans and the pieces between them are 1 at least.
+    Only the first and the last piece can be empty; spans and the pieces between them have at least 1 token.
 
     Raises:
-        ValueError: fewer than 2 tokens, of which one is kept and one is noise.
+        ValueError: fewer than 2 tokens; one must be kept and one be noise.
     """
     if length < 2:
         raise ValueError(f"a text of {length} tokens cannot be corrupted; it needs 2 at least")
@@ -33,7 +33,7 @@ def span_lengths(length: int, density: float, mean_span: float, random: np.rando
 
 
 def _composition(total: int, parts: int, random: np.random.Generator) -> Ids:
-    """``total`` as a sum of ``parts`` numbers from 1 on; every such sum is as likely as the others."""
+    """``total`` as an ordered sum of ``parts`` integers of at least 1; all such sums are equally likely."""
     cuts = np.sort(random.choice(total - 1, parts - 1, replace=False)) + 1
     return np.diff(np.concatenate(([0], cuts, [total]))).astype(np.int64)
 
@@ -45,8 +45,8 @@ def corrupt(
 
     Args:
         tokens: [length] ids without an end token.
-        sentinels: ids of the sentinels in the order of their use.
-        density: the share of tokens that is noise.
+        sentinels: ids of the sentinels, in the order in which they are used.
+        density: the share of tokens that are noise.
         mean_span: the mean length of a noise span.
         random: draws where the spans lie.
 
@@ -63,7 +63,7 @@ def corrupt(
             f"a text of {len(tokens)} tokens has {spans} noise spans, and the vocabulary {len(sentinels)} "
             "sentinels; use shorter texts (max_length) or longer spans (mean_span)"
         )
-    # Kept and noise take turns; a piece ends where the running sum of both is.
+    # Kept pieces and noise spans alternate; the cumulative sum of their lengths gives their ends.
     lengths = np.zeros(2 * spans + 1, dtype=np.int64)
     lengths[0::2], lengths[1::2] = kept, noise
     pieces = np.split(tokens, np.cumsum(lengths)[:-1])

@@ -27,7 +27,7 @@ def first_model(config: TrainConfig) -> tuple[T5, Tokenizer]:
     else:
         loaded = load_whole(section.source, torch.float32, "cpu", layout="separate")
         model = T5(loaded.model.config, "separate", NoInit, device="cpu", dtype=torch.float32)
-        # Copied: the tensors that were loaded may be the file's own pages.
+        # Copied, since the loaded tensors may be mapped from the file, and training changes them.
         model.load_state_dict(loaded.model.state_dict())
         tokenizer = own or loaded.tokenizer
     if tokenizer is None:

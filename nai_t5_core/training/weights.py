@@ -1,4 +1,4 @@
-"""The weights of a run: float32 ones that the optimizer changes, and what is computed with."""
+"""The weights of a run: float32 ones that the optimizer changes, and those in the compute dtype."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from nai_t5_core.training.processes import Processes
 
 
 class MasterWeights:
-    """A float32 model, and a copy of it in the compute dtype on which losses and gradients are computed.
+    """A float32 model, and a copy in the compute dtype that computes losses and gradients.
 
-    The copy computes just as the trained model will when it is loaded in that dtype. Gradients of every batch are
-    added up in float32. In float32 the copy is the model itself.
+    The copy computes exactly as the trained model does when loaded in that dtype. Gradients are accumulated in float32.
+    If the compute dtype is float32, the copy is the model itself.
 
     Args:
         model: float32, in the separate layout.
-        dtype: what is computed in.
-        gradient_checkpointing: keep no activations inside a block; the backward pass computes them again.
+        dtype: the compute dtype.
+        gradient_checkpointing: keep only the inputs of blocks; the backward pass computes their activations again.
     """
 
     def __init__(self, model: T5, dtype: torch.dtype, gradient_checkpointing: bool = False) -> None:
@@ -39,7 +39,7 @@ class MasterWeights:
         self.publish()
 
     def add_gradients(self, batch: Batch, share: float) -> float:
-        """Adds ``share`` of a batch's gradient to the float32 model's; returns the mean loss of the batch's labels."""
+        """Adds ``share`` times a batch's gradient to the float32 gradients; returns the mean loss of its labels."""
         loss = self.compute(batch.input_ids, batch.attention_mask, labels=batch.labels).loss
         assert loss is not None
         (loss * share).backward()
@@ -63,14 +63,14 @@ class MasterWeights:
 
 
 class ShardedWeights:
-    """A float32 model spread over several processes, each of which computes its part of every batch.
+    """A float32 model sharded over several processes, each of which computes its rows of every batch.
 
-    Weights are rounded to the compute dtype as a block's are gathered, so there is no copy of them; norms and the sum
-    of all gradients stay in float32.
+    A block's weights are rounded to the compute dtype when they are gathered, so there is no permanent copy; norms and
+    the accumulated gradients stay in float32.
 
     Args:
         model, dtype, gradient_checkpointing: as for :class:`MasterWeights`; the model is sharded in place.
-        processes: those that take part; their shares of a batch make 1 together.
+        processes: those that train together; their shares of a batch sum to 1.
     """
 
     def __init__(self, model: T5, dtype: torch.dtype, gradient_checkpointing: bool, processes: Processes) -> None:
@@ -81,19 +81,19 @@ class ShardedWeights:
         self.model = self.compute = shard(model, mesh, compute_dtype=dtype)
 
     def add_gradients(self, batch: Batch, share: float) -> float:
-        """As :meth:`MasterWeights.add_gradients`, with the gradients of all processes' batches."""
+        """As :meth:`MasterWeights.add_gradients`, for the gradients of all processes together."""
         loss = self.compute(batch.input_ids, batch.attention_mask, labels=batch.labels).loss
         assert loss is not None
-        # Of the gradients the mean is taken, and the sum is wanted.
+        # FSDP averages the gradients over the processes; multiplied by their number, that is the sum.
         (loss * (share * self.count)).backward()
         return float(loss.detach())
 
     def publish(self) -> None:
-        """Nothing: the weights are read where they are."""
+        """Does nothing, since there is no copy."""
 
 
 class CheckpointedEncoderBlock(EncoderBlock):
-    """The layers of another block; of their activations only the input is kept for the backward pass."""
+    """A block with gradient checkpointing, of another block's layers: it keeps only its input for the backward pass."""
 
     def __init__(self, block: EncoderBlock) -> None:
         super().__init__(*block.layer)
@@ -104,7 +104,7 @@ class CheckpointedEncoderBlock(EncoderBlock):
 
 
 class CheckpointedDecoderBlock(DecoderBlock):
-    """The same for a decoder's block."""
+    """A decoder block with gradient checkpointing, see :class:`CheckpointedEncoderBlock`."""
 
     def __init__(self, block: DecoderBlock) -> None:
         super().__init__(*block.layer)
@@ -115,7 +115,7 @@ class CheckpointedDecoderBlock(DecoderBlock):
 
 
 def checkpoint_blocks(model: T5) -> None:
-    """Turns on gradient checkpointing in place; names and weights stay what they are."""
+    """Turns on gradient checkpointing in place; names and weights do not change."""
     for index, block in enumerate(model.encoder.block):
         assert isinstance(block, EncoderBlock)
         model.encoder.block[index] = CheckpointedEncoderBlock(block)
