@@ -1,6 +1,6 @@
 """The command ``nai-t5``. Every command takes ``--json`` for one machine-readable object on stdout.
 
-torch is imported by the commands when they run and not by these modules, so that ``nai-t5 --help`` answers at once.
+Commands import torch when they run, and these modules do not, so that ``nai-t5 --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ app.add_typer(kernels, name="kernels", no_args_is_help=True)
 
 
 def main() -> None:
-    """The entry point: faults of the input become one line on stderr and exit status 2; a warning is one line."""
+    """The entry point. ValueError and OSError become one line on stderr and exit status 2; a warning is one line."""
     never_fail_on_an_encoding()
     warnings.showwarning = _say_warning
     try:
@@ -51,6 +51,6 @@ def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _in_one_line(error: Exception) -> str:
-    """A list of faults, which has a line for each, comes joined by semicolons."""
+    """The message in one line; the items of a list are joined by semicolons."""
     listed = str(error).replace(":\n  - ", ": ").replace("\n  - ", "; ")
     return " ".join(listed.split())

@@ -1,4 +1,4 @@
-"""``inspect``, ``convert`` and ``calibrate``: what is done with weight files."""
+"""``inspect``, ``convert``, ``calibrate`` and ``stress``: the commands for weight files."""
 
 from __future__ import annotations
 

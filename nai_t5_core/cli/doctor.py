@@ -1,4 +1,4 @@
-"""``doctor``: what this machine is, what of ours runs on it, whether it is right, and how fast."""
+"""``doctor``: describes the machine, says which backends run on it, checks their results and times them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``generate``: texts for prompts."""
+"""``generate``: the command that generates texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``kernels build``: what the first encode would otherwise wait for."""
+"""``kernels build``: compiles our CPU kernels, which the first encode would otherwise wait for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ app = typer.Typer(help="The kernels for AVX512, by which the encoder's blocks ru
 
 @app.callback()
 def _only_its_commands() -> None:
-    """Makes ``build`` a word of its own, and not what ``kernels`` alone does."""
+    """Makes ``build`` a subcommand: typer merges a single command into its group unless the group has a callback."""
 
 
 @app.command()

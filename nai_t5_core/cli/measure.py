@@ -1,4 +1,4 @@
-"""``parity`` and ``bench``: our encoder beside others; ``bench-generate``: our generation; ``estimate``: on paper."""
+"""``parity``, ``bench`` and ``bench-generate``: exactness and speed beside others; ``estimate``: by data sheets."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from nai_t5_core.facts.padding import PADDING_POLICIES
 
 
 class Dtype(str, Enum):
-    """Names of compute dtypes, and the choice by device."""
+    """Names of compute dtypes; ``auto`` chooses by device."""
 
     auto = "auto"
     float32 = "float32"
@@ -21,12 +21,12 @@ class Dtype(str, Enum):
     float64 = "float64"
 
 
-# Of the type that typer takes.
+# The padding policies as an Enum, which typer needs for choices.
 Padding = Enum("Padding", {policy: policy for policy in PADDING_POLICIES}, type=str)  # type: ignore[misc]
 
 
 class Attention(str, Enum):
-    """Attention backends, and the choice by device and batch; see nai_t5_core.model.attention_choice."""
+    """Kinds of attention; ``auto`` chooses by device and batch, see nai_t5_core.model.attention_choice."""
 
     auto = "auto"
     flex = "flex"

@@ -1,4 +1,4 @@
-"""``encode`` and ``count``: what is done with prompts."""
+"""``encode``, ``count`` and ``warm-up``: the commands for prompts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How commands hear and speak: prompts from files, results on stdout, everything else on stderr.
+"""Input and output of the commands: prompts from files, results on stdout, everything else on stderr.
 
-Texts are shown as they are: nothing in them is markup or stands for a picture. What is to have a style is rich's Text.
+Texts are printed as they are: rich's markup and emoji codes are off, and styled text is a rich Text.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ err = Console(stderr=True, markup=False, emoji=False)
 
 
 def never_fail_on_an_encoding() -> None:
-    """Has stdout and stderr spell out what their encoding lacks, as Python's strings do: an arrow as ``\\u2192``."""
+    """Makes stdout and stderr escape characters that their encoding lacks, such as an arrow as ``\\u2192``."""
     for stream in (sys.stdout, sys.stderr):
-        # What stands in for a stream may lack this, and Python without a console has no streams.
+        # A replacement of a stream may lack this method, and without a console the streams are None.
         change: Callable[..., None] | None = getattr(stream, "reconfigure", None)
         if change is not None:
             change(errors="backslashreplace")
@@ -41,12 +41,12 @@ def short(text: object, width: int = 60) -> str:
 
 
 def say(text: str, console: Console = out, title: str = "", style: str = "") -> None:
-    """One line, however long: wrapping would break paths and messages apart. Its title has a style."""
+    """Prints a styled title and a text in one line, however long: wrapping would break paths and messages."""
     console.print(Text.assemble((title, style), " " if title and text else "", text), highlight=False, soft_wrap=True)
 
 
 def print_json(report: dict[str, Any]) -> None:
-    # Plain ASCII, which every terminal's encoding has, and not through rich, which would wrap long lines.
+    # ASCII, which every terminal's encoding has; and not by rich, which would wrap long lines.
     print(json.dumps(report))
 
 
@@ -59,7 +59,7 @@ def working(what: str) -> Iterator[None]:
 
 @contextmanager
 def status(what: str) -> Iterator[Callable[[str], None]]:
-    """The same for work of several parts; gives the function to call with the name of each."""
+    """A spinner for work of several parts; gives the function to call with the name of each part."""
     with err.status(Text(what)) as shown:
         yield lambda part: shown.update(Text(part))
 
@@ -87,7 +87,7 @@ def _bar(what: str, amount: ProgressColumn) -> Iterator[Callable[[int, int], Non
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeRemainingColumn())
-    # Where stderr is no terminal, even a bar that was never drawn leaves an empty line.
+    # Disabled where stderr is no terminal: even a bar that is never drawn leaves an empty line there.
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

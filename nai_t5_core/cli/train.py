@@ -1,4 +1,4 @@
-"""``train``: a model from a config file."""
+"""``train``: the command that trains a model by a config file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def train(
     from nai_t5_core.training.processes import joined
 
     if plot is not None:
-        # Before the run, and not after hours of it.
+        # Checked before the run, and not after hours of training.
         losses.require_matplotlib()
     with joined(settings.device) as processes, _training_bar(processes.is_first) as progress:
         trained = run_training(settings, resume, progress)
@@ -60,7 +60,7 @@ def train(
 
 @contextmanager
 def _training_bar(is_shown: bool) -> Iterator[Callable[[StepReport, int], None]]:
-    """A bar on stderr with the loss; gives the function to call with every step's report and the steps in all."""
+    """A bar on stderr with the loss; gives the function to call with every step's report and the number of steps."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
