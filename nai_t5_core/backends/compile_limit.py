@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# Before torch 2.12 the limit counts the graphs of all models of a class together: allow for so many models.
+# Before torch 2.12 the limit counts the graphs of all models of a class together; the most models to allow for.
 _MODELS_TOGETHER = 8
 
 

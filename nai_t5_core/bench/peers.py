@@ -26,7 +26,7 @@ from nai_t5_core.weights.fuse import cook, fused_recipes, separate_recipes
 
 State = Mapping[str, Tensor]
 
-# For random_state(outliers=True): one channel in so many is large; its factor; and its mean in the embeddings, in
+# For random_state(outliers=True): channels per large channel; its factor; and its mean in the embeddings, in
 # standard deviations (an offset, as in trained models, so that the norm does not depend on a value near zero).
 _CHANNELS_PER_OUTLIER = 64
 _OUTLIER_GAIN = 100.0

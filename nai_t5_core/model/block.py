@@ -21,8 +21,8 @@ class BlockRunner(Protocol):
 
     Attributes:
         name: what it is, in words.
-        lending: the backend that computes the block while a live LoRA stands beside its weights, and the one that
-            takes it back; None where this runner can compute a block with a LoRA.
+        lending: which backend computes the block while a live LoRA stands beside its weights, and which afterwards;
+            None where this runner can compute a block with a LoRA.
     """
 
     lending: Lending | None
@@ -102,7 +102,7 @@ class Block(nn.Module):
         return self.by_modules(residual, *attends_and_dtype)
 
     def by_modules(self, residual: Tensor, *attends_and_dtype: Any) -> Tensor:
-        """The same, module by module."""
+        """As :meth:`forward`, always by the block's modules."""
         *attends, dtype = attends_and_dtype
         *attending, feed_forward = self.layer
         for sublayer, attend in zip(attending, attends, strict=True):

@@ -23,7 +23,7 @@ from nai_t5_core.model.layers import residual_dtype
 # Queries [prompts, queries, heads, d_kv] to attention output of the same shape.
 CrossAttend = Callable[[Tensor], Tensor]
 
-# Up to so many queries, a compiled step computes attention query by query; for more it calls torch's kernel.
+# The most queries for which a compiled step computes attention query by query; for more it calls torch's kernel.
 _MOST_SPELLED_OUT = 8
 
 

@@ -109,7 +109,7 @@ class T5Model(nn.Module):
         return self.encoder_stack.device
 
     def assign(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes tensors under this model's names as its weights, without a copy; a tied head has none of its own."""
+        """Assigns tensors by this model's names as its weights, without a copy; a tied head needs no tensor."""
         head = {"lm_head.weight": tensors["shared.weight"]} if self.config.tie_word_embeddings else {}
         self.load_state_dict({**head, **tensors}, assign=True)
         self._tie()

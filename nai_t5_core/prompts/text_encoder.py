@@ -203,7 +203,7 @@ class TextEncoder:
 
     def _tokenize(self, prompts: Sequence[str], row: Family | None, settings: _Settings) -> TokenBatch:
         if row is not None and isinstance(prompts, Sequence) and not isinstance(prompts, str):
-            # What is no text is passed on as it is: the tokenizer refuses it and names its place in the list.
+            # Entries that are no text are passed on: the tokenizer refuses them and names their place in the list.
             prompts = [clean_text(text, row.text_cleaning) if isinstance(text, str) else text for text in prompts]
         if settings.pad_to == "max_length" and settings.padding != "trim":
             return self.tokenizer(prompts, settings.max_length, pad_to=settings.max_length)

@@ -53,7 +53,7 @@ class _Inputs:
         surplus = self.size.blocks * COLUMNS - table.numel()
         parts = [torch.tensor([len(ids)], dtype=torch.int32), pad(table.flatten(), (0, surplus))]
         if ids.is_cuda:
-            # Behind them stay ids of earlier calls: valid ids, whose rows nobody reads.
+            # After them there are still ids of earlier calls: valid ids, whose rows are not read.
             self.ids[: len(ids)].copy_(ids)
         else:
             parts.append(ids.to(torch.int32))
@@ -118,7 +118,7 @@ class GraphRunner:
         return tuple(self._recordings)
 
     def bucket(self, tokens: int) -> int | None:
-        """The smallest bucket that holds a packed row of so many tokens; None for a row longer than the largest."""
+        """The smallest bucket that holds a packed row of ``tokens`` tokens; None for a row longer than the largest."""
         return next((bucket for bucket in self.buckets if tokens <= bucket), None)
 
     def run(self, encode: Encode, source: object, bucket: int, ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ class ProductTime:
 
 
 def candidates(shape: ProductShape, rows: int) -> Iterator[Configuration]:
-    """The configurations to try for a product of so many rows."""
+    """The configurations to try for a product of ``rows`` rows."""
     is_wide = block_rows(rows) == 128
     for columns in (32, 64) if shape.kind == "gated" else (64, 128) if shape.kind == "summed" else (32, 64, 128):
         for depth in (64, 128):

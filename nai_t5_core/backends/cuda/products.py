@@ -75,7 +75,7 @@ def configurations_for(capability: tuple[int, int]) -> Configurations:
 
 
 def block_rows(rows: int) -> int:
-    """The rows of a program's block that holds so many rows: 16, 32, 64 or 128."""
+    """The block size of a program for a number of rows: 16, 32, 64 or 128."""
     return max(16, 1 << (rows - 1).bit_length())
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from nai_t5_core.bench.doctor.settings import DoctorSettings
 from nai_t5_core.bench.doctor.steps import Step, all_steps
 
-_PATIENCE = 10.0  # seconds in which a process that was told to end does so
+_PATIENCE = 10.0  # seconds to wait for a process to end after it was asked to
 
 
 class StepProcess:
