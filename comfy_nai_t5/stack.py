@@ -225,15 +225,17 @@ class SharedStack(T5EncoderStack):
         """
         if self.wish == "separate":
             return super().forward(*inputs, **options)
-        try:
-            by_kernels = self.takes_kernels and not torch_is_needed() and prepare_kernels() is None
-            kind = KEPT[self.wish][0 if by_kernels else 1] if self.is_kept else None
-            reasons = self.encoder.join(self.dtype, kind, by_kernels)
-            self._tell(reasons)
-            self._compile_if(self.compiled and not reasons)
-            return super().forward(*inputs, **options)
-        finally:
-            self.encoder.release()
+        # What is joined belongs to one call, so that threads go one after the other.
+        with self.turns.change():
+            try:
+                by_kernels = self.takes_kernels and not torch_is_needed() and prepare_kernels() is None
+                kind = KEPT[self.wish][0 if by_kernels else 1] if self.is_kept else None
+                reasons = self.encoder.join(self.dtype, kind, by_kernels)
+                self._tell(reasons)
+                self._compile_if(self.compiled and not reasons)
+                return super().forward(*inputs, **options)
+            finally:
+                self.encoder.release()
 
     def _tell(self, reasons: Counter[str]) -> None:
         text = self._described(reasons)

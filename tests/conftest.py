@@ -58,6 +58,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="prompts for each setting that generation is compared with transformers in",
     )
+    parser.addoption(
+        "--fresh-encoders",
+        type=int,
+        default=60,
+        metavar="N",
+        help="new encoders that threads share, of all backends together",
+    )
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

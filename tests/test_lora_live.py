@@ -99,9 +99,7 @@ def test_packed_weights(kind: str, layout: Layout) -> None:
         for _ in range(3):
             assert_near(ours(model), expected)
         held = [module for module in model.modules() if isinstance(module, HeldLinear)]
-        assert any(
-            isinstance(module.forms[0], OneDNNProduct) and module.forms[0].blocked is not None for module in held
-        )
+        assert any(isinstance(module.forms[0], OneDNNProduct) and module.forms[0].is_blocked for module in held)
         loras.clear()
         assert_near(ours(model), reference(config))
         assert not any(isinstance(module, LiveLinear) for module in model.modules())

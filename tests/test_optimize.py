@@ -53,9 +53,9 @@ def test_originals_are_kept_for_one_call_and_then_let_go() -> None:
     assert len(packed) == len(originals) + TOY_CONFIGS["v1.1"].num_layers
     assert not any(linear() for linear in linears)
     stack(IDS)
-    assert all(module.blocked is None for module in packed)
+    assert all(not module.is_blocked for module in packed)
     stack(IDS)
-    assert all(module.blocked is not None and module.plain is None for module in packed)
+    assert all(module.is_blocked for module in packed)
     assert not any(original() for original in originals)
 
 

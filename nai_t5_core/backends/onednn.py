@@ -7,11 +7,9 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nai_t5_core.facts.config import Activation
-from nai_t5_core.model.layers import ACTIVATIONS
 
 # oneDNN's names for the operation that it applies to a product before rounding.
 _POST_OPERATIONS: dict[str | None, tuple[str, list[Any], str]] = {
@@ -38,9 +36,9 @@ class OneDNNProduct:
 
     def __init__(self, weight: Tensor) -> None:
         self.out_features, self.in_features = weight.shape
-        self.plain: Tensor | None = weight.detach()
-        self.blocked: Tensor | None = None
-        self.called = False
+        # One tensor in place of another: threads that come here together find the same numbers in either.
+        self._weight = weight.detach()
+        self._called = False
         self._take_number()
 
     def __call__(self, x: Tensor, activation: Activation | None = None, factor: Tensor | None = None) -> Tensor:
@@ -58,33 +56,27 @@ class OneDNNProduct:
 
     def product(self, x: Tensor, activation: str | None, factor: Tensor | None) -> Tensor:
         """See :meth:`__call__`."""
-        # Read once, plain first: whatever another thread does meanwhile, at least one of the two is there.
-        plain, blocked = self.plain, self.blocked
-        if blocked is None:
-            assert plain is not None
-            if not self.called:
-                self.called = True
-                product = F.linear(x, plain)
-                product = product if activation is None else ACTIVATIONS[activation](product)  # type: ignore[index]
-                return product if factor is None else product * factor
-            self.blocked = blocked = torch.ops.mkldnn._reorder_linear_weight(plain)
-            self.plain = None
+        weight = self._weight
+        if self._called and not weight.is_mkldnn:
+            self._weight = weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._called = True
         pointwise = torch.ops.mkldnn._linear_pointwise
         out: Tensor
         if factor is not None:
-            out = pointwise.binary(x, factor, blocked, None, "mul")
+            out = pointwise.binary(x, factor, weight, None, "mul")
         else:
-            out = pointwise(x, blocked, None, *_POST_OPERATIONS[activation])
+            out = pointwise(x, weight, None, *_POST_OPERATIONS[activation])
         return out
 
     def lies(self) -> Tensor:
-        """The weight that was given, without loss: [out_features, in_features]."""
-        plain, blocked = self.plain, self.blocked
-        if blocked is None:
-            assert plain is not None
-            return plain
-        dense: Tensor = blocked.to_dense()
+        """[out_features, in_features]; the very numbers that were given."""
+        weight = self._weight
+        dense: Tensor = weight.to_dense() if weight.is_mkldnn else weight
         return dense
+
+    @property
+    def is_blocked(self) -> bool:
+        return self._weight.is_mkldnn
 
     def _take_number(self) -> None:
         # A tensor, since an int would be compiled into the graph as a constant, and the graph serve one weight only.
@@ -99,7 +91,7 @@ class OneDNNProduct:
         self.__init__(state["weight"])  # type: ignore[misc]
 
     def __str__(self) -> str:
-        return "oneDNN's order" if self.blocked is not None else "to be in oneDNN's order"
+        return "oneDNN's order" if self.is_blocked else "to be in oneDNN's order"
 
 
 @torch.library.custom_op("nai_t5::blocked_product", mutates_args=())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -55,20 +55,23 @@ def generate_guarded(
         generator.set_state(start)
         return model.generate(input_ids, attention_mask, generator=generator, **options)
 
+    with suppress(NotFiniteLogitsError):
+        return generate()
     changes: list[str] = []
-    while True:
-        try:
-            out = generate()
-        except NotFiniteLogitsError:
+    with model.turns.change():
+        while True:
+            # Another thread may have mended it while this one waited.
+            with suppress(NotFiniteLogitsError):
+                out = generate()
+                break
             # An encoder at fault says so itself.
             encode_guarded(model.encoder_stack, input_ids, attention_mask, padding="skip")
             change = _tighten_first_fault(model, generate)
             if change is not None:
                 changes.append(change)
-            continue
-        if changes:
-            warn_of(changes, "nai_t5_core.weights.scales_file.write_scales")
-        return out
+    if changes:
+        warn_of(changes, "nai_t5_core.weights.scales_file.write_scales")
+    return out
 
 
 class _FaultFoundError(Exception):

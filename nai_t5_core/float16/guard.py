@@ -61,13 +61,20 @@ def guard(stack: T5EncoderStack, call: Callable[..., Result], *inputs: Any, **op
         call: gives hidden states of the stack from arguments of its call; of several, the last ones tell of all.
     """
     out = call(*inputs, **options)
+    if _last_is_finite(out):
+        return out
     changes: list[str] = []
-    while not is_finite(out if isinstance(out, Tensor) else out[-1]):
-        changes.append(_tighten_first_fault(stack, *inputs, **options))
-        out = call(*inputs, **options)
+    with stack.turns.change():
+        # Another thread may have mended it while this one waited.
+        while not _last_is_finite(out := call(*inputs, **options)):
+            changes.append(_tighten_first_fault(stack, *inputs, **options))
     if changes:
         warn_of(changes, "save_scales()")
     return out
+
+
+def _last_is_finite(out: Tensor | list[Tensor]) -> bool:
+    return is_finite(out if isinstance(out, Tensor) else out[-1])
 
 
 def warn_of(changes: list[str], remedy: str) -> None:

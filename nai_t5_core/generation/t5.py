@@ -43,7 +43,8 @@ class T5(T5Model):
             TypeError: an unknown option.
         """
         chosen = GenerationOptions(**options).for_model(self.config)
-        return generate(self, input_ids, attention_mask, chosen, generator, cache)
+        with self.turns.call():
+            return generate(self, input_ids, attention_mask, chosen, generator, cache)
 
     def stream(
         self,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
+
+import torch
 
 from nai_t5_core.facts.config import encoder_tensors
 from nai_t5_core.lora.changes import Change
@@ -29,7 +32,10 @@ class HasStack(Protocol):
 
 
 class LoraSet(ABC):
-    """The LoRAs of one encoder. How they reach its result is the subclass's."""
+    """The LoRAs of one encoder. How they reach its result is the subclass's.
+
+    While threads encode, each of their calls has the LoRAs from before a change or those from after it.
+    """
 
     def __init__(self, model: T5EncoderStack | HasStack) -> None:
         self._stack = model if isinstance(model, T5EncoderStack) else model.stack
@@ -59,10 +65,11 @@ class LoraSet(ABC):
         if not isinstance(lora, Lora):
             lora = read_lora(lora)
         name = lora.name if name is None else name
-        if name in self._loras:
-            raise ValueError(f"there is a LoRA {name!r} already; give another name=, or use set_strength")
-        self._refuse_misfits(lora)
-        self._change({**self._loras, name: (lora, _checked(strength))}, lora.changes)
+        with self._alone():
+            if name in self._loras:
+                raise ValueError(f"there is a LoRA {name!r} already; give another name=, or use set_strength")
+            self._refuse_misfits(lora)
+            self._change({**self._loras, name: (lora, _checked(strength))}, lora.changes)
         return name
 
     def set_strength(self, name: str, strength: float) -> None:
@@ -71,8 +78,9 @@ class LoraSet(ABC):
         Raises:
             ValueError: there is no such LoRA, or the strength is no number; or see :meth:`add`.
         """
-        lora = self._find(name)
-        self._change({**self._loras, name: (lora, _checked(strength))}, lora.changes)
+        with self._alone():
+            lora = self._find(name)
+            self._change({**self._loras, name: (lora, _checked(strength))}, lora.changes)
 
     def remove(self, name: str) -> None:
         """Takes a LoRA away.
@@ -80,12 +88,26 @@ class LoraSet(ABC):
         Raises:
             ValueError: there is no such LoRA; or see :meth:`add`.
         """
-        lora = self._find(name)
-        self._change({other: entry for other, entry in self._loras.items() if other != name}, lora.changes)
+        with self._alone():
+            lora = self._find(name)
+            self._change({other: entry for other, entry in self._loras.items() if other != name}, lora.changes)
 
     def clear(self) -> None:
         """Takes all LoRAs away."""
-        self._change({}, [weight for lora, _ in self._loras.values() for weight in lora.changes])
+        with self._alone():
+            self._change({}, [weight for lora, _ in self._loras.values() for weight in lora.changes])
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While this is open nobody else uses the encoder; neither does a GPU, which calls do not wait for."""
+        with self._stack.turns.change():
+            self._wait_for_gpu()
+            yield
+            self._wait_for_gpu()
+
+    def _wait_for_gpu(self) -> None:
+        if self._stack.device.type == "cuda":
+            torch.cuda.synchronize(self._stack.device)
 
     def _change(self, loras: NamedLoras, changed: Iterable[str]) -> None:
         """As :meth:`_apply`, for subclasses that treat some weights in another way."""

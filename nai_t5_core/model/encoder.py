@@ -17,6 +17,7 @@ from nai_t5_core.model.fixed_weights import refuse_change
 from nai_t5_core.model.inputs import check_ids, dense_mask, for_every_query
 from nai_t5_core.model.layers import FoldedRMSNorm, RMSNorm, residual_dtype, scaled
 from nai_t5_core.model.packing import Packing, PaddingPolicy, bucket_for, pack_batch
+from nai_t5_core.model.turns import Turns
 
 Layout = Literal["fused", "separate"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -130,9 +131,10 @@ class T5EncoderStack(nn.Module):
         kernel_options: passed on to torch's ``flex_attention``. This and ``attention`` may be changed at any time.
 
     Attributes:
-        guard: what makes sure that results are finite, as :func:`nai_t5_core.float16.guard.guard` does; None, the
-            default, returns results unchecked. It may be changed at any time.
-        runner: what encodes in place of the modules, where it can.
+        guard: what sees to it that results are finite, as :func:`nai_t5_core.float16.guard.guard` does; None, as here,
+            gives what comes out. It may be changed at any time.
+        runner: what encodes instead, where it can.
+        turns: threads may call it at once, and what changes it (a LoRA, the guard) waits for its turn.
     """
 
     guard: Guard | None = None
@@ -155,6 +157,7 @@ class T5EncoderStack(nn.Module):
         if attention not in ATTENTION_CHOICES:
             raise ValueError(f"unknown attention {attention!r}; allowed: {', '.join(ATTENTION_CHOICES)}")
         self.config = config
+        self.turns = Turns()
         self.layout = layout
         self.attention = attention
         self.kernel_options = kernel_options
@@ -213,7 +216,8 @@ class T5EncoderStack(nn.Module):
         """
         runner = None if inputs_embeds is not None or torch.compiler.is_compiling() else self.runner
         if runner is not None and input_ids is not None:
-            hidden = runner(self, input_ids, attention_mask, padding, extra_pad)
+            with self.turns.call():
+                hidden = runner(self, input_ids, attention_mask, padding, extra_pad)
             if hidden is not None:
                 return hidden
         out: Tensor = self._guarded(
@@ -227,10 +231,15 @@ class T5EncoderStack(nn.Module):
         return out
 
     def _guarded(self, call: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-        # Reading a value would break a graph that is being compiled.
-        if self.guard is None or torch.compiler.is_compiling():
+        # To look at a number, or to wait for a turn, would break a graph that is being compiled.
+        if torch.compiler.is_compiling():
             return call(*inputs, **options)
-        return self.guard(self, call, *inputs, **options)
+
+        def in_turn(*inputs: Any, **options: Any) -> Any:
+            with self.turns.call():
+                return call(*inputs, **options)
+
+        return in_turn(*inputs, **options) if self.guard is None else self.guard(self, in_turn, *inputs, **options)
 
     def _encode(self, *inputs: Any, **options: Any) -> Tensor:
         embeddings, plan, packing = self.prepare(*inputs, **options)

@@ -19,6 +19,7 @@ from nai_t5_core.model.fixed_weights import refuse_change
 from nai_t5_core.model.inputs import check_ids
 from nai_t5_core.model.layers import residual_dtype, scaled
 from nai_t5_core.model.packing import PaddingPolicy
+from nai_t5_core.model.turns import Turns
 
 IGNORE_INDEX = -100
 
@@ -59,6 +60,9 @@ class T5Model(nn.Module):
         scales, decoder_scales: powers of two that keep a float16 model in range; by default nothing is scaled. The
             embedding table, which both stacks share, has the scale that ``scales`` gives it.
 
+    Attributes:
+        turns: threads may generate at once, and what changes the decoder meanwhile (the guard) waits for its turn.
+
     Raises:
         ValueError: a config without decoder, or scales for another number of layers.
     """
@@ -77,6 +81,7 @@ class T5Model(nn.Module):
         if config.num_decoder_layers == 0:
             raise ValueError("num_decoder_layers=0: this is no T5 with a decoder; use T5EncoderStack for an encoder")
         self.config = config
+        self.turns = Turns()
         self.layout = layout
         self.decoder_scales = decoder_scales or unscaled(config.num_decoder_layers)
         if len(self.decoder_scales.layers) != config.num_decoder_layers:

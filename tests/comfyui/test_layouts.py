@@ -90,7 +90,7 @@ def test_packed_products_are_kept_while_the_weights_stay(tmp_path: Path) -> None
     assert t5_of(clip).stack.told == PACKED
     first = kept_products(clip)
     assert len(first) == 3
-    assert all(kept.kernels.is_in_panels if KERNELS else kept.qkv.blocked is not None for kept in first)
+    assert all(kept.kernels.is_in_panels if KERNELS else kept.qkv.is_blocked for kept in first)
     conditioning(clip, "a dog")
     assert all(now is before for now, before in zip(kept_products(clip), first, strict=True))
     # Where the weights are others, so are the products; and where they are as before, they come out as before.
