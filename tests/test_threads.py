@@ -1,4 +1,4 @@
-"""Threads that share an encoder: each call gives what it gives alone, also while LoRAs come and go or scales tighten."""
+"""Threads that share an encoder: each call gives what it gives alone, also while LoRAs and scales change."""
 
 from __future__ import annotations
 

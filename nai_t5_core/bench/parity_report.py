@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nai_t5_core.model.packing import PADDING_POLICIES, PaddingPolicy
-from nai_t5_core.weights.formats import replacing
+from nai_t5_core.weights.whole_files import replacing
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -17,6 +17,7 @@ from nai_t5_core.bench.peers import random_state
 from nai_t5_core.facts.config import T5Config, config_to_hf
 from nai_t5_core.weights.examine import find_tokenizer_for
 from nai_t5_core.weights.formats import write_safetensors
+from nai_t5_core.weights.whole_files import write_whole
 
 Outlier = Literal[
     "feed_forward_out", "hidden", "attention_out", "cross_attention_out", "embedding", "large_norm", "small_norm"
@@ -94,9 +95,9 @@ def write_stress_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
     write_safetensors(folder / "model.safetensors", layout, state.items(), {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config_to_hf(config)), encoding="utf-8")
+    write_whole(folder / "config.json", json.dumps(config_to_hf(config)))
     kind, content = tokenizer.serialized()
-    (folder / ("spiece.model" if kind == "sentencepiece" else "tokenizer.json")).write_bytes(content)
+    write_whole(folder / ("spiece.model" if kind == "sentencepiece" else "tokenizer.json"), content)
     return folder
 
 

@@ -30,12 +30,13 @@ def doctor(
     """Examine this machine: what can run, whether it computes right, how fast, and which settings suit it."""
     from nai_t5_core.bench.doctor import DoctorSettings, examine_machine
     from nai_t5_core.bench.doctor.report import as_markdown, render
+    from nai_t5_core.weights.whole_files import write_whole
 
     settings = DoctorSettings(device, size, full, budget, tuple(only.split(",")) if only else (), results)
     with err.status("looking") as status:
         diagnosis = examine_machine(settings, status.update)
     if markdown is not None:
-        markdown.write_text(as_markdown(diagnosis), encoding="utf-8")
+        write_whole(markdown, as_markdown(diagnosis))
     if as_json:
         print_json(diagnosis.to_dict())
     else:

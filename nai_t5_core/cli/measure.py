@@ -149,6 +149,7 @@ def bench(
 ) -> None:
     """Time the encoder beside its peers: the same weights, one process, taking turns."""
     from nai_t5_core.bench import speed as timing
+    from nai_t5_core.weights.whole_files import write_whole
 
     chosen = timing.CASES if cases is None else timing.cases_named(cases.split(","))
     if plot is not None and not chosen:
@@ -170,7 +171,7 @@ def bench(
             onednn=onednn,
         )
     if markdown is not None:
-        markdown.write_text(timing.markdown(report), encoding="utf-8")
+        write_whole(markdown, timing.markdown(report))
     if plot is not None:
         timing.plot(report, plot)
     if as_json:
@@ -200,6 +201,7 @@ def bench_generate(
 ) -> None:
     """Time generation beside transformers: the same weights and steps, one process, taking turns."""
     from nai_t5_core.bench import speed as timing
+    from nai_t5_core.weights.whole_files import write_whole
 
     chosen = timing.GENERATION_CASES if cases is None else timing.generation_cases_named(cases.split(","))
     with status("preparing") as tell:
@@ -218,7 +220,7 @@ def bench_generate(
             progress=tell,
         )
     if markdown is not None:
-        markdown.write_text(timing.generation_markdown(report), encoding="utf-8")
+        write_whole(markdown, timing.generation_markdown(report))
     if as_json:
         print_json(report.to_dict())
         return

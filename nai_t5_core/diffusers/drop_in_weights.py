@@ -28,6 +28,7 @@ from nai_t5_core.weights.formats import Checkpoint, CheckpointError, TensorInfo,
 from nai_t5_core.weights.fuse import cook, fused_recipes, separate_recipes, unfuse
 from nai_t5_core.weights.hub import HubOptions, find_model
 from nai_t5_core.weights.load import ScalesChoice, assemble, refuse_before_assembly
+from nai_t5_core.weights.whole_files import write_whole
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a loaded transformers model, and back into it
@@ -317,7 +318,7 @@ def single_device(device_map: Any) -> str | torch.device:
 def write_config(folder: Path, values: dict[str, Any], class_name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**values, "architectures": [class_name]}, indent=2, sort_keys=True)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_whole(folder / "config.json", text + "\n")
 
 
 def write_native(stack: T5EncoderStack, file: Path, source: str) -> None:

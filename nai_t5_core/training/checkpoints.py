@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nai_t5_core.backends.sharding import part_of, whole
-from nai_t5_core.weights.formats import replacing
+from nai_t5_core.weights.whole_files import replacing
 
 NAME = "checkpoint.pt"
 
@@ -36,10 +35,11 @@ def save(
         return
     state = {"step": step, "identity": identity, "model": weights, "optimizer": {**kept, "state": states}}
     with replacing(path) as partial, partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        # Without this the rename may reach the disk before the content does.
-        os.fsync(file.fileno())
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # What torch's writer raises while it handles that of a full disk.
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> int:

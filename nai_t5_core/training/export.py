@@ -15,6 +15,7 @@ from nai_t5_core.generation.t5 import T5
 from nai_t5_core.tokenizer import Tokenizer
 from nai_t5_core.weights.convert import convert
 from nai_t5_core.weights.formats import write_safetensors
+from nai_t5_core.weights.whole_files import write_whole
 
 HF_FOLDER, NATIVE_FILE = "hf", "model.safetensors"
 # The file that transformers looks for in a folder, by the kind of tokenizer.
@@ -51,9 +52,9 @@ def write_hf(model: T5, tokenizer: Tokenizer, folder: Path) -> None:
     layout = {name: (torch.float32, shape) for name, shape in shapes.items()}
     write_safetensors(folder / "model.safetensors", layout, _original_tensors(model), {"format": "pt"})
     config = json.dumps(config_to_hf(model.config), indent=2, sort_keys=True)
-    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+    write_whole(folder / "config.json", config + "\n")
     kind, content = tokenizer.serialized()
     if kind in _TOKENIZER_FILES:
-        (folder / _TOKENIZER_FILES[kind]).write_bytes(content)
+        write_whole(folder / _TOKENIZER_FILES[kind], content)
     else:
-        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}\n', encoding="utf-8")
+        write_whole(folder / "tokenizer_config.json", '{"tokenizer_class": "ByT5Tokenizer"}\n')

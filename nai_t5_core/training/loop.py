@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from nai_t5_core.training.optimizers import learning_rate, make_optimizer, refus
 from nai_t5_core.training.processes import Processes, alone, joined
 from nai_t5_core.training.start import first_model
 from nai_t5_core.training.weights import MasterWeights, ShardedWeights
+from nai_t5_core.weights.whole_files import alone_in
 
 Progress = Callable[[StepReport, int], None]
 
@@ -135,7 +137,8 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
         progress: called with every step's report and the total number of steps.
 
     Raises:
-        ValueError: bad data, weights or tokenizer; a folder that holds a run, without ``resume``, or none, with it.
+        ValueError: bad data, weights or tokenizer; a folder that holds a run, without ``resume``, or none, with it, or
+            in which another process trains.
         TrainingError: the loss is not finite any more.
     """
     with joined(config.device) as processes:
@@ -143,26 +146,36 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
 
 
 def _train(config: TrainConfig, resume: bool, progress: Progress | None, processes: Processes) -> Trained:
-    checkpoint, log_file = config.out / checkpoints.NAME, config.out / losses.NAME
-    if checkpoint.exists() and not resume:
-        raise ValueError(f"{config.out} holds a run already; go on with --resume, or give another folder as out")
+    _refuse_other_run(config, resume)
     model, tokenizer = first_model(config)
     batches = Batches(config.data, tokenizer, config.seed, processes.rank, processes.count)
     run = Run(config, model, batches, processes)
     if resume:
-        run.resume(checkpoint)
+        run.resume(config.out / checkpoints.NAME)
     config.out.mkdir(parents=True, exist_ok=True)
-    log = LossLog(log_file, run.step) if processes.is_first else None
+    with alone_in(config.out) if processes.is_first else nullcontext():
+        _refuse_other_run(config, resume)
+        _take_steps(run, progress)
+        folder, file = export(run.model, tokenizer, config.out, config.export_dtype, processes.is_first)
+    # Until the first has written all of it, which the others read.
+    processes.total(0)
+    return Trained(folder, file, losses.read_losses(config.out / losses.NAME))
+
+
+def _refuse_other_run(config: TrainConfig, resume: bool) -> None:
+    if (config.out / checkpoints.NAME).exists() and not resume:
+        raise ValueError(f"{config.out} holds a run already; go on with --resume, or give another folder as out")
+
+
+def _take_steps(run: Run, progress: Progress | None) -> None:
+    config = run.config
+    log = LossLog(config.out / losses.NAME, run.step) if run.processes.is_first else None
     while run.step < config.steps:
         report = run.advance()
         is_last = run.step == config.steps
         if log is not None and (run.step == 1 or run.step % config.log_every == 0 or is_last):
             log.append(report)
         if run.step % config.checkpoint_every == 0 or is_last:
-            run.save(checkpoint)
+            run.save(config.out / checkpoints.NAME)
         if progress is not None:
             progress(report, config.steps)
-    folder, file = export(run.model, tokenizer, config.out, config.export_dtype, processes.is_first)
-    # A barrier: the other processes read the log only after the first has written all of it.
-    processes.total(0)
-    return Trained(folder, file, losses.read_losses(log_file))

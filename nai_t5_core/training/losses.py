@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nai_t5_core.weights.formats import replacing
+from nai_t5_core.weights.whole_files import replacing
 
 NAME = "losses.jsonl"
 

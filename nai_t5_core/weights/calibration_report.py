@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import FLOAT16_MAX, StackScales
 from nai_t5_core.float16.maxima import LayerMaxima
-from nai_t5_core.weights.formats import replacing
+from nai_t5_core.weights.whole_files import replacing
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

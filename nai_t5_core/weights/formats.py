@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from nai_t5_core.weights.gguf_files import open_gguf
 from nai_t5_core.weights.pytorch_files import read_state
 from nai_t5_core.weights.safetensors_files import DTYPE_NAMES, read_safetensors_header
 from nai_t5_core.weights.shards import index_of, shard_count
+from nai_t5_core.weights.whole_files import remove_unfinished, replacing
 
 # What a folder's weights are called, the preferred first. A single file goes before an index: the hub's folders often
 # have the index of a second, sharded form that was never downloaded.
@@ -290,18 +290,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``path`` to write to, and renames it in the end; after a fault nothing remains."""
-    partial = path.with_name(path.name + ".part")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
 def write_safetensors(
     path: str | Path,
     layout: Mapping[str, tuple[torch.dtype, Shape]],
@@ -333,7 +321,7 @@ def write_safetensors(
                 file.seek(0)
                 file.write(_encoded({**header, "__metadata__": dict(metadata())}, length=len(room)))
     except OSError as error:
-        raise CheckpointError(f"{path} could not be written: {error.strerror or error}; nothing was kept") from error
+        raise CheckpointError(f"{path} could not be written: {error.strerror or error}") from error
 
 
 # Bytes set aside in the header for metadata, which is complete only after the last tensor was hashed.
@@ -379,6 +367,7 @@ def _check_room(path: Path, needed: int) -> None:
         raise CheckpointError(f"{path} is a folder; give the name of the file to write in it")
     if not folder.is_dir():
         raise CheckpointError(f"{path} cannot be written: the folder {folder} does not exist")
+    remove_unfinished(folder)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nai_t5_core.facts.scales import StackScales
-from nai_t5_core.weights.formats import replacing
+from nai_t5_core.weights.whole_files import replacing
 
 # Where the decoder's scales are, beside the encoder's.
 _DECODER = "decoder"

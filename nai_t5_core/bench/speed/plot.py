@@ -10,7 +10,7 @@ from nai_t5_core.bench.comfyui_peer import COMFYUI
 from nai_t5_core.bench.parity_report import OWN
 from nai_t5_core.bench.speed.results import BenchReport, CaseResult
 from nai_t5_core.bench.speed.variants import COMPILED, INT8, NOT_PREPACKED
-from nai_t5_core.weights.formats import replacing
+from nai_t5_core.weights.whole_files import replacing
 
 _GROUP_WIDTH = 0.84
 # By the variant of an implementation, which is the end of its name.
