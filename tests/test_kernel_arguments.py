@@ -184,10 +184,67 @@ def test_what_the_functions_forbid_is_refused() -> None:
         KernelWeight.plain(torch.zeros(4, 8, device="meta"), torch.float32)
 
 
+def without_dimensions(tensor: Tensor) -> Tensor:
+    return tensor.flatten()[0].clone()
+
+
+def with_one_more(tensor: Tensor) -> Tensor:
+    return tensor[None]
+
+
+@pytest.mark.parametrize("spoil", [without_dimensions, with_one_more])
+@pytest.mark.parametrize("call", ARGUMENTS)
+def test_the_number_of_dimensions_is_checked(call: Callable[..., Any], spoil: Callable[[Tensor], Tensor]) -> None:
+    for name, arguments in spoiled(ARGUMENTS[call], spoil):
+        with pytest.raises(ValueError, match=r"expected a (contiguous .*|tensor of 2 dimensions); got"):
+            call(**arguments)
+            pytest.fail(f"{name} went through")
+
+
+@pytest.mark.parametrize("heads", [0, -2, 1.0, "2", None])
+@pytest.mark.parametrize("call", [attention, encode_block])
+def test_heads_are_checked(call: Callable[..., Any], heads: Any) -> None:
+    with pytest.raises(ValueError, match=r"heads=.*; there must be a whole number of them, at least one"):
+        call(**{**ARGUMENTS[call], "heads": heads})
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (4, 0), (4, 7), (8,), (1, 4, 8)])
+def test_weights_of_no_or_odd_sizes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"contiguous weights of even sizes, not 0|expected a tensor of 2 dimensions"):
+        KernelWeight.plain(torch.ones(shape), torch.float32)
+
+
+def test_a_number_that_begins_between_two_is_refused() -> None:
+    """As tensors in a file may lie; C++ takes numbers to begin at multiples of their size."""
+    within = torch.zeros(4 * TOKENS * WIDTH + 4, dtype=torch.uint8)
+    tensor = torch.frombuffer(within.numpy(), dtype=torch.float32, count=TOKENS * WIDTH, offset=1)
+    assert tensor.data_ptr() % 4
+    with pytest.raises(ValueError, match=r"begins at an address that does not divide by 4; clone it"):
+        normed_product(**{**ARGUMENTS[normed_product], "residual": tensor.view(TOKENS, WIDTH)})
+
+
 def test_addresses_are_taken_in_one_place() -> None:
     folder = Path(calls.__file__).parent
     takers = [path.name for path in folder.glob("*.py") if re.search(r"data_ptr|ctypes\.data", path.read_text())]
     assert takers == ["addresses.py"]
+
+
+@pytest.mark.parametrize("products", ["kernels", "onednn"])
+@pytest.mark.parametrize("change", [prepack, quantize_int8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_a_model_may_be_cast_before_it_is_packed(layout: Layout, change: Any, products: Any) -> None:
+    """Which casts norms as well; they are read as what they are."""
+    config = TOY_CONFIGS["v1.1"]
+    stack = build_stack(config, random_state(config), torch.float32, layout).to(torch.bfloat16)
+    assert {tensor.dtype for tensor in [*stack.parameters(), *stack.buffers()]} == {torch.bfloat16}
+    if why_not_prepack(stack) is not None or why_not_int8(stack) is not None:
+        pytest.skip("this machine packs or quantises no such weights")
+    exact = build_stack(config, random_state(config), torch.float64, layout)(IDS, MASK)
+    change(stack, products)
+    for _ in range(3):
+        difference = (stack(IDS, MASK) - exact)[MASK.bool()].abs().max() / exact.abs().max()
+        assert float(difference) < (0.1 if change is quantize_int8 else 0.02)
 
 
 @pytest.mark.parametrize("change", [prepack, quantize_int8])

@@ -309,7 +309,7 @@ def test_wrong_tensors_are_refused() -> None:
         normed_product(torch.zeros(2, 8, dtype=torch.bfloat16), None, 1e-6, weight)
     with pytest.raises(ValueError, match=r"tensor \[2, 4\] on the CPU; got torch.float32 \[2, 5\]"):
         add_product(torch.zeros(2, 8, dtype=torch.bfloat16), weight, torch.zeros(2, 5))
-    with pytest.raises(ValueError, match=r"even sizes in bfloat16.* or float8.* got torch.float64 \[4, 7\]"):
+    with pytest.raises(ValueError, match=r"even sizes, not 0, in bfloat16.* or float8.* got torch.float64 \[4, 7\]"):
         KernelWeight.plain(torch.zeros(4, 7, dtype=torch.float64), torch.float32)
     with pytest.raises(ValueError, match=r"scales and a depth that is a multiple of 4; got torch.int8 \[4, 6\]"):
         KernelWeight.plain(torch.zeros(4, 6, dtype=torch.int8), torch.float32, scales=torch.ones(4))

@@ -37,7 +37,8 @@ class Int8Weight:
         """
         exact = weight.detach().float()
         if in_scale is not None:
-            in_scale = torch.where(in_scale == 0, 1.0, in_scale)
+            # A cast of the model to the dtype that it has casts these, too.
+            in_scale = torch.where(in_scale == 0, 1.0, in_scale.detach().float())
             exact = exact / in_scale
         scale = exact.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / _LARGEST
         return cls((exact / scale[:, None]).round_().to(torch.int8), scale, in_scale)

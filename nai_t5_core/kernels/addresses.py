@@ -10,7 +10,7 @@ def address(tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:
     """Where the numbers of a contiguous tensor on the CPU begin.
 
     Raises:
-        ValueError: it is of another dtype or shape, not contiguous, or somewhere else.
+        ValueError: it is of another dtype or shape, not contiguous, somewhere else, or begins within a number.
     """
     if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous() or not tensor.is_cpu:
         raise ValueError(
@@ -18,7 +18,22 @@ def address(tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:
             f"{'one that is not contiguous, ' if not tensor.is_contiguous() else ''}"
             f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
         )
-    return tensor.data_ptr()
+    place = tensor.data_ptr()
+    if place % dtype.itemsize:
+        raise ValueError(f"a {dtype} tensor begins at an address that does not divide by {dtype.itemsize}; clone it")
+    return place
+
+
+def sizes(tensor: Tensor) -> tuple[int, int]:
+    """Rows and columns.
+
+    Raises:
+        ValueError: it has another number of dimensions.
+    """
+    if tensor.ndim != 2:
+        raise ValueError(f"expected a tensor of 2 dimensions; got {list(tensor.shape)}")
+    rows, columns = tensor.shape
+    return rows, columns
 
 
 def address_if_any(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:

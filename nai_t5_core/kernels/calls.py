@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.facts.config import Activation
-from nai_t5_core.kernels.addresses import address, address_if_any
+from nai_t5_core.kernels.addresses import address, address_if_any, sizes
 from nai_t5_core.kernels.interface import Bias, BlockWeights, Matrix, kernels
 
 # Numbers of the activations in tiles.h, and of the formats in products.cpp.
@@ -92,11 +92,12 @@ class KernelWeight:
         """
         if dtype not in COMPUTE_DTYPES:
             raise ValueError(f"the kernels compute in bfloat16 or float32, and not in {dtype}")
-        columns, depth = weight.shape
+        columns, depth = sizes(weight)
         formats, unit = (WEIGHT_FORMATS, 2) if scales is None else (_WITH_SCALES, 4)
-        if weight.dtype not in formats or not weight.is_contiguous() or depth % unit or (is_gated and columns % 2):
+        is_even = depth % unit == 0 and not (is_gated and columns % 2)
+        if weight.dtype not in formats or not weight.is_contiguous() or not is_even or not weight.numel():
             raise ValueError(
-                "the kernels take contiguous weights of even sizes in bfloat16, float16, float32 or float8, or in int8 "
+                "the kernels take contiguous weights of even sizes, not 0, in bfloat16, float16, float32 or float8, or in int8 "
                 f"with scales and a depth that is a multiple of 4; got {weight.dtype} {list(weight.shape)}"
             )
         own_scales = None if scales is None else scales.detach().float().contiguous()
@@ -173,7 +174,7 @@ def normed_product(
             that is not in panels.
         MemoryError: there is no memory for the activations.
     """
-    tokens, width = len(residual), weight.columns // (2 if weight.is_gated else 1)
+    tokens, width = sizes(residual)[0], weight.columns // (2 if weight.is_gated else 1)
     weight.check_form()
     out = torch.empty(tokens, width, dtype=weight.dtype)
     arguments = (
@@ -198,7 +199,7 @@ def add_product(x: Tensor, weight: KernelWeight, residual: Tensor) -> None:
         ValueError: a tensor of another shape or dtype, or a weight that is gated, or in int8 and not in panels.
         MemoryError: there is no memory for the activations.
     """
-    tokens = len(x)
+    tokens, _ = sizes(x)
     weight.check_form()
     if weight.is_gated:
         raise ValueError("what is added to the residual is the product of a weight without a gate; this one is gated")
@@ -223,11 +224,11 @@ def attention(projected: Tensor, heads: int, documents: Tensor, table: Tensor, s
         table: the bias by distance, [heads, distances] in float32; the number of distances is odd.
 
     Raises:
-        ValueError: a tensor of another shape or dtype, or documents that are not as they are to be.
+        ValueError: a tensor of another shape or dtype, no head, or documents that are not as they are to be.
         MemoryError: there is no memory for the activations.
     """
-    tokens, width = projected.shape
-    size, rest = divmod(width, 3 * heads)
+    tokens, width = sizes(projected)
+    size, rest = divmod(width, 3 * _checked_heads(heads))
     if rest or size % 2:
         raise ValueError(f"queries, keys and values of {heads} heads of an even size are expected; got {width} columns")
     dtype = torch.float32 if projected.dtype == torch.float32 else torch.bfloat16
@@ -274,10 +275,10 @@ def encode_block(
             dtype, or documents that are not as they are to be. The residual is as it was then.
         MemoryError: there is no memory for the activations.
     """
-    tokens = len(residual)
+    tokens, _ = sizes(residual)
     for weight in weights:
         weight.check_form()
-    _check_block(weights, heads)
+    _check_block(weights, _checked_heads(heads))
     qkv, o, _, wo = weights
     dtype, width, wide_columns = qkv.dtype, wo.columns, max(qkv.columns, wo.depth)
     numbers = (heads, epsilon, _activation_number(activation))
@@ -337,7 +338,7 @@ def _check_block(weights: Sequence[KernelWeight], heads: int) -> None:
 
 
 def _bias(documents: Tensor, table: Tensor, heads: int, scale: float) -> Bias:
-    count, distances = len(documents), table.shape[-1]
+    count, distances = sizes(documents)[0], sizes(table)[1]
     if distances % 2 == 0:
         raise ValueError(f"the bias table has {distances} distances; their number is odd, from −reach to reach")
     return Bias(
@@ -347,6 +348,12 @@ def _bias(documents: Tensor, table: Tensor, heads: int, scale: float) -> Bias:
         distances // 2,
         scale,
     )
+
+
+def _checked_heads(heads: int) -> int:
+    if not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"heads={heads!r}; there must be a whole number of them, at least one")
+    return heads
 
 
 def _activation_number(activation: Activation | None) -> int:
