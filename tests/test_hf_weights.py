@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nai_t5_core.bench.stress import stress_state
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.float16.guard import ScaleTightenedWarning
-from nai_t5_core.weights import load
+from nai_t5_core.weights import ranges
 from nai_t5_core.weights.convert import convert
 from nai_t5_core.weights.formats import CheckpointError
 from nai_t5_core.weights.load import load_encoder
@@ -73,7 +73,7 @@ def test_weights_are_never_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     del parameter
     total = sum(alive.values())
     made, peak = 0, 0
-    real = load.cook
+    real = ranges.cook
 
     def counting(*arguments: Any) -> Tensor:
         nonlocal made, peak
@@ -82,7 +82,7 @@ def test_weights_are_never_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         peak = max(peak, made + sum(alive.values()))
         return tensor
 
-    monkeypatch.setattr(load, "cook", counting)
+    monkeypatch.setattr(ranges, "cook", counting)
     ours = NAIT5EncoderModel.from_hf(reference, torch.float64, release=True)
     largest = max(tensor.nbytes for tensor in ours.state_dict().values())
     # In twice the precision, so that nothing is shared: half of what was made has replaced as many numbers of theirs.

@@ -26,6 +26,7 @@ from nai_t5_core.generation.t5 import T5
 from nai_t5_core.model.decoder import DecoderBlock
 from nai_t5_core.model.layers import residual_dtype
 from nai_t5_core.model.plain_twin import plain_twin, plain_weight
+from nai_t5_core.model.precision import advice_beyond
 
 
 def generate_guarded(
@@ -96,7 +97,7 @@ def _tighten_first_fault(model: T5, generate: Callable[[], Tensor]) -> str | Non
     except NotFiniteLogitsError as error:
         like = torch.empty(0, dtype=model.dtype, device=model.device)
         raise NotFiniteError(
-            f"the logits exceed {model.dtype}, though no layer does; use bfloat16 or float32"
+            f"the logits exceed {model.dtype}, though no layer does; {advice_beyond(model.dtype)}"
             if is_finite(plain_weight(model.lm_head, like))
             else f"lm_head.weight {DAMAGED}"
         ) from error
@@ -137,7 +138,7 @@ def _watch(block: nn.Module, index: int, model: T5) -> Iterator[Any]:
             _refuse_damage(model, index, inputs[0].to(residual_dtype(model.dtype)))
             raise NotFiniteError(
                 f"decoder layer {index} exceeds {model.dtype} (its keys or values of the prompt), and no scale can "
-                "mend that; use bfloat16 or float32"
+                f"mend that; {advice_beyond(model.dtype)}"
             )
 
     yield block.register_forward_pre_hook(keep)
@@ -155,7 +156,7 @@ def _refuse_output(model: T5) -> Callable[[nn.Module, Any, Tensor], None]:
         norm = model.decoder.final_layer_norm
         if not norm.weight.isfinite().all():
             raise NotFiniteError(f"decoder.final_layer_norm.weight {DAMAGED}")
-        raise NotFiniteError(f"the decoder's output itself exceeds {model.dtype}; use bfloat16 or float32")
+        raise NotFiniteError(f"the decoder's output itself exceeds {model.dtype}; {advice_beyond(model.dtype)}")
 
     return look
 

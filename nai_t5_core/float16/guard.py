@@ -23,13 +23,14 @@ from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.encoder_block import EncoderBlock
 from nai_t5_core.model.layers import FusedGatedFeedForward, residual_dtype
 from nai_t5_core.model.plain_twin import plain_twin
+from nai_t5_core.model.precision import advice_beyond
 
 Result = TypeVar("Result", Tensor, list[Tensor])
 
 # What a tightened scale leaves between the largest value seen and float16's largest number.
 HEADROOM = 4.0
 
-DAMAGED = "holds values that are not finite; the weights are damaged"
+DAMAGED = "holds values that are not finite; the weights are damaged, or exceeded a dtype that they were cast to"
 
 
 class NotFiniteError(ValueError):
@@ -103,7 +104,7 @@ def _tighten_first_fault(
         before = after
     if final_norm and not is_finite(stack.encoder.final_layer_norm(torch.ones_like(before[:1]))):
         raise NotFiniteError(f"encoder.final_layer_norm.weight {DAMAGED}")
-    raise NotFiniteError(f"the output itself exceeds {stack.dtype}; use bfloat16 or float32")
+    raise NotFiniteError(f"the output itself exceeds {stack.dtype}; {advice_beyond(stack.dtype)}")
 
 
 def _embedding_fault(embeddings: Tensor, ids: Tensor | None) -> str:
@@ -164,7 +165,7 @@ def tighter_scales(
     beyond = [f"{name} reaches {largest:.3g}" for name, largest in seen.maxima.items() if not largest <= limit]
     raise NotFiniteError(
         f"{where} exceeds {dtype} (its {', its '.join(beyond) or 'logits overflow'}), and no scale can "
-        "mend that; use bfloat16 or float32"
+        f"mend that; {advice_beyond(dtype)}"
     )
 
 

@@ -97,8 +97,8 @@ class KernelWeight:
         is_even = depth % unit == 0 and not (is_gated and columns % 2)
         if weight.dtype not in formats or not weight.is_contiguous() or not is_even or not weight.numel():
             raise ValueError(
-                "the kernels take contiguous weights of even sizes, not 0, in bfloat16, float16, float32 or float8, or in "
-                f"int8 with scales and a depth that is a multiple of 4; got {weight.dtype} {list(weight.shape)}"
+                "the kernels take contiguous weights of even sizes, not 0, in bfloat16, float16, float32 or float8, or "
+                f"in int8 with scales and a depth that is a multiple of 4; got {weight.dtype} {list(weight.shape)}"
             )
         own_scales = None if scales is None else scales.detach().float().contiguous()
         made = cls(weight.detach(), formats[weight.dtype], columns, depth, dtype, is_gated, own_scales)

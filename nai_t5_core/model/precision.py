@@ -60,6 +60,18 @@ def _has_native_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
+def advice_on(largest: float) -> str:
+    """Which dtypes to use for numbers as large as this one: "use bfloat16 or float32"."""
+    names = [name for name in ("bfloat16", "float32", "float64") if largest <= torch.finfo(DTYPES[name]).max]
+    # Where float32 does it, double the memory is no advice.
+    return f"use {' or '.join(names[:2])}" if names else "no dtype holds that"
+
+
+def advice_beyond(dtype: torch.dtype) -> str:
+    """The same for numbers that exceed a dtype."""
+    return advice_on(2 * torch.finfo(dtype).max)
+
+
 def is_finite(weight: Tensor) -> bool:
     """Whether a weight has neither NaN nor infinity; allocates nothing of its size."""
     return math.isfinite(largest_absolute(weight))
@@ -68,7 +80,8 @@ def is_finite(weight: Tensor) -> bool:
 def largest_absolute(weight: Tensor) -> float:
     """The largest absolute value; NaN if any value is NaN."""
     low, high = weight.aminmax()
-    return float(torch.stack((low.float(), high.float())).abs().max())
+    precision = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return float(torch.stack((low, high)).to(precision).abs().max())
 
 
 def largest_finite(weight: Tensor) -> float:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Condition, get_ident
+from threading import Condition, local
 from typing import Any
+
+
+class _OfThisThread(local):
+    """What a thread has under way: each sees its own numbers."""
+
+    calls = 0
+    changes = 0
 
 
 class Turns:
@@ -19,25 +25,28 @@ class Turns:
 
     def __init__(self) -> None:
         self._moved = Condition()
-        self._calls: Counter[int] = Counter()  # of each thread, those that run within each other
-        self._changing: int | None = None
-        self._waiting = 0
+        self._mine = _OfThisThread()
+        self._threads_that_call = self._waiting_changes = 0
+        self._is_changing = False
 
     @contextmanager
     def call(self) -> Iterator[None]:
         """While this is open the model stays as it is."""
-        me = get_ident()
-        with self._moved:
-            while me not in self._calls and self._changing != me and (self._waiting or self._changing is not None):
-                self._moved.wait()
-            self._calls[me] += 1
+        mine = self._mine
+        is_first = not (mine.calls or mine.changes)
+        if is_first:
+            with self._moved:
+                while self._waiting_changes or self._is_changing:
+                    self._moved.wait()
+                self._threads_that_call += 1
+        mine.calls += 1
         try:
             yield
         finally:
-            with self._moved:
-                self._calls[me] -= 1
-                if not self._calls[me]:
-                    del self._calls[me]
+            mine.calls -= 1
+            if is_first:
+                with self._moved:
+                    self._threads_that_call -= 1
                     self._moved.notify_all()
 
     @contextmanager
@@ -47,25 +56,31 @@ class Turns:
         Raises:
             RuntimeError: this thread is within a call, such as in a hook, which would wait for itself.
         """
-        me = get_ident()
-        if self._changing == me:
+        mine = self._mine
+        if mine.changes:
             yield
             return
-        with self._moved:
-            if me in self._calls:
-                raise RuntimeError("the model cannot be changed from within its own call; change it before or after")
-            self._waiting += 1
-            try:
-                while self._calls or self._changing is not None:
-                    self._moved.wait()
-                self._changing = me
-            finally:
-                self._waiting -= 1
+        if mine.calls:
+            raise RuntimeError("the model cannot be changed from within its own call; change it before or after")
+        self._wait_for_calls()
+        mine.changes += 1
         try:
             yield
         finally:
+            mine.changes -= 1
             with self._moved:
-                self._changing = None
+                self._is_changing = False
+                self._moved.notify_all()
+
+    def _wait_for_calls(self) -> None:
+        with self._moved:
+            self._waiting_changes += 1
+            try:
+                while self._threads_that_call or self._is_changing:
+                    self._moved.wait()
+                self._is_changing = True
+            finally:
+                self._waiting_changes -= 1
                 self._moved.notify_all()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from nai_t5_core.facts.config import Shape
 from nai_t5_core.facts.scales import StackScales
-from nai_t5_core.model.precision import DTYPES, is_finite, keeps_finite
+from nai_t5_core.model.precision import DTYPES
 from nai_t5_core.tokenizer import TOKENIZER_TENSORS, load_tokenizer
 from nai_t5_core.weights import native
 from nai_t5_core.weights.examine import Examination, ModelSource, decoder_faults, examine, find_tokenizer, settle_head
 from nai_t5_core.weights.formats import CheckpointError, tensor_bytes, write_safetensors
 from nai_t5_core.weights.fuse import cook, fused_recipes
 from nai_t5_core.weights.load import ScalesChoice, choose_decoder_scales, choose_scales
+from nai_t5_core.weights.ranges import refuse_infinities
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def convert(
         written = 0
         for recipe in recipes:
             tensor = cook(recipe, read, model_dtype)
-            _refuse_overflow(recipe.target, tensor, examination.read)
+            refuse_infinities(recipe, tensor, examination.read)
             yield recipe.target, tensor
             written += tensor.nbytes
             if progress is not None:
@@ -141,14 +142,3 @@ def _vocabulary_tensor(serialized: tuple[str, bytes]) -> dict[str, Tensor]:
     kind, content = serialized
     name = next((name for name, stored in TOKENIZER_TENSORS.items() if stored == kind), None)
     return {} if name is None else {name: torch.frombuffer(bytearray(content), dtype=torch.uint8)}
-
-
-def _refuse_overflow(name: str, tensor: Tensor, read: Callable[[str], Tensor]) -> None:
-    if not tensor.is_floating_point() or is_finite(tensor):
-        return
-    # Rows of the embedding that no prompt uses may be anything in the original.
-    if name != "shared.weight" or not keeps_finite(read(name), tensor):
-        raise CheckpointError(
-            f"{name} has values that are not finite in {tensor.dtype}: the weights are damaged, or exceed its range; "
-            "use bfloat16 or float32"
-        )

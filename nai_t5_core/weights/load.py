@@ -25,13 +25,14 @@ from nai_t5_core.generation.t5 import T5
 from nai_t5_core.model.attention_choice import AttentionChoice, missing_for_flex, refuse_unsupported
 from nai_t5_core.model.encoder import LAYOUTS, Layout, T5EncoderStack
 from nai_t5_core.model.layers import NoInit
-from nai_t5_core.model.precision import is_finite, keeps_finite, largest_finite, resolve_device, resolve_dtype
+from nai_t5_core.model.precision import largest_finite, resolve_device, resolve_dtype
 from nai_t5_core.tokenizer import Tokenizer
 from nai_t5_core.weights import native
 from nai_t5_core.weights.examine import Examination, ModelSource, decoder_faults, examine, find_tokenizer, settle_head
 from nai_t5_core.weights.formats import CheckpointError
-from nai_t5_core.weights.fuse import Recipe, cook, fused_recipes, separate_recipes
+from nai_t5_core.weights.fuse import Recipe, fused_recipes, separate_recipes
 from nai_t5_core.weights.keymaps import KeyMap
+from nai_t5_core.weights.ranges import cook_within_range
 from nai_t5_core.weights.scales_file import read_decoder_scales, read_scales
 
 SLOW_FLOAT16 = "float16 is exact enough on a CPU but slow there; dtype='auto' picks what is fastest"
@@ -204,7 +205,7 @@ def refuse_before_assembly(examination: Examination, dtype: torch.dtype, layout:
     if dtype == torch.float16:
         recipes, read = _recipes(examination, config, layout, chosen)
         for recipe in recipes:
-            _checked(recipe, cook(recipe, read, dtype), read)
+            cook_within_range(recipe, read, dtype)
 
 
 def load_t5(
@@ -284,7 +285,7 @@ def _tensors(
 ) -> dict[str, Tensor]:
     tensors = {}
     for recipe in recipes:
-        tensors[recipe.target] = _checked(recipe, cook(recipe, read, dtype), read).to(device)
+        tensors[recipe.target] = cook_within_range(recipe, read, dtype).to(device)
         release(recipe.parts)
     return tensors
 
@@ -365,21 +366,6 @@ def _recipes(
     if examination.is_native and scales == examination.scales and same_decoder:
         return native.stored(recipes), examination.checkpoint.read
     return recipes, examination.read
-
-
-def _checked(recipe: Recipe, tensor: Tensor, read: Callable[[str], Tensor]) -> Tensor:
-    """Refuses a weight that float16 has made infinite; what the guard would find later, it could not mend.
-
-    Rows of the embedding may be anything in the file, since most prompts use few of them; the guard tells who does.
-    """
-    if tensor.dtype != torch.float16 or recipe.is_plain or is_finite(tensor):
-        return tensor
-    if recipe.target != "shared.weight" or not keeps_finite(read("shared.weight"), tensor):
-        raise CheckpointError(
-            f"{recipe.target} has values that are not finite in {tensor.dtype}: the weights are damaged, or exceed its "
-            "range; use bfloat16 or float32"
-        )
-    return tensor
 
 
 def _used_by(recipes: list[Recipe], keymap: KeyMap) -> tuple[str, ...]:
