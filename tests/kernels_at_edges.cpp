@@ -80,9 +80,9 @@ long bytes_of(int format) { return format == kFloat32 ? 4 : format >= kFloat8E4m
 bool is_int8(int kind) { return kind >= 2; }
 long number_bytes(int kind) { return kind % 2 ? 4 : 2; }
 
-void fill(const Bytes& bytes, int format) {
+void fill(const Bytes& bytes, int format, long first = 0) {
     const long unit = bytes_of(format);
-    for (long i = 0; i + unit <= bytes.size(); i += unit) {
+    for (long i = first; i + unit <= bytes.size(); i += unit) {
         const float value = draw(-1000, 1000) / 1000.f;
         uint32_t bits;
         std::memcpy(&bits, &value, 4);
@@ -120,6 +120,7 @@ void expect(bool holds, const char* what) {
 // A weight as it lies, and in panels.
 struct Weight {
     int kind;
+    long shift;  // values that are no panels may begin within a number, as they may in a file
     Bytes values, scales;
     Matrix plain;
     Bytes panels;
@@ -129,10 +130,10 @@ struct Weight {
         : Weight(kind, columns, depth, is_gated, is_int8(kind) ? kInt8 : Format(draw(kBfloat16, kFloat8E5m2))) {}
 
     Weight(int kind, long columns, long depth, bool is_gated, Format format)
-        : kind(kind), values(columns * depth * bytes_of(format)), scales(columns * 4),
-          plain{values.data(), format == kInt8 ? scales.as<float>() : nullptr, columns, depth, format, is_gated, kind},
+        : kind(kind), shift(draw(0, 1) ? draw(1, 3) : 0), values(columns * depth * bytes_of(format) + shift),
+          scales(columns * 4), plain{values.data() + shift, format == kInt8 ? scales.as<float>() : nullptr, columns, depth, format, is_gated, kind},
           panels(t5_panel_steps(&plain) * 4), packed(plain) {
-        fill(values, format);
+        fill(values, format, shift);
         fill(scales, kFloat32);
         t5_to_panels(&plain, panels.data());
         packed.values = panels.data();
@@ -142,7 +143,7 @@ struct Weight {
         t5_from_panels(&packed, back.data());
         const bool as_it_was = unit == bytes_of(format) && format != kFloat16 && format < kPanels;
         if (as_it_was && format != kFloat8E4m3 && format != kFloat8E5m2)
-            expect(!std::memcmp(back.data(), values.data(), back.size()), "panels are not the weight");
+            expect(!std::memcmp(back.data(), values.data() + shift, back.size()), "panels are not the weight");
     }
 
     // Bytes are multiplied from panels alone.

@@ -215,10 +215,16 @@ def test_weights_of_no_or_odd_sizes_are_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_a_number_that_begins_between_two_is_refused() -> None:
-    """As tensors in a file may lie; C++ takes numbers to begin at multiples of their size."""
+    """As tensors in a file may lie; C++ takes all but weights to begin at multiples of their size."""
     within = torch.zeros(4 * TOKENS * WIDTH + 4, dtype=torch.uint8)
     tensor = torch.frombuffer(within.numpy(), dtype=torch.float32, count=TOKENS * WIDTH, offset=1)
     assert tensor.data_ptr() % 4
+    weight = tensor.view(TOKENS, WIDTH).copy_(torch.randn(TOKENS, WIDTH))
+    plain, aside = KernelWeight.plain(weight, torch.float32), KernelWeight.plain(weight.clone(), torch.float32)
+    right = ARGUMENTS[normed_product]
+    found = normed_product(**{**right, "weight": plain})
+    assert torch.equal(found, normed_product(**{**right, "weight": aside}))
+    assert torch.equal(plain.in_panels().original(), weight)
     with pytest.raises(ValueError, match=r"begins at an address that does not divide by 4; clone it"):
         normed_product(**{**ARGUMENTS[normed_product], "residual": tensor.view(TOKENS, WIDTH)})
 

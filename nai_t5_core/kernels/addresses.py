@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 
-def address(tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:
+def address(tensor: Tensor, dtype: torch.dtype, *shape: int, anywhere: bool = False) -> int:
     """Where the numbers of a contiguous tensor on the CPU begin.
+
+    Args:
+        anywhere: C++ reads it as bytes: it may begin within a number, as tensors in a file may.
 
     Raises:
         ValueError: it is of another dtype or shape, not contiguous, somewhere else, or begins within a number.
@@ -19,7 +22,7 @@ def address(tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:
             f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
         )
     place = tensor.data_ptr()
-    if place % dtype.itemsize:
+    if place % dtype.itemsize and not anywhere:
         raise ValueError(f"a {dtype} tensor begins at an address that does not divide by {dtype.itemsize}; clone it")
     return place
 

@@ -144,7 +144,8 @@ class KernelWeight:
         if self.is_in_panels:
             matrix.values = address(self.values, torch.int32, self._panel_steps)
         else:
-            matrix.values = address(self.values, _FORMAT_DTYPES[self.format], self.columns, self.depth)
+            dtype = _FORMAT_DTYPES[self.format]
+            matrix.values = address(self.values, dtype, self.columns, self.depth, anywhere=True)
         return matrix
 
     def _sizes(self) -> Matrix:

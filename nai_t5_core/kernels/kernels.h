@@ -5,7 +5,7 @@
 #include <cstdint>
 
 // A weight [columns, depth]. `format` is one of products.cpp, `kind` a number of with_kind. `scales` are those of the
-// columns of bytes that are still to be put in panels, and else null.
+// columns of bytes that are still to be put in panels, and else null. Values that are no panels may begin anywhere.
 struct Matrix {
     const void* values;
     const float* scales;
