@@ -1,4 +1,4 @@
-"""What users hold is copied and pickled in every form, and says in one sentence why it is not moved where it cannot be."""
+"""What users hold is copied and pickled in every form, and says why it is not moved where it cannot be."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
 from torch import Tensor
 from toy_loras import toy_lora, toy_tables
 
+from nai_t5_core.backends.choose import why_not_int8
 from nai_t5_core.float16.generation_guard import generate_guarded
 from nai_t5_core.float16.guard import ScaleTightenedWarning, guard
 from nai_t5_core.generation.t5 import T5
@@ -28,6 +29,8 @@ from nai_t5_core.lora.loras import Loras
 from nai_t5_core.model.encoder import LAYOUTS
 from nai_t5_core.model.layers import NoInit
 from nai_t5_core.model.turns import Turns
+from nai_t5_core.prompts.text_encoder import TextEncoder
+from nai_t5_core.prompts.textual_inversion import add_embeddings
 
 IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
 MASK = padding_mask([12, 5, 1], 12)
@@ -85,6 +88,48 @@ def test_fresh_encoders_give_every_thread_what_one_gets(request: pytest.FixtureR
             for found in at_once(lambda stack=stack: encode(stack)):
                 assert torch.equal(found, expected[name][number]), f"{name}, call {number + 1}"
     record_property("fresh encoders, each called 3 times by 8 threads at once, 0 wrong", count)
+
+
+@pytest.mark.parametrize("options", [{}, {"optimize": False}, {"quantize": "int8"}])
+def test_a_text_encoder_gives_every_thread_what_one_gets(options: dict[str, Any]) -> None:
+    """Each with prompts of its own: tokenizers are shared as well."""
+    if "quantize" in options and why_not_int8(build_stack(CONFIG, random_state(CONFIG))) is not None:
+        pytest.skip("this processor has no fast products of bytes")
+    made = [TextEncoder.from_pretrained(dtype="float32", device="cpu", **options) for _ in range(2)]
+    alone, shared = made
+    prompts = [[f"a {word} of {number} cats", "two dogs"] for number in range(4) for word in ("photo", "row")]
+    expected = [alone.encode(texts, max_length=16).hidden_states for texts in prompts]
+    waiting = iter(range(len(prompts)))
+    lock = threading.Lock()
+
+    def one() -> bool:
+        with lock:
+            number = next(waiting)
+        found = [shared.encode(prompts[number], max_length=16).hidden_states for _ in range(CALLS)]
+        return all(torch.allclose(hidden, expected[number], atol=1e-5) for hidden in found)
+
+    assert all(at_once(one))
+
+
+def test_embeddings_are_added_while_threads_encode() -> None:
+    """A prompt finds the word and its vectors, or neither; and words that come at once get vectors of their own."""
+    encoder = TextEncoder.from_pretrained(dtype="float32", device="cpu", optimize=False)
+    first, width = encoder.stack.config.vocab_size, encoder.stack.config.d_model
+    words = iter([f"<word-{number}>" for number in range(THREADS)])
+    lock = threading.Lock()
+
+    def one() -> tuple[str, list[int]]:
+        with lock:
+            word = next(words)
+        ids = add_embeddings(encoder, torch.full((2, width), float(ord(word[-2]))), word)
+        for other in range(THREADS):
+            encoder.encode([f"a photo of <word-{other}>"])
+        return word, ids
+
+    found = dict(at_once(one))
+    assert sorted(number for ids in found.values() for number in ids) == list(range(first, first + 2 * THREADS))
+    for word, ids in found.items():
+        assert (encoder.stack.shared.weight[ids] == ord(word[-2])).all()
 
 
 def encoding_until(done: threading.Event, stack: Any) -> Iterator[Tensor]:

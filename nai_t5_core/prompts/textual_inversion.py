@@ -41,14 +41,17 @@ def add_embeddings(encoder: TextEncoder, source: Tensor | str | Path, token: str
     """
     vectors = source if isinstance(source, Tensor) else _read(open_checkpoint(source), token, key)
     rows = _rows(vectors, encoder.stack)
-    first = encoder.stack.config.vocab_size
-    ids = list(range(first, first + len(rows)))
-    tokenizer = encoder.tokenizer
-    base, words = (tokenizer.base, tokenizer.words) if isinstance(tokenizer, PlaceholderTokenizer) else (tokenizer, {})
-    if token in words:
-        raise ValueError(f"the word {token!r} has vectors already; take another")
-    encoder.tokenizer = PlaceholderTokenizer(base, {**words, token: ids})
-    _grow(encoder.stack, rows)
+    with encoder.stack.turns.change():
+        first = encoder.stack.config.vocab_size
+        ids = list(range(first, first + len(rows)))
+        old = encoder.tokenizer
+        base, words = (old.base, old.words) if isinstance(old, PlaceholderTokenizer) else (old, {})
+        if token in words:
+            raise ValueError(f"the word {token!r} has vectors already; take another")
+        tokenizer = PlaceholderTokenizer(base, {**words, token: ids})
+        _grow(encoder.stack, rows)
+        # Last: from now on other threads may find the word in their prompts.
+        encoder.tokenizer = tokenizer
     return ids
 
 
