@@ -131,9 +131,9 @@ class T5EncoderStack(nn.Module):
         kernel_options: passed on to torch's ``flex_attention``. This and ``attention`` may be changed at any time.
 
     Attributes:
-        guard: what sees to it that results are finite, as :func:`nai_t5_core.float16.guard.guard` does; None, as here,
-            gives what comes out. It may be changed at any time.
-        runner: what encodes instead, where it can.
+        guard: what makes sure that results are finite, as :func:`nai_t5_core.float16.guard.guard` does; None, the
+            default, returns results unchecked. It may be changed at any time.
+        runner: what encodes in place of the modules, where it can.
         turns: threads may call it at once, and what changes it (a LoRA, the guard) waits for its turn.
     """
 
