@@ -230,16 +230,23 @@ def refuse_giving_back(stack: T5EncoderStack, model: nn.Module) -> None:
 def refuse_wrapped(stack: T5EncoderStack) -> None:
     """Raises a ValueError where weights have adapters or live LoRAs beside them."""
     recipes = fused_recipes(stack.config) if stack.layout == "fused" else separate_recipes(stack.config)
-    # Not the names in the state, for which weights in other forms would all be made anew.
-    held = {f"{name}.weight" for name, module in stack.named_modules() if isinstance(module, HeldLinear)}
-    plain = [*stack.named_parameters(remove_duplicate=False), *stack.named_buffers(remove_duplicate=False)]
-    present = held.union(name for name, _ in plain)
+    present = set(_saved_names(stack))
     absent = [recipe.target for recipe in recipes if recipe.target not in present]
     if absent:
         raise ValueError(
             f"the weights of the encoder cannot be had as they are: {absent[0]} has an adapter or live LoRA beside it "
             f"({len(absent)} weights in all); call clear() of the LiveLoras object, or peft's unload()"
         )
+
+
+def _saved_names(stack: T5EncoderStack) -> Iterator[str]:
+    """The names in the stack's state, for which weights in forms of their own need not be made plain."""
+    for path, module in stack.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        if isinstance(module, HeldLinear):
+            yield f"{prefix}weight"
+        saved_buffers = module._buffers.keys() - module._non_persistent_buffers_set
+        yield from (f"{prefix}{name}" for name in (*module._parameters, *saved_buffers))
 
 
 def refuse_8_bits(stack: T5EncoderStack) -> None:
