@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nai_t5_core.backends.kernel_block import KernelBlock
-from nai_t5_core.backends.kernels import KERNELS, KernelsBackend
-from nai_t5_core.kernels.build import better_than_kernels
+from nai_t5_core.backends.kernels.block import KernelBlock
+from nai_t5_core.backends.kernels.build import better_than_kernels
+from nai_t5_core.backends.kernels.runners import KERNELS, KernelsBackend
 from nai_t5_core.model.attention import Attend
 from nai_t5_core.model.block import Block, Lending
 from nai_t5_core.model.layers import ACTIVATIONS, GatedFeedForward, add_sublayer, gated, scaled

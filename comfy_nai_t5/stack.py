@@ -28,11 +28,11 @@ from comfy_nai_t5.fused import (
 from comfy_nai_t5.int8 import Int8Kernels, Int8Products
 from comfy_nai_t5.packed import Kept, KeptKernels, KeptProducts
 from nai_t5_core.backends.compiled import compile_stack
-from nai_t5_core.backends.kernels import INT8_KERNELS, KERNELS, refuses_mathematics
+from nai_t5_core.backends.kernels.build import prepare_kernels
+from nai_t5_core.backends.kernels.calls import WEIGHT_FORMATS
+from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, refuses_mathematics
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, published_scales
-from nai_t5_core.kernels.build import prepare_kernels
-from nai_t5_core.kernels.calls import WEIGHT_FORMATS
 from nai_t5_core.model.attention import AttentionPlan, distance_table
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.block import Block, torch_is_needed

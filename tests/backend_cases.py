@@ -12,9 +12,9 @@ from conftest import TOY_CONFIGS, build_stack, random_state
 from torch import Tensor
 
 from nai_t5_core.backends.choose import prepack, quantize_int8, run_in_place
-from nai_t5_core.backends.kernels import INT8_KERNELS, KERNELS
+from nai_t5_core.backends.kernels.build import prepare_kernels, why_not_kernels
+from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
-from nai_t5_core.kernels.build import prepare_kernels, why_not_kernels
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 
 CONFIG = TOY_CONFIGS["v1.1"].encoder_only()

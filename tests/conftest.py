@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nai_t5_core.backends.choose import run_in_place
+from nai_t5_core.backends.kernels.build import missing_for_kernels
 from nai_t5_core.facts.config import T5Config, config_to_hf, decoder_tensors, encoder_tensors
-from nai_t5_core.kernels.build import missing_for_kernels
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.layers import NoInit
 from nai_t5_core.weights.fuse import cook, fused_recipes, separate_recipes

@@ -7,7 +7,7 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, random_state
 
 from nai_t5_core import TextEncoder
-from nai_t5_core.kernels.build import why_not_kernels
+from nai_t5_core.backends.kernels.build import why_not_kernels
 from nai_t5_core.model.attention import DenseAttention, DocumentAttention
 from nai_t5_core.model.attention_choice import (
     FLEX_FROM_LENGTHS,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nai_t5_core.backends.held import HeldLinear
+from nai_t5_core.backends.kernels.calls import counted
 from nai_t5_core.float16.guard import NotFiniteError, ScaleTightenedWarning, encode_guarded
-from nai_t5_core.kernels.calls import counted
 from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.model.encoder import LAYOUTS, Layout

@@ -16,6 +16,7 @@ from conftest import TOY_CONFIGS, build_stack, needs_kernels, random_state
 from typer.testing import CliRunner
 
 from nai_t5_core.backends.choose import prepack, why_not_prepack
+from nai_t5_core.backends.kernels.build import why_not_kernels
 from nai_t5_core.bench.parity import random_batch
 from nai_t5_core.bench.parity_report import OWN
 from nai_t5_core.bench.roofline import encoder_flops
@@ -27,7 +28,6 @@ from nai_t5_core.bench.speed.memory import peak_bytes
 from nai_t5_core.bench.speed.results import BenchReport, Spread
 from nai_t5_core.bench.speed.variants import COMPILED, INT8, NOT_PREPACKED, Built
 from nai_t5_core.cli import app
-from nai_t5_core.kernels.build import why_not_kernels
 from nai_t5_core.model.encoder import T5EncoderStack
 
 V1_1 = TOY_CONFIGS["v1.1"].encoder_only()

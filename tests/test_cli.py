@@ -18,9 +18,9 @@ from conftest import TOY_CONFIGS, random_state, write_hf_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from nai_t5_core.backends.kernels.build import why_not_kernels
 from nai_t5_core.cli import main
 from nai_t5_core.facts.config import T5Config
-from nai_t5_core.kernels.build import why_not_kernels
 from nai_t5_core.prompts.text_encoder import TextEncoder
 
 V1_1 = TOY_CONFIGS["v1.1"]

@@ -19,13 +19,13 @@ from toy_offloading import CPU, OFFLOADS, cpu_has_one_name, hooks_of
 from toy_pipelines import NEGATIVE, PROMPT, T5, Toy, make, text_encoder
 
 from nai_t5_core.backends.choose import quantize_int8
-from nai_t5_core.backends.kernels import INT8_KERNELS
+from nai_t5_core.backends.kernels.build import prepare_kernels, why_not_kernels
+from nai_t5_core.backends.kernels.calls import counted
+from nai_t5_core.backends.kernels.runners import INT8_KERNELS
 from nai_t5_core.backends.products import INT8_ONEDNN
 from nai_t5_core.diffusers.adapter import replace_text_encoder, restore_text_encoder
 from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
 from nai_t5_core.diffusers.encode_prompt import encode_prompt
-from nai_t5_core.kernels.build import prepare_kernels, why_not_kernels
-from nai_t5_core.kernels.calls import counted
 from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.model.encoder import LAYOUTS
 

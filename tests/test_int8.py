@@ -14,7 +14,7 @@ from torch import nn
 from nai_t5_core.backends.choose import ProductsChoice, quantize_int8, why_not_int8
 from nai_t5_core.backends.held import HeldLinear
 from nai_t5_core.backends.int8_weight import Int8Product, Int8Weight
-from nai_t5_core.backends.kernels import KernelsOnPanels
+from nai_t5_core.backends.kernels.runners import KernelsOnPanels
 from nai_t5_core.backends.products import INT8_ONEDNN
 from nai_t5_core.bench.parity import measure_parity
 from nai_t5_core.bench.parity_report import OWN

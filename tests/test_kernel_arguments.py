@@ -14,8 +14,8 @@ from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask, rand
 from torch import Tensor
 
 from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_int8, why_not_prepack
-from nai_t5_core.kernels import calls
-from nai_t5_core.kernels.calls import KernelWeight, add_product, attention, encode_block, normed_product
+from nai_t5_core.backends.kernels import calls
+from nai_t5_core.backends.kernels.calls import KernelWeight, add_product, attention, encode_block, normed_product
 from nai_t5_core.model.encoder import LAYOUTS, Layout
 
 pytestmark = needs_kernels

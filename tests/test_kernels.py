@@ -18,11 +18,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nai_t5_core.backends.choose import prepack, run_in_place
-from nai_t5_core.backends.kernels import KernelsOnPanels, refuses_in_place
-from nai_t5_core.backends.products import OneDNNRunner
-from nai_t5_core.facts.config import Activation, T5Config
-from nai_t5_core.kernels import build
-from nai_t5_core.kernels.calls import (
+from nai_t5_core.backends.kernels import build
+from nai_t5_core.backends.kernels.calls import (
     WEIGHT_FORMATS,
     KernelWeight,
     add_product,
@@ -32,6 +29,9 @@ from nai_t5_core.kernels.calls import (
     multiply_in_registers,
     normed_product,
 )
+from nai_t5_core.backends.kernels.runners import KernelsOnPanels, refuses_in_place
+from nai_t5_core.backends.products import OneDNNRunner
+from nai_t5_core.facts.config import Activation, T5Config
 from nai_t5_core.model.attention import position_bias
 from nai_t5_core.model.encoder import LAYOUTS, Layout, T5EncoderStack
 from nai_t5_core.model.layers import CastingOps
@@ -323,7 +323,7 @@ def test_wrong_tensors_are_refused() -> None:
 @needs_kernels
 def test_torchs_number_of_threads_holds() -> None:
     code = (
-        "import torch; torch.set_num_threads(3); from nai_t5_core.kernels.build import library; "
+        "import torch; torch.set_num_threads(3); from nai_t5_core.backends.kernels.build import library; "
         "print(library().t5_threads())"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

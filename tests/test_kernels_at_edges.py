@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import needs_kernels
 
-from nai_t5_core.kernels import build
+from nai_t5_core.backends.kernels import build
 
 pytestmark = needs_kernels
 

@@ -20,9 +20,9 @@ from nai_t5_core.backends.choose import (
     why_not_int8,
     why_not_prepack,
 )
-from nai_t5_core.backends.kernels import KernelsOnPanels
-from nai_t5_core.kernels import build
-from nai_t5_core.kernels.build import built_file, missing_for_kernels, prepare_kernels, why_not_kernels
+from nai_t5_core.backends.kernels import build
+from nai_t5_core.backends.kernels.build import built_file, missing_for_kernels, prepare_kernels, why_not_kernels
+from nai_t5_core.backends.kernels.runners import KernelsOnPanels
 
 V1_1 = TOY_CONFIGS["v1.1"]
 IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
@@ -53,9 +53,9 @@ BUILDING = "compiling the T5's kernels for AVX512 into"
 LOOKS = """
 import torch
 from nai_t5_core import load_encoder
-from nai_t5_core.backends.kernels import KernelsOnPanels
+from nai_t5_core.backends.kernels.runners import KernelsOnPanels
 from nai_t5_core.backends.choose import automatic_attention
-from nai_t5_core.kernels.build import missing_for_kernels, why_not_kernels
+from nai_t5_core.backends.kernels.build import missing_for_kernels, why_not_kernels
 stack = load_encoder(None, "bfloat16", "cpu")
 with torch.no_grad():
     repr(stack), str(stack), stack.describe_attention(), automatic_attention()
@@ -80,7 +80,7 @@ def test_looking_never_builds(tmp_path: Path) -> None:
 
 @needs_kernels
 def test_building_is_told(tmp_path: Path) -> None:
-    code = "from nai_t5_core.kernels.build import prepare_kernels; import torch; print(prepare_kernels())"
+    code = "from nai_t5_core.backends.kernels.build import prepare_kernels; import torch; print(prepare_kernels())"
     for is_first in (True, False):
         done = python(code, tmp_path, COPIES)
         assert done.stdout.strip() == "None", done.stderr

@@ -26,11 +26,11 @@ from safetensors.torch import save_file
 from toy_loras import kohya, projections, toy_differences, toy_lora, toy_tables, with_loras
 
 from nai_t5_core.backends.choose import prepack, quantize_int8
+from nai_t5_core.backends.kernels.calls import counted
 from nai_t5_core.bench.peers import transformers_encoder
 from nai_t5_core.diffusers.drop_in_weights import original_tensors, refuse_wrapped
 from nai_t5_core.facts.config import encoder_tensors
 from nai_t5_core.float16.guard import encode_guarded
-from nai_t5_core.kernels.calls import counted
 from nai_t5_core.lora.changes import WholeChange
 from nai_t5_core.lora.files import Lora, read_lora
 from nai_t5_core.lora.live import LiveLoras

@@ -9,9 +9,9 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, random_state, write_hf_folder
 
 from nai_t5_core.backends.choose import why_not_prepack
+from nai_t5_core.backends.kernels.build import why_not_kernels
 from nai_t5_core.facts.families import family, family_names
 from nai_t5_core.facts.text_cleaning import clean_text
-from nai_t5_core.kernels.build import why_not_kernels
 from nai_t5_core.model.fixed_weights import has_fixed_weights
 from nai_t5_core.model.packing import PADDING_POLICIES, PaddingPolicy
 from nai_t5_core.prompts.text_encoder import TextEncoder

@@ -14,9 +14,9 @@ from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.backends.held import HeldLinear
 from nai_t5_core.backends.int8_weight import Int8Product, Int8Weight
-from nai_t5_core.backends.kernels import INT8_KERNELS, KERNELS, KernelsInPlace
+from nai_t5_core.backends.kernels.build import better_than_kernels, prepare_kernels, why_not_kernels
+from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsInPlace
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
-from nai_t5_core.kernels.build import better_than_kernels, prepare_kernels, why_not_kernels
 from nai_t5_core.model.attention_choice import FLEX_FROM_LENGTHS
 from nai_t5_core.model.block import Backend
 from nai_t5_core.model.encoder import T5EncoderStack
@@ -70,8 +70,8 @@ def prepack(model: Model, products: ProductsChoice = "auto") -> Model:
 
     Args:
         products: ``"auto"`` computes the encoder's blocks by our CPU kernels where they can and are faster (see
-            :mod:`nai_t5_core.kernels`), and all other products by oneDNN; ``"kernels"`` uses the kernels wherever the
-            processor has the instructions, and is an error elsewhere; ``"onednn"`` uses oneDNN alone.
+            :mod:`nai_t5_core.backends.kernels`), and all other products by oneDNN; ``"kernels"`` uses the kernels
+            wherever the processor has the instructions, and is an error elsewhere; ``"onednn"`` uses oneDNN alone.
 
     Returns:
         The same model, changed. It can no longer be moved, cast or trained. A tied head gets a prepacked copy, since

@@ -20,7 +20,7 @@ def _only_its_commands() -> None:
 @app.command()
 def build(as_json: Json = False) -> None:
     """Compile the kernels for this machine ahead; they are kept, and later processes load them."""
-    from nai_t5_core.kernels.build import built_file, missing_for_kernels, prepare_kernels, why_not_kernels
+    from nai_t5_core.backends.kernels.build import built_file, missing_for_kernels, prepare_kernels, why_not_kernels
 
     if missing := missing_for_kernels():
         raise ValueError(f"the kernels cannot be built here: {missing}")

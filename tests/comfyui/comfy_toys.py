@@ -16,9 +16,9 @@ from checkpoints import spiece_tensor, write_file
 from conftest import random_state
 from torch import Tensor
 
+from nai_t5_core.backends.kernels.build import why_not_kernels
 from nai_t5_core.backends.products import INT8_ONEDNN
 from nai_t5_core.facts.config import T5Config
-from nai_t5_core.kernels.build import why_not_kernels
 
 # What a T5 whose products are joined says of itself: of this processor's kernels too, if it has them.
 KERNELS = "" if why_not_kernels() else " with AVX512 kernels"

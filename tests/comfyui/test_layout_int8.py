@@ -30,7 +30,7 @@ from test_layouts import ForeignLinear, bytes_of, kept_products, ours_of, t5_of
 
 from comfy_nai_t5.choices import DTYPES, Settings
 from nai_t5_core.backends.int8_weight import Int8Weight
-from nai_t5_core.kernels.calls import counted
+from nai_t5_core.backends.kernels.calls import counted
 
 require_comfyui()
 

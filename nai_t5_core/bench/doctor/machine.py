@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from nai_t5_core.backends.kernels.build import missing_for_kernels
 from nai_t5_core.bench.doctor.patient import Finding, Patient
-from nai_t5_core.kernels.build import missing_for_kernels
 from nai_t5_core.model.attention_choice import missing_for_flex
 
 # The processor flags that decide which backend computes a T5.

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from nai_t5_core.backends.kernels.calls import counted
 from nai_t5_core.facts.config import Shape
-from nai_t5_core.kernels.calls import counted
 
 
 def count_flops(call: Callable[[], Any]) -> int:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.kernels.calls import multiply_in_registers
 from nai_t5_core.bench.roofline import projection_shapes
 from nai_t5_core.facts.config import T5Config
-from nai_t5_core.kernels.calls import multiply_in_registers
 
 _ROUNDS = 4_000_000  # some hundredths of a second
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_prepack
 from nai_t5_core.backends.compiled import compile_stack
+from nai_t5_core.backends.kernels.build import why_not_kernels
 from nai_t5_core.bench.comfyui_peer import COMFYUI, comfyui_peer, import_comfyui
 from nai_t5_core.bench.parity_report import OWN
 from nai_t5_core.bench.peers import Peer, State, build_peer, own_encoder
 from nai_t5_core.bench.speed.cases import Case
 from nai_t5_core.facts.config import T5Config
-from nai_t5_core.kernels.build import why_not_kernels
 from nai_t5_core.model.encoder import T5EncoderStack
 
 NOT_PREPACKED = f"{OWN}, not prepacked"

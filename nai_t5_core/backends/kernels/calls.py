@@ -11,9 +11,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.kernels.addresses import address, address_if_any, sizes
+from nai_t5_core.backends.kernels.interface import Bias, BlockWeights, Matrix, kernels
 from nai_t5_core.facts.config import Activation
-from nai_t5_core.kernels.addresses import address, address_if_any, sizes
-from nai_t5_core.kernels.interface import Bias, BlockWeights, Matrix, kernels
 
 # Numbers of the activations in tiles.h, and of the formats in products.cpp.
 ACTIVATION_NUMBERS: dict[Activation | None, int] = {None: 0, "relu": 1, "gelu_new": 2, "silu": 3}

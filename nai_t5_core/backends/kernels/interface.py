@@ -6,7 +6,7 @@ import ctypes
 from functools import lru_cache
 from typing import Any
 
-from nai_t5_core.kernels.build import library
+from nai_t5_core.backends.kernels.build import library
 
 
 class Matrix(ctypes.Structure):
@@ -58,7 +58,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 @lru_cache
 def kernels() -> ctypes.CDLL:
-    """The compiled kernels as functions; see :func:`nai_t5_core.kernels.build.library`."""
+    """The compiled kernels as functions; see :func:`nai_t5_core.backends.kernels.build.library`."""
     loaded = library()
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from nai_t5_core.backends.held import PLAIN_LINEARS, HeldLinear, as_it_lies
 from nai_t5_core.backends.int8_weight import Int8Weight
-from nai_t5_core.backends.kernel_block import KernelBlock
+from nai_t5_core.backends.kernels.block import KernelBlock
+from nai_t5_core.backends.kernels.build import missing_for_kernels, prepare_kernels, why_not_kernels
+from nai_t5_core.backends.kernels.calls import ACTIVATION_NUMBERS, COMPUTE_DTYPES
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
-from nai_t5_core.kernels.build import missing_for_kernels, prepare_kernels, why_not_kernels
-from nai_t5_core.kernels.calls import ACTIVATION_NUMBERS, COMPUTE_DTYPES
 from nai_t5_core.model.attention import Attend, FusedSelfAttention
 from nai_t5_core.model.block import Backend, Block, Lending, Seen, is_watched, operations_are_watched, torch_is_needed
 from nai_t5_core.model.layers import (

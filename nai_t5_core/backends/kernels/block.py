@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.kernels.calls import KernelWeight, add_product, encode_block, normed_product
 from nai_t5_core.facts.config import Activation
-from nai_t5_core.kernels.calls import KernelWeight, add_product, encode_block, normed_product
 from nai_t5_core.model.attention import Attend, DocumentLayer
 from nai_t5_core.model.layers import FeedForward
 
