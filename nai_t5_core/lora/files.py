@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nai_t5_core.facts.config import Shape
+from nai_t5_core.facts.nested_text import parse_object
+from nai_t5_core.facts.paths import user_path
 from nai_t5_core.lora.changes import Change, LowRankChange, WholeChange
 from nai_t5_core.lora.keys import LoraKeyMap, Role, additions, map_lora_names
 from nai_t5_core.weights.formats import Checkpoint, CheckpointError, open_checkpoint
@@ -78,7 +79,7 @@ def read_lora(source: str | Path, alpha: float | None = None) -> Lora:
             that would be added), a factor that is absent or misshapen, a peft adapter without its config, or one that
             is no plain LoRA. All faults are listed.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     checkpoint = _open(path)
     keymap = map_lora_names(checkpoint.tensors, str(path))
     zeros = _take_zeros(keymap, checkpoint)
@@ -183,12 +184,9 @@ def _config_in_header(checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
 
 def _json_object(content: bytes, source: str) -> dict[str, Any]:
     try:
-        values = json.loads(content)
+        return parse_object(content)
     except ValueError as error:
         raise CheckpointError(f"{source} is not readable JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{source} holds a JSON {type(values).__name__}; an object is needed")
-    return values
 
 
 def _change(weight: str, names: Mapping[Role, str], checkpoint: Checkpoint, config: Mapping[str, Any]) -> Change:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from nai_t5_core.facts.nested_text import parse_object, shown
+
+# Published tokenizers have 100 to 300 of them, and no embedding table has rows for as many as this.
+_MOST_EXTRA_IDS = 10_000
+_ID_DIGITS = 10
 
 
 @dataclass(frozen=True)
@@ -75,20 +80,33 @@ class FolderTokens:
         # As it is; beside a SentencePiece model, transformers leaves out what the map lists.
         lists = settings if beside_json else config
         further = lists.get("extra_special_tokens", lists.get("additional_special_tokens", ()))
+        if further is not None and not isinstance(further, (Mapping, list, tuple)):
+            raise ValueError(
+                f"the special tokens that the files in {str(folder)!r} list are {shown(further)}; a list of tokens is "
+                "needed"
+            )
         listed = further.values() if isinstance(further, Mapping) else further or ()
-        extra_ids, pad = settings.get("extra_ids"), AddedToken.read(settings.get("pad_token"))
+        pad = AddedToken.read(settings.get("pad_token"))
         return cls(
             numbered=_numbered(folder, config, settings),
             special=tuple(token for value in listed if (token := AddedToken.read(value, special=True))),
             special_alone=bool(listed) and not isinstance(further, Mapping) and not beside_json,
-            extra_ids=extra_ids if isinstance(extra_ids, int) else None,
+            extra_ids=_extra_ids(folder, settings.get("extra_ids")),
             pad_token=pad.content if pad else None,
         )
 
 
+def _extra_ids(folder: Path, count: object) -> int | None:
+    if count is None or (type(count) is int and 0 <= count <= _MOST_EXTRA_IDS):
+        return count
+    raise ValueError(f"extra_ids in {str(folder)!r} is {shown(count)}; a number from 0 to {_MOST_EXTRA_IDS} is needed")
+
+
 def _numbered(folder: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[int, AddedToken]:
-    if config.get("added_tokens_decoder"):
-        source, entries = "added_tokens_decoder of tokenizer_config.json", dict(config["added_tokens_decoder"])
+    if decoder := config.get("added_tokens_decoder"):
+        source, entries = "added_tokens_decoder of tokenizer_config.json", decoder
+        if not isinstance(entries, dict):
+            raise ValueError(f"{source} in {str(folder)!r} is {shown(entries)}; an object of tokens by id is needed")
     else:
         # An older list, which the newer one takes the place of.
         source = "added_tokens.json"
@@ -98,10 +116,17 @@ def _numbered(folder: Path, config: Mapping[str, Any], settings: Mapping[str, An
     tokens = {}
     for number, value in entries.items():
         token = AddedToken.read(value)
-        if token is None or not str(number).isdecimal():
-            raise ValueError(f"{source} in {str(folder)!r} has {number!r}: {value!r}, which is no id and no token")
+        if token is None or not _is_id(number):
+            raise ValueError(
+                f"{source} in {str(folder)!r} has {shown(number)}: {shown(value)}, which is no id and no token"
+            )
         tokens[int(number)] = token
     return dict(sorted(tokens.items()))
+
+
+def _is_id(number: object) -> bool:
+    """Whether it is a number, or a text of one: JSON has only texts for names."""
+    return type(number) is int or (isinstance(number, str) and number.isdecimal() and len(number) < _ID_DIGITS)
 
 
 def refuse_gaps(new: Sequence[int], size: int) -> None:
@@ -122,6 +147,6 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_bytes()))
-    except (ValueError, TypeError) as error:
+        return parse_object(file.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{str(file)!r} is no json object: {error}") from None

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from nai_t5_core.facts.config import T5Config
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from nai_t5_core.facts.nested_text import parse_toml, shown
+from nai_t5_core.facts.paths import user_path
 
 Objective = Literal["span-corruption", "prefix", "pairs"]
 
 
 def _from_config_folder(path: Path, info: ValidationInfo) -> Path:
     folder: Path = (info.context or {}).get("folder", Path())
-    return folder / path.expanduser()
+    return folder / user_path(path)
 
 
 def _local_source(source: str | None, info: ValidationInfo) -> str | None:
@@ -161,8 +157,8 @@ def read_config(path: str | Path) -> TrainConfig:
     """
     path = Path(path)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = parse_toml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as TOML: {error}") from error
     try:
         return TrainConfig.model_validate(values, context={"folder": path.absolute().parent})
@@ -172,5 +168,5 @@ def read_config(path: str | Path) -> TrainConfig:
 
 def _fault(fault: Any) -> str:
     place = ".".join(map(str, fault["loc"]))
-    given = "" if fault["type"] in ("missing", "value_error") else f" (given: {fault['input']!r})"
+    given = "" if fault["type"] in ("missing", "value_error") else f" (given: {shown(fault['input'])})"
     return f"{place}: {fault['msg'].removeprefix('Value error, ')}{given}"
