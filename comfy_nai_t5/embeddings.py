@@ -11,6 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nai_t5_core.facts.nested_text import parse_json
+from nai_t5_core.weights.formats import replacing
+
 FORMAT = "nai-t5-conditioning"
 FORMAT_VERSION = "1"
 
@@ -23,7 +26,8 @@ def save_conditioning(conditioning: list[Any], path: Path, **facts: str) -> Path
         facts: what the user may want to know later: the text, the model.
 
     Raises:
-        ValueError: the conditioning holds something else than tensors, numbers and texts, such as hooks.
+        ValueError: the conditioning holds something else than tensors, numbers and texts, such as hooks; or the disk is
+            full, and what was there before stays.
     """
     tensors: dict[str, Tensor] = {}
     entries = []
@@ -39,8 +43,13 @@ def save_conditioning(conditioning: list[Any], path: Path, **facts: str) -> Path
         raise ValueError(
             f"this conditioning cannot be written to a file ({error}); save it before hooks or masks"
         ) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, {"format": FORMAT, "format_version": FORMAT_VERSION, "entries": header, **facts})
+    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "entries": header, **facts}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be written ({error}); make room, or choose another name") from error
     return path
 
 
@@ -73,11 +82,24 @@ def load_conditioning(path: Path) -> tuple[list[Any], dict[str, str]]:
         raise ValueError(f"{path.name} cannot be read ({error}); save the embedding again") from error
     if (facts.pop("format", None), facts.pop("format_version", None)) != (FORMAT, FORMAT_VERSION):
         raise ValueError(f"{path.name} was not written by Save T5 Embedding; choose one that was")
+    try:
+        entries = parse_json(facts.pop("entries", ""))
+        return _conditioning(entries, tensors), facts
+    except ValueError as error:
+        raise ValueError(f"{path.name} is damaged ({error}); save the embedding again") from error
+
+
+def _conditioning(entries: Any, tensors: dict[str, Tensor]) -> list[Any]:
+    """Raises a ValueError where what the header says beside the tensors does not belong to them."""
+    if not isinstance(entries, list) or not all(isinstance(extras, dict) for extras in entries):
+        raise ValueError("its header has no list of entries")
     conditioning = []
-    for index, extras in enumerate(json.loads(facts.pop("entries"))):
+    for index, extras in enumerate(entries):
         own = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{index}.")}
+        if "cond" not in own:
+            raise ValueError(f"it has no tensor {index}.cond")
         conditioning.append([own.pop("cond"), {**extras, **own}])
-    return conditioning, facts
+    return conditioning
 
 
 def describe(conditioning: list[Any]) -> str:

@@ -63,7 +63,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "no length to pad to": (lambda: encode(pad_to="max_length"), "pad_to='max_length' needs a max_length"),
     "no budget": (
         lambda: TextEncoder(encoder().stack, encoder().tokenizer, token_budget=0),
-        "token_budget=0; at least 1",
+        "token_budget=0; it must be 1 or more",
     ),
     "unknown dtype": (
         lambda: load_encoder(dtype="int4"),

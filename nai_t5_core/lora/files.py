@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 from nai_t5_core.facts.config import Shape
 from nai_t5_core.facts.nested_text import parse_object
 from nai_t5_core.facts.paths import user_path
+from nai_t5_core.lora.adapter_config import AdapterConfig
 from nai_t5_core.lora.changes import Change, LowRankChange, WholeChange
 from nai_t5_core.lora.keys import LoraKeyMap, Role, additions, map_lora_names
 from nai_t5_core.weights.formats import Checkpoint, CheckpointError, open_checkpoint
@@ -148,19 +148,23 @@ def _faults_of(weight: str, names: Mapping[Role, str], shapes: Mapping[str, Shap
         yield f"{names['alpha']}: shape {list(shapes[names['alpha']])}, not one number"
 
 
-def _adapter_config(checkpoint: Checkpoint, prefix: str, alpha: float | None) -> dict[str, Any]:
+def _adapter_config(checkpoint: Checkpoint, prefix: str, alpha: float | None) -> AdapterConfig:
     """peft's config of the T5's part of the file, or what stands for it."""
     if checkpoint.folder is not None:
-        config = _config_beside(checkpoint, alpha)
+        values = _config_beside(checkpoint, alpha)
     elif _HEADER_CONFIG in checkpoint.metadata:
-        config = _config_in_header(checkpoint, prefix)
+        values = _config_in_header(checkpoint, prefix)
     else:
-        config = {}
-    if config.get("use_dora") or config.get("peft_type", "LORA") != "LORA":
-        kind = "DoRA" if config.get("use_dora") else config["peft_type"]
+        values = {}
+    if "lora_alpha" not in values and alpha is not None:
+        values["lora_alpha"] = alpha
+    try:
+        config = AdapterConfig.read(values)
+    except ValueError as error:
+        raise CheckpointError(f"the adapter config of {checkpoint.source} {error}") from error
+    if config.use_dora or config.peft_type != "LORA":
+        kind = "DoRA" if config.use_dora else config.peft_type
         raise CheckpointError(f"{checkpoint.source} is {kind}, which is not supported; a plain LoRA is needed")
-    if "lora_alpha" not in config and alpha is not None:
-        config["lora_alpha"] = alpha
     return config
 
 
@@ -189,7 +193,7 @@ def _json_object(content: bytes, source: str) -> dict[str, Any]:
         raise CheckpointError(f"{source} is not readable JSON: {error}") from error
 
 
-def _change(weight: str, names: Mapping[Role, str], checkpoint: Checkpoint, config: Mapping[str, Any]) -> Change:
+def _change(weight: str, names: Mapping[Role, str], checkpoint: Checkpoint, config: AdapterConfig) -> Change:
     if "difference" in names:
         return WholeChange(checkpoint.read(names["difference"]))
     if "table_up" in names:
@@ -199,15 +203,7 @@ def _change(weight: str, names: Mapping[Role, str], checkpoint: Checkpoint, conf
     rank = down.shape[0]
     if "alpha" in names:
         return LowRankChange(up, down, float(checkpoint.read(names["alpha"])) / rank)
-    alpha = _configured_alpha(weight.removesuffix(".weight"), config)
+    alpha = config.alpha(weight.removesuffix(".weight"))
     if alpha is None:
         return LowRankChange(up, down, 1.0)
-    return LowRankChange(up, down, alpha / (rank**0.5 if config.get("use_rslora") else rank))
-
-
-def _configured_alpha(module: str, config: Mapping[str, Any]) -> float | None:
-    """Alpha of a module; peft matches its patterns with the end of a name."""
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return float(alpha)
-    return None if config.get("lora_alpha") is None else float(config["lora_alpha"])
+    return LowRankChange(up, down, alpha / (rank**0.5 if config.use_rslora else rank))

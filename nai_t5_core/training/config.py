@@ -9,8 +9,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.nested_text import parse_toml, shown
+from nai_t5_core.facts.padding import LONGEST_ROW
 from nai_t5_core.facts.paths import user_path
 
+# Of a file in a batch.
+MOST_ROWS = 100_000
 Objective = Literal["span-corruption", "prefix", "pairs"]
 
 
@@ -30,7 +33,7 @@ ConfigPath = Annotated[Path, AfterValidator(_from_config_folder)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -90,8 +93,8 @@ class DataSection(_Section):
 
     objective: Objective
     file: ConfigPath
-    rows: int = Field(gt=0)
-    max_length: int = Field(default=512, ge=3)
+    rows: int = Field(gt=0, le=MOST_ROWS)
+    max_length: int = Field(default=512, ge=3, le=LONGEST_ROW)
     noise_density: float = Field(default=0.15, gt=0, lt=1)
     mean_span: float = Field(default=3.0, ge=1)
 
@@ -112,8 +115,8 @@ class TrainConfig(_Section):
     """
 
     out: ConfigPath
-    steps: int = Field(gt=0)
-    seed: int = Field(default=0, ge=0)
+    steps: int = Field(gt=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -1,0 +1,34 @@
+"""Numbers of tokens, rows and the like, as callers give them."""
+
+from __future__ import annotations
+
+import operator
+from contextlib import suppress
+from typing import Any
+
+from nai_t5_core.facts.nested_text import shown
+
+
+def whole_number(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
+    """The value of an argument that counts something; numpy's and torch's whole numbers are such as well.
+
+    Raises:
+        ValueError: it is another kind of value, such as 1.5, "5", True or NaN, or too small or too large.
+    """
+    number = _as_int(value)
+    if number is None:
+        allowed = f"a whole number, {least:,} or more"
+    elif number < least:
+        allowed = f"{least:,} or more"
+    elif most is not None and number > most:
+        allowed = f"at most {most:,}"
+    else:
+        return number
+    raise ValueError(f"{name}={shown(value)}; it must be {allowed}")
+
+
+def _as_int(value: Any) -> int | None:
+    if not isinstance(value, bool):
+        with suppress(TypeError):
+            return operator.index(value)
+    return None
