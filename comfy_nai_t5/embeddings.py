@@ -32,10 +32,10 @@ def save_conditioning(conditioning: list[Any], path: Path, **facts: str) -> Path
     tensors: dict[str, Tensor] = {}
     entries = []
     for index, (states, extras) in enumerate(conditioning):
-        tensors[f"{index}.cond"] = states.contiguous()
+        tensors[f"{index}.cond"] = _of_its_own(states)
         entries.append({name: value for name, value in extras.items() if not isinstance(value, Tensor)})
         tensors |= {
-            f"{index}.{name}": value.contiguous() for name, value in extras.items() if isinstance(value, Tensor)
+            f"{index}.{name}": _of_its_own(value) for name, value in extras.items() if isinstance(value, Tensor)
         }
     try:
         header = json.dumps(entries)
@@ -51,6 +51,11 @@ def save_conditioning(conditioning: list[Any], path: Path, **facts: str) -> Path
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be written ({error}); make room, or choose another name") from error
     return path
+
+
+def _of_its_own(tensor: Tensor) -> Tensor:
+    """A copy: entries of a conditioning may share their tensors, and the format keeps no two in one place."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def embedding_path(folder: Path, name: str) -> Path:

@@ -22,6 +22,8 @@ _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lor
 _HEADER_CONFIG = "lora_adapter_metadata"
 # Faults in a message; the rest is a number.
 _SHOWN = 8
+# Beyond any that is trained with: those are about the rank.
+_MOST_ALPHA = 1e9
 _PAIR: tuple[Role, Role] = ("up", "down")
 
 
@@ -121,6 +123,8 @@ def _refuse_faults(keymap: LoraKeyMap, checkpoint: Checkpoint, zeros: list[str])
     faults = [f"{name}: {reason}" for name, reason in keymap.unknown.items()]
     for weight, names in keymap.weights.items():
         faults += _faults_of(weight, names, shapes)
+        kinds = {name: checkpoint.tensors[name].dtype for name in names.values()}
+        faults += [f"{name}: {dtype}, and real numbers are needed" for name, dtype in kinds.items() if dtype.is_complex]
     if faults:
         raise CheckpointError(f"{checkpoint.source} can't be used as a LoRA of a T5 encoder:{listed(faults)}")
     if not keymap.weights and not zeros:
@@ -202,8 +206,11 @@ def _change(weight: str, names: Mapping[Role, str], checkpoint: Checkpoint, conf
         up, down = checkpoint.read(names["up"]), checkpoint.read(names["down"])
     rank = down.shape[0]
     if "alpha" in names:
-        return LowRankChange(up, down, float(checkpoint.read(names["alpha"])) / rank)
-    alpha = config.alpha(weight.removesuffix(".weight"))
-    if alpha is None:
-        return LowRankChange(up, down, 1.0)
-    return LowRankChange(up, down, alpha / (rank**0.5 if config.use_rslora else rank))
+        alpha: float | None = float(checkpoint.read(names["alpha"]))
+        divisor = float(rank)
+    else:
+        alpha = config.alpha(weight.removesuffix(".weight"))
+        divisor = rank**0.5 if config.use_rslora else rank
+    if alpha is not None and not abs(alpha) <= _MOST_ALPHA:
+        raise CheckpointError(f"{checkpoint.source} has an alpha of {alpha} for {weight}; the file is damaged")
+    return LowRankChange(up, down, 1.0 if alpha is None else alpha / divisor)

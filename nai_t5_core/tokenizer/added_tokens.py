@@ -38,7 +38,7 @@ class AddedToken:
         """A token as the files write it: a text, or an object with the text inside; None for anything else."""
         values: Mapping[str, Any] = value if isinstance(value, Mapping) else {"content": value}
         content = values.get("content")
-        if not isinstance(content, str) or not content:
+        if not isinstance(content, str) or not content or not _is_text(content):
             return None
         special = bool(values.get("special", special))
         flags = {name: bool(values.get(name, False)) for name in ("lstrip", "rstrip", "single_word")}
@@ -104,17 +104,18 @@ def _extra_ids(folder: Path, count: object) -> int | None:
 
 def _numbered(folder: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[int, AddedToken]:
     if decoder := config.get("added_tokens_decoder"):
-        source, entries = "added_tokens_decoder of tokenizer_config.json", decoder
-        if not isinstance(entries, dict):
-            raise ValueError(f"{source} in {str(folder)!r} is {shown(entries)}; an object of tokens by id is needed")
+        source = "added_tokens_decoder of tokenizer_config.json"
+        if not isinstance(decoder, dict):
+            raise ValueError(f"{source} in {str(folder)!r} is {shown(decoder)}; an object of tokens by id is needed")
+        numbered = list(decoder.items())
     else:
         # An older list, which the newer one takes the place of.
         source = "added_tokens.json"
         ids = _read_object(folder / source)
         special = {token.content for value in settings.values() if (token := AddedToken.read(value))}
-        entries = {number: {"content": text, "special": text in special} for text, number in ids.items()}
+        numbered = [(number, {"content": text, "special": text in special}) for text, number in ids.items()]
     tokens = {}
-    for number, value in entries.items():
+    for number, value in numbered:
         token = AddedToken.read(value)
         if token is None or not _is_id(number):
             raise ValueError(
@@ -122,6 +123,14 @@ def _numbered(folder: Path, config: Mapping[str, Any], settings: Mapping[str, An
             )
         tokens[int(number)] = token
     return dict(sorted(tokens.items()))
+
+
+def _is_text(content: str) -> bool:
+    """Whether it has no lone surrogates, which JSON can write and no token can have."""
+    try:
+        return bool(content.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_id(number: object) -> bool:

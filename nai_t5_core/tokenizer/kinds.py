@@ -320,7 +320,8 @@ class ByteTokenizer(Tokenizer):
         "<unk>": 2,
         **{f"<extra_id_{i}>": 259 + i for i in range(125)},
     }
-    _pattern = re.compile(r"\s*(?:<pad>|</s>|<unk>)\s*|<extra_id_(?:\d|[1-9]\d|1[01]\d|12[0-4])>")
+    # White space is looked at from its beginning alone, or a long run of it would be read once for each place in it.
+    _pattern = re.compile(r"(?:(?<!\s)\s+)?(?:<pad>|</s>|<unk>)\s*|<extra_id_(?:\d|[1-9]\d|1[01]\d|12[0-4])>")
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = []
