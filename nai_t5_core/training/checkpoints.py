@@ -68,12 +68,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist: there is no run to go on with; start one without --resume") from error
     except Exception as error:  # of many kinds: the file may hold anything
         raise ValueError(_NO_CHECKPOINT.format(path, _first_line(error))) from error
-    if (
-        not isinstance(state, dict)
-        or not isinstance(state.get("identity"), dict)
-        or not isinstance(state.get("step"), int)
-    ):
-        raise ValueError(_NO_CHECKPOINT.format(path, "its step and config are absent"))
+    kinds = {"identity": dict, "step": int, "model": dict, "optimizer": dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError(_NO_CHECKPOINT.format(path, "it lacks one of identity, step, model and optimizer"))
     return state
 
 
