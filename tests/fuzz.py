@@ -18,14 +18,15 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+# The checkout that this file is in, whichever is installed.
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fuzz_readers import Reader, readers
 
@@ -130,12 +131,10 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGPROF, _too_long)
-    with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as last:
-        chosen = {name: reader for name, reader in readers(Path(made)).items() if (options.reader or "") in name}
-        for (
-            name,
-            reader,
-        ) in chosen.items():  # whole files are read, and everything is imported, before memory is bounded
+    with tempfile.TemporaryDirectory() as last:
+        chosen = {name: reader for name, reader in readers().items() if (options.reader or "") in name}
+        # Whole files are read, which imports everything, before the memory is bounded.
+        for name, reader in chosen.items():
             (Path(last) / name).mkdir()
             reader.write(Path(last) / name, reader.content)
             reader.read(Path(last) / name)
@@ -160,7 +159,7 @@ def _keep(table: dict[str, Outcomes], chosen: dict[str, Reader], folder: Path) -
 
 
 def _summary(found: Outcomes) -> dict[str, object]:
-    return {**asdict(found), "undocumented": list(found.undocumented)}
+    return {**vars(found), "undocumented": list(found.undocumented)}
 
 
 def _text(table: dict[str, Outcomes]) -> str:

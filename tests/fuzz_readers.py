@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +184,15 @@ def _training_checkpoint(folder: Path) -> None:
     training_checkpoints.load(folder / "checkpoint.pt", *_training_state(), {"seed": 1})
 
 
-def readers(folder: Path) -> dict[str, Reader]:
-    """Every reader by its name; whole files that only the library itself writes are made in ``folder``."""
+@cache
+def readers() -> dict[str, Reader]:
+    """Every reader by its name."""
+    with tempfile.TemporaryDirectory() as made:
+        return _readers(Path(made))
+
+
+def _readers(folder: Path) -> dict[str, Reader]:
+    """Whole files that only the library itself writes are made in ``folder``."""
     hf_config = as_json(config_to_hf(CONFIG))
     whole = save(STATE)
     spiece = sentencepiece_model(normalization_rule_tsv=_rules(folder))

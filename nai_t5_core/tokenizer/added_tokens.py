@@ -135,7 +135,9 @@ def _is_text(content: str) -> bool:
 
 def _is_id(number: object) -> bool:
     """Whether it is a number, or a text of one: JSON has only texts for names."""
-    return type(number) is int or (isinstance(number, str) and number.isdecimal() and len(number) < _ID_DIGITS)
+    return (type(number) is int and number >= 0) or (
+        isinstance(number, str) and number.isdecimal() and len(number) < _ID_DIGITS
+    )
 
 
 def refuse_gaps(new: Sequence[int], size: int) -> None:
