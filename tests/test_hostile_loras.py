@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from nai_t5_core.lora.files import read_lora
 from nai_t5_core.weights.formats import CheckpointError
 
 V1_1 = TOY_CONFIGS["v1.1"]
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -94,3 +99,24 @@ def test_entries_of_a_saved_embedding(entries: Any, message: str, tmp_path: Path
 
 def test_the_limits_leave_room_for_every_published_model() -> None:
     assert T5Config(**{**V1_1.model_dump(), "num_layers": 36, "relative_attention_max_distance": 1024}).num_layers == 36
+
+
+def test_a_full_disk_leaves_the_embedding_that_was_there(tmp_path: Path) -> None:
+    """In a process that may write no more than 4,096 bytes into a file."""
+    path = save_conditioning([[torch.ones(1, 2, 4), {}]], tmp_path / "saved.safetensors", note="before")
+    before = path.read_bytes()
+    program = f"""
+import resource, signal
+from pathlib import Path
+import torch
+from comfy_nai_t5.embeddings import save_conditioning
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    save_conditioning([[torch.ones(1, 512, 64), {{}}]], Path({str(path)!r}))
+except ValueError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert re.search(r"saved.safetensors cannot be written \(.*\); make room, or choose another name", run.stdout), run
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
