@@ -400,10 +400,11 @@ def _native(folder: Path, spiece: bytes) -> dict[str, Reader]:
 
 
 def _gguf(folder: Path, spiece: bytes) -> dict[str, Reader]:
+    from fuzz_gguf import damaged_gguf
     from toy_gguf import write_gguf
 
     content = write_gguf(folder / "t5.gguf", ENCODER, "F16", spiece, config=CONFIG.encoder_only()).read_bytes()
     return {
-        "GGUF": Reader("t5.gguf", content, damaged_bytes, encoder_of("t5.gguf")),
-        "GGUF, tokenizer": Reader("t5.gguf", content, damaged_bytes, tokenizer_of("t5.gguf")),
+        "GGUF": Reader("t5.gguf", content, damaged_gguf, encoder_of("t5.gguf")),
+        "GGUF, tokenizer": Reader("t5.gguf", content, damaged_gguf, tokenizer_of("t5.gguf")),
     }
