@@ -55,7 +55,7 @@ def _between(text: str, *pairs: str) -> Iterator[str]:
     That one looks for the end of the line again at every mark without a partner; here the time grows with the text.
     """
     for line in text.split("\n"):
-        closing = dict(pairs)
+        closing = {pair[0]: pair[1] for pair in pairs}
         position = 0
         while closing:
             begin = None

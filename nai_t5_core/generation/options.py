@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Literal
 
 from torch import Tensor
 
 from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.given_numbers import real_number, whole_number
 from nai_t5_core.facts.padding import LONGEST_ROW
-from nai_t5_core.facts.whole_numbers import whole_number
 from nai_t5_core.generation import token_scores
 
 # Beams and samples of a prompt, which all grow side by side.
@@ -73,9 +71,7 @@ class GenerationOptions:
         ):
             whole_number(name, getattr(self, name), least, most)
         for name in ("temperature", "repetition_penalty", "top_p", "length_penalty"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-                raise ValueError(f"{name}={value!r}; it must be a number")
+            real_number(name, getattr(self, name))
         for name in ("temperature", "repetition_penalty"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be above 0")

@@ -13,8 +13,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from nai_t5_core.facts.given_numbers import whole_number
 from nai_t5_core.facts.padding import LONGEST_ROW, PADDING_POLICIES, PaddingPolicy
-from nai_t5_core.facts.whole_numbers import whole_number
 
 # Sizes that a compiled encoder computes: a packed row is filled up to the next. Steps of at most a half.
 TOKEN_BUCKETS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)

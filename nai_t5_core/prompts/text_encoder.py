@@ -15,16 +15,17 @@ from torch.nn.functional import pad
 from nai_t5_core.backends.choose import encode_on_cuda, prepack, quantize_int8, why_not_prepack
 from nai_t5_core.facts.families import Family
 from nai_t5_core.facts.families import family as family_named
+from nai_t5_core.facts.given_numbers import whole_number
 from nai_t5_core.facts.nested_text import shown
 from nai_t5_core.facts.padding import LONGEST_ROW, PAD_TO, PaddingPolicy, PadTo
 from nai_t5_core.facts.text_cleaning import clean_text
-from nai_t5_core.facts.whole_numbers import whole_number
 from nai_t5_core.float16.guard import encode_guarded
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.lora.set import LoraSource
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.packing import check_policy
+from nai_t5_core.model.precision import resolve_device
 from nai_t5_core.tokenizer import TokenBatch, Tokenizer, load_tokenizer
 from nai_t5_core.weights.examine import NO_TOKENIZER, ModelSource
 from nai_t5_core.weights.load import LoadReport, ScalesChoice, load
@@ -187,6 +188,10 @@ class TextEncoder:
         """
         row = family_named(family) if family is not None else None
         settings = _Settings.choose(row, max_length, padding, pad_to, extra_pad)
+        if not isinstance(truncate, bool):
+            raise ValueError(f"truncate={truncate!r}; allowed: True, False")
+        if output_device is not None:
+            output_device = resolve_device(output_device)
         tokens = self._tokenize(prompts, row, settings)
         if not truncate:
             _refuse_truncated(tokens, settings.max_length)

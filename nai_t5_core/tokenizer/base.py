@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from nai_t5_core.facts.given_numbers import whole_number
 from nai_t5_core.facts.padding import LONGEST_ROW
-from nai_t5_core.facts.whole_numbers import whole_number
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 

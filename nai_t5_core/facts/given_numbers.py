@@ -1,12 +1,15 @@
-"""Numbers of tokens, rows and the like, as callers give them."""
+"""Numbers as callers give them: of tokens and rows, and those that something is multiplied by."""
 
 from __future__ import annotations
 
 import operator
 from contextlib import suppress
+from numbers import Real
 from typing import Any
 
 from nai_t5_core.facts.nested_text import shown
+
+_MOST_FACTOR = 1e9
 
 
 def whole_number(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
@@ -25,6 +28,17 @@ def whole_number(name: str, value: Any, least: int = 0, most: int | None = None)
     else:
         return number
     raise ValueError(f"{name}={shown(value)}; it must be {allowed}")
+
+
+def real_number(name: str, value: Any) -> float:
+    """The value of an argument that multiplies something.
+
+    Raises:
+        ValueError: it is no number, not finite, or beyond anything that a model can be multiplied by.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= _MOST_FACTOR:
+        raise ValueError(f"{name}={shown(value)}; it must be a finite number, at most {_MOST_FACTOR:g}")
+    return float(value)
 
 
 def _as_int(value: Any) -> int | None:
