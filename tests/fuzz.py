@@ -53,8 +53,6 @@ class Outcomes:
         self.inputs += 1
         self.seconds += seconds
         self.slowest = max(self.slowest, seconds)
-        if seconds > SECONDS:
-            name = f"! {seconds:.1f} s"
         if name is None:
             self.read += 1
         elif name.startswith("!"):
@@ -99,7 +97,7 @@ def fuzz(reader: Reader, examples: int, derandomize: bool, last: Path) -> Outcom
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         reader.write(folder, content)
-        began = time.process_time()
+        began, used = time.perf_counter(), time.process_time()
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             name = outcome(reader, folder)
@@ -107,7 +105,10 @@ def fuzz(reader: Reader, examples: int, derandomize: bool, last: Path) -> Outcom
             name = "! TooLongError"
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-        outcomes.add(content, name, time.process_time() - began)
+        used = time.process_time() - used
+        if used > SECONDS:
+            name = f"! {used:.1f} s"
+        outcomes.add(content, name, time.perf_counter() - began)
 
     run()
     return outcomes

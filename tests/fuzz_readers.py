@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tempfile
 from collections.abc import Callable
@@ -12,16 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import encoder_part, scaled_float8
-from conftest import random_state
+from checkpoints import scaled_float8
 from fuzz_damage import Damage, damaged_bytes, damaged_json, damaged_safetensors, damaged_state, damaged_text
+from fuzz_files import (
+    CONFIG,
+    ENCODER,
+    STATE,
+    as_json,
+    bpe_json,
+    rules,
+    sentencepiece_model,
+    torch_file,
+    training_config,
+)
 from safetensors.torch import save
 from toy_quantised import note
 
 from comfy_nai_t5.embeddings import describe, load_conditioning, save_conditioning
-from nai_t5_core.facts.config import T5Config, config_to_hf
+from nai_t5_core.facts.config import config_to_hf
 from nai_t5_core.facts.scales import LayerScales, unscaled
 from nai_t5_core.lora.files import read_lora
+from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.prompts.text_encoder import TextEncoder
 from nai_t5_core.prompts.textual_inversion import add_embeddings
@@ -39,19 +49,6 @@ from nai_t5_core.weights.convert import convert
 from nai_t5_core.weights.load import load_encoder, load_t5
 from nai_t5_core.weights.scales_file import read_scales, write_scales
 
-CONFIG = T5Config(
-    vocab_size=160,
-    d_model=8,
-    d_kv=4,
-    d_ff=8,
-    num_heads=2,
-    num_layers=2,
-    num_decoder_layers=1,
-    relative_attention_num_buckets=4,
-    relative_attention_max_distance=4,
-)
-STATE = random_state(CONFIG)
-ENCODER = encoder_part(STATE)
 PROMPT = "a ﬁne ＦＯＸ <extra_id_0> 猫 e\u0301"
 
 
@@ -78,37 +75,6 @@ class Reader:
             (folder / name).write_bytes(other)
 
 
-def sentencepiece_model(vocab_size: int = 40, **options: Any) -> bytes:
-    """A model of few pieces, with a character map of few rules."""
-    import sentencepiece
-
-    written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red fox", "two black cats sit", "the fox and the cat", "a cat on a mat"] * 9),
-        model_writer=written,
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        num_threads=1,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        **options,
-    )
-    return written.getvalue()
-
-
-def torch_file(value: object, **options: Any) -> bytes:
-    written = io.BytesIO()
-    torch.save(value, written, **options)
-    return written.getvalue()
-
-
-def as_json(value: object) -> bytes:
-    return json.dumps(value).encode()
-
-
 def encode(tokenizer: Tokenizer) -> None:
     """Uses a tokenizer in all its ways."""
     batch = tokenizer([PROMPT, ""], max_length=5)
@@ -133,9 +99,9 @@ def lora_of(file: str) -> Callable[[Path], Any]:
 
     def read(folder: Path) -> None:
         lora = read_lora(folder / file)
-        for change in lora.changes.values():
-            assert change.shape
-        Loras(stack).add(lora, 0.5)
+        for loras in (Loras(stack), LiveLoras(stack)):
+            loras.add(lora, 0.5)
+            loras.clear()
 
     return read
 
@@ -195,7 +161,7 @@ def _readers(folder: Path) -> dict[str, Reader]:
     """Whole files that only the library itself writes are made in ``folder``."""
     hf_config = as_json(config_to_hf(CONFIG))
     whole = save(STATE)
-    spiece = sentencepiece_model(normalization_rule_tsv=_rules(folder))
+    spiece = sentencepiece_model(normalization_rule_tsv=rules(folder))
     bpe = sentencepiece_model(vocab_size=300, model_type="bpe", byte_fallback=True)
     shard_names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     names = sorted(ENCODER)
@@ -232,7 +198,7 @@ def _readers(folder: Path) -> dict[str, Reader]:
         "tokenizer.json": Reader(
             "tokenizer.json", sentencepiece_to_tokenizer_json(spiece), damaged_json, _both_tokenizers
         ),
-        "tokenizer.json, BPE": Reader("tokenizer.json", _bpe_json(), damaged_json, tokenizer_of("tokenizer.json")),
+        "tokenizer.json, BPE": Reader("tokenizer.json", bpe_json(), damaged_json, tokenizer_of("tokenizer.json")),
         "spiece.model": Reader("spiece.model", spiece, damaged_bytes, _both_models),
         "spiece.model, BPE": Reader("spiece.model", bpe, damaged_bytes, tokenizer_of("spiece.model")),
         **_added_tokens(spiece),
@@ -249,7 +215,7 @@ def _readers(folder: Path) -> dict[str, Reader]:
         ),
         "training config": Reader(
             "train.toml",
-            _training_config(),
+            training_config(),
             damaged_text,
             lambda folder: read_config(folder / "train.toml"),
             {"spiece.model": spiece},
@@ -275,24 +241,6 @@ def _readers(folder: Path) -> dict[str, Reader]:
         **_gguf(folder, spiece),
     }
     return dict(sorted(found.items()))
-
-
-def _rules(folder: Path) -> Path:
-    """Two characters that become others, as the trainer takes them."""
-    rules = folder / "rules.tsv"
-    rules.write_text("FB01\t66 69\nFF26\t46\n")
-    return rules
-
-
-def _bpe_json() -> bytes:
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models, pre_tokenizers
-
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", "▁", "a", "c", "t", "at", "cat"])}
-    backend = Backend(models.BPE(vocabulary, [("a", "t"), ("c", "at")], unk_token="<unk>", fuse_unk=True))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.add_special_tokens(["</s>"])
-    return backend.to_str().encode()
 
 
 def _added_tokens(spiece: bytes) -> dict[str, Reader]:
@@ -363,17 +311,6 @@ def _scales(folder: Path) -> bytes:
 def _conditioning(folder: Path) -> bytes:
     conditioning = [[torch.ones(1, 2, 4), {"attention_mask": torch.ones(1, 2), "strength": 1.0}]] * 2
     return save_conditioning(conditioning, folder / "saved.safetensors", note="a cat").read_bytes()
-
-
-def _training_config() -> bytes:
-    sizes = CONFIG.model_dump(include={"vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers"})
-    lines = [
-        'out = "run"\nsteps = 6\nseed = 3\ndropout = 0.1\n[model]\ntokenizer = "spiece.model"\n[model.sizes]',
-        *(f"{name} = {value}" for name, value in sizes.items()),
-        "num_heads = 2\n[optimizer]\nlearning_rate = 0.01\nbetas = [0.9, 0.99]",
-        '[[data]]\nobjective = "prefix"\nfile = "texts.txt"\nrows = 3\nmax_length = 20',
-    ]
-    return "\n".join(lines).encode()
 
 
 def _checkpoint(folder: Path) -> bytes:
