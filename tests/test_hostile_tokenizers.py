@@ -24,8 +24,18 @@ from nai_t5_core.tokenizer import (
 from nai_t5_core.tokenizer.charsmap import refuse_damaged_charsmap
 from nai_t5_core.tokenizer.sentencepiece_format import (
     CHARSMAP,
+    EOS_PIECE,
+    MODEL_TYPE,
+    NORMAL,
     NORMALIZER_SPEC,
+    PIECE,
+    PIECES,
+    SCORE,
+    TRAINER_SPEC,
+    TYPE,
+    SentencePieceModel,
     charsmap_of,
+    read_fields,
     write_field,
 )
 
@@ -163,3 +173,25 @@ def test_white_space_takes_no_longer_than_words() -> None:
         assert tokenizer.count(" " * 100_000) == 100_001
         assert tokenizer([" \n" * 50_000 + "x"], max_length=77).token_counts == [77]
     assert tokenizer.encode("a  <pad> \n</s>b") == [100, 0, 1, 101, 1]
+
+
+def test_fields_of_another_type_are_passed_over_as_the_library_does() -> None:
+    """A number in the place of a text, and a text in that of a number: the last whole value counts."""
+    spiece = readers()["spiece.model"].content
+    odd = b"".join(
+        [
+            write_field(NORMALIZER_SPEC, write_field(CHARSMAP, 7)),
+            write_field(TRAINER_SPEC, write_field(EOS_PIECE, 7) + write_field(MODEL_TYPE, "bpe")),
+            write_field(PIECES, write_field(PIECE, "▁odd") + write_field(SCORE, "much") + write_field(TYPE, "x")),
+        ]
+    )
+    model = SentencePieceModel.parse(spiece + odd)
+    before = SentencePieceModel.parse(spiece)
+    assert model.pieces[-1][0] == "▁odd" and model.pieces[-1][2] == NORMAL
+    assert (model.model_type, model.eos_piece) == (before.model_type, before.eos_piece) == ("unigram", "</s>")
+    assert model.charsmap == before.charsmap == charsmap_of(spiece + odd) != b""
+
+
+def test_numbers_of_more_bytes_than_there_are() -> None:
+    with pytest.raises(ValueError, match="the bytes end inside a number, at byte 10"):
+        list(read_fields(b"\xff" * 1_000_000))

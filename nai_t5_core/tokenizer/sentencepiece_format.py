@@ -105,28 +105,30 @@ class _Fields:
     """
 
     def __init__(self, message: bytes = b"") -> None:
-        self._values: dict[int, int | bytes] = {}
+        self._numbers: dict[int, int] = {}
+        self._contents: dict[int, bytes] = {}
         self.add(message)
 
     def add(self, message: bytes) -> None:
         """Fields of a further part of the same message."""
-        self._values.update(read_fields(message))
+        for field, value in read_fields(message):
+            if isinstance(value, int):
+                self._numbers[field] = value
+            else:
+                self._contents[field] = value
 
     def number(self, field: int, default: int) -> int:
-        value = self._values.get(field)
-        return value if isinstance(value, int) else default
+        return self._numbers.get(field, default)
 
     def raw(self, field: int) -> bytes:
-        value = self._values.get(field)
-        return value if isinstance(value, bytes) else b""
+        return self._contents.get(field, b"")
 
     def text(self, field: int, default: str) -> str:
-        value = self._values.get(field)
-        return value.decode() if isinstance(value, bytes) else default
+        return self._contents[field].decode() if field in self._contents else default
 
     def float32(self, field: int, default: float) -> float:
-        value = self._values.get(field)
-        return float(struct.unpack("<f", value)[0]) if isinstance(value, bytes) and len(value) == 4 else default
+        content = self._contents.get(field, b"")
+        return float(struct.unpack("<f", content)[0]) if len(content) == 4 else default
 
 
 @dataclass(frozen=True)
