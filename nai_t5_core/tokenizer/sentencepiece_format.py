@@ -175,8 +175,12 @@ class SentencePieceModel:
 
 def charsmap_of(model_bytes: bytes) -> bytes:
     """The precompiled character map of a serialized ModelProto. Raises ValueError where the bytes are none."""
+    # Most of a file are short pieces, in front: a tag and a length of one byte each, and so many bytes.
+    position, tag = 0, PIECES << 3 | 2
+    while position + 1 < len(model_bytes) and model_bytes[position] == tag and model_bytes[position + 1] < 0x80:
+        position += 2 + model_bytes[position + 1]
     normalizer = _Fields()
-    for number, value in read_fields(model_bytes):
+    for number, value in read_fields(model_bytes[position:]):
         if number == NORMALIZER_SPEC and isinstance(value, bytes):
             normalizer.add(value)
     return normalizer.raw(CHARSMAP)
