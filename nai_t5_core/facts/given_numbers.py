@@ -36,7 +36,8 @@ def real_number(name: str, value: Any) -> float:
     Raises:
         ValueError: it is no number, not finite, or beyond anything that a model can be multiplied by.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= _MOST_FACTOR:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not -_MOST_FACTOR <= value <= _MOST_FACTOR:
         raise ValueError(f"{name}={shown(value)}; it must be a finite number, at most {_MOST_FACTOR:g}")
     return float(value)
 

@@ -54,6 +54,8 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError(f"these {len(content)} bytes are no SentencePiece model: {error}") from None
         if self._model.eos_id() < 0:
             raise ValueError("this SentencePiece model has no end token (eos_id is -1), and every T5 tokenizer has one")
+        if not 0 <= self._model.unk_id() < len(self._model):
+            raise ValueError("this SentencePiece model has no token for what it does not know; fetch the file again")
         self.eos_token_id = self._model.eos_id()
         self.unk_token_id = self._model.unk_id()
         candidates = (self._model.pad_id(), self._model.bos_id(), self.eos_token_id)
