@@ -18,6 +18,8 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -100,7 +102,8 @@ def fuzz(reader: Reader, examples: int, derandomize: bool, last: Path) -> Outcom
         began, used = time.perf_counter(), time.process_time()
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
-            name = outcome(reader, folder)
+            with bounded_memory():
+                name = outcome(reader, folder)
         except TooLongError:  # while another error was handled
             name = "! TooLongError"
         finally:
@@ -114,11 +117,16 @@ def fuzz(reader: Reader, examples: int, derandomize: bool, last: Path) -> Outcom
     return outcomes
 
 
-def limit_memory() -> None:
-    """What is held now and so much more."""
+@contextmanager
+def bounded_memory() -> Iterator[None]:
+    """What is held now and so much more; what hypothesis remembers of a long run counts for no reader."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEGABYTES * 1_000_000
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -134,12 +142,11 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGPROF, _too_long)
     with tempfile.TemporaryDirectory() as last:
         chosen = {name: reader for name, reader in readers().items() if (options.reader or "") in name}
-        # Whole files are read, which imports everything, before the memory is bounded.
+        # Whole files are read, which imports everything, before time and memory are bounded.
         for name, reader in chosen.items():
             (Path(last) / name).mkdir()
             reader.write(Path(last) / name, reader.content)
             reader.read(Path(last) / name)
-        limit_memory()
         each = max(1, options.examples // len(chosen))
         table = {name: fuzz(reader, each, options.same, Path(last)) for name, reader in chosen.items()}
     _keep(table, chosen, options.keep)
