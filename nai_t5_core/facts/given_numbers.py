@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from contextlib import suppress
 from numbers import Real
 from typing import Any
 
@@ -43,7 +42,7 @@ def real_number(name: str, value: Any) -> float:
 
 
 def _as_int(value: Any) -> int | None:
-    if not isinstance(value, bool):
-        with suppress(TypeError):
-            return operator.index(value)
-    return None
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
