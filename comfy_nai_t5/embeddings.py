@@ -11,6 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nai_t5_core.facts.nested_text import parse_json
+from nai_t5_core.weights.whole_files import replacing
+
 FORMAT = "nai-t5-conditioning"
 FORMAT_VERSION = "1"
 
@@ -23,15 +26,16 @@ def save_conditioning(conditioning: list[Any], path: Path, **facts: str) -> Path
         facts: what the user may want to know later: the text, the model.
 
     Raises:
-        ValueError: the conditioning holds something else than tensors, numbers and texts, such as hooks.
+        ValueError: the conditioning holds something else than tensors, numbers and texts, such as hooks; or the disk is
+            full, and what was there before stays.
     """
     tensors: dict[str, Tensor] = {}
     entries = []
     for index, (states, extras) in enumerate(conditioning):
-        tensors[f"{index}.cond"] = states.contiguous()
+        tensors[f"{index}.cond"] = _of_its_own(states)
         entries.append({name: value for name, value in extras.items() if not isinstance(value, Tensor)})
         tensors |= {
-            f"{index}.{name}": value.contiguous() for name, value in extras.items() if isinstance(value, Tensor)
+            f"{index}.{name}": _of_its_own(value) for name, value in extras.items() if isinstance(value, Tensor)
         }
     try:
         header = json.dumps(entries)
@@ -39,9 +43,19 @@ def save_conditioning(conditioning: list[Any], path: Path, **facts: str) -> Path
         raise ValueError(
             f"this conditioning cannot be written to a file ({error}); save it before hooks or masks"
         ) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, {"format": FORMAT, "format_version": FORMAT_VERSION, "entries": header, **facts})
+    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "entries": header, **facts}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be written ({error}); make room, or choose another name") from error
     return path
+
+
+def _of_its_own(tensor: Tensor) -> Tensor:
+    """A copy: entries of a conditioning may share their tensors, and the format keeps no two in one place."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def embedding_path(folder: Path, name: str) -> Path:
@@ -73,11 +87,24 @@ def load_conditioning(path: Path) -> tuple[list[Any], dict[str, str]]:
         raise ValueError(f"{path.name} cannot be read ({error}); save the embedding again") from error
     if (facts.pop("format", None), facts.pop("format_version", None)) != (FORMAT, FORMAT_VERSION):
         raise ValueError(f"{path.name} was not written by Save T5 Embedding; choose one that was")
+    try:
+        entries = parse_json(facts.pop("entries", ""))
+        return _conditioning(entries, tensors), facts
+    except ValueError as error:
+        raise ValueError(f"{path.name} is damaged ({error}); save the embedding again") from error
+
+
+def _conditioning(entries: Any, tensors: dict[str, Tensor]) -> list[Any]:
+    """Raises a ValueError where what the header says beside the tensors does not belong to them."""
+    if not isinstance(entries, list) or not all(isinstance(extras, dict) for extras in entries):
+        raise ValueError("its header has no list of entries")
     conditioning = []
-    for index, extras in enumerate(json.loads(facts.pop("entries"))):
+    for index, extras in enumerate(entries):
         own = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{index}.")}
+        if "cond" not in own:
+            raise ValueError(f"it has no tensor {index}.cond")
         conditioning.append([own.pop("cond"), {**extras, **own}])
-    return conditioning, facts
+    return conditioning
 
 
 def describe(conditioning: list[Any]) -> str:

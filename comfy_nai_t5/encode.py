@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nai_t5_core.facts.padding import LONGEST_ROW
+
 # How ComfyUI names the tokens of a T5 beside those of other encoders.
 T5_TOKENS = ("t5xxl", "umt5xxl", "umt5base", "pile_t5xl", "t5base", "mt5xl", "byt5", "t5")
 # A token or an embedding, and its weight.
@@ -74,6 +76,11 @@ def _beyond(tokenizer: Any, text: str) -> list[Pair]:
 def encode(clip: Any, text: str, max_length: int = 0, pad_to: int = 0) -> tuple[list[Any], Tokens]:
     """The conditioning of one text, as ComfyUI's nodes pass it on, and its tokens; arguments of :func:`tokenize`."""
     tokens = tokenize(clip, text, max_length, pad_to)
+    if tokens.rows > LONGEST_ROW:
+        raise ValueError(
+            f"the prompt has {tokens.rows:,} tokens, and {LONGEST_ROW:,} are the most that are computed together; set "
+            "max_length, or shorten it"
+        )
     return clip.encode_from_tokens_scheduled(tokens.all), tokens
 
 

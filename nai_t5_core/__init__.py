@@ -2,6 +2,11 @@
 
 Everything a user needs is here; all else in the package may change. Names are imported when they are first used, so
 that ``import nai_t5_core`` costs nothing and needs no torch.
+
+Errors are one family, whatever a file or an argument holds: a ValueError says what was given, what is allowed and what
+to do (:class:`CheckpointError`, of a file of weights, is one), and an OSError that a file cannot be read or written. A
+damaged file takes neither seconds nor memory beyond its own size. Beside these there are what the machine lacks (a
+compiler, CUDA, a package that is not installed) and what torch raises where memory ends.
 """
 
 from __future__ import annotations

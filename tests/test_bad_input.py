@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkpoints import encoder_part, prefixed, write_file, write_shards
 from conftest import TOY_CONFIGS, build_stack, random_state, write_hf_folder
+from hostile import in_little
 
 from nai_t5_core.facts.config import config_to_hf
 from nai_t5_core.prompts.text_encoder import TextEncoder
@@ -63,7 +64,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "no length to pad to": (lambda: encode(pad_to="max_length"), "pad_to='max_length' needs a max_length"),
     "no budget": (
         lambda: TextEncoder(encoder().stack, encoder().tokenizer, token_budget=0),
-        "token_budget=0; at least 1",
+        "token_budget=0; it must be 1 or more",
     ),
     "unknown dtype": (
         lambda: load_encoder(dtype="int4"),
@@ -103,7 +104,8 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("case", CALLS)
 def test_bad_call(case: str) -> None:
     call, expected = CALLS[case]
-    with pytest.raises(ValueError, match=expected):
+    encoder()
+    with in_little(), pytest.raises(ValueError, match=expected):
         call()
 
 

@@ -15,7 +15,7 @@ from checkpoints import spiece_tensor
 
 from comfy_nai_t5.checkpoint import read_checkpoint, sentencepiece_tensor
 from comfy_nai_t5.embeddings import describe, load_conditioning, save_conditioning
-from comfy_nai_t5.encode import encode_lines, tokenize
+from comfy_nai_t5.encode import encode, encode_lines, tokenize
 from comfy_nai_t5.families import FAMILIES, JOINT_FAMILIES, check_joint, family_for, server_config
 from comfy_nai_t5.report import precision_report
 from nai_t5_core.facts.config import config_from_hf, named_config
@@ -262,6 +262,13 @@ def test_lines_become_a_batch() -> None:
     states, extras = entry
     assert states.shape == (2, 20, 1) and extras["attention_mask"].sum(dim=1).tolist() == [4, 20]
     assert extras["pooled_output"] is None and [each.count for each in tokens] == [4, 20]
+
+
+def test_a_prompt_that_would_never_end() -> None:
+    assert tokenize(StandIn(), "a" * 100_000).count == 100_001  # counted, as the node for that does
+    with pytest.raises(ValueError, match="the prompt has 100,001 tokens, and 8,192 are the most that are c"):
+        encode(StandIn(), "a" * 100_000)
+    assert encode(StandIn(), "a" * 100_000, max_length=77)[1].rows == 77
 
 
 def test_nothing_to_encode() -> None:

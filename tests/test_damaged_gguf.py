@@ -24,7 +24,7 @@ from nai_t5_core.weights.load import load_encoder
 
 V1_1 = TOY_CONFIGS["v1.1"]
 STATE = encoder_part(random_state(V1_1))
-UINT8, UINT32, FLOAT32, STRING, ARRAY = 0, 4, 6, 8, 9
+UINT8, UINT32, FLOAT32, STRING, ARRAY, FLOAT64 = 0, 4, 6, 8, 9, 12
 HUGE = 2**62
 
 
@@ -143,6 +143,20 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     ),
     "the same tensor twice": (header(tensor("a", (4,)) * 2, tensors=2), "it has 'a' twice"),
     "the same metadata twice": (header(entry("a", UINT32, bytes(4)) * 2, entries=2), "it has 'a' twice"),
+    "parts that are a list": (
+        header(entry("split.count", ARRAY, array(UINT8, 2, b"ab")), entries=1),
+        "split.count is array.* and a number is needed",
+    ),
+    "scores beyond float32": (
+        header(
+            entry("tokenizer.ggml.model", STRING, text("t5")),
+            entry("tokenizer.ggml.tokens", ARRAY, array(STRING, 1, text("a"))),
+            entry("tokenizer.ggml.scores", ARRAY, array(FLOAT64, 1, struct.pack("<d", 1e300))),
+            entry("tokenizer.ggml.token_type", ARRAY, array(UINT8, 1, b"\1")),
+            entries=4,
+        ),
+        "its vocabulary cannot be read: float too large",
+    ),
     "layers that are a text": (
         header(
             entry("general.architecture", STRING, text("t5")), entry("t5.block_count", STRING, text("3")), entries=2
@@ -165,6 +179,18 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "parts that are a text": (
         header(entry("split.count", STRING, text("3")), entries=1),
         "is one of 3 parts of a GGUF file; join them",
+    ),
+    "a kind of tokenizer that is a list": (
+        header(entry("tokenizer.ggml.model", ARRAY, array(UINT8, 2, b"ab")), entries=1),
+        "is no T5: it begins with nothing",
+    ),
+    "a kind of tokenizer that is a list of texts": (
+        header(entry("tokenizer.ggml.model", ARRAY, array(STRING, 1, text("t5"))), entries=1),
+        "is no T5: it begins with nothing",
+    ),
+    "a kind of model that is a list": (
+        header(entry("general.architecture", ARRAY, array(UINT8, 2, b"ab")), entries=1),
+        "is no T5: it begins with nothing",
     ),
     "no tensors": (header(), "is no T5: it begins with nothing"),
     "an empty tensor": (header(tensor("enc.blk.0.attn_q.weight", (0, 4)), tensors=1), "shared.weight is absent"),

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from nai_t5_core.facts.nested_text import shown
+
 Activation = Literal["relu", "gelu_new", "gelu", "silu"]
 Shape = tuple[int, ...]
 
@@ -25,6 +27,9 @@ _ACTIVATION_NAMES: dict[str, Activation] = {
 }
 # Vocabulary sizes: ByT5's, the largest taken for a ByT5 with added tokens, and that of the smallest T5 of word pieces.
 _BYT5_TOKENS, _MOST_BYT5_TOKENS, _PIECES = 384, 2_048, 32_000
+# Tables and names are made for so many before they are held against what is in a file. The largest T5 has 36 layers and
+# a distance of 128.
+MOST_LAYERS, MOST_DISTANCE = 1_000, 1_000_000
 _MODEL_TYPES = ("t5", "mt5", "umt5")
 
 
@@ -35,21 +40,21 @@ class T5Config(BaseModel):
     layer has its own relative position bias, while T5 shares that of the first layer.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     vocab_size: int = Field(gt=0)
     d_model: int = Field(gt=0)
     d_kv: int = Field(gt=0)
     d_ff: int = Field(gt=0)
     num_heads: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
-    num_decoder_layers: int = Field(default=0, ge=0)
+    num_layers: int = Field(gt=0, le=MOST_LAYERS)
+    num_decoder_layers: int = Field(default=0, ge=0, le=MOST_LAYERS)
 
     gated: bool = True
     activation: Activation = "gelu_new"
     bias_per_layer: bool = False
     relative_attention_num_buckets: int = Field(default=32, gt=0)
-    relative_attention_max_distance: int = Field(default=128, gt=0)
+    relative_attention_max_distance: int = Field(default=128, gt=0, le=MOST_DISTANCE)
     layer_norm_epsilon: float = Field(default=1e-6, gt=0)
     # Whether q·k is divided by √d_kv. The published models were trained without; for training from scratch.
     scale_qk: bool = False
@@ -215,7 +220,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> T5Config:
     model_type = hf.get("model_type", "t5")
     if model_type not in _MODEL_TYPES:
         raise ValueError(
-            f"config.json has model_type={model_type!r}, which is no T5 (allowed: {', '.join(_MODEL_TYPES)}); "
+            f"config.json has model_type={shown(model_type)}, which is no T5 (allowed: {', '.join(_MODEL_TYPES)}); "
             "give the folder or file of the T5 text encoder"
         )
     sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers")
@@ -285,7 +290,7 @@ def _feed_forward_kind(feed_forward_proj: str) -> tuple[bool, Activation]:
     gated, name = len(parts) == 2 and parts[0] == "gated", parts[-1]
     if (len(parts) > 1 and not gated) or name not in _ACTIVATION_NAMES:
         raise ValueError(
-            f"config.json has feed_forward_proj={feed_forward_proj!r}; known are "
+            f"config.json has feed_forward_proj={shown(feed_forward_proj)}; known are "
             f"{', '.join(_ACTIVATION_NAMES)}, each also with 'gated-' in front"
         )
     if feed_forward_proj == "gated-gelu":

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from nai_t5_core.facts.config import Shape
+from nai_t5_core.facts.nested_text import shown
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -89,7 +90,7 @@ def _read(cursor: _Cursor) -> Header:
     stored = _distinct(tensor_count, lambda: (cursor.text(), _described(cursor)))
     alignment = metadata.get(_ALIGNMENT, 32)
     if not isinstance(alignment, int) or alignment < 1:
-        raise ValueError(f"{_ALIGNMENT} is {alignment!r}; a number of bytes is needed")
+        raise ValueError(f"{_ALIGNMENT} is {shown(alignment)}; a number of bytes is needed")
     data = -(-cursor.position // alignment) * alignment
     tensors = {name: StoredTensor(shape, kind, data + offset) for name, (shape, kind, offset) in stored.items()}
     return Header(metadata, tensors)

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from operator import mul
-from typing import Literal
+from typing import Any, Literal
 
 from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.nested_text import parse_object, shown
 
 FLOAT16_MAX = 65504.0
 
@@ -74,10 +75,17 @@ class StackScales:
             ValueError: the text is something else, or holds a number that is no scale.
         """
         try:
-            values = json.loads(text)
+            return cls.from_values(parse_object(text))
+        except ValueError as error:
+            raise ValueError(f"these are no scales: {error}") from error
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> StackScales:
+        """The same of what the text stands for; raises ValueError as :meth:`from_json`."""
+        try:
             return cls(tuple(LayerScales(**layer) for layer in values["layers"]), values["embedding"])
         except (TypeError, KeyError) as error:
-            raise ValueError(f"these are no scales: {error}") from error
+            raise ValueError(f"{error} of {shown(values)}") from error
 
 
 def scale_for(maximum: float, headroom: float) -> float:

@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import import_module
 from typing import Literal
@@ -42,12 +42,35 @@ def _wan(text: str) -> str:
 
 def _quoted(text: str) -> str:
     # one kind of quote after the other, not in the order of the text
-    return _as_glyphs([part for a, b in ("''", '""', "‘’", "“”") for part in re.findall(f"{a}(.*?){b}", text)])
+    return _as_glyphs([part for pair in ("''", '""', "‘’", "“”") for part in _between(text, pair)])
 
 
 def _double_quoted(text: str) -> str:
-    parts = [straight or curly for straight, curly in re.findall('"(.*?)"|“(.*?)”', text)]
-    return _as_glyphs(list(dict.fromkeys(parts)))
+    return _as_glyphs(list(dict.fromkeys(_between(text, '""', "“”"))))
+
+
+def _between(text: str, *pairs: str) -> Iterator[str]:
+    """What stands between the two marks of a pair, on one line; the reference has a regular expression for it.
+
+    That one looks for the end of the line again at every mark without a partner; here the time grows with the text.
+    """
+    for line in text.split("\n"):
+        closing = {pair[0]: pair[1] for pair in pairs}
+        position = 0
+        while closing:
+            begin = None
+            for mark in re.finditer(f"[{''.join(pairs)}]", line[position:]):
+                place = position + mark.start()
+                if begin is None:
+                    begin = place if mark[0] in closing else None
+                elif mark[0] == closing[line[begin]]:
+                    yield line[begin + 1 : place]
+                    begin = None
+            if begin is None:
+                break
+            # Nothing closes it, nor any further one of its kind.
+            del closing[line[begin]]
+            position = begin + 1
 
 
 def _as_glyphs(parts: list[str]) -> str:

@@ -9,7 +9,12 @@ from typing import Literal
 from torch import Tensor
 
 from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.given_numbers import real_number, whole_number
+from nai_t5_core.facts.padding import LONGEST_ROW
 from nai_t5_core.generation import token_scores
+
+# Beams and samples of a prompt, which all grow side by side.
+_MOST_TEXTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -56,16 +61,17 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "forced_start", tuple(self.forced_start))
-        for name, least in {
-            "max_new_tokens": 1,
-            "min_new_tokens": 0,
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            "top_k": 0,
-            "no_repeat_ngram_size": 0,
-        }.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}; it must be at least {least}")
+        for name, least, most in (
+            ("max_new_tokens", 1, LONGEST_ROW),
+            ("min_new_tokens", 0, LONGEST_ROW),
+            ("num_beams", 1, _MOST_TEXTS),
+            ("num_return_sequences", 1, _MOST_TEXTS),
+            ("top_k", 0, None),
+            ("no_repeat_ngram_size", 0, None),
+        ):
+            whole_number(name, getattr(self, name), least, most)
+        for name in ("temperature", "repetition_penalty", "top_p", "length_penalty"):
+            real_number(name, getattr(self, name))
         for name in ("temperature", "repetition_penalty"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be above 0")
@@ -94,7 +100,7 @@ class GenerationOptions:
             for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")
         }
         for name, token in [*special.items(), *(("forced_start", token) for token in self.forced_start)]:
-            if not 0 <= token < config.vocab_size:
+            if not isinstance(token, int) or not 0 <= token < config.vocab_size:
                 raise ValueError(f"{name}: token {token} is outside the vocabulary of {config.vocab_size} tokens")
         return dataclasses.replace(self, **special)
 

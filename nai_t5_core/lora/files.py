@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nai_t5_core.facts.config import Shape
+from nai_t5_core.facts.nested_text import parse_object
+from nai_t5_core.facts.paths import user_path
+from nai_t5_core.lora.adapter_config import AdapterConfig
 from nai_t5_core.lora.changes import Change, LowRankChange, WholeChange
 from nai_t5_core.lora.keys import LoraKeyMap, Role, additions, map_lora_names
 from nai_t5_core.weights.formats import Checkpoint, CheckpointError, open_checkpoint
@@ -21,6 +22,8 @@ _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lor
 _HEADER_CONFIG = "lora_adapter_metadata"
 # Faults in a message; the rest is a number.
 _SHOWN = 8
+# Beyond any that is trained with: those are about the rank.
+_MOST_ALPHA = 1e9
 _PAIR: tuple[Role, Role] = ("up", "down")
 
 
@@ -78,7 +81,7 @@ def read_lora(source: str | Path, alpha: float | None = None) -> Lora:
             that would be added), a factor that is absent or misshapen, a peft adapter without its config, or one that
             is no plain LoRA. All faults are listed.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     checkpoint = _open(path)
     keymap = map_lora_names(checkpoint.tensors, str(path))
     zeros = _take_zeros(keymap, checkpoint)
@@ -120,6 +123,8 @@ def _refuse_faults(keymap: LoraKeyMap, checkpoint: Checkpoint, zeros: list[str])
     faults = [f"{name}: {reason}" for name, reason in keymap.unknown.items()]
     for weight, names in keymap.weights.items():
         faults += _faults_of(weight, names, shapes)
+        kinds = {name: checkpoint.tensors[name].dtype for name in names.values()}
+        faults += [f"{name}: {dtype}, and real numbers are needed" for name, dtype in kinds.items() if dtype.is_complex]
     if faults:
         raise CheckpointError(f"{checkpoint.source} can't be used as a LoRA of a T5 encoder:{listed(faults)}")
     if not keymap.weights and not zeros:
@@ -147,19 +152,23 @@ def _faults_of(weight: str, names: Mapping[Role, str], shapes: Mapping[str, Shap
         yield f"{names['alpha']}: shape {list(shapes[names['alpha']])}, not one number"
 
 
-def _adapter_config(checkpoint: Checkpoint, prefix: str, alpha: float | None) -> dict[str, Any]:
+def _adapter_config(checkpoint: Checkpoint, prefix: str, alpha: float | None) -> AdapterConfig:
     """peft's config of the T5's part of the file, or what stands for it."""
     if checkpoint.folder is not None:
-        config = _config_beside(checkpoint, alpha)
+        values = _config_beside(checkpoint, alpha)
     elif _HEADER_CONFIG in checkpoint.metadata:
-        config = _config_in_header(checkpoint, prefix)
+        values = _config_in_header(checkpoint, prefix)
     else:
-        config = {}
-    if config.get("use_dora") or config.get("peft_type", "LORA") != "LORA":
-        kind = "DoRA" if config.get("use_dora") else config["peft_type"]
+        values = {}
+    if "lora_alpha" not in values and alpha is not None:
+        values["lora_alpha"] = alpha
+    try:
+        config = AdapterConfig.read(values)
+    except ValueError as error:
+        raise CheckpointError(f"the adapter config of {checkpoint.source} {error}") from error
+    if config.use_dora or config.peft_type != "LORA":
+        kind = "DoRA" if config.use_dora else config.peft_type
         raise CheckpointError(f"{checkpoint.source} is {kind}, which is not supported; a plain LoRA is needed")
-    if "lora_alpha" not in config and alpha is not None:
-        config["lora_alpha"] = alpha
     return config
 
 
@@ -183,15 +192,12 @@ def _config_in_header(checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
 
 def _json_object(content: bytes, source: str) -> dict[str, Any]:
     try:
-        values = json.loads(content)
+        return parse_object(content)
     except ValueError as error:
         raise CheckpointError(f"{source} is not readable JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{source} holds a JSON {type(values).__name__}; an object is needed")
-    return values
 
 
-def _change(weight: str, names: Mapping[Role, str], checkpoint: Checkpoint, config: Mapping[str, Any]) -> Change:
+def _change(weight: str, names: Mapping[Role, str], checkpoint: Checkpoint, config: AdapterConfig) -> Change:
     if "difference" in names:
         return WholeChange(checkpoint.read(names["difference"]))
     if "table_up" in names:
@@ -200,16 +206,11 @@ def _change(weight: str, names: Mapping[Role, str], checkpoint: Checkpoint, conf
         up, down = checkpoint.read(names["up"]), checkpoint.read(names["down"])
     rank = down.shape[0]
     if "alpha" in names:
-        return LowRankChange(up, down, float(checkpoint.read(names["alpha"])) / rank)
-    alpha = _configured_alpha(weight.removesuffix(".weight"), config)
-    if alpha is None:
-        return LowRankChange(up, down, 1.0)
-    return LowRankChange(up, down, alpha / (rank**0.5 if config.get("use_rslora") else rank))
-
-
-def _configured_alpha(module: str, config: Mapping[str, Any]) -> float | None:
-    """Alpha of a module; peft matches its patterns with the end of a name."""
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return float(alpha)
-    return None if config.get("lora_alpha") is None else float(config["lora_alpha"])
+        alpha: float | None = float(checkpoint.read(names["alpha"]))
+        divisor = float(rank)
+    else:
+        alpha = config.alpha(weight.removesuffix(".weight"))
+        divisor = rank**0.5 if config.use_rslora else rank
+    if alpha is not None and not abs(alpha) <= _MOST_ALPHA:
+        raise CheckpointError(f"{checkpoint.source} has an alpha of {alpha} for {weight}; the file is damaged")
+    return LowRankChange(up, down, 1.0 if alpha is None else alpha / divisor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Protocol
 import torch
 
 from nai_t5_core.facts.config import encoder_tensors
+from nai_t5_core.facts.given_numbers import real_number
 from nai_t5_core.lora.changes import Change
 from nai_t5_core.lora.files import Lora, listed, read_lora
 from nai_t5_core.lora.merge import row_counts
@@ -69,7 +69,7 @@ class LoraSet(ABC):
             if name in self._loras:
                 raise ValueError(f"there is a LoRA {name!r} already; give another name=, or use set_strength")
             self._refuse_misfits(lora)
-            self._change({**self._loras, name: (lora, _checked(strength))}, lora.changes)
+            self._change({**self._loras, name: (lora, real_number("strength", strength))}, lora.changes)
         return name
 
     def set_strength(self, name: str, strength: float) -> None:
@@ -80,7 +80,7 @@ class LoraSet(ABC):
         """
         with self._alone():
             lora = self._find(name)
-            self._change({**self._loras, name: (lora, _checked(strength))}, lora.changes)
+            self._change({**self._loras, name: (lora, real_number("strength", strength))}, lora.changes)
 
     def remove(self, name: str) -> None:
         """Takes a LoRA away.
@@ -163,9 +163,3 @@ class LoraSet(ABC):
     @abstractmethod
     def _changed_count(self) -> int:
         """How many weights of the encoder are not what they are without LoRA."""
-
-
-def _checked(strength: float) -> float:
-    if not math.isfinite(strength):
-        raise ValueError(f"strength={strength}; it must be a finite number")
-    return float(strength)

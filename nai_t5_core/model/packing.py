@@ -13,7 +13,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from nai_t5_core.facts.padding import PADDING_POLICIES, PaddingPolicy
+from nai_t5_core.facts.given_numbers import whole_number
+from nai_t5_core.facts.padding import LONGEST_ROW, PADDING_POLICIES, PaddingPolicy
 
 # Token counts that a compiled encoder computes: a packed row is padded to the next. Each is at most double the last.
 TOKEN_BUCKETS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -108,11 +109,10 @@ def _is_run(positions: Tensor) -> bool:
 
 
 def check_policy(padding: PaddingPolicy, extra_pad: int) -> None:
-    """Raises a ValueError for an unknown policy or a negative number of pad positions."""
+    """Raises a ValueError for an unknown policy, or a number of pad positions that is none, negative or too large."""
     if padding not in PADDING_POLICIES:
         raise ValueError(f"unknown padding policy {padding!r}; allowed: {', '.join(PADDING_POLICIES)}")
-    if extra_pad < 0:
-        raise ValueError(f"extra_pad={extra_pad}; it must be 0 or more pad positions")
+    whole_number("extra_pad", extra_pad, 0, LONGEST_ROW)
 
 
 def pack_batch(

@@ -21,13 +21,16 @@ from nai_t5_core.backends.choose import (
 )
 from nai_t5_core.facts.families import Family
 from nai_t5_core.facts.families import family as family_named
-from nai_t5_core.facts.padding import PADDING_POLICIES, PaddingPolicy, PadTo
+from nai_t5_core.facts.given_numbers import whole_number
+from nai_t5_core.facts.nested_text import shown
+from nai_t5_core.facts.padding import LONGEST_ROW, PAD_TO, PaddingPolicy, PadTo
 from nai_t5_core.facts.text_cleaning import clean_text
 from nai_t5_core.float16.guard import encode_guarded
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.lora.set import LoraSource
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
+from nai_t5_core.model.packing import check_policy
 from nai_t5_core.model.precision import resolve_device, resolve_dtype
 from nai_t5_core.tokenizer import TokenBatch, Tokenizer, load_tokenizer
 from nai_t5_core.weights.examine import NO_TOKENIZER, ModelSource
@@ -77,12 +80,11 @@ class TextEncoder:
         report: LoadReport | None = None,
         token_budget: int = DEFAULT_TOKEN_BUDGET,
     ) -> None:
-        if token_budget < 1:
-            raise ValueError(f"token_budget={token_budget}; at least 1 row must be computed at a time")
         self.stack = stack
         self.tokenizer = tokenizer
         self.report = report
-        self.token_budget = token_budget
+        # At least one row is computed at a time.
+        self.token_budget = whole_number("token_budget", token_budget, least=1)
 
     @classmethod
     def from_pretrained(
@@ -177,11 +179,12 @@ class TextEncoder:
             prompts: a list of texts; the empty text is allowed.
             family: a diffusion model family such as ``"pixart-sigma"``, which sets length, padding and text cleaning as
                 in its pipeline. The other arguments override these.
-            max_length: longer prompts are cut to this many tokens, end token included. None: no limit.
+            max_length: longer prompts are cut to this many tokens, end token included. None: no limit but that of
+                8,192 tokens, beyond which a prompt is refused.
             padding: how pad tokens are treated, see :func:`nai_t5_core.model.packing.pack_batch`; ``"exact"`` by
                 default.
             pad_to: ``"max_length"``, or ``"longest"`` prompt of the batch (the default without a family).
-            extra_pad: pad positions after the text that are computed and left unmasked.
+            extra_pad: pad positions after the text that are computed and left unmasked, up to 8,192.
             truncate: False makes a prompt that is too long an error; else it is cut, and the result has what was cut.
             output_device: where the result is put; by default it stays on the model's device.
 
@@ -191,9 +194,14 @@ class TextEncoder:
         """
         row = family_named(family) if family is not None else None
         settings = _Settings.choose(row, max_length, padding, pad_to, extra_pad)
+        if not isinstance(truncate, bool):
+            raise ValueError(f"truncate={truncate!r}; allowed: True, False")
+        if output_device is not None:
+            output_device = resolve_device(output_device)
         tokens = self._tokenize(prompts, row, settings)
         if not truncate:
             _refuse_truncated(tokens, settings.max_length)
+        _refuse_endless(tokens)
         ids = torch.tensor(tokens.input_ids)
         mask = torch.tensor(tokens.attention_mask, dtype=torch.bool)
         ids, mask = self._with_room(ids, mask, settings)
@@ -276,22 +284,38 @@ class _Settings:
         pad_to: PadTo | None,
         extra_pad: int | None,
     ) -> _Settings:
+        if max_length is not None:
+            max_length = whole_number("max_length", max_length)
         if row is None:
-            settings = cls(max_length, padding or "exact", pad_to or "longest", extra_pad or 0)
+            settings = cls(
+                max_length,
+                "exact" if padding is None else padding,
+                "longest" if pad_to is None else pad_to,
+                0 if extra_pad is None else extra_pad,
+            )
         else:
             if max_length is not None and row.length_limit is not None and max_length > row.length_limit:
                 raise ValueError(f"max_length={max_length}; {row.title} takes at most {row.length_limit} tokens")
             settings = cls(
                 (row.call_length or row.max_length) if max_length is None else max_length,
-                padding or row.padding,
-                pad_to or row.pad_to,
+                row.padding if padding is None else padding,
+                row.pad_to if pad_to is None else pad_to,
                 row.extra_pad if extra_pad is None else extra_pad,
             )
-        if settings.padding not in PADDING_POLICIES:
-            raise ValueError(f"unknown padding policy {settings.padding!r}; allowed: {', '.join(PADDING_POLICIES)}")
-        if settings.pad_to == "max_length" and settings.max_length is None:
-            raise ValueError("pad_to='max_length' needs a max_length")
+        settings._check()
         return settings
+
+    def _check(self) -> None:
+        check_policy(self.padding, self.extra_pad)
+        if self.pad_to not in PAD_TO:
+            raise ValueError(f"unknown pad_to {shown(self.pad_to)}; allowed: {', '.join(PAD_TO)}")
+        if self.pad_to == "max_length" and self.max_length is None:
+            raise ValueError("pad_to='max_length' needs a max_length")
+        if self.pad_to == "max_length" and self.max_length is not None and self.max_length > LONGEST_ROW:
+            raise ValueError(
+                f"pad_to='max_length' with max_length={self.max_length:,}: no row of more than {LONGEST_ROW:,} "
+                "tokens is computed; give a smaller max_length, or pad_to='longest'"
+            )
 
 
 def _merge_for_good(stack: T5EncoderStack, loras: Sequence[tuple[LoraSource, float]]) -> None:
@@ -308,6 +332,16 @@ def _refuse_truncated(tokens: TokenBatch, limit: int | None) -> None:
                 f"prompt {index} has {tokens.full_counts[index]} tokens, the limit is {limit}; shorten it by "
                 f"{tokens.cut_text[index][:60]!r}, raise max_length, or allow truncation"
             )
+
+
+def _refuse_endless(tokens: TokenBatch) -> None:
+    longest = max(tokens.token_counts)
+    if longest > LONGEST_ROW:
+        raise ValueError(
+            f"prompt {tokens.token_counts.index(longest)} has {longest:,} tokens, and at most {LONGEST_ROW:,} "
+            "are computed together, since the time grows with their square; give max_length to cut it, or parts of it "
+            "as prompts of their own"
+        )
 
 
 def _with_extra_pad(mask: Tensor, counts: list[int], extra_pad: int) -> Tensor:

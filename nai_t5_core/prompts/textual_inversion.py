@@ -68,6 +68,8 @@ def _read(checkpoint: Checkpoint, token: str, key: str | None) -> Tensor:
 def _rows(vectors: Tensor, stack: T5EncoderStack) -> Tensor:
     """The vectors as rows of the embedding table, with its scale, dtype and device: [vectors, d_model]."""
     width = stack.config.d_model
+    if not vectors.is_floating_point():
+        raise ValueError(f"vectors of {vectors.dtype}; floating point numbers are needed: the file is damaged")
     if vectors.ndim not in (1, 2) or vectors.shape[-1] != width or not vectors.numel():
         raise ValueError(
             f"vectors of shape {list(vectors.shape)}; this model takes [vectors, {width}] or [{width}]: "

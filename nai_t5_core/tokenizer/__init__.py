@@ -6,12 +6,12 @@ this module loads neither torch nor a tokenizer library: a library is loaded wit
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from nai_t5_core.facts.nested_text import parse_object
 from nai_t5_core.tokenizer.added_tokens import FolderTokens, read_config
 from nai_t5_core.tokenizer.base import TokenBatch, Tokenizer
 from nai_t5_core.tokenizer.convert import sentencepiece_to_tokenizer_json, tokenizer_json_to_sentencepiece
@@ -76,7 +76,7 @@ def _recognise(content: bytes, path: Path) -> Tokenizer:
     is_json = content.lstrip()[:1] == b"{"
     if is_json and b"ByT5Tokenizer" in content:
         with suppress(ValueError):
-            if _is_byte_config(json.loads(content)):
+            if _is_byte_config(parse_object(content)):
                 return ByteTokenizer()
     kind = JsonTokenizer.kind if is_json else SentencePieceTokenizer.kind
     try:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from nai_t5_core.facts.nested_text import parse_object, shown
+
+# Published tokenizers have 100 to 300 of them, and no embedding table has rows for as many as this.
+_MOST_EXTRA_IDS = 10_000
+_ID_DIGITS = 10
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class AddedToken:
         """From an entry of the files: a text, or a JSON object that holds it; None for anything else."""
         values: Mapping[str, Any] = value if isinstance(value, Mapping) else {"content": value}
         content = values.get("content")
-        if not isinstance(content, str) or not content:
+        if not isinstance(content, str) or not content or not _is_text(content):
             return None
         special = bool(values.get("special", special))
         flags = {name: bool(values.get(name, False)) for name in ("lstrip", "rstrip", "single_word")}
@@ -76,33 +81,64 @@ class FolderTokens:
         # Beside a SentencePiece model, transformers ignores the lists in special_tokens_map.json.
         lists = settings if beside_json else config
         further = lists.get("extra_special_tokens", lists.get("additional_special_tokens", ()))
+        if further is not None and not isinstance(further, (Mapping, list, tuple)):
+            raise ValueError(
+                f"the special tokens that the files in {str(folder)!r} list are {shown(further)}; a list of tokens is "
+                "needed"
+            )
         listed = further.values() if isinstance(further, Mapping) else further or ()
-        extra_ids, pad = settings.get("extra_ids"), AddedToken.read(settings.get("pad_token"))
+        pad = AddedToken.read(settings.get("pad_token"))
         return cls(
             numbered=_numbered(folder, config, settings),
             special=tuple(token for value in listed if (token := AddedToken.read(value, special=True))),
             special_alone=bool(listed) and not isinstance(further, Mapping) and not beside_json,
-            extra_ids=extra_ids if isinstance(extra_ids, int) else None,
+            extra_ids=_extra_ids(folder, settings.get("extra_ids")),
             pad_token=pad.content if pad else None,
         )
 
 
+def _extra_ids(folder: Path, count: object) -> int | None:
+    if count is None or (type(count) is int and 0 <= count <= _MOST_EXTRA_IDS):
+        return count
+    raise ValueError(f"extra_ids in {str(folder)!r} is {shown(count)}; a number from 0 to {_MOST_EXTRA_IDS} is needed")
+
+
 def _numbered(folder: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[int, AddedToken]:
-    if config.get("added_tokens_decoder"):
-        source, entries = "added_tokens_decoder of tokenizer_config.json", dict(config["added_tokens_decoder"])
+    if decoder := config.get("added_tokens_decoder"):
+        source = "added_tokens_decoder of tokenizer_config.json"
+        if not isinstance(decoder, dict):
+            raise ValueError(f"{source} in {str(folder)!r} is {shown(decoder)}; an object of tokens by id is needed")
+        numbered = list(decoder.items())
     else:
         # The older file; transformers reads it only where added_tokens_decoder is absent.
         source = "added_tokens.json"
         ids = _read_object(folder / source)
         special = {token.content for value in settings.values() if (token := AddedToken.read(value))}
-        entries = {number: {"content": text, "special": text in special} for text, number in ids.items()}
+        numbered = [(number, {"content": text, "special": text in special}) for text, number in ids.items()]
     tokens = {}
-    for number, value in entries.items():
+    for number, value in numbered:
         token = AddedToken.read(value)
-        if token is None or not str(number).isdecimal():
-            raise ValueError(f"{source} in {str(folder)!r} has {number!r}: {value!r}, which is no id and no token")
+        if token is None or not _is_id(number):
+            raise ValueError(
+                f"{source} in {str(folder)!r} has {shown(number)}: {shown(value)}, which is no id and no token"
+            )
         tokens[int(number)] = token
     return dict(sorted(tokens.items()))
+
+
+def _is_text(content: str) -> bool:
+    """Whether it has no lone surrogates, which JSON can write and no token can have."""
+    try:
+        return bool(content.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _is_id(number: object) -> bool:
+    """Whether it is a number, or a text of one: JSON has only texts for names."""
+    return (type(number) is int and number >= 0) or (
+        isinstance(number, str) and number.isdecimal() and len(number) < _ID_DIGITS
+    )
 
 
 def refuse_gaps(new: Sequence[int], size: int) -> None:
@@ -123,6 +159,6 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_bytes()))
-    except (ValueError, TypeError) as error:
+        return parse_object(file.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{str(file)!r} is no json object: {error}") from None

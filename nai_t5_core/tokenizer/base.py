@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from nai_t5_core.facts.given_numbers import whole_number
+from nai_t5_core.facts.padding import LONGEST_ROW
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -77,8 +80,9 @@ class Tokenizer(ABC):
         A prompt of more than `max_length` tokens keeps its first `max_length - 1` and gets the end token. Rows are
         padded to `pad_to` tokens, to the longest row, or not at all (None).
 
-        Raises ValueError for an empty list, a single string, a prompt that is no string, a `max_length` below 1, and a
-        `pad_to` that is too short for the longest row.
+        Raises ValueError for an empty list, a single string, a prompt that is no string, a `max_length` that is no
+        whole number from 1 on, and a `pad_to` that is none, too short for the longest row, or longer than any row that
+        is computed (`LONGEST_ROW`).
         """
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
             raise ValueError(
@@ -86,7 +90,7 @@ class Tokenizer(ABC):
             )
         if not prompts:
             raise ValueError("the list of prompts is empty: give at least one prompt, which may be ''")
-        if max_length is not None and max_length < 1:
+        if max_length is not None and whole_number("max_length", max_length) == 0:
             raise ValueError(f"max_length={max_length} leaves no room for the end token: it must be at least 1")
         texts = [_clean(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
         rows, full_counts, cut_text = [], [], []
@@ -136,9 +140,9 @@ def _padded_lengths(counts: list[int], pad_to: int | Literal["longest"] | None) 
     longest = max(counts)
     if pad_to == "longest":
         return [longest] * len(counts)
-    if not isinstance(pad_to, int):
+    if isinstance(pad_to, str):
         raise ValueError(f"pad_to={pad_to!r} is neither a number of tokens nor 'longest' nor None")
-    if pad_to < longest:
+    if whole_number("pad_to", pad_to, most=max(longest, LONGEST_ROW)) < longest:
         raise ValueError(
             f"pad_to={pad_to} is less than the {longest} tokens of prompt {counts.index(longest)}: "
             f"pad to at least {longest}, or truncate with max_length={max(pad_to, 1)}"

@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nai_t5_core.facts.nested_text import parse_object, shown
 from nai_t5_core.tokenizer import sentencepiece_format as spm
 from nai_t5_core.tokenizer.sentencepiece_format import SentencePieceModel, write_field, write_piece
 
 _SPACE = "▁"
+# Ids that a file may leave out; those that are known do without, or with a few.
+_MOST_UNUSED = 100_000
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -38,7 +41,7 @@ class Normalization:
             elif step["type"] == "Strip" or (step["type"] == "Replace" and step["pattern"].get("Regex") == " {2,}"):
                 collapse = True
             else:
-                raise ValueError(f"SentencePiece has no normalizer {json.dumps(step)[:120]}: use the json as it is")
+                raise ValueError(f"SentencePiece has no normalizer {shown(step)}: use the json as it is")
         for step in _steps(data.get("pre_tokenizer"), "pretokenizers"):
             if step["type"] == "WhitespaceSplit":
                 collapse = True
@@ -46,7 +49,7 @@ class Normalization:
                 escape = True
                 prefix = step.get("prepend_scheme", "always") != "never" and step.get("add_prefix_space", True)
             else:
-                raise ValueError(f"SentencePiece has no pre-tokenizer {json.dumps(step)[:120]}: use the json as it is")
+                raise ValueError(f"SentencePiece has no pre-tokenizer {shown(step)}: use the json as it is")
         return cls(charsmap, prefix, collapse, escape)
 
     def write(self) -> bytes:
@@ -85,6 +88,14 @@ def tokenizer_json_to_sentencepiece(json_bytes: bytes) -> bytes:
     token or end token, or has a normalizer or pre-tokenizer that SentencePiece does not have.
     """
     data = _read_json(json_bytes)
+    try:
+        return _as_sentencepiece(data)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"this tokenizer.json is damaged ({error!r}); fetch it again") from error
+
+
+def _as_sentencepiece(data: Mapping[str, Any]) -> bytes:
+    """Raises errors of several types where something else stands in the place of a token, a score or a step."""
     model = data["model"]
     added = {token["id"]: token for token in data.get("added_tokens") or []}
     vocabulary = {i: (text, float(score)) for i, (text, score) in enumerate(model["vocab"])}
@@ -94,9 +105,12 @@ def tokenizer_json_to_sentencepiece(json_bytes: bytes) -> bytes:
     if model.get("unk_id") is None or "</s>" not in ids:
         raise ValueError("this tokenizer.json has no unknown token or no end token '</s>': it is no T5 tokenizer")
 
+    size = max(vocabulary) + 1
+    if size > len(vocabulary) + _MOST_UNUSED:
+        raise ValueError(f"this tokenizer.json has {len(vocabulary):,} tokens and the id {size - 1:,}: it is damaged")
     unused_score = min(score for _, score in vocabulary.values())
     out = []
-    for i in range(max(vocabulary) + 1):
+    for i in range(size):
         text, score = vocabulary.get(i, (f"<unused_{i}>", unused_score))
         out.append(write_piece(text, score, _piece_kind(i, text, model, added) if i in vocabulary else spm.UNUSED))
     out.append(write_field(spm.TRAINER_SPEC, _trainer_spec(model, vocabulary, ids)))
@@ -107,10 +121,10 @@ def tokenizer_json_to_sentencepiece(json_bytes: bytes) -> bytes:
 def _read_json(json_bytes: bytes) -> dict[str, Any]:
     """Parses a Unigram tokenizer.json; raises a ValueError for anything else."""
     try:
-        data = json.loads(json_bytes)
+        data = parse_object(json_bytes)
     except ValueError as error:
         raise ValueError(f"these {len(json_bytes)} bytes are no json: {error}") from None
-    if not isinstance(data, dict) or not isinstance(data.get("model"), dict) or "vocab" not in data["model"]:
+    if not isinstance(data.get("model"), dict) or "vocab" not in data["model"]:
         raise ValueError("this json has no 'model' with a 'vocab', so it is no tokenizer.json")
     model = data["model"]
     kind = model.get("type", "Unigram" if isinstance(model["vocab"], list) else "BPE")

@@ -70,21 +70,26 @@ def sentencepiece_model(metadata: Mapping[str, Any]) -> bytes | None:
         ValueError: values of the vocabulary have wrong types; put the file's name in front of the message.
     """
     facts = {key.removeprefix(_PREFIX): value for key, value in metadata.items() if key.startswith(_PREFIX)}
-    if facts.get("model") not in _MODEL_TYPES or not all(key in facts for key in _COLUMNS):
+    model = facts.get("model")
+    if not isinstance(model, str) or model not in _MODEL_TYPES or not all(key in facts for key in _COLUMNS):
         return None
     try:
-        pieces = _pieces(facts)
-        normalizer = _normalizer(facts)
-    except (TypeError, ValueError, AttributeError) as error:
+        return _model(facts, _MODEL_TYPES[model])
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"is a damaged GGUF file (its vocabulary cannot be read: {error}); fetch it again") from error
+
+
+def _model(facts: Mapping[str, Any], model_type: int) -> bytes:
+    """Raises errors of several types where a fact is of another kind than a vocabulary's."""
+    pieces = _pieces(facts)
     ids = {field: facts.get(key, -1) for key, field in _SPECIAL.items()}
     names = {field: pieces[id_][0] for field, id_ in ids.items() if isinstance(id_, int) and 0 <= id_ < len(pieces)}
     pieces = _without_filling(pieces)
     return b"".join(
         [
             *(write_piece(*piece) for piece in pieces),
-            write_field(TRAINER_SPEC, _trainer(pieces, names, _MODEL_TYPES[facts["model"]])),
-            write_field(NORMALIZER_SPEC, normalizer),
+            write_field(TRAINER_SPEC, _trainer(pieces, names, model_type)),
+            write_field(NORMALIZER_SPEC, _normalizer(facts)),
         ]
     )
 

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from nai_t5_core.facts.nested_text import parse_object
 from nai_t5_core.tokenizer.added_tokens import AddedToken, FolderTokens, refuse_gaps
 from nai_t5_core.tokenizer.base import Tokenizer, split_at_tokens
+from nai_t5_core.tokenizer.charsmap import refuse_damaged_charsmap
 from nai_t5_core.tokenizer.convert import Normalization, sentencepiece_to_tokenizer_json
-from nai_t5_core.tokenizer.sentencepiece_format import EXTRA_ID, extend_sentencepiece, missing_extra_ids, read_fields
+from nai_t5_core.tokenizer.rust_errors import as_value_error
+from nai_t5_core.tokenizer.sentencepiece_format import (
+    EXTRA_ID,
+    charsmap_of,
+    extend_sentencepiece,
+    missing_extra_ids,
+    read_fields,
+)
 
 # Unicode's White_Space characters: the places where the fast tokenizer splits words.
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+# Every character map in a tokenizer.json, before the library reads it: damage makes it stop with a report of its own.
+_CHARSMAP = re.compile(rb'"precompiled_charsmap"\s*:\s*"([^"]*)"')
+# A character without a meaning, which no vocabulary has.
+_UNKNOWN = "\U0010fffd"
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -34,11 +48,14 @@ class SentencePieceTokenizer(Tokenizer):
         self._content = content
         self._model = SentencePieceProcessor()
         try:
+            refuse_damaged_charsmap(charsmap_of(content))
             self._model.LoadFromSerializedProto(content)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ValueError(f"these {len(content)} bytes are no SentencePiece model: {error}") from None
         if self._model.eos_id() < 0:
             raise ValueError("this SentencePiece model has no end token (eos_id is -1), and every T5 tokenizer has one")
+        if not 0 <= self._model.unk_id() < len(self._model):
+            raise ValueError("this SentencePiece model has no token for what it does not know; fetch the file again")
         self.eos_token_id = self._model.eos_id()
         self.unk_token_id = self._model.unk_id()
         candidates = (self._model.pad_id(), self._model.bos_id(), self.eos_token_id)
@@ -175,10 +192,10 @@ class JsonTokenizer(Tokenizer):
         from tokenizers import Tokenizer as Backend
 
         self._content = content
-        try:
+        for charsmap in _CHARSMAP.findall(content):
+            refuse_damaged_charsmap(base64.b64decode(charsmap))
+        with as_value_error(f"these {len(content)} bytes are no tokenizer.json"):
             self._backend = Backend.from_buffer(content)
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"these {len(content)} bytes are no tokenizer.json: {error}") from None
         eos = self._backend.token_to_id("</s>")
         if eos is None:
             raise ValueError("this tokenizer.json has no token '</s>', and every T5 tokenizer ends its prompts with it")
@@ -191,6 +208,8 @@ class JsonTokenizer(Tokenizer):
         self._backend.no_padding()
         self._backend.no_truncation()
         self._use_reference_steps()
+        with as_value_error("this tokenizer.json has no token for what it does not know"):
+            self._backend.encode(_UNKNOWN, add_special_tokens=False)
 
     def _use_reference_steps(self) -> None:
         from tokenizers import models, normalizers, pre_tokenizers
@@ -225,7 +244,7 @@ class JsonTokenizer(Tokenizer):
 
         Raises ValueError where ids do not follow those of the file.
         """
-        data = json.loads(self._content)
+        data = parse_object(self._content)
         before = {entry["content"]: entry for entry in data.get("added_tokens") or []}
         entries = self._entries(before, tokens)
         pad = (
@@ -264,14 +283,19 @@ class JsonTokenizer(Tokenizer):
         return entries
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return list(self._encode(text).ids)
 
     def _begin(self, text: str, index: int) -> int:
-        return int(self._backend.encode(text, add_special_tokens=False).offsets[index][0])
+        return int(self._encode(text).offsets[index][0])
+
+    def _encode(self, text: str) -> Any:
+        with as_value_error("this tokenizer.json cannot encode the prompt"):
+            return self._backend.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         known = [i for i in ids if 0 <= i < self.vocab_size]
-        return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
+        with as_value_error("this tokenizer.json cannot decode these ids"):
+            return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
 
     def serialized(self) -> tuple[str, bytes]:
         return self.kind, self._content
@@ -298,7 +322,8 @@ class ByteTokenizer(Tokenizer):
         "<unk>": 2,
         **{f"<extra_id_{i}>": 259 + i for i in range(125)},
     }
-    _pattern = re.compile(r"\s*(?:<pad>|</s>|<unk>)\s*|<extra_id_(?:\d|[1-9]\d|1[01]\d|12[0-4])>")
+    # White space is looked at from its beginning alone, or a long run of it would be read once for each place in it.
+    _pattern = re.compile(r"(?:(?<!\s)\s+)?(?:<pad>|</s>|<unk>)\s*|<extra_id_(?:\d|[1-9]\d|1[01]\d|12[0-4])>")
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = []

@@ -87,7 +87,7 @@ class PlaceholderTokenizer(Tokenizer):
 
 
 def _check(word: str, ids: Sequence[int], base: Tokenizer) -> None:
-    if not word or word != word.strip():
+    if not isinstance(word, str) or not word or word != word.strip():
         raise ValueError(f"{word!r} can't be a word of prompts: it is empty, or begins or ends with white space")
     if not ids:
         raise ValueError(f"the word {word!r} has no ids")

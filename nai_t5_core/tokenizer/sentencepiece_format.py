@@ -10,7 +10,6 @@ import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 # ModelProto
 PIECES, TRAINER_SPEC, NORMALIZER_SPEC = 1, 2, 3
@@ -24,6 +23,9 @@ UNK_PIECE, BOS_PIECE, EOS_PIECE, PAD_PIECE = 45, 46, 47, 48
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 # NormalizerSpec
 NORMALIZER_NAME, CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES, ESCAPE_WHITESPACES = 1, 2, 3, 4, 5
+
+# The most that a number takes.
+_VARINT_BYTES = 10
 
 EXTRA_ID = re.compile(r"<extra_id_\d+>")
 # How many `<extra_id_N>` a bare model file lacks, by its number of pieces: UMT5 has 300, every other T5 has 100.
@@ -58,14 +60,15 @@ def read_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _read_varint(message: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while position < len(message):
+    value = 0
+    for shift in range(0, 7 * _VARINT_BYTES, 7):
+        if position >= len(message):
+            break
         byte = message[position]
         position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, position
-        shift += 7
     raise ValueError(f"the bytes end inside a number, at byte {position}: the file is cut short or no protobuf")
 
 
@@ -95,6 +98,39 @@ def write_piece(text: str, score: float, kind: int) -> bytes:
     return write_field(PIECES, message if kind == NORMAL else message + write_field(TYPE, kind))
 
 
+class _Fields:
+    """The single fields of a message; of several values, the last counts.
+
+    A value of another type than its field has is as good as none: the protobuf runtime passes over it.
+    """
+
+    def __init__(self, message: bytes = b"") -> None:
+        self._numbers: dict[int, int] = {}
+        self._contents: dict[int, bytes] = {}
+        self.add(message)
+
+    def add(self, message: bytes) -> None:
+        """Fields of a further part of the same message."""
+        for field, value in read_fields(message):
+            if isinstance(value, int):
+                self._numbers[field] = value
+            else:
+                self._contents[field] = value
+
+    def number(self, field: int, default: int) -> int:
+        return self._numbers.get(field, default)
+
+    def raw(self, field: int) -> bytes:
+        return self._contents.get(field, b"")
+
+    def text(self, field: int, default: str) -> str:
+        return self._contents[field].decode() if field in self._contents else default
+
+    def float32(self, field: int, default: float) -> float:
+        content = self._contents.get(field, b"")
+        return float(struct.unpack("<f", content)[0]) if len(content) == 4 else default
+
+
 @dataclass(frozen=True)
 class SentencePieceModel:
     """The fields of a SentencePiece model file that tokenizing a prompt needs."""
@@ -113,30 +149,41 @@ class SentencePieceModel:
     def parse(cls, model_bytes: bytes) -> SentencePieceModel:
         """Reads a serialized ModelProto. Raises ValueError for other bytes."""
         pieces: list[tuple[str, float, int]] = []
-        trainer: dict[int, Any] = {}
-        normalizer: dict[int, Any] = {}
+        trainer, normalizer = _Fields(), _Fields()
         for number, value in read_fields(model_bytes):
             if number == PIECES and isinstance(value, bytes):
-                piece: dict[int, Any] = dict(read_fields(value))
-                score = struct.unpack("<f", piece.get(SCORE, bytes(4)))[0]
-                pieces.append((piece.get(PIECE, b"").decode(), score, piece.get(TYPE, NORMAL)))
+                piece = _Fields(value)
+                pieces.append((piece.text(PIECE, ""), piece.float32(SCORE, 0.0), piece.number(TYPE, NORMAL)))
             elif number == TRAINER_SPEC and isinstance(value, bytes):
-                trainer.update(read_fields(value))
+                trainer.add(value)
             elif number == NORMALIZER_SPEC and isinstance(value, bytes):
-                normalizer.update(read_fields(value))
+                normalizer.add(value)
         if not pieces:
             raise ValueError(f"no pieces in these {len(model_bytes)} bytes: this is no SentencePiece model")
         return cls(
             pieces=pieces,
-            model_type=MODEL_TYPES.get(trainer.get(MODEL_TYPE, 1), "unknown"),
-            charsmap=normalizer.get(CHARSMAP, b""),
-            add_dummy_prefix=bool(normalizer.get(ADD_DUMMY_PREFIX, 1)),
-            remove_extra_whitespaces=bool(normalizer.get(REMOVE_EXTRA_WHITESPACES, 1)),
-            whitespace_as_suffix=bool(trainer.get(WHITESPACE_AS_SUFFIX, 0)),
-            byte_fallback=bool(trainer.get(BYTE_FALLBACK, 0)),
-            eos_piece=trainer.get(EOS_PIECE, b"</s>").decode(),
-            pad_piece=trainer.get(PAD_PIECE, b"<pad>").decode(),
+            model_type=MODEL_TYPES.get(trainer.number(MODEL_TYPE, 1), "unknown"),
+            charsmap=normalizer.raw(CHARSMAP),
+            add_dummy_prefix=bool(normalizer.number(ADD_DUMMY_PREFIX, 1)),
+            remove_extra_whitespaces=bool(normalizer.number(REMOVE_EXTRA_WHITESPACES, 1)),
+            whitespace_as_suffix=bool(trainer.number(WHITESPACE_AS_SUFFIX, 0)),
+            byte_fallback=bool(trainer.number(BYTE_FALLBACK, 0)),
+            eos_piece=trainer.text(EOS_PIECE, "</s>"),
+            pad_piece=trainer.text(PAD_PIECE, "<pad>"),
         )
+
+
+def charsmap_of(model_bytes: bytes) -> bytes:
+    """The precompiled character map of a serialized ModelProto. Raises ValueError where the bytes are none."""
+    # Most of a file are short pieces, in front: a tag and a length of one byte each, and so many bytes.
+    position, tag = 0, PIECES << 3 | 2
+    while position + 1 < len(model_bytes) and model_bytes[position] == tag and model_bytes[position + 1] < 0x80:
+        position += 2 + model_bytes[position + 1]
+    normalizer = _Fields()
+    for number, value in read_fields(model_bytes[position:]):
+        if number == NORMALIZER_SPEC and isinstance(value, bytes):
+            normalizer.add(value)
+    return normalizer.raw(CHARSMAP)
 
 
 def missing_extra_ids(piece_count: int, pad_id: int, has_extra_ids: bool) -> int:

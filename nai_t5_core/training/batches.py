@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nai_t5_core.facts.nested_text import parse_object
 from nai_t5_core.model.t5 import IGNORE_INDEX
 from nai_t5_core.tokenizer import Tokenizer
 from nai_t5_core.training.config import DataSection
@@ -192,7 +192,7 @@ def _read_lines(section: DataSection, tokenizer: Tokenizer) -> Iterator[Ids]:
 def _read_pairs(section: DataSection, tokenizer: Tokenizer) -> Iterator[Example]:
     for number, line in _lines(section.file):
         try:
-            pair = json.loads(line)
+            pair = parse_object(line)
             texts = (pair["input"], pair["target"])
             question, answer = (np.array(tokenizer.encode(text, add_eos=False), dtype=np.int64) for text in texts)
         except (ValueError, KeyError, TypeError) as error:

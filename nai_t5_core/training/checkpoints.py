@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from nai_t5_core.backends.sharding import part_of, whole
 from nai_t5_core.weights.whole_files import replacing
 
 NAME = "checkpoint.pt"
+_NO_CHECKPOINT = "{} is no checkpoint of a training run, or is damaged: {}"
 
 
 def save(
@@ -48,24 +48,44 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identit
     Raises:
         ValueError: no such file, a damaged one, or one of another run; the message names what differs.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        step, stored = int(state["step"]), state["identity"]
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist: there is no run to go on with; start one without --resume") from error
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no checkpoint of a training run, or is damaged: {error}") from error
+    state = _read(path)
+    stored = state["identity"]
     differing = [name for name in identity if stored.get(name) != identity[name]]
     if differing:
         told = "; ".join(f"{name} was {stored.get(name)!r} and is {identity[name]!r}" for name in differing)
         raise ValueError(f"{path} is of a run with another config ({told}); restore it, or begin in another folder")
+    try:
+        return _fill(model, optimizer, state)
+    except Exception as error:  # of many kinds: the file may hold anything
+        raise ValueError(f"{path} is damaged: {_first_line(error)}; begin the run again") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint; raises ValueError as :func:`load`."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist: there is no run to go on with; start one without --resume") from error
+    except Exception as error:  # of many kinds: the file may hold anything
+        raise ValueError(_NO_CHECKPOINT.format(path, _first_line(error))) from error
+    kinds = {"identity": dict, "step": int, "model": dict, "optimizer": dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError(_NO_CHECKPOINT.format(path, "it lacks one of identity, step, model and optimizer"))
+    return state
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _fill(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> int:
     own = model.state_dict()
     model.load_state_dict({name: part_of(tensor, own[name]) for name, tensor in state["model"].items()})
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     kept = state["optimizer"]
     states = {index: _spread(values, parameters[index]) for index, values in kept["state"].items()}
     optimizer.load_state_dict({**kept, "state": states})
-    return step
+    return int(state["step"])
 
 
 def _gathered(values: Mapping[str, Any], keep: bool) -> dict[str, Any]:

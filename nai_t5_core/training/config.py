@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.nested_text import parse_toml, shown
+from nai_t5_core.facts.padding import LONGEST_ROW
+from nai_t5_core.facts.paths import user_path
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+# Of a file in a batch.
+MOST_ROWS = 100_000
 Objective = Literal["span-corruption", "prefix", "pairs"]
 
 
 def _from_config_folder(path: Path, info: ValidationInfo) -> Path:
     folder: Path = (info.context or {}).get("folder", Path())
-    return folder / path.expanduser()
+    return folder / user_path(path)
 
 
 def _local_source(source: str | None, info: ValidationInfo) -> str | None:
@@ -34,7 +33,7 @@ ConfigPath = Annotated[Path, AfterValidator(_from_config_folder)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -94,8 +93,8 @@ class DataSection(_Section):
 
     objective: Objective
     file: ConfigPath
-    rows: int = Field(gt=0)
-    max_length: int = Field(default=512, ge=3)
+    rows: int = Field(gt=0, le=MOST_ROWS)
+    max_length: int = Field(default=512, ge=3, le=LONGEST_ROW)
     noise_density: float = Field(default=0.15, gt=0, lt=1)
     mean_span: float = Field(default=3.0, ge=1)
 
@@ -116,8 +115,8 @@ class TrainConfig(_Section):
     """
 
     out: ConfigPath
-    steps: int = Field(gt=0)
-    seed: int = Field(default=0, ge=0)
+    steps: int = Field(gt=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -161,8 +160,8 @@ def read_config(path: str | Path) -> TrainConfig:
     """
     path = Path(path)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = parse_toml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as TOML: {error}") from error
     try:
         return TrainConfig.model_validate(values, context={"folder": path.absolute().parent})
@@ -172,5 +171,5 @@ def read_config(path: str | Path) -> TrainConfig:
 
 def _fault(fault: Any) -> str:
     place = ".".join(map(str, fault["loc"]))
-    given = "" if fault["type"] in ("missing", "value_error") else f" (given: {fault['input']!r})"
+    given = "" if fault["type"] in ("missing", "value_error") else f" (given: {shown(fault['input'])})"
     return f"{place}: {fault['msg'].removeprefix('Value error, ')}{given}"

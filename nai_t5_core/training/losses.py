@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nai_t5_core.facts.nested_text import parse_object
 from nai_t5_core.weights.whole_files import replacing
 
 NAME = "losses.jsonl"
@@ -47,9 +48,9 @@ def read_losses(path: Path) -> list[StepReport]:
     Raises:
         ValueError: the file holds something else.
     """
-    complete = path.read_text(encoding="utf-8").split("\n")[:-1]
     try:
-        return [StepReport(**json.loads(line)) for line in complete]
+        complete = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [StepReport(**parse_object(line)) for line in complete]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no log of a training run ({error}); move it away") from error
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import ValidationError
@@ -26,6 +27,8 @@ from nai_t5_core.weights.inferred_config import infer_config, with_told
 from nai_t5_core.weights.keymaps import KeyMap, map_names
 from nai_t5_core.weights.quantised import refuse_quantised
 
+# Faults in a message; where there are more, a wrong number of layers is behind them.
+_SHOWN = 100
 ModelSource = str | Path | None
 _WEIGHT_DTYPES = (
     *DTYPES.values(),
@@ -65,21 +68,31 @@ class Examination:
         return encoder_tensors(self.config) | decoder_tensors(self.config)
 
     def refuse_faults(self) -> None:
-        """Raises a CheckpointError that lists every fault, if there is any."""
+        """Raises a CheckpointError that lists the faults, if there are any: all of them, or the first hundred."""
         if self.faults:
-            listed = "\n".join(f"  - {fault}" for fault in self.faults)
+            more = [f"and {len(self.faults) - _SHOWN} more"] if len(self.faults) > _SHOWN else []
+            listed = "\n".join(f"  - {fault}" for fault in self.faults[:_SHOWN] + more)
             number = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
             raise CheckpointError(f"{self.checkpoint.source} cannot be loaded, {number}:\n{listed}")
 
     @cached_property
     def scales(self) -> StackScales | None:
         """The scales that the weights of a file of our own hold; None where nothing is scaled."""
-        return native.read_scales(self.checkpoint) if self.is_native else None
+        return self._native_scales("encoder", self.config.num_layers)
 
     @cached_property
     def decoder_scales(self) -> StackScales | None:
         """The same of the decoder."""
-        return native.read_scales(self.checkpoint, "decoder") if self.is_native else None
+        return self._native_scales("decoder", self.config.num_decoder_layers)
+
+    def _native_scales(self, stack: Literal["encoder", "decoder"], layers: int) -> StackScales | None:
+        scales = native.read_scales(self.checkpoint, stack) if self.is_native else None
+        if scales is not None and len(scales.layers) != layers:
+            raise CheckpointError(
+                f"{self.checkpoint.source} has a damaged header: scales for {len(scales.layers)} layers, and its "
+                f"{stack} has {layers}; convert the original again"
+            )
+        return scales
 
     @cached_property
     def _fused_home(self) -> dict[str, Recipe]:

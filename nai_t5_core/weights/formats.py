@@ -19,6 +19,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nai_t5_core.facts.config import Shape
+from nai_t5_core.facts.nested_text import parse_object
+from nai_t5_core.facts.paths import user_path
 from nai_t5_core.weights.gguf_files import open_gguf
 from nai_t5_core.weights.pytorch_files import read_state
 from nai_t5_core.weights.safetensors_files import DTYPE_NAMES, read_safetensors_header
@@ -95,7 +97,7 @@ def open_checkpoint(path: str | Path, subfolder: str = "") -> Checkpoint:
     Raises:
         CheckpointError: nothing at the path, no weights in the folder, or a file that is damaged or of another kind.
     """
-    path = Path(path).expanduser() / subfolder
+    path = user_path(path) / subfolder
     try:
         if path.is_dir():
             return _open_folder(path)
@@ -277,12 +279,9 @@ def _open_index(path: Path) -> Checkpoint:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_bytes())
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}; an object is needed")
-    return content
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nai_t5_core.facts.config import Shape
 from nai_t5_core.facts.gguf_header import StoredTensor, read_header
+from nai_t5_core.facts.nested_text import shown
 from nai_t5_core.tokenizer.gguf_vocabulary import sentencepiece_model
 
 # In the header of a file that was split: into how many.
@@ -132,6 +133,8 @@ def open_gguf(path: Path) -> GgufFile:
     _require_gguf()
     header = read_header(path)
     parts = header.metadata.get(_PARTS, 1)
+    if not isinstance(parts, (int, float, str)):
+        raise ValueError(_DAMAGED.format(f"{_PARTS} is {shown(parts)}, and a number is needed"))
     if parts != 1:
         raise ValueError(
             f"is one of {parts} parts of a GGUF file; join them with 'llama-gguf-split --merge', or use a whole file "
@@ -196,12 +199,12 @@ def _config_values(metadata: Mapping[str, Any]) -> dict[str, float]:
     """
     architecture = metadata.get("general.architecture")
     keys = {f"{_TOKENS}.{key}": field for key, field in _TOKEN_KEYS.items()}
-    if architecture in _ARCHITECTURES:
+    if isinstance(architecture, str) and architecture in _ARCHITECTURES:
         keys |= {f"{architecture}.{key}": field for key, field in _CONFIG_KEYS.items()}
     told = {key: metadata[key] for key in keys if key in metadata}
     odd = next((key for key, value in told.items() if type(value) not in (int, float)), None)
     if odd is not None:
-        raise ValueError(_DAMAGED.format(f"{odd} is {told[odd]!r}, and a number is needed"))
+        raise ValueError(_DAMAGED.format(f"{odd} is {shown(told[odd])}, and a number is needed"))
     return {keys[key]: _shortest(value) for key, value in told.items()}
 
 

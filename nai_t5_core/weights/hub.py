@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from nai_t5_core.facts.paths import user_path
 from nai_t5_core.weights.formats import CheckpointError
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded" / "tiny.safetensors"
@@ -43,7 +44,7 @@ def find_model(source: str | Path | None, subfolder: str = "", hub: HubOptions =
     """
     if source is None:
         return EMBEDDED_MODEL
-    path = Path(source).expanduser()
+    path = user_path(source)
     if _is_local(path) or not _HUB_ID.fullmatch(str(source)):
         return path / subfolder
     return _download(str(source), subfolder, hub) / subfolder

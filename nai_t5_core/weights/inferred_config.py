@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from nai_t5_core.facts.config import Shape, T5Config
 
 # What a header may tell and shapes tell as well.
 _SIZES = ("num_layers", "num_decoder_layers", "d_model", "d_ff", "num_heads", "d_kv", "relative_attention_num_buckets")
+_LAYER_DIGITS = 6
 _TOKENS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
 
 
@@ -82,6 +83,14 @@ def _two_dims(shapes: Mapping[str, Shape], name: str) -> Shape:
     return shape
 
 
-def _depth(names: Iterable[str], stack: str) -> int:
-    pattern = re.compile(rf"{stack}\.block\.(\d+)\.")
-    return max((int(match[1]) + 1 for name in names if (match := pattern.match(name))), default=0)
+def _depth(names: Collection[str], stack: str) -> int:
+    """How many layers a stack has. No number is believed that exceeds that of the tensors: a layer has eight."""
+    pattern = re.compile(rf"{stack}\.block\.0*(\d+)\.")
+    layers = {match[1] for name in names if (match := pattern.match(name))}
+    beyond = next((layer for layer in layers if len(layer) > _LAYER_DIGITS or int(layer) >= len(names)), None)
+    if beyond is not None:
+        raise ValueError(
+            f"it has a tensor of {stack}.block.{beyond[:20]} among its {len(names):,}, which are too few for that many "
+            "layers; the file is damaged or incomplete, fetch it again"
+        )
+    return max((int(layer) + 1 for layer in layers), default=0)

@@ -22,7 +22,7 @@ from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, published_scales, scale_for, unscaled
 from nai_t5_core.float16.guard import guard
 from nai_t5_core.generation.t5 import T5
-from nai_t5_core.model.attention_choice import AttentionChoice, missing_for_flex, refuse_unsupported
+from nai_t5_core.model.attention_choice import ATTENTION_CHOICES, AttentionChoice, missing_for_flex, refuse_unsupported
 from nai_t5_core.model.encoder import LAYOUTS, Layout, T5EncoderStack
 from nai_t5_core.model.layers import NoInit
 from nai_t5_core.model.precision import largest_finite, resolve_device, resolve_dtype
@@ -156,6 +156,8 @@ def load(
     """As :func:`load_encoder`, with the tokenizer found beside or inside the weights, and a report."""
     started = time.perf_counter()
     place, model_dtype = _place(device, dtype, layout)
+    if attention not in ATTENTION_CHOICES:
+        raise ValueError(f"unknown attention {attention!r}; allowed: {', '.join(ATTENTION_CHOICES)}")
     examination = examine(source, subfolder)
     if attention == "flex":
         attention = _flex_or_sdpa(place, model_dtype, examination.config.d_kv)

@@ -5,13 +5,13 @@ Tables and pure functions over names and dtypes; of the tensors, only ComfyUI's 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from nai_t5_core.facts.nested_text import parse_object
 from nai_t5_core.weights.formats import Checkpoint, CheckpointError, TensorInfo
 from nai_t5_core.weights.keymaps import KeyMap
 
@@ -132,7 +132,6 @@ def _unreadable(note: dict[str, object], mark: str) -> Iterator[tuple[str, str]]
 def _object(text: bytes) -> dict[str, object]:
     """A note's content; damaged ones say nothing, and the names and dtypes beside them decide."""
     try:
-        content = json.loads(text)
+        return parse_object(text)
     except ValueError:
         return {}
-    return content if isinstance(content, dict) else {}

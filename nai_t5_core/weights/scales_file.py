@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from nai_t5_core.facts.nested_text import parse_object
 from nai_t5_core.facts.scales import StackScales
 from nai_t5_core.weights.whole_files import replacing
 
@@ -31,10 +32,9 @@ def read_decoder_scales(path: str | Path) -> StackScales | None:
 
 def _read(path: str | Path) -> tuple[StackScales, StackScales | None]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = json.loads(text)
-        decoder = values.get(_DECODER) if isinstance(values, dict) else None
-        return StackScales.from_json(text), None if decoder is None else StackScales.from_json(json.dumps(decoder))
+        values = parse_object(Path(path).read_bytes())
+        decoder = values.get(_DECODER)
+        return StackScales.from_values(values), None if decoder is None else StackScales.from_values(decoder)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read as float16 scales ({error}); give a file written by --save-scales or save_scales()"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+
+from nai_t5_core.facts.nested_text import parse_object
 
 # As transformers and llama.cpp name them.
 _SHARD = re.compile(r".*-\d{5}-of-(?P<count>\d{5})\.\w+")
@@ -24,7 +25,7 @@ def index_of(shard: str | Path) -> Path | None:
 
 def _lists(index: Path, name: str) -> bool:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_object(index.read_bytes())["weight_map"]
         return name in weight_map.values()
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # damaged, or something else under this name
         return False

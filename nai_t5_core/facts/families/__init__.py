@@ -46,9 +46,10 @@ def family(name: str) -> Family:
     Raises:
         ValueError: no family has this name.
     """
-    found = _INDEX.get(_key(name))
+    key = _key(str(name))
+    found = _INDEX.get(key)
     if found is None:
-        close = get_close_matches(_key(name), _INDEX, n=1)
+        close = get_close_matches(key, _INDEX, n=1)
         hint = f" Did you mean {_INDEX[close[0]].name!r}?" if close else ""
         raise ValueError(f"Unknown family {name!r}; known: {', '.join(family_names())}.{hint}")
     return found
