@@ -136,7 +136,7 @@ def _norm(residual: Tensor, weight: Tensor, norm: Any, dtype: torch.dtype) -> Te
 
 
 def fuse(block: Any) -> FusedWeights:
-    """The weights of a layer, joined, for which there must be no :func:`obstacle`."""
+    """The weights of a layer, joined, for which there must be no :func:`refuses`."""
     q, k, v, o, *inner, wo = projections(block)
     return FusedWeights(
         attention_norm=block.layer[0].layer_norm.weight,
@@ -162,7 +162,7 @@ def kernels_on(
     return KernelBlock.of(products, dtype, dense, heads, epsilon, scales)
 
 
-def obstacle(
+def refuses(
     block: Any, dtype: torch.dtype, others: Collection[torch.dtype], device: torch.device | None = None
 ) -> str | None:
     """Why a layer cannot be joined at this moment, as the end of a sentence; None if it can.

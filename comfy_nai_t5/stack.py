@@ -22,7 +22,7 @@ from comfy_nai_t5.fused import (
     JoinedProducts,
     fuse,
     kernels_on,
-    obstacle,
+    refuses,
     takes_kernels,
 )
 from comfy_nai_t5.int8 import Int8Kernels, Int8Products
@@ -118,7 +118,7 @@ class SharedEncoder(Encoder):
         others = dtypes_cast(kind is not None, by_kernels)
         block: Any
         for block in self.block:
-            reason = obstacle(block, dtype, others, self.device)
+            reason = refuses(block, dtype, others, self.device)
             if reason:
                 reasons[reason] += 1
                 continue
@@ -261,7 +261,7 @@ class SharedStack(T5EncoderStack):
             return "separate layout, as chosen"
         blocks: Any = self.encoder.block
         others = dtypes_cast(self.is_kept, self.takes_kernels)
-        return self._described(Counter(reason for block in blocks if (reason := obstacle(block, self.dtype, others))))
+        return self._described(Counter(reason for block in blocks if (reason := refuses(block, self.dtype, others))))
 
     def _described(self, reasons: Counter[str]) -> str:
         """The layout in words; an error where the fused one was asked for and a layer cannot be joined."""

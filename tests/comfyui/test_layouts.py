@@ -198,9 +198,9 @@ def test_streamed_modules_are_called(tmp_path: Path) -> None:
     for module in t5_of(theirs).modules():
         if isinstance(module, torch.nn.Linear):
             module._v = None
-    from comfy_nai_t5.fused import obstacle
+    from comfy_nai_t5.fused import refuses
 
-    assert "dynamic memory" in str(obstacle(t5_of(clip).encoder.block[0], torch.float32, ()))
+    assert "dynamic memory" in str(refuses(t5_of(clip).encoder.block[0], torch.float32, ()))
     for module in t5_of(theirs).modules():
         vars(module).pop("_v", None)
     assert_equal_conditioning(conditioning(clip, "a cat"), expected)
