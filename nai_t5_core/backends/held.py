@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from nai_t5_core.model.block import operations_are_watched
 from nai_t5_core.model.fixed_weights import FixedWeights
-from nai_t5_core.model.layers import CastingOps, NoInit
 
 
 class Form(Protocol):
@@ -34,10 +33,6 @@ class Form(Protocol):
     def lies(self) -> Any:
         """The weight as it is kept: a tensor, or an :class:`nai_t5_core.backends.int8_weight.Int8Weight`."""
         ...
-
-
-# Exactly these classes: subclasses do more than a product (adapters, quantisation, offloading).
-PLAIN_LINEARS = (nn.Linear, NoInit.Linear, CastingOps.Linear)
 
 
 class HeldLinear(FixedWeights):

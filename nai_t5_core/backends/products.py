@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.backends.held import PLAIN_LINEARS, HeldLinear, as_it_lies
+from nai_t5_core.backends.held import HeldLinear, as_it_lies
 from nai_t5_core.backends.int8_weight import Int8Product, Int8Weight
 from nai_t5_core.backends.onednn import OneDNNProduct
 from nai_t5_core.facts.config import Activation
 from nai_t5_core.model.block import Block, Lending, Seen, is_watched, operations_are_watched
 from nai_t5_core.model.layers import (
+    PLAIN_LINEARS,
     FoldedRMSNorm,
     FusedGatedFeedForward,
     GatedFeedForward,

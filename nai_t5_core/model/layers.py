@@ -84,6 +84,10 @@ class CastingOps:
     Embedding = NoInit.Embedding
 
 
+# Exactly these classes: subclasses do more than a product (adapters, quantisation, offloading).
+PLAIN_LINEARS = (nn.Linear, NoInit.Linear, CastingOps.Linear)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, in the precision of x (Zhang and Sennrich, 2019)."""
 

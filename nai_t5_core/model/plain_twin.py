@@ -17,12 +17,10 @@ from nai_t5_core.facts.scales import LayerScales
 from nai_t5_core.model.decoder import DecoderBlock
 from nai_t5_core.model.encoder import Layout
 from nai_t5_core.model.encoder_block import EncoderBlock
-from nai_t5_core.model.layers import CastingOps, NoInit, residual_dtype
+from nai_t5_core.model.layers import PLAIN_LINEARS, NoInit, residual_dtype
 
 Block = TypeVar("Block", EncoderBlock, DecoderBlock)
 
-# Classes that compute a product with their weight and nothing else.
-_PRODUCTS = (nn.Linear, NoInit.Linear, CastingOps.Linear)
 _READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Rows of the identity matrix that are projected at a time.
 _ROWS = 1024
@@ -41,7 +39,7 @@ def plain_weight(linear: Any, like: Tensor) -> Tensor:
         return held
     weight: Tensor = linear.weight
     is_here = type(weight) is nn.Parameter and not weight.is_meta and weight.dtype in _READABLE
-    return weight.detach() if is_here and type(linear) in _PRODUCTS else _by_the_identity(linear, like)
+    return weight.detach() if is_here and type(linear) in PLAIN_LINEARS else _by_the_identity(linear, like)
 
 
 def _by_the_identity(linear: Any, like: Tensor) -> Tensor:

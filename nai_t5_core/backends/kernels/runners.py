@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.backends.held import PLAIN_LINEARS, HeldLinear, as_it_lies
+from nai_t5_core.backends.held import HeldLinear, as_it_lies
 from nai_t5_core.backends.int8_weight import Int8Weight
 from nai_t5_core.backends.kernels.block import KernelBlock
 from nai_t5_core.backends.kernels.build import missing_for_kernels, prepare_kernels, why_not_kernels
@@ -17,6 +17,7 @@ from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
 from nai_t5_core.model.attention import Attend, FusedSelfAttention
 from nai_t5_core.model.block import Backend, Block, Lending, Seen, is_watched, operations_are_watched, torch_is_needed
 from nai_t5_core.model.layers import (
+    PLAIN_LINEARS,
     FeedForward,
     FoldedRMSNorm,
     FusedGatedFeedForward,
