@@ -65,6 +65,14 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
         first_model(small)
 
 
+@pytest.mark.parametrize("name", ["d_model", "d_ff", "vocab_size"])
+def test_sizes_beyond_memory_are_refused(folder: Path, name: str) -> None:
+    """Before anything of that size is allocated."""
+    (folder / "train.toml").write_text(toml().replace(f"{name} = {SIZES[name]}", f"{name} = {10**12}"))
+    with pytest.raises(ValueError, match=r"a T5 of [\d,]+ GiB in float32, and this machine has [\d,]+ GiB of memory"):
+        first_model(read_config(folder / "train.toml"))
+
+
 def test_the_config_in_the_docs_is_one(tmp_path: Path) -> None:
     page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
     (tmp_path / "train.toml").write_text(page.split("```toml\n")[1].split("```")[0], encoding="utf-8")
