@@ -72,6 +72,26 @@ def test_factors_that_are_no_real_numbers(dtype: torch.dtype, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("alpha", "message"),
+    [
+        (4.0, "no tensor, but a number"),
+        (None, "no tensor, but None"),
+        (torch.empty((), device="meta"), "without values"),
+    ],
+    ids=["number", "None", "meta"],
+)
+def test_an_alpha_that_is_no_tensor_is_not_passed_over(alpha: Any, message: str, tmp_path: Path) -> None:
+    """The LoRA would have another strength without it."""
+    module = "lora_te2_encoder_block_0_layer_0_SelfAttention_q"
+    factors = {f"{module}.lora_down.weight": torch.ones(4, 64), f"{module}.lora_up.weight": torch.ones(64, 4)}
+    torch.save({**factors, f"{module}.alpha": alpha}, tmp_path / "lora.pt")
+    with pytest.raises(CheckpointError, match=rf"{module}.alpha: .*{message}"):
+        read_lora(tmp_path / "lora.pt")
+    torch.save({**factors, "epoch": 3}, tmp_path / "lora.pt")
+    assert len(read_lora(tmp_path / "lora.pt").changes) == 1
+
+
+@pytest.mark.parametrize(
     ("entries", "message"),
     [
         (None, "is damaged"),

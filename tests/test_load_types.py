@@ -128,6 +128,7 @@ def test_a_scale_for_every_row(tmp_path: Path, shape: str) -> None:
 STATES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a number among the tensors": lambda state: {"epoch": 3, **state},
     "None among the tensors": lambda state: {**state, "encoder.cache": None},
+    "a tensor without values": lambda state: {**state, "encoder.cache": torch.empty(2, device="meta")},
     "a text and a list": lambda state: {**state, "version": "1", "sizes": [1, 2]},
     "under model": lambda state: {"model": state, "epoch": 3, "lr": 1e-4},
     "beside an optimizer": lambda state: {
@@ -141,6 +142,7 @@ STATES: dict[str, Callable[[dict[str, Any]], object]] = {
 TOLD = {
     "a number among the tensors": {"epoch": "no tensor, but a number"},
     "None among the tensors": {"encoder.cache": "no tensor, but None"},
+    "a tensor without values": {"encoder.cache": "a tensor without values (it was saved from the device meta)"},
     "a text and a list": {"version": "no tensor, but a text", "sizes": "no tensor, but a list"},
     "Lightning": {"step": "no tensor, but a number"},
 }
@@ -155,11 +157,16 @@ def test_states_with_other_things_among_them(tmp_path: Path, case: str) -> None:
     assert loaded.report.ignored == TOLD.get(case, {})
 
 
-def test_none_in_place_of_a_weight(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(None, "no tensor, but None"), (torch.empty(64, device="meta"), "a tensor without values")],
+    ids=["None", "meta"],
+)
+def test_no_values_in_place_of_a_weight(tmp_path: Path, value: Any, message: str) -> None:
     state: dict[str, Any] = encoder_part(random_state(V1_1))
-    state["encoder.final_layer_norm.weight"] = None
+    state["encoder.final_layer_norm.weight"] = value
     torch.save(state, tmp_path / "t5.pt")
-    with pytest.raises(CheckpointError, match=r"1 fault:\n  - encoder.final_layer_norm.weight is no tensor, but None"):
+    with pytest.raises(CheckpointError, match=rf"1 fault:\n  - encoder.final_layer_norm.weight is {message}"):
         on_cpu(tmp_path / "t5.pt")
 
 

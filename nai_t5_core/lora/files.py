@@ -121,6 +121,8 @@ def _take_zeros(keymap: LoraKeyMap, checkpoint: Checkpoint) -> list[str]:
 def _refuse_faults(keymap: LoraKeyMap, checkpoint: Checkpoint, zeros: list[str]) -> None:
     shapes = checkpoint.shapes
     faults = [f"{name}: {reason}" for name, reason in keymap.unknown.items()]
+    without_values = map_lora_names(checkpoint.others, checkpoint.source).weights.values()
+    faults += [f"{name}: {checkpoint.others[name]}" for names in without_values for name in names.values()]
     for weight, names in keymap.weights.items():
         faults += _faults_of(weight, names, shapes)
         kinds = {name: checkpoint.tensors[name].dtype for name in names.values()}

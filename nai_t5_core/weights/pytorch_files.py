@@ -41,9 +41,8 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as error:  # of many kinds: the file may hold anything
         raise ValueError(_fault(path, error)) from error
     state = _state_in(content)
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    others = {name: f"no tensor, but {_described(value)}" for name, value in state.items() if name not in tensors}
-    return tensors, others
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and not value.is_meta}
+    return tensors, {name: _described(value) for name, value in state.items() if name not in tensors}
 
 
 def _unpickle(path: Path) -> Any:
@@ -110,6 +109,8 @@ def _tensor_count(value: object) -> int:
 
 def _described(value: object) -> str:
     if value is None:
-        return "None"
+        return "no tensor, but None"
+    if isinstance(value, Tensor):
+        return "a tensor without values (it was saved from the device meta)"
     words = {"int": "number", "float": "number", "str": "text"}
-    return f"a {words.get(type(value).__name__, type(value).__name__)}"
+    return f"no tensor, but a {words.get(type(value).__name__, type(value).__name__)}"
