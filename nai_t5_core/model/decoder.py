@@ -5,6 +5,7 @@ What attends to what is a plan of :mod:`nai_t5_core.model.decoder_attention`, fo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from nai_t5_core.model.layers import FeedForwardLayer, FoldedRMSNorm, RMSNorm, a
 from nai_t5_core.model.packing import Packing
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(nn.Module, ABC):
     """Cross-attention: the projections q and o. Subclasses, one for each layout, have those of keys and values.
 
     ``scale`` multiplies the input of o, and so the output.
@@ -36,9 +37,9 @@ class CrossAttention(nn.Module):
         self.q = ops.Linear(config.d_model, config.inner_dim, bias=False, **factory)
         self.o = ops.Linear(config.inner_dim, config.d_model, bias=False, **factory)
 
+    @abstractmethod
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder states [tokens, d_model] to keys and values [tokens, heads, d_kv]."""
-        raise NotImplementedError
 
     def forward(self, hidden: Tensor, attend: CrossAttend) -> Tensor:
         """[prompts, queries, d_model] to [prompts, queries, d_model]."""
