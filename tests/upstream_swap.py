@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
+from nai_t5_core.hf import NAIT5EncoderModel
 
 T5_TYPES = ("t5", "mt5", "umt5")
 # What the run ends with if tests have run and none has got an encoder of ours: it has compared nothing.
