@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nai_t5_core.backends.kernels.block import KernelBlock
 from nai_t5_core.backends.kernels.build import better_than_kernels
-from nai_t5_core.backends.kernels.runners import KERNELS, KernelsBackend
+from nai_t5_core.backends.kernels.runners import KernelsBackend
 from nai_t5_core.model.attention import Attend
 from nai_t5_core.model.block import Block, Lending
 from nai_t5_core.model.layers import ACTIVATIONS, GatedFeedForward, add_sublayer, gated, scaled
@@ -148,7 +148,7 @@ def fuse(block: Any) -> FusedWeights:
     )
 
 
-def takes_kernels(device: torch.device, dtype: torch.dtype, kernels: KernelsBackend = KERNELS) -> bool:
+def takes_kernels(device: torch.device, dtype: torch.dtype, kernels: KernelsBackend) -> bool:
     """Whether these kernels compute joined products in ``dtype``, as far as is known before they are built."""
     return kernels.missing(device, dtype) is None and better_than_kernels() is None
 

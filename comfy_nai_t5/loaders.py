@@ -20,6 +20,7 @@ from comfy_nai_t5.clip import T5Clip, is_streamed, t5_models, with_our_t5
 from comfy_nai_t5.families import AUTO, ServerFamily, check_joint, family_for, server_config
 from comfy_nai_t5.fused import takes_kernels
 from comfy_nai_t5.plain import SPECIAL_TOKENS, TOKENIZER
+from nai_t5_core.backends.kernels.runners import KERNELS, best
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.model.precision import is_finite, keeps_finite, resolve_dtype
 
@@ -192,7 +193,7 @@ def _store(clip: Any, settings: Settings) -> None:
     device = clip.patcher.load_device
     wanted = resolve_dtype(settings.dtype, device) if choice == "auto" else getattr(torch, choice)
     # The kernels round float16 as they read it, and 8 bits are made of the very numbers: loading need not round.
-    by_kernels = settings.layout != "separate" and not settings.compile and takes_kernels(device, wanted)
+    by_kernels = settings.layout != "separate" and not settings.compile and takes_kernels(device, wanted, best(KERNELS))
     kept = (torch.float16,) if choice == "auto" and (by_kernels or settings.layout == "int8") else ()
     for owner in t5_models(clip.cond_stage_model).values():
         for name, module in owner.transformer.named_modules():

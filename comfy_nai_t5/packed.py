@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from comfy_nai_t5.fused import FusedWeights, JoinedKernels, JoinedProducts, kernels_on, projections
-from nai_t5_core.backends.kernels.calls import WEIGHT_FORMATS
+from nai_t5_core.backends.kernels.weights import WEIGHT_FORMATS
 from nai_t5_core.backends.onednn import OneDNNProduct
 from nai_t5_core.backends.products import feed_forward
 from nai_t5_core.model.block import BlockRunner

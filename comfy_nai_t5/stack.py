@@ -29,8 +29,8 @@ from comfy_nai_t5.int8 import Int8Kernels, Int8Products
 from comfy_nai_t5.packed import Kept, KeptKernels, KeptProducts
 from nai_t5_core.backends.compiled import compile_stack
 from nai_t5_core.backends.kernels.build import prepare_kernels
-from nai_t5_core.backends.kernels.calls import WEIGHT_FORMATS
-from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, refuses_mathematics
+from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, best, refuses_mathematics
+from nai_t5_core.backends.kernels.weights import WEIGHT_FORMATS
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, published_scales
 from nai_t5_core.model.attention import AttentionPlan, distance_table
@@ -206,9 +206,13 @@ class SharedStack(T5EncoderStack):
         return self.wish in KEPT and not self.is_hooked
 
     @property
+    def _kernels(self) -> KernelsBackend:
+        return best(INT8_KERNELS if self.wish == "int8" and self.is_kept else KERNELS)
+
+    @property
     def takes_kernels(self) -> bool:
         """Whether joined products are computed by the kernels."""
-        kernels = INT8_KERNELS if self.wish == "int8" and self.is_kept else KERNELS
+        kernels = self._kernels
         if self.compiled or not takes_kernels(self.device, self.dtype, kernels):
             return False
         inputs = (self.config.d_model, self.config.num_heads * self.config.d_kv, self.config.d_ff)
@@ -269,7 +273,7 @@ class SharedStack(T5EncoderStack):
             raise ValueError(f"the T5 cannot run in the fused layout: {next(iter(reasons))}; choose the layout auto")
         joined = f"{self.wish if self.is_kept else 'fused'} layout"
         if self.takes_kernels:
-            joined += " with AVX512 kernels"
+            joined += f" with {self._kernels.instructions.title} kernels"
         return describe_layout(reasons, len(self.encoder.block), joined)
 
 

@@ -12,8 +12,9 @@ from conftest import TOY_CONFIGS, build_stack, random_state
 from torch import Tensor
 
 from nai_t5_core.backends.choose import prepack, quantize_int8, run_in_place
-from nai_t5_core.backends.kernels.build import prepare_kernels, why_not_kernels
-from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS
+from nai_t5_core.backends.kernels.build import missing_for, prepare_kernels
+from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend
+from nai_t5_core.backends.kernels.sets import AVX2_VNNI, SETS, InstructionSet
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 
@@ -32,6 +33,7 @@ class BackendCase:
         holds_weights: whether it takes the weights out of their modules.
         rounding: of its numbers against those of the same dtype by torch, relative to the largest.
         attends: whether attention is its own.
+        widens: whether it computes in float32 from weights in 16 bits, for which float16 has no range to leave.
     """
 
     name: str
@@ -40,6 +42,7 @@ class BackendCase:
     holds_weights: bool = True
     in_8_bits: bool = False
     attends: bool = False
+    widens: bool = False
     dtypes: tuple[torch.dtype, ...] = FLOATS
 
     @property
@@ -57,36 +60,54 @@ def by_modules(stack: T5EncoderStack) -> T5EncoderStack:
 
 
 def _missing(backend: Any) -> Callable[[torch.dtype], str | None]:
-    return lambda dtype: (
-        backend.missing(torch.device("cpu"), dtype) or (prepare_kernels() if "kernels" in backend.name else None)
-    )
+    def missing(dtype: torch.dtype) -> str | None:
+        found: str | None = backend.missing(torch.device("cpu"), dtype)
+        return found or (prepare_kernels(backend.instructions) if isinstance(backend, KernelsBackend) else None)
+
+    return missing
+
+
+def _cases_of(instructions: InstructionSet) -> dict[str, BackendCase]:
+    """In place, in panels, and in 8 bits."""
+    title, name = f"{instructions.title} kernels", instructions.name
+    choice: Any = name
+    own = {"attends": True, "widens": torch.float16 in instructions.stored}
+    return {
+        f"{name} in place": BackendCase(
+            title,
+            lambda stack: run_in_place(stack, choice),
+            lambda dtype: missing_for(instructions) or prepare_kernels(instructions),
+            holds_weights=False,
+            **own,
+        ),
+        name: BackendCase(title, lambda stack: prepack(stack, choice), _missing(KERNELS[name]), **own),
+        f"int8 {name}": BackendCase(
+            f"{title}, in 8 bits",
+            lambda stack: quantize_int8(stack, choice),
+            _missing(INT8_KERNELS[name]),
+            in_8_bits=True,
+            **own,
+        ),
+    }
 
 
 CASES = {
     "torch": BackendCase("", by_modules, lambda dtype: None, holds_weights=False),
-    "kernels in place": BackendCase(
-        "kernels", run_in_place, lambda dtype: why_not_kernels() or prepare_kernels(), holds_weights=False, attends=True
-    ),
-    "kernels": BackendCase("kernels", lambda stack: prepack(stack, "kernels"), _missing(KERNELS), attends=True),
     "oneDNN": BackendCase("oneDNN", lambda stack: prepack(stack, "onednn"), _missing(ONEDNN)),
-    "int8 kernels": BackendCase(
-        "kernels, in 8 bits",
-        lambda stack: quantize_int8(stack, "kernels"),
-        _missing(INT8_KERNELS),
-        in_8_bits=True,
-        attends=True,
-    ),
     "int8 oneDNN": BackendCase(
         "oneDNN, in 8 bits", lambda stack: quantize_int8(stack, "onednn"), _missing(INT8_ONEDNN), in_8_bits=True
     ),
 }
+for each in SETS:
+    # AVX2-VNNI is AVX2 but for products in 8 bits.
+    CASES |= {name: case for name, case in _cases_of(each).items() if each is not AVX2_VNNI or case.in_8_bits}
 
 
 def bound(case: BackendCase, layout: Layout = "fused", dtype: torch.dtype = torch.float32, **state: Tensor) -> Any:
     """A toy encoder by that backend, or a skip that says why not; ``state`` replaces tensors of the checkpoint."""
     if missing := case.missing(dtype):
         pytest.skip(missing)
-    if case.name == "kernels" and not case.holds_weights and layout == "separate":
+    if case.attends and not case.holds_weights and layout == "separate":
         pytest.skip("in place the kernels read joined weights, which the separate layout has not")
     stack = by_modules(build_stack(CONFIG, {**random_state(CONFIG), **state}, dtype, layout)).requires_grad_(False)
     return case.bind(stack)

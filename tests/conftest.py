@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nai_t5_core.backends.choose import run_in_place
-from nai_t5_core.backends.kernels.build import missing_for_kernels
+from nai_t5_core.backends.kernels.build import missing_for, missing_for_kernels
+from nai_t5_core.backends.kernels.sets import SETS, InstructionSet
 from nai_t5_core.facts.config import T5Config, config_to_hf, decoder_tensors, encoder_tensors
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.layers import NoInit
@@ -35,6 +36,16 @@ gc.set_threshold(50_000, 20, 20)
 
 # Built by the process that collects the tests, before others that share them start, so that each finds them built.
 needs_kernels = pytest.mark.skipif(bool(missing_for_kernels()), reason=f"no kernels here: {missing_for_kernels()}")
+
+
+def set_param(instructions: InstructionSet, *more: Any, name: str = "") -> Any:
+    """A parameter of tests that need the kernels for this instruction set."""
+    missing = missing_for(instructions)
+    marks = pytest.mark.skipif(bool(missing), reason=f"no kernels for {instructions.title}: {missing}")
+    return pytest.param(instructions, *more, marks=marks, id=instructions.name + name)
+
+
+every_set = pytest.mark.parametrize("instructions", [set_param(instructions) for instructions in SETS])
 
 _TOY = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 80, "num_heads": 4, "num_layers": 3}
 

@@ -1,6 +1,7 @@
 // Calls the kernels on random shapes, each buffer being as long as it must be and no longer.
 //
-// kernels_at_edges SEED COUNT MEMORY [FAULT]: MEMORY is "heap", for sanitizers, or "pages": then a page that nobody may
+// kernels_at_edges SEED COUNT MEMORY ACTIVATIONS [FAULT]: ACTIVATIONS is "float32" for kernels that store them in that
+// alone, and "both" for those that have bfloat16, too. MEMORY is "heap", for sanitizers, or "pages": then a page that nobody may
 // touch lies right before or right behind each buffer. FAULT, a word, gives each call a buffer that is too short by one
 // number. Prints how many calls each function had; ends with 1 where a result is not finite, or depends on where a
 // weight lies.
@@ -23,7 +24,7 @@
 namespace {
 
 std::mt19937 generator;
-bool in_pages = false;
+bool in_pages = false, in_float32_alone = false;
 long missing = 0;  // bytes
 
 long draw(long least, long most) { return std::uniform_int_distribution<long>(least, most)(generator); }
@@ -73,12 +74,21 @@ class Bytes {
 // Numbers
 // ---------------------------------------------------------------------------------------------------------------------
 
-// As products.cpp has them.
-enum Format { kBfloat16, kFloat16, kFloat32, kFloat8E4m3, kFloat8E5m2, kInt8, kPanels };
-
 long bytes_of(int format) { return format == kFloat32 ? 4 : format >= kFloat8E4m3 ? 1 : 2; }
-bool is_int8(int kind) { return kind >= 2; }
-long number_bytes(int kind) { return kind % 2 ? 4 : 2; }
+
+// A kind is a number of kinds.h: 0 bfloat16, 1 float32, 2 and 3 bytes beside these; 4 and 5 weights in bfloat16 and
+// float16 beside float32.
+int draw_kind() {
+    static const int with_bfloat16[] = {0, 1, 2, 3}, with_float32[] = {1, 3, 4, 5};
+    return (in_float32_alone ? with_float32 : with_bfloat16)[draw(0, 3)];
+}
+bool is_int8(int kind) { return kind == 2 || kind == 3; }
+long number_bytes(int kind) { return kind == 0 || kind == 2 ? 2 : 4; }
+// What the numbers of a weight in panels are.
+Format kept(int kind) {
+    static const Format formats[] = {kBfloat16, kFloat32, kInt8, kInt8, kBfloat16, kFloat16};
+    return formats[kind];
+}
 
 void fill(const Bytes& bytes, int format, long first = 0) {
     const long unit = bytes_of(format);
@@ -138,11 +148,9 @@ struct Weight {
         t5_to_panels(&plain, panels.data());
         packed.values = panels.data();
         packed.format = kPanels;
-        const long unit = is_int8(kind) ? 1 : number_bytes(kind);
-        const Bytes back(columns * depth * unit);
+        const Bytes back(columns * depth * bytes_of(kept(kind)));
         t5_from_panels(&packed, back.data());
-        const bool as_it_was = unit == bytes_of(format) && format != kFloat16 && format < kPanels;
-        if (as_it_was && format != kFloat8E4m3 && format != kFloat8E5m2)
+        if (format == kept(kind))
             expect(!std::memcmp(back.data(), values.data() + shift, back.size()), "panels are not the weight");
     }
 
@@ -155,7 +163,7 @@ struct Weight {
 // ---------------------------------------------------------------------------------------------------------------------
 
 void call_normed_product() {
-    const int kind = draw(0, 3);
+    const int kind = draw_kind();
     const bool is_gated = draw(0, 1);
     const long rows = draw_size(150), depth = multiple(draw_size(300), is_int8(kind) ? 4 : 2);
     const long columns = multiple(draw_size(200), is_gated ? 2 : 1);
@@ -177,7 +185,7 @@ void call_normed_product() {
 }
 
 void call_added_product() {
-    const int kind = draw(0, 3);
+    const int kind = draw_kind();
     const long rows = draw_size(150), depth = multiple(draw_size(300), is_int8(kind) ? 4 : 2), columns = draw_size(200);
     const Weight weight(kind, columns, depth, false);
     const Bytes x(rows * depth * number_bytes(kind)), residual(rows * columns * 4);
@@ -215,7 +223,7 @@ struct Attended {
 };
 
 void call_attention() {
-    const int in_float32 = draw(0, 1);
+    const int in_float32 = in_float32_alone || draw(0, 1);
     const long rows = draw_size(150), heads = draw(1, 4), size = 2 * draw(1, 40), width = heads * size;
     const long bytes = in_float32 ? 4 : 2;
     const Attended attended(rows, heads);
@@ -241,7 +249,7 @@ void call_attention_in_vain() {
 }
 
 void call_block() {
-    const int kind = draw(0, 3);
+    const int kind = draw_kind();
     const long unit = is_int8(kind) ? 4 : 2, heads = draw(1, 3), rows = draw_size(70);
     const long size = unit * draw(1, 12), width = multiple(draw_size(130), unit), hidden = multiple(draw_size(130), unit);
     const bool is_gated = draw(0, 1);
@@ -263,11 +271,12 @@ void call_block() {
 }  // namespace
 
 int main(int count, char** words) {
-    if (count < 4) return 3;
+    if (count < 5) return 3;
     generator.seed(std::atoi(words[1]));
     const long calls = std::atol(words[2]);
     in_pages = std::string(words[3]) == "pages";
-    missing = count > 4 ? 2 : 0;
+    in_float32_alone = std::string(words[4]) == "float32";
+    missing = count > 5 ? 2 : 0;
     void (*const functions[])() = {call_normed_product, call_added_product, call_attention, call_attention_in_vain,
                                    call_block};
     for (long call = 0; call < calls; call++) functions[call % std::size(functions)]();

@@ -135,7 +135,7 @@ def test_the_guard_names_a_damaged_weight(case: BackendCase, layout: Layout, cal
 
 
 def test_float16_is_tightened_or_refused(case: BackendCase, layout: Layout) -> None:
-    """Refused before anything is changed; where it is taken, the guard keeps it in range."""
+    """Refused before anything is changed; where it is taken, the guard keeps it in range, unless nothing leaves it."""
     if case.missing(torch.float32):
         pytest.skip(str(case.missing(torch.float32)))
     name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
@@ -143,6 +143,13 @@ def test_float16_is_tightened_or_refused(case: BackendCase, layout: Layout) -> N
     state[name] = state[name] * 5e4
     stack = by_modules(build_stack(CONFIG, state, torch.float16, layout))
     before = last_of(stack, 1)
+    if case.widens and not (case.attends and not case.holds_weights and layout == "separate"):
+        case.bind(stack)
+        assert stack.describe_attention() == "auto: kernels" and not before.isfinite().all()
+        assert_near(
+            encode_guarded(stack, IDS, MASK), reference(**{name: state[name]}), max(5e-3, case.tolerance[torch.float32])
+        )
+        return
     if case.holds_weights:
         with pytest.raises(ValueError, match=r"a model in torch\.float16 on cpu"):
             case.bind(stack)

@@ -27,6 +27,7 @@ V1_1 = TOY_CONFIGS["v1.1"].encoder_only()
 IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
 MASK = padding_mask([12, 5, 1], 12)
 
+# Those of instruction sets are in test_backends.py.
 PRODUCTS: list[Any] = [pytest.param("kernels", marks=needs_kernels), "onednn"]
 
 pytestmark = pytest.mark.skipif(
@@ -150,6 +151,8 @@ def test_what_cannot_be_quantised_is_refused() -> None:
     with pytest.raises(ValueError, match=r"cannot quantise a model in torch.float16 on cpu to int8"):
         quantize_int8(stack)
     stack = build_stack(V1_1, random_state(V1_1), torch.float32)
-    with pytest.raises(ValueError, match=r"unknown products 'mine'; allowed: auto, kernels, onednn"):
+    with pytest.raises(
+        ValueError, match=r"unknown products 'mine'; allowed: auto, kernels, avx512, avx2-vnni, avx2, onednn"
+    ):
         quantize_int8(stack, "mine")  # type: ignore[arg-type]
     assert any(isinstance(module, nn.Linear) for module in stack.modules())

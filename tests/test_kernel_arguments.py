@@ -15,7 +15,8 @@ from torch import Tensor
 
 from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_int8, why_not_prepack
 from nai_t5_core.backends.kernels import calls
-from nai_t5_core.backends.kernels.calls import KernelWeight, add_product, attention, encode_block, normed_product
+from nai_t5_core.backends.kernels.calls import add_product, attention, encode_block, normed_product
+from nai_t5_core.backends.kernels.weights import KernelWeight
 from nai_t5_core.model.encoder import LAYOUTS, Layout
 
 pytestmark = needs_kernels

@@ -10,45 +10,56 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask, random_state
+from conftest import TOY_CONFIGS, build_stack, every_set, needs_kernels, padding_mask, random_state
 from torch import nn
 
 from nai_t5_core.backends.choose import (
     automatic_attention,
     prepack,
     quantize_int8,
+    run_in_place,
     why_not_int8,
     why_not_prepack,
 )
 from nai_t5_core.backends.kernels import build
-from nai_t5_core.backends.kernels.build import built_file, missing_for_kernels, prepare_kernels, why_not_kernels
+from nai_t5_core.backends.kernels.build import (
+    best_set,
+    built_file,
+    missing_for,
+    missing_for_kernels,
+    nearest_set,
+    prepare_kernels,
+    why_not_kernels,
+)
 from nai_t5_core.backends.kernels.runners import KernelsOnPanels
+from nai_t5_core.backends.kernels.sets import AVX2, AVX512, SETS, InstructionSet
 
 V1_1 = TOY_CONFIGS["v1.1"]
 IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
 MASK = padding_mask([12, 5, 1], 12)
-AVX512 = frozenset({"avx512_bf16", "avx512_vnni"})
-AMX = AVX512 | {"amx_bf16"}
+BEST = nearest_set()
+HAS_AVX512 = AVX512.needs | AVX2.needs
+HAS_AMX = HAS_AVX512 | {"amx_bf16"}
 
 
 def python(code: str, tmp_path: Path, compiler: str | None = None) -> subprocess.CompletedProcess[str]:
     """Runs code in a process whose cache is empty, and whose compiler, if it has any, is this shell script.
 
-    The script finds the kernels that are built already in the variable BUILT, and its output's name in OUTPUT.
+    The script finds the kernels that are built already in the folder BUILT, and its output's name in OUTPUT.
     """
     tools = tmp_path / "tools"
     tools.mkdir(exist_ok=True)
     if compiler is not None:
-        script = f"#!/bin/sh\nfor OUTPUT; do :; done\nPATH=/usr/bin:/bin\nBUILT={built_file()}\n{compiler}\n"
+        script = f"#!/bin/sh\nfor OUTPUT; do :; done\nPATH=/usr/bin:/bin\nBUILT={built_file(BEST).parent}\n{compiler}\n"
         (tools / "g++").write_text(script)
         (tools / "g++").chmod(0o755)
     environment = {**os.environ, "PATH": str(tools), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
 
 
-COPIES = 'cp "$BUILT" "$OUTPUT"'
+COPIES = 'cp "$BUILT/$(basename "$OUTPUT")" "$OUTPUT"'
 FAILS = "echo 'tiles.h:1: error: no such instruction' >&2; exit 1"
-BUILDING = "compiling the T5's kernels for AVX512 into"
+BUILDING = f"compiling the T5's kernels for {BEST.title} into"
 
 LOOKS = """
 import torch
@@ -68,7 +79,8 @@ WITHOUT_GRADIENTS = "import torch; torch.set_grad_enabled(False)\n"
 
 @pytest.fixture(autouse=True)
 def kernels_are_there_to_be_copied() -> None:
-    prepare_kernels()
+    for instructions in SETS:
+        prepare_kernels(instructions)
 
 
 @needs_kernels
@@ -85,7 +97,7 @@ def test_building_is_told(tmp_path: Path) -> None:
         done = python(code, tmp_path, COPIES)
         assert done.stdout.strip() == "None", done.stderr
         assert (BUILDING in done.stderr) == is_first
-    assert [path.name for path in tmp_path.rglob("*.so")] == [built_file().name]
+    assert [path.name for path in tmp_path.rglob("*.so")] == [built_file(BEST).name]
 
 
 @pytest.mark.skipif(bool(why_not_kernels()), reason=f"no automatic choice takes the kernels here: {why_not_kernels()}")
@@ -104,7 +116,9 @@ def test_where_they_cannot_be_built_torch_computes_and_says_so(
     assert guess == ("auto: sdpa" if compiler is None else "auto: kernels")
     assert result == "True auto: sdpa"
     if compiler is not None:
-        assert done.stderr.count("the T5 goes without its kernels") == 1
+        # Each set that the processor has is tried once.
+        tried = [instructions for instructions in SETS if missing_for(instructions) is None]
+        assert done.stderr.count("the T5 goes without its kernels") == len(tried)
     assert not list(tmp_path.rglob("*.so"))
     named = (
         "from nai_t5_core import load_encoder; from nai_t5_core.backends.choose import prepack; "
@@ -119,13 +133,13 @@ def test_the_command_builds(as_json: bool, tmp_path: Path) -> None:
     code = f"import sys; sys.argv = {arguments!r}; from nai_t5_core.cli import main; main()"
     if missing_for_kernels():
         done = python(code, tmp_path)
-        assert done.returncode == 2 and "error: the kernels cannot be built here: " in done.stderr
+        assert done.returncode == 2 and " cannot be built here: " in done.stderr
         return
     for is_first in (True, False):
         done = python(code, tmp_path, COPIES)
         assert done.returncode == 0, done.stderr
         told = f'"was_there": {str(not is_first).lower()}' if as_json else "built in" if is_first else "there already"
-        assert told in done.stdout and built_file().name in done.stdout
+        assert told in done.stdout and built_file(BEST).name in done.stdout
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     failed = python(code, elsewhere, FAILS)
@@ -144,12 +158,12 @@ def on(monkeypatch: pytest.MonkeyPatch, flags: frozenset[str]) -> None:
 @needs_kernels
 @torch.no_grad()
 def test_amx_leaves_the_kernels_to_those_who_name_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    on(monkeypatch, AVX512)
+    on(monkeypatch, HAS_AVX512)
     plain, expected = build_stack(V1_1, random_state(V1_1)), prepack(build_stack(V1_1, random_state(V1_1)), "kernels")
     if why_not_prepack(plain) is not None or why_not_int8(plain) is not None:
         pytest.skip("this machine packs or quantises no such weights")
     assert plain.describe_attention() == "auto: kernels" and why_not_kernels() is None
-    on(monkeypatch, AMX)
+    on(monkeypatch, HAS_AMX)
     assert missing_for_kernels() is None
     assert why_not_kernels() == "this processor has AMX, which oneDNN uses and the kernels do not"
     assert plain.describe_attention() == "auto: sdpa" and automatic_attention()["cpu"] == "sdpa"
@@ -165,12 +179,81 @@ def test_amx_leaves_the_kernels_to_those_who_name_them(monkeypatch: pytest.Monke
             assert torch.equal(named(IDS, MASK), expected(IDS, MASK))
 
 
-def test_without_the_instructions_naming_them_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    on(monkeypatch, frozenset({"avx2"}))
-    stack = build_stack(V1_1, random_state(V1_1))
+# What a processor may have, and the set that is chosen there.
+PROCESSORS: dict[str, tuple[frozenset[str], str]] = {
+    "AVX512-BF16": (HAS_AVX512, "avx512"),
+    "AVX-VNNI": (AVX2.needs | {"avx_vnni"}, "avx2-vnni"),
+    "AVX2": (AVX2.needs, "avx2"),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("processor", PROCESSORS)
+@torch.no_grad()
+def test_the_best_set_of_a_processor_is_chosen(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags, name = PROCESSORS[processor]
+    if not flags <= build._processor_flags():
+        pytest.skip(f"this processor has no {processor}")
+    on(monkeypatch, flags)
+    found = best_set()
+    assert found is not None and found.name == name and why_not_kernels() is None
     for change in (prepack, quantize_int8):
-        if why_not_prepack(stack) is not None or why_not_int8(stack) is not None:
-            pytest.skip("this machine packs or quantises no such weights")
-        with pytest.raises(ValueError, match=r"'kernels' is not possible: .* has no AVX512-BF16, or no AVX512-VNNI"):
-            change(stack, "kernels")
+        stack = change(build_stack(V1_1, random_state(V1_1)))
+        assert all(block.runner.name.startswith(f"{found.title} kernels") for block in stack.encoder.block)
+    in_place = build_stack(V1_1, random_state(V1_1))
+    assert {block.runner.name for block in in_place.encoder.block} == {f"{found.title} kernels"}
+    assert f"{found.title} kernels" in repr(in_place)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_where_the_best_cannot_be_built_the_next_best_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    usable = [instructions for instructions in SETS if missing_for(instructions) is None]
+    if len(usable) < 2:
+        pytest.skip("this processor has one set alone")
+    first, second, *_ = usable
+    given = build.library
+
+    def fails_for_the_first(instructions: InstructionSet) -> Any:
+        if instructions is first:
+            raise OSError("the cache cannot be written")
+        return given(instructions)
+
+    monkeypatch.setattr(build, "library", fails_for_the_first)
+    monkeypatch.setattr(build, "_failures", {})
+    stack = prepack(build_stack(V1_1, random_state(V1_1)))
+    assert all(block.runner.name.startswith(second.title) for block in stack.encoder.block)
+    named: Any = first.name
+    with pytest.raises(ValueError, match=f"products='{named}' is not possible: the cache cannot be written; use prod"):
+        prepack(build_stack(V1_1, random_state(V1_1)), named)
+
+
+@pytest.mark.parametrize("flags", [frozenset(), frozenset({"avx2"})], ids=["none", "AVX2 alone"])
+def test_without_the_instructions_naming_them_is_an_error(
+    flags: frozenset[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(monkeypatch, flags)
+    stack = build_stack(V1_1, random_state(V1_1))
+    choices: dict[Any, str] = {"kernels": AVX2.lacking, **{each.name: each.lacking for each in SETS}}
+    changes: list[Any] = [prepack, quantize_int8]
+    for products, lacking in choices.items():
+        for change in changes:
+            with pytest.raises(ValueError, match=f"products='{products}' is not possible: {lacking}; use products="):
+                change(stack, products)
+        if products != "kernels":
+            with pytest.raises(ValueError, match=f"products='{products}' is not possible: {lacking}; use products="):
+                run_in_place(stack, products)
+    with pytest.raises(ValueError, match="unknown products 'onednn' in place; allowed: auto, avx512, avx2-vnni, avx2"):
+        run_in_place(stack, "onednn")
     assert prepare_kernels() is not None and missing_for_kernels() is not None
+
+
+def test_avx512_without_bfloat16_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, AVX2.needs | {"avx512f"})
+    assert "this processor has AVX512, but not its BF16 and VNNI" in str(why_not_kernels())
+
+
+@every_set
+def test_each_set_has_a_file_of_its_own(instructions: InstructionSet) -> None:
+    others = {built_file(other) for other in SETS if other is not instructions}
+    assert built_file(instructions) not in others

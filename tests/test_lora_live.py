@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import encoder_part
-from conftest import TOY_CONFIGS, build_stack, needs_kernels, random_state
+from conftest import TOY_CONFIGS, build_stack, random_state
 from lora_oracle import (
     KINDS,
     MASK,
@@ -31,6 +31,8 @@ from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_int8, wh
 from nai_t5_core.backends.compiled import compile_stack
 from nai_t5_core.backends.held import HeldLinear
 from nai_t5_core.backends.int8_weight import Int8Product
+from nai_t5_core.backends.kernels.build import missing_for
+from nai_t5_core.backends.kernels.sets import AVX2, AVX512, InstructionSet
 from nai_t5_core.backends.onednn import OneDNNProduct
 from nai_t5_core.bench.peers import transformers_encoder
 from nai_t5_core.facts.scales import LayerScales
@@ -258,17 +260,23 @@ def test_gradients_pass_through() -> None:
 # The kernels, which have no place for a LoRA
 # ---------------------------------------------------------------------------------------------------------------------
 
+
+def lending_cases(instructions: InstructionSet, lends_to: str, lends_int8_to: str) -> list[Any]:
+    """How weights are put away, what computes them then, and what while there is a LoRA: in 16 or 32 bits and in 8."""
+    name, form = instructions.name, f"{instructions.title} kernels"
+    skipped = pytest.mark.skipif(bool(missing_for(instructions)), reason=str(missing_for(instructions)))
+    changes: list[Any] = [
+        (f"{name}-packed", lambda stack: prepack(stack, name), form, lends_to),
+        (f"{name}-int8", lambda stack: quantize_int8(stack, name), f"{form}, in 8 bits", lends_int8_to),
+    ]
+    return [pytest.param(*change, id=own, marks=skipped) for own, *change in changes]
+
+
 by_kernels = pytest.mark.parametrize(
     ("change", "form", "lent"),
     [
-        pytest.param(lambda stack: prepack(stack, "kernels"), "kernels", "oneDNN", id="packed", marks=needs_packing),
-        pytest.param(
-            lambda stack: quantize_int8(stack, "kernels"),
-            "kernels, in 8 bits",
-            "oneDNN, in 8 bits",
-            id="int8",
-            marks=pytest.mark.skipif(why_not_int8(v1_1_stack()) is not None, reason="this processor has no VNNI"),
-        ),
+        *lending_cases(AVX512, "oneDNN", "oneDNN, in 8 bits"),
+        *lending_cases(AVX2, "torch, in float32", "torch, in float32"),
     ],
 )
 
@@ -280,7 +288,6 @@ def forms(stack: Any) -> list[str]:
     ]
 
 
-@needs_kernels
 @by_kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -313,7 +320,6 @@ def test_blocks_come_back_to_the_kernels(kind: str, layout: Layout, change: Any,
         assert not any(isinstance(module, nn.Linear) for module in stack.modules())
 
 
-@needs_kernels
 @by_kernels
 @pytest.mark.parametrize("refused", ["another T5", "not finite", "no number", "no such LoRA"])
 def test_what_is_refused_leaves_the_kernels_alone(refused: str, change: Any, form: str, lent: str) -> None:

@@ -68,7 +68,7 @@ def fresh_encoders() -> Iterator[tuple[str, Callable[[], Any]]]:
                     stack = bound(case, layout, dtype)
                 except pytest.skip.Exception:
                     continue
-                if name in ("torch", "kernels in place"):
+                if not case.holds_weights:
                     make = lambda stack=stack: copy.deepcopy(stack)  # noqa: E731 - one of a table
                 else:
                     make = lambda case=case, layout=layout, dtype=dtype: bound(case, layout, dtype)  # noqa: E731

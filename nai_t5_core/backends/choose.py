@@ -6,6 +6,7 @@ Where it cannot, that is an error that says why.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -14,8 +15,9 @@ from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.backends.held import HeldLinear
 from nai_t5_core.backends.int8_weight import Int8Product, Int8Weight
-from nai_t5_core.backends.kernels.build import better_than_kernels, prepare_kernels, why_not_kernels
-from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsInPlace
+from nai_t5_core.backends.kernels.build import better_than_kernels, missing_for, prepare_kernels, why_not_kernels
+from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, KernelsInPlace, best
+from nai_t5_core.backends.kernels.sets import named
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
 from nai_t5_core.model.attention_choice import FLEX_FROM_LENGTHS
 from nai_t5_core.model.block import Backend
@@ -24,26 +26,40 @@ from nai_t5_core.model.t5 import T5Model
 
 Model = TypeVar("Model", bound=T5EncoderStack | T5Model)
 
-ProductsChoice = Literal["auto", "kernels", "onednn"]
+# The names after "kernels" are those of instruction sets.
+ProductsChoice = Literal["auto", "kernels", "avx512", "avx2-vnni", "avx2", "onednn"]
 PRODUCTS_CHOICES: tuple[ProductsChoice, ...] = get_args(ProductsChoice)
 
 # The ways to quantise a model while it is loaded.
 Quantisation = Literal["int8"]
 
 
-def run_in_place(model: Model) -> Model:
+def run_in_place(model: Model, products: ProductsChoice = "auto") -> Model:
     """Makes our CPU kernels compute an encoder's blocks on the model's own parameters, wherever they can.
 
     The model may still be moved, cast, trained and changed. Where the kernels cannot compute a block, or are not
     preferred on this processor, its modules do. No kernel is compiled before the first call.
 
+    Args:
+        products: ``"auto"``, or the name of an instruction set.
+
     Returns:
         The same model.
+
+    Raises:
+        ValueError: ``products`` is neither, or this machine cannot compute by that set.
     """
+    instructions = None
+    if products != "auto":
+        if products not in KERNELS:
+            raise ValueError(f"unknown products {products!r} in place; allowed: auto, {', '.join(KERNELS)}")
+        instructions = named(products)
+        if obstacle := missing_for(instructions):
+            raise ValueError(_impossible(products, obstacle))
     block: Any
     for block in model.encoder.block:
-        if block.runner is None and why_not_kernels() is None:
-            block.runner = KernelsInPlace()
+        if block.runner is None and (instructions is not None or why_not_kernels() is None):
+            block.runner = KernelsInPlace(instructions)
     return model
 
 
@@ -62,7 +78,10 @@ def encode_on_cuda(stack: T5EncoderStack) -> T5EncoderStack:
 
 def why_not_prepack(model: T5EncoderStack | T5Model) -> str | None:
     """Why this model's weights cannot be prepacked on this machine, as a sentence; None if they can."""
-    return ONEDNN.missing(model.device, model.dtype)
+    reason = ONEDNN.missing(model.device, model.dtype)
+    if reason is None or isinstance(model, T5Model) or better_than_kernels():
+        return reason
+    return best(KERNELS).missing(model.device, model.dtype) and reason
 
 
 def prepack(model: Model, products: ProductsChoice = "auto") -> Model:
@@ -71,38 +90,55 @@ def prepack(model: Model, products: ProductsChoice = "auto") -> Model:
     Args:
         products: ``"auto"`` computes the encoder's blocks by our CPU kernels where they can and are faster (see
             :mod:`nai_t5_core.backends.kernels`), and all other products by oneDNN; ``"kernels"`` uses the kernels
-            wherever the processor has the instructions, and is an error elsewhere; ``"onednn"`` uses oneDNN alone.
+            for the best instruction set that the processor has, and is an error where there is none; ``"avx512"``,
+            ``"avx2-vnni"`` and ``"avx2"`` name a set; ``"onednn"`` uses oneDNN alone. On AVX2 a model in bfloat16 or
+            float16 keeps its weights as they are, and is computed in float32.
 
     Returns:
         The same model, changed. It can no longer be moved, cast or trained. A tied head gets a prepacked copy, since
         the embedding table stays as it was.
 
     Raises:
-        ValueError: the model is not on the CPU, or not in float32 or a bfloat16 that this processor's oneDNN supports;
-            or the kernels were asked for and cannot compute it.
+        ValueError: the model is not on the CPU, or in a dtype that neither the kernels nor oneDNN compute on this
+            processor (a decoder is always computed by oneDNN); or what was asked for cannot compute it.
     """
-    if reason := why_not_prepack(model):
-        raise ValueError(f"cannot prepack a model in {model.dtype} on {model.device}: {reason}")
-    _bind(model, KERNELS if _takes_kernels(model, products, KERNELS) else ONEDNN, ONEDNN)
+    kernels = _kernels_for(model, products, KERNELS)
+    if kernels is None or isinstance(model, T5Model):
+        _refuse_without_onednn(model)
+    _bind(model, kernels or ONEDNN, ONEDNN)
     if isinstance(model, T5Model):
         model.lm_head = ONEDNN.held(model.lm_head, model.dtype)
     return model
 
 
+def _refuse_without_onednn(model: T5EncoderStack | T5Model) -> None:
+    if reason := ONEDNN.missing(model.device, model.dtype):
+        raise ValueError(f"cannot prepack a model in {model.dtype} on {model.device}: {reason}")
+
+
 def why_not_int8(model: T5EncoderStack | T5Model) -> str | None:
     """Why this model cannot be computed in 8 bits on this machine, as a sentence; None if it can."""
-    return INT8_ONEDNN.missing(model.device, model.dtype)
+    if isinstance(model, T5Model):
+        return INT8_ONEDNN.missing(model.device, model.dtype)
+    return _missing_for_int8(model.device, model.dtype)
+
+
+def _missing_for_int8(device: torch.device, dtype: torch.dtype) -> str | None:
+    reason = INT8_ONEDNN.missing(device, dtype)
+    if reason is None or better_than_kernels():
+        return reason
+    return best(INT8_KERNELS).missing(device, dtype) and reason
 
 
 def refuse_quantising(quantize: str | None, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuses a quantisation that is not possible for a model in this dtype on this device; None is always possible.
+    """Refuses a quantisation that no encoder can have in this dtype on this device; None is always possible.
 
     Raises:
         ValueError: an unknown quantisation, or one that is not possible here.
     """
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize={quantize!r}; allowed: None, 'int8'")
-    if quantize and (reason := INT8_ONEDNN.missing(device, dtype)):
+    if quantize and (reason := _missing_for_int8(device, dtype)):
         raise ValueError(f"cannot quantise a model in {dtype} on {device} to int8: {reason}")
 
 
@@ -121,14 +157,22 @@ def quantize_int8(model: Model, products: ProductsChoice = "auto") -> Model:
 
     Raises:
         ValueError: the model is not on the CPU or not in float32 or bfloat16, or this processor has no fast products
-            of bytes (AVX512-VNNI or AMX); or the kernels were asked for and cannot compute it.
+            of bytes (AVX512-VNNI or AMX for a decoder and for oneDNN, AVX2 for an encoder by our kernels); or what was
+            asked for cannot compute it.
     """
-    refuse_quantising("int8", model.device, model.dtype)
-    _bind(model, INT8_KERNELS if _takes_kernels(model, products, INT8_KERNELS) else INT8_ONEDNN, INT8_ONEDNN)
+    kernels = _kernels_for(model, products, INT8_KERNELS)
+    if kernels is None or isinstance(model, T5Model):
+        _refuse_int8_without_onednn(model)
+    _bind(model, kernels or INT8_ONEDNN, INT8_ONEDNN)
     if isinstance(model, T5Model):
         head = Int8Product(Int8Weight.of(model.lm_head.weight), model.dtype)
         model.lm_head = HeldLinear([head], dtype=model.dtype)
     return model
+
+
+def _refuse_int8_without_onednn(model: T5EncoderStack | T5Model) -> None:
+    if reason := INT8_ONEDNN.missing(model.device, model.dtype):
+        raise ValueError(f"cannot quantise a model in {model.dtype} on {model.device} to int8: {reason}")
 
 
 def automatic_attention() -> dict[str, str]:
@@ -140,8 +184,10 @@ def automatic_attention() -> dict[str, str]:
     }
 
 
-def _takes_kernels(model: T5EncoderStack | T5Model, products: ProductsChoice, kernels: Backend) -> bool:
-    """Whether these kernels are to compute the encoder's blocks; if so, they are compiled now.
+def _kernels_for(
+    model: T5EncoderStack | T5Model, products: ProductsChoice, kernels: Mapping[str, KernelsBackend]
+) -> KernelsBackend | None:
+    """The kernels that are to compute the encoder's blocks, which are compiled now; None: oneDNN.
 
     Raises:
         ValueError: unknown products, or the kernels were asked for and cannot compute this model.
@@ -149,14 +195,28 @@ def _takes_kernels(model: T5EncoderStack | T5Model, products: ProductsChoice, ke
     if products not in PRODUCTS_CHOICES:
         raise ValueError(f"unknown products {products!r}; allowed: {', '.join(PRODUCTS_CHOICES)}")
     if products == "onednn" or (products == "auto" and better_than_kernels()):
-        return False
+        return None
+    if products in kernels:
+        obstacle = _obstacle(model, kernels[products]) or prepare_kernels(named(products))
+        found = kernels[products]
+    else:
+        # Where the best set cannot be built, the next best may be.
+        obstacle = _obstacle(model, best(kernels)) or prepare_kernels()
+        found = best(kernels)
+    if obstacle and products != "auto":
+        raise ValueError(_impossible(products, obstacle))
+    return None if obstacle else found
+
+
+def _obstacle(model: T5EncoderStack | T5Model, kernels: KernelsBackend) -> str | None:
+    """Why these kernels cannot compute the encoder, as far as is known before they are built."""
     blocks: Any = model.encoder.block
-    obstacle = kernels.missing(model.device, model.dtype)
-    obstacle = obstacle or next(filter(None, (kernels.refuses(block, model.dtype) for block in blocks)), None)
-    obstacle = obstacle or prepare_kernels()
-    if obstacle and products == "kernels":
-        raise ValueError(f"products='kernels' is not possible: {obstacle}; use products='auto' or 'onednn'")
-    return obstacle is None
+    missing = kernels.missing(model.device, model.dtype)
+    return missing or next(filter(None, (kernels.refuses(block, model.dtype) for block in blocks)), None)
+
+
+def _impossible(products: str, obstacle: str) -> str:
+    return f"products={products!r} is not possible: {obstacle}; use products='auto' or 'onednn'"
 
 
 def _bind(model: T5EncoderStack | T5Model, backend: Backend, for_decoder: Backend) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from typing import Annotated
 
 import typer
 
 from nai_t5_core.cli.options import Json
 from nai_t5_core.cli.terminal import print_json, say, working
 
-app = typer.Typer(help="The kernels for AVX512, by which the encoder's blocks run on processors that have it.")
+app = typer.Typer(help="The kernels, by which the encoder's blocks run on processors with AVX2 or AVX512.")
 
 
 @app.callback()
@@ -18,25 +19,41 @@ def _only_its_commands() -> None:
 
 
 @app.command()
-def build(as_json: Json = False) -> None:
+def build(
+    products: Annotated[
+        str | None, typer.Option(metavar="SET", help="The instruction set; by default the best of this processor.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Compile the kernels for this machine ahead; they are kept, and later processes load them."""
-    from nai_t5_core.backends.kernels.build import built_file, missing_for_kernels, prepare_kernels, why_not_kernels
+    from nai_t5_core.backends.kernels.build import (
+        built_file,
+        missing_for,
+        nearest_set,
+        prepare_kernels,
+        why_not_kernels,
+    )
+    from nai_t5_core.backends.kernels.sets import SETS, named
 
-    if missing := missing_for_kernels():
-        raise ValueError(f"the kernels cannot be built here: {missing}")
-    file, started = built_file(), time.perf_counter()
+    if products is not None and products not in (names := [instructions.name for instructions in SETS]):
+        raise ValueError(f"--products {products!r}; allowed: {', '.join(names)}")
+    instructions = nearest_set() if products is None else named(products)
+    if missing := missing_for(instructions):
+        raise ValueError(f"the kernels for {instructions.title} cannot be built here: {missing}")
+    file, started = built_file(instructions), time.perf_counter()
     was_there = file.exists()
     import torch  # noqa: F401 - the kernels use the threads that it has loaded
 
     with working("compiling the kernels"):
-        failed = prepare_kernels()
+        failed = prepare_kernels(instructions)
     if failed:
-        raise ValueError(f"the kernels cannot be built here: {failed}")
+        raise ValueError(f"the kernels for {instructions.title} cannot be built here: {failed}")
     seconds = 0.0 if was_there else time.perf_counter() - started
     unused = why_not_kernels()
     if as_json:
-        print_json({"file": str(file), "was_there": was_there, "seconds": seconds, "not_chosen_because": unused})
+        told = {"products": instructions.name, "file": str(file), "was_there": was_there, "seconds": seconds}
+        print_json({**told, "not_chosen_because": unused})
         return
-    say(f"{'there already' if was_there else f'built in {seconds:.1f} s'}: {file}")
+    say(f"{instructions.title}: {'there already' if was_there else f'built in {seconds:.1f} s'}: {file}")
     if unused:
         say(f"an automatic choice does not take them: {unused}")

@@ -16,12 +16,12 @@ from checkpoints import spiece_tensor, write_file
 from conftest import random_state
 from torch import Tensor
 
-from nai_t5_core.backends.kernels.build import why_not_kernels
+from nai_t5_core.backends.kernels.build import nearest_set, why_not_kernels
 from nai_t5_core.backends.products import INT8_ONEDNN
 from nai_t5_core.facts.config import T5Config
 
 # What a T5 whose products are joined says of itself: of this processor's kernels too, if it has them.
-KERNELS = "" if why_not_kernels() else " with AVX512 kernels"
+KERNELS = "" if why_not_kernels() else f" with {nearest_set().title} kernels"
 FUSED, PACKED, INT8 = (f"{name} layout{KERNELS}" for name in ("fused", "packed", "int8"))
 
 # Of hidden states in 8 bits against exact ones, relative to the largest: a unit is 1/127 of the largest of a row.

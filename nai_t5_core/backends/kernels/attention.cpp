@@ -65,7 +65,9 @@ class Head {
   private:
     template <class Finish>
     static void multiply_in_cache(long rows, const Step* tile, const Step* panel, long steps, Finish finish) {
-        multiply_tile<Kind>(rows, tile, panel, panel, steps, finish);
+        Sums sums[kTileRows];
+        multiply_tile<Kind>(rows, tile, panel, panel, steps, sums);
+        for (long row = 0; row < rows; row++) finish(row, sums[row][0], sums[row][1]);
     }
 
     // The bias of a key at distance d lies at reach_ + d, and beyond the table's reach is that at its end.
@@ -77,9 +79,9 @@ class Head {
         std::fill(middle + near + 1, end, table[2 * table_reach]);
     }
 
-    __m512i steps_at(const Number* row, long step) const {
-        return _mm512_maskz_loadu_epi32(first_lanes(size_ / Kind::kPerStep - step),
-                                        reinterpret_cast<const Step*>(row) + step);
+    Words steps_at(const Number* row, long step) const {
+        const Lanes lanes = first_lanes(size_ / Kind::kPerStep - step);
+        return load_words(reinterpret_cast<const Step*>(row) + step, lanes);
     }
 
     // Keys are the columns of a product with queries.
@@ -89,7 +91,7 @@ class Head {
             Step* half = keys_.get() + key / kPanelColumns * steps * kPanelColumns + key % kPanelColumns;
             put_as_columns(half, kPanelColumns, kLanes, count - key, steps, [&](long column, long step) {
                 return steps_at(from.at(first + key + column, 1, head), step);
-            });
+            }, as_they_are);
         }
     }
 
@@ -101,10 +103,10 @@ class Head {
             const Number* row = key < count ? from.at(first + key, 2, head) : nullptr;
             const Number* next = key + 1 < count ? from.at(first + key + 1, 2, head) : nullptr;
             for (long column = 0; column < padded(size_, kPanelColumns); column += kLanes) {
-                const __mmask16 lanes = row ? first_lanes(size_ - column) : 0;
+                const Lanes lanes = first_lanes(row ? size_ - column : 0);
                 Step* panel = values_.get() + column / kPanelColumns * steps * kPanelColumns;
-                _mm512_storeu_si512(panel + step * kPanelColumns + column % kPanelColumns,
-                                    Kind::step_of_columns(row + column, next ? next + column : nullptr, lanes));
+                store_words(panel + step * kPanelColumns + column % kPanelColumns,
+                            Kind::step_of_columns(row + column, next ? next + column : nullptr, lanes));
             }
         }
     }
@@ -112,15 +114,15 @@ class Head {
     // query · key · scale + bias; `shift` is the position of the first key less that of the tile's first query.
     void find_logits(long rows, long keys, long shift, float scale) {
         const long depth = padded(keys, kPanelColumns);
-        const __m512 factor = _mm512_set1_ps(scale);
+        const Floats factor = all(scale);
         for (long key = 0; key < keys; key += kPanelColumns)
             multiply_in_cache(rows, queries_.get(), keys_.get() + key * size_ / Kind::kPerStep, size_ / Kind::kPerStep,
-                              [&](long row, __m512 left, __m512 right) {
+                              [&](long row, Floats left, Floats right) {
                                   const float* bias = bias_.get() + reach_ + shift + key - row;
-                                  const __m512 other = _mm512_loadu_ps(bias + kLanes);
+                                  const Floats other = load(bias + kLanes);
                                   float* place = logits_.get() + row * depth + key;
-                                  _mm512_storeu_ps(place, _mm512_fmadd_ps(left, factor, _mm512_loadu_ps(bias)));
-                                  _mm512_storeu_ps(place + kLanes, _mm512_fmadd_ps(right, factor, other));
+                                  store(place, multiply_add(left, factor, load(bias)));
+                                  store(place + kLanes, multiply_add(right, factor, other));
                               });
     }
 
@@ -128,37 +130,36 @@ class Head {
     // add up to 1.
     void find_weights(long rows, long keys) {
         const long depth = padded(keys, kPanelColumns);
-        __m512 largest[kTileRows], sums[kTileRows];
+        Floats largest[kTileRows], sums[kTileRows];
         for (long row = 0; row < rows; row++) {
             const float* logits = logits_.get() + row * depth;
-            __m512 large = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+            Floats large = all(-std::numeric_limits<float>::infinity());
             for (long key = 0; key < keys; key += kLanes)
-                large = _mm512_mask_max_ps(large, first_lanes(keys - key), large, _mm512_loadu_ps(logits + key));
-            largest[row] = _mm512_set1_ps(_mm512_reduce_max_ps(large));
-            sums[row] = _mm512_setzero_ps();
+                large = larger_in(first_lanes(keys - key), large, load(logits + key));
+            largest[row] = all(largest_of(large));
+            sums[row] = zeros();
         }
         put_in_tile(weights_.get(), rows, depth / Kind::kPerStep, [&](long row, long step) {
-            const __m512i steps = Kind::steps([&](long offset) {
+            const Words steps = Kind::steps([&](long offset) {
                 const long key = step * Kind::kPerStep + offset;
-                const __m512 logits = _mm512_loadu_ps(logits_.get() + row * depth + key);
-                return _mm512_maskz_mov_ps(first_lanes(keys - key), exponential(_mm512_sub_ps(logits, largest[row])));
+                const Floats logits = load(logits_.get() + row * depth + key);
+                return only(first_lanes(keys - key), exponential(logits - largest[row]));
             });
-            sums[row] = _mm512_add_ps(sums[row], Kind::added_up(steps));
+            sums[row] = sums[row] + Kind::added_up(steps);
             return steps;
         });
-        for (long row = 0; row < rows; row++) sums_[row] = _mm512_reduce_add_ps(sums[row]);
+        for (long row = 0; row < rows; row++) sums_[row] = sum_of(sums[row]);
     }
 
     void add_values(long rows, long keys, Number* out, long out_width) {
         const long steps = padded(keys, kPanelColumns) / Kind::kPerStep;
         for (long column = 0; column < size_; column += kPanelColumns)
             multiply_in_cache(rows, weights_.get(), values_.get() + column * steps, steps,
-                              [&](long row, __m512 left, __m512 right) {
-                                  const __m512 sum = _mm512_set1_ps(sums_[row]);
+                              [&](long row, Floats left, Floats right) {
+                                  const Floats sum = all(sums_[row]);
                                   Number* place = out + row * out_width + column;
-                                  Kind::store(place, first_lanes(size_ - column), _mm512_div_ps(left, sum));
-                                  Kind::store(place + kLanes, first_lanes(size_ - column - kLanes),
-                                              _mm512_div_ps(right, sum));
+                                  Kind::store(place, first_lanes(size_ - column), left / sum);
+                                  Kind::store(place + kLanes, first_lanes(size_ - column - kLanes), right / sum);
                               });
     }
 
@@ -210,6 +211,7 @@ Status attend(const void* projected, long rows, long heads, long size, const Bia
 }  // namespace
 
 int t5_attention(const void* projected, long rows, long heads, long size, const Bias* bias, int in_float32, void* out) {
-    if (in_float32) return attend<Float32>(projected, rows, heads, size, *bias, out);
-    return attend<Bfloat16>(projected, rows, heads, size, *bias, out);
+    return with_activations(in_float32, [=](auto kind) {
+        return attend<decltype(kind)>(projected, rows, heads, size, *bias, out);
+    });
 }

@@ -1,6 +1,6 @@
-"""The products of an encoder block by the kernels for AVX512, from the modules' own weights or from copies in panels.
+"""The products of an encoder block by the kernels, from the modules' own weights or from copies in panels.
 
-In bfloat16 these round less often than torch: activation and gating are applied to float32 sums, and a sublayer's
+These round less often than torch: activation and gating are applied to float32 sums, and a sublayer's
 output is added to the residual without rounding.
 """
 
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.kernels.calls import KernelWeight, add_product, encode_block, normed_product
+from nai_t5_core.backends.kernels.calls import add_product, encode_block, normed_product
+from nai_t5_core.backends.kernels.sets import InstructionSet
+from nai_t5_core.backends.kernels.weights import KernelWeight, or_best
 from nai_t5_core.facts.config import Activation
 from nai_t5_core.model.attention import Attend, DocumentLayer
 from nai_t5_core.model.layers import FeedForward
@@ -24,10 +26,11 @@ class KernelBlock:
     """A block as four weights and the numbers that the kernels need.
 
     ``weights`` are those of qkv, o, wi (gated or not) and wo. Plain weights are the modules' own tensors, so that
-    changes of their values take effect.
+    changes of their values take effect. ``dtype`` is the model's.
     """
 
     weights: tuple[KernelWeight, KernelWeight, KernelWeight, KernelWeight]
+    dtype: torch.dtype
     activation: Activation
     heads: int
     epsilon: float
@@ -41,15 +44,21 @@ class KernelBlock:
         heads: int,
         epsilon: float,
         scales: Sequence[Tensor | None] = (None,) * 4,
+        instructions: InstructionSet | None = None,
     ) -> KernelBlock:
         """From the weights of qkv, o, wi and wo, [out_features, in_features]; q, k, v and gate, up one above the other.
 
-        ``dtype`` is that of the activations; ``dense`` is the feed-forward module, which has the activation function.
-        Weights in int8 need ``scales``, and must be put in panels.
+        ``dtype`` is the model's; ``dense`` is the feed-forward module, which has the activation function. Weights in
+        int8 need ``scales``, and must be put in panels. Without ``instructions`` it is the best set of this processor.
         """
+        instructions = or_best(instructions)
         is_gated = (False, False, not isinstance(dense, FeedForward), False)
-        qkv, o, inner, wo = map(KernelWeight.plain, weights, (dtype,) * 4, is_gated, scales)
-        return cls((qkv, o, inner, wo), dense.activation, heads, epsilon)
+        stored = instructions.stored[dtype]
+        qkv, o, inner, wo = (
+            KernelWeight.plain(weight, stored, gated, scale, instructions)
+            for weight, gated, scale in zip(weights, is_gated, scales, strict=True)
+        )
+        return cls((qkv, o, inner, wo), dtype, dense.activation, heads, epsilon)
 
     @property
     def is_in_panels(self) -> bool:
@@ -73,8 +82,9 @@ class KernelBlock:
             return residual
         qkv, o, inner, wo = self.weights
         projected = normed_product(residual, attention_norm, self.epsilon, qkv)
-        q, k, v = projected.unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        add_product(attend(q, k, v).flatten(-2).contiguous(), o, residual)
+        # Attention by torch, which has its bias in the model's dtype.
+        q, k, v = projected.to(self.dtype).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        add_product(attend(q, k, v).flatten(-2).to(o.dtype).contiguous(), o, residual)
         hidden = normed_product(residual, dense_norm, self.epsilon, inner, self.activation)
         add_product(hidden, wo, residual)
         return residual

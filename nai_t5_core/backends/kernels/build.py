@@ -1,4 +1,4 @@
-"""Compiling the kernels for this machine, once, and loading them."""
+"""Compiling the kernels for this machine, once for each instruction set that is used, and loading them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,53 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+from nai_t5_core.backends.kernels.sets import AVX512, SETS, InstructionSet
+
 log = logging.getLogger(__name__)
 
-_FOLDER = Path(__file__).parent
-_SOURCES = ("kernels.h", "tiles.h", "products.cpp", "attention.cpp", "block.cpp", "limit.cpp")
-_INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "avx512vnni", "fma")
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", *(f"-m{name}" for name in _INSTRUCTIONS))
+FOLDER = Path(__file__).parent
+_SHARED = (
+    "kernels.h",
+    "memory.h",
+    "tiles.h",
+    "rows.h",
+    "weight.h",
+    "products.cpp",
+    "attention.cpp",
+    "block.cpp",
+    "limit.cpp",
+)
+_OF_EACH_SET = ("vectors.h", "kinds.h")
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fopenmp")
 
 NO_COMPILER = "there is no C++ compiler to build them with (install g++)"
 
-# Why the kernels could not be built, once that was tried.
-_failures: list[str] = []
+# Why the kernels for a set, by its name, could not be built, once that was tried.
+_failures: dict[str, str] = {}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What there is
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def missing_for(instructions: InstructionSet) -> str | None:
+    """What this machine lacks for the kernels of a set, as a sentence; None if nothing known. Nothing is built."""
+    return _lasting_obstacle(instructions) or _missing_compiler(instructions)
+
+
+def best_set() -> InstructionSet | None:
+    """The best set that nothing is missing for, as far as is known; None where there is none. Nothing is built."""
+    return next((instructions for instructions in SETS if missing_for(instructions) is None), None)
 
 
 def missing_for_kernels() -> str | None:
-    """What this machine lacks for the kernels, as a sentence; None if nothing is known of. Nothing is built."""
-    return _missing_instructions() or next(iter(_failures), None) or _missing_compiler()
+    """What this machine lacks for the kernels of any set, as a sentence; None if nothing is known of."""
+    return None if best_set() is not None else missing_for(nearest_set())
+
+
+def nearest_set() -> InstructionSet:
+    """The best set that the processor has, whether or not it can be built; or the one that asks least of it."""
+    return next((instructions for instructions in SETS if _missing_instructions(instructions) is None), SETS[-1])
 
 
 def why_not_kernels() -> str | None:
@@ -39,35 +70,31 @@ def why_not_kernels() -> str | None:
     return missing_for_kernels() or better_than_kernels()
 
 
-def prepare_kernels() -> str | None:
-    """Builds and loads the kernels, unless that was done; what is missing for it, as a sentence."""
-    if lasting := _missing_instructions() or next(iter(_failures), None):
-        return lasting
-    try:
-        library()
-    except (RuntimeError, OSError) as error:
-        log.warning("the T5 goes without its kernels for AVX512: %s", error)
-        _failures.append(str(error))
-        return str(error)
+def better_than_kernels() -> str | None:
+    """What oneDNN uses on this processor and the kernels do not, as a sentence; None if nothing."""
+    flags = _processor_flags()
+    if "amx_bf16" in flags:
+        return "this processor has AMX, which oneDNN uses and the kernels do not"
+    if "avx512f" in flags and not flags >= AVX512.needs:
+        return (
+            "this processor has AVX512, but not its BF16 and VNNI, without which oneDNN uses it and the kernels do not"
+        )
     return None
 
 
-def _missing_instructions() -> str | None:
+def _lasting_obstacle(instructions: InstructionSet) -> str | None:
+    return _missing_instructions(instructions) or _failures.get(instructions.name)
+
+
+def _missing_instructions(instructions: InstructionSet) -> str | None:
     if not sys.platform.startswith("linux"):
         return "the kernels are for Linux"
-    if not _processor_flags() >= {"avx512_bf16", "avx512_vnni"}:
-        return "this processor has no AVX512-BF16, or no AVX512-VNNI"
-    return None
-
-
-def better_than_kernels() -> str | None:
-    has_amx = "amx_bf16" in _processor_flags()
-    return "this processor has AMX, which oneDNN uses and the kernels do not" if has_amx else None
+    return None if _processor_flags() >= instructions.needs else instructions.lacking
 
 
 @lru_cache
-def _missing_compiler() -> str | None:
-    if built_file().exists() or shutil.which("g++") is not None:
+def _missing_compiler(instructions: InstructionSet) -> str | None:
+    if built_file(instructions).exists() or shutil.which("g++") is not None:
         return None
     return NO_COMPILER
 
@@ -80,40 +107,84 @@ def _processor_flags() -> frozenset[str]:
     return frozenset()
 
 
-def built_file() -> Path:
-    """Where the compiled kernels are, or will be."""
-    digest = hashlib.sha256("\n".join(_FLAGS).encode())
-    for source in _SOURCES:
-        digest.update((_FOLDER / source).read_bytes())
-    # Where the user's programs keep what can be made again (XDG Base Directory Specification).
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "comfy-nai-t5" / f"kernels-{digest.hexdigest()[:16]}.so"
+# ---------------------------------------------------------------------------------------------------------------------
+# Building
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prepare_kernels(instructions: InstructionSet | None = None) -> str | None:
+    """Builds and loads the kernels of a set, unless that was done; what is missing for it, as a sentence.
+
+    Without a set it is the best that can be built, which :func:`best_set` gives from then on.
+    """
+    if instructions is not None:
+        return _prepare(instructions)
+    while (best := best_set()) is not None:
+        if _prepare(best) is None:
+            return None
+    return missing_for_kernels()
+
+
+def _prepare(instructions: InstructionSet) -> str | None:
+    if lasting := _lasting_obstacle(instructions):
+        return lasting
+    try:
+        library(instructions)
+    except (RuntimeError, OSError) as error:
+        log.warning("the T5 goes without its kernels for %s: %s", instructions.title, error)
+        _failures[instructions.name] = str(error)
+        return str(error)
+    return None
+
+
+def sources(instructions: InstructionSet) -> list[Path]:
+    """All files that the kernels of a set are made of."""
+    own = [FOLDER / instructions.folder / name for name in _OF_EACH_SET]
+    return [*(FOLDER / name for name in _SHARED), *own]
+
+
+def compiler_arguments(instructions: InstructionSet) -> list[str]:
+    """Where a compiler finds a set's headers, and what it is to be told about the processor."""
+    return [f"-I{FOLDER}", f"-I{FOLDER / instructions.folder}", *instructions.flags]
 
 
 @lru_cache
-def library() -> ctypes.CDLL:
-    """The compiled kernels; the first process on a machine takes some seconds to compile them.
+def built_file(instructions: InstructionSet) -> Path:
+    """Where the compiled kernels of a set are, or will be."""
+    digest = hashlib.sha256("\n".join((*_FLAGS, *instructions.flags)).encode())
+    for source in sources(instructions):
+        digest.update(source.read_bytes())
+    # Where the user's programs keep what can be made again (XDG Base Directory Specification).
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "comfy-nai-t5" / f"kernels-{instructions.name}-{digest.hexdigest()[:16]}.so"
+
+
+@lru_cache
+def library(instructions: InstructionSet) -> ctypes.CDLL:
+    """The compiled kernels of a set; the first process on a machine takes some seconds to compile them.
 
     Raises:
         RuntimeError: there is no compiler, or it failed.
         OSError: the cache's folder cannot be written.
     """
-    built = built_file()
+    built = built_file(instructions)
     if not built.exists():
-        _build(built)
+        _build(instructions, built)
     # OpenMP's functions are found in the runtime that torch has loaded, so that its number of threads holds here too.
     return ctypes.CDLL(str(built))
 
 
-def _build(target: Path) -> None:
+def _build(instructions: InstructionSet, target: Path) -> None:
     if shutil.which("g++") is None:
         raise RuntimeError(NO_COMPILER)
-    log.warning("compiling the T5's kernels for AVX512 into %s: once, and it takes some seconds", target)
+    title = instructions.title
+    log.warning("compiling the T5's kernels for %s into %s: once, and it takes some seconds", title, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         unfinished = Path(folder) / target.name
-        sources = [str(_FOLDER / source) for source in _SOURCES if source.endswith(".cpp")]
-        done = subprocess.run(["g++", *_FLAGS, *sources, "-o", str(unfinished)], capture_output=True, text=True)
+        files = [str(source) for source in sources(instructions) if source.suffix == ".cpp"]
+        command = ["g++", *_FLAGS, *compiler_arguments(instructions), *files, "-o", str(unfinished)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:500])
             raise RuntimeError(f"g++ could not compile the kernels: {complaint}")

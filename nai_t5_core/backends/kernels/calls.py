@@ -5,34 +5,22 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nai_t5_core.backends.kernels.addresses import address, address_if_any, sizes
-from nai_t5_core.backends.kernels.interface import Bias, BlockWeights, Matrix, kernels
+from nai_t5_core.backends.kernels.interface import Bias, BlockWeights, kernels
+from nai_t5_core.backends.kernels.sets import InstructionSet
+from nai_t5_core.backends.kernels.weights import KernelWeight, or_best
 from nai_t5_core.facts.config import Activation
 
-# Numbers of the activations in tiles.h, and of the formats in products.cpp.
+# Numbers of the activations in tiles.h.
 ACTIVATION_NUMBERS: dict[Activation | None, int] = {None: 0, "relu": 1, "gelu_new": 2, "silu": 3}
-WEIGHT_FORMATS = {
-    torch.bfloat16: 0,
-    torch.float16: 1,
-    torch.float32: 2,
-    torch.float8_e4m3fn: 3,
-    torch.float8_e5m2: 4,
-}
-_WITH_SCALES = {torch.int8: 5}
-_PANELS = 6
-_FORMAT_DTYPES = {number: dtype for dtype, number in [*WEIGHT_FORMATS.items(), *_WITH_SCALES.items()]}
 
-# A Status of tiles.h.
+# A Status of memory.h.
 _WRONG_DOCUMENTS = 2
-
-# What the kernels compute in, besides bytes, and what activations are stored in.
-COMPUTE_DTYPES = (torch.bfloat16, torch.float32)
 
 
 @dataclass
@@ -59,103 +47,6 @@ def counted() -> Iterator[Counted]:
 def _count(flops: int) -> None:
     for counter in _COUNTING:
         counter.flops += flops
-
-
-@dataclass(frozen=True)
-class KernelWeight:
-    """A weight as the kernels take it: [columns, depth] as it lies in memory, or a copy in panels.
-
-    A gated weight has the columns of the gate and then those of up. ``dtype`` is that of the activations, in which
-    products are computed; what is not in it is rounded to it in every call. Panels save that, and rearranging the
-    weight. Weights in 8 bits have the ``scales`` of their columns; their products are computed in 8 bits, and from
-    panels only.
-    """
-
-    values: Tensor
-    format: int
-    columns: int
-    depth: int
-    dtype: torch.dtype
-    is_gated: bool = False
-    scales: Tensor | None = None
-
-    @classmethod
-    def plain(
-        cls, weight: Tensor, dtype: torch.dtype, is_gated: bool = False, scales: Tensor | None = None
-    ) -> KernelWeight:
-        """A contiguous weight [columns, depth] of even depth, and even in columns if it is gated.
-
-        Args:
-            weight: in a dtype of :data:`WEIGHT_FORMATS`; or int8, of a depth that is a multiple of 4.
-            dtype: of the activations, bfloat16 or float32.
-            scales: [columns] float32, of a weight in int8: what a unit is worth.
-        """
-        if dtype not in COMPUTE_DTYPES:
-            raise ValueError(f"the kernels compute in bfloat16 or float32, and not in {dtype}")
-        columns, depth = sizes(weight)
-        formats, unit = (WEIGHT_FORMATS, 2) if scales is None else (_WITH_SCALES, 4)
-        is_even = depth % unit == 0 and not (is_gated and columns % 2)
-        if weight.dtype not in formats or not weight.is_contiguous() or not is_even or not weight.numel():
-            raise ValueError(
-                "the kernels take contiguous weights of even sizes, not 0, in bfloat16, float16, float32 or float8, or "
-                f"in int8 with scales and a depth that is a multiple of 4; got {weight.dtype} {list(weight.shape)}"
-            )
-        own_scales = None if scales is None else scales.detach().float().contiguous()
-        made = cls(weight.detach(), formats[weight.dtype], columns, depth, dtype, is_gated, own_scales)
-        made.matrix()  # refuses what is left to refuse
-        return made
-
-    @property
-    def is_in_panels(self) -> bool:
-        return self.format == _PANELS
-
-    def in_panels(self) -> KernelWeight:
-        """A copy in panels; itself where it is in panels already."""
-        if self.is_in_panels:
-            return self
-        matrix = self.matrix()
-        steps = self._panel_steps
-        panels = torch.empty(steps, dtype=torch.int32)
-        kernels().t5_to_panels(ctypes.byref(matrix), address(panels, torch.int32, steps))
-        return replace(self, values=panels, format=_PANELS)
-
-    def original(self) -> Tensor:
-        """[columns, depth]; panels give it in ``dtype``, or in int8."""
-        if not self.is_in_panels:
-            return self.values
-        dtype = self.dtype if self.scales is None else torch.int8
-        weight = torch.empty(self.columns, self.depth, dtype=dtype)
-        kernels().t5_from_panels(ctypes.byref(self.matrix()), address(weight, dtype, self.columns, self.depth))
-        return weight
-
-    def check_form(self) -> None:
-        """Raises ValueError where this can only be computed from panels."""
-        if self.scales is not None and not self.is_in_panels:
-            raise ValueError("a weight in int8 must be in panels before it is used: call in_panels()")
-
-    def matrix(self) -> Matrix:
-        """What the kernels are told; it is of no use once the tensors are gone.
-
-        Raises:
-            ValueError: the tensors are not, or no longer, what they are to be.
-        """
-        matrix = self._sizes()
-        matrix.scales = address_if_any(self.scales, torch.float32, self.columns)
-        if self.is_in_panels:
-            matrix.values = address(self.values, torch.int32, self._panel_steps)
-        else:
-            dtype = _FORMAT_DTYPES[self.format]
-            matrix.values = address(self.values, dtype, self.columns, self.depth, anywhere=True)
-        return matrix
-
-    def _sizes(self) -> Matrix:
-        kind = COMPUTE_DTYPES.index(self.dtype) + (0 if self.scales is None else len(COMPUTE_DTYPES))
-        return Matrix(None, None, self.columns, self.depth, self.format, self.is_gated, kind)
-
-    @cached_property
-    def _panel_steps(self) -> int:
-        steps: int = kernels().t5_panel_steps(ctypes.byref(self._sizes()))
-        return steps
 
 
 def normed_product(
@@ -189,7 +80,7 @@ def normed_product(
     )
     _count(2 * tokens * weight.columns * weight.depth)
     if tokens:
-        _refuse(kernels().t5_normed_product(*arguments))
+        _refuse(kernels(weight.instructions).t5_normed_product(*arguments))
     return out
 
 
@@ -212,17 +103,26 @@ def add_product(x: Tensor, weight: KernelWeight, residual: Tensor) -> None:
     )
     _count(2 * tokens * weight.columns * weight.depth)
     if tokens:
-        _refuse(kernels().t5_added_product(*arguments))
+        _refuse(kernels(weight.instructions).t5_added_product(*arguments))
 
 
-def attention(projected: Tensor, heads: int, documents: Tensor, table: Tensor, scale: float) -> Tensor:
+def attention(
+    projected: Tensor,
+    heads: int,
+    documents: Tensor,
+    table: Tensor,
+    scale: float,
+    instructions: InstructionSet | None = None,
+) -> Tensor:
     """softmax(q · kᵀ · scale + bias) · v in every document: [tokens, heads · d_kv] in the dtype of ``projected``.
 
     Args:
-        projected: [tokens, 3 · heads · d_kv] in bfloat16 or float32: queries, keys and values, d_kv being even.
+        projected: [tokens, 3 · heads · d_kv]: queries, keys and values, d_kv being even; in a dtype that the
+            instruction set stores activations in.
         documents: [documents, 4] int64: first row, rows, first key relative to the first row, keys (at least one). They
             are one behind the other and take all rows; the keys are rows of their document.
         table: the bias by distance, [heads, distances] in float32; the number of distances is odd.
+        instructions: what to compute with; by default the best that this processor has.
 
     Raises:
         ValueError: a tensor of another shape or dtype, no head, or documents that are not as they are to be.
@@ -232,7 +132,9 @@ def attention(projected: Tensor, heads: int, documents: Tensor, table: Tensor, s
     size, rest = divmod(width, 3 * _checked_heads(heads))
     if rest or size % 2:
         raise ValueError(f"queries, keys and values of {heads} heads of an even size are expected; got {width} columns")
-    dtype = torch.float32 if projected.dtype == torch.float32 else torch.bfloat16
+    instructions = or_best(instructions)
+    allowed = tuple(dict.fromkeys(instructions.stored.values()))
+    dtype = projected.dtype if projected.dtype in allowed else allowed[0]
     out = torch.empty(tokens, width // 3, dtype=dtype)
     arguments = (
         address(projected, dtype, tokens, width),
@@ -245,7 +147,7 @@ def attention(projected: Tensor, heads: int, documents: Tensor, table: Tensor, s
     )
     _count_attention(documents, width // 3)
     if tokens or len(documents):
-        _refuse(kernels().t5_attention(*arguments))
+        _refuse(kernels(instructions).t5_attention(*arguments))
     return out
 
 
@@ -298,27 +200,30 @@ def encode_block(
         _count(2 * tokens * weight.columns * weight.depth)
     _count_attention(documents, o.depth)
     if tokens or len(documents):
-        _refuse(kernels().t5_block(*arguments))
+        _refuse(kernels(qkv.instructions).t5_block(*arguments))
 
 
-def multiply_in_registers(dtype: torch.dtype, rounds: int) -> int:
-    """The instruction that products in ``dtype`` are made of, on all threads and on nothing but registers.
+def multiply_in_registers(dtype: torch.dtype, rounds: int, instructions: InstructionSet | None = None) -> int:
+    """The instruction that products with weights in ``dtype`` are made of, on all threads and on registers only.
 
     Nothing is computed: the operations that are returned, divided by the time of the call, are a rate which no product
     on this processor can exceed. A round takes some nanoseconds.
 
     Args:
-        dtype: bfloat16, float32 or int8.
+        dtype: of weights in panels, with what activations are stored in beside them.
+        instructions: what to compute with; by default the best that this processor has.
 
     Raises:
         ValueError: another dtype, or no round.
     """
-    kinds = (*COMPUTE_DTYPES, torch.int8)
+    instructions = or_best(instructions)
+    kinds = {weight: number for (weight, _), number in instructions.kinds.items()}
     if dtype not in kinds:
-        raise ValueError(f"the kernels multiply in {', '.join(map(str, kinds))}, and not in {dtype}")
+        known = ", ".join(map(str, kinds))
+        raise ValueError(f"the kernels for {instructions.title} multiply {known}, and not {dtype}")
     if rounds < 1:
         raise ValueError(f"rounds={rounds}; there must be at least one")
-    operations: int = kernels().t5_multiply_in_registers(kinds.index(dtype), rounds)
+    operations: int = kernels(instructions).t5_multiply_in_registers(kinds[dtype], rounds)
     return operations
 
 
@@ -334,7 +239,10 @@ def _check_block(weights: Sequence[KernelWeight], heads: int) -> None:
     shapes = [(weight.columns, weight.depth) for weight in weights]
     if shapes != fitting or attended % (2 * heads):
         raise ValueError(f"the weights of a block with {heads} heads do not fit each other; they are {shapes}")
-    if any(weight.is_gated for weight in (qkv, o, wo)) or len({weight.dtype for weight in weights}) > 1:
+    if (
+        any(weight.is_gated for weight in (qkv, o, wo))
+        or len({(each.dtype, each.instructions) for each in weights}) > 1
+    ):
         raise ValueError("of a block's weights the feed-forward's first alone may be gated, and all have one dtype")
 
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from nai_t5_core.backends.kernels.build import library
+from nai_t5_core.backends.kernels.sets import InstructionSet
 
 
 class Matrix(ctypes.Structure):
@@ -57,9 +58,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 
 @lru_cache
-def kernels() -> ctypes.CDLL:
-    """The compiled kernels as functions; see :func:`nai_t5_core.backends.kernels.build.library`."""
-    loaded = library()
+def kernels(instructions: InstructionSet) -> ctypes.CDLL:
+    """The compiled kernels of a set as functions; see :func:`nai_t5_core.backends.kernels.build.library`."""
+    loaded = library(instructions)
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments

@@ -4,7 +4,11 @@
 
 #include <cstdint>
 
-// A weight [columns, depth]. `format` is one of products.cpp, `kind` a number of with_kind. `scales` are those of the
+// How the numbers of a weight lie in memory: row by row in one of these, or as panels. kInt8 is for products in 8 bits,
+// and nothing else is.
+enum Format { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2, kFloat8E4m3 = 3, kFloat8E5m2 = 4, kInt8 = 5, kPanels = 6 };
+
+// A weight [columns, depth]. `format` is a Format, `kind` a number of the instruction set's with_kind. `scales` are those of the
 // columns of bytes that are still to be put in panels, and else null. Values that are no panels may begin anywhere.
 struct Matrix {
     const void* values;
@@ -32,6 +36,7 @@ struct Bias {
 
 // Activations are in bfloat16 or float32; the residual, the norm's weight and scales always are in float32. Weights in
 // bytes are panels. Where an int is returned, it is a Status.
+#pragma GCC visibility push(default)  // all else is hidden: several instruction sets may be loaded at once
 extern "C" {
 
 // How many threads a call takes at most.
@@ -64,8 +69,9 @@ int t5_attention(const void* projected, long rows, long heads, long size, const 
 int t5_block(const BlockWeights* weights, float* residual, long rows, const float* attention_norm,
              const float* dense_norm, const Bias* bias, void* wide, void* attended);
 
-// Multiplies in all threads at once, for some 7 ns a round. The result is the number of operations: a product and its sum
+// Multiplies in all threads at once, for some nanoseconds a round. The result is the number of operations: a product and its sum
 // are two. `kind` is a number of with_kind.
 long t5_multiply_in_registers(int kind, long rounds);
 
 }  // extern "C"
+#pragma GCC visibility pop

@@ -10,15 +10,16 @@ constexpr int kSums = 2 * kTileRows;
 // As many sums as a product has under way, from numbers that are in registers already.
 template <class Kind>
 void add_products(long rounds) {
-    __m512 sums[kSums];
+    Floats sums[kSums];
 #pragma GCC unroll 24
-    for (int i = 0; i < kSums; i++) sums[i] = _mm512_setzero_ps();
-    const __m512i ones = _mm512_set1_epi32(1);
+    for (int i = 0; i < kSums; i++) sums[i] = zeros();
+    Words ones = all_words(1);
     for (long round = 0; round < rounds; round++) {
+        // The compiler must see neither that all sums and rounds are the same, nor that nobody reads them.
+        asm volatile("" : "+v"(ones));
 #pragma GCC unroll 24
         for (int i = 0; i < kSums; i++) {
             sums[i] = Kind::add_products(sums[i], ones, ones);
-            // The compiler must neither see that all are the same nor that nobody reads them.
             asm volatile("" : "+v"(sums[i]));
         }
     }
@@ -35,6 +36,6 @@ long t5_multiply_in_registers(int kind, long rounds) {
             add_products<Kind>(rounds);
             threads = 1;
         }
-        return threads * rounds * kSums * kLanes * Kind::kPerStep * 2;
+        return threads * rounds * kSums * kLanes * Kind::kPerRowStep * 2;
     });
 }

@@ -1,9 +1,9 @@
-"""The kernels for AVX512 as backends: on the modules' own weights, on copies in panels, and in 8 bits."""
+"""The kernels as backends: on the modules' own weights, on copies in panels, and in 8 bits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,17 @@ from torch import Tensor, nn
 from nai_t5_core.backends.held import HeldLinear, as_it_lies
 from nai_t5_core.backends.int8_weight import Int8Weight
 from nai_t5_core.backends.kernels.block import KernelBlock
-from nai_t5_core.backends.kernels.build import missing_for_kernels, prepare_kernels, why_not_kernels
-from nai_t5_core.backends.kernels.calls import ACTIVATION_NUMBERS, COMPUTE_DTYPES
+from nai_t5_core.backends.kernels.build import (
+    best_set,
+    better_than_kernels,
+    missing_for,
+    nearest_set,
+    prepare_kernels,
+)
+from nai_t5_core.backends.kernels.calls import ACTIVATION_NUMBERS
+from nai_t5_core.backends.kernels.sets import AVX512, SETS, InstructionSet
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
+from nai_t5_core.backends.widened import WIDENED
 from nai_t5_core.model.attention import Attend, FusedSelfAttention
 from nai_t5_core.model.block import Backend, Block, Lending, Seen, is_watched, operations_are_watched, torch_is_needed
 from nai_t5_core.model.layers import (
@@ -33,13 +41,26 @@ class KernelsInPlace:
     """Computes a block by the kernels, from its modules' own weights; changes of the weights take effect.
 
     Wherever the kernels cannot compute the block in its present state, its modules do.
+
+    Args:
+        instructions: what to compute with; None: the best that this processor has, unless oneDNN has something better.
     """
 
-    name = "kernels"
     lending: Lending | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, instructions: InstructionSet | None = None) -> None:
+        self._named = instructions
         self._looked: tuple[torch.dtype, Seen, KernelBlock | None] | None = None
+
+    @property
+    def name(self) -> str:
+        return "kernels" if (instructions := self._instructions()) is None else f"{instructions.title} kernels"
+
+    def _instructions(self) -> InstructionSet | None:
+        """What computes now, as far as is known before it is built; None: nothing can, or something is better."""
+        if self._named is not None:
+            return self._named if missing_for(self._named) is None else None
+        return None if better_than_kernels() else best_set()
 
     def __call__(self, block: Block, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor | None:
         if torch_is_needed() or not residual.is_cpu:
@@ -48,7 +69,8 @@ class KernelsInPlace:
         return None if kernels is None else kernels(residual, attend)
 
     def attends(self, block: Block, dtype: torch.dtype) -> bool:
-        return why_not_kernels() is None and refuses_in_place(block, dtype) is None
+        instructions = self._instructions()
+        return instructions is not None and refuses_in_place(block, dtype, instructions) is None
 
     def _kernels(self, block: Block, dtype: torch.dtype) -> KernelBlock | None:
         if self._looked is not None:
@@ -56,19 +78,19 @@ class KernelsInPlace:
             if looked_dtype == dtype and seen.is_same:
                 return kernels
         kernels = None
-        if self.attends(block, dtype) and prepare_kernels() is None:
-            kernels = _kernels_in_place(block, dtype)
+        if self.attends(block, dtype) and prepare_kernels(self._named) is None:
+            kernels = _kernels_in_place(block, dtype, self._instructions())
         self._looked = (dtype, Seen(list(block.modules())[1:]), kernels)
         return kernels
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_looked": None}
+        return {"_named": self._named, "_looked": None}
 
 
-def refuses_in_place(block: Block, dtype: torch.dtype) -> str | None:
+def refuses_in_place(block: Block, dtype: torch.dtype, instructions: InstructionSet) -> str | None:
     """Why the kernels cannot compute a block from its modules' present weights, as a sentence; None if they can."""
-    if dtype not in COMPUTE_DTYPES:
-        return f"the model computes in {dtype}; the kernels compute in bfloat16 and float32"
+    if dtype not in instructions.stored:
+        return f"the model is in {dtype}; {_dtypes_of(instructions)}"
     attends, dense = _sublayers(block)
     if not isinstance(attends, FusedSelfAttention) or type(dense) not in (FusedGatedFeedForward, FeedForward):
         return "the projections are not joined (the layout is separate)"
@@ -87,10 +109,15 @@ def refuses_in_place(block: Block, dtype: torch.dtype) -> str | None:
     return refuses_mathematics(block)
 
 
-def _kernels_in_place(block: Block, dtype: torch.dtype) -> KernelBlock:
+def _dtypes_of(instructions: InstructionSet) -> str:
+    known = ", ".join(str(dtype).removeprefix("torch.") for dtype in instructions.stored)
+    return f"the kernels for {instructions.title} are for models in {known}"
+
+
+def _kernels_in_place(block: Block, dtype: torch.dtype, instructions: InstructionSet | None) -> KernelBlock:
     attends, dense = _sublayers(block)
     weights = [linear.weight for linear in (attends.qkv, attends.o, dense.wi, dense.wo)]
-    return KernelBlock.of(weights, dtype, dense, attends.heads, _epsilon(block))
+    return KernelBlock.of(weights, dtype, dense, attends.heads, _epsilon(block), instructions=instructions)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,17 +218,25 @@ class KernelsOnPanels:
 class KernelsBackend:
     """Computes an encoder's blocks by the kernels, from copies of their weights in panels; the originals are freed."""
 
-    name = "kernels"
-    lends_to: Backend = ONEDNN
     # The kernels read a row of a weight in groups of this many numbers.
     unit = 2
 
+    # What is added to the name.
+    suffix = ""
+
+    def __init__(self, instructions: InstructionSet) -> None:
+        self.instructions = instructions
+        self.name = f"{instructions.title} kernels{self.suffix}"
+
+    @property
+    def lends_to(self) -> Backend:
+        """What computes a block that has a live LoRA: oneDNN where it is sure to have the same dtypes."""
+        return ONEDNN if self.instructions is AVX512 else WIDENED
+
     def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        if device.type != "cpu":
-            return f"the model is on {device}; the kernels are for the CPU"
-        if dtype not in COMPUTE_DTYPES:
-            return f"the model is in {dtype}; the kernels compute in bfloat16 and float32"
-        return missing_for_kernels()
+        if device.type != "cpu" or dtype not in self.instructions.stored:
+            return f"{_dtypes_of(self.instructions)} on the CPU; this is a model in {dtype} on {device}"
+        return missing_for(self.instructions)
 
     def refuses(self, block: Block, dtype: torch.dtype) -> str | None:
         for owner, names in places(block):
@@ -224,18 +259,23 @@ class KernelsBackend:
 
     def _held(self, block: Block, weights: list[Any], dtype: torch.dtype) -> _Held:
         attends, dense = _sublayers(block)
-        return _Held(KernelBlock.of(weights, dtype, dense, attends.heads, _epsilon(block)))
+        numbers = (attends.heads, _epsilon(block))
+        return _Held(KernelBlock.of(weights, dtype, dense, *numbers, instructions=self.instructions))
 
 
 class Int8KernelsBackend(KernelsBackend):
     """:class:`KernelsBackend` with weights and products in 8 bits; activations are stored in the model's dtype."""
 
-    name = "kernels, in 8 bits"
-    lends_to = INT8_ONEDNN
     unit = 4
+    suffix = ", in 8 bits"
+
+    @property
+    def lends_to(self) -> Backend:
+        return INT8_ONEDNN if self.instructions is AVX512 else WIDENED
 
     def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        return super().missing(device, dtype) or INT8_ONEDNN.missing(device, dtype)
+        lent = INT8_ONEDNN.missing(device, dtype) if self.instructions is AVX512 else None
+        return super().missing(device, dtype) or lent
 
     def _held(self, block: Block, weights: list[Any], dtype: torch.dtype) -> _Held:
         attends, dense = _sublayers(block)
@@ -247,12 +287,22 @@ class Int8KernelsBackend(KernelsBackend):
             for weight, in_scale in zip(weights, (folded[0], None, folded[1], None), strict=True)
         ]
         values, scales, in_scales = zip(*((one.values, one.scale, one.in_scale) for one in quantised), strict=True)
-        kernels = KernelBlock.of(values, dtype, dense, attends.heads, _epsilon(block), scales)
+        numbers = (attends.heads, _epsilon(block))
+        kernels = KernelBlock.of(values, dtype, dense, *numbers, scales, self.instructions)
         return _Held(kernels.in_panels(), in_scales)
 
 
-KERNELS = KernelsBackend()
-INT8_KERNELS = Int8KernelsBackend()
+# By the names of instruction sets, the best first.
+KERNELS = {instructions.name: KernelsBackend(instructions) for instructions in SETS}
+INT8_KERNELS = {instructions.name: Int8KernelsBackend(instructions) for instructions in SETS}
+
+Kernels = TypeVar("Kernels", bound=KernelsBackend)
+
+
+def best(kernels: Mapping[str, Kernels]) -> Kernels:
+    """The backend for the best set of this machine; where it has none, one that says what is missing."""
+    found = best_set() or nearest_set()
+    return kernels[found.name]
 
 
 def _joined(weights: list[Any]) -> Any:

@@ -1,0 +1,118 @@
+// What all kernels compute with, on AVX512: sixteen numbers at a time. avx2/vectors.h has the same names.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "memory.h"
+
+using Floats = __m512;
+using Words = __m512i;
+using Lanes = __mmask16;  // which of the numbers are meant
+
+constexpr long kLanes = 16;
+constexpr long kTileRows = 12;  // times two are sums in registers, of 32 that there are
+
+inline Lanes first_lanes(long count) {
+    return count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<Lanes>((1u << count) - 1);
+}
+
+inline Floats zeros() { return _mm512_setzero_ps(); }
+inline Floats all(float number) { return _mm512_set1_ps(number); }
+inline Words all_words(int word) { return _mm512_set1_epi32(word); }
+inline Words no_words() { return _mm512_setzero_si512(); }
+inline Floats as_floats(Words words) { return _mm512_castsi512_ps(words); }
+inline Words as_words(Floats numbers) { return _mm512_castps_si512(numbers); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory; lanes that are not meant are zeros, and are not touched
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline Floats load(const float* place) { return _mm512_loadu_ps(place); }
+inline Floats load(const float* place, Lanes lanes) { return _mm512_maskz_loadu_ps(lanes, place); }
+inline void store(float* place, Floats numbers) { _mm512_storeu_ps(place, numbers); }
+inline void store(float* place, Lanes lanes, Floats numbers) { _mm512_mask_storeu_ps(place, lanes, numbers); }
+inline Words load_words(const Step* place) { return _mm512_loadu_si512(place); }
+inline Words load_words(const Step* place, Lanes lanes) { return _mm512_maskz_loadu_epi32(lanes, place); }
+inline void store_words(Step* place, Words words) { _mm512_storeu_si512(place, words); }
+inline void store_words(Step* place, Lanes lanes, Words words) { _mm512_mask_storeu_epi32(place, lanes, words); }
+
+inline Floats widened_bfloat16(__m256i halves) {
+    return as_floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+inline Floats load_bfloat16(const void* place, Lanes lanes) {
+    return widened_bfloat16(_mm256_maskz_loadu_epi16(lanes, place));
+}
+inline Floats load_float16(const void* place, Lanes lanes) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, place));
+}
+// Bytes, each the high one of its lane.
+inline __m256i load_high_bytes(const void* place, Lanes lanes) {
+    return _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(lanes, place)), 8);
+}
+// As numbers of float16 with the same bits for the exponent.
+inline Floats load_float8_e5m2(const void* place, Lanes lanes) {
+    return _mm512_cvtph_ps(load_high_bytes(place, lanes));
+}
+// Those with four bits of exponent and no infinity (e4m3fn): moved to where float16 has its exponent, which is 8 larger
+// there for the same power of two.
+inline Floats load_float8_e4m3(const void* place, Lanes lanes) {
+    const __m256i high = load_high_bytes(place, lanes);
+    const __m256i sign = _mm256_and_si256(high, _mm256_set1_epi16(short(0x8000)));
+    const __m256i rest = _mm256_srli_epi16(_mm256_slli_epi16(high, 1), 2);
+    const Floats numbers = _mm512_cvtph_ps(_mm256_or_si256(sign, rest));
+    const __mmask16 none = _mm256_cmpeq_epi16_mask(rest, _mm256_set1_epi16(0x3f80));
+    return _mm512_mask_mov_ps(_mm512_mul_ps(numbers, all(256.f)), none, all(NAN));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Arithmetic; of larger and smaller, the second operand is what comes out when either is not a number
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline Floats multiply_add(Floats x, Floats y, Floats sum) { return _mm512_fmadd_ps(x, y, sum); }
+inline Floats minus_product(Floats x, Floats y, Floats sum) { return _mm512_fnmadd_ps(x, y, sum); }
+inline Floats larger(Floats x, Floats y) { return _mm512_max_ps(x, y); }
+inline Floats smaller(Floats x, Floats y) { return _mm512_min_ps(x, y); }
+inline Floats absolute(Floats x) { return _mm512_abs_ps(x); }
+inline Floats only(Lanes lanes, Floats x) { return _mm512_maskz_mov_ps(lanes, x); }
+// The larger of both in these lanes, and the first in the others.
+inline Floats larger_in(Lanes lanes, Floats x, Floats y) { return _mm512_mask_max_ps(x, lanes, x, y); }
+inline Floats rounded(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
+// x · 2^n of whole n.
+inline Floats times_power_of_two(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
+inline float sum_of(Floats x) { return _mm512_reduce_add_ps(x); }
+inline float largest_of(Floats x) { return _mm512_reduce_max_ps(x); }
+
+// 16 · 16 words, by exchanging ever larger squares.
+inline __attribute__((always_inline)) void transpose(Words (&rows)[16]) {
+    Words other[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) {
+        other[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        other[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 4) {
+        rows[i] = _mm512_unpacklo_epi64(other[i], other[i + 2]);
+        rows[i + 1] = _mm512_unpackhi_epi64(other[i], other[i + 2]);
+        rows[i + 2] = _mm512_unpacklo_epi64(other[i + 1], other[i + 3]);
+        rows[i + 3] = _mm512_unpackhi_epi64(other[i + 1], other[i + 3]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; i++) {
+        other[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+        other[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
+        other[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
+        other[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; i++) {
+        rows[i] = _mm512_shuffle_i32x4(other[i], other[i + 8], 0x88);
+        rows[i + 8] = _mm512_shuffle_i32x4(other[i], other[i + 8], 0xdd);
+        rows[i + 4] = _mm512_shuffle_i32x4(other[i + 4], other[i + 12], 0x88);
+        rows[i + 12] = _mm512_shuffle_i32x4(other[i + 4], other[i + 12], 0xdd);
+    }
+}
