@@ -14,7 +14,7 @@ from nai_t5_core.model.attention import Attend, AttentionPlan, DenseAttention, d
 from nai_t5_core.model.attention_choice import ATTENTION_CHOICES, AttentionChoice, describe_attention, document_plan
 from nai_t5_core.model.encoder_block import EncoderBlock
 from nai_t5_core.model.fixed_weights import refuse_change
-from nai_t5_core.model.inputs import check_ids, dense_mask, for_every_query
+from nai_t5_core.model.inputs import check_ids, dense_mask, for_every_query, moved
 from nai_t5_core.model.layers import FoldedRMSNorm, RMSNorm, residual_dtype, scaled
 from nai_t5_core.model.packing import Packing, PaddingPolicy, bucket_for, pack_batch
 from nai_t5_core.model.turns import Turns
@@ -291,7 +291,7 @@ class T5EncoderStack(nn.Module):
         assert inputs is not None
         batch, length = self._check_inputs(inputs, is_ids=inputs_embeds is None)
         device = self._device_for(inputs)
-        inputs = inputs.to(device)
+        inputs = moved(inputs, device)
         scale = logit_scale(self.config)
         plan: AttentionPlan
         if padding == "exact" and attention_mask is not None and torch.compiler.is_compiling():
@@ -311,7 +311,7 @@ class T5EncoderStack(nn.Module):
                 )
             mask = dense_mask(attention_mask, batch, self.config.num_heads, length)
             packing = pack_batch(None, batch, length)
-            plan = DenseAttention(mask.to(device), scale)
+            plan = DenseAttention(moved(mask, device), scale)
         packed = packing.pack(inputs)
         return (packed if inputs_embeds is not None else self.embed(packed)), plan, packing
 
