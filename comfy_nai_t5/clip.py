@@ -262,9 +262,7 @@ def describe(clip: T5Clip) -> str:
     for name, owner in t5_models(clip.cond_stage_model).items():
         stack = owner.transformer.stack
         dtype = str(stack.dtype).removeprefix("torch.")
-        layout = stack.expected_layout()
-        if is_streamed(clip) and not layout.startswith("separate"):
-            layout = "separate layout: ComfyUI streams its weights (dynamic memory)"
+        layout = stack.expected_layout(is_streamed(clip))
         lines.append(f"{name}: {stack.config.kind} of {stack.config.num_layers} layers, {dtype}, {layout}")
     return "\n".join(lines)
 

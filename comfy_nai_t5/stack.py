@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comfy_nai_t5.fused import (
+    STREAMED,
     FusedProducts,
     FusedWeights,
     JoinedKernels,
@@ -249,11 +250,13 @@ class SharedStack(T5EncoderStack):
             self._compiled_runner = compile_stack(self).runner
         self.runner = self._compiled_runner if wanted else None
 
-    def expected_layout(self) -> str:
+    def expected_layout(self, is_streamed: bool = False) -> str:
         """What the layout will be, as far as it can be known before the weights are on their device."""
         if self.wish == "separate":
             return "separate layout, as chosen"
         blocks: Any = self.encoder.block
+        if is_streamed:
+            return self._described(Counter({STREAMED: len(blocks)}))
         others = dtypes_cast(self.is_kept, self.takes_kernels)
         return self._described(Counter(reason for block in blocks if (reason := refuses(block, self.dtype, others))))
 
@@ -264,7 +267,8 @@ class SharedStack(T5EncoderStack):
         joined = f"{self.wish if self.is_kept else 'fused'} layout"
         if self.takes_kernels:
             joined += " with AVX512 kernels"
-        return describe_layout(reasons, len(self.encoder.block), joined)
+        text = describe_layout(reasons, len(self.encoder.block), joined)
+        return f"{text}; not compiled, which needs every layer joined" if self.compiled and reasons else text
 
 
 def describe_layout(reasons: Counter[str], layers: int, joined: str) -> str:
