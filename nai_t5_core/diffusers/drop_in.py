@@ -125,9 +125,13 @@ class NAIT5EncoderModel(PreTrainedModel):
         source: Any = model
         return cls(source.config, _quantised(stack, quantize)).eval()
 
-    def give_back(self, model: nn.Module) -> None:
-        """Fills a model released by :meth:`from_hf`, as :mod:`nai_t5_core.diffusers.drop_in_weights` describes."""
-        give_back(self.stack, model)
+    def give_back(self, model: nn.Module, release: bool = False) -> None:
+        """Fills a model released by :meth:`from_hf`, see :func:`nai_t5_core.diffusers.drop_in_weights.give_back`.
+
+        Args:
+            release: ours loses its weights meanwhile, so that memory never holds both, and is of no use afterwards.
+        """
+        give_back(self.stack, model, release)
 
     @classmethod
     def from_pretrained(
