@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Random = Annotated[
     str | None, typer.Option("--random", metavar="SIZE", help="Random weights of a published size, such as umt5-small.")
 ]
-Against = Annotated[str, typer.Option(help="Peers, joined by commas: transformers, nai-t5.")]
+Against = Annotated[str, typer.Option(help="Peers, joined by commas: transformers, nai-t5, openvino.")]
 
 
 def parity(
