@@ -132,6 +132,7 @@ def test_the_drop_in_class_is_made_and_given_back_on_the_device(kind: str, dtype
         expected = theirs(ids, mask)[0]
         ours = NAIT5EncoderModel.from_hf(theirs, release=True)
         assert ours.device.type == "cuda"
+        assert ("kernels for CUDA" in repr(ours)) == (dtype == torch.float16)
         assert_near(ours(ids, mask)[0], expected, 1e-5 if dtype == torch.float32 else 1e-2)
         ours.give_back(theirs)
         assert_near(theirs(ids, mask)[0], expected, 1e-5 if dtype == torch.float32 else 1e-2)
