@@ -24,6 +24,9 @@ from nai_t5_core.model.attention import Attend
 from nai_t5_core.model.block import Block, Lending
 from nai_t5_core.model.layers import ACTIVATIONS, GatedFeedForward, add_sublayer, gated, scaled
 
+# Why a layer is not joined while ComfyUI brings its weights in as they are used.
+STREAMED = "ComfyUI streams its weights (dynamic memory)"
+
 
 class Products(Protocol):
     """The matrix products of one layer."""
@@ -204,7 +207,7 @@ def _not_plain(linear: Any) -> str | None:
     if own.forward_comfy_cast_weights is not plain.forward_comfy_cast_weights:
         return "ComfyUI makes numbers of its quantised weights at every call"
     if hasattr(linear, "_v"):
-        return "ComfyUI streams its weights (dynamic memory)"
+        return STREAMED
     if linear.weight_function:
         return "its weights are patched at every call (partial loading)"
     if type(linear.weight) is not nn.Parameter or linear.weight.is_meta or not linear.weight.is_contiguous():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comfy_nai_t5.fused import (
+    STREAMED,
     FusedProducts,
     FusedWeights,
     JoinedKernels,
@@ -33,12 +34,11 @@ from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsB
 from nai_t5_core.backends.kernels.weights import WEIGHT_FORMATS
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, published_scales
-from nai_t5_core.model.attention import AttentionPlan, distance_table
+from nai_t5_core.model.attention import distance_table
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.block import Block, torch_is_needed
-from nai_t5_core.model.encoder import Encoder, T5EncoderStack
+from nai_t5_core.model.encoder import Encoder, StackRunner, T5EncoderStack
 from nai_t5_core.model.layers import NoInit
-from nai_t5_core.model.packing import TOKEN_BUCKETS
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,8 @@ class SharedStack(T5EncoderStack):
             scales = published_scales(config)
         super().__init__(config, "separate", NoInit, scales, device="meta", attention=attention)
         self.compute_dtype = dtype
-        self.wish, self.compiled, self.is_compiled = wish, compiled, False
+        self.wish, self.compiled = wish, compiled
+        self._compiled_runner: StackRunner | None = None
         self.told = ""
         self.is_hooked = False
         self.encoder = SharedEncoder(config, self.scales)
@@ -249,21 +250,17 @@ class SharedStack(T5EncoderStack):
 
     def _compile_if(self, wanted: bool) -> None:
         """A compiled encoder sees rows of few lengths; while a layer is not joined, it runs uncompiled."""
-        if wanted and not self.is_compiled:
-            compile_stack(self)
-            self.is_compiled = True
-        self.buckets = TOKEN_BUCKETS if wanted else None
+        if wanted and self._compiled_runner is None:
+            self._compiled_runner = compile_stack(self).runner
+        self.runner = self._compiled_runner if wanted else None
 
-    def _run_encoder(self, embeddings: Tensor, plan: AttentionPlan) -> Tensor:
-        if self.buckets is None:
-            return self.encoder.forward(embeddings, plan, self.dtype)
-        return super()._run_encoder(embeddings, plan)
-
-    def expected_layout(self) -> str:
+    def expected_layout(self, is_streamed: bool = False) -> str:
         """What the layout will be, as far as it can be known before the weights are on their device."""
         if self.wish == "separate":
             return "separate layout, as chosen"
         blocks: Any = self.encoder.block
+        if is_streamed:
+            return self._described(Counter({STREAMED: len(blocks)}))
         others = dtypes_cast(self.is_kept, self.takes_kernels)
         return self._described(Counter(reason for block in blocks if (reason := refuses(block, self.dtype, others))))
 
@@ -274,7 +271,8 @@ class SharedStack(T5EncoderStack):
         joined = f"{self.wish if self.is_kept else 'fused'} layout"
         if self.takes_kernels:
             joined += f" with {self._kernels.instructions.title} kernels"
-        return describe_layout(reasons, len(self.encoder.block), joined)
+        text = describe_layout(reasons, len(self.encoder.block), joined)
+        return f"{text}; not compiled, which needs every layer joined" if self.compiled and reasons else text
 
 
 def describe_layout(reasons: Counter[str], layers: int, joined: str) -> str:

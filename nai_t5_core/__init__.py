@@ -6,7 +6,8 @@ that ``import nai_t5_core`` costs nothing and needs no torch.
 Errors are one family, whatever a file or an argument holds: a ValueError says what was given, what is allowed and what
 to do (:class:`CheckpointError`, of a file of weights, is one), and an OSError that a file cannot be read or written. A
 damaged file takes neither seconds nor memory beyond its own size. Beside these there are what the machine lacks (a
-compiler, CUDA, a package that is not installed) and what torch raises where memory ends.
+compiler, CUDA, a package that is not installed), what torch raises where memory ends, and Python's own TypeError where
+an object of a wholly other type is given, such as a number for a list of prompts.
 """
 
 from __future__ import annotations

@@ -87,13 +87,24 @@ def test_pages_and_json(report: GenerationReport) -> None:
 
 @pytest.mark.skipif(MISSING is not None, reason=f"nothing can be compiled here: {MISSING}")
 def test_ours_also_compiled() -> None:
-    compiled = small_bench(compiled=True, with_peer=False, int8=False, repeats=1)
+    compiled = small_bench(compiled=True, against=(), int8=False, repeats=1)
     names = {result.case.slug: [timing.name for timing in result.timings] for result in compiled.cases}
     assert names == {case.slug: [OWN, OWN_COMPILED] for case in GENERATION_CASES}
     assert all(timing.same_texts == 1 for result in compiled.cases for timing in result.timings)
 
 
+def test_ctranslate2_writes_the_same() -> None:
+    pytest.importorskip("ctranslate2", reason="a peer to measure")
+    report = small_bench(against=("ctranslate2",), cases=generation_cases_named(["greedy", "greedy-8"]), repeats=1)
+    for result in report.cases:
+        texts = {timing.name: timing.same_texts for timing in result.timings}
+        assert texts["ctranslate2"] == 1 and ("ctranslate2, int8" in texts) == CAN_QUANTIZE
+    assert report.versions["ctranslate2"][0].isdigit()
+
+
 def test_mistakes() -> None:
+    with pytest.raises(ValueError, match=r"unknown peers \['keras'\]; allowed: transformers, ctranslate2"):
+        small_bench(against=("keras",))
     with pytest.raises(ValueError, match=r"unknown cases \['fast'\]; allowed: beams, greedy, greedy-8"):
         generation_cases_named(["fast"])
     with pytest.raises(ValueError, match="repeats=0"):
@@ -105,7 +116,7 @@ def test_mistakes() -> None:
 def test_the_command(tmp_path: Path) -> None:
     page = tmp_path / "generation.md"
     sizes = ["--prompt-length", "4", "--new-tokens", "3", "--repeats", "1", "--threads", "1"]
-    options = ["--no-peer", "--cases", "greedy", "--markdown", str(page), "--json"]
+    options = ["--against", "", "--cases", "greedy", "--markdown", str(page), "--json"]
     found = CliRunner().invoke(app, ["bench-generate", "t5-v1_1-small", *sizes, *options])
     assert found.exit_code == 0, found.output
     values = json.loads(found.stdout)

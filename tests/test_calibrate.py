@@ -11,7 +11,7 @@ import torch
 from checkpoints import spiece_model
 from conftest import TOY_CONFIGS, build_stack, write_hf_folder
 
-from nai_t5_core.bench.peers import build_peer
+from nai_t5_core.bench.peer_list import build_peer
 from nai_t5_core.bench.stress import OUTLIERS, Outlier, stress_state, write_stress_checkpoint
 from nai_t5_core.cli import app
 from nai_t5_core.facts.config import T5Config

@@ -116,6 +116,20 @@ def test_threads_and_streams_do_not_meet() -> None:
     assert wrong == []
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
+def test_a_second_device(exact: TextEncoder) -> None:
+    """While the first is the current one, and after a move from one to the other."""
+    encoder = TextEncoder.from_pretrained(dtype="float16", device="cuda:1")
+    found = encoder.encode(PROMPTS).hidden_states
+    assert found.device == torch.device("cuda", 1)
+    expected = exact.encode(PROMPTS).hidden_states
+    assert_near(found.double().cpu(), expected, 1e-2)
+    encoder.stack.to("cuda:0")
+    moved = encoder.encode(PROMPTS).hidden_states
+    assert moved.device == torch.device("cuda", 0)
+    assert_near(moved.double().cpu(), expected, 1e-2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The drop-in class
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,6 +146,7 @@ def test_the_drop_in_class_is_made_and_given_back_on_the_device(kind: str, dtype
         expected = theirs(ids, mask)[0]
         ours = NAIT5EncoderModel.from_hf(theirs, release=True)
         assert ours.device.type == "cuda"
+        assert ("kernels for CUDA" in repr(ours)) == (dtype == torch.float16)
         assert_near(ours(ids, mask)[0], expected, 1e-5 if dtype == torch.float32 else 1e-2)
         ours.give_back(theirs)
         assert_near(theirs(ids, mask)[0], expected, 1e-5 if dtype == torch.float32 else 1e-2)

@@ -185,6 +185,25 @@ def test_a_stack_looks_once_and_leaves_the_rest_to_its_modules(monkeypatch: pyte
         stack(IDS, MASK)
 
 
+@pytest.mark.parametrize("padding", PADDING_POLICIES)
+def test_the_drop_in_class(padding: PaddingPolicy) -> None:
+    pytest.importorskip("transformers", reason="the drop-in class is one of its models")
+    from hf_toys import hf_model
+
+    from nai_t5_core.hf import NAIT5EncoderModel
+
+    config = TOY_CONFIGS["v1.1"]
+    model = NAIT5EncoderModel.from_hf(hf_model(config, random_state(config), torch.float16)).to(DEVICE)
+    model.stack.runner, model.padding = CudaRunner(eager=True), padding
+    assert "T5 v1.1, fused, torch.float16, kernels for CUDA, padding=" in repr(model)
+    assert model.stack.runner.refusal(model.stack) is None
+    exact = exact_of(config)(IDS, MASK, padding=padding)
+    ids, mask = IDS.to(DEVICE), MASK.to(DEVICE)
+    found = model(ids, mask).last_hidden_state
+    model.stack.runner = None
+    assert found.shape == exact.shape and error(found, exact) < 1.3 * error(model(ids, mask).last_hidden_state, exact)
+
+
 def test_a_stack_and_its_runner_go_together() -> None:
     stack = stack_of(TOY_CONFIGS["v1.1"])
     stack.runner = CudaRunner(eager=True)

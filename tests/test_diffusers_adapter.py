@@ -66,6 +66,16 @@ def test_the_old_encoder_holds_no_values_meanwhile() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in old.state_dict().items())
 
 
+def test_restoring_can_take_ours_apart() -> None:
+    toy = make("pixart-sigma")
+    old, image = toy.encoder, toy.run()
+    ours = replace_text_encoder(toy.pipe).text_encoder
+    restore_text_encoder(toy.pipe, release=True)
+    assert toy.encoder is old and not any(parameter.is_meta for parameter in old.parameters())
+    assert all(parameter.is_meta for parameter in ours.stack.encoder.block.parameters())
+    assert_same(toy.run(), image, 1e-4)
+
+
 @pytest.mark.parametrize("layout", ["fused", "separate"])
 def test_prepacked_by_hand(layout: Any, tmp_path: Path) -> None:
     """Packed weights are the same numbers: they are saved, and they come back."""

@@ -19,7 +19,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from toy_loras import toy_lora
 
+from nai_t5_core.backends import choose
+from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.facts.config import T5Config
+from nai_t5_core.model.encoder import T5EncoderStack
 
 pytest.importorskip("transformers")
 
@@ -103,6 +106,21 @@ def test_a_compiled_model_still_tells_what_is_wrong(v1_1: NAIT5EncoderModel) -> 
         torch.compile(v1_1, backend="eager")(V1_1_IDS, MASK[:, 1:])
 
 
+def test_the_kernels_for_cuda_are_there_while_the_model_is_on_a_gpu(
+    v1_1: NAIT5EncoderModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    v1_1.float()
+    assert v1_1.stack.runner is None and "kernels for CUDA" not in repr(v1_1)
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr(choose, "refuses_for_good", lambda stack: None)
+        on_a_gpu.setattr(T5EncoderStack, "device", torch.device("cuda"))
+        v1_1.float()
+        assert isinstance(v1_1.stack.runner, CudaRunner)
+    v1_1.float()
+    assert v1_1.stack.runner is None
+
+
+@pytest.mark.slow
 def test_several_processes(v1_1: NAIT5EncoderModel, tmp_path: Path) -> None:
     """Two load one folder at the same time, and a model goes to another process."""
     v1_1.save_pretrained(tmp_path)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nai_t5_core.bench.stress import stress_state
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.float16.guard import ScaleTightenedWarning
+from nai_t5_core.model.encoder import Layout
 from nai_t5_core.weights import ranges
 from nai_t5_core.weights.convert import convert
 from nai_t5_core.weights.formats import CheckpointError
@@ -88,6 +89,32 @@ def test_weights_are_never_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     # In twice the precision, so that nothing is shared: half of what was made has replaced as many numbers of theirs.
     assert made > 1.8 * total and not alive
     assert peak <= made + largest
+
+
+@pytest.mark.parametrize("layout", ["fused", "separate"])
+def test_weights_are_given_back_without_holding_them_twice(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = hf_model(TOY_CONFIGS["v1.1"])
+    expected = reference(V1_1_IDS, MASK)[0].detach()
+    ours = NAIT5EncoderModel.from_hf(reference, layout=layout, release=True)
+    alive = {id(p): p.nbytes for p in ours.stack.encoder.block.parameters()}
+    for parameter in ours.stack.encoder.block.parameters():
+        weakref.finalize(parameter, alive.pop, id(parameter))
+    del parameter
+    blocks = len(ours.stack.encoder.block)
+    kept: list[int] = []
+    real = type(reference).load_state_dict
+
+    def counting(model: Any, state: Any, **options: Any) -> Any:
+        if any(name.startswith("encoder.block.") for name in state):
+            kept.append(sum(alive.values()))
+        return real(model, state, **options)
+
+    monkeypatch.setattr(type(reference), "load_state_dict", counting)
+    ours.give_back(reference, release=True)
+    total = kept[0]
+    assert not alive and len(kept) == blocks
+    assert all(held <= total * (blocks - done) / blocks * 1.01 for done, held in enumerate(kept))
+    assert_near(reference(V1_1_IDS, MASK)[0], expected)
 
 
 def test_the_source_keeps_its_config_and_weights(config: T5Config, reference: nn.Module) -> None:

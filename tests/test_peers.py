@@ -10,9 +10,8 @@ import pytest
 import torch
 from conftest import TOY_CONFIGS, padding_mask, write_hf_folder
 
+from nai_t5_core.bench.peer_list import PEERS, build_peer
 from nai_t5_core.bench.peers import (
-    PEERS,
-    build_peer,
     exact_norms,
     hf_state,
     nai_t5_encoder,
@@ -129,7 +128,7 @@ def test_nai_t5_says_what_it_cannot_do() -> None:
 
 def test_refusals_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     state = random_state(V1_1)
-    with pytest.raises(ValueError, match="unknown peer 'keras'; allowed: transformers, nai-t5"):
+    with pytest.raises(ValueError, match="unknown peer 'keras'; allowed: transformers, nai-t5, openvino"):
         build_peer("keras", V1_1, state, torch.float32)
 
     def absent(name: str) -> Any:
@@ -137,7 +136,7 @@ def test_refusals_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(importlib, "import_module", absent)
     for name in PEERS:
-        with pytest.raises(ValueError, match=r'pip install "comfy-nai-t5\[bench\]"'):
+        with pytest.raises(ValueError, match=r'pip install "comfy-nai-t5\[(bench|openvino)\]"'):
             build_peer(name, V1_1, state, torch.float32)
 
 

@@ -64,14 +64,18 @@ def run_in_place(model: Model, products: ProductsChoice = "auto") -> Model:
 
 
 def encode_on_cuda(stack: T5EncoderStack) -> T5EncoderStack:
-    """Makes our kernels for CUDA encode what they can, see :mod:`nai_t5_core.backends.cuda`; else nothing changes.
+    """Makes our kernels for CUDA encode what they can of a stack that is on a GPU, and of no other.
 
-    They read the stack's own parameters, which may still be changed.
+    They read the stack's own parameters, which may still be changed; see :mod:`nai_t5_core.backends.cuda`. To be called
+    again when the stack was moved.
 
     Returns:
         The same stack.
     """
-    if stack.device.type == "cuda" and refuses_for_good(stack) is None:
+    by_kernels = isinstance(stack.runner, CudaRunner)
+    if stack.device.type != "cuda" or refuses_for_good(stack) is not None:
+        stack.runner = None if by_kernels else stack.runner
+    elif stack.runner is None:
         stack.runner = CudaRunner()
     return stack
 

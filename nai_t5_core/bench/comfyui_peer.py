@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.bench.peers import Implementation, Peer, State
+from nai_t5_core.bench.peer_list import Implementation, Peer
+from nai_t5_core.bench.peers import State
 from nai_t5_core.facts.config import T5Config, encoder_tensors
 
 COMFYUI = "comfyui"

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_int8, why_not_prepack
 from nai_t5_core.bench.parity_report import OWN, Difference, LayerDifferences, ParityReport, PolicyCheck
-from nai_t5_core.bench.peers import PEERS, State, build_peer, exact_norms, own_encoder
+from nai_t5_core.bench.peer_list import PEERS, build_peer
+from nai_t5_core.bench.peers import State, exact_norms, own_encoder
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales
 from nai_t5_core.model.encoder import LAYOUTS, T5EncoderStack
@@ -74,7 +75,7 @@ def measure_parity(
     Args:
         state: encoder weights under Hugging Face names, such as :func:`nai_t5_core.bench.peers.hf_state` gives.
         dtypes: compute dtypes, by name or as torch dtypes.
-        against: names of peers to measure beside ours; see :data:`nai_t5_core.bench.peers.PEERS`.
+        against: names of peers to measure beside ours; see :data:`nai_t5_core.bench.peer_list.PEERS`.
         prompt_lengths: tokens of each prompt, at least 1; the longest gives the batch its length.
         reference_dtype: float32 halves the reference's memory, but differences below about 1e-6 cannot be seen.
         reference_state: other weights for the reference and the peers, such as the original of a converted checkpoint.

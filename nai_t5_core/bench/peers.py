@@ -7,9 +7,7 @@ state, so that several implementations fit in memory side by side.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -142,58 +140,8 @@ def own_t5(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Peers
+# transformers and nai-t5
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """How a package's encoder is built and called, where its layers are, and what passes between them."""
-
-    build: Callable[[T5Config, State, torch.dtype], nn.Module]
-    forward: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
-    layers: Callable[[Any], nn.ModuleList]
-    residual: Callable[[Any], Tensor]
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A built peer. A call maps [batch, length] ids, and a mask or None, to [batch, length, d_model]."""
-
-    name: str
-    version: str
-    model: nn.Module
-    implementation: Implementation
-
-    @torch.no_grad()
-    def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.implementation.forward(self.model, ids, mask)
-
-    def residuals(self, ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-        """The residual stream before the first layer and after each: layers + 1 tensors [batch, length, d_model]."""
-        layers, residual = self.implementation.layers(self.model), self.implementation.residual
-        states: list[Tensor] = []
-        hooks = [layers[0].register_forward_pre_hook(lambda _, inputs: states.append(residual(inputs[0])))]
-        hooks += [layer.register_forward_hook(lambda _, __, out: states.append(residual(out))) for layer in layers]
-        try:
-            self(ids, mask)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return states
-
-
-def build_peer(name: str, config: T5Config, state: State, dtype: torch.dtype) -> Peer:
-    """A peer by name, on the CPU.
-
-    Raises:
-        ValueError: no such peer, its package is not installed, or it cannot run this config or dtype; the message says
-            which.
-    """
-    if name not in _PEERS:
-        raise ValueError(f"unknown peer {name!r}; allowed: {', '.join(_PEERS)}")
-    model = _PEERS[name].build(config, state, dtype)
-    return Peer(name, importlib.metadata.version(name), model, _PEERS[name])
 
 
 def transformers_encoder(config: T5Config, state: State, dtype: torch.dtype) -> nn.Module:
@@ -354,46 +302,12 @@ def refuse_for_nai_t5(config: T5Config, dtype: torch.dtype) -> None:
         )
 
 
-def require(module: str) -> Any:
+def require(module: str, extra: str = "bench") -> Any:
     """A module of an optional package; raises a ValueError that names the extra where it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
             f"{module.partition('.')[0].replace('_', '-')} cannot be imported ({error}); "
-            'comparisons with other implementations need: pip install "comfy-nai-t5[bench]"'
+            f'this comparison needs: pip install "comfy-nai-t5[{extra}]"'
         ) from error
-
-
-def _call_transformers(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
-    hidden: Tensor = model(input_ids=ids, attention_mask=None if mask is None else mask.long()).last_hidden_state
-    return hidden
-
-
-def _call_nai_t5(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
-    hidden: Tensor = model(ids, input_mask=None if mask is None else mask.bool())
-    return hidden
-
-
-def _residual_of_transformers(value: Any) -> Tensor:
-    residual: Tensor = value[0] if isinstance(value, tuple) else value
-    return residual
-
-
-def _residual_of_nai_t5(value: Any) -> Tensor:
-    """The residual from a layer's output: nai-t5 passes the residual and what is yet to be added as a pair.
-
-    The first layer's input has no residual.
-    """
-    added, residual = value
-    total: Tensor = added if residual is None else added.to(residual.dtype) + residual
-    return total
-
-
-_PEERS = {
-    "transformers": Implementation(
-        transformers_encoder, _call_transformers, lambda model: model.encoder.block, _residual_of_transformers
-    ),
-    "nai-t5": Implementation(nai_t5_encoder, _call_nai_t5, lambda model: model.layers, _residual_of_nai_t5),
-}
-PEERS = tuple(_PEERS)

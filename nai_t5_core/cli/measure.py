@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Random = Annotated[
     str | None, typer.Option("--random", metavar="SIZE", help="Random weights of a published size, such as umt5-small.")
 ]
-Against = Annotated[str, typer.Option(help="Peers, joined by commas: transformers, nai-t5.")]
+Against = Annotated[str, typer.Option(help="Peers, joined by commas: transformers, nai-t5, openvino.")]
 
 
 def parity(
@@ -193,13 +193,15 @@ def bench_generate(
     ] = None,
     prompt_length: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 48,
     new_tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 64,
-    peer: Annotated[bool, typer.Option("--peer/--no-peer", help="Also time transformers.")] = True,
+    against: Annotated[
+        str, typer.Option(help="Peers, joined by commas: transformers, ctranslate2; none if empty.")
+    ] = "transformers",
     int8: Annotated[bool, typer.Option("--int8", help="Ours also in 8 bits.")] = False,
     compiled: Annotated[bool, typer.Option("--compiled", help="Ours also with steps under torch.compile.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time generation beside transformers: the same weights and steps, one process, taking turns."""
+    """Time generation beside its peers: the same weights and steps, one process, taking turns."""
     from nai_t5_core.bench import speed as timing
     from nai_t5_core.weights.whole_files import write_whole
 
@@ -213,7 +215,7 @@ def bench_generate(
             chosen,
             prompt_length,
             new_tokens,
-            with_peer=peer,
+            against=tuple(against.split(",")) if against else (),
             int8=int8,
             compiled=compiled,
             device=device,

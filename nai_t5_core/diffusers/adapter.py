@@ -159,8 +159,12 @@ def _choice(pipe: Any, padding: PaddingPolicy | None, extra_pad: int | None) -> 
     )
 
 
-def restore_text_encoder(pipe: DiffusionPipeline) -> DiffusionPipeline:
+def restore_text_encoder(pipe: DiffusionPipeline, release: bool = False) -> DiffusionPipeline:
     """Undoes :func:`replace_text_encoder`: the old objects come back with their weights, in the dtype they had.
+
+    Args:
+        release: our encoder loses its weights meanwhile, so that memory never holds both; for a pipeline that shares it
+            with no other.
 
     Raises:
         ValueError: there is nothing to restore, an encoder was loaded as ours and has replaced nothing, has live LoRAs,
@@ -184,7 +188,7 @@ def restore_text_encoder(pipe: DiffusionPipeline) -> DiffusionPipeline:
     def convert(model: Any) -> nn.Module:
         old = _REPLACED[model]
         if not has_values(old):
-            model.give_back(old)
+            model.give_back(old, release)
         del _REPLACED[model]
         return old.train(model.training)
 

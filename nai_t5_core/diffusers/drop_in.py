@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise ImportError("this needs transformers; install it with: pip install 'comfy-nai-t5[transformers]'") from error
 
-from nai_t5_core.backends.choose import Quantisation, quantize_int8, refuse_quantising, run_in_place
+from nai_t5_core.backends.choose import Quantisation, encode_on_cuda, quantize_int8, refuse_quantising, run_in_place
 from nai_t5_core.backends.held import is_in_8_bits
 from nai_t5_core.diffusers.drop_in_config import ENCODER_CLASSES, config_beside, own_config
 from nai_t5_core.diffusers.drop_in_keywords import loading_options, refuse_for_saving
@@ -81,7 +81,7 @@ class NAIT5EncoderModel(PreTrainedModel):
             stack = T5EncoderStack(config_from_hf(config.to_dict()).encoder_only(), "fused", CastingOps)
             if not stack.shared.weight.is_meta:
                 stack.init_weights()
-        run_in_place(stack).guard = guard
+        encode_on_cuda(run_in_place(stack)).guard = guard
         # In a tuple, so that the modules are registered once, under the names that Hugging Face checkpoints have.
         self._holder = (stack,)
         self.shared, self.encoder = stack.shared, stack.encoder
@@ -123,11 +123,15 @@ class NAIT5EncoderModel(PreTrainedModel):
         """
         stack = encoder_from_model(model, dtype, layout, scales, quantize, release)
         source: Any = model
-        return cls(source.config, _quantised(stack, quantize)).eval()
+        return cls(source.config, stack if quantize is None else quantize_int8(stack)).eval()
 
-    def give_back(self, model: nn.Module) -> None:
-        """Fills a model released by :meth:`from_hf`, as :mod:`nai_t5_core.diffusers.drop_in_weights` describes."""
-        give_back(self.stack, model)
+    def give_back(self, model: nn.Module, release: bool = False) -> None:
+        """Fills a model released by :meth:`from_hf`, see :func:`nai_t5_core.diffusers.drop_in_weights.give_back`.
+
+        Args:
+            release: ours loses its weights meanwhile, so that memory never holds both, and is of no use afterwards.
+        """
+        give_back(self.stack, model, release)
 
     @classmethod
     def from_pretrained(
@@ -176,7 +180,7 @@ class NAIT5EncoderModel(PreTrainedModel):
         model_dtype = given or resolve_dtype(main_dtype(examination), device)
         refuse_quantising(quantize, device, model_dtype)
         stack, _ = assemble(examination, model_dtype, device, layout, scales, CastingOps)
-        model = cls(config_beside(examination), _quantised(stack, quantize))
+        model = cls(config_beside(examination), stack if quantize is None else quantize_int8(stack))
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path or "")
         model.config.update(settings)
         return model.eval()
@@ -300,6 +304,7 @@ class NAIT5EncoderModel(PreTrainedModel):
     def _apply(self, fn: Any, recurse: bool = True) -> NAIT5EncoderModel:
         refuse_change(self, fn)
         super()._apply(fn, recurse)
+        encode_on_cuda(self.stack)  # it may be on another device now
         return self
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -380,12 +385,9 @@ class NAIT5EncoderModel(PreTrainedModel):
     def extra_repr(self) -> str:
         extra = f", extra_pad={self._extra_pad}" if self._extra_pad else ""
         in_8_bits = ", 8 bits" if is_in_8_bits(self.stack) else ""
-        kind = f"{self.stack.config.kind}, {self.stack.layout}, {self.dtype}{in_8_bits}"
+        runner = "" if self.stack.runner is None else f", {self.stack.runner.name}"
+        kind = f"{self.stack.config.kind}, {self.stack.layout}, {self.dtype}{in_8_bits}{runner}"
         return f"{kind}, padding={self._padding}{extra}"
-
-
-def _quantised(stack: T5EncoderStack, quantize: Quantisation | None) -> T5EncoderStack:
-    return stack if quantize is None else quantize_int8(stack)
 
 
 def _within_range(states: Tensor, dtype: torch.dtype) -> Tensor:

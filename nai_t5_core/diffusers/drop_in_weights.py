@@ -7,8 +7,10 @@ made of them, so that memory never holds both.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,8 @@ class _LoadedModel(Checkpoint):
     def hf_config(self) -> dict[str, Any]:
         return self.config
 
+
+_BLOCK = re.compile(r"encoder\.block\.[0-9]+")
 
 # The packages whose modules stand in the place of torch's where weights are quantised, and what they are called.
 _QUANTISERS = {
@@ -190,23 +194,49 @@ def _empty(model: nn.Module, parameter: nn.Parameter) -> None:
                 setattr(module, name, empty)
 
 
-def give_back(stack: T5EncoderStack, model: nn.Module) -> None:
+def give_back(stack: T5EncoderStack, model: nn.Module, release: bool = False) -> None:
     """Fills a model that :func:`encoder_from_model` has released: every tensor in the dtype it had, on our device.
 
     From the separate layout the very tensors come back, unless scales had changed the embedding; from the fused layout
-    they are exact to the rounding of one multiplication and one division in their dtype.
+    they are exact to the rounding of one multiplication and one division in their dtype. With ``release`` the stack
+    loses each block when the model has it, so that memory never holds both, and is of no use afterwards.
 
     Raises:
         ValueError: see :func:`refuse_giving_back`.
     """
     refuse_giving_back(stack, model)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    originals = {name: tensor.to(dtypes[name]) for name, tensor in original_tensors(stack) if name in dtypes}
     copies = [name for name in dtypes if name.endswith("embed_tokens.weight")]
-    model.load_state_dict(originals | dict.fromkeys(copies, originals["shared.weight"]), strict=False, assign=True)
+    state = dict(stack.state_dict())
+    for place, tensors in groupby(original_tensors(stack, state), key=lambda item: _block_of(item[0])):
+        originals = {name: tensor.to(dtypes[name]) for name, tensor in tensors if name in dtypes}
+        if "shared.weight" in originals:
+            originals |= dict.fromkeys(copies, originals["shared.weight"])
+        model.load_state_dict(originals, strict=False, assign=True)
+        if release and place:
+            _let_go(stack.get_submodule(place))
+            for name in [name for name in state if name.startswith(f"{place}.")]:
+                del state[name]
     tie: Any = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
+
+
+def _block_of(name: str) -> str:
+    """The block that a tensor belongs to, such as ``encoder.block.3``; empty for what belongs to none."""
+    found = _BLOCK.match(name)
+    return found[0] if found else ""
+
+
+def _let_go(block: nn.Module) -> None:
+    """Leaves a block without values."""
+    for module in block.modules():
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None:
+                    empty = tensor.detach().to("meta")
+                    table[name] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def has_values(model: nn.Module) -> bool:
@@ -259,13 +289,18 @@ def refuse_8_bits(stack: T5EncoderStack) -> None:
         )
 
 
-def original_tensors(stack: T5EncoderStack) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the encoder under its Hugging Face name; float32 where it is taken out of a fused one."""
-    state = stack.state_dict()
+def original_tensors(stack: T5EncoderStack, state: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the encoder under its Hugging Face name; float32 where it is taken out of a fused one.
+
+    Args:
+        state: the stack's own tensors by name, from which those of a block may be removed once the next is reached.
+    """
+    state = dict(stack.state_dict()) if state is None else state
     if stack.layout == "fused":
         yield from unfuse(stack.config, state.__getitem__, stack.scales)
         return
-    for name, tensor in state.items():
+    for name in list(state):
+        tensor = state[name]
         scale = stack.scales.embedding if name == "shared.weight" else 1.0
         yield name, tensor if scale == 1 else tensor / scale
 

@@ -19,6 +19,14 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
             )
 
 
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """Values on a device; a copy from the host to a CUDA device is not waited for."""
+    is_plain = values.numel() > 0 and not values.requires_grad and not torch.compiler.is_compiling()
+    if values.device.type == "cpu" and device.type == "cuda" and is_plain:
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def for_every_query(mask: Tensor, batch: int, length: int) -> Tensor:
     """A mask [batch, length] of keys, expanded to [batch, 1, length, length]; masks of other shapes as they are.
 

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from nai_t5_core.facts.given_numbers import whole_number
 from nai_t5_core.facts.padding import LONGEST_ROW, PADDING_POLICIES, PaddingPolicy
+from nai_t5_core.model.inputs import moved
+
+CPU = torch.device("cpu")
 
 # Token counts that a compiled encoder computes: a packed row is padded to the next. Each is at most double the last.
 TOKEN_BUCKETS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -121,7 +124,7 @@ def pack_batch(
     length: int,
     padding: PaddingPolicy = "exact",
     extra_pad: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device = CPU,
 ) -> Packing:
     """Decides which positions of a padded batch are computed, and in which order.
 
@@ -152,7 +155,7 @@ def pack_batch(
     # Documents of one length side by side are one attention call.
     documents.sort(key=lambda document: document.shape)
     places = [document.queries + document.prompt * length for document in documents]
-    index = torch.cat(places).to(device) if places else torch.zeros(0, dtype=torch.long, device=device)
+    index = moved(torch.cat(places), device) if places else torch.zeros(0, dtype=torch.long, device=device)
     output_length = longest if padding == "trim" else length
     return Packing(batch, length, output_length, tuple(_groups(documents, device)), index)
 
@@ -169,7 +172,7 @@ def _documents(mask: Tensor, padding: PaddingPolicy, extra_pad: int) -> Iterator
             yield _Document(prompt, torch.cat([real, everything[end : end + extra_pad]]), real)
 
 
-def _groups(documents: list[_Document], device: torch.device | str) -> Iterator[DocumentGroup]:
+def _groups(documents: list[_Document], device: torch.device) -> Iterator[DocumentGroup]:
     """Joins neighbouring documents of one shape; a document with holes in its mask is a group by itself."""
     start = 0
     for is_contiguous, neighbours in groupby(documents, key=lambda document: document.is_contiguous):
@@ -185,13 +188,13 @@ def _groups(documents: list[_Document], device: torch.device | str) -> Iterator[
             start = group.stop
 
 
-def _group_with_holes(document: _Document, start: int, device: torch.device | str) -> DocumentGroup:
+def _group_with_holes(document: _Document, start: int, device: torch.device) -> DocumentGroup:
     return DocumentGroup(
         start=start,
         count=1,
         queries=len(document.queries),
         key_start=0,
         keys=len(document.keys),
-        key_rows=torch.isin(document.queries, document.keys).nonzero().squeeze(1).to(device),
-        positions=document.queries.to(device),
+        key_rows=moved(torch.isin(document.queries, document.keys).nonzero().squeeze(1), device),
+        positions=moved(document.queries, device),
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from nai_t5_core.backends.cuda.documents import document_table, has_holes, query_block
 from nai_t5_core.backends.cuda.refusals import refuses_for_good, refuses_now
 from nai_t5_core.model.encoder import T5EncoderStack
-from nai_t5_core.model.inputs import check_ids
+from nai_t5_core.model.inputs import check_ids, moved
 from nai_t5_core.model.packing import Packing, PaddingPolicy, pack_batch
 
 if TYPE_CHECKING:
@@ -223,15 +223,6 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
-def moved(values: Tensor, device: torch.device) -> Tensor:
-    """Values on a device, copied there without waiting for the device."""
-    if values.device == device or device.type != "cuda":
-        return values
-    if values.numel() == 0:
-        return values.to(device)
-    return (values if values.is_cuda else values.pin_memory()).to(device, non_blocking=True)
 
 
 def _packed_ids(packing: Packing, index: Tensor | None, input_ids: Tensor) -> Tensor:

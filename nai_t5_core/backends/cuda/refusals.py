@@ -14,6 +14,7 @@ from nai_t5_core.model.block import is_watched, torch_is_needed
 from nai_t5_core.model.encoder import Encoder, T5EncoderStack
 from nai_t5_core.model.encoder_block import EncoderBlock
 from nai_t5_core.model.layers import (
+    PLAIN_LINEARS,
     FeedForward,
     FeedForwardLayer,
     FoldedRMSNorm,
@@ -27,7 +28,7 @@ LEAST_CAPABILITY = (8, 0)
 
 # Exactly these classes: subclasses do more (adapters, quantisation, offloading).
 _KNOWN = {
-    *(nn.Linear, NoInit.Linear, nn.Embedding, NoInit.Embedding, nn.ModuleList),
+    *(*PLAIN_LINEARS, nn.Embedding, NoInit.Embedding, nn.ModuleList),
     *(T5EncoderStack, Encoder, EncoderBlock, SelfAttentionLayer, FeedForwardLayer, FoldedRMSNorm, RMSNorm),
     *(FusedSelfAttention, FusedGatedFeedForward, FeedForward),
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 from nai_t5_core.bench.doctor.clock import timed
 from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.bench.doctor.speed import PADDED_TO, padded
-from nai_t5_core.bench.peers import Peer, build_peer
+from nai_t5_core.bench.peer_list import Peer, build_peer
 
 # Prompt lengths of one batch and the length that they are padded to; None: no padding.
 _CASES: dict[str, tuple[tuple[int, ...], int | None]] = {

@@ -1,4 +1,4 @@
-"""Times of generation beside transformers': the same random weights, in one process, taking turns.
+"""Times of generation beside transformers and CTranslate2: the same random weights, in one process, taking turns.
 
 The weights make the end token unreachable, so that all implementations take the same number of steps.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_prepack
 from nai_t5_core.backends.compiled import compile_steps
+from nai_t5_core.bench.ctranslate2_peer import CTRANSLATE2, ctranslate2_generate
 from nai_t5_core.bench.parity import random_batch
 from nai_t5_core.bench.parity_report import OWN, without_nan
 from nai_t5_core.bench.peers import State, own_t5, random_state, transformers_t5
@@ -28,6 +29,7 @@ from nai_t5_core.model.decoder_attention import DecoderCache
 from nai_t5_core.model.precision import resolve_device, resolve_dtype
 
 TRANSFORMERS = "transformers"
+GENERATION_PEERS = (TRANSFORMERS, CTRANSLATE2)
 
 # From ids [prompts, length], number of beams and number of new tokens to generated tokens [prompts, new tokens].
 Generate = Callable[[Tensor, int, int], Tensor]
@@ -133,7 +135,7 @@ def bench_generation(
     cases: Sequence[GenerationCase] = GENERATION_CASES,
     prompt_length: int = 48,
     new_tokens: int = 64,
-    with_peer: bool = True,
+    against: Sequence[str] = (TRANSFORMERS,),
     int8: bool = False,
     compiled: bool = False,
     device: str = "auto",
@@ -148,19 +150,21 @@ def bench_generation(
         threads: of torch on the CPU, None leaves the number as it is.
         repeats: rounds that count, after two short calls that do not (the second prepacks the weights).
         prompt_length, new_tokens: tokens of each prompt and of each text.
-        with_peer: also time transformers.
-        int8: ours also in 8 bits.
+        against: of :data:`GENERATION_PEERS`.
+        int8: ours also in 8 bits, and CTranslate2.
         compiled: ours also with :func:`nai_t5_core.backends.compiled.compile_steps`.
         progress: called with what is being done, in words.
 
     Raises:
         ValueError: an unknown size, dtype or device, fewer than one repeat; or transformers, fast 8-bit products or a
-            compiler are asked for and absent.
+            compiler are asked for and absent; or CTranslate2 is, or computes in another dtype here.
     """
     tell = progress or (lambda _: None)
     config = named_config(size) if isinstance(size, str) else size
     place = resolve_device(device)
     model_dtype = resolve_dtype(dtype, place)
+    if unknown := set(against) - set(GENERATION_PEERS):
+        raise ValueError(f"unknown peers {sorted(unknown)}; allowed: {', '.join(GENERATION_PEERS)}")
     if repeats < 1:
         raise ValueError(f"repeats={repeats}; at least 1 round must count")
     with threads_set(threads) as used_threads:
@@ -175,14 +179,19 @@ def bench_generation(
         if compiled:
             tell("compiling")
             contenders[OWN_COMPILED] = _own(_prepacked(compile_steps(own_t5(config, state, model_dtype))))
-        if with_peer:
-            contenders[TRANSFORMERS] = _peer(config, state, model_dtype, place)
+        if TRANSFORMERS in against:
+            contenders[TRANSFORMERS] = _transformers(config, state, model_dtype, place)
+        if CTRANSLATE2 in against:
+            tell("converting for CTranslate2")
+            contenders[CTRANSLATE2] = ctranslate2_generate(config, state, model_dtype, int8=False)
+            if int8:
+                contenders[f"{CTRANSLATE2}, int8"] = ctranslate2_generate(config, state, model_dtype, int8=True)
         results = []
         for case in cases:
             ids, _ = random_batch(config, [prompt_length] * case.prompts, prompt_length, seed)
             timings = _time_case(case, contenders, ids.to(place), new_tokens, repeats, tell)
             results.append(GenerationResult(case, timings, _memory(ready, case, ids, new_tokens)))
-    peer = {TRANSFORMERS: importlib.metadata.version(TRANSFORMERS)} if with_peer else {}
+    peers = {name: importlib.metadata.version(name) for name in against}
     return GenerationReport(
         size=size if isinstance(size, str) else config.size_name or f"d_model {config.d_model}",
         dtype=str(model_dtype).removeprefix("torch."),
@@ -191,7 +200,7 @@ def bench_generation(
         repeats=repeats,
         prompt_length=prompt_length,
         new_tokens=new_tokens,
-        versions={"torch": torch.__version__, **peer},
+        versions={"torch": torch.__version__, **peers},
         cases=tuple(results),
     )
 
@@ -211,7 +220,7 @@ def _own(model: T5) -> Generate:
     return lambda ids, beams, new_tokens: model.generate(ids, num_beams=beams, max_new_tokens=new_tokens)
 
 
-def _peer(config: T5Config, state: State, dtype: torch.dtype, device: torch.device) -> Generate:
+def _transformers(config: T5Config, state: State, dtype: torch.dtype, device: torch.device) -> Generate:
     model: Any = transformers_t5(config, state, dtype).to(device)
 
     def generate(ids: Tensor, beams: int, new_tokens: int) -> Tensor:

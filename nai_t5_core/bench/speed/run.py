@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from nai_t5_core.bench.peers import PEERS, State, random_state
+from nai_t5_core.bench.peer_list import PEERS
+from nai_t5_core.bench.peers import State, random_state
 from nai_t5_core.bench.speed.cases import CASES, Case
 from nai_t5_core.bench.speed.limits import BareProjections
 from nai_t5_core.bench.speed.loading import measure_loading
@@ -25,7 +26,7 @@ def run_bench(
     dtype: str | torch.dtype = "auto",
     threads: int | None = None,
     repeats: int = 7,
-    peers: Sequence[str] = PEERS,
+    peers: Sequence[str] = ("transformers", "nai-t5"),
     cases: Sequence[Case] = CASES,
     with_load: bool = True,
     device: str = "auto",

@@ -14,7 +14,8 @@ from nai_t5_core.backends.compiled import compile_stack
 from nai_t5_core.backends.kernels.build import why_not_kernels
 from nai_t5_core.bench.comfyui_peer import COMFYUI, comfyui_peer, import_comfyui
 from nai_t5_core.bench.parity_report import OWN
-from nai_t5_core.bench.peers import Peer, State, build_peer, own_encoder
+from nai_t5_core.bench.peer_list import Peer, build_peer
+from nai_t5_core.bench.peers import State, own_encoder
 from nai_t5_core.bench.speed.cases import Case
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.model.encoder import T5EncoderStack

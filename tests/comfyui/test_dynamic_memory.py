@@ -1,0 +1,82 @@
+"""Newer ComfyUI's dynamic memory, its default on NVIDIA, as far as a CPU can run it: with its C library replaced."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfy_toys import V1_1, conditioning, require_comfyui, stock, toy_file
+
+from comfy_nai_t5.choices import Settings
+from nai_t5_core.float16.guard import ScaleTightenedWarning
+
+require_comfyui()
+control: Any = pytest.importorskip("comfy_aimdo.control", reason="this ComfyUI is older than dynamic memory")
+
+
+class Library:
+    """Answers every call of the C library, and notes what is freed."""
+
+    def __init__(self) -> None:
+        self.freed: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def function(*arguments: Any) -> int:
+            if name.endswith("_free"):
+                self.freed.append(name)
+            return 0 if name.endswith("_free") else 4096
+
+        return function
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    from comfy_aimdo import host_buffer, model_vbar
+
+    found = Library()
+    for module in (control, host_buffer, model_vbar):
+        monkeypatch.setattr(module, "lib", found)
+    monkeypatch.setattr(control, "get_devctx", lambda device: 7)
+    return found
+
+
+def ours_of(theirs: Any, dtype: str, **settings: Any) -> Any:
+    from comfy_nai_t5.clip import with_our_t5
+
+    return with_our_t5(theirs, Settings(dtype, **settings))
+
+
+def test_the_guard_frees_nothing_that_is_in_use(library: Library, tmp_path: Path) -> None:
+    """Copying a module would copy its handles of memory, which is freed with the copy."""
+    from comfy_aimdo.host_buffer import HostBuffer
+    from comfy_aimdo.model_vbar import ModelVBAR
+
+    theirs = stock(toy_file(tmp_path, V1_1), "mochi")
+    memory = ModelVBAR(1 << 30, 0)
+    pinned = {"weights": (HostBuffer(0, 0, 0), [], [-1], [0], [0], {})}
+    for module in theirs.cond_stage_model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module._v, module._pin_state = memory.alloc(4096), pinned
+    dense = theirs.cond_stage_model.t5xxl.transformer.encoder.block[1].layer[1].DenseReluDense
+    dense.wo.weight.data.mul_(1e5)
+    ours = ours_of(theirs, "float16")
+    with pytest.warns(ScaleTightenedWarning):
+        assert conditioning(ours, "a cat")["cond"].isfinite().all()
+    gc.collect()
+    assert library.freed == []
+    del ours, theirs, module, dense, memory, pinned
+    gc.collect()
+    assert "vbar_free" in library.freed, "what is in use no longer has to be freed"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_that_layers_are_not_joined_is_told(compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from comfy_nai_t5.clip import describe
+
+    ours = ours_of(stock(toy_file(tmp_path, V1_1), "mochi"), "float32", compile=compiled)
+    monkeypatch.setattr(ours.patcher, "is_dynamic", lambda: True, raising=False)
+    told = "separate layout: ComfyUI streams its weights (dynamic memory)"
+    assert describe(ours).endswith(told + ("; not compiled, which needs every layer joined" if compiled else ""))

@@ -1,0 +1,99 @@
+"""What an encode asks of a CUDA device, counted on a pretended one: launches, copies, and waits of the host.
+
+This is the path by torch's operations: the drop-in class, LoRA, masks with holes. The kernels for CUDA have their own
+tests, and the doctor counts on a real card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
+from hf_toys import hf_model
+from pretended_cuda import PretendedCuda
+from torch import Tensor
+
+pytest.importorskip("transformers", reason="transformers makes the models of the drop-in class")
+
+from nai_t5_core.float16.guard import guard
+from nai_t5_core.hf import NAIT5EncoderModel
+from nai_t5_core.model.encoder import Layout
+from nai_t5_core.model.packing import PaddingPolicy
+
+CONFIG = TOY_CONFIGS["v1.1"].encoder_only()
+# Four products, two norms with their casts, attention, two sums, and four for the gated activation, rounded once.
+LAUNCHES = {"fused": 15, "separate": 18}
+LENGTH = 64
+
+
+def holes() -> Tensor:
+    mask = padding_mask([30, 50], LENGTH)
+    mask[1, 4] = 0
+    return mask
+
+
+# The mask, the policy, the groups of documents of one shape, and the copies to the device.
+CASES: dict[str, tuple[Tensor | None, PaddingPolicy, int, int]] = {
+    "one prompt": (None, "exact", 1, 1),
+    "pads that are masked": (padding_mask([20], LENGTH), "exact", 1, 1),
+    "pads that are skipped": (padding_mask([20], LENGTH), "skip", 1, 2),
+    "eight alike": (padding_mask([60] * 8, LENGTH), "skip", 1, 2),
+    "five lengths": (padding_mask([5, 9, 60, 30, 31], LENGTH), "skip", 5, 2),
+}
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedCuda]:
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    with torch.no_grad(), PretendedCuda() as pretended:
+        yield pretended
+
+
+def encode(device: PretendedCuda, layers: int, layout: Layout, mask: Tensor | None, padding: PaddingPolicy) -> int:
+    """The launches of the second encode; the first makes what is kept."""
+    config = CONFIG.model_copy(update={"num_layers": layers})
+    stack: Any = device.put(build_stack(config, random_state(config), torch.float16, layout))
+    stack.guard, stack.attention = guard, "sdpa"
+    ids = torch.ones(1 if mask is None else len(mask), LENGTH, dtype=torch.long)
+    for _ in range(2):
+        device.reset()
+        assert stack(ids, mask, padding=padding).shape == (*ids.shape, CONFIG.d_model)
+    return device.launches.total()
+
+
+@pytest.mark.parametrize("layout", LAUNCHES)
+@pytest.mark.parametrize("case", CASES)
+def test_an_encode(device: PretendedCuda, case: str, layout: Layout) -> None:
+    mask, padding, groups, copies = CASES[case]
+    few, many = (encode(device, layers, layout, mask, padding) for layers in (1, 3))
+    # Another group is another call of attention; their results are joined.
+    assert (many - few) / 2 <= LAUNCHES[layout] + (groups if groups > 1 else 0)
+    assert dict(device.copies) == {("cpu", "cuda"): copies}
+    assert dict(device.waits) == {"_local_scalar_dense": 1}, "the host waits for what is not the check of the result"
+    assert device.float32_products == 0
+
+
+def test_masks_with_holes_are_not_waited_for(device: PretendedCuda) -> None:
+    encode(device, 1, "fused", holes(), "skip")
+    assert dict(device.waits) == {"_local_scalar_dense": 1}
+
+
+def test_the_drop_in_class(device: PretendedCuda) -> None:
+    """Ids and mask are on the device, where pipelines put them; the mask is read once."""
+    model: Any = device.put(NAIT5EncoderModel.from_hf(hf_model(CONFIG, dtype=torch.float16)))
+    ids = torch.ones(2, LENGTH, dtype=torch.long, device="cuda")
+    mask = torch.ones(2, LENGTH, dtype=torch.long, device="cuda")
+    for _ in range(2):
+        device.reset()
+        model(ids, mask)
+    assert dict(device.copies) == {("cuda", "cpu"): 1}
+    assert dict(device.waits) == {"copy": 1, "_local_scalar_dense": 1}
+    assert device.float32_products == 0
+
+
+def test_tensors_of_two_devices_are_an_error(device: PretendedCuda) -> None:
+    with pytest.raises(RuntimeError, match="tensors of cuda:0 and of the cpu meet in add"):
+        torch.ones(3) + torch.ones(3, device="cuda")
