@@ -13,8 +13,6 @@ import torch
 
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.runner import CudaRunner
-from nai_t5_core.backends.held import HeldLinear
-from nai_t5_core.backends.int8_weight import Int8Product, Int8Weight
 from nai_t5_core.backends.kernels.build import better_than_kernels, missing_for, prepare_kernels, why_not_kernels
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, KernelsInPlace, best
 from nai_t5_core.backends.kernels.sets import named
@@ -169,8 +167,7 @@ def quantize_int8(model: Model, products: ProductsChoice = "auto") -> Model:
         _refuse_int8_without_onednn(model)
     _bind(model, kernels or INT8_ONEDNN, INT8_ONEDNN)
     if isinstance(model, T5Model):
-        head = Int8Product(Int8Weight.of(model.lm_head.weight), model.dtype)
-        model.lm_head = HeldLinear([head], dtype=model.dtype)
+        model.lm_head = INT8_ONEDNN.held(model.lm_head, model.dtype)
     return model
 
 
@@ -223,9 +220,12 @@ def _impossible(products: str, obstacle: str) -> str:
     return f"products={products!r} is not possible: {obstacle}; use products='auto' or 'onednn'"
 
 
-def _bind(model: T5EncoderStack | T5Model, backend: Backend, for_decoder: Backend) -> None:
+def _bind(model: T5EncoderStack | T5Model, backend: Backend, without_kernels: Backend) -> None:
     block: Any
     for block in model.encoder.block:
         backend.bind(block, model.dtype)
-    for block in model.decoder.block if isinstance(model, T5Model) else ():
-        for_decoder.bind(block, model.dtype)
+    if isinstance(model, T5Model):
+        # A step that torch compiles sees through oneDNN's products, and not through the kernels.
+        for_decoder = backend if model.compiled_steps is None else without_kernels
+        for block in model.decoder.block:
+            (without_kernels if for_decoder.refuses(block, model.dtype) else for_decoder).bind(block, model.dtype)

@@ -143,6 +143,13 @@ class Int8Backend:
                     setattr(owner, attribute, held)
         block.runner = Int8Runner()
 
+    @staticmethod
+    def held(linear: nn.Module, dtype: torch.dtype) -> HeldLinear:
+        """The projection that replaces ``linear``, which reads no norm, with a result in ``dtype``."""
+        weight = as_it_lies(linear)
+        quantised = weight if isinstance(weight, Int8Weight) else Int8Weight.of(weight)
+        return HeldLinear([Int8Product(quantised, dtype)], dtype=dtype)
+
     def _held(self, name: str, weight: Tensor | Int8Weight, norm: Tensor | None, dtype: torch.dtype) -> HeldLinear:
         quantised = weight if isinstance(weight, Int8Weight) else Int8Weight.of(weight, norm)
         if name in _ATTENTION_INPUTS:

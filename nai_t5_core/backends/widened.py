@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nai_t5_core.backends.held import HeldLinear, as_it_lies
 from nai_t5_core.backends.int8_weight import Int8Weight
@@ -75,9 +75,13 @@ class WidenedBackend:
         for layer in block.layer:
             for sublayer in layer.children():
                 for owner, attribute, _ in projections(sublayer):
-                    weight = as_it_lies(getattr(owner, attribute))
-                    setattr(owner, attribute, HeldLinear([WidenedProduct(weight, dtype)], dtype=dtype))
+                    setattr(owner, attribute, self.held(getattr(owner, attribute), dtype))
         block.runner = WidenedRunner()
+
+    @staticmethod
+    def held(linear: nn.Module, dtype: torch.dtype) -> HeldLinear:
+        """The projection that replaces ``linear``, with a result in ``dtype``."""
+        return HeldLinear([WidenedProduct(as_it_lies(linear), dtype)], dtype=dtype)
 
 
 WIDENED = WidenedBackend()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nai_t5_core.backends.held import HeldLinear, as_it_lies
 from nai_t5_core.backends.int8_weight import Int8Weight
-from nai_t5_core.backends.kernels.block import KernelBlock
+from nai_t5_core.backends.kernels.block import BlockOfKernels, KernelBlock, KernelDecoderBlock
 from nai_t5_core.backends.kernels.build import (
     best_set,
     better_than_kernels,
@@ -20,10 +20,11 @@ from nai_t5_core.backends.kernels.build import (
 )
 from nai_t5_core.backends.kernels.calls import ACTIVATION_NUMBERS
 from nai_t5_core.backends.kernels.sets import AVX512, SETS, InstructionSet
-from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
-from nai_t5_core.backends.widened import WIDENED
+from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN, Int8Backend, OneDNNBackend
+from nai_t5_core.backends.widened import WIDENED, WidenedBackend
 from nai_t5_core.model.attention import Attend, FusedSelfAttention
-from nai_t5_core.model.block import Backend, Block, Lending, Seen, is_watched, operations_are_watched, torch_is_needed
+from nai_t5_core.model.block import Block, Lending, Seen, is_watched, operations_are_watched, torch_is_needed
+from nai_t5_core.model.decoder import DecoderBlock
 from nai_t5_core.model.layers import (
     PLAIN_LINEARS,
     FeedForward,
@@ -31,6 +32,9 @@ from nai_t5_core.model.layers import (
     FusedGatedFeedForward,
     GatedFeedForward,
 )
+
+# What holds single projections, too.
+LenderOfProducts = OneDNNBackend | Int8Backend | WidenedBackend
 
 # ---------------------------------------------------------------------------------------------------------------------
 # On the modules' own weights
@@ -128,15 +132,16 @@ def _kernels_in_place(block: Block, dtype: torch.dtype, instructions: Instructio
 class _Held:
     """A block's weights, held by the backend alone; the second call puts them in panels.
 
-    So a process that encodes once never pays for panels. ``in_scales`` are the factors of the inputs of qkv, o, inner
-    and wo that were divided out of weights in 8 bits, see :class:`nai_t5_core.backends.int8_weight.Int8Weight`.
+    So a process that encodes once never pays for panels. ``in_scales`` are the factors of the inputs that were divided
+    out of weights in 8 bits, one for each weight, see :class:`nai_t5_core.backends.int8_weight.Int8Weight`.
     """
 
-    def __init__(self, kernels: KernelBlock, in_scales: Sequence[Tensor | None] = (None,) * 4) -> None:
-        self.kernels, self.in_scales = kernels, tuple(in_scales)
+    def __init__(self, kernels: BlockOfKernels, in_scales: Sequence[Tensor | None] | None = None) -> None:
+        self.kernels, self.in_scales = kernels, tuple(in_scales or [None] * len(kernels.weights))
         self.called = False
 
-    def ready(self) -> KernelBlock:
+    def ready(self) -> Any:
+        """The block as a function, for this call."""
         # The attribute is replaced at once, so it does not matter which of the two objects another thread reads.
         if self.called:
             self.kernels = self.kernels.in_panels()
@@ -145,7 +150,7 @@ class _Held:
 
 
 class _HeldForm:
-    """The :class:`nai_t5_core.backends.held.Form` of one of the weights of qkv, o, inner and wo."""
+    """The :class:`nai_t5_core.backends.held.Form` of one of a block's weights."""
 
     def __init__(self, held: _Held, place: int) -> None:
         self.held, self.place = held, place
@@ -183,7 +188,7 @@ class KernelsOnPanels:
     def name(self) -> str:
         return f"{self._name}, {'in panels' if self._held.kernels.is_in_panels else 'to be in panels'}"
 
-    def __call__(self, block: Block, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor | None:
+    def __call__(self, block: Block, residual: Tensor, *attends_and_dtype: Any) -> Tensor | None:
         if not residual.is_cpu or operations_are_watched() or (residual.requires_grad and torch.is_grad_enabled()):
             return None
         if self._seen is None or not self._seen.is_same:
@@ -191,7 +196,9 @@ class KernelsOnPanels:
             if is_watched(modules) or not self._has_all_of(block):
                 return None
             self._seen = Seen(modules)
-        return self._held.ready()(residual, attend, *self._norm_weights(block))
+        *attends, _ = attends_and_dtype
+        out: Tensor = self._held.ready()(residual, *attends, *self._norm_weights(block))
+        return out
 
     def _has_all_of(self, block: Block) -> bool:
         linears = [getattr(owner, name) for owner, names in places(block) for name in names]
@@ -199,12 +206,13 @@ class KernelsOnPanels:
         return len(forms) == len(linears) and all(getattr(form, "held", None) is self._held for form in forms)
 
     def attends(self, block: Block, dtype: torch.dtype) -> bool:
-        return True
+        return not isinstance(block, DecoderBlock)
 
     def _norm_weights(self, block: Block) -> list[Tensor | None]:
-        """Norm weights of attention and feed-forward, times their ``in_scales``, in float32; None where neither is."""
+        """The norm weights of the sublayers, times their ``in_scales``, in float32; None where neither is."""
         factors = []
-        for layer, taken_out in zip(block.layer, (self._held.in_scales[0], self._held.in_scales[2]), strict=True):
+        # The first of a sublayer's two weights reads the norm.
+        for layer, taken_out in zip(block.layer, self._held.in_scales[::2], strict=True):
             weight: Any = getattr(layer.layer_norm, "weight", None)
             # In float32 again: casting a model, even to its own compute dtype, casts the norm weights as well.
             own = None if weight is None else weight.detach().float()
@@ -216,7 +224,10 @@ class KernelsOnPanels:
 
 
 class KernelsBackend:
-    """Computes an encoder's blocks by the kernels, from copies of their weights in panels; the originals are freed."""
+    """Computes blocks by the kernels, from copies of their weights in panels; the originals are freed.
+
+    The keys and values of a decoder's cross-attention, which are made once for each prompt, are left to ``lends_to``.
+    """
 
     # The kernels read a row of a weight in groups of this many numbers.
     unit = 2
@@ -229,7 +240,7 @@ class KernelsBackend:
         self.name = f"{instructions.title} kernels{self.suffix}"
 
     @property
-    def lends_to(self) -> Backend:
+    def lends_to(self) -> LenderOfProducts:
         """What computes a block that has a live LoRA: oneDNN where it is sure to have the same dtypes."""
         return ONEDNN if self.instructions is AVX512 else WIDENED
 
@@ -255,12 +266,19 @@ class KernelsBackend:
         for place, (owner, names) in enumerate(taken_from):
             for part, name in enumerate(names):
                 setattr(owner, name, HeldLinear([_HeldForm(held, place)], part, len(names), dtype))
+        if isinstance(block, DecoderBlock):
+            across: Any = block.layer[1].EncDecAttention
+            for name in {"kv", "k", "v"} & across._modules.keys():
+                setattr(across, name, self.lends_to.held(getattr(across, name), dtype))
         block.runner = KernelsOnPanels(self, held)
 
     def _held(self, block: Block, weights: list[Any], dtype: torch.dtype) -> _Held:
+        return _Held(self._kernels(block, weights, dtype))
+
+    def _kernels(self, block: Block, weights: Sequence[Tensor], dtype: torch.dtype, scales: Any = None) -> Any:
+        kind = KernelDecoderBlock if isinstance(block, DecoderBlock) else KernelBlock
         attends, dense = _sublayers(block)
-        numbers = (attends.heads, _epsilon(block))
-        return _Held(KernelBlock.of(weights, dtype, dense, *numbers, instructions=self.instructions))
+        return kind.of(weights, dtype, dense, attends.heads, _epsilon(block), scales, self.instructions)
 
 
 class Int8KernelsBackend(KernelsBackend):
@@ -270,7 +288,7 @@ class Int8KernelsBackend(KernelsBackend):
     suffix = ", in 8 bits"
 
     @property
-    def lends_to(self) -> Backend:
+    def lends_to(self) -> LenderOfProducts:
         return INT8_ONEDNN if self.instructions is AVX512 else WIDENED
 
     def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -278,18 +296,17 @@ class Int8KernelsBackend(KernelsBackend):
         return super().missing(device, dtype) or lent
 
     def _held(self, block: Block, weights: list[Any], dtype: torch.dtype) -> _Held:
-        attends, dense = _sublayers(block)
-        norms = [layer.layer_norm for layer in block.layer]
         # A norm weight that was folded into a projection is divided out of it, and multiplies activations instead.
-        folded = [norm.folded_weight if isinstance(norm, FoldedRMSNorm) else None for norm in norms]
+        factors: list[Tensor | None] = []
+        for layer in block.layer:
+            norm: Any = layer.layer_norm
+            factors += [norm.folded_weight if isinstance(norm, FoldedRMSNorm) else None, None]
         quantised = [
             weight if isinstance(weight, Int8Weight) else Int8Weight.of(weight, in_scale)
-            for weight, in_scale in zip(weights, (folded[0], None, folded[1], None), strict=True)
+            for weight, in_scale in zip(weights, factors, strict=True)
         ]
         values, scales, in_scales = zip(*((one.values, one.scale, one.in_scale) for one in quantised), strict=True)
-        numbers = (attends.heads, _epsilon(block))
-        kernels = KernelBlock.of(values, dtype, dense, *numbers, scales, self.instructions)
-        return _Held(kernels.in_panels(), in_scales)
+        return _Held(self._kernels(block, values, dtype, scales).in_panels(), in_scales)
 
 
 # By the names of instruction sets, the best first.
@@ -313,11 +330,16 @@ def _joined(weights: list[Any]) -> Any:
 
 
 def places(block: Block) -> list[tuple[nn.Module, tuple[str, ...]]]:
-    """Where the weights of qkv, o, inner and wo are: for each, the module and the names of its projections there."""
+    """Where the weights that the kernels compute with are, in the order of their use.
+
+    For each, the module and the names of its projections there: qkv, o, a decoder's q and o of cross-attention, inner,
+    and wo.
+    """
     attends, dense = _sublayers(block)
+    across = [(module, (name,)) for module in _across(block) for name in ("q", "o")]
     qkv = ("qkv",) if isinstance(attends, FusedSelfAttention) else ("q", "k", "v")
     inner = ("wi_0", "wi_1") if isinstance(dense, GatedFeedForward) else ("wi",)
-    return [(attends, qkv), (attends, ("o",)), (dense, inner), (dense, ("wo",))]
+    return [(attends, qkv), (attends, ("o",)), *across, (dense, inner), (dense, ("wo",))]
 
 
 def refuses_mathematics(block: Block) -> str | None:
@@ -327,7 +349,8 @@ def refuses_mathematics(block: Block) -> str | None:
         return f"the activation is {dense.activation}, which the kernels do not know"
     if attends.d_kv % 2:
         return f"a head has {attends.d_kv} numbers; the kernels need an even number"
-    factors = [layer.out_scale for layer in block.layer] + [getattr(module, "scale", 1) for module in (attends, dense)]
+    scaled = (attends, *_across(block), dense)
+    factors = [layer.out_scale for layer in block.layer] + [getattr(module, "scale", 1) for module in scaled]
     if any(factor != 1 for factor in factors):
         return "a block has float16 scales, which the kernels do not know"
     return None
@@ -337,6 +360,12 @@ def _sublayers(block: Block) -> tuple[Any, Any]:
     """The modules of attention and feed-forward."""
     layers: Any = block.layer
     return layers[0].SelfAttention, layers[-1].DenseReluDense
+
+
+def _across(block: Block) -> list[Any]:
+    """The module of cross-attention, if the block has one."""
+    layers: Any = block.layer
+    return [layers[1].EncDecAttention] if isinstance(block, DecoderBlock) else []
 
 
 def _epsilon(block: Block) -> float:
