@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_prepack
 from nai_t5_core.backends.compiled import compile_steps
 from nai_t5_core.bench.parity import random_batch
@@ -25,7 +26,7 @@ from nai_t5_core.bench.speed.variants import INT8, OWN_COMPILED
 from nai_t5_core.facts.config import T5Config, named_config
 from nai_t5_core.generation.t5 import T5
 from nai_t5_core.model.decoder_attention import DecoderCache
-from nai_t5_core.model.precision import resolve_device, resolve_dtype
+from nai_t5_core.model.precision import resolve_device
 
 TRANSFORMERS = "transformers"
 
@@ -160,7 +161,7 @@ def bench_generation(
     tell = progress or (lambda _: None)
     config = named_config(size) if isinstance(size, str) else size
     place = resolve_device(device)
-    model_dtype = resolve_dtype(dtype, place)
+    model_dtype = resolve_dtype(dtype, place, has_decoder=True)
     if repeats < 1:
         raise ValueError(f"repeats={repeats}; at least 1 round must count")
     with threads_set(threads) as used_threads:
