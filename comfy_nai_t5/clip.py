@@ -15,11 +15,12 @@ from comfy_nai_t5.encode import embedding_widths, refuse_endless
 from comfy_nai_t5.idle_hooks import tell_of_idle_hooks
 from comfy_nai_t5.stack import SharedStack
 from comfy_nai_t5.telling import out_of_memory, warn
+from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
 from nai_t5_core.float16.guard import encode_guarded
 from nai_t5_core.model.attention_choice import FlexUnavailableError, missing_for_flex, refuse_unsupported
 from nai_t5_core.model.packing import PaddingPolicy
-from nai_t5_core.model.precision import is_finite, resolve_dtype
+from nai_t5_core.model.precision import is_finite
 
 
 class EncoderModel(nn.Module):

@@ -20,9 +20,10 @@ from comfy_nai_t5.clip import T5Clip, is_streamed, t5_models, with_our_t5
 from comfy_nai_t5.families import AUTO, ServerFamily, check_joint, family_for, server_config
 from comfy_nai_t5.fused import takes_kernels
 from comfy_nai_t5.plain import SPECIAL_TOKENS, TOKENIZER
+from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.kernels.runners import KERNELS, best
 from nai_t5_core.facts.config import T5Config
-from nai_t5_core.model.precision import is_finite, keeps_finite, resolve_dtype
+from nai_t5_core.model.precision import is_finite, keeps_finite
 
 _NO_TOKENIZER = (
     "{source} comes without its tokenizer; choose a safetensors file of the same T5 with the tokenizer inside (those "

@@ -114,7 +114,8 @@ def bound(case: BackendCase, layout: Layout = "fused", dtype: torch.dtype = torc
 
 
 def runner_names(stack: Any) -> set[str]:
-    """What computes the blocks, without whether weights are in panels yet."""
+    """What computes the blocks, without how it does and whether weights are in panels yet."""
     runners = [block.runner for block in stack.encoder.block]
     names = ["" if runner is None else runner.name for runner in runners]
-    return {name.removesuffix(", in panels").removesuffix(", to be in panels") for name in names}
+    names = [name.removesuffix(", in panels").removesuffix(", to be in panels") for name in names]
+    return {name.removesuffix(", in float32") for name in names}

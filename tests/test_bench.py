@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOY_CONFIGS, build_stack, needs_kernels, random_state
+from conftest import TOY_CONFIGS, build_stack, every_set, needs_kernels, random_state
 from typer.testing import CliRunner
 
 from nai_t5_core.backends.choose import prepack, why_not_prepack
 from nai_t5_core.backends.kernels.build import why_not_kernels
+from nai_t5_core.backends.kernels.sets import InstructionSet
 from nai_t5_core.bench.parity import random_batch
 from nai_t5_core.bench.parity_report import OWN
 from nai_t5_core.bench.roofline import encoder_flops
@@ -88,6 +89,21 @@ def test_all_compute_the_same(report: BenchReport) -> None:
     for result in report.cases:
         assert result.timings[0].difference == 0
         assert max(item.difference for item in result.timings) < 1e-5, result.case.name
+
+
+@every_set
+def test_a_set_is_measured_by_name(instructions: InstructionSet) -> None:
+    """Its peers are in what it computes in; and the rate of its own instruction is the limit."""
+    pytest.importorskip("transformers", reason="a peer to measure")
+    made = small_bench(
+        peers=("transformers",), cases=SMALL_CASES[:1], dtype="bfloat16", products=instructions.name, int8=True
+    )
+    stored = instructions.stored[torch.bfloat16]
+    assert made.device.endswith(f", {instructions.title} kernels") and made.dtype == "bfloat16"
+    assert made.versions["transformers"].endswith(" in torch.float32") == (stored == torch.float32)
+    assert [item.name for item in made.cases[0].timings] == [OWN, NOT_PREPACKED, INT8, "transformers"]
+    assert [item.name for item in made.cases[0].least] == [OWN, INT8]
+    assert max(item.difference for item in made.cases[0].timings) < 0.05
 
 
 def test_throughput_counts_real_tokens(report: BenchReport) -> None:
@@ -162,12 +178,12 @@ def test_implementations_the_guard_and_the_limit_take_turns(monkeypatch: pytest.
         def of(self, tokens: int) -> Any:
             return lambda: turns.append(f"products of {tokens}")
 
-    def rate(dtype: torch.dtype) -> float:
+    def rate(dtype: torch.dtype, instructions: object) -> float:
         turns.append(f"rate in {dtype}")
         return 1e9
 
     kernel_dtypes = {OWN: torch.bfloat16, "b": torch.int8}
-    built = Built({name: encoder(name) for name in kernel_dtypes}, {}, (), True, kernel_dtypes)
+    built = Built({name: encoder(name) for name in kernel_dtypes}, {}, (), True, kernel_dtypes, None, torch.bfloat16)
     monkeypatch.setattr("nai_t5_core.bench.speed.run.build_variants", lambda *_: built)
     monkeypatch.setattr("nai_t5_core.bench.speed.run.BareProjections", Products)
     monkeypatch.setattr(timing, "register_rate", rate)
@@ -259,7 +275,7 @@ def test_packed_products_are_counted_like_plain_ones(kind: str) -> None:
 @needs_kernels
 def test_the_least_time_is_that_of_all_operations_at_the_rate_of_their_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {torch.float32: 1e9, torch.int8: 4e9}
-    monkeypatch.setattr(timing, "register_rate", rates.__getitem__)
+    monkeypatch.setattr(timing, "register_rate", lambda dtype, _: rates[dtype])
     found = small_bench(int8=True, peers=(), cases=SMALL_CASES[1:2]).cases[0]
     lengths = SMALL_CASES[1].prompt_lengths
     attention = V1_1.num_layers * sum(4 * tokens**2 * V1_1.inner_dim for tokens in lengths)

@@ -18,8 +18,10 @@ from conftest import TOY_CONFIGS, random_state, write_hf_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from nai_t5_core.backends.choose import PRODUCTS_CHOICES
 from nai_t5_core.backends.kernels.build import why_not_kernels
 from nai_t5_core.cli import main
+from nai_t5_core.cli.options import Products
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.prompts.text_encoder import TextEncoder
 
@@ -345,3 +347,7 @@ def test_as_a_process_of_its_own() -> None:
         "error: /absent/t5.safetensors does not exist; give a weight file, a folder, or a hub id such as "
         "google/t5-v1_1-xxl\n"
     )
+
+
+def test_the_command_knows_all_products() -> None:
+    assert tuple(choice.value for choice in Products) == PRODUCTS_CHOICES

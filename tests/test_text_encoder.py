@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import TOY_CONFIGS, build_stack, random_state, write_hf_folder
+from conftest import TOY_CONFIGS, build_stack, every_set, random_state, write_hf_folder
 
 from nai_t5_core.backends.choose import why_not_prepack
 from nai_t5_core.backends.kernels.build import why_not_kernels
+from nai_t5_core.backends.kernels.sets import InstructionSet
 from nai_t5_core.facts.families import family, family_names
 from nai_t5_core.facts.text_cleaning import clean_text
 from nai_t5_core.model.fixed_weights import has_fixed_weights
@@ -210,6 +212,28 @@ def test_from_pretrained_with_a_tokenizer_of_ones_own(tmp_path: Path) -> None:
     assert encoder.encode(["é"]).token_counts == [3]
     attention = "sdpa" if why_not_kernels() else "kernels"
     assert repr(encoder) == f"TextEncoder(ByT5, d_model 64, torch.float32, cpu, attention=auto: {attention})"
+
+
+@every_set
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_an_instruction_set_by_name(instructions: InstructionSet, quantize: Any) -> None:
+    encoder = TextEncoder.from_pretrained(device="cpu", products=instructions.name, quantize=quantize)
+    assert all(block.runner.name.startswith(f"{instructions.title} kernels") for block in encoder.stack.encoder.block)
+    assert encoder.encode(["a cat"]).hidden_states.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"products": "sse"}, "unknown products 'sse'; allowed: auto, kernels, avx512, avx2-vnni, avx2, onednn"),
+        ({"products": "avx2", "device": "meta"}, "products='avx2' is for models that are .* is to be on meta; leave"),
+        ({"products": "avx2", "compile": True}, "products='avx2' is for models that are .*, and not compiled"),
+        ({"products": "avx2", "optimize": False}, "products='avx2' is for models that are prepacked or quantised"),
+    ],
+)
+def test_products_that_do_not_fit_are_refused(told: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):  # before anything is looked for
+        TextEncoder.from_pretrained("no such file", **{"device": "cpu", **told})
 
 
 def test_from_parts() -> None:

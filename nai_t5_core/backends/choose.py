@@ -144,6 +144,21 @@ def refuse_quantising(quantize: str | None, device: torch.device, dtype: torch.d
         raise ValueError(f"cannot quantise a model in {dtype} on {device} to int8: {reason}")
 
 
+def refuse_products(products: str, device: torch.device, stays_plain: bool = False) -> None:
+    """Refuses unknown products, and any but ``"auto"`` for a model that no backend is to hold.
+
+    Raises:
+        ValueError: unknown products; or some are named for another device than the CPU or a model that ``stays_plain``.
+    """
+    if products not in PRODUCTS_CHOICES:
+        raise ValueError(f"unknown products {products!r}; allowed: {', '.join(PRODUCTS_CHOICES)}")
+    if products != "auto" and (stays_plain or device.type != "cpu"):
+        raise ValueError(
+            f"products={products!r} is for models that are prepacked or quantised on the CPU, and not compiled; this "
+            f"one is to be on {device}; leave products at 'auto'"
+        )
+
+
 def quantize_int8(model: Model, products: ProductsChoice = "auto") -> Model:
     """Weights and activations in 8 bits on the CPU: about twice the speed of bfloat16's products, for some accuracy.
 
@@ -193,8 +208,7 @@ def _kernels_for(
     Raises:
         ValueError: unknown products, or the kernels were asked for and cannot compute this model.
     """
-    if products not in PRODUCTS_CHOICES:
-        raise ValueError(f"unknown products {products!r}; allowed: {', '.join(PRODUCTS_CHOICES)}")
+    refuse_products(products, model.device)
     if products == "onednn" or (products == "auto" and better_than_kernels()):
         return None
     if products in kernels:

@@ -14,6 +14,8 @@ from nai_t5_core.cli.options import (
     DtypeOption,
     Json,
     ModelOption,
+    Products,
+    ProductsOption,
     PromptFile,
     Prompts,
     SaveScales,
@@ -24,6 +26,7 @@ from nai_t5_core.cli.options import (
 from nai_t5_core.cli.terminal import all_prompts, print_json, say, short, working
 
 if TYPE_CHECKING:
+    from nai_t5_core.backends.choose import ProductsChoice
     from nai_t5_core.generation.options import GenerationOptions
     from nai_t5_core.generation.t5 import T5
     from nai_t5_core.tokenizer import Tokenizer
@@ -64,6 +67,7 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens come again less often.")] = 1.0,
     no_repeat_ngram_size: Annotated[int, typer.Option(help="No run of so many tokens twice; 0 for any.")] = 0,
     int8: Annotated[bool, typer.Option("--int8", help="Compute in 8 bits on the CPU: faster, and less exact.")] = False,
+    products: ProductsOption = Products.auto,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     scales: ScalesOption = None,
@@ -100,7 +104,7 @@ def generate(
         from nai_t5_core.weights.examine import NO_TOKENIZER
 
         raise ValueError(NO_TOKENIZER.format(source=loaded.report.source))
-    ready = _made_fast(loaded.model, int8)
+    ready = _made_fast(loaded.model, int8, products.value)
     with working(f"generating for {len(texts)} prompts"):
         outputs = _generate(ready, found, texts, options, seed)
     if save_scales is not None:
@@ -116,12 +120,12 @@ def generate(
             say(f"  {output['text']}")
 
 
-def _made_fast(model: T5, int8: bool) -> T5:
+def _made_fast(model: T5, int8: bool, products: ProductsChoice) -> T5:
     from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_prepack
 
     if int8:
-        return quantize_int8(model)
-    return prepack(model) if why_not_prepack(model) is None else model
+        return quantize_int8(model, products)
+    return prepack(model, products) if products != "auto" or why_not_prepack(model) is None else model
 
 
 def _generate(

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nai_t5_core.cli.options import DeviceOption, Dtype, DtypeOption, Json, ModelArgument, ScalesOption, Subfolder
+from nai_t5_core.cli.options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    Json,
+    ModelArgument,
+    Products,
+    ProductsOption,
+    ScalesOption,
+    Subfolder,
+)
 from nai_t5_core.cli.terminal import out, print_json, say, status
 from nai_t5_core.facts.config import named_config
 
@@ -142,6 +152,7 @@ def bench(
     compiled: Annotated[bool, typer.Option("--compiled", help="Each also under torch.compile.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Ours also in 8 bits.")] = False,
     onednn: Annotated[bool, typer.Option("--onednn", help="Ours also without its own kernels.")] = False,
+    products: ProductsOption = Products.auto,
     load: Annotated[bool, typer.Option(help="Also measure cold start and memory while loading.")] = True,
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file with the times relative to ours.")] = None,
@@ -169,6 +180,7 @@ def bench(
             compiled=compiled,
             int8=int8,
             onednn=onednn,
+            products=products.value,
         )
     if markdown is not None:
         write_whole(markdown, timing.markdown(report))

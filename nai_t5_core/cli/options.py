@@ -33,6 +33,17 @@ class Attention(str, Enum):
     sdpa = "sdpa"
 
 
+class Products(str, Enum):
+    """What computes products on the CPU; see :func:`nai_t5_core.backends.choose.prepack`."""
+
+    auto = "auto"
+    kernels = "kernels"
+    avx512 = "avx512"
+    avx2_vnni = "avx2-vnni"
+    avx2 = "avx2"
+    onednn = "onednn"
+
+
 Prompts = Annotated[list[str] | None, typer.Argument(help="One or more prompts.")]
 PromptFile = Annotated[Path | None, typer.Option("--file", help="Text file with one prompt per line.")]
 ModelArgument = Annotated[str | None, typer.Argument(help="Hub id, folder or file; the embedded model by default.")]
@@ -46,6 +57,9 @@ TokenizerOption = Annotated[
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Compute dtype.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps…")]
+ProductsOption = Annotated[
+    Products, typer.Option("--products", help="What computes products on a CPU: an instruction set, or oneDNN.")
+]
 EncoderOnly = Annotated[bool, typer.Option("--encoder-only", help="Leave the decoder out.")]
 ScalesOption = Annotated[Path | None, typer.Option("--scales", help="Float16 scales from a file of --save-scales.")]
 SaveScales = Annotated[Path | None, typer.Option("--save-scales", help="Write the float16 scales to a JSON file.")]

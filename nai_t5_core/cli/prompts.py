@@ -20,6 +20,8 @@ from nai_t5_core.cli.options import (
     ModelArgument,
     ModelOption,
     Padding,
+    Products,
+    ProductsOption,
     PromptFile,
     Prompts,
     SaveScales,
@@ -46,6 +48,7 @@ def encode(
     device: DeviceOption = "auto",
     attention: Annotated[Attention, typer.Option(help="How attention is computed.")] = Attention.auto,
     int8: Annotated[bool, typer.Option("--int8", help="Compute the projections in 8 bits (CPU).")] = False,
+    products: ProductsOption = Products.auto,
     compile_it: Annotated[bool, typer.Option("--compile", help="Compile the encoder; see warm-up.")] = False,
     subfolder: Subfolder = "",
     tokenizer: TokenizerOption = None,
@@ -73,6 +76,7 @@ def encode(
             quantize="int8" if int8 else None,
             compile=compile_it,
             loras=loras,
+            products=products.value,
         )
     policy: PaddingPolicy | None = padding.value if padding else None
     with working(f"encoding {len(texts)} prompts"):

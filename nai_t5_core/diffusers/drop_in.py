@@ -19,6 +19,7 @@ try:
 except ImportError as error:
     raise ImportError("this needs transformers; install it with: pip install 'comfy-nai-t5[transformers]'") from error
 
+from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.choose import Quantisation, encode_on_cuda, quantize_int8, refuse_quantising, run_in_place
 from nai_t5_core.backends.held import is_in_8_bits
 from nai_t5_core.diffusers.drop_in_config import ENCODER_CLASSES, config_beside, own_config
@@ -43,7 +44,7 @@ from nai_t5_core.float16.guard import guard
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.fixed_weights import refuse_change
 from nai_t5_core.model.packing import check_policy
-from nai_t5_core.model.precision import DTYPES, resolve_device, resolve_dtype
+from nai_t5_core.model.precision import DTYPES, resolve_device
 from nai_t5_core.weights.convert import main_dtype
 from nai_t5_core.weights.examine import examine_checkpoint
 from nai_t5_core.weights.load import ScalesChoice, assemble

@@ -1,4 +1,4 @@
-"""Which dtype and device a model runs in when the user leaves the choice to us."""
+"""Which dtypes there are, which device is meant, and what numbers a dtype holds."""
 
 from __future__ import annotations
 
@@ -34,30 +34,6 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
-
-
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """``"auto"`` is float16 on accelerators: as fast as bfloat16, ten times as exact, and scales keep it in range.
-
-    On a CPU it is bfloat16 where the processor multiplies matrices in it natively, else float32.
-
-    Raises:
-        ValueError: a name or dtype that a T5 cannot run in.
-    """
-    if dtype == "auto":
-        if device.type in ("cuda", "mps"):
-            return torch.float16
-        return torch.bfloat16 if _has_native_bfloat16(device) else torch.float32
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _has_native_bfloat16(device: torch.device) -> bool:
-    # Without these instructions a bfloat16 product on a CPU is emulated, and slower than a float32 one.
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return device.type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
 def advice_on(largest: float) -> str:

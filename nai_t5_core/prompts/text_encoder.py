@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.choose import (
+    ProductsChoice,
     Quantisation,
     encode_on_cuda,
     prepack,
     quantize_int8,
+    refuse_products,
     refuse_quantising,
     why_not_prepack,
 )
@@ -31,7 +34,7 @@ from nai_t5_core.lora.set import LoraSource
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.packing import check_policy
-from nai_t5_core.model.precision import resolve_device, resolve_dtype
+from nai_t5_core.model.precision import resolve_device
 from nai_t5_core.tokenizer import TokenBatch, Tokenizer, load_tokenizer
 from nai_t5_core.weights.examine import NO_TOKENIZER, ModelSource
 from nai_t5_core.weights.load import LoadReport, ScalesChoice, load
@@ -102,6 +105,7 @@ class TextEncoder:
         token_budget: int = DEFAULT_TOKEN_BUDGET,
         attention: AttentionChoice = "auto",
         loras: Sequence[tuple[LoraSource, float]] = (),
+        products: ProductsChoice = "auto",
     ) -> TextEncoder:
         """Loads weights and tokenizer; sources and arguments are those of :func:`nai_t5_core.load_encoder`.
 
@@ -118,6 +122,8 @@ class TextEncoder:
             token_budget: how many rows are computed at a time; larger batches are split, which bounds the memory.
             loras: files and strengths, merged for good before the weights are prepacked, quantised or compiled. To add
                 and remove LoRAs later, use :class:`nai_t5_core.lora.live.LiveLoras`.
+            products: what computes on a CPU: an instruction set, or oneDNN; see
+                :func:`nai_t5_core.backends.choose.prepack`.
 
         Raises:
             CheckpointError: the checkpoint or a LoRA is unusable, or there is no tokenizer.
@@ -127,6 +133,7 @@ class TextEncoder:
         if quantize and compile:
             raise ValueError("quantize and compile exclude each other; leave one out")
         where = resolve_device(device)
+        refuse_products(products, where, bool(compile) or not (optimize or quantize))
         refuse_quantising(quantize, where, resolve_dtype(dtype, where))
         own = load_tokenizer(tokenizer) if tokenizer is not None else None
         loaded = load(source, dtype, device, layout, subfolder, scales, attention)
@@ -136,14 +143,14 @@ class TextEncoder:
         stack = loaded.stack
         _merge_for_good(stack, loras)
         if quantize:
-            quantize_int8(stack)
+            quantize_int8(stack, products)
         elif compile:
             # Imported only here: torch's compiler takes a second to import.
             from nai_t5_core.backends.compiled import compile_stack
 
             compile_stack(stack, mode=compile if isinstance(compile, str) else None)
-        elif optimize and why_not_prepack(stack) is None:
-            prepack(stack)
+        elif optimize and (products != "auto" or why_not_prepack(stack) is None):
+            prepack(stack, products)
         encoder = cls(stack, found, loaded.report, token_budget)
         if optimize and not compile and attention == "auto":
             encode_on_cuda(stack)

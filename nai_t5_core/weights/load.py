@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.choose import run_in_place
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, published_scales, scale_for, unscaled
@@ -25,7 +26,7 @@ from nai_t5_core.generation.t5 import T5
 from nai_t5_core.model.attention_choice import ATTENTION_CHOICES, AttentionChoice, missing_for_flex, refuse_unsupported
 from nai_t5_core.model.encoder import LAYOUTS, Layout, T5EncoderStack
 from nai_t5_core.model.layers import NoInit
-from nai_t5_core.model.precision import largest_finite, resolve_device, resolve_dtype
+from nai_t5_core.model.precision import largest_finite, resolve_device
 from nai_t5_core.tokenizer import Tokenizer
 from nai_t5_core.weights import native
 from nai_t5_core.weights.examine import Examination, ModelSource, decoder_faults, examine, find_tokenizer, settle_head
@@ -123,7 +124,7 @@ def load_encoder(
         source: Hugging Face folder or id, safetensors (single or sharded), ``pytorch_model.bin``, GGUF, a ComfyUI
             text-encoder file, a full encoder-decoder checkpoint, a bare ``T5Stack``, the UMT5 of Wan's own repository,
             or a file made by ``nai-t5 convert``.
-        dtype: ``"auto"``, a name or a torch dtype; see :func:`nai_t5_core.model.precision.resolve_dtype`.
+        dtype: ``"auto"``, a name or a torch dtype; see :func:`nai_t5_core.backends.auto_dtype.resolve_dtype`.
         device: ``"auto"`` or anything torch takes.
         layout: ``"fused"`` or ``"separate"``; see :class:`nai_t5_core.model.encoder.T5EncoderStack`.
         subfolder: the text encoder's folder in a diffusers pipeline.
@@ -246,7 +247,7 @@ def load_whole(
 ) -> LoadedT5:
     """As :func:`load_t5`, with the tokenizer found beside or inside the weights, and a report."""
     started = time.perf_counter()
-    place, model_dtype = _place(device, dtype, layout)
+    place, model_dtype = _place(device, dtype, layout, has_decoder=True)
     examination = examine(source, subfolder)
     if examination.config.num_decoder_layers == 0:
         raise CheckpointError(
@@ -267,12 +268,14 @@ def load_whole(
     return LoadedT5(_report(examination, run_in_place(model.eval()), recipes, started), examination, model)
 
 
-def _place(device: str | torch.device, dtype: str | torch.dtype, layout: str) -> tuple[torch.device, torch.dtype]:
+def _place(
+    device: str | torch.device, dtype: str | torch.dtype, layout: str, has_decoder: bool = False
+) -> tuple[torch.device, torch.dtype]:
     """Where a model goes and what it computes in; refuses what there is not."""
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
     place = resolve_device(device)
-    model_dtype = resolve_dtype(dtype, place)
+    model_dtype = resolve_dtype(dtype, place, has_decoder)
     if model_dtype == torch.float16 and place.type == "cpu":
         warnings.warn(SLOW_FLOAT16, SlowDtypeWarning, stacklevel=4)
     return place, model_dtype

@@ -67,6 +67,11 @@ class BlockOfKernels:
     def is_in_panels(self) -> bool:
         return self.weights[0].is_in_panels
 
+    @property
+    def widening(self) -> str:
+        """Says that it computes in float32 a model that is in fewer bits; empty where it does not."""
+        return ", in float32" if self.weights[0].dtype == torch.float32 != self.dtype else ""
+
     def in_panels(self: Own) -> Own:
         """The block with copies of its weights in panels, which no call has to rearrange; itself if it has them."""
         if self.is_in_panels:

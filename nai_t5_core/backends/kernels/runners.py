@@ -186,7 +186,8 @@ class KernelsOnPanels:
 
     @property
     def name(self) -> str:
-        return f"{self._name}, {'in panels' if self._held.kernels.is_in_panels else 'to be in panels'}"
+        kernels = self._held.kernels
+        return f"{self._name}{kernels.widening}, {'in panels' if kernels.is_in_panels else 'to be in panels'}"
 
     def __call__(self, block: Block, residual: Tensor, *attends_and_dtype: Any) -> Tensor | None:
         if not residual.is_cpu or operations_are_watched() or (residual.requires_grad and torch.is_grad_enabled()):

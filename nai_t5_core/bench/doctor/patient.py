@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.choose import prepack, why_not_prepack
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.runner import CudaRunner
@@ -17,7 +18,7 @@ from nai_t5_core.bench.peers import State, own_encoder, random_state
 from nai_t5_core.facts.config import T5Config, named_config
 from nai_t5_core.float16.guard import encode_guarded
 from nai_t5_core.model.encoder import StackRunner, T5EncoderStack
-from nai_t5_core.model.precision import resolve_device, resolve_dtype
+from nai_t5_core.model.precision import resolve_device
 
 # What a step found, as plain values. Under "wrong" it lists, in words, the numbers that are not what they must be.
 Finding = dict[str, Any]

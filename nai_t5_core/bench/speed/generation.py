@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_prepack
 from nai_t5_core.backends.compiled import compile_steps
 from nai_t5_core.bench.ctranslate2_peer import CTRANSLATE2, ctranslate2_generate
@@ -26,7 +27,7 @@ from nai_t5_core.bench.speed.variants import INT8, OWN_COMPILED
 from nai_t5_core.facts.config import T5Config, named_config
 from nai_t5_core.generation.t5 import T5
 from nai_t5_core.model.decoder_attention import DecoderCache
-from nai_t5_core.model.precision import resolve_device, resolve_dtype
+from nai_t5_core.model.precision import resolve_device
 
 TRANSFORMERS = "transformers"
 GENERATION_PEERS = (TRANSFORMERS, CTRANSLATE2)
@@ -162,7 +163,7 @@ def bench_generation(
     tell = progress or (lambda _: None)
     config = named_config(size) if isinstance(size, str) else size
     place = resolve_device(device)
-    model_dtype = resolve_dtype(dtype, place)
+    model_dtype = resolve_dtype(dtype, place, has_decoder=True)
     if unknown := set(against) - set(GENERATION_PEERS):
         raise ValueError(f"unknown peers {sorted(unknown)}; allowed: {', '.join(GENERATION_PEERS)}")
     if repeats < 1:

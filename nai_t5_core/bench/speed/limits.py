@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.backends.kernels.calls import multiply_in_registers
+from nai_t5_core.backends.kernels.sets import InstructionSet
 from nai_t5_core.bench.roofline import projection_shapes
 from nai_t5_core.facts.config import T5Config
 
 _ROUNDS = 4_000_000  # some hundredths of a second
 
 
-def register_rate(dtype: torch.dtype) -> float:
-    """Operations per second of the instruction that our CPU kernels multiply with, on registers only."""
+def register_rate(dtype: torch.dtype, instructions: InstructionSet | None) -> float:
+    """Operations per second of the instruction by which our CPU kernels multiply weights in ``dtype``."""
     started = time.perf_counter()
-    operations = multiply_in_registers(dtype, _ROUNDS)
+    operations = multiply_in_registers(dtype, _ROUNDS, instructions)
     return operations / (time.perf_counter() - started)
 
 
@@ -26,7 +27,7 @@ class BareProjections:
     """Every projection of every layer in oneDNN's blocked order, in the encoder's order.
 
     Each has its own memory, so that weights pass through the caches as they do in the model; all layers have the same
-    random values. It needs a CPU that :func:`nai_t5_core.backends.choose.why_not_prepack` accepts.
+    random values. It needs a CPU whose oneDNN computes in ``dtype``.
     """
 
     def __init__(self, config: T5Config, dtype: torch.dtype) -> None:

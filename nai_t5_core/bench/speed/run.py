@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from nai_t5_core.backends.auto_dtype import resolve_dtype
+from nai_t5_core.backends.choose import ProductsChoice
 from nai_t5_core.bench.peer_list import PEERS
 from nai_t5_core.bench.peers import State, random_state
 from nai_t5_core.bench.speed.cases import CASES, Case
@@ -18,7 +20,7 @@ from nai_t5_core.bench.speed.results import BenchReport, CaseResult
 from nai_t5_core.bench.speed.timing import Bench, run_case
 from nai_t5_core.bench.speed.variants import Wanted, build_variants
 from nai_t5_core.facts.config import T5Config, named_config
-from nai_t5_core.model.precision import resolve_device, resolve_dtype
+from nai_t5_core.model.precision import resolve_device
 
 
 def run_bench(
@@ -36,6 +38,7 @@ def run_bench(
     compiled: bool = False,
     int8: bool = False,
     onednn: bool = False,
+    products: ProductsChoice = "auto",
 ) -> BenchReport:
     """Times our encoder and its peers on random weights of a published size.
 
@@ -56,6 +59,9 @@ def run_bench(
         compiled: every implementation also under ``torch.compile``.
         int8: ours also in 8 bits.
         onednn: ours also by oneDNN instead of our kernels, as on processors that the kernels do not support.
+        products: what computes ours, see :func:`nai_t5_core.backends.choose.prepack`; with weights in 16 bits on AVX2
+            the peers are in float32, in which ours are computed. They are not limited to that instruction set: torch
+            and oneDNN are by the variables ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA.
 
     Raises:
         ValueError: unknown size, dtype, device or peer, fewer than one repeat, or no compiler for ``compiled``.
@@ -68,7 +74,7 @@ def run_bench(
         raise ValueError(f"unknown peers {sorted(unknown)}; allowed: {', '.join(PEERS)}")
     if repeats < 1:
         raise ValueError(f"repeats={repeats}; at least 1 round must count")
-    wanted = Wanted(tuple(peers), comfyui, compiled, int8, onednn)
+    wanted = Wanted(tuple(peers), comfyui, compiled, int8, onednn, products)
     with threads_set(threads) as used_threads:
         tell("drawing weights")
         state = random_state(config, seed, dtype=model_dtype, device=place)
@@ -82,7 +88,7 @@ def run_bench(
     return BenchReport(
         size=size if isinstance(size, str) else config.size_name or f"d_model {config.d_model}",
         dtype=str(model_dtype).removeprefix("torch."),
-        device=device_name(place),
+        device=f"{device_name(place)}{measured.by}",
         threads=used_threads,
         repeats=repeats,
         versions={"torch": torch.__version__, **measured.versions},
@@ -99,6 +105,7 @@ class _Measured:
     cases: tuple[CaseResult, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
+    by: str = ""
 
 
 def _measure(
@@ -117,6 +124,8 @@ def _measure(
     projections = None
     if built.can_prepack:
         tell("packing the projections alone")
-        projections = BareProjections(config, dtype)
-    bench = Bench(config, built.encoders, projections, built.kernel_dtypes, device, repeats, seed, tell)
-    return _Measured(tuple(run_case(case, bench) for case in cases), built.versions, built.skipped)
+        projections = BareProjections(config, built.computed_in)
+    instructions = built.instructions
+    bench = Bench(config, built.encoders, projections, built.kernel_dtypes, instructions, device, repeats, seed, tell)
+    by = "" if instructions is None else f", {instructions.title} kernels"
+    return _Measured(tuple(run_case(case, bench) for case in cases), built.versions, built.skipped, by)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.kernels.sets import InstructionSet
 from nai_t5_core.bench.parity import random_batch
 from nai_t5_core.bench.parity_report import OWN
 from nai_t5_core.bench.roofline import encoder_flops, projection_flops
@@ -32,6 +33,7 @@ class Bench:
     encoders: dict[str, Encode]
     projections: BareProjections | None
     kernel_dtypes: Mapping[str, torch.dtype]
+    instructions: InstructionSet | None
     device: torch.device
     repeats: int
     seed: int
@@ -117,7 +119,7 @@ def _run_rounds(case: Case, bench: Bench, calls: Mapping[str, Callable[[], Tenso
         if products is not None:
             rounds.limit.append(timed(products, bench.device)[0])
         for dtype, rates in rounds.rates.items():
-            rates.append(register_rate(dtype))
+            rates.append(register_rate(dtype, bench.instructions))
     return rounds
 
 

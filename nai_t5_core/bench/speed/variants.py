@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_prepack
+from nai_t5_core.backends.choose import ProductsChoice, prepack, quantize_int8, run_in_place, why_not_prepack
 from nai_t5_core.backends.compiled import compile_stack
-from nai_t5_core.backends.kernels.build import why_not_kernels
+from nai_t5_core.backends.kernels.build import nearest_set, why_not_kernels
+from nai_t5_core.backends.kernels.runners import KERNELS
+from nai_t5_core.backends.kernels.sets import InstructionSet, named
+from nai_t5_core.backends.products import ONEDNN
 from nai_t5_core.bench.comfyui_peer import COMFYUI, comfyui_peer, import_comfyui
 from nai_t5_core.bench.parity_report import OWN
 from nai_t5_core.bench.peer_list import Peer, build_peer
@@ -34,7 +38,8 @@ Encode = Callable[[Case, Tensor, Tensor], Tensor]
 class Wanted:
     """Which implementations to build: peers by name, ComfyUI from a checkout, ours also in 8 bits or by oneDNN only.
 
-    With ``compiled``, each also under torch.compile.
+    With ``compiled``, each also under torch.compile. ``products`` computes ours, see
+    :func:`nai_t5_core.backends.choose.prepack`.
     """
 
     peers: tuple[str, ...] = ()
@@ -42,13 +47,16 @@ class Wanted:
     compiled: bool = False
     int8: bool = False
     onednn: bool = False
+    products: ProductsChoice = "auto"
 
 
 @dataclass(frozen=True)
 class Built:
     """Built implementations by name, ours first; versions of the peers; what could not be built, and why.
 
-    ``kernel_dtypes`` has, for each variant of ours that our kernels compute, the dtype that they multiply in.
+    ``kernel_dtypes`` has, for each variant of ours that our kernels compute, the dtype of weights that they multiply,
+    and ``instructions`` what they compute with. ``computed_in`` is what the model computes in, which is also the dtype
+    of the peers: float32 where kernels widen weights in 16 bits. ``can_prepack``: whether oneDNN takes weights in it.
     """
 
     encoders: dict[str, Encode]
@@ -56,6 +64,8 @@ class Built:
     skipped: tuple[str, ...]
     can_prepack: bool
     kernel_dtypes: Mapping[str, torch.dtype]
+    instructions: InstructionSet | None
+    computed_in: torch.dtype
 
 
 def build_variants(
@@ -69,7 +79,8 @@ def build_variants(
     """Builds everything from one set of weights; tensors are shared where the layouts agree.
 
     Raises:
-        ValueError: compiled variants or 8 bits are asked for and not possible here, or ComfyUI cannot be imported.
+        ValueError: compiled variants, 8 bits or products are asked for and not possible here, or ComfyUI cannot be
+            imported.
     """
     if wanted.compiled:
         _check_compiler()
@@ -79,8 +90,12 @@ def build_variants(
     tell(f"building {OWN}")
     eager = own_encoder(config, state, dtype).to(device)
     encoders = {name: _own(optimize(_twin(eager))) for name, optimize in _own_variants(eager, wanted).items()}
+    instructions = _instructions(eager, wanted)
+    computed_in = dtype if instructions is None else instructions.stored[dtype]
+    if computed_in != dtype:
+        state = {name: tensor.to(computed_in) for name, tensor in state.items()}
     versions, skipped = dict[str, str](), list[str]()
-    for name, build in _peer_builders(config, state, dtype, device, wanted).items():
+    for name, build in _peer_builders(config, state, computed_in, device, wanted).items():
         tell(f"building {name}")
         try:
             peer = build()
@@ -88,13 +103,15 @@ def build_variants(
             skipped.append(f"{name}: {error}")
             continue
         peer.model.to(device)
-        versions[name] = peer.version
+        versions[name] = peer.version if computed_in == dtype else f"{peer.version} in {computed_in}"
         encoders[name] = _of_peer(peer)
         if wanted.compiled:
             forward = _compiled(peer.implementation.forward)
             compiled = replace(peer, implementation=replace(peer.implementation, forward=forward))
             encoders[f"{name}{COMPILED}"] = _of_peer(compiled)
-    return Built(encoders, versions, tuple(skipped), why_not_prepack(eager) is None, _kernel_dtypes(eager, wanted))
+    can_prepack = ONEDNN.missing(device, computed_in) is None
+    kernel_dtypes = {} if instructions is None else {OWN: dtype, **({INT8: torch.int8} if wanted.int8 else {})}
+    return Built(encoders, versions, tuple(skipped), can_prepack, kernel_dtypes, instructions, computed_in)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,22 +124,27 @@ Optimize = Callable[[T5EncoderStack], Callable[..., Tensor]]
 
 def _own_variants(stack: T5EncoderStack, wanted: Wanted) -> dict[str, Optimize]:
     """How each variant of ours is made from a stack. Each line is a variant; the first is the one of TextEncoder."""
-    variants: dict[str, Optimize] = {OWN: _unchanged}
-    if why_not_prepack(stack) is None:
-        variants = {OWN: prepack, NOT_PREPACKED: _unchanged}
+    products = wanted.products
+    in_place = partial(run_in_place, products=products if products in KERNELS else "auto")
+    variants: dict[str, Optimize] = {OWN: in_place}
+    if products != "auto" or why_not_prepack(stack) is None:
+        variants = {OWN: partial(prepack, products=products), NOT_PREPACKED: in_place}
         if wanted.onednn:
-            variants[BY_ONEDNN] = _by_onednn
+            variants[BY_ONEDNN] = partial(prepack, products="onednn")
     if wanted.int8:
-        variants[INT8] = quantize_int8
+        variants[INT8] = partial(quantize_int8, products=products)
     if wanted.compiled:
         variants[OWN_COMPILED] = compile_stack
     return variants
 
 
-def _kernel_dtypes(stack: T5EncoderStack, wanted: Wanted) -> dict[str, torch.dtype]:
-    if why_not_prepack(stack) is not None or why_not_kernels() is not None:
-        return {}
-    return {OWN: stack.dtype, **({INT8: torch.int8} if wanted.int8 else {})}
+def _instructions(stack: T5EncoderStack, wanted: Wanted) -> InstructionSet | None:
+    """What our kernels compute with; None where they do not."""
+    if wanted.products in KERNELS:
+        return named(wanted.products)
+    if wanted.products == "onednn" or why_not_prepack(stack) is not None:
+        return None
+    return nearest_set() if wanted.products == "kernels" or why_not_kernels() is None else None
 
 
 def _twin(stack: T5EncoderStack) -> T5EncoderStack:
@@ -130,14 +152,6 @@ def _twin(stack: T5EncoderStack) -> T5EncoderStack:
     twin = T5EncoderStack(stack.config, stack.layout, scales=stack.scales, device="meta", dtype=stack.dtype)
     twin.load_state_dict(stack.state_dict(), assign=True)
     return twin.eval().requires_grad_(False)
-
-
-def _by_onednn(stack: T5EncoderStack) -> Callable[..., Tensor]:
-    return prepack(stack, "onednn")
-
-
-def _unchanged(stack: T5EncoderStack) -> Callable[..., Tensor]:
-    return stack
 
 
 def _own(call: Callable[..., Tensor]) -> Encode:
