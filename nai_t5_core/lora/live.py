@@ -92,6 +92,8 @@ class LiveLoras(LiveTables):
     One such object per encoder.
     """
 
+    way = "live"
+
     def __init__(self, model: T5EncoderStack | HasStack) -> None:
         super().__init__(model)
         if self._changed_count():

@@ -36,6 +36,8 @@ class Loras(LoraSet):
     without LoRA.
     """
 
+    way = "merged"
+
     def __init__(self, model: T5EncoderStack | HasStack) -> None:
         super().__init__(model)
         self._merger = Merger(self._stack)

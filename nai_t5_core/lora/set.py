@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,17 @@ LoraSource = Lora | str | Path
 NamedLoras = dict[str, tuple[Lora, float]]
 
 
+@dataclass(frozen=True)
+class LorasInForce:
+    """What one set of LoRAs has told of itself: each LoRA with its strength, in order."""
+
+    way: str
+    loras: tuple[tuple[Lora, float], ...]
+
+    def __deepcopy__(self, memo: object) -> LorasInForce:
+        return self
+
+
 class HasStack(Protocol):
     """What is built around an encoder: TextEncoder, NAIT5EncoderModel."""
 
@@ -34,12 +46,19 @@ class HasStack(Protocol):
 class LoraSet(ABC):
     """The LoRAs of one encoder. How they reach its result is the subclass's.
 
+    Attributes:
+        way: how, in a word.
+
     While threads encode, each of their calls has the LoRAs from before a change or those from after it.
     """
+
+    way: str
 
     def __init__(self, model: T5EncoderStack | HasStack) -> None:
         self._stack = model if isinstance(model, T5EncoderStack) else model.stack
         self._loras: NamedLoras = {}
+        # What another object has done stays told, also when that object is gone.
+        self._who = object()
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -102,7 +121,8 @@ class LoraSet(ABC):
         """While this is open nobody else uses the encoder; neither does a GPU, which calls do not wait for."""
         with self._stack.turns.change():
             self._wait_for_gpu()
-            yield
+            with self._stack.alterations.by(self._who, lambda: LorasInForce(self.way, tuple(self._loras.values()))):
+                yield
             self._wait_for_gpu()
 
     def _wait_for_gpu(self) -> None:

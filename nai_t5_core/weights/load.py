@@ -321,10 +321,7 @@ def choose_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesCh
 
     An embedding table beyond float16's range gets a scale of its own, since its largest value is known.
     """
-    config = examination.config
-    scales = _given_or_stored(wanted, examination.scales, read_scales)
-    if scales is None and dtype == torch.float16:
-        scales = published_scales(config)
+    config, scales = examination.config, told_scales(examination, dtype, wanted)
     if dtype != torch.float16 or (scales is not None and scales.embedding < 1):
         return scales
     info = examination.checkpoint.tensors[examination.keymap.names["shared.weight"]]
@@ -334,6 +331,12 @@ def choose_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesCh
         if embedding < 1:
             return replace(scales or unscaled(config.num_layers), embedding=embedding)
     return scales
+
+
+def told_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesChoice = "auto") -> StackScales | None:
+    """As :func:`choose_scales`, without what only the weights tell: none of them is read."""
+    scales = _given_or_stored(wanted, examination.scales, read_scales)
+    return published_scales(examination.config) if scales is None and dtype == torch.float16 else scales
 
 
 def _given_or_stored(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+
+from nai_t5_core.facts.paths import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +86,7 @@ def built_file() -> Path:
     digest = hashlib.sha256("\n".join(_FLAGS).encode())
     for source in _SOURCES:
         digest.update((_FOLDER / source).read_bytes())
-    # Where the user's programs keep what can be made again (XDG Base Directory Specification).
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "comfy-nai-t5" / f"kernels-{digest.hexdigest()[:16]}.so"
+    return cache_folder() / f"kernels-{digest.hexdigest()[:16]}.so"
 
 
 @lru_cache
