@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from nai_t5_core.lora.merge import Merger
-from nai_t5_core.lora.set import HasStack, LoraSet, NamedLoras
+from nai_t5_core.lora.set import HasStack, LoraSet, NamedLoras, Way
 from nai_t5_core.model.encoder import T5EncoderStack
 
 
@@ -36,7 +36,7 @@ class Loras(LoraSet):
     without LoRA.
     """
 
-    way = "merged"
+    way: Way = "merged"
 
     def __init__(self, model: T5EncoderStack | HasStack) -> None:
         super().__init__(model)

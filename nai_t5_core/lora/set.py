@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
-from nai_t5_core.facts.config import encoder_tensors
+from nai_t5_core.facts.config import T5Config, encoder_tensors
 from nai_t5_core.facts.given_numbers import real_number
 from nai_t5_core.lora.changes import Change
 from nai_t5_core.lora.files import Lora, listed, read_lora
@@ -21,15 +21,18 @@ from nai_t5_core.weights.fuse import Recipe, fused_recipes, separate_recipes
 
 LoraSource = Lora | str | Path
 
+# Merged into the weights, or computed beside them.
+Way = Literal["merged", "live"]
+
 # LoRAs by name, each with its strength.
 NamedLoras = dict[str, tuple[Lora, float]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LorasInForce:
-    """What one set of LoRAs has told of itself: each LoRA with its strength, in order."""
+    """What one set of LoRAs has told of itself: each LoRA with its strength, in order. A new one for every change."""
 
-    way: str
+    way: Way
     loras: tuple[tuple[Lora, float], ...]
 
     def __deepcopy__(self, memo: object) -> LorasInForce:
@@ -52,7 +55,7 @@ class LoraSet(ABC):
     While threads encode, each of their calls has the LoRAs from before a change or those from after it.
     """
 
-    way: str
+    way: Way
 
     def __init__(self, model: T5EncoderStack | HasStack) -> None:
         self._stack = model if isinstance(model, T5EncoderStack) else model.stack
@@ -87,7 +90,7 @@ class LoraSet(ABC):
         with self._alone():
             if name in self._loras:
                 raise ValueError(f"there is a LoRA {name!r} already; give another name=, or use set_strength")
-            self._refuse_misfits(lora)
+            refuse_misfits(lora, self._stack.config)
             self._change({**self._loras, name: (lora, real_number("strength", strength))}, lora.changes)
         return name
 
@@ -162,20 +165,6 @@ class LoraSet(ABC):
             raise ValueError(f"there is no LoRA {name!r}; there are: {', '.join(self._loras) or 'none'}")
         return self._loras[name][0]
 
-    def _refuse_misfits(self, lora: Lora) -> None:
-        shapes = encoder_tensors(self._stack.config)
-        faults = [
-            f"{name}: the model has no such weight"
-            if name not in shapes
-            else f"{name}: a change of shape {list(change.shape)} for a weight of shape {list(shapes[name])}"
-            for name, change in lora.changes.items()
-            if shapes.get(name) != change.shape
-        ]
-        if faults:
-            raise ValueError(
-                f"the LoRA {lora.name!r} is for another T5 than this {self._stack.config.kind}:{listed(faults)}"
-            )
-
     def __repr__(self) -> str:
         loras = ", ".join(f"{name}: {strength:g}" for name, strength in self.strengths.items())
         return f"{type(self).__name__}({loras or 'none'}; {self._changed_count()} weights changed)"
@@ -183,3 +172,17 @@ class LoraSet(ABC):
     @abstractmethod
     def _changed_count(self) -> int:
         """How many weights of the encoder are not what they are without LoRA."""
+
+
+def refuse_misfits(lora: Lora, config: T5Config) -> None:
+    """Raises a ValueError that lists what a LoRA changes and a T5 of this config does not have in that shape."""
+    shapes = encoder_tensors(config)
+    faults = [
+        f"{name}: the model has no such weight"
+        if name not in shapes
+        else f"{name}: a change of shape {list(change.shape)} for a weight of shape {list(shapes[name])}"
+        for name, change in lora.changes.items()
+        if shapes.get(name) != change.shape
+    ]
+    if faults:
+        raise ValueError(f"the LoRA {lora.name!r} is for another T5 than this {config.kind}:{listed(faults)}")

@@ -155,9 +155,7 @@ def load(
 ) -> LoadedEncoder:
     """As :func:`load_encoder`, with the tokenizer found beside or inside the weights, and a report."""
     started = time.perf_counter()
-    place, model_dtype = _place(device, dtype, layout)
-    if attention not in ATTENTION_CHOICES:
-        raise ValueError(f"unknown attention {attention!r}; allowed: {', '.join(ATTENTION_CHOICES)}")
+    place, model_dtype = place_for(device, dtype, layout, attention)
     examination = examine(source, subfolder)
     if attention == "flex":
         attention = _flex_or_sdpa(place, model_dtype, examination.config.d_kv)
@@ -246,7 +244,7 @@ def load_whole(
 ) -> LoadedT5:
     """As :func:`load_t5`, with the tokenizer found beside or inside the weights, and a report."""
     started = time.perf_counter()
-    place, model_dtype = _place(device, dtype, layout)
+    place, model_dtype = place_for(device, dtype, layout)
     examination = examine(source, subfolder)
     if examination.config.num_decoder_layers == 0:
         raise CheckpointError(
@@ -267,10 +265,14 @@ def load_whole(
     return LoadedT5(_report(examination, run_in_place(model.eval()), recipes, started), examination, model)
 
 
-def _place(device: str | torch.device, dtype: str | torch.dtype, layout: str) -> tuple[torch.device, torch.dtype]:
+def place_for(
+    device: str | torch.device, dtype: str | torch.dtype, layout: str, attention: str = "auto"
+) -> tuple[torch.device, torch.dtype]:
     """Where a model goes and what it computes in; refuses what there is not."""
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
+    if attention not in ATTENTION_CHOICES:
+        raise ValueError(f"unknown attention {attention!r}; allowed: {', '.join(ATTENTION_CHOICES)}")
     place = resolve_device(device)
     model_dtype = resolve_dtype(dtype, place)
     if model_dtype == torch.float16 and place.type == "cpu":

@@ -41,13 +41,12 @@ def weights_contents(examination: Examination) -> str:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    files = sorted({examination.checkpoint.tensors[name].file.resolve() for name in _names(examination).values()})
-    before = [_identity(file) for file in files]
+    before = identities(examination)
     remembered = _recall(before)
     if remembered is not None:
         return remembered
-    found = _hash_files(files) if _is_packed(examination) else _hash_tensors(examination)
-    if [_identity(file) for file in files] == before:
+    found = _hash_files(_files(examination)) if _is_packed(examination) else _hash_tensors(examination)
+    if identities(examination) == before:
         _remember(before, found)
     return found
 
@@ -140,11 +139,18 @@ def _telling(source: str, total: int) -> Iterator[Callable[[int], None]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _identity(file: Path) -> list[str | int]:
-    """What a file has to keep for its hash to hold. The time of its last change of any kind goes up even where tools
-    set that of its contents back."""
-    found = file.stat()
-    return [str(file), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+def identities(examination: Examination) -> list[list[str | int]]:
+    """What each file of an encoder's weights has to keep for its hash to hold: path, size, times and inode.
+
+    The time of a file's last change of any kind goes up even where a tool sets that of its contents back.
+    """
+    found = ((file, file.stat()) for file in _files(examination))
+    return [[str(file), at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino] for file, at in found]
+
+
+def _files(examination: Examination) -> list[Path]:
+    tensors = examination.checkpoint.tensors
+    return sorted({tensors[name].file.resolve() for name in _names(examination).values()})
 
 
 def _place(identities: list[list[str | int]]) -> Path:

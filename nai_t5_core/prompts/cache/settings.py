@@ -10,13 +10,12 @@ from nai_t5_core.backends.choose import Quantisation
 from nai_t5_core.backends.forecast import forecast
 from nai_t5_core.lora.files import Lora, read_lora
 from nai_t5_core.lora.set import LoraSource
-from nai_t5_core.model.attention_choice import AttentionChoice, missing_for_flex
+from nai_t5_core.model.attention_choice import AttentionChoice, missing_for_flex, refuse_unsupported
 from nai_t5_core.model.encoder import Layout
-from nai_t5_core.model.precision import resolve_device, resolve_dtype
 from nai_t5_core.prompts.cache.contents import lora_contents, weights_contents
 from nai_t5_core.prompts.cache.key import LoraUse, Settings
 from nai_t5_core.weights.examine import Examination, ModelSource, examine
-from nai_t5_core.weights.load import ScalesChoice, told_scales
+from nai_t5_core.weights.load import ScalesChoice, place_for, told_scales
 
 
 def settings_of(
@@ -59,12 +58,12 @@ def settings_for(
 ) -> Settings:
     """As :func:`settings_of`, of a checkpoint that is examined already."""
     examination.refuse_faults()
-    place = resolve_device(device)
-    computed_in = resolve_dtype(dtype, place)
+    place, computed_in = place_for(device, dtype, layout, attention)
     config = examination.config.encoder_only()
     told = told_scales(examination, computed_in, scales)
-    if attention == "flex" and missing_for_flex(place):
-        attention = "sdpa"
+    if attention == "flex":
+        refuse_unsupported(place, computed_in, config.d_kv)
+        attention = "sdpa" if missing_for_flex(place) else "flex"
     return Settings(
         weights=weights_contents(examination),
         config=config,
