@@ -33,7 +33,10 @@ class Encoding(Protocol):
     Attributes:
         stack: the encoder, which may be loaded for this.
         report: of its loading; None where it is not known, or it is not loaded.
+        source: of its weights, for people; None where it is not known.
     """
+
+    source: str | None
 
     @property
     def stack(self) -> T5EncoderStack: ...
@@ -58,6 +61,7 @@ class StackEncoding:
 
     def __init__(self, stack: T5EncoderStack, report: LoadReport | None = None) -> None:
         self.stack, self.report = stack, report
+        self.source = None if report is None else report.source
 
     def __call__(self, ids: Tensor, mask: Tensor, pads: Pads, device: str | torch.device | None) -> Tensor:
         """[batch, length, d_model], computed in parts of at most ``token_budget`` rows."""

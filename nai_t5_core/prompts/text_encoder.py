@@ -141,6 +141,11 @@ class TextEncoder:
         return self._encoding.report
 
     @property
+    def source(self) -> str | None:
+        """Where the weights come from; None where that is not known."""
+        return self._encoding.source
+
+    @property
     def is_loaded(self) -> bool:
         """Whether the weights are in memory. Without a cache they always are."""
         return self._encoding.is_loaded

@@ -84,7 +84,8 @@ class CachedEncoding:
         self, settings: Settings, load: Callable[[], StackEncoding], store: Store, device: torch.device, source: str
     ) -> None:
         self.settings, self.store = settings, store
-        self._load, self._device, self._source = load, device, source
+        self._load, self._device = load, device
+        self.source: str | None = source
         self._loaded: StackEncoding | None = None
         self._settings_now: Callable[[], Settings | None] = lambda: settings
         self._lock = RLock()
@@ -122,5 +123,5 @@ class CachedEncoding:
         return self._loaded
 
     def __repr__(self) -> str:
-        what = repr(self._loaded) if self._loaded is not None else f"{self._source}, not loaded"
+        what = repr(self._loaded) if self._loaded is not None else f"{self.source}, not loaded"
         return f"{what}, {self.store!r}"
