@@ -235,13 +235,13 @@ def hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was hashed, beside a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     sources: list[str] = []
-    by_reading = contents._hash_tensors
+    by_reading = contents.contents_by_reading
 
     def counted(examination: Any) -> str:
         sources.append(examination.checkpoint.source)
         return by_reading(examination)
 
-    monkeypatch.setattr(contents, "_hash_tensors", counted)
+    monkeypatch.setattr(contents, "contents_by_reading", counted)
     return sources
 
 

@@ -45,10 +45,23 @@ def weights_contents(examination: Examination) -> str:
     remembered = _recall(before)
     if remembered is not None:
         return remembered
-    found = _hash_files(_files(examination)) if _is_packed(examination) else _hash_tensors(examination)
+    found = _hash_files(_files(examination)) if _is_packed(examination) else contents_by_reading(examination)
     if identities(examination) == before:
         _remember(before, found)
     return found
+
+
+def contents_by_reading(examination: Examination) -> str:
+    """The same without a look at the files, such as of a model in memory; not of blocks."""
+    checkpoint, names = examination.checkpoint, _names(examination)
+    sizes = [info.dtype.itemsize * Size(info.shape).numel() for info in (checkpoint.tensors[n] for n in names.values())]
+    digest = hashlib.sha256()
+    with _telling(checkpoint.source, sum(sizes)) as advance:
+        for (name, full), size in zip(names.items(), sizes, strict=True):
+            digest.update(f"{name}\n".encode())
+            _add_tensor(digest, checkpoint.read(full))
+            advance(size)
+    return digest.hexdigest()
 
 
 def lora_contents(lora: Lora) -> str:
@@ -84,18 +97,6 @@ def _names(examination: Examination) -> dict[str, str]:
 def _is_packed(examination: Examination) -> bool:
     """Whether weights are in blocks, which would be unpacked to be read."""
     return any(examination.checkpoint.tensors[full].packing for full in _names(examination).values())
-
-
-def _hash_tensors(examination: Examination) -> str:
-    checkpoint, names = examination.checkpoint, _names(examination)
-    sizes = [info.dtype.itemsize * Size(info.shape).numel() for info in (checkpoint.tensors[n] for n in names.values())]
-    digest = hashlib.sha256()
-    with _telling(checkpoint.source, sum(sizes)) as advance:
-        for (name, full), size in zip(names.items(), sizes, strict=True):
-            digest.update(f"{name}\n".encode())
-            _add_tensor(digest, checkpoint.read(full))
-            advance(size)
-    return digest.hexdigest()
 
 
 def _hash_files(files: list[Path]) -> str:

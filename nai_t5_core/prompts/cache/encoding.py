@@ -33,17 +33,19 @@ class SettingsOfStack:
 
     Args:
         stack: just loaded.
-        settings: that it has now.
+        at_load: gives the settings that it has without what was told since, the same object for as long as they are
+            the same.
     """
 
-    def __init__(self, stack: Any, settings: Settings) -> None:
-        self._stack, self._settings = stack, settings
+    def __init__(self, stack: Any, at_load: Callable[[], Settings]) -> None:
+        self._stack, self._at_load = stack, at_load
         self._vocabulary, self._scales = stack.config.vocab_size, stack.scales
         self._told_before = set(stack.alterations.done)
         self._watch = Watch(stack)
         self._lock = RLock()
         self._is_told = False
-        self._now, self._done = settings, dict(stack.alterations.done)
+        self._before, self._done = at_load(), dict(stack.alterations.done)
+        self._now = self._before
 
     def __call__(self) -> Settings | None:
         """None once something was done to the encoder that is not known; the same object while nothing is done."""
@@ -54,16 +56,15 @@ class SettingsOfStack:
                     self._is_told = True
                     log.warning("%s", _UNKNOWN)
                 return None
-            done = self._stack.alterations.done
-            if self._done != done:
-                self._now, self._done = self._settings_with(done), dict(done)
+            done, before = self._stack.alterations.done, self._at_load()
+            if self._done != done or before is not self._before:
+                self._now, self._done, self._before = self._settings_with(before, done), dict(done), before
             return self._now
 
-    def _settings_with(self, done: dict[object, Any]) -> Settings:
+    def _settings_with(self, at_load: Settings, done: dict[object, Any]) -> Settings:
         told = [what for who, what in done.items() if who not in self._told_before and isinstance(what, LorasInForce)]
         uses = [LoraUse(lora_contents(lora), number, what.way) for what in told for lora, number in what.loras]
-        stack, at_load = self._stack, self._settings
-        table = stack.shared.weight
+        stack, table = self._stack, self._stack.shared.weight
         vectors = {index: tensor_contents(table[index]) for index in range(self._vocabulary, len(table))}
         scales = at_load.scales if stack.scales == self._scales else stack.scales
         return replace(at_load, loras=(*at_load.loras, *uses), vectors=vectors, scales=scales)
@@ -87,7 +88,7 @@ class CachedEncoding:
         self._load, self._device = load, device
         self.source: str | None = source
         self._loaded: StackEncoding | None = None
-        self._settings_now: Callable[[], Settings | None] = lambda: settings
+        self._settings_now: Callable[[], Settings | None] = lambda: self.settings
         self._lock = RLock()
 
     @property
@@ -118,7 +119,7 @@ class CachedEncoding:
         with self._lock:
             if self._loaded is None:
                 loaded = self._load()
-                self._settings_now = SettingsOfStack(loaded.stack, self.settings)
+                self._settings_now = SettingsOfStack(loaded.stack, lambda: self.settings)
                 self._loaded = loaded
         return self._loaded
 

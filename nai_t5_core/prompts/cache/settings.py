@@ -55,8 +55,13 @@ def settings_for(
     compile: bool | str = False,  # noqa: A002
     attention: AttentionChoice = "auto",
     loras: Sequence[tuple[LoraSource, float]] = (),
+    weights: str | None = None,
 ) -> Settings:
-    """As :func:`settings_of`, of a checkpoint that is examined already."""
+    """As :func:`settings_of`, of a checkpoint that is examined already.
+
+    Args:
+        weights: the hash of their contents, where it is known; of a model in memory it has to be given.
+    """
     examination.refuse_faults()
     place, computed_in = place_for(device, dtype, layout, attention)
     config = examination.config.encoder_only()
@@ -65,7 +70,7 @@ def settings_for(
         refuse_unsupported(place, computed_in, config.d_kv)
         attention = "sdpa" if missing_for_flex(place) else "flex"
     return Settings(
-        weights=weights_contents(examination),
+        weights=weights_contents(examination) if weights is None else weights,
         config=config,
         dtype=str(computed_in).removeprefix("torch."),
         backend=forecast(config, place, computed_in, layout, told, optimize, quantize, compile, attention),
