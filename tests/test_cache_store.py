@@ -24,7 +24,7 @@ from torch import Tensor
 from nai_t5_core.prompts.cache.disk import DiskStore
 from nai_t5_core.prompts.cache.entry import FORMS, DamagedEntryError, Form, from_bytes, to_bytes
 from nai_t5_core.prompts.cache.key import Key, Settings
-from nai_t5_core.prompts.cache.memory import MemoryStore
+from nai_t5_core.prompts.cache.memory import Embedding, MemoryStore
 from nai_t5_core.prompts.cache.store import Store, default_folder, open_store
 from nai_t5_core.weights import whole_files
 
@@ -34,6 +34,15 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 def key_of(number: int) -> Key:
     return SETTINGS.key([number, 1])
+
+
+def put(store: DiskStore, number: int, rows: Tensor) -> bool:
+    return store.put(key_of(number), Embedding(rows))
+
+
+def found_in(store: DiskStore, number: int, least_rows: int = 1) -> Tensor | None:
+    found = store.get(key_of(number), least_rows)
+    return None if found is None else found.rows
 
 
 def rows_of(number: int, dtype: torch.dtype = torch.bfloat16, rows: int = 5, width: int = 64) -> Tensor:
@@ -52,8 +61,8 @@ def on_disk(folder: Path, limit: int = 10_000_000, form: Form = "computed") -> D
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_come_back_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     rows = rows_of(1, dtype)
-    assert on_disk(tmp_path).put(key_of(1), rows)
-    found = on_disk(tmp_path).get(key_of(1))
+    assert put(on_disk(tmp_path), 1, rows)
+    found = found_in(on_disk(tmp_path), 1)
     assert found is not None and found.dtype == dtype and torch.equal(found, rows)
 
 
@@ -84,14 +93,14 @@ def test_rows_of_zeros_can_be_in_8_bits() -> None:
 def test_what_is_kept_smaller_is_given_only_to_who_asked_for_it(tmp_path: Path) -> None:
     rows = rows_of(1, torch.float32)
     for form in FORMS:
-        on_disk(tmp_path / form, form=form).put(key_of(1), rows)
-        given = {other for other in FORMS if on_disk(tmp_path / form, form=other).get(key_of(1)) is not None}
+        put(on_disk(tmp_path / form, form=form), 1, rows)
+        given = {other for other in FORMS if found_in(on_disk(tmp_path / form, form=other), 1) is not None}
         assert given == (set(FORMS) if form == "computed" else {form})
 
 
 def test_an_entry_is_a_safetensors_file_that_tells_its_key(tmp_path: Path) -> None:
     disk, key = on_disk(tmp_path), key_of(1)
-    disk.put(key, rows_of(1))
+    put(disk, 1, rows_of(1))
     path = tmp_path / "cache" / key.digest[:2] / f"{key.digest}.safetensors"
     assert torch.equal(load_file(path)["rows"], rows_of(1))
     content = path.read_bytes()
@@ -118,14 +127,14 @@ def test_too_few_rows_are_none_and_more_replace_them(tmp_path: Path) -> None:
 def test_the_least_recently_used_go_out_of_memory() -> None:
     memory = MemoryStore(3 * rows_of(0).nbytes)
     for number in range(3):
-        memory.put(str(number), rows_of(number))
+        memory.put(str(number), Embedding(rows_of(number)))
     assert memory.get("0") is not None
-    memory.put("3", rows_of(3))
+    memory.put("3", Embedding(rows_of(3)))
     assert [name for name in "0123" if memory.get(name) is not None] == ["0", "2", "3"]
     assert memory.nbytes == memory.limit
-    memory.put("3", rows_of(4, rows=2))
+    memory.put("3", Embedding(rows_of(4, rows=2)))
     assert memory.nbytes == 2 * rows_of(0).nbytes + rows_of(4, rows=2).nbytes
-    memory.put("5", rows_of(5, rows=100))
+    memory.put("5", Embedding(rows_of(5, rows=100)))
     assert memory.get("5") is None and len(memory) == 3
 
 
@@ -139,8 +148,21 @@ def test_nobody_can_change_what_is_kept() -> None:
         found.zero_()
 
 
+def test_what_goes_with_the_rows_comes_with_them(tmp_path: Path) -> None:
+    extras = {"mask": torch.tensor([[1, 1, 0]]), "pooled": torch.randn(1, 7), "flag": torch.tensor(True)}
+    store = Store(tmp_path)
+    store.put(key_of(1), rows_of(1), extras)
+    store.wait()
+    for again in (store, Store(tmp_path), Store(tmp_path, form="int8")):
+        found = again.find(key_of(1))
+        assert found is not None and torch.equal(found.rows, rows_of(1)) and found.extras.keys() == extras.keys()
+        assert all(torch.equal(found.extras[name], tensor) for name, tensor in extras.items())
+        for tensor in found.extras.values():
+            tensor.zero_()
+
+
 def test_a_store_counts_what_it_is_asked_for(tmp_path: Path) -> None:
-    on_disk(tmp_path).put(key_of(1), rows_of(1))
+    put(on_disk(tmp_path), 1, rows_of(1))
     store = Store(tmp_path / "cache")
     for number in (1, 2, 1, 1):
         store.get(key_of(number))
@@ -167,11 +189,11 @@ def test_the_least_recently_read_go_from_the_folder(tmp_path: Path) -> None:
     size = len(to_bytes(key_of(0), rows_of(0)))
     disk = on_disk(tmp_path, limit=10 * size + size // 2)
     for number in range(10):
-        disk.put(key_of(number), rows_of(number))
+        put(disk, number, rows_of(number))
         os.utime(disk.place(key_of(number)), (1e9 + number, 1e9 + number))
-    assert disk.get(key_of(0)) is not None  # now the last
-    disk.put(key_of(10), rows_of(10))
-    assert [number for number in range(11) if disk.get(key_of(number)) is None] == [1, 2]
+    assert found_in(disk, 0) is not None  # now the last
+    put(disk, 10, rows_of(10))
+    assert [number for number in range(11) if found_in(disk, number) is None] == [1, 2]
     assert sum(kept.nbytes for kept in disk.kept()) <= disk.limit
 
 
@@ -179,24 +201,24 @@ def test_the_limit_counts_what_others_have_written(tmp_path: Path) -> None:
     size = len(to_bytes(key_of(0), rows_of(0)))
     one, two = on_disk(tmp_path, 10 * size), on_disk(tmp_path, 10 * size)
     for number in range(0, 30, 2):
-        one.put(key_of(number), rows_of(number))
-        two.put(key_of(number + 1), rows_of(number + 1))
+        put(one, number, rows_of(number))
+        put(two, number + 1, rows_of(number + 1))
     # Each knows what it has written itself, and looks again when that comes to the limit.
     assert len(one.kept()) <= 20
-    on_disk(tmp_path, 10 * size).put(key_of(99), rows_of(99))
+    put(on_disk(tmp_path, 10 * size), 99, rows_of(99))
     assert len(one.kept()) <= 10
 
 
 def test_what_is_larger_than_the_limit_is_not_kept(tmp_path: Path) -> None:
     disk = on_disk(tmp_path, limit=5000)
-    disk.put(key_of(1), rows_of(1))
-    assert not disk.put(key_of(2), rows_of(2, rows=500))
+    put(disk, 1, rows_of(1))
+    assert not put(disk, 2, rows_of(2, rows=500))
     assert [kept.path for kept in disk.kept()] == [disk.place(key_of(1))]
 
 
 def test_what_is_not_its_own_stays(tmp_path: Path) -> None:
     disk = on_disk(tmp_path)
-    disk.put(key_of(1), rows_of(1))
+    put(disk, 1, rows_of(1))
     others = [disk.folder / "photo.png", disk.place(key_of(1)).with_name("notes.txt"), disk.folder / "aa" / "x"]
     for other in others:
         other.parent.mkdir(exist_ok=True)
@@ -248,26 +270,26 @@ def test_a_damaged_entry_is_a_miss_is_told_once_and_is_replaced(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk = on_disk(tmp_path)
-    disk.put(key_of(1), rows_of(1))
+    put(disk, 1, rows_of(1))
     path = disk.place(key_of(1))
     change, reason = DAMAGES[damage]
     path.write_bytes(change(path.read_bytes()))
-    assert disk.get(key_of(1)) is None and disk.get(key_of(1)) is None
+    assert found_in(disk, 1) is None and found_in(disk, 1) is None
     assert len(caplog.messages) == 1
     assert reason in caplog.messages[0] and str(path) in caplog.messages[0] and "\n" not in caplog.messages[0]
     assert list(disk.faults()) == [path]
-    assert disk.put(key_of(1), rows_of(1)) and disk.faults() == {}
-    found = disk.get(key_of(1))
+    assert put(disk, 1, rows_of(1)) and disk.faults() == {}
+    found = found_in(disk, 1)
     assert found is not None and torch.equal(found, rows_of(1))
 
 
 def test_an_entry_under_another_name_is_not_taken(tmp_path: Path) -> None:
     disk = on_disk(tmp_path)
-    disk.put(key_of(1), rows_of(1))
+    put(disk, 1, rows_of(1))
     other = disk.place(key_of(2))
     other.parent.mkdir(exist_ok=True)
     disk.place(key_of(1)).rename(other)
-    assert disk.get(key_of(2)) is None
+    assert found_in(disk, 2) is None
     assert disk.faults() == {other: "it is of another embedding"}
 
 
@@ -391,7 +413,7 @@ def test_twenty_kills_tear_and_lose_nothing(tmp_path: Path) -> None:
         def write(pipe: int, first: int = 1000 * kill) -> None:
             disk = on_disk(tmp_path, limit=10**9)
             for number in range(first, first + 1000):
-                if disk.put(key_of(number), rows_of(number, rows=77)):
+                if put(disk, number, rows_of(number, rows=77)):
                     os.write(pipe, b"%d\n" % number)
 
         child, pipe = _in_another_process(write)
@@ -405,7 +427,7 @@ def test_twenty_kills_tear_and_lose_nothing(tmp_path: Path) -> None:
     disk = on_disk(tmp_path, limit=10**9)
     assert len(told) >= 20 and disk.faults() == {}
     for number in told:
-        found = disk.get(key_of(number))
+        found = found_in(disk, number)
         assert found is not None and torch.equal(found, rows_of(number, rows=77))
     # What the last one was about to write goes when the next writes there.
     unfinished = list(disk.folder.rglob("*.part"))
@@ -422,9 +444,9 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
         chosen = random.Random(pipe)
         for _ in range(60):
             number = chosen.randrange(20)
-            disk.put(key_of(number), rows_of(number))
+            put(disk, number, rows_of(number))
             number = chosen.randrange(20)
-            found = disk.get(key_of(number))
+            found = found_in(disk, number)
             wrong += found is not None and not torch.equal(found, rows_of(number))
         os.write(pipe, b"%d wrong, %d told" % (wrong, len(disk._told)))
 

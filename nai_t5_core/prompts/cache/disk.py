@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from torch import Tensor
-
 from nai_t5_core.prompts.cache.entry import DamagedEntryError, Entry, Form, from_bytes, to_bytes
 from nai_t5_core.prompts.cache.key import Key
+from nai_t5_core.prompts.cache.memory import Embedding
 from nai_t5_core.weights.whole_files import remove_unfinished, write_whole
 
 log = logging.getLogger(__name__)
@@ -56,8 +55,8 @@ class DiskStore:
         """The file of a key."""
         return self.folder / key.digest[:2] / f"{key.digest}.safetensors"
 
-    def get(self, key: Key, least_rows: int = 1) -> Tensor | None:
-        """The rows of an entry [rows, d_model], if it is there, whole and has as many."""
+    def get(self, key: Key, least_rows: int = 1) -> Embedding | None:
+        """What is kept under a key, if it is there, whole, and has as many rows."""
         path = self.place(key)
         try:
             entry = from_bytes(path.read_bytes())
@@ -75,11 +74,11 @@ class DiskStore:
             return None
         with suppress(OSError):  # of another user: it is read all the same
             path.touch()
-        return entry.rows
+        return Embedding(entry.rows, entry.extras)
 
-    def put(self, key: Key, rows: Tensor) -> bool:
-        """Writes rows [rows, d_model]; whether they are on the disk for certain."""
-        content = to_bytes(key, rows, self.form)
+    def put(self, key: Key, embedding: Embedding) -> bool:
+        """Writes an entry; whether it is on the disk for certain."""
+        content = to_bytes(key, embedding.rows, self.form, embedding.extras)
         if len(content) > self.limit:
             return False
         path = self.place(key)

@@ -1,13 +1,16 @@
 """One embedding as the content of a file, and back: every number of it is checked before it is given out.
 
 A safetensors file with ``rows`` [rows, d_model] and, in 8 bits, ``row_scales`` [rows, 1] and ``channel_scales``
-[d_model]. Its metadata has the key, the dtype that was computed in, the form it is kept in, and a checksum.
+[d_model]. ``extra.<name>`` are tensors of any kind that go with them. Its metadata has the key, the dtype that was
+computed in, the form it is kept in, and a checksum.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,6 +29,7 @@ SCHEMA = "1"
 # How the numbers are kept: as they were computed, or smaller.
 Form = Literal["computed", "bfloat16", "float16", "int8"]
 FORMS: tuple[Form, ...] = get_args(Form)
+_EXTRA = "extra."
 _TENSORS = {"int8": {"rows", "row_scales", "channel_scales"}}
 # The steps of 8 bits on each side of zero.
 _STEPS = 127
@@ -43,19 +47,24 @@ class Entry:
         key: of whatever the file holds; to be compared with the key that is looked for.
         form: how the numbers were kept; rounded unless that is ``"computed"``.
         rows: [rows, d_model] in the dtype that was computed in.
+        extras: tensors that go with them, by name; as they were.
     """
 
     key: Key
     form: Form
     rows: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def to_bytes(key: Key, rows: Tensor, form: Form = "computed") -> bytes:
-    """The content of a file for these rows [rows, d_model].
+def to_bytes(
+    key: Key, rows: Tensor, form: Form = "computed", extras: Mapping[str, Tensor] = MappingProxyType({})
+) -> bytes:
+    """The content of a file for these rows [rows, d_model], and what goes with them.
 
     Where a smaller form would lose a number to infinity, or would not be smaller, the rows are kept as computed.
     """
     tensors, kept_as = _kept(rows, form)
+    tensors |= {f"{_EXTRA}{name}": tensor.contiguous() for name, tensor in extras.items()}
     metadata = {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -84,11 +93,13 @@ def from_bytes(content: bytes) -> Entry:
         raise DamagedEntryError(f"it is damaged: {error}") from error
     dtype, form = DTYPES.get(metadata.get("dtype", "")), metadata.get("form", "")
     expected = _TENSORS.get(form, {"rows"})
-    if dtype is None or form not in FORMS or set(tensors) != expected or not isinstance(metadata.get("key"), str):
+    extras = {name.removeprefix(_EXTRA): tensor for name, tensor in tensors.items() if name.startswith(_EXTRA)}
+    own = {name for name in tensors if not name.startswith(_EXTRA)}
+    if dtype is None or form not in FORMS or own != expected or not isinstance(metadata.get("key"), str):
         raise DamagedEntryError("its header is damaged")
     if _checksum(tensors) != metadata.get("sha256"):
         raise DamagedEntryError("its numbers are not those that were written")
-    return Entry(Key(metadata["key"]), form, _given_out(tensors, form, dtype))
+    return Entry(Key(metadata["key"]), form, _given_out(tensors, form, dtype), extras)
 
 
 def _metadata(content: bytes) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +18,7 @@ from nai_t5_core.facts.paths import cache_folder, user_path
 from nai_t5_core.prompts.cache.disk import DiskStore
 from nai_t5_core.prompts.cache.entry import FORMS, Form
 from nai_t5_core.prompts.cache.key import Key
-from nai_t5_core.prompts.cache.memory import MemoryStore
+from nai_t5_core.prompts.cache.memory import Embedding, MemoryStore
 
 MEMORY_LIMIT, DISK_LIMIT = 256_000_000, 2_000_000_000
 # Entries that may wait to be written, before one who brings more waits too.
@@ -76,22 +78,30 @@ class Store:
         Args:
             least_rows: fewer rows are as none; more may come.
         """
-        rows = self.memory.get(key.digest, least_rows)
-        if rows is not None:
+        found = self.find(key, least_rows)
+        return None if found is None else found.rows
+
+    def find(self, key: Key, least_rows: int = 1) -> Embedding | None:
+        """As :meth:`get`, with the tensors that go with the rows."""
+        found = self.memory.get(key.digest, least_rows)
+        if found is not None:
             self.counts.from_memory += 1
-            return rows
-        rows = None if self.disk is None else self.disk.get(key, least_rows)
-        if rows is None:
+            return found
+        found = None if self.disk is None else self.disk.get(key, least_rows)
+        if found is None:
             self.counts.misses += 1
             return None
         self.counts.from_disk += 1
-        self.memory.put(key.digest, rows)
-        return rows
+        self.memory.put(key.digest, found.copy())
+        return found
 
-    def put(self, key: Key, rows: Tensor) -> None:
-        """Keeps rows [rows, d_model]. They are written in the background; :meth:`wait` tells when all are."""
-        own = rows.detach().to("cpu", copy=True).contiguous()
-        self.memory.keep(key.digest, own)
+    def put(self, key: Key, rows: Tensor, extras: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Keeps rows [rows, d_model], and tensors that go with them.
+
+        They are written in the background; :meth:`wait` tells when all are.
+        """
+        own = Embedding(rows, extras).copy()
+        self.memory.put(key.digest, own)
         if self.disk is None or not self.disk.limit:
             return
         with self._lock:
