@@ -27,7 +27,7 @@ from fuzz_files import (
 from safetensors.torch import save
 from toy_quantised import note
 
-from comfy_nai_t5.embeddings import describe, load_conditioning, save_conditioning
+from comfy_nai_t5.embeddings import describe, load_conditioning, save_conditioning, save_core_conditioning
 from nai_t5_core.facts.config import config_to_hf
 from nai_t5_core.facts.scales import LayerScales, unscaled
 from nai_t5_core.lora.files import read_lora
@@ -209,6 +209,9 @@ def _readers(folder: Path) -> dict[str, Reader]:
             "scales.json", _scales(folder), damaged_json, lambda folder: read_scales(folder / "scales.json")
         ),
         "cached embedding": Reader("e.safetensors", _cached(), damaged_safetensors, _from_cache),
+        "ComfyUI's conditioning": Reader(
+            "saved.safetensors", _core_conditioning(folder), damaged_safetensors, _embedding
+        ),
         "saved embedding": Reader("saved.safetensors", _conditioning(folder), damaged_safetensors, _embedding),
         "textual inversion": Reader(
             "vectors.safetensors", save({"t5xxl": torch.ones(2, 128)}), damaged_safetensors, _vectors
@@ -314,6 +317,11 @@ def _scales(folder: Path) -> bytes:
 def _conditioning(folder: Path) -> bytes:
     conditioning = [[torch.ones(1, 2, 4), {"attention_mask": torch.ones(1, 2), "strength": 1.0}]] * 2
     return save_conditioning(conditioning, folder / "saved.safetensors", note="a cat").read_bytes()
+
+
+def _core_conditioning(folder: Path) -> bytes:
+    extras = {"pooled_output": torch.ones(1, 2), "strength": 1.0, "list": [torch.ones(1), torch.ones(2)]}
+    return save_core_conditioning([[torch.ones(1, 2, 4), extras]], folder / "core.safetensors").read_bytes()
 
 
 def _cached() -> bytes:

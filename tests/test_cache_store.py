@@ -80,6 +80,15 @@ def test_smaller_forms_are_smaller_and_near(form: Form, error: float, dtype: tor
     assert distance <= error if is_smaller else torch.equal(entry.rows, rows)
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_numbers_that_were_only_widened_take_half_the_room(half: torch.dtype) -> None:
+    rows = rows_of(3, half, rows=50).float()
+    content = to_bytes(key_of(3), rows)
+    entry = from_bytes(content)
+    assert entry.form == "computed" and entry.rows.dtype == torch.float32 and torch.equal(entry.rows, rows)
+    assert len(content) < 0.65 * len(to_bytes(key_of(3), rows_of(3, torch.float32, rows=50)))
+
+
 def test_a_number_is_not_lost_to_a_smaller_form() -> None:
     rows = rows_of(3, torch.float32) * 1e6
     entry = from_bytes(to_bytes(key_of(3), rows, "float16"))
@@ -258,7 +267,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "another program's": (lambda content: _with_metadata(content, format="x"), "no embedding of this program"),
     "another schema": (lambda content: _with_metadata(content, schema="2"), "schema '2', and this program reads 1"),
     "another key": (lambda content: _with_metadata(content, key="{}"), "of another embedding"),
-    "another dtype": (lambda content: _with_metadata(content, dtype="float32"), "holds torch.bfloat16"),
+    "another dtype": (lambda content: _with_metadata(content, dtype="float16"), "holds torch.bfloat16"),
     "no dtype": (lambda content: _with_metadata(content, dtype="int4"), "header is damaged"),
     "no form": (lambda content: _with_metadata(content, form="zip"), "header is damaged"),
     "8 bits without scales": (lambda content: _with_metadata(content, form="int8"), "header is damaged"),

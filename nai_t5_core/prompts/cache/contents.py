@@ -41,13 +41,29 @@ def weights_contents(examination: Examination) -> str:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    before = identities(examination)
-    remembered = _recall(before)
+    files = _files(examination)
+    if _is_packed(examination):
+        return _once(files, lambda: _hash_files(files))
+    return _once(files, lambda: contents_by_reading(examination))
+
+
+def file_contents(file: Path) -> str:
+    """The hash of a whole file, remembered as that of weights is.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return _once([file.resolve()], lambda: _hash_files([file]), "the whole file")
+
+
+def _once(files: list[Path], hash_them: Callable[[], str], of: str = "the encoder") -> str:
+    before = _identities(files)
+    remembered = _recall(before, of)
     if remembered is not None:
         return remembered
-    found = _hash_files(_files(examination)) if _is_packed(examination) else contents_by_reading(examination)
-    if identities(examination) == before:
-        _remember(before, found)
+    found = hash_them()
+    if _identities(files) == before:
+        _remember(before, found, of)
     return found
 
 
@@ -145,7 +161,11 @@ def identities(examination: Examination) -> list[list[str | int]]:
 
     The time of a file's last change of any kind goes up even where a tool sets that of its contents back.
     """
-    found = ((file, file.stat()) for file in _files(examination))
+    return _identities(_files(examination))
+
+
+def _identities(files: list[Path]) -> list[list[str | int]]:
+    found = ((file, file.stat()) for file in files)
     return [[str(file), at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino] for file, at in found]
 
 
@@ -154,26 +174,26 @@ def _files(examination: Examination) -> list[Path]:
     return sorted({tensors[name].file.resolve() for name in _names(examination).values()})
 
 
-def _place(identities: list[list[str | int]]) -> Path:
-    paths = json.dumps([identity[0] for identity in identities])
+def _place(identities: list[list[str | int]], of: str) -> Path:
+    paths = json.dumps([of, *(identity[0] for identity in identities)])
     return cache_folder() / "hashes" / f"{hashlib.sha256(paths.encode()).hexdigest()[:32]}.json"
 
 
-def _recall(identities: list[list[str | int]]) -> str | None:
+def _recall(identities: list[list[str | int]], of: str) -> str | None:
     with suppress(OSError, ValueError):
-        kept = parse_object(_place(identities).read_bytes())
+        kept = parse_object(_place(identities, of).read_bytes())
         found = kept.get("sha256")
         if kept.get("version") == _VERSION and kept.get("files") == identities and isinstance(found, str):
             return found if len(found) == 64 else None
     return None
 
 
-def _remember(identities: list[list[str | int]], found: str) -> None:
+def _remember(identities: list[list[str | int]], found: str, of: str) -> None:
     latest = max(int(moment) for identity in identities for moment in identity[2:4]) / 1e9
     if time.time() - latest < _SETTLED:
         return
     # Without a place to remember it, the weights are hashed again the next time.
     with suppress(OSError):
-        place = _place(identities)
+        place = _place(identities, of)
         place.parent.mkdir(parents=True, exist_ok=True)
         write_whole(place, json.dumps({"version": _VERSION, "files": identities, "sha256": found}))

@@ -132,7 +132,17 @@ def _kept(rows: Tensor, form: Form) -> tuple[dict[str, Tensor], Form]:
         smaller = rows.to(DTYPES[form])
         if smaller.dtype.itemsize < rows.dtype.itemsize and bool(smaller.isfinite().all()):
             return {"rows": smaller.contiguous()}, form
-    return {"rows": rows.contiguous()}, "computed"
+    return {"rows": _as_small_as_without_loss(rows)}, "computed"
+
+
+def _as_small_as_without_loss(rows: Tensor) -> Tensor:
+    """The same numbers in half precision if they all fit there, as those do that were only widened."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if dtype.itemsize < rows.dtype.itemsize:
+            smaller = rows.to(dtype)
+            if torch.equal(smaller.to(rows.dtype), rows):
+                return smaller.contiguous()
+    return rows.contiguous()
 
 
 def _in_8_bits(rows: Tensor) -> dict[str, Tensor]:
@@ -148,8 +158,9 @@ def _in_8_bits(rows: Tensor) -> dict[str, Tensor]:
 
 def _given_out(tensors: dict[str, Tensor], form: str, dtype: torch.dtype) -> Tensor:
     rows = tensors["rows"]
-    stored = {"computed": dtype, "int8": torch.int8}.get(form) or DTYPES[form]
-    if rows.ndim != 2 or not rows.numel() or rows.dtype != stored:
+    halves = {torch.bfloat16, torch.float16} if dtype.itemsize > 2 else set()
+    stored = {"computed": {dtype} | halves, "int8": {torch.int8}}.get(form) or {DTYPES[form]}
+    if rows.ndim != 2 or not rows.numel() or rows.dtype not in stored:
         raise DamagedEntryError(f"it holds {rows.dtype} {list(rows.shape)}")
     if form == "int8":
         steps, channels = tensors["row_scales"], tensors["channel_scales"]
