@@ -98,6 +98,40 @@ def read_checkpoint(path: str | Path | None) -> ServerCheckpoint:
     return _with_scales(examination, list(names), scales)
 
 
+def whole(path: str | Path | None) -> str | Path | None:
+    """The index that lists a shard; any other path as it is."""
+    return _whole(path) if path else None
+
+
+def checkpoint_without_weights(path: str | Path | None) -> ServerCheckpoint:
+    """As :func:`read_checkpoint`, with tensors that have a shape and a dtype and no numbers; none is read.
+
+    Raises:
+        CheckpointError: as :func:`read_checkpoint`.
+    """
+    examination = examine(whole(path))
+    examination.refuse_faults()
+    names = encoder_tensors(examination.config.encoder_only())
+    if examination.keymap.scales:
+        checkpoint = read_checkpoint(path)  # mapped from the file; only the scales are read
+        state = {name: emptied(tensor) for name, tensor in checkpoint.state.items()}
+        return ServerCheckpoint(examination, state, checkpoint.model_options)
+
+    def dtype_of(name: str) -> torch.dtype:
+        if examination.is_native:
+            return torch.float32
+        info = examination.checkpoint.tensors[examination.keymap.names[name]]
+        return _UNPACKED if info.packing else info.dtype
+
+    state = {name: torch.empty(shape, dtype=dtype_of(name), device="meta") for name, shape in names.items()}
+    return ServerCheckpoint(examination, state, {})
+
+
+def emptied(tensor: Tensor) -> Tensor:
+    """A tensor without its numbers, unless these are no weights but what ComfyUI reads of how weights are quantised."""
+    return tensor if tensor.dtype == torch.uint8 or not tensor.numel() else tensor.to("meta")
+
+
 def _reader(examination: Examination) -> Callable[[str], Tensor]:
     """Reads a tensor by its Hugging Face name, as it is in the file; what is in blocks there comes in float16."""
     checkpoint, names = examination.checkpoint, examination.keymap.names

@@ -13,7 +13,9 @@ ATTENTIONS = ("auto", "flex", "sdpa")
 # "auto" joins products where that changes nothing; "fused" makes it an error where it would; "packed" keeps a second,
 # faster copy of the joined weights for the CPU, and "int8" one in 8 bits.
 LAYOUTS = ("auto", "fused", "packed", "int8", "separate")
-_ALLOWED = {"dtype": DTYPES, "weights": WEIGHTS, "attention": ATTENTIONS, "layout": LAYOUTS}
+# Where embeddings are kept: "on" in memory and in the user's cache folder.
+CACHES = ("off", "on", "memory only")
+_ALLOWED = {"dtype": DTYPES, "weights": WEIGHTS, "attention": ATTENTIONS, "layout": LAYOUTS, "cache": CACHES}
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Settings:
     attention: str = "auto"
     layout: str = "auto"
     compile: bool = False
+    cache: str = "off"
 
     def __post_init__(self) -> None:
         for field in fields(self):

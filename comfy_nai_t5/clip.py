@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from comfy_nai_t5.choices import Settings
+from comfy_nai_t5.clip_cache import ClipCache, store_for, weights_in_memory
 from comfy_nai_t5.encode import embedding_widths, refuse_endless
 from comfy_nai_t5.idle_hooks import tell_of_idle_hooks
 from comfy_nai_t5.stack import SharedStack
@@ -21,6 +22,7 @@ from nai_t5_core.float16.guard import encode_guarded
 from nai_t5_core.model.attention_choice import FlexUnavailableError, missing_for_flex, refuse_unsupported
 from nai_t5_core.model.packing import PaddingPolicy
 from nai_t5_core.model.precision import is_finite
+from nai_t5_core.prompts.cache.store import Store
 
 
 class EncoderModel(nn.Module):
@@ -117,13 +119,47 @@ class EncoderModel(nn.Module):
 
 
 class T5Clip(comfy.sd.CLIP):
-    """ComfyUI's CLIP, which tells what ComfyUI itself leaves out: LoRAs and embeddings that do not fit."""
+    """ComfyUI's CLIP, which tells what ComfyUI itself leaves out: LoRAs and embeddings that do not fit.
+
+    Attributes:
+        cache: keeps embeddings, and loads the weights where they are needed; None where that is not chosen.
+    """
+
+    cache: ClipCache | None = None
 
     def clone(self, *arguments: Any, **options: Any) -> T5Clip:
-        return _as_ours(super().clone(*arguments, **options))
+        clone = _as_ours(super().clone(*arguments, **options))
+        clone.cache = self.cache
+        return clone
+
+    def encode_from_tokens(self, tokens: dict[str, Any], return_pooled: Any = False, return_dict: bool = False) -> Any:
+        compute = super().encode_from_tokens
+        if self.cache is None:
+            return compute(tokens, return_pooled=return_pooled, return_dict=return_dict)
+        out = self.cache.encode(self, t5_models(self.cond_stage_model), compute, tokens, return_pooled)
+        if return_dict:
+            return out
+        return (out["cond"], out["pooled_output"]) if return_pooled else out["cond"]
+
+    def _fill(self) -> None:
+        if self.cache is not None:
+            self.cache.fill(self)
+
+    def get_sd(self, *arguments: Any, **options: Any) -> Any:
+        self._fill()
+        return super().get_sd(*arguments, **options)
+
+    def state_dict_for_saving(self, *arguments: Any, **options: Any) -> Any:
+        self._fill()
+        return super().state_dict_for_saving(*arguments, **options)
+
+    def get_key_patches(self, *arguments: Any, **options: Any) -> Any:
+        self._fill()
+        return super().get_key_patches(*arguments, **options)
 
     def load_model(self, *arguments: Any, **options: Any) -> Any:
         """Has the weights where they are needed, before every encode."""
+        self._fill()
         for owner in t5_models(self.cond_stage_model).values():
             owner.transformer.stack.is_hooked = bool(self.patcher.hook_patches)
         return super().load_model(*arguments, **options)
@@ -224,8 +260,19 @@ def with_our_t5(clip: Any, settings: Settings | None = None) -> T5Clip:
 
     clone = _as_ours(clip.clone())
     clone.cond_stage_model = _rebuilt(clip.cond_stage_model, ours)
+    clone.cache = _cache_for(clip, settings)
     tell_of_idle_hooks(clone.patcher, _encoders(clone.cond_stage_model))
     return clone
+
+
+def _cache_for(clip: Any, settings: Settings) -> ClipCache | None:
+    """What keeps the embeddings of a CLIP with our T5, and has its weights if they are late."""
+    before: ClipCache | None = getattr(clip, "cache", None)
+    if settings.cache == "off":
+        # A CLIP whose weights are late has to have them all the same.
+        return None if before is None or before.is_loaded else before.with_store(Store(None, memory=0))
+    store = store_for(settings.cache)
+    return before.with_store(store) if before is not None else ClipCache(store, weights_in_memory(clip.patcher))
 
 
 def is_streamed(clip: Any) -> bool:
@@ -264,6 +311,8 @@ def describe(clip: T5Clip) -> str:
         stack = owner.transformer.stack
         dtype = str(stack.dtype).removeprefix("torch.")
         layout = stack.expected_layout(is_streamed(clip))
+        if clip.cache is not None and not clip.cache.is_loaded:
+            layout = "to be loaded at the first prompt whose embedding is not kept"
         lines.append(f"{name}: {stack.config.kind} of {stack.config.num_layers} layers, {dtype}, {layout}")
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from comfy_nai_t5.core_conditioning import OPTIONS, from_core, is_core, to_core
 from nai_t5_core.facts.nested_text import parse_json
 from nai_t5_core.weights.whole_files import replacing
 
@@ -43,14 +44,28 @@ def save_conditioning(conditioning: list[Any], path: Path, **facts: str) -> Path
         raise ValueError(
             f"this conditioning cannot be written to a file ({error}); save it before hooks or masks"
         ) from error
-    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "entries": header, **facts}
+    _write(path, tensors, {"format": FORMAT, "format_version": FORMAT_VERSION, "entries": header, **facts})
+    return path
+
+
+def save_core_conditioning(conditioning: list[Any], path: Path, **facts: str) -> Path:
+    """As :func:`save_conditioning`, in the form that ComfyUI's own Load Conditioning reads.
+
+    Raises:
+        ValueError: as :func:`save_conditioning`; or the conditioning has several entries.
+    """
+    tensors, metadata = to_core(conditioning)
+    _write(path, {name: _of_its_own(tensor) for name, tensor in tensors.items()}, {**facts, **metadata})
+    return path
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             save_file(tensors, partial, metadata)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be written ({error}); make room, or choose another name") from error
-    return path
 
 
 def _of_its_own(tensor: Tensor) -> Tensor:
@@ -71,7 +86,7 @@ def embedding_path(folder: Path, name: str) -> Path:
 
 
 def load_conditioning(path: Path) -> tuple[list[Any], dict[str, str]]:
-    """The inverse of :func:`save_conditioning`: the conditioning, and the facts.
+    """The inverse of :func:`save_conditioning`: the conditioning, and the facts. Reads ComfyUI's own files, too.
 
     Raises:
         ValueError: no file, another kind of file, or a damaged one.
@@ -85,8 +100,14 @@ def load_conditioning(path: Path) -> tuple[list[Any], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path.name} cannot be read ({error}); save the embedding again") from error
+    if is_core(tensors):
+        try:
+            conditioning = from_core(tensors, facts)
+        except ValueError as error:
+            raise ValueError(f"{path.name} is damaged ({error}); save the conditioning again") from error
+        return conditioning, {name: fact for name, fact in facts.items() if name != OPTIONS}
     if (facts.pop("format", None), facts.pop("format_version", None)) != (FORMAT, FORMAT_VERSION):
-        raise ValueError(f"{path.name} was not written by Save T5 Embedding; choose one that was")
+        raise ValueError(f"{path.name} was written neither by Save T5 Embedding nor by Save Conditioning; choose one")
     try:
         entries = parse_json(facts.pop("entries", ""))
         return _conditioning(entries, tensors), facts

@@ -14,7 +14,14 @@ import folder_paths
 import torch
 from torch import nn
 
-from comfy_nai_t5.checkpoint import ServerCheckpoint, holds_t5, read_checkpoint, sentencepiece_tensor
+from comfy_nai_t5.checkpoint import (
+    ServerCheckpoint,
+    checkpoint_without_weights,
+    emptied,
+    holds_t5,
+    read_checkpoint,
+    sentencepiece_tensor,
+)
 from comfy_nai_t5.choices import Settings
 from comfy_nai_t5.clip import T5Clip, is_streamed, t5_models, with_our_t5
 from comfy_nai_t5.families import AUTO, ServerFamily, check_joint, family_for, server_config
@@ -74,9 +81,17 @@ def _patcher_of(loader: Callable[..., Any], arguments: tuple[Any, ...], disable_
 
 
 def stock_clip(
-    checkpoint: ServerCheckpoint, family: ServerFamily, device: str = "default", disable_dynamic: bool = False
+    checkpoint: ServerCheckpoint,
+    family: ServerFamily,
+    device: str = "default",
+    disable_dynamic: bool = False,
+    **more_options: Any,
 ) -> Any:
-    """ComfyUI's own CLIP of a checkpoint, with the tensors as they are in the file."""
+    """ComfyUI's own CLIP of a checkpoint, with the tensors as they are in the file.
+
+    Args:
+        more_options: in place of options of ComfyUI's that are made of the arguments.
+    """
     model, tokenizer = family.classes()
     target = type("Target", (), {"params": {}, "clip": model, "tokenizer": tokenizer})
     data, options = _special_data(checkpoint, family)
@@ -93,6 +108,7 @@ def stock_clip(
             **checkpoint.model_options,
             **options,
             **device_options(device),
+            **more_options,
         },
     )
 
@@ -140,24 +156,45 @@ def load_with_clip(
         ValueError: no fitting T5 among the files, too many or too few of them, a damaged one; impossible settings.
     """
     settings = settings or Settings()
-    options = {**device_options(settings.device), **(model_options or {})}
-    states, config = _read_all(paths, options)
-    check_joint(family, len(paths), config)
-    clip = comfy.sd.load_text_encoder_state_dicts(
-        states,
-        embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        clip_type=getattr(comfy.sd.CLIPType, family.upper()),
-        model_options=options,
-        **({"disable_dynamic": True} if disable_dynamic else {}),
+    clip = stock_joint_clip(
+        paths, family, {**device_options(settings.device), **(model_options or {})}, disable_dynamic
     )
-    del states
     _store(clip, settings)
     _remember(clip, load_with_clip, paths, family, settings, model_options)
     return with_our_t5(clip, settings)
 
 
+def stock_joint_clip(
+    paths: Sequence[str | Path],
+    family: str,
+    options: dict[str, Any],
+    disable_dynamic: bool = False,
+    without_weights: bool = False,
+) -> Any:
+    """ComfyUI's own CLIP of several files.
+
+    Args:
+        options: ComfyUI's, to which those of the T5 are added.
+        without_weights: build it on tensors without numbers, on the meta device.
+    """
+    states, config = _read_all(paths, options, checkpoint_without_weights if without_weights else read_checkpoint)
+    if without_weights:
+        states = [{name: emptied(tensor) for name, tensor in state.items()} for state in states]
+        options["initial_device"] = torch.device("meta")
+    check_joint(family, len(paths), config)
+    load = comfy.sd.load_text_encoder_state_dicts
+    knows_dynamic = "disable_dynamic" in inspect.signature(load).parameters
+    return load(
+        states,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        clip_type=getattr(comfy.sd.CLIPType, family.upper()),
+        model_options=options,
+        **({"disable_dynamic": disable_dynamic} if knows_dynamic else {}),
+    )
+
+
 def _read_all(
-    paths: Sequence[str | Path], options: dict[str, Any]
+    paths: Sequence[str | Path], options: dict[str, Any], read: Callable[[str | Path], ServerCheckpoint]
 ) -> tuple[list[dict[str, torch.Tensor]], T5Config | None]:
     """The tensors of each file, and the config of the T5 among them, whose options are put to the others."""
     states, config = [], None
@@ -165,7 +202,7 @@ def _read_all(
         if not holds_t5(path):
             states.append(_other_encoder(path))
             continue
-        checkpoint = read_checkpoint(path)
+        checkpoint = read(path)
         config = checkpoint.config
         states.append(checkpoint.state)
         options["t5xxl_model_config"] = server_config(config)

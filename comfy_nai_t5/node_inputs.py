@@ -10,7 +10,7 @@ import torch
 from comfy.model_management import get_torch_device
 from comfy_api.latest import io
 
-from comfy_nai_t5.choices import ATTENTIONS, DTYPES, LAYOUTS, WEIGHTS
+from comfy_nai_t5.choices import ATTENTIONS, CACHES, DTYPES, LAYOUTS, WEIGHTS
 
 CATEGORY = "text encoders/T5"
 EMBEDDED = "embedded tiny model (to try the nodes with)"
@@ -30,6 +30,9 @@ _TIPS = {
     "accuracy (the help page has figures), by a copy in 8 bits. separate: every product by itself.",
     "compile": "Have torch compile the encoder for each of a few prompt lengths, when it first meets one: slow once, "
     "faster afterwards. For GPUs.",
+    "cache": "on: keeps embeddings in memory and on the disk, and takes them from there where model, LoRAs, words and "
+    "all else are the same. A loader then reads its files at the first prompt that is not kept. memory only: until "
+    "ComfyUI ends.",
 }
 
 
@@ -71,6 +74,7 @@ def computing_inputs() -> list[Any]:
         _choice("attention", ATTENTIONS, is_optional=True),
         _choice("layout", LAYOUTS, is_optional=True),
         io.Boolean.Input("compile", default=False, optional=True, tooltip=_TIPS["compile"]),
+        _choice("cache", CACHES, is_optional=True),
     ]
 
 

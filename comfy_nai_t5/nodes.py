@@ -6,6 +6,7 @@ The library is imported when a node runs, so that the server does not wait for i
 from __future__ import annotations
 
 import hashlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import ComfyExtension, io, ui
 
 from comfy_nai_t5 import embeddings, encode
-from comfy_nai_t5.choices import Settings
+from comfy_nai_t5.choices import CACHES, Settings
 from comfy_nai_t5.families import AUTO, FAMILIES, JOINT_FAMILIES, joint_titles
 from comfy_nai_t5.node_inputs import (
     EMBEDDED,
@@ -30,6 +31,8 @@ from comfy_nai_t5.telling import show, warn
 
 NONE = "none"
 EMBEDDING_FOLDER = "t5_embeddings"
+# Of a saved embedding.
+FORMS = ["ours", "ComfyUI's"]
 
 
 def _loaded(clip: Any) -> io.NodeOutput:
@@ -70,9 +73,12 @@ class LoadT5(io.ComfyNode):
 
     @classmethod
     def execute(cls, t5_name: str, family: str, **settings: Any) -> io.NodeOutput:
+        from comfy_nai_t5.late import late_t5
         from comfy_nai_t5.loaders import load_t5
 
-        return _loaded(load_t5(path_of(t5_name), family, Settings(**settings)))
+        chosen = Settings(**settings)
+        load = load_t5 if chosen.cache == "off" else late_t5
+        return _loaded(load(path_of(t5_name), family, chosen))
 
 
 class LoadClipT5(io.ComfyNode):
@@ -102,11 +108,14 @@ class LoadClipT5(io.ComfyNode):
 
     @classmethod
     def execute(cls, t5_name: str, family: str, clip_l: str, clip_g: str, llama: str, **settings: Any) -> io.NodeOutput:
+        from comfy_nai_t5.late import late_with_clip
         from comfy_nai_t5.loaders import load_with_clip
 
         names = [name for name in (clip_l, clip_g, llama, t5_name) if name != NONE]
         paths = [folder_paths.get_full_path_or_raise("text_encoders", name) for name in names]
-        return _loaded(load_with_clip(paths, family, Settings(**settings)))
+        chosen = Settings(**settings)
+        load = load_with_clip if chosen.cache == "off" else late_with_clip
+        return _loaded(load(paths, family, chosen))
 
 
 class ReplaceT5(io.ComfyNode):
@@ -249,15 +258,23 @@ class SaveEmbedding(io.ComfyNode):
                 io.Conditioning.Input("conditioning"),
                 io.String.Input("name", default="prompt", tooltip=f"The file's name, under output/{EMBEDDING_FOLDER}."),
                 io.String.Input("note", default="", multiline=True, tooltip="Kept in the file: the prompt, the model."),
+                io.Combo.Input(
+                    "form",
+                    options=FORMS,
+                    default=FORMS[0],
+                    optional=True,
+                    tooltip="ours: any number of entries. ComfyUI's: one entry, for ComfyUI's own Load Conditioning.",
+                ),
             ],
             outputs=[io.String.Output(display_name="file")],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, conditioning: list[Any], name: str, note: str) -> io.NodeOutput:
+    def execute(cls, conditioning: list[Any], name: str, note: str, form: str = FORMS[0]) -> io.NodeOutput:
         path = embeddings.embedding_path(_embedding_folder(), name)
-        embeddings.save_conditioning(conditioning, path, note=note)
+        save = embeddings.save_conditioning if form == FORMS[0] else embeddings.save_core_conditioning
+        save(conditioning, path, note=note)
         return io.NodeOutput(path.name, ui=ui.PreviewText(f"{path.name}\n{embeddings.describe(conditioning)}"))
 
 
@@ -267,7 +284,7 @@ class LoadEmbedding(io.ComfyNode):
         return schema(
             node_id="NAILoadT5Embedding",
             display_name="Load T5 Embedding",
-            description="Reads a conditioning that Save T5 Embedding wrote.",
+            description="Reads a conditioning that Save T5 Embedding wrote, or ComfyUI's own Save Conditioning.",
             search_aliases=["load conditioning", "cached prompt"],
             inputs=[io.String.Input("name", default="prompt", tooltip=f"A file under output/{EMBEDDING_FOLDER}.")],
             outputs=[io.Conditioning.Output(display_name="CONDITIONING"), io.String.Output(display_name="note")],
@@ -283,6 +300,42 @@ class LoadEmbedding(io.ComfyNode):
         path = embeddings.embedding_path(_embedding_folder(), name)
         conditioning, facts = embeddings.load_conditioning(path)
         return io.NodeOutput(conditioning, facts.get("note", ""))
+
+
+class ShowCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="NAIT5Cache",
+            display_name="T5 Cache",
+            description="Shows how many embeddings came from the cache since ComfyUI began, and how much it holds.",
+            search_aliases=["cache hits", "embedding cache", "cached prompt"],
+            inputs=[
+                io.Combo.Input("cache", options=list(CACHES[1:]), tooltip="Which cache, as chosen in the loaders."),
+                io.Conditioning.Input(
+                    "conditioning", optional=True, tooltip="Passed on, so that this is shown after it was encoded."
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="CONDITIONING"),
+                io.Int.Output(display_name="hits"),
+                io.Int.Output(display_name="misses"),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> float:
+        return time.time()  # it is never what it was
+
+    @classmethod
+    def execute(cls, cache: str, conditioning: list[Any] | None = None) -> io.NodeOutput:
+        from comfy_nai_t5.clip_cache import describe_store, store_for
+
+        store = store_for(cache)
+        told = describe_store(store)
+        show(told)
+        return io.NodeOutput(conditioning, store.counts.hits, store.counts.misses, ui=ui.PreviewText(told))
 
 
 def _embedding_folder() -> Path:
@@ -302,4 +355,5 @@ class Extension(ComfyExtension):
             ReportPrecision,
             SaveEmbedding,
             LoadEmbedding,
+            ShowCache,
         ]

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from nai_t5_core.lora.live import LiveLoras as LiveLoras
     from nai_t5_core.lora.loras import Loras as Loras
     from nai_t5_core.model.encoder import T5EncoderStack as T5EncoderStack
+    from nai_t5_core.prompts.cache.store import Store as Store
     from nai_t5_core.prompts.text_encoder import PromptEmbeddings as PromptEmbeddings
     from nai_t5_core.prompts.text_encoder import TextEncoder as TextEncoder
     from nai_t5_core.prompts.textual_inversion import add_embeddings as add_embeddings
@@ -54,6 +55,7 @@ _HOME = {
     "Lora": "lora.files",
     "Loras": "lora.loras",
     "PromptEmbeddings": "prompts.text_encoder",
+    "Store": "prompts.cache.store",
     "T5": "generation.t5",
     "T5Config": "facts.config",
     "T5EncoderStack": "model.encoder",

@@ -27,12 +27,14 @@ from fuzz_files import (
 from safetensors.torch import save
 from toy_quantised import note
 
-from comfy_nai_t5.embeddings import describe, load_conditioning, save_conditioning
+from comfy_nai_t5.embeddings import describe, load_conditioning, save_conditioning, save_core_conditioning
 from nai_t5_core.facts.config import config_to_hf
 from nai_t5_core.facts.scales import LayerScales, unscaled
 from nai_t5_core.lora.files import read_lora
 from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.lora.loras import Loras
+from nai_t5_core.prompts.cache.entry import from_bytes, to_bytes
+from nai_t5_core.prompts.cache.key import Key
 from nai_t5_core.prompts.text_encoder import TextEncoder
 from nai_t5_core.prompts.textual_inversion import add_embeddings
 from nai_t5_core.tokenizer import (
@@ -206,6 +208,10 @@ def _readers(folder: Path) -> dict[str, Reader]:
         "float16 scales": Reader(
             "scales.json", _scales(folder), damaged_json, lambda folder: read_scales(folder / "scales.json")
         ),
+        "cached embedding": Reader("e.safetensors", _cached(), damaged_safetensors, _from_cache),
+        "ComfyUI's conditioning": Reader(
+            "saved.safetensors", _core_conditioning(folder), damaged_safetensors, _embedding
+        ),
         "saved embedding": Reader("saved.safetensors", _conditioning(folder), damaged_safetensors, _embedding),
         "textual inversion": Reader(
             "vectors.safetensors", save({"t5xxl": torch.ones(2, 128)}), damaged_safetensors, _vectors
@@ -311,6 +317,20 @@ def _scales(folder: Path) -> bytes:
 def _conditioning(folder: Path) -> bytes:
     conditioning = [[torch.ones(1, 2, 4), {"attention_mask": torch.ones(1, 2), "strength": 1.0}]] * 2
     return save_conditioning(conditioning, folder / "saved.safetensors", note="a cat").read_bytes()
+
+
+def _core_conditioning(folder: Path) -> bytes:
+    extras = {"pooled_output": torch.ones(1, 2), "strength": 1.0, "list": [torch.ones(1), torch.ones(2)]}
+    return save_core_conditioning([[torch.ones(1, 2, 4), extras]], folder / "core.safetensors").read_bytes()
+
+
+def _cached() -> bytes:
+    return to_bytes(Key("a cat"), torch.ones(2, 4), "int8")
+
+
+def _from_cache(folder: Path) -> None:
+    entry = from_bytes((folder / "e.safetensors").read_bytes())
+    assert entry.rows.ndim == 2
 
 
 def _checkpoint(folder: Path) -> bytes:

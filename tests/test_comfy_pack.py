@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from checkpoints import spiece_tensor
 
 from comfy_nai_t5.checkpoint import read_checkpoint, sentencepiece_tensor
-from comfy_nai_t5.embeddings import describe, load_conditioning, save_conditioning
+from comfy_nai_t5.embeddings import describe, load_conditioning, save_conditioning, save_core_conditioning
 from comfy_nai_t5.encode import encode, encode_lines, tokenize
 from comfy_nai_t5.families import FAMILIES, JOINT_FAMILIES, check_joint, family_for, server_config
 from comfy_nai_t5.report import precision_report
@@ -58,7 +59,7 @@ def test_importing_the_root_imports_nothing() -> None:
 
 
 def test_every_node_has_a_help_page_and_no_page_is_left_over() -> None:
-    assert len(NODES) == len(set(NODES)) == 8
+    assert len(NODES) == len(set(NODES)) == 9
     web = re.search(r'WEB_DIRECTORY = "(.*)"', (ROOT / "__init__.py").read_text(encoding="utf-8"))
     assert web is not None
     assert {page.stem for page in (ROOT / web[1] / "docs").glob("*.md")} == set(NODES)
@@ -173,6 +174,41 @@ def test_conditioning_survives_its_file(tmp_path: Path) -> None:
     assert describe(loaded) == "[2, 3, 4] float32, attention_mask [2, 3]\n[1, 5, 4] bfloat16, pooled_output [1, 8]"
 
 
+def test_conditioning_survives_a_file_of_comfyuis_own_form(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    extras = {
+        "pooled_output": torch.randn(1, 8),
+        "guidance": 3.5,
+        "nothing": None,
+        "references": [torch.randn(1, 2), torch.randn(1, 3)],
+    }
+    conditioning = [[torch.randn(1, 3, 4), extras]]
+    path = save_core_conditioning(conditioning, tmp_path / "prompt.safetensors", note="ein Hund")
+    with safe_open(path, framework="pt") as file:
+        assert set(file.keys()) == {"conditioning", "pooled_output", "references.0", "references.1"}
+        assert json.loads(file.metadata()["conditioning_options"]) == {"guidance": 3.5, "nothing": None}
+    ((states, loaded),), facts = load_conditioning(path)
+    assert facts == {"note": "ein Hund"} and torch.equal(states, conditioning[0][0])
+    assert loaded.keys() == extras.keys() and (loaded["guidance"], loaded["nothing"]) == (3.5, None)
+    assert torch.equal(loaded["pooled_output"], extras["pooled_output"])
+    assert all(torch.equal(*pair) for pair in zip(loaded["references"], extras["references"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "told"),
+    [
+        ([], "this conditioning has 0"),
+        ([[torch.zeros(1, 1, 1), {}]] * 2, "this conditioning has 2"),
+        ([[torch.zeros(1, 1, 1), {"hooks": object()}]], "cannot be written to a file"),
+        ([[torch.zeros(1, 1, 1), {"conditioning": torch.zeros(1)}]], "is called 'conditioning' as well"),
+    ],
+)
+def test_conditioning_that_comfyuis_own_form_cannot_hold(conditioning: list[Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        save_core_conditioning(conditioning, tmp_path / "x.safetensors")
+
+
 def test_conditioning_that_no_file_can_hold(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be written to a file"):
         save_conditioning([[torch.zeros(1, 1, 1), {"hooks": object()}]], tmp_path / "x.safetensors")
@@ -182,7 +218,7 @@ def test_files_that_hold_no_conditioning(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="was not written by Save T5 Embedding"):
+    with pytest.raises(ValueError, match="written neither by Save T5 Embedding nor by Save Conditioning"):
         load_conditioning(tmp_path / "other.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="cannot be read"):

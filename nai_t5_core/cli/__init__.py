@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from nai_t5_core.cli.cache import app as cache
 from nai_t5_core.cli.checkpoints import calibrate, convert, inspect, stress
 from nai_t5_core.cli.doctor import doctor
 from nai_t5_core.cli.generate import generate
@@ -33,6 +34,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(kernels, name="kernels", no_args_is_help=True)
+app.add_typer(cache, name="cache", no_args_is_help=True)
 
 
 def main() -> None:

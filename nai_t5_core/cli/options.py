@@ -67,4 +67,6 @@ LoraOption = Annotated[
     list[str] | None,
     typer.Option("--lora", metavar="FILE[:STRENGTH]", help="Merge a LoRA of the T5 first; may be repeated."),
 ]
+Cache = Annotated[bool, typer.Option("--cache", help="Keep embeddings, and load the model for new prompts only.")]
+CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="As --cache, in this folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from nai_t5_core.cli.options import (
     Attention,
+    Cache,
+    CacheDir,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -55,6 +57,8 @@ def encode(
     scales: ScalesOption = None,
     save_scales: SaveScales = None,
     lora: LoraOption = None,
+    cache: Cache = False,
+    cache_dir: CacheDir = None,
     write: Annotated[Path | None, typer.Option("--out", help="Safetensors file to write.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -77,6 +81,7 @@ def encode(
             compile=compile_it,
             loras=loras,
             products=products.value,
+            cache=cache_dir or cache,
         )
     policy: PaddingPolicy | None = padding.value if padding else None
     with working(f"encoding {len(texts)} prompts"):
@@ -191,9 +196,10 @@ def _embedding_summary(encoder: TextEncoder, texts: list[str], embeddings: Promp
         )
     return {
         "model": repr(encoder),
-        "source": encoder.report.source if encoder.report else None,
+        "source": encoder.source,
         "shape": list(embeddings.hidden_states.shape),
         "dtype": str(embeddings.hidden_states.dtype).removeprefix("torch."),
+        "loaded": encoder.is_loaded,
         "length": limit,
         "prompts": prompts,
     }

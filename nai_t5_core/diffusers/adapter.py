@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,7 @@ except ImportError as error:
 
 from nai_t5_core.backends.choose import Quantisation, refuse_quantising
 from nai_t5_core.backends.held import is_in_8_bits
+from nai_t5_core.diffusers.cached_drop_in import CachedT5EncoderModel, settings_of_model
 from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
 from nai_t5_core.diffusers.drop_in_weights import check_model, has_values, refuse_giving_back, refuse_quantised
 from nai_t5_core.facts.families import Family
@@ -32,6 +34,7 @@ from nai_t5_core.facts.families import family as family_named
 from nai_t5_core.facts.padding import PaddingPolicy
 from nai_t5_core.model.encoder import Layout
 from nai_t5_core.model.packing import check_policy
+from nai_t5_core.prompts.cache.store import Store, open_store
 from nai_t5_core.weights.load import ScalesChoice
 
 _MODEL_TYPES = ("t5", "mt5", "umt5")
@@ -89,6 +92,7 @@ def replace_text_encoder(
     layout: Layout = "fused",
     scales: ScalesChoice = "auto",
     quantize: Quantisation | None = None,
+    cache: bool | str | Path | Store = False,
 ) -> DiffusionPipeline:
     """Puts our encoder in the place of every T5, mT5 and UMT5 of a pipeline, and returns the pipeline.
 
@@ -106,6 +110,9 @@ def replace_text_encoder(
             gives back every bit, and memory holds both: for less,
             ``NAIT5EncoderModel.from_pretrained(…, quantize="int8")`` goes into the pipeline as it is made. Ours is then
             no more moved, cast or saved.
+        cache: keeps embeddings: True for the default folder, a folder, or a :class:`nai_t5_core.Store`. The weights are
+            hashed for it each time. To start a pipeline without its T5, see
+            :func:`nai_t5_core.diffusers.cached_drop_in.lazy_text_encoder`.
 
     Raises:
         ValueError: the pipeline has no T5, is spread over devices, or offloads groups to disk; an argument has a value
@@ -119,6 +126,7 @@ def replace_text_encoder(
     if not found:
         raise ValueError(f"{type(pipe).__name__} has no T5 text encoder loaded; it has {_listed(pipe)}")
     choice = _choice(pipe, padding, extra_pad)
+    store = None if cache is False else open_store(cache)
     theirs = {name: module for name, module in found.items() if not isinstance(module, NAIT5EncoderModel)}
     for module in theirs.values():
         refuse_quantised(module)
@@ -127,11 +135,18 @@ def replace_text_encoder(
         _refuse_ours_before_8_bits(found)
         _refuse_offloading_from_the_cpu(pipe, found)
 
+    if store is not None:
+        _refuse_ours_without_cache(found)
+
     def check(old: nn.Module) -> None:
         check_model(old, dtype, layout, scales, quantize)
 
     def convert(old: nn.Module) -> NAIT5EncoderModel:
-        ours = NAIT5EncoderModel.from_hf(old, dtype, layout, scales, quantize is None, quantize).train(old.training)
+        settings = None if store is None else settings_of_model(old, layout, scales, quantize)
+        kind = NAIT5EncoderModel if store is None else CachedT5EncoderModel
+        ours = kind.from_hf(old, dtype, layout, scales, quantize is None, quantize).train(old.training)
+        if isinstance(ours, CachedT5EncoderModel) and settings is not None and store is not None:
+            ours.keep_in(store, settings)
         _REPLACED[ours] = old
         return ours
 
@@ -139,7 +154,19 @@ def replace_text_encoder(
     for name in found:
         ours: Any = getattr(pipe, name)
         ours.padding, ours.extra_pad = choice.padding, choice.extra_pad
+        if store is not None:
+            ours.use_store(store)
     return pipe
+
+
+def _refuse_ours_without_cache(found: dict[str, nn.Module]) -> None:
+    ours = [name for name, module in found.items() if isinstance(module, NAIT5EncoderModel)]
+    without = [name for name in ours if not isinstance(found[name], CachedT5EncoderModel)]
+    if without:
+        raise ValueError(
+            f"cache: {', '.join(without)} is ours already, and has none; call restore_text_encoder(pipe) first, or "
+            "give lazy_text_encoder(…) to the pipeline"
+        )
 
 
 def _refuse_ours_before_8_bits(found: dict[str, nn.Module]) -> None:

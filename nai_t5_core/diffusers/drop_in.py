@@ -44,7 +44,7 @@ from nai_t5_core.float16.guard import guard
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.fixed_weights import refuse_change
 from nai_t5_core.model.packing import check_policy
-from nai_t5_core.model.precision import DTYPES, resolve_device
+from nai_t5_core.model.precision import DTYPES, resolve_device, within_range
 from nai_t5_core.weights.convert import main_dtype
 from nai_t5_core.weights.examine import examine_checkpoint
 from nai_t5_core.weights.load import ScalesChoice, assemble
@@ -82,14 +82,17 @@ class NAIT5EncoderModel(PreTrainedModel):
             stack = T5EncoderStack(config_from_hf(config.to_dict()).encoder_only(), "fused", CastingOps)
             if not stack.shared.weight.is_meta:
                 stack.init_weights()
-        encode_on_cuda(run_in_place(stack)).guard = guard
-        # In a tuple, so that the modules are registered once, under the names that Hugging Face checkpoints have.
-        self._holder = (stack,)
-        self.shared, self.encoder = stack.shared, stack.encoder
+        self._hold(stack)
         self._padding: PaddingPolicy = "exact"
         self._extra_pad = 0
         self._memory: RowMemory | None = None
         self.post_init()
+
+    def _hold(self, stack: T5EncoderStack) -> None:
+        encode_on_cuda(run_in_place(stack)).guard = guard
+        # In a tuple, so that the modules are registered once, under the names that Hugging Face checkpoints have.
+        self._holder: tuple[T5EncoderStack, ...] = (stack,)
+        self.shared, self.encoder = stack.shared, stack.encoder
 
     # -----------------------------------------------------------------------------------------------------------------
     # Where models come from
@@ -229,10 +232,6 @@ class NAIT5EncoderModel(PreTrainedModel):
         else:
             write_originals(self.stack, file)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # The call
-    # -----------------------------------------------------------------------------------------------------------------
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -268,27 +267,35 @@ class NAIT5EncoderModel(PreTrainedModel):
         if output_attentions:
             raise ValueError("output_attentions=True: attention weights are never formed; use transformers' own class")
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        self._refuse_storage_dtypes()
-        options: dict[str, Any] = {"padding": self._padding, "extra_pad": self._extra_pad}
         if wants_states:
-            states = self.stack.hidden_states(input_ids, attention_mask, inputs_embeds=inputs_embeds, **options)
-            hidden_states = tuple(_within_range(state, self.dtype) for state in states)
+            options: dict[str, Any] = {"padding": self._padding, "extra_pad": self._extra_pad}
+            options |= {"inputs_embeds": inputs_embeds}
+            states = self._checked_stack().hidden_states(input_ids, attention_mask, **options)
+            hidden_states = tuple(within_range(state, self.dtype) for state in states)
             output = BaseModelOutput(last_hidden_state=hidden_states[-1], hidden_states=hidden_states)
         else:
             hidden = self._remembered(input_ids, attention_mask)
             if hidden is None:
-                hidden = self.stack(input_ids, attention_mask, inputs_embeds=inputs_embeds, **options)
+                hidden = self._computed(input_ids, attention_mask, inputs_embeds)
             output = BaseModelOutput(last_hidden_state=hidden)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def _refuse_storage_dtypes(self) -> None:
+    def _computed(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        """[batch, length, d_model]; a subclass may know another way."""
+        options: dict[str, Any] = {"padding": self._padding, "extra_pad": self._extra_pad}
+        return self._checked_stack()(input_ids, attention_mask, inputs_embeds=inputs_embeds, **options)
+
+    def _checked_stack(self) -> T5EncoderStack:
         """The embedding table tells what is computed in; layerwise casting puts a dtype there that nothing can be."""
         if self.stack.dtype not in DTYPES.values():
             raise ValueError(
                 f"the embedding table is stored in {self.stack.dtype}, and tells no dtype to compute in: give "
                 "skip_modules_classes=(torch.nn.Embedding,) to apply_layerwise_casting, and load the model again"
             )
+        return self.stack
 
     def _remembered(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
         return None if self._memory is None or input_ids is None else self._memory.find(input_ids, attention_mask)
@@ -305,7 +312,8 @@ class NAIT5EncoderModel(PreTrainedModel):
     def _apply(self, fn: Any, recurse: bool = True) -> NAIT5EncoderModel:
         refuse_change(self, fn)
         super()._apply(fn, recurse)
-        encode_on_cuda(self.stack)  # it may be on another device now
+        for stack in self._holder:  # which may be on another device now
+            encode_on_cuda(stack)
         return self
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -362,7 +370,7 @@ class NAIT5EncoderModel(PreTrainedModel):
         super().add_adapter(*arguments, **options)
 
     def load_adapter(self, *arguments: Any, **options: Any) -> Any:
-        """As transformers', in the separate layout; in the fused one a ValueError says what takes a LoRA there."""
+        """See :meth:`add_adapter`."""
         self._refuse_adapters()
         return super().load_adapter(*arguments, **options)
 
@@ -389,11 +397,3 @@ class NAIT5EncoderModel(PreTrainedModel):
         runner = "" if self.stack.runner is None else f", {self.stack.runner.name}"
         kind = f"{self.stack.config.kind}, {self.stack.layout}, {self.dtype}{in_8_bits}{runner}"
         return f"{kind}, padding={self._padding}{extra}"
-
-
-def _within_range(states: Tensor, dtype: torch.dtype) -> Tensor:
-    """The residual stream in the model's dtype. What exceeds float16 becomes its largest number, and never infinity."""
-    if dtype == torch.float16 and states.dtype != dtype:
-        limit = torch.finfo(dtype).max
-        states = states.clamp(-limit, limit)
-    return states.to(dtype)

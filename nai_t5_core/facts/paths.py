@@ -1,7 +1,8 @@
-"""Paths as users write them."""
+"""Paths as users write them, and where the project keeps what can be made again."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -11,3 +12,8 @@ def user_path(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+def cache_folder() -> Path:
+    """Where the user's programs keep what can be made again (XDG Base Directory Specification); it may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comfy-nai-t5"

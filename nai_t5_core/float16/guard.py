@@ -126,7 +126,8 @@ def _tighten(stack: T5EncoderStack, index: int, residual: Tensor, plan: Any) -> 
     seen = LayerMaxima()
     observe(twin, old, residual, (plan.layer(table.to(residual.dtype)),), seen)
     new = tighter_scales(f"layer {index}", old, seen, stack.dtype, stack.config)
-    rescale(stack, index, new)
+    with stack.alterations.by("guard", lambda: stack.scales):
+        rescale(stack, index, new)
     return describe_change(f"layer {index}", old, new, seen)
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nai_t5_core.lora.set import HasStack, NamedLoras
+from nai_t5_core.lora.set import HasStack, NamedLoras, Way
 from nai_t5_core.lora.tables import LiveTables
 from nai_t5_core.model.block import Backend
 from nai_t5_core.model.encoder import T5EncoderStack
@@ -91,6 +91,8 @@ class LiveLoras(LiveTables):
 
     One such object per encoder.
     """
+
+    way: Way = "live"
 
     def __init__(self, model: T5EncoderStack | HasStack) -> None:
         super().__init__(model)

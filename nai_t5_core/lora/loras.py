@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from nai_t5_core.lora.merge import Merger
-from nai_t5_core.lora.set import HasStack, LoraSet, NamedLoras
+from nai_t5_core.lora.set import HasStack, LoraSet, NamedLoras, Way
 from nai_t5_core.model.encoder import T5EncoderStack
 
 
@@ -35,6 +35,8 @@ class Loras(LoraSet):
     encoder's weights (``restore_text_encoder``, too) takes them as they are: :meth:`clear` first if they should be
     without LoRA.
     """
+
+    way: Way = "merged"
 
     def __init__(self, model: T5EncoderStack | HasStack) -> None:
         super().__init__(model)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
-from nai_t5_core.facts.config import encoder_tensors
+from nai_t5_core.facts.config import T5Config, encoder_tensors
 from nai_t5_core.facts.given_numbers import real_number
 from nai_t5_core.lora.changes import Change
 from nai_t5_core.lora.files import Lora, listed, read_lora
@@ -20,8 +21,22 @@ from nai_t5_core.weights.fuse import Recipe, fused_recipes, separate_recipes
 
 LoraSource = Lora | str | Path
 
+# Merged into the weights, or computed beside them.
+Way = Literal["merged", "live"]
+
 # LoRAs by name, each with its strength.
 NamedLoras = dict[str, tuple[Lora, float]]
+
+
+@dataclass(frozen=True, eq=False)
+class LorasInForce:
+    """What one set of LoRAs has told of itself: each LoRA with its strength, in order. A new one for every change."""
+
+    way: Way
+    loras: tuple[tuple[Lora, float], ...]
+
+    def __deepcopy__(self, memo: object) -> LorasInForce:
+        return self
 
 
 class HasStack(Protocol):
@@ -34,12 +49,19 @@ class HasStack(Protocol):
 class LoraSet(ABC):
     """The LoRAs of one encoder. How they reach its result is the subclass's.
 
+    Attributes:
+        way: how, in a word.
+
     While threads encode, each of their calls has the LoRAs from before a change or those from after it.
     """
+
+    way: Way
 
     def __init__(self, model: T5EncoderStack | HasStack) -> None:
         self._stack = model if isinstance(model, T5EncoderStack) else model.stack
         self._loras: NamedLoras = {}
+        # What another object has done stays told, also when that object is gone.
+        self._who = object()
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -68,7 +90,7 @@ class LoraSet(ABC):
         with self._alone():
             if name in self._loras:
                 raise ValueError(f"there is a LoRA {name!r} already; give another name=, or use set_strength")
-            self._refuse_misfits(lora)
+            refuse_misfits(lora, self._stack.config)
             self._change({**self._loras, name: (lora, real_number("strength", strength))}, lora.changes)
         return name
 
@@ -102,7 +124,8 @@ class LoraSet(ABC):
         """While this is open nobody else uses the encoder; neither does a GPU, which calls do not wait for."""
         with self._stack.turns.change():
             self._wait_for_gpu()
-            yield
+            with self._stack.alterations.by(self._who, lambda: LorasInForce(self.way, tuple(self._loras.values()))):
+                yield
             self._wait_for_gpu()
 
     def _wait_for_gpu(self) -> None:
@@ -142,20 +165,6 @@ class LoraSet(ABC):
             raise ValueError(f"there is no LoRA {name!r}; there are: {', '.join(self._loras) or 'none'}")
         return self._loras[name][0]
 
-    def _refuse_misfits(self, lora: Lora) -> None:
-        shapes = encoder_tensors(self._stack.config)
-        faults = [
-            f"{name}: the model has no such weight"
-            if name not in shapes
-            else f"{name}: a change of shape {list(change.shape)} for a weight of shape {list(shapes[name])}"
-            for name, change in lora.changes.items()
-            if shapes.get(name) != change.shape
-        ]
-        if faults:
-            raise ValueError(
-                f"the LoRA {lora.name!r} is for another T5 than this {self._stack.config.kind}:{listed(faults)}"
-            )
-
     def __repr__(self) -> str:
         loras = ", ".join(f"{name}: {strength:g}" for name, strength in self.strengths.items())
         return f"{type(self).__name__}({loras or 'none'}; {self._changed_count()} weights changed)"
@@ -163,3 +172,17 @@ class LoraSet(ABC):
     @abstractmethod
     def _changed_count(self) -> int:
         """How many weights of the encoder are not what they are without LoRA."""
+
+
+def refuse_misfits(lora: Lora, config: T5Config) -> None:
+    """Raises a ValueError that lists what a LoRA changes and a T5 of this config does not have in that shape."""
+    shapes = encoder_tensors(config)
+    faults = [
+        f"{name}: the model has no such weight"
+        if name not in shapes
+        else f"{name}: a change of shape {list(change.shape)} for a weight of shape {list(shapes[name])}"
+        for name, change in lora.changes.items()
+        if shapes.get(name) != change.shape
+    ]
+    if faults:
+        raise ValueError(f"the LoRA {lora.name!r} is for another T5 than this {config.kind}:{listed(faults)}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, unscaled
+from nai_t5_core.model.alterations import Alterations
 from nai_t5_core.model.attention import Attend, AttentionPlan, DenseAttention, distance_table, logit_scale
 from nai_t5_core.model.attention_choice import ATTENTION_CHOICES, AttentionChoice, describe_attention, document_plan
 from nai_t5_core.model.encoder_block import EncoderBlock
@@ -137,6 +138,7 @@ class T5EncoderStack(nn.Module):
             default, returns results unchecked. It may be changed at any time.
         runner: what encodes in place of the modules, where it can.
         turns: threads may call it at once, and what changes it (a LoRA, the guard) waits for its turn.
+        alterations: the changes of its weights that were told.
     """
 
     guard: Guard | None = None
@@ -160,6 +162,7 @@ class T5EncoderStack(nn.Module):
             raise ValueError(f"unknown attention {attention!r}; allowed: {', '.join(ATTENTION_CHOICES)}")
         self.config = config
         self.turns = Turns()
+        self.alterations = Alterations()
         self.layout = layout
         self.attention = attention
         self.kernel_options = kernel_options

@@ -73,3 +73,11 @@ def keeps_finite(original: Tensor, made: Tensor) -> bool:
     """Whether every finite value of ``original`` is finite in ``made``, a tensor of its shape that was made of it."""
     pairs = zip(original.split(_ROWS), made.split(_ROWS), strict=True)
     return all(bool((now.isfinite() | ~before.float().isfinite()).all()) for before, now in pairs)
+
+
+def within_range(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """The residual stream in the model's dtype. What exceeds float16 becomes its largest number, and never infinity."""
+    if dtype == torch.float16 and states.dtype != dtype:
+        limit = torch.finfo(dtype).max
+        states = states.clamp(-limit, limit)
+    return states.to(dtype)

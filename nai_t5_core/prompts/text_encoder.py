@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,36 +11,25 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nai_t5_core.backends.auto_dtype import resolve_dtype
-from nai_t5_core.backends.choose import (
-    ProductsChoice,
-    Quantisation,
-    encode_on_cuda,
-    prepack,
-    quantize_int8,
-    refuse_products,
-    refuse_quantising,
-    why_not_prepack,
-)
+from nai_t5_core.backends.choose import ProductsChoice, Quantisation, refuse_products, refuse_quantising
 from nai_t5_core.facts.families import Family
 from nai_t5_core.facts.families import family as family_named
 from nai_t5_core.facts.given_numbers import whole_number
 from nai_t5_core.facts.nested_text import shown
 from nai_t5_core.facts.padding import LONGEST_ROW, PAD_TO, PaddingPolicy, PadTo
 from nai_t5_core.facts.text_cleaning import clean_text
-from nai_t5_core.float16.guard import encode_guarded
-from nai_t5_core.lora.loras import Loras
 from nai_t5_core.lora.set import LoraSource
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.packing import check_policy
 from nai_t5_core.model.precision import resolve_device
+from nai_t5_core.prompts.cache.store import Store, open_store
+from nai_t5_core.prompts.loading import Loading, cached_encoding
+from nai_t5_core.prompts.stack_encoding import DEFAULT_TOKEN_BUDGET, Encoding, Pads, StackEncoding
 from nai_t5_core.tokenizer import TokenBatch, Tokenizer, load_tokenizer
-from nai_t5_core.weights.examine import NO_TOKENIZER, ModelSource
-from nai_t5_core.weights.load import LoadReport, ScalesChoice, load
+from nai_t5_core.weights.examine import NO_TOKENIZER, ModelSource, find_tokenizer
+from nai_t5_core.weights.load import LoadReport, ScalesChoice
 from nai_t5_core.weights.scales_file import write_scales
-
-# The most rows computed in one pass. Activations of T5-XXL take about 100 kB per row, so this is well under 1 GB.
-DEFAULT_TOKEN_BUDGET = 8192
 
 
 @dataclass(frozen=True)
@@ -78,14 +66,13 @@ class TextEncoder:
 
     def __init__(
         self,
-        stack: T5EncoderStack,
+        stack: T5EncoderStack | Encoding,
         tokenizer: Tokenizer,
         report: LoadReport | None = None,
         token_budget: int = DEFAULT_TOKEN_BUDGET,
     ) -> None:
-        self.stack = stack
+        self._encoding = StackEncoding(stack, report) if isinstance(stack, T5EncoderStack) else stack
         self.tokenizer = tokenizer
-        self.report = report
         # At least one row is computed at a time.
         self.token_budget = whole_number("token_budget", token_budget, least=1)
 
@@ -106,6 +93,7 @@ class TextEncoder:
         attention: AttentionChoice = "auto",
         loras: Sequence[tuple[LoraSource, float]] = (),
         products: ProductsChoice = "auto",
+        cache: bool | str | Path | Store = False,
     ) -> TextEncoder:
         """Loads weights and tokenizer; sources and arguments are those of :func:`nai_t5_core.load_encoder`.
 
@@ -124,6 +112,9 @@ class TextEncoder:
                 and remove LoRAs later, use :class:`nai_t5_core.lora.live.LiveLoras`.
             products: what computes on a CPU: an instruction set, or oneDNN; see
                 :func:`nai_t5_core.backends.choose.prepack`.
+            cache: keeps embeddings, and loads the weights at the first prompt that is not kept: True for the default
+                folder, a folder, or a :class:`nai_t5_core.Store`. Weights are hashed once, since the cache knows them
+                by their contents.
 
         Raises:
             CheckpointError: the checkpoint or a LoRA is unusable, or there is no tokenizer.
@@ -136,25 +127,33 @@ class TextEncoder:
         refuse_products(products, where, bool(compile) or not (optimize or quantize))
         refuse_quantising(quantize, where, resolve_dtype(dtype, where))
         own = load_tokenizer(tokenizer) if tokenizer is not None else None
-        loaded = load(source, dtype, device, layout, subfolder, scales, attention)
-        found = own or loaded.tokenizer
-        if found is None:
-            raise ValueError(NO_TOKENIZER.format(source=loaded.report.source))
-        stack = loaded.stack
-        _merge_for_good(stack, loras)
-        if quantize:
-            quantize_int8(stack, products)
-        elif compile:
-            # Imported only here: torch's compiler takes a second to import.
-            from nai_t5_core.backends.compiled import compile_stack
+        how = Loading(dtype, device, layout, scales, optimize, quantize, compile, attention, tuple(loras), products)
+        if cache is not False:
+            encoding, examination = cached_encoding(source, subfolder, how, open_store(cache))
+            return cls(encoding, own or _found(find_tokenizer(examination), source), token_budget=token_budget)
+        loaded = how.load(source, subfolder)
+        found = own or _found(loaded.tokenizer, loaded.report.source)
+        return cls(how.finish(loaded.stack), found, loaded.report, token_budget)
 
-            compile_stack(stack, mode=compile if isinstance(compile, str) else None)
-        elif optimize and (products != "auto" or why_not_prepack(stack) is None):
-            prepack(stack, products)
-        encoder = cls(stack, found, loaded.report, token_budget)
-        if optimize and not compile and attention == "auto":
-            encode_on_cuda(stack)
-        return encoder
+    @property
+    def stack(self) -> T5EncoderStack:
+        """The encoder; with a cache it is loaded for this, if it was not yet."""
+        return self._encoding.stack
+
+    @property
+    def report(self) -> LoadReport | None:
+        """What the load did; None where that is not known, or it is not loaded yet."""
+        return self._encoding.report
+
+    @property
+    def source(self) -> str | None:
+        """Where the weights come from; None where that is not known."""
+        return self._encoding.source
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in memory. Without a cache they always are."""
+        return self._encoding.is_loaded
 
     def save_scales(self, path: str | Path) -> None:
         """Writes the float16 scales in use to a JSON file, with all that were tightened since loading.
@@ -212,7 +211,8 @@ class TextEncoder:
         ids = torch.tensor(tokens.input_ids)
         mask = torch.tensor(tokens.attention_mask, dtype=torch.bool)
         ids, mask = self._with_room(ids, mask, settings)
-        hidden = self._encode_ids(ids, mask, settings, output_device)
+        pads = Pads(settings.padding, settings.extra_pad, self.token_budget)
+        hidden = self._encoding(ids, mask, pads, output_device)
         mask = _with_extra_pad(mask, tokens.token_counts, settings.extra_pad)[:, : hidden.shape[1]]
         return PromptEmbeddings(hidden, mask.to(hidden.device), tokens.token_counts, tokens.truncated, tokens.cut_text)
 
@@ -233,44 +233,8 @@ class TextEncoder:
             return ids, mask
         return pad(ids, (0, room), value=self.tokenizer.pad_token_id), pad(mask, (0, room))
 
-    def _encode_ids(
-        self, ids: Tensor, mask: Tensor, settings: _Settings, output_device: str | torch.device | None
-    ) -> Tensor:
-        """[batch, length, d_model], computed in parts of at most ``token_budget`` rows."""
-        parts = []
-        policy = {"padding": settings.padding, "extra_pad": settings.extra_pad}
-        encode = partial(encode_guarded, self.stack)
-        for part in self._parts(mask, settings):
-            states = encode(ids[part], mask[part], **policy)
-            parts.append(states if output_device is None else states.to(output_device))
-        if len(parts) == 1:
-            return parts[0]
-        length = max(states.shape[1] for states in parts)
-        out = parts[0].new_zeros(len(ids), length, self.stack.config.d_model)
-        start = 0
-        for states in parts:
-            out[start : start + len(states), : states.shape[1]] = states
-            start += len(states)
-        return out
-
-    def _parts(self, mask: Tensor, settings: _Settings) -> Iterator[slice]:
-        """Runs of consecutive prompts that fit into the token budget; a prompt that exceeds it is a run by itself."""
-        computes_pads = settings.padding in ("attend", "exact")
-        costs = [mask.shape[1]] * len(mask) if computes_pads else mask.sum(dim=1).tolist()
-        start, total = 0, 0
-        for index, cost in enumerate(costs):
-            if index > start and total + cost > self.token_budget:
-                yield slice(start, index)
-                start, total = index, 0
-            total += cost
-        yield slice(start, len(costs))
-
     def __repr__(self) -> str:
-        size = self.stack.config.size_name or f"d_model {self.stack.config.d_model}"
-        return (
-            f"TextEncoder({self.stack.config.kind}, {size}, {self.stack.dtype}, {self.stack.device}, "
-            f"attention={self.stack.describe_attention()})"
-        )
+        return f"TextEncoder({self._encoding!r})"
 
 
 @dataclass(frozen=True)
@@ -325,11 +289,10 @@ class _Settings:
             )
 
 
-def _merge_for_good(stack: T5EncoderStack, loras: Sequence[tuple[LoraSource, float]]) -> None:
-    """Merges LoRAs into a stack. The original weights, which only the local ``Loras`` object holds, are freed."""
-    merged = Loras(stack)
-    for number, (lora, strength) in enumerate(loras):
-        merged.add(lora, strength, name=str(number))
+def _found(tokenizer: Tokenizer | None, source: ModelSource) -> Tokenizer:
+    if tokenizer is None:
+        raise ValueError(NO_TOKENIZER.format(source=source))
+    return tokenizer
 
 
 def _refuse_truncated(tokens: TokenBatch, limit: int | None) -> None:

@@ -49,7 +49,8 @@ def add_embeddings(encoder: TextEncoder, source: Tensor | str | Path, token: str
         if token in words:
             raise ValueError(f"the word {token!r} has vectors already; take another")
         tokenizer = PlaceholderTokenizer(base, {**words, token: ids})
-        _grow(encoder.stack, rows)
+        with encoder.stack.alterations.by("textual inversion", lambda: encoder.stack.config.vocab_size):
+            _grow(encoder.stack, rows)
         # Last: from now on other threads may find the word in their prompts.
         encoder.tokenizer = tokenizer
     return ids

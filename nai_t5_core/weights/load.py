@@ -156,9 +156,7 @@ def load(
 ) -> LoadedEncoder:
     """As :func:`load_encoder`, with the tokenizer found beside or inside the weights, and a report."""
     started = time.perf_counter()
-    place, model_dtype = _place(device, dtype, layout)
-    if attention not in ATTENTION_CHOICES:
-        raise ValueError(f"unknown attention {attention!r}; allowed: {', '.join(ATTENTION_CHOICES)}")
+    place, model_dtype = place_for(device, dtype, layout, attention)
     examination = examine(source, subfolder)
     if attention == "flex":
         attention = _flex_or_sdpa(place, model_dtype, examination.config.d_kv)
@@ -247,7 +245,7 @@ def load_whole(
 ) -> LoadedT5:
     """As :func:`load_t5`, with the tokenizer found beside or inside the weights, and a report."""
     started = time.perf_counter()
-    place, model_dtype = _place(device, dtype, layout, has_decoder=True)
+    place, model_dtype = place_for(device, dtype, layout, has_decoder=True)
     examination = examine(source, subfolder)
     if examination.config.num_decoder_layers == 0:
         raise CheckpointError(
@@ -268,12 +266,18 @@ def load_whole(
     return LoadedT5(_report(examination, run_in_place(model.eval()), recipes, started), examination, model)
 
 
-def _place(
-    device: str | torch.device, dtype: str | torch.dtype, layout: str, has_decoder: bool = False
+def place_for(
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    layout: str,
+    attention: str = "auto",
+    has_decoder: bool = False,
 ) -> tuple[torch.device, torch.dtype]:
     """Where a model goes and what it computes in; refuses what there is not."""
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
+    if attention not in ATTENTION_CHOICES:
+        raise ValueError(f"unknown attention {attention!r}; allowed: {', '.join(ATTENTION_CHOICES)}")
     place = resolve_device(device)
     model_dtype = resolve_dtype(dtype, place, has_decoder)
     if model_dtype == torch.float16 and place.type == "cpu":
@@ -324,10 +328,7 @@ def choose_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesCh
 
     An embedding table beyond float16's range gets a scale of its own, since its largest value is known.
     """
-    config = examination.config
-    scales = _given_or_stored(wanted, examination.scales, read_scales)
-    if scales is None and dtype == torch.float16:
-        scales = published_scales(config)
+    config, scales = examination.config, told_scales(examination, dtype, wanted)
     if dtype != torch.float16 or (scales is not None and scales.embedding < 1):
         return scales
     info = examination.checkpoint.tensors[examination.keymap.names["shared.weight"]]
@@ -337,6 +338,12 @@ def choose_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesCh
         if embedding < 1:
             return replace(scales or unscaled(config.num_layers), embedding=embedding)
     return scales
+
+
+def told_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesChoice = "auto") -> StackScales | None:
+    """As :func:`choose_scales`, without what only the weights tell: none of them is read."""
+    scales = _given_or_stored(wanted, examination.scales, read_scales)
+    return published_scales(examination.config) if scales is None and dtype == torch.float16 else scales
 
 
 def _given_or_stored(

@@ -57,7 +57,7 @@ def load(name: str = EMBEDDED, family: str = "auto", dtype: str = "float32", wei
 def test_nodes_are_there_with_their_help(server: Server) -> None:
     info = server.get("/object_info")
     ours = {name for name in info if name.startswith("NAI")}
-    assert len(ours) == 8 and all(info[name]["description"] for name in ours)
+    assert len(ours) == 9 and all(info[name]["description"] for name in ours)
     for name in ours:
         for required in ("required", "optional"):
             for entry, (kind, *options) in info[name]["input"].get(required, {}).items():

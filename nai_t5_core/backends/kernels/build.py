@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from nai_t5_core.backends.kernels.sets import AVX512, SETS, InstructionSet
+from nai_t5_core.facts.paths import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -154,9 +154,7 @@ def built_file(instructions: InstructionSet) -> Path:
     digest = hashlib.sha256("\n".join((*_FLAGS, *instructions.flags)).encode())
     for source in sources(instructions):
         digest.update(source.read_bytes())
-    # Where the user's programs keep what can be made again (XDG Base Directory Specification).
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "comfy-nai-t5" / f"kernels-{instructions.name}-{digest.hexdigest()[:16]}.so"
+    return cache_folder() / f"kernels-{instructions.name}-{digest.hexdigest()[:16]}.so"
 
 
 @lru_cache

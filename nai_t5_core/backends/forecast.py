@@ -1,0 +1,82 @@
+"""What will compute an encoder that is yet to be loaded, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from nai_t5_core.backends.choose import ProductsChoice, Quantisation
+from nai_t5_core.backends.kernels.build import best_set, better_than_kernels
+from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, best, refuses_mathematics
+from nai_t5_core.backends.products import ONEDNN
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.scales import StackScales, unscaled
+from nai_t5_core.model.attention_choice import AttentionChoice
+from nai_t5_core.model.encoder import Layout
+from nai_t5_core.model.encoder_block import EncoderBlock
+from nai_t5_core.model.layers import NoInit
+
+
+def forecast(
+    config: T5Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: Layout = "fused",
+    scales: StackScales | None = None,
+    optimize: bool = True,
+    quantize: Quantisation | None = None,
+    compile: bool | str = False,  # noqa: A002
+    attention: AttentionChoice = "auto",
+    products: ProductsChoice = "auto",
+) -> str:
+    """What computes an encoder that is loaded with these arguments of ``TextEncoder.from_pretrained``.
+
+    Two that give the same words round in the same places; a batch may still be rounded otherwise than its prompts one
+    by one. Nothing is compiled or loaded to find out.
+    """
+    words = device.type
+    if device.type == "cpu":
+        words = f"cpu, {_on_cpu(config, dtype, layout, scales, optimize, quantize, compile, products)}"
+    if compile:
+        words = f"{words}, compiled"
+    elif device.type == "cuda" and optimize and attention == "auto":
+        words = f"{words}, kernels where they can"
+    return words if attention == "auto" else f"{words}, attention {attention}"
+
+
+def _on_cpu(
+    config: T5Config,
+    dtype: torch.dtype,
+    layout: Layout,
+    scales: StackScales | None,
+    optimize: bool,
+    quantize: Quantisation | None,
+    compile: bool | str,  # noqa: A002
+    products: ProductsChoice,
+) -> str:
+    chosen = scales or unscaled(config.num_layers)
+    make = EncoderBlock.fused if layout == "fused" else EncoderBlock.separate
+    blocks = [make(config, False, layer, NoInit, device="meta", dtype=dtype) for layer in set(chosen.layers)]
+    if quantize:
+        return _kernels(INT8_KERNELS, blocks, dtype, products) or "8 bits by oneDNN"
+    if optimize and not compile:
+        held = _kernels(KERNELS, blocks, dtype, products)
+        if held or ONEDNN.missing(torch.device("cpu"), dtype) is None:
+            return held or "oneDNN"
+    in_place = None if compile or better_than_kernels() else best_set()
+    has_form = layout == "fused" and config.d_model % 2 == config.d_ff % 2 == 0
+    if in_place is None or not has_form or dtype not in in_place.stored or any(map(refuses_mathematics, blocks)):
+        return "torch"
+    return KERNELS[in_place.name].name
+
+
+def _kernels(
+    kernels: Mapping[str, KernelsBackend], blocks: list[EncoderBlock], dtype: torch.dtype, products: ProductsChoice
+) -> str | None:
+    """The kernels that are taken, unless they turn out not to compile here; None if others are."""
+    if products == "onednn" or (products == "auto" and better_than_kernels()):
+        return None
+    found = kernels[products] if products in kernels else best(kernels)
+    missing = found.missing(torch.device("cpu"), dtype)
+    return None if missing or any(found.refuses(block, dtype) for block in blocks) else found.name

@@ -1,0 +1,142 @@
+"""The key of an embedding: everything that can change it, and nothing else.
+
+Not in the key are the batch that a prompt is encoded in, padding that nothing attends to, and the dtype in which the
+result is stored. The prompt's text and the tokenizer are in it by the ids that come of them. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.scales import StackScales
+
+# To be raised whenever the same ingredients give another result than before: entries of older programs then miss.
+NUMERICS = 1
+
+# The part of a config that the encoder computes with. Ids of special tokens act through the ids that are fed.
+_READ_BY_THE_ENCODER = {
+    *("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "gated", "activation", "bias_per_layer"),
+    *("relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon", "scale_qk"),
+}
+
+
+@dataclass(frozen=True)
+class LoraUse:
+    """A LoRA that an encoder computes with.
+
+    Attributes:
+        contents: the hash of what it changes, see :func:`nai_t5_core.prompts.cache.contents.lora_contents`.
+        strength: 0 is as if the LoRA were not there.
+        way: merged into the weights, or computed beside them, which rounds in other places.
+    """
+
+    contents: str
+    strength: float
+    way: Literal["merged", "live"] = "merged"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What an embedding is kept under.
+
+    Attributes:
+        text: all ingredients as JSON. Two embeddings are the same if and only if these texts are.
+    """
+
+    text: str
+
+    @cached_property
+    def digest(self) -> str:
+        """64 hexadecimal digits, the entry's name."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that the embeddings of one encoder have in common; :meth:`key` adds what is fed to it.
+
+    Attributes:
+        weights: the hash of their contents, see :func:`nai_t5_core.prompts.cache.contents.weights_contents`.
+        config: its sizes and kind.
+        dtype: that it computes in, such as ``"bfloat16"``.
+        backend: what computes it, in words, see :func:`nai_t5_core.backends.forecast.forecast`.
+        layout: of the weights; in the fused one, norms are rounded into the projections.
+        scales: those of float16 that are in force. None is the same as scales of 1.
+        loras: in the order in which they are added up.
+        vectors: of textual inversion: the hash of the vector that each id beyond the vocabulary stands for.
+        layer: after how many layers the hidden states are taken; None for all.
+        final_norm: whether they pass the final norm.
+    """
+
+    weights: str
+    config: T5Config
+    dtype: str
+    backend: str
+    layout: str = "fused"
+    scales: StackScales | None = None
+    loras: tuple[LoraUse, ...] = ()
+    vectors: Mapping[int, str] = field(default_factory=dict)
+    layer: int | None = None
+    final_norm: bool = True
+
+    def key(self, ids: Sequence[int], word_weights: Sequence[float] | None = None) -> Key:
+        """The key of one prompt's hidden states.
+
+        Args:
+            ids: all that is attended to, in order: the tokens with the end token, and the pads where they are tokens
+                like others (``padding="attend"``). Pads that are only computed are none of it, so that a prompt has one
+                key in all other policies.
+            word_weights: one for each id, where the hidden states are kept with weights applied to them. Weights of 1
+                are the same as none.
+
+        Raises:
+            ValueError: there are no ids, or another number of weights.
+        """
+        if not ids:
+            raise ValueError("a key needs at least one id: also the empty prompt has its end token")
+        if word_weights is not None and len(word_weights) != len(ids):
+            raise ValueError(f"{len(word_weights)} word weights for {len(ids)} ids; give one for each")
+        fed: dict[str, Any] = {"ids": [int(number) for number in ids]}
+        if word_weights is not None and any(weight != 1 for weight in word_weights):
+            fed["word_weights"] = [float(weight) for weight in word_weights]
+        if self.vectors:
+            used = {str(number): self.vectors[number] for number in sorted(set(fed["ids"])) if number in self.vectors}
+            fed |= {"vectors": used} if used else {}
+        return Key(f"{self._common[:-1]},{_json(fed)[1:]}")
+
+    @cached_property
+    def _common(self) -> str:
+        config = self.config.model_dump(include=_READ_BY_THE_ENCODER)
+        loras = [[use.contents, float(use.strength), use.way] for use in self.loras if use.strength]
+        layers = self.config.num_layers
+        return _json(
+            {
+                "numerics": NUMERICS,
+                "weights": self.weights,
+                "config": dict(sorted(config.items())),
+                "dtype": self.dtype,
+                "backend": self.backend,
+                "layout": self.layout,
+                "scales": None if self.scales is None or self.scales.is_one else json.loads(self.scales.to_json()),
+                "loras": loras,
+                "layer": layers if self.layer is None else _layer(self.layer, layers),
+                "final_norm": self.final_norm,
+            }
+        )
+
+
+def _layer(layer: int, layers: int) -> int:
+    """Counted from the front; -1 is the last."""
+    if not -layers <= layer + 1 <= layers + 1 or layer > layers:
+        raise ValueError(f"layer={layer}; the encoder has {layers} layers")
+    return layer if layer >= 0 else layers + 1 + layer
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, separators=(",", ":"))

@@ -1,0 +1,115 @@
+"""How an encoder is loaded and made ready: the arguments of ``TextEncoder.from_pretrained``, kept until it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from nai_t5_core.backends.choose import (
+    ProductsChoice,
+    Quantisation,
+    encode_on_cuda,
+    prepack,
+    quantize_int8,
+    why_not_prepack,
+)
+from nai_t5_core.lora.files import Lora, read_lora
+from nai_t5_core.lora.loras import Loras
+from nai_t5_core.lora.set import LoraSource, refuse_misfits
+from nai_t5_core.model.attention_choice import AttentionChoice
+from nai_t5_core.model.encoder import Layout, T5EncoderStack
+from nai_t5_core.model.precision import resolve_device
+from nai_t5_core.prompts.cache.contents import identities
+from nai_t5_core.prompts.cache.encoding import CachedEncoding
+from nai_t5_core.prompts.cache.settings import settings_for
+from nai_t5_core.prompts.cache.store import Store
+from nai_t5_core.prompts.stack_encoding import StackEncoding
+from nai_t5_core.weights.examine import Examination, ModelSource, examine
+from nai_t5_core.weights.formats import CheckpointError
+from nai_t5_core.weights.load import LoadedEncoder, ScalesChoice, load
+
+
+@dataclass(frozen=True)
+class Loading:
+    """See :meth:`nai_t5_core.TextEncoder.from_pretrained`."""
+
+    dtype: str | torch.dtype = "auto"
+    device: str | torch.device = "auto"
+    layout: Layout = "fused"
+    scales: ScalesChoice = "auto"
+    optimize: bool = True
+    quantize: Quantisation | None = None
+    compile: bool | str = False
+    attention: AttentionChoice = "auto"
+    loras: Sequence[tuple[LoraSource, float]] = ()
+    products: ProductsChoice = "auto"
+
+    def load(self, source: ModelSource, subfolder: str) -> LoadedEncoder:
+        """The weights as they are in the file."""
+        return load(source, self.dtype, self.device, self.layout, subfolder, self.scales, self.attention)
+
+    def finish(self, stack: T5EncoderStack) -> T5EncoderStack:
+        """The same stack with its LoRAs merged, and computed in the way that was asked for."""
+        # The original weights, which only this local object holds, are freed.
+        merged = Loras(stack)
+        for number, (lora, strength) in enumerate(self.loras):
+            merged.add(lora, strength, name=str(number))
+        if self.quantize:
+            quantize_int8(stack, self.products)
+        elif self.compile:
+            # Imported only here: torch's compiler takes a second to import.
+            from nai_t5_core.backends.compiled import compile_stack
+
+            compile_stack(stack, mode=self.compile if isinstance(self.compile, str) else None)
+        elif self.optimize and (self.products != "auto" or why_not_prepack(stack) is None):
+            prepack(stack, self.products)
+        if self.optimize and not self.compile and self.attention == "auto":
+            encode_on_cuda(stack)
+        return stack
+
+
+def cached_encoding(
+    source: ModelSource, subfolder: str, how: Loading, store: Store
+) -> tuple[CachedEncoding, Examination]:
+    """Encodes through a store, and loads at the first miss; with the checkpoint, of which no weight was read.
+
+    Raises:
+        CheckpointError, ValueError: as loading would.
+    """
+    examination = examine(source, subfolder)
+    examination.refuse_faults()
+    loras: list[tuple[Lora, float]] = [(_read(lora), strength) for lora, strength in how.loras]
+    for lora, _ in loras:
+        refuse_misfits(lora, examination.config)
+    how = replace(how, loras=loras)
+    settings = settings_for(
+        examination,
+        dtype=how.dtype,
+        device=how.device,
+        layout=how.layout,
+        scales=how.scales,
+        optimize=how.optimize,
+        quantize=how.quantize,
+        compile=how.compile,
+        attention=how.attention,
+        loras=loras,
+        products=how.products,
+    )
+    files = identities(examination)
+
+    def load_now() -> StackEncoding:
+        loaded = how.load(source, subfolder)
+        if identities(examination) != files:
+            raise CheckpointError(
+                f"{examination.checkpoint.source} was changed after the cache had looked at it; make the encoder again"
+            )
+        return StackEncoding(how.finish(loaded.stack), loaded.report)
+
+    place = resolve_device(how.device)
+    return CachedEncoding(settings, load_now, store, place, examination.checkpoint.source), examination
+
+
+def _read(lora: LoraSource) -> Lora:
+    return lora if isinstance(lora, Lora) else read_lora(lora)

@@ -1,0 +1,98 @@
+"""How hidden states of a padded batch are computed: by a loaded encoder, in parts that bound the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.facts.padding import PaddingPolicy
+from nai_t5_core.float16.guard import encode_guarded
+from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.weights.load import LoadReport
+
+# The most rows computed in one pass. Activations of T5-XXL take about 100 kB per row, so this is well under 1 GB.
+DEFAULT_TOKEN_BUDGET = 8192
+
+
+@dataclass(frozen=True)
+class Pads:
+    """What is done with pads, see :func:`nai_t5_core.model.packing.pack_batch`, and how many rows fit into a pass."""
+
+    padding: PaddingPolicy
+    extra_pad: int
+    token_budget: int
+
+
+class Encoding(Protocol):
+    """What a :class:`nai_t5_core.TextEncoder` encodes with.
+
+    Attributes:
+        stack: the encoder, which may be loaded for this.
+        report: of its loading; None where it is not known, or it is not loaded.
+        source: of its weights, for people; None where it is not known.
+    """
+
+    source: str | None
+
+    @property
+    def stack(self) -> T5EncoderStack: ...
+
+    @property
+    def report(self) -> LoadReport | None: ...
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        ...
+
+    def __call__(self, ids: Tensor, mask: Tensor, pads: Pads, device: str | torch.device | None) -> Tensor:
+        """Hidden states [batch, length, d_model] of ids and mask [batch, length], on a device or the model's own."""
+        ...
+
+
+class StackEncoding:
+    """Encodes with a loaded encoder."""
+
+    is_loaded = True
+
+    def __init__(self, stack: T5EncoderStack, report: LoadReport | None = None) -> None:
+        self.stack, self.report = stack, report
+        self.source = None if report is None else report.source
+
+    def __call__(self, ids: Tensor, mask: Tensor, pads: Pads, device: str | torch.device | None) -> Tensor:
+        """[batch, length, d_model], computed in parts of at most ``token_budget`` rows."""
+        parts = []
+        for part in _parts(mask, pads):
+            states = encode_guarded(self.stack, ids[part], mask[part], padding=pads.padding, extra_pad=pads.extra_pad)
+            parts.append(states if device is None else states.to(device))
+        if len(parts) == 1:
+            return parts[0]
+        length = max(states.shape[1] for states in parts)
+        out = parts[0].new_zeros(len(ids), length, self.stack.config.d_model)
+        start = 0
+        for states in parts:
+            out[start : start + len(states), : states.shape[1]] = states
+            start += len(states)
+        return out
+
+    def __repr__(self) -> str:
+        stack = self.stack
+        size = stack.config.size_name or f"d_model {stack.config.d_model}"
+        return f"{stack.config.kind}, {size}, {stack.dtype}, {stack.device}, attention={stack.describe_attention()}"
+
+
+def _parts(mask: Tensor, pads: Pads) -> Iterator[slice]:
+    """Runs of consecutive prompts that fit into the token budget; a prompt that exceeds it is a run by itself."""
+    computes_pads = pads.padding in ("attend", "exact")
+    costs = [mask.shape[1]] * len(mask) if computes_pads else mask.sum(dim=1).tolist()
+    start, total = 0, 0
+    for index, cost in enumerate(costs):
+        if index > start and total + cost > pads.token_budget:
+            yield slice(start, index)
+            start, total = index, 0
+        total += cost
+    yield slice(start, len(costs))
