@@ -42,7 +42,7 @@ class Watch:
         stack = self._stack
         blocks: Any = stack.encoder.block
         runners = [id(block.runner) for block in blocks]
-        how = (stack.attention, stack.buckets, stack.training, id(stack.runner))
+        how = (stack.attention, stack.training, id(stack.runner))
         return how, runners, list(map(_version, self._tensors))
 
 
