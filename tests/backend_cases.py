@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from nai_t5_core.backends.choose import prepack, quantize_int8, run_in_place
 from nai_t5_core.backends.kernels.build import prepare_kernels, why_not_kernels
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
+from nai_t5_core.backends.quantised.kinds import QuantisedWeight
+from nai_t5_core.backends.quantised.packing import pack, unpacked
+from nai_t5_core.backends.quantised.runner import QuantisedBackend
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 
 CONFIG = TOY_CONFIGS["v1.1"].encoder_only()
@@ -30,6 +34,7 @@ class BackendCase:
         bind: makes a stack, in place, be computed by it.
         missing: why this machine cannot test it, for a dtype; None where it can.
         holds_weights: whether it takes the weights out of their modules.
+        is_fixed: whether they are then for the CPU and one dtype.
         rounding: of its numbers against those of the same dtype by torch, relative to the largest.
         attends: whether attention is its own.
     """
@@ -38,6 +43,7 @@ class BackendCase:
     bind: Callable[[T5EncoderStack], T5EncoderStack]
     missing: Callable[[torch.dtype], str | None]
     holds_weights: bool = True
+    is_fixed: bool = True
     in_8_bits: bool = False
     attends: bool = False
     dtypes: tuple[torch.dtype, ...] = FLOATS
@@ -62,10 +68,27 @@ def _missing(backend: Any) -> Callable[[torch.dtype], str | None]:
     )
 
 
+def by(packing: Callable[[Tensor], QuantisedWeight]) -> Callable[[T5EncoderStack], T5EncoderStack]:
+    """Keeps the weights of projections quantised."""
+
+    def bind(stack: T5EncoderStack) -> T5EncoderStack:
+        block: Any
+        for block in stack.encoder.block:
+            QuantisedBackend(packing).bind(block, stack.dtype)
+        return stack
+
+    return bind
+
+
 CASES = {
-    "torch": BackendCase("", by_modules, lambda dtype: None, holds_weights=False),
+    "torch": BackendCase("", by_modules, lambda dtype: None, holds_weights=False, is_fixed=False),
     "kernels in place": BackendCase(
-        "kernels", run_in_place, lambda dtype: why_not_kernels() or prepare_kernels(), holds_weights=False, attends=True
+        "kernels",
+        run_in_place,
+        lambda dtype: why_not_kernels() or prepare_kernels(),
+        holds_weights=False,
+        is_fixed=False,
+        attends=True,
     ),
     "kernels": BackendCase("kernels", lambda stack: prepack(stack, "kernels"), _missing(KERNELS), attends=True),
     "oneDNN": BackendCase("oneDNN", lambda stack: prepack(stack, "onednn"), _missing(ONEDNN)),
@@ -78,6 +101,10 @@ CASES = {
     ),
     "int8 oneDNN": BackendCase(
         "oneDNN, in 8 bits", lambda stack: quantize_int8(stack, "onednn"), _missing(INT8_ONEDNN), in_8_bits=True
+    ),
+    "quantised, without loss": BackendCase("quantised weights", by(unpacked), lambda dtype: None, is_fixed=False),
+    "quantised": BackendCase(
+        "quantised weights", by(partial(pack, kind="int8")), lambda dtype: None, is_fixed=False, in_8_bits=True
     ),
 }
 

@@ -72,7 +72,7 @@ def test_it_computes_the_encoder_and_says_so(case: BackendCase, layout: Layout, 
 
 def test_weights_that_stay_on_the_cpu_say_so(case: BackendCase, layout: Layout) -> None:
     """What moves embeddings and norms to an accelerator at every call finds no parameters of these."""
-    if not case.holds_weights:
+    if not case.is_fixed:
         pytest.skip("its weights can be moved")
     held = [module for module in bound(case, layout).modules() if isinstance(module, HeldLinear)]
     assert held
@@ -83,7 +83,7 @@ def test_weights_that_stay_on_the_cpu_say_so(case: BackendCase, layout: Layout) 
 
 def test_a_call_elsewhere_says_so(case: BackendCase, layout: Layout) -> None:
     """As under software that moves nothing but parameters."""
-    if not case.holds_weights:
+    if not case.is_fixed:
         pytest.skip("its weights can be moved")
     stack = bound(case, layout)
     block = stack.encoder.block[0]
@@ -143,7 +143,7 @@ def test_float16_is_tightened_or_refused(case: BackendCase, layout: Layout) -> N
     state[name] = state[name] * 5e4
     stack = by_modules(build_stack(CONFIG, state, torch.float16, layout))
     before = last_of(stack, 1)
-    if case.holds_weights:
+    if case.is_fixed:
         with pytest.raises(ValueError, match=r"a model in torch\.float16 on cpu"):
             case.bind(stack)
         assert runner_names(stack) == {""}
@@ -153,7 +153,7 @@ def test_float16_is_tightened_or_refused(case: BackendCase, layout: Layout) -> N
     assert stack.describe_attention() == "auto: sdpa" and not before.isfinite().all()
     with pytest.warns(ScaleTightenedWarning, match=r"layer 1: feed_forward_out"):
         found = encode_guarded(stack, IDS, MASK)
-    assert_near(found, reference(**{name: state[name]}), 5e-3)
+    assert_near(found, reference(**{name: state[name]}), 5e-2 if case.in_8_bits else 5e-3)
 
 
 @every_dtype

@@ -17,6 +17,7 @@ from nai_t5_core.backends.int8_weight import Int8Product, Int8Weight
 from nai_t5_core.backends.kernels.build import better_than_kernels, prepare_kernels, why_not_kernels
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsInPlace
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
+from nai_t5_core.backends.quantised.projections import stays_quantised
 from nai_t5_core.model.attention_choice import FLEX_FROM_LENGTHS
 from nai_t5_core.model.block import Backend
 from nai_t5_core.model.encoder import T5EncoderStack
@@ -62,6 +63,8 @@ def encode_on_cuda(stack: T5EncoderStack) -> T5EncoderStack:
 
 def why_not_prepack(model: T5EncoderStack | T5Model) -> str | None:
     """Why this model's weights cannot be prepacked on this machine, as a sentence; None if they can."""
+    if stays_quantised(model):
+        return "its weights stay as they lie in a quantised file; load it with unpack=True"
     return ONEDNN.missing(model.device, model.dtype)
 
 
@@ -79,7 +82,7 @@ def prepack(model: Model, products: ProductsChoice = "auto") -> Model:
 
     Raises:
         ValueError: the model is not on the CPU, or not in float32 or a bfloat16 that this processor's oneDNN supports;
-            or the kernels were asked for and cannot compute it.
+            its weights stay as they lie in a quantised file; or the kernels were asked for and cannot compute it.
     """
     if reason := why_not_prepack(model):
         raise ValueError(f"cannot prepack a model in {model.dtype} on {model.device}: {reason}")

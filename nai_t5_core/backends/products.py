@@ -89,7 +89,7 @@ class OneDNNBackend:
     def bind(self, block: Block, dtype: torch.dtype) -> None:
         for layer in block.layer:
             for sublayer in layer.children():
-                for owner, attribute, name in _projections(sublayer):
+                for owner, attribute, name in projections(sublayer):
                     # Gate and up are two products, so that oneDNN applies the activation in the gate's.
                     parts = 2 if isinstance(sublayer, FusedGatedFeedForward) and name == "wi" else 1
                     setattr(owner, attribute, self.held(getattr(owner, attribute), dtype, parts))
@@ -137,7 +137,7 @@ class Int8Backend:
             norm = layer.layer_norm.folded_weight if isinstance(layer.layer_norm, FoldedRMSNorm) else None
             for sublayer_name, sublayer in layer.named_children():
                 after_no_norm = _AFTER_NO_NORM.get(sublayer_name, _AFTER_THE_SUBLAYER)
-                for owner, attribute, name in _projections(sublayer):
+                for owner, attribute, name in projections(sublayer):
                     weight = as_it_lies(getattr(owner, attribute))
                     held = self._held(name, weight, None if name in after_no_norm else norm, dtype)
                     setattr(owner, attribute, held)
@@ -155,7 +155,7 @@ ONEDNN = OneDNNBackend()
 INT8_ONEDNN = Int8Backend()
 
 
-def _projections(sublayer: nn.Module) -> list[tuple[nn.Module, str, str]]:
+def projections(sublayer: nn.Module) -> list[tuple[nn.Module, str, str]]:
     """Projections, plain or held by a backend: for each its owner, its name in the owner, its name in the sublayer.
 
     The two names differ where another module, such as a live LoRA, wraps the projection.

@@ -38,7 +38,7 @@ def inspect(model: ModelArgument = None, subfolder: Subfolder = "", as_json: Jso
 
 
 def _print_inspection(report: dict[str, Any]) -> None:
-    from nai_t5_core.weights.load import by_reason
+    from nai_t5_core.weights.load_report import by_reason
 
     table = Table(show_header=False, title=report["source"], title_justify="left")
     for key, value in report.items():
@@ -185,11 +185,27 @@ def _inspection(examination: Examination) -> dict[str, Any]:
         "encoder_parameters": encoder,
         "decoder_parameters": decoder,
         "tokenizer": vocabulary,
-        "encoder_memory": {name: size(encoder * width) for name, width in (("float32", 4), ("bfloat16/float16", 2))},
+        "encoder_memory": {
+            **({"as it lies": size(_bytes_as_it_lies(examination))} if examination.quantised else {}),
+            **{name: size(encoder * width) for name, width in (("float32", 4), ("bfloat16/float16", 2))},
+        },
         "attention": automatic_attention(),
         "ignored": examination.keymap.ignored,
         "faults": [*examination.faults, *decoder_faults(examination)],
     }
+
+
+def _bytes_as_it_lies(examination: Examination) -> int:
+    """What a quantised encoder takes in memory; weights that are not quantised have two bytes for a number."""
+    import torch
+
+    from nai_t5_core.facts.config import encoder_tensors
+
+    total = 0
+    for name, shape in encoder_tensors(examination.config).items():
+        stored = examination.quantised.get(name)
+        total += stored.nbytes(examination.checkpoint) if stored else 2 * int(torch.Size(shape).numel())
+    return total
 
 
 def _cell(value: Any) -> str:

@@ -53,4 +53,7 @@ LoraOption = Annotated[
     list[str] | None,
     typer.Option("--lora", metavar="FILE[:STRENGTH]", help="Merge a LoRA of the T5 first; may be repeated."),
 ]
+Unpack = Annotated[
+    bool, typer.Option("--unpack", help="Unpack a quantised file while it is loaded: more memory, and faster.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

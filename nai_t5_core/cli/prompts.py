@@ -26,6 +26,7 @@ from nai_t5_core.cli.options import (
     ScalesOption,
     Subfolder,
     TokenizerOption,
+    Unpack,
 )
 from nai_t5_core.cli.terminal import all_prompts, counting, err, out, print_json, say, short, working
 
@@ -52,6 +53,7 @@ def encode(
     scales: ScalesOption = None,
     save_scales: SaveScales = None,
     lora: LoraOption = None,
+    unpack: Unpack = False,
     write: Annotated[Path | None, typer.Option("--out", help="Safetensors file to write.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -73,6 +75,7 @@ def encode(
             quantize="int8" if int8 else None,
             compile=compile_it,
             loras=loras,
+            unpack=unpack,
         )
     policy: PaddingPolicy | None = padding.value if padding else None
     with working(f"encoding {len(texts)} prompts"):
@@ -116,7 +119,7 @@ def warm_up(
     from nai_t5_core.weights.load import load_encoder
 
     with working("loading the model"):
-        stack = compile_stack(load_encoder(model, dtype.value, device, subfolder=subfolder))
+        stack = compile_stack(load_encoder(model, dtype.value, device, subfolder=subfolder, unpack=True))
     with counting("compiling buckets") as progress:
         ready = compile_buckets(stack, up_to, progress)
     if as_json:

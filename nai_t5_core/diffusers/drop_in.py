@@ -106,6 +106,8 @@ class NAIT5EncoderModel(PreTrainedModel):
     ) -> NAIT5EncoderModel:
         """From a loaded transformers T5, mT5 or UMT5 (encoder or whole model), on its device, in evaluation mode.
 
+        Weights in 4 or 8 bits of bitsandbytes stay so: ours has the very bytes.
+
         Args:
             dtype: by default that of the model. float16 gets scales that keep it in range.
             layout: ``"fused"`` is the fastest; ``"separate"`` shares the model's tensors where the dtype is the same.
@@ -143,6 +145,7 @@ class NAIT5EncoderModel(PreTrainedModel):
         layout: Layout = "fused",
         scales: ScalesChoice = "auto",
         quantize: Quantisation | None = None,
+        unpack: bool = False,
         **others: Any,
     ) -> NAIT5EncoderModel:
         """Loads a T5 encoder in evaluation mode from a hub id, a folder or a file.
@@ -157,6 +160,7 @@ class NAIT5EncoderModel(PreTrainedModel):
             device_map: one device for the whole model, also as ``{"": device}``; ``"auto"`` is the accelerator, or the
                 CPU where there is none.
             quantize: as for :meth:`from_hf`; the weights as they were are let go one by one.
+            unpack: as for :func:`nai_t5_core.weights.load.load_encoder`: quantised weights else stay as they lie.
             others: ``output_hidden_states`` and ``return_dict`` are put into the config. What transformers takes
                 beyond that is accepted where it changes nothing here, and else refused by name, see
                 :mod:`nai_t5_core.diffusers.drop_in_keywords`.
@@ -175,7 +179,7 @@ class NAIT5EncoderModel(PreTrainedModel):
         examination = examine_checkpoint(open_source(pretrained_model_name_or_path, subfolder, hub, variant))
         model_dtype = given or resolve_dtype(main_dtype(examination), device)
         refuse_quantising(quantize, device, model_dtype)
-        stack, _ = assemble(examination, model_dtype, device, layout, scales, CastingOps)
+        stack, _ = assemble(examination, model_dtype, device, layout, scales, CastingOps, unpack=unpack)
         model = cls(config_beside(examination), _quantised(stack, quantize))
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path or "")
         model.config.update(settings)

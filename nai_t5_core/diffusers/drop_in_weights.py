@@ -45,6 +45,8 @@ class _LoadedModel(Checkpoint):
         return self.config
 
 
+# What can be read: the state of such a model has the tensors that such a file has.
+_READABLE = "bitsandbytes"
 # The packages whose modules stand in the place of torch's where weights are quantised, and what they are called.
 _QUANTISERS = {
     "torchao": "torchao",
@@ -61,7 +63,7 @@ _QUANTISERS = {
 
 
 def refuse_quantised(model: nn.Module) -> None:
-    """Refuses a model whose weights are not plain numbers.
+    """Refuses a model whose weights are neither plain numbers nor quantised in a way that is read here.
 
     Raises:
         CheckpointError: says with what it is quantised, and what to do.
@@ -78,9 +80,13 @@ def _quantised_part(model: nn.Module) -> str | None:
     """With what the first part is quantised that is: a module or tensor of another class than torch's own."""
     if getattr(model, "is_quantized", False):
         method: Any = getattr(model, "quantization_method", None)
-        return f"quantised with {getattr(method, 'value', method)}, as its config says"
+        library = str(getattr(method, "value", method))
+        if not library.startswith(_READABLE):
+            return f"quantised with {library}, as its config says"
     for name, module in model.named_modules():
         package = type(module).__module__
+        if package.partition(".")[0] == _READABLE:
+            continue
         if package.startswith("torch.ao.") or package.partition(".")[0] in _QUANTISERS:
             return f"quantised with {_library(type(module))} ({name} is a {type(module).__name__})"
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -102,7 +108,8 @@ def examine_model(model: nn.Module) -> Examination:
         CheckpointError: it is no T5, or its weights are not there (on the meta device, as sequential offloading does).
     """
     name = type(model).__name__
-    state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+    # Of quantised weights, the bytes: their own classes would unpack them here and there.
+    state = {key: tensor.detach().as_subclass(Tensor) for key, tensor in model.state_dict().items()}
     absent = [key for key, tensor in state.items() if tensor.is_meta]
     if absent:
         raise CheckpointError(
@@ -155,7 +162,8 @@ def encoder_from_model(
 
     Tensors that need no change are shared with the model (all of them in the separate layout and the same dtype).
     ``release`` takes every weight from the model when it is used: the model is left on the meta device, and
-    :func:`give_back` fills it again. ``quantize`` is only checked: whether it will be possible.
+    :func:`give_back` fills it again. One that is quantised keeps its bytes, which are ours as well. ``quantize`` is
+    only checked: whether it will be possible.
 
     Raises:
         CheckpointError, ValueError: see :func:`check_model`; the model is as it was then.
@@ -163,7 +171,8 @@ def encoder_from_model(
     examination, dtype = check_model(model, dtype, layout, scales, quantize)
     embedding: Any = model.get_submodule("shared")
     device = embedding.weight.device
-    if not release:
+    if not release or examination.quantised:
+        # Ours has the bytes of quantised weights, which stay where they are.
         return assemble(examination, dtype, device, layout, scales, CastingOps)[0]
     held = {name: model.get_parameter(full) for name, full in examination.keymap.names.items()}
     # Read through the parameters: a dictionary of the tensors would keep them alive.

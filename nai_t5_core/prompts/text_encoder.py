@@ -102,6 +102,7 @@ class TextEncoder:
         token_budget: int = DEFAULT_TOKEN_BUDGET,
         attention: AttentionChoice = "auto",
         loras: Sequence[tuple[LoraSource, float]] = (),
+        unpack: bool = False,
     ) -> TextEncoder:
         """Loads weights and tokenizer; sources and arguments are those of :func:`nai_t5_core.load_encoder`.
 
@@ -117,7 +118,10 @@ class TextEncoder:
                 :func:`nai_t5_core.backends.compiled.compile_stack`; the weights are then not prepacked.
             token_budget: how many rows are computed at a time; larger batches are split, which bounds the memory.
             loras: files and strengths, merged for good before the weights are prepacked, quantised or compiled. To add
-                and remove LoRAs later, use :class:`nai_t5_core.lora.live.LiveLoras`.
+                and remove LoRAs later, use :class:`nai_t5_core.lora.live.LiveLoras`. Weights that are quantised in the
+                checkpoint are unpacked for this: merging rounds.
+            unpack: make numbers of a quantised checkpoint's weights while it is loaded, which takes the memory of
+                ``dtype`` and makes encoding faster. Else they stay as they lie in the file.
 
         Raises:
             CheckpointError: the checkpoint or a LoRA is unusable, or there is no tokenizer.
@@ -129,7 +133,7 @@ class TextEncoder:
         where = resolve_device(device)
         refuse_quantising(quantize, where, resolve_dtype(dtype, where))
         own = load_tokenizer(tokenizer) if tokenizer is not None else None
-        loaded = load(source, dtype, device, layout, subfolder, scales, attention)
+        loaded = load(source, dtype, device, layout, subfolder, scales, attention, unpack or bool(loras or compile))
         found = own or loaded.tokenizer
         if found is None:
             raise ValueError(NO_TOKENIZER.format(source=loaded.report.source))
