@@ -333,6 +333,8 @@ def single_device(device_map: Any) -> str | torch.device:
 
 def write_config(folder: Path, values: dict[str, Any], class_name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    # How a checkpoint was quantised: what is written here is unpacked.
+    values = {name: value for name, value in values.items() if name != "quantization_config"}
     text = json.dumps({**values, "architectures": [class_name]}, indent=2, sort_keys=True)
     write_whole(folder / "config.json", text + "\n")
 
