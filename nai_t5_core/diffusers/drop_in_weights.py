@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from nai_t5_core.backends.choose import Quantisation, refuse_quantising
 from nai_t5_core.backends.held import HeldLinear, is_in_8_bits
+from nai_t5_core.backends.quantised.projections import QuantisedEmbedding
+from nai_t5_core.diffusers.model_blocks import block_kind, holds_blocks, shape_of
 from nai_t5_core.facts.config import Shape, encoder_tensors
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.layers import CastingOps
@@ -47,6 +49,8 @@ class _LoadedModel(Checkpoint):
 
 # What can be read: the state of such a model has the tensors that such a file has.
 _READABLE = "bitsandbytes"
+# What transformers says of a model that it has loaded from such a file, unpacked or in blocks.
+_GGUF = "gguf"
 # The packages whose modules stand in the place of torch's where weights are quantised, and what they are called.
 _QUANTISERS = {
     "torchao": "torchao",
@@ -81,11 +85,11 @@ def _quantised_part(model: nn.Module) -> str | None:
     if getattr(model, "is_quantized", False):
         method: Any = getattr(model, "quantization_method", None)
         library = str(getattr(method, "value", method))
-        if not library.startswith(_READABLE):
+        if not library.startswith(_READABLE) and library != _GGUF:
             return f"quantised with {library}, as its config says"
     for name, module in model.named_modules():
         package = type(module).__module__
-        if package.partition(".")[0] == _READABLE:
+        if package.partition(".")[0] == _READABLE or holds_blocks(module):
             continue
         if package.startswith("torch.ao.") or package.partition(".")[0] in _QUANTISERS:
             return f"quantised with {_library(type(module))} ({name} is a {type(module).__name__})"
@@ -117,10 +121,14 @@ def examine_model(model: nn.Module) -> Examination:
             "never loaded; remove its offload hooks first"
         )
     tensors = {key: TensorInfo(tuple(tensor.shape), tensor.dtype, Path(name)) for key, tensor in state.items()}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if (kind := block_kind(module)) is not None:
+            shape = shape_of(state[f"{path}.weight"], kind)
+            tensors[f"{path}.weight"] = TensorInfo(shape, torch.float32, Path(name), kind.name)
     config: Any = model.config
-    return examine_checkpoint(
-        _LoadedModel(name, "a model in memory", tensors, state.__getitem__, config=config.to_dict())
-    )
+    loaded = _LoadedModel(name, "a model in memory", tensors, state.__getitem__, config=config.to_dict())
+    loaded.map_blocks = state.__getitem__
+    return examine_checkpoint(loaded)
 
 
 def check_model(
@@ -252,7 +260,7 @@ def _saved_names(stack: T5EncoderStack) -> Iterator[str]:
     """The names in the stack's state, for which weights in forms of their own need not be made plain."""
     for path, module in stack.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
-        if isinstance(module, HeldLinear):
+        if isinstance(module, HeldLinear | QuantisedEmbedding):
             yield f"{prefix}weight"
         saved_buffers = module._buffers.keys() - module._non_persistent_buffers_set
         yield from (f"{prefix}{name}" for name in (*module._parameters, *saved_buffers))
