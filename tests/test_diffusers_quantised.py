@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import encoder_part, spiece_model
-from conftest import random_state
 from test_quantised_files import CONFIG, IDS, file_of
 from torch import nn
-from toy_gguf import gguf, packed, write_gguf
+from toy_gguf import gguf, packed
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
@@ -104,20 +102,6 @@ def test_blocks_of_transformers() -> None:
         for keep in (in_blocks_of_transformers, in_blocks_of_diffusers)
     )
     assert torch.equal(found, expected)
-
-
-def test_a_gguf_file_that_transformers_has_unpacked(tmp_path: Path) -> None:
-    # Of a T5 with gates transformers has another activation than the model.
-    config = CONFIG.model_copy(update={"vocab_size": 4096, "gated": False, "activation": "relu"})
-    state = encoder_part(random_state(config))
-    write_gguf(tmp_path / "t5.gguf", state, "Q8_0", config=config, tokenizer=spiece_model())
-    model = transformers.T5EncoderModel.from_pretrained(str(tmp_path), gguf_file="t5.gguf").eval()
-    with torch.no_grad():
-        expected = model(IDS).last_hidden_state
-        found = NAIT5EncoderModel.from_hf(model)(IDS).last_hidden_state
-        of_the_file = NAIT5EncoderModel.from_pretrained(tmp_path / "t5.gguf", dtype=torch.float32)(IDS)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(of_the_file.last_hidden_state, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("save_format", ["native", "transformers"])

@@ -17,7 +17,7 @@ from nai_t5_core.tokenizer import TOKENIZER_TENSORS, load_tokenizer
 from nai_t5_core.weights import native
 from nai_t5_core.weights.examine import Examination, ModelSource, decoder_faults, examine, find_tokenizer, settle_head
 from nai_t5_core.weights.formats import CheckpointError, tensor_bytes, write_safetensors
-from nai_t5_core.weights.fuse import cook, fused_recipes
+from nai_t5_core.weights.fuse import cook, fused_recipes, originals
 from nai_t5_core.weights.held_weights import refuse_scales
 from nai_t5_core.weights.load import ScalesChoice, choose_decoder_scales, choose_scales
 from nai_t5_core.weights.ranges import refuse_infinities
@@ -79,7 +79,7 @@ def convert(
         decoder_scales = scales
     chosen_for_decoder = None if encoder_only else choose_decoder_scales(examination, model_dtype, decoder_scales)
     recipes = fused_recipes(config, chosen, chosen_for_decoder)
-    refuse_scales(examination, recipes)
+    refuse_scales(examination, originals(recipes))
     layout: dict[str, tuple[torch.dtype, Shape]] = {
         recipe.target: (recipe.dtype(model_dtype), recipe.shape) for recipe in recipes
     }

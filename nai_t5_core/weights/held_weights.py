@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,19 +33,19 @@ def that_stay(recipes: list[Recipe], examination: Examination) -> list[Recipe]:
     ]
 
 
-def refuse_scales(examination: Examination, recipes: list[Recipe]) -> None:
+def refuse_scales(examination: Examination, names: Iterable[str]) -> None:
     """Raises a CheckpointError that lists the quantised weights whose scales are not finite.
 
     All are looked at before anything is made of any. Where scales stand among the numbers, the file is read for it,
     which the first encode would do.
     """
-    faults = list(_scale_faults(examination, [name for recipe in recipes for name in recipe.originals]))
+    faults = list(_scale_faults(examination, names))
     if faults:
         examination.faults += faults
         examination.refuse_faults()
 
 
-def _scale_faults(examination: Examination, names: list[str]) -> Iterator[str]:
+def _scale_faults(examination: Examination, names: Iterable[str]) -> Iterator[str]:
     for name in names:
         fault = examination.lies(name).fault() if name in examination.quantised else None
         if fault is not None:

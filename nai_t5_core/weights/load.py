@@ -30,7 +30,7 @@ from nai_t5_core.tokenizer import Tokenizer
 from nai_t5_core.weights import native
 from nai_t5_core.weights.examine import Examination, ModelSource, decoder_faults, examine, find_tokenizer, settle_head
 from nai_t5_core.weights.formats import CheckpointError
-from nai_t5_core.weights.fuse import Recipe, fused_recipes, separate_recipes
+from nai_t5_core.weights.fuse import Recipe, fused_recipes, originals, separate_recipes
 from nai_t5_core.weights.held_weights import held_modules, refuse_scales, that_stay
 from nai_t5_core.weights.held_weights import place as put_in_place
 from nai_t5_core.weights.keymaps import KeyMap
@@ -166,7 +166,7 @@ def assemble(
     chosen = choose_scales(examination, dtype, scales)
     stack = T5EncoderStack(config, layout, ops, chosen, device="meta", dtype=dtype)
     recipes, read = _recipes(examination, config, layout, chosen)
-    refuse_scales(examination, recipes)
+    refuse_scales(examination, originals(recipes))
     staying = [] if unpack else that_stay(recipes, examination)
     held = held_modules(staying, examination, dtype, device)
     made = [recipe for recipe in recipes if recipe not in staying]
@@ -188,7 +188,7 @@ def refuse_before_assembly(
     chosen = choose_scales(examination, dtype, scales)
     T5EncoderStack(config, layout, NoInit, chosen, device="meta", dtype=dtype)
     recipes, read = _recipes(examination, config, layout, chosen)
-    refuse_scales(examination, recipes)
+    refuse_scales(examination, originals(recipes))
     staying = [] if unpack else that_stay(recipes, examination)
     held_modules(staying, examination, dtype, torch.device("cpu"))
     for recipe in recipes if dtype == torch.float16 else ():
@@ -249,7 +249,7 @@ def load_whole(
     chosen_for_decoder = choose_decoder_scales(examination, model_dtype, decoder_scales)
     model = T5(config, layout, NoInit, chosen, chosen_for_decoder, device="meta", dtype=model_dtype)
     recipes, read = _recipes(examination, config, layout, chosen, chosen_for_decoder)
-    refuse_scales(examination, recipes)
+    refuse_scales(examination, originals(recipes))
     model.assign(_tensors(recipes, read, model_dtype, place))
     return LoadedT5(_report(examination, run_in_place(model.eval()), recipes, started), examination, model)
 
