@@ -233,8 +233,8 @@ def write_quantised(path: Path, state: Tensors, metadata: dict[str, str] | None 
 READ: dict[str, tuple[str, Quantise]] = {
     "NVFP4": ("NVFP4", nvfp4_of_comfyui),
     "MXFP8": ("MXFP8", mxfp8_of_comfyui),
-    "int8, rotated": ("int8 of ComfyUI", int8_of_comfyui),
-    "int8, by weight": ("int8 of ComfyUI", int8_of_comfyui_by_weight),
+    "int8, rotated": ("int8, rotated", int8_of_comfyui),
+    "int8, by weight": ("int8", int8_of_comfyui_by_weight),
     "int8": ("int8", int8_with_scales),
     "NF4": ("NF4 of bitsandbytes", nf4),
     "NF4, not nested": ("NF4 of bitsandbytes", nf4_without_nesting),

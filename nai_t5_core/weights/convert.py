@@ -25,10 +25,10 @@ from nai_t5_core.weights.ranges import refuse_infinities
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion wrote."""
+    """What a conversion wrote; ``dtype`` is a kind where it is quantised."""
 
     out: Path
-    dtype: torch.dtype
+    dtype: torch.dtype | str
     tensors: int
     nbytes: int
     source_sha256: str
@@ -84,7 +84,7 @@ def convert(
         recipe.target: (recipe.dtype(model_dtype), recipe.shape) for recipe in recipes
     }
     found = load_tokenizer(tokenizer) if tokenizer is not None else find_tokenizer(examination)
-    vocabulary = _vocabulary_tensor(found.serialized()) if found is not None else {}
+    vocabulary = vocabulary_tensor(found.serialized()) if found is not None else {}
     layout |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in vocabulary.items()}
 
     read = HashingReader(examination.read)
@@ -140,7 +140,8 @@ def main_dtype(examination: Examination) -> torch.dtype:
     return main if isinstance(main, torch.dtype) and main in DTYPES.values() else torch.bfloat16
 
 
-def _vocabulary_tensor(serialized: tuple[str, bytes]) -> dict[str, Tensor]:
+def vocabulary_tensor(serialized: tuple[str, bytes]) -> dict[str, Tensor]:
+    """A tokenizer as the tensor that stands for it in our files; none where there is no name for its kind."""
     kind, content = serialized
     name = next((name for name, stored in TOKENIZER_TENSORS.items() if stored == kind), None)
     return {} if name is None else {name: torch.frombuffer(bytearray(content), dtype=torch.uint8)}

@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from nai_t5_core.backends.quantised.kinds import QuantisedWeight
+from nai_t5_core.backends.quantised.kinds import WEIGHT, QuantisedWeight
 from nai_t5_core.facts.config import Shape, T5Config, config_from_hf, decoder_tensors, encoder_tensors
 from nai_t5_core.facts.scales import StackScales
 from nai_t5_core.model.precision import DTYPES, largest_finite
@@ -169,7 +169,7 @@ def examine_checkpoint(checkpoint: Checkpoint) -> Examination:
     keymap.ignored |= checkpoint.others
     _place_parts(keymap, quantised)
     shapes = {name: checkpoint.tensors[full].shape for name, full in keymap.names.items()}
-    shapes |= {name: stored.shape for name, stored in quantised.items() if name in shapes}
+    shapes |= {name: stored.shape for name, stored in quantised.items()}
     try:
         config, config_source = _config(checkpoint, shapes)
     except ValidationError as error:
@@ -191,6 +191,8 @@ def _place_parts(keymap: KeyMap, quantised: dict[str, Stored]) -> None:
     """Takes what stands for quantised weights, or beside them, off the tensors that no T5 has."""
     parts = {full for stored in quantised.values() for full in stored.parts.values()}
     beside = {full for stored in quantised.values() for full in stored.beside}
+    for name, stored in quantised.items():
+        keymap.names.setdefault(name, stored.parts[WEIGHT])
     keymap.unknown = [full for full in keymap.unknown if full not in parts | beside]
     keymap.ignored |= dict.fromkeys(sorted(beside), "says how a weight is quantised")
 
@@ -201,6 +203,8 @@ def _config(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> tuple[T5Config,
     Raises:
         ValueError: what is there makes no config.
     """
+    if native.is_quantised(checkpoint):
+        return native.read_config(checkpoint), "its own header"
     hf_config = checkpoint.hf_config()
     if hf_config is not None:
         return config_from_hf(hf_config), "config.json"

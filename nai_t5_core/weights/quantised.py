@@ -158,7 +158,9 @@ def _stored(
         CheckpointError: ComfyUI's note names another kind.
     """
     weight = infos.get("weight")
-    if weight is None or len(weight.shape) != 2:
+    if weight is None:
+        return _named_blocks(leaves, infos)
+    if len(weight.shape) != 2:
         return None
     if weight.packing in GGML_KINDS:
         return Stored(GGML_KINDS[weight.packing], _matrix(weight.shape), {WEIGHT: leaves["weight"]})
@@ -174,12 +176,23 @@ def _stored(
     if kind == "mxfp8":
         return Stored(MXFP8(), shape, parts)
     if kind == "int8_tensorwise":
-        return Stored(Scaled("int8 of ComfyUI", torch.int8, turned=_turned(note)), shape, parts)
+        turned = _turned(note)
+        return Stored(Scaled("int8, rotated" if turned else "int8", torch.int8, turned=turned), shape, parts)
     if kind not in _FLOAT8_NOTES:
         _refuse(checkpoint, f"{kind} of ComfyUI", f"the note of {module}")
     if scale is not None and infos[scale].dtype not in FLOATS:
         return None  # powers of two, as MXFP8 has them, in an order that nothing tells
     return _without_note(leaves, weight, shape, parts)
+
+
+def _named_blocks(leaves: dict[str, str], infos: Mapping[str, TensorInfo]) -> Stored | None:
+    """Blocks in a file of our own, where the kind stands behind the weight's name."""
+    for name, kind in GGML_KINDS.items():
+        info = infos.get(f"weight.{name}")
+        if info is not None and len(info.shape) == 2:
+            rows, width = info.shape
+            return Stored(kind, (rows, width // kind.size * kind.block), {WEIGHT: leaves[f"weight.{name}"]})
+    return None
 
 
 def _without_note(

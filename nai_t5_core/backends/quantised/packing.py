@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.backends.int8_weight import Int8Weight
+from nai_t5_core.backends.quantised.blocks import BlockKind
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
-from nai_t5_core.backends.quantised.kinds import WEIGHT, Kind, Plain, QuantisedWeight
+from nai_t5_core.backends.quantised.kinds import WEIGHT, Kind, Layout, Plain, QuantisedWeight
 from nai_t5_core.backends.quantised.scaled import SCALE, Scaled
 
 PackedKind = Literal["int8", "q8_0", "q4_k", "float8"]
@@ -33,13 +34,35 @@ def pack(weight: Tensor, kind: PackedKind) -> QuantisedWeight:
     Raises:
         ValueError: an unknown kind, or rows that are no whole blocks of it.
     """
-    if kind not in _PACKERS:
-        raise ValueError(f"quantize={kind!r}; allowed: {', '.join(PACKED_KINDS)}")
-    block = getattr(KINDS[kind], "block", None) or 1
+    refuse_kind(kind)
     rows, columns = weight.shape
-    if columns % block:
-        raise ValueError(f"rows of {columns} numbers are no whole blocks of {block}, as {kind} has them; take int8")
+    packed_layout(kind, (rows, columns))
     return QuantisedWeight(KINDS[kind], (rows, columns), _PACKERS[kind](weight.detach().float()))
+
+
+def refuse_kind(kind: str) -> None:
+    """Raises a ValueError for a kind that is not written here."""
+    if kind not in PACKED_KINDS:
+        raise ValueError(f"quantize={kind!r}; allowed: {', '.join(PACKED_KINDS)}")
+
+
+def packed_layout(kind: PackedKind, shape: tuple[int, int]) -> Layout:
+    """Shape and dtype of the parts that :func:`pack` makes of a weight.
+
+    Raises:
+        ValueError: its rows are no whole blocks of the kind.
+    """
+    rows, columns = shape
+    found = KINDS[kind]
+    if isinstance(found, BlockKind):
+        if columns % found.block:
+            raise ValueError(
+                f"rows of {columns} numbers are no whole blocks of {found.block}, as {kind} has them; take int8"
+            )
+        return {WEIGHT: ((rows, columns // found.block * found.size), torch.uint8)}
+    if kind == "int8":
+        return {WEIGHT: (shape, torch.int8), SCALE: ((rows, 1), torch.float32)}
+    return {WEIGHT: (shape, torch.float8_e4m3fn), SCALE: ((), torch.float32)}
 
 
 def unpacked(weight: Tensor) -> QuantisedWeight:
