@@ -18,7 +18,7 @@ from nai_t5_core.model.precision import is_finite, keeps_finite
 from nai_t5_core.tokenizer import JsonTokenizer, Tokenizer, tokenizer_json_to_sentencepiece
 from nai_t5_core.weights import keymaps, native
 from nai_t5_core.weights.examine import Examination, examine, find_tokenizer
-from nai_t5_core.weights.formats import CheckpointError, open_checkpoint
+from nai_t5_core.weights.formats import GGUF, CheckpointError, open_checkpoint
 from nai_t5_core.weights.held_weights import refuse_scales
 from nai_t5_core.weights.shards import index_of, shard_count
 
@@ -106,9 +106,14 @@ def read_checkpoint(path: str | Path | None) -> ServerCheckpoint:
 def _reader(examination: Examination) -> Callable[[str], Tensor]:
     """Reads a tensor by its Hugging Face name, as it is in the file; what is quantised there comes in float16."""
     checkpoint, names = examination.checkpoint, examination.keymap.names
-    return lambda name: (
-        _unpacked(name, examination) if _is_unpacked(name, examination) else checkpoint.read(names[name])
-    )
+    in_gguf = checkpoint.format.startswith(GGUF)
+
+    def read(name: str) -> Tensor:
+        if in_gguf or _is_unpacked(name, examination):
+            return _unpacked(name, examination)
+        return checkpoint.read(names[name])
+
+    return read
 
 
 def _is_unpacked(name: str, examination: Examination) -> bool:
@@ -120,10 +125,10 @@ def _is_unpacked(name: str, examination: Examination) -> bool:
 
 
 def _unpacked(name: str, examination: Examination) -> Tensor:
-    """What the bytes of a quantised weight stand for, in half the memory that they exactly need."""
+    """What the bytes of a quantised weight stand for, in half the memory that they exactly need; others as they are."""
     checkpoint = examination.checkpoint
     exact = examination.read(name)
-    values = exact.to(_UNPACKED)
+    values = exact.to(_UNPACKED) if _is_unpacked(name, examination) else exact
     # Rows of the embedding that no prompt uses may be anything in the original.
     if not (keeps_finite(exact, values) if name == "shared.weight" else is_finite(values)):
         raise CheckpointError(
