@@ -15,6 +15,7 @@ from test_quantised_files import CONFIG, IDS, MASK, kinds_in
 from nai_t5_core.backends.choose import quantize_int8, why_not_int8
 from nai_t5_core.backends.quantised.packing import PACKED_KINDS, PackedKind, pack
 from nai_t5_core.backends.quantised.projections import stays_quantised
+from nai_t5_core.bench.kinds import markdown, measure_kinds
 from nai_t5_core.prompts.text_encoder import TextEncoder
 from nai_t5_core.weights.convert_quantised import convert_quantised
 from nai_t5_core.weights.examine import examine
@@ -153,3 +154,41 @@ def test_the_command(run: Run, tmp_path: Path) -> None:  # noqa: F811
     assert encoder.encode(["a cat"]).hidden_states.isfinite().all()
     refused = run("convert", source, out, "--quantize", "int8", "--dtype", "float16")
     assert refused.status == 2 and "--quantize goes without --dtype" in refused.stderr
+
+
+def test_parity_tells_what_quantising_has_cost(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    pytest.importorskip("transformers")
+    source, out = original(tmp_path), tmp_path / "out.safetensors"
+    convert_quantised(source, out, "q8_0")
+    options = ["--dtypes", "float32", "--against", "", "--prompt-lengths", "9,4", "--json"]
+    largest = []
+    for more in ([], ["--original", source]):
+        report = run("parity", out, *options, *more)
+        assert report.status == 0, report.stderr
+        largest.append(max(found["largest"] for found in report.json["differences"]))
+    assert largest[0] < 1e-5 < 1e-4 < largest[1]
+    refused = run("parity", "--random", "t5-v1_1-small", "--original", source)
+    assert refused.status == 2 and "--original goes with a model" in refused.stderr
+
+
+def test_the_table_of_kinds() -> None:
+    pytest.importorskip("gguf")
+    rows = measure_kinds(CONFIG, torch.float32, (4,), 1)
+    assert [row.kind for row in rows[:3]] == ["float32", "int8", "Q8_0"]
+    by_kind = {row.kind: row for row in rows}
+    assert by_kind["float32"].errors == (0.0,) * 5 and by_kind["Q4_K"].bits == 4.5
+    order = [by_kind[kind].errors[1] for kind in ("Q8_0", "Q5_1", "Q4_K")]
+    assert order == sorted(order) and order[0] > 0
+    assert "| Q4_K | 4.50 |" in markdown(rows)
+    with pytest.raises(ValueError, match=r"unknown kinds \['Q9'\]; allowed: int8, Q8_0"):
+        measure_kinds(CONFIG, kinds=["Q9"])
+
+
+def test_the_table_by_the_command(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    options = ["--layers", "1", "--kinds", "Q8_0", "--repeats", "1", "--dtype", "float32"]
+    rows = run("bench-kinds", "t5-v1_1-small", *options, "--json").json["rows"]
+    assert [row["kind"] for row in rows] == ["float32", "Q8_0"] and rows[1]["bits"] == 8.5
+    assert all(row["milliseconds"] and min(row["milliseconds"]) > 0 for row in rows)
+    file = tmp_path / "table.md"
+    assert run("bench-kinds", "t5-v1_1-small", *options, "--markdown", file).status == 0
+    assert file.read_text().count("\n") == 4
