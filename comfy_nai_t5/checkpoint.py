@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.quantised.scaled import FLOAT8, Scaled
 from nai_t5_core.facts.config import T5Config, encoder_tensors
 from nai_t5_core.model.precision import is_finite, keeps_finite
 from nai_t5_core.tokenizer import JsonTokenizer, Tokenizer, tokenizer_json_to_sentencepiece
 from nai_t5_core.weights import keymaps, native
 from nai_t5_core.weights.examine import Examination, examine, find_tokenizer
-from nai_t5_core.weights.formats import GGUF, Checkpoint, CheckpointError, open_checkpoint
+from nai_t5_core.weights.formats import GGUF, CheckpointError, open_checkpoint
+from nai_t5_core.weights.held_weights import refuse_scales
 from nai_t5_core.weights.shards import index_of, shard_count
 
 # What the numbers in blocks are kept in once they are unpacked: half of what they are exactly.
@@ -91,7 +93,10 @@ def read_checkpoint(path: str | Path | None) -> ServerCheckpoint:
     examination = examine(_whole(path) if path else None)
     examination.refuse_faults()
     names = encoder_tensors(examination.config.encoder_only())
+    refuse_scales(examination, list(names))
     scales = {name: full for name, full in examination.keymap.scales.items() if name in names}
+    # Other kinds with scales come unpacked.
+    scales = {name: full for name, full in scales.items() if not _is_unpacked(name, examination)}
     if not scales:
         read = examination.read if examination.is_native else _reader(examination)
         return ServerCheckpoint(examination, {name: read(name) for name in names}, {})
@@ -133,17 +138,32 @@ def emptied(tensor: Tensor) -> Tensor:
 
 
 def _reader(examination: Examination) -> Callable[[str], Tensor]:
-    """Reads a tensor by its Hugging Face name, as it is in the file; what is in blocks there comes in float16."""
+    """Reads a tensor by its Hugging Face name, as it is in the file; what is quantised there comes in float16."""
     checkpoint, names = examination.checkpoint, examination.keymap.names
-    if checkpoint.format.startswith(GGUF):
-        return lambda name: _unpacked(name, names[name], checkpoint)
-    return lambda name: checkpoint.read(names[name])
+    in_gguf = checkpoint.format.startswith(GGUF)
+
+    def read(name: str) -> Tensor:
+        if in_gguf or _is_unpacked(name, examination):
+            return _unpacked(name, examination)
+        return checkpoint.read(names[name])
+
+    return read
 
 
-def _unpacked(name: str, full: str, checkpoint: Checkpoint) -> Tensor:
-    """A tensor of a GGUF file; of blocks, what they stand for in half the memory."""
-    exact = checkpoint.read(full)
-    values = exact.to(_UNPACKED) if checkpoint.tensors[full].packing else exact
+def _is_unpacked(name: str, examination: Examination) -> bool:
+    """Whether a weight is of a kind that ComfyUI is not given as it is in the file: any but float8."""
+    stored = examination.quantised.get(name)
+    kind = None if stored is None else stored.kind
+    is_float8 = isinstance(kind, Scaled) and kind.dtype in FLOAT8 and kind.block is None
+    in_blocks = bool(examination.checkpoint.tensors[examination.keymap.names[name]].packing)
+    return in_blocks or (kind is not None and not is_float8)
+
+
+def _unpacked(name: str, examination: Examination) -> Tensor:
+    """What the bytes of a quantised weight stand for, in half the memory that they exactly need; others as they are."""
+    checkpoint = examination.checkpoint
+    exact = examination.read(name)
+    values = exact.to(_UNPACKED) if _is_unpacked(name, examination) else exact
     # Rows of the embedding that no prompt uses may be anything in the original.
     if not (keeps_finite(exact, values) if name == "shared.weight" else is_finite(values)):
         raise CheckpointError(

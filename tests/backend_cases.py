@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ from nai_t5_core.backends.kernels.build import missing_for, prepare_kernels
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend
 from nai_t5_core.backends.kernels.sets import AVX2_VNNI, SETS, InstructionSet
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
+from nai_t5_core.backends.quantised.kinds import QuantisedWeight
+from nai_t5_core.backends.quantised.packing import pack, unpacked
+from nai_t5_core.backends.quantised.runner import QuantisedBackend
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 
 CONFIG = TOY_CONFIGS["v1.1"].encoder_only()
@@ -31,6 +35,7 @@ class BackendCase:
         bind: makes a stack, in place, be computed by it.
         missing: why this machine cannot test it, for a dtype; None where it can.
         holds_weights: whether it takes the weights out of their modules.
+        is_fixed: whether they are then for the CPU and one dtype.
         rounding: of its numbers against those of the same dtype by torch, relative to the largest.
         attends: whether attention is its own.
         widens: whether it computes in float32 from weights in 16 bits, for which float16 has no range to leave.
@@ -40,6 +45,7 @@ class BackendCase:
     bind: Callable[[T5EncoderStack], T5EncoderStack]
     missing: Callable[[torch.dtype], str | None]
     holds_weights: bool = True
+    is_fixed: bool = True
     in_8_bits: bool = False
     attends: bool = False
     widens: bool = False
@@ -78,6 +84,7 @@ def _cases_of(instructions: InstructionSet) -> dict[str, BackendCase]:
             lambda stack: run_in_place(stack, choice),
             lambda dtype: missing_for(instructions) or prepare_kernels(instructions),
             holds_weights=False,
+            is_fixed=False,
             **own,
         ),
         name: BackendCase(title, lambda stack: prepack(stack, choice), _missing(KERNELS[name]), **own),
@@ -91,11 +98,27 @@ def _cases_of(instructions: InstructionSet) -> dict[str, BackendCase]:
     }
 
 
+def by(packing: Callable[[Tensor], QuantisedWeight]) -> Callable[[T5EncoderStack], T5EncoderStack]:
+    """Keeps the weights of projections quantised."""
+
+    def bind(stack: T5EncoderStack) -> T5EncoderStack:
+        block: Any
+        for block in stack.encoder.block:
+            QuantisedBackend(packing).bind(block, stack.dtype)
+        return stack
+
+    return bind
+
+
 CASES = {
-    "torch": BackendCase("", by_modules, lambda dtype: None, holds_weights=False),
+    "torch": BackendCase("", by_modules, lambda dtype: None, holds_weights=False, is_fixed=False),
     "oneDNN": BackendCase("oneDNN", lambda stack: prepack(stack, "onednn"), _missing(ONEDNN)),
     "int8 oneDNN": BackendCase(
         "oneDNN, in 8 bits", lambda stack: quantize_int8(stack, "onednn"), _missing(INT8_ONEDNN), in_8_bits=True
+    ),
+    "quantised, without loss": BackendCase("quantised weights", by(unpacked), lambda dtype: None, is_fixed=False),
+    "quantised": BackendCase(
+        "quantised weights", by(partial(pack, kind="int8")), lambda dtype: None, is_fixed=False, in_8_bits=True
     ),
 }
 for each in SETS:

@@ -24,6 +24,7 @@ from fuzz_files import (
     torch_file,
     training_config,
 )
+from fuzz_quantised import quantised_files
 from safetensors.torch import save
 from toy_quantised import note
 
@@ -245,6 +246,10 @@ def _readers(folder: Path) -> dict[str, Reader]:
         "training checkpoint": Reader("checkpoint.pt", _checkpoint(folder), damaged_bytes, _training_checkpoint),
         **_native(folder, spiece),
         **_gguf(folder, spiece),
+        **{
+            name: Reader(file, content, damage, encoder_of(file))
+            for name, (file, content, damage) in quantised_files(folder).items()
+        },
     }
     return dict(sorted(found.items()))
 

@@ -74,7 +74,7 @@ def test_it_computes_the_encoder_and_says_so(case: BackendCase, layout: Layout, 
 
 def test_weights_that_stay_on_the_cpu_say_so(case: BackendCase, layout: Layout) -> None:
     """What moves embeddings and norms to an accelerator at every call finds no parameters of these."""
-    if not case.holds_weights:
+    if not case.is_fixed:
         pytest.skip("its weights can be moved")
     held = [module for module in bound(case, layout).modules() if isinstance(module, HeldLinear)]
     assert held
@@ -85,7 +85,7 @@ def test_weights_that_stay_on_the_cpu_say_so(case: BackendCase, layout: Layout) 
 
 def test_a_call_elsewhere_says_so(case: BackendCase, layout: Layout) -> None:
     """As under software that moves nothing but parameters."""
-    if not case.holds_weights:
+    if not case.is_fixed:
         pytest.skip("its weights can be moved")
     stack = bound(case, layout)
     block = stack.encoder.block[0]
@@ -152,7 +152,7 @@ def test_float16_is_tightened_or_refused(case: BackendCase, layout: Layout) -> N
             encode_guarded(stack, IDS, MASK), reference(**{name: state[name]}), max(5e-3, case.tolerance[torch.float32])
         )
         return
-    if case.holds_weights:
+    if case.is_fixed:
         with pytest.raises(ValueError, match=r"a model in torch\.float16 on cpu"):
             case.bind(stack)
         assert runner_names(stack) == {""}
@@ -162,7 +162,7 @@ def test_float16_is_tightened_or_refused(case: BackendCase, layout: Layout) -> N
     assert stack.describe_attention() == "auto: sdpa" and not before.isfinite().all()
     with pytest.warns(ScaleTightenedWarning, match=r"layer 1: feed_forward_out"):
         found = encode_guarded(stack, IDS, MASK)
-    assert_near(found, reference(**{name: state[name]}), 5e-3)
+    assert_near(found, reference(**{name: state[name]}), 5e-2 if case.in_8_bits else 5e-3)
 
 
 @every_dtype

@@ -16,6 +16,7 @@ pytest.importorskip("diffusers")
 from toy_offloading import OFFLOADS, cpu_has_one_name, hooks_of
 from toy_pipelines import T5, Toy, make, text_encoder
 
+from nai_t5_core.backends.quantised.projections import stays_quantised
 from nai_t5_core.diffusers.adapter import replace_text_encoder, restore_text_encoder
 from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
 from nai_t5_core.facts.scales import unscaled
@@ -132,7 +133,6 @@ QUANTISERS: list[tuple[Callable[[nn.Module, Path], nn.Module], str]] = [
     (with_quanto, r"quantised with optimum-quanto \(encoder\.block\.0\.layer\.0\.SelfAttention\.q is a QLinear\)"),
     (with_quanto_before_freezing, r"quantised with optimum-quanto \(.*SelfAttention\.q is a QLinear\)"),
     (with_hqq, r"quantised with HQQ \(encoder\.block\.0\.layer\.0\.SelfAttention\.q is a HQQLinear\)"),
-    (with_bitsandbytes, r"quantised with bitsandbytes, as its config says"),
 ]
 
 
@@ -152,14 +152,34 @@ def test_a_quantised_encoder_is_refused_by_name(quantise: Any, told: str, layout
         restore_text_encoder(toy.pipe)
 
 
-def test_four_bits_are_refused_by_name(tmp_path: Path) -> None:
-    """On a CPU bitsandbytes cannot run a model as small as the toy's, so that the weights are compared."""
+def test_eight_bits_of_bitsandbytes_are_taken_as_they_lie(tmp_path: Path) -> None:
+    toy = make("pixart-sigma")
+    plain = toy.encoder
+    toy.encoder = with_bitsandbytes(plain, tmp_path).dequantize()  # type: ignore[operator]
+    meant = toy.run()  # bitsandbytes itself would round activations to 8 bits, too
+    toy.encoder = old = with_bitsandbytes(plain, tmp_path)
+    image = toy.run()
+    replace_text_encoder(toy.pipe)
+    assert stays_quantised(toy.encoder)
+    assert (toy.run() - meant).abs().max() < 1e-2 * meant.abs().max()
+    restore_text_encoder(toy.pipe)
+    assert toy.encoder is old and torch.equal(toy.run(), image)
+
+
+def test_four_bits_of_bitsandbytes_are_taken_as_they_lie(tmp_path: Path) -> None:
+    """Or told, where the toy's rows are no whole blocks; on a CPU bitsandbytes cannot run a model as small."""
     toy = make("pixart-sigma")
     toy.encoder = old = with_bitsandbytes(toy.encoder, tmp_path, bits=4)
     before = {name: tensor.clone() for name, tensor in old.state_dict().items()}
-    with pytest.raises(CheckpointError, match="quantised with bitsandbytes, as its config says"):
+    widths = [old.config.d_model, old.config.d_ff, old.config.num_heads * old.config.d_kv]
+    if any(width % 64 for width in widths):
+        with pytest.raises(CheckpointError, match=r"bitsandbytes: rows of .* numbers are no whole blocks of 64"):
+            replace_text_encoder(toy.pipe)
+        assert toy.encoder is old
+    else:
         replace_text_encoder(toy.pipe)
-    assert toy.encoder is old
+        assert stays_quantised(toy.encoder)
+        restore_text_encoder(toy.pipe)
     assert all(torch.equal(tensor, before[name]) for name, tensor in old.state_dict().items())
 
 

@@ -94,7 +94,7 @@ def test_types_of_a_weight_are_judged(tmp_path: Path, kind: str) -> None:
     elif TYPES[kind] < 8:
         expected = rf"1 fault:.*{name} is a tensor of type {kind}, which cannot be read"
     else:
-        expected = rf"{name} is torch\.\w+: quantised weights other than float8 cannot be read"
+        expected = rf"{name} is torch\.\w+: a weight of this type can be read only with its scales beside it"
     with pytest.raises(CheckpointError, match=f"(?s){expected}"):
         on_cpu(file)
 

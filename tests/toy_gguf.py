@@ -46,7 +46,15 @@ NAMES = {
     "decoder 2.layer_norm": "ffn_norm",
 }
 # Kinds that the package unpacks and cannot pack, and where the float16 scales are in a block of theirs.
-NOISE = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_XS": (0,)}
+NOISE = {
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_XS": (0,),
+    "IQ4_NL": (0,),
+}
 
 
 def gguf_name(name: str) -> str:

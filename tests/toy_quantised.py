@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nai_t5_core.backends.quantised.scaled import tiled_shape
+
 Tensors = dict[str, Tensor]
 # A quantised projection [rows, columns]: from its module's name and weight to the tensors that stand for it.
 Quantise = Callable[[str, Tensor], Tensors]
@@ -40,7 +42,9 @@ def nvfp4(name: str, weight: Tensor) -> Tensors:
 
 
 def nvfp4_of_comfyui(name: str, weight: Tensor) -> Tensors:
-    return {**nvfp4(name, weight), f"{name}.comfy_quant": note(format="nvfp4")}
+    rows, columns = weight.shape
+    scale = (torch.rand(tiled_shape(rows, columns // 16)) + 0.5).to(_FLOAT8)
+    return {**nvfp4(name, weight), f"{name}.weight_scale": scale, f"{name}.comfy_quant": note(format="nvfp4")}
 
 
 def nvfp4_of_compressed_tensors(name: str, weight: Tensor) -> Tensors:
@@ -60,14 +64,21 @@ def mxfp8(name: str, weight: Tensor) -> Tensors:
 
 
 def mxfp8_of_comfyui(name: str, weight: Tensor) -> Tensors:
-    parts = mxfp8(name, weight)
-    parts[f"{name}.weight_scale"] = parts[f"{name}.weight_scale"].view(torch.uint8)
-    return {**parts, f"{name}.comfy_quant": note(format="mxfp8")}
+    rows, columns = weight.shape
+    powers = torch.randint(124, 129, tiled_shape(rows, columns // 32), dtype=torch.uint8)
+    return {**mxfp8(name, weight), f"{name}.weight_scale": powers, f"{name}.comfy_quant": note(format="mxfp8")}
 
 
 def int8_of_comfyui(name: str, weight: Tensor) -> Tensors:
     small, scale = _int8(weight)
-    how = note(format="int8_tensorwise", convrot=True, convrot_groupsize=256)
+    how = note(format="int8_tensorwise", convrot=True, convrot_groupsize=16)
+    return {f"{name}.weight": small, f"{name}.weight_scale": scale, f"{name}.comfy_quant": how}
+
+
+def int8_of_comfyui_by_weight(name: str, weight: Tensor) -> Tensors:
+    scale = weight.abs().max() / 127
+    small = (weight / scale).round().to(torch.int8)
+    how = note(format="int8_tensorwise")
     return {f"{name}.weight": small, f"{name}.weight_scale": scale, f"{name}.comfy_quant": how}
 
 
@@ -85,16 +96,23 @@ def int8_with_scales(name: str, weight: Tensor) -> Tensors:
     return {f"{name}.weight": small, f"{name}.weight_scale": scale}
 
 
-def nf4(name: str, weight: Tensor, kind: str = "nf4") -> Tensors:
-    how = note(quant_type=kind, blocksize=64, dtype="bfloat16", shape=list(weight.shape), nested_blocksize=256)
-    return {
-        f"{name}.weight": _bytes(weight.numel() // 2, 1),
-        f"{name}.weight.absmax": _bytes(weight.numel() // 64),
-        f"{name}.weight.quant_map": torch.linspace(-1, 1, 16),
-        f"{name}.weight.nested_absmax": torch.ones(1),
-        f"{name}.weight.nested_quant_map": torch.linspace(-1, 1, 256),
-        f"{name}.weight.quant_state.bitsandbytes__{kind}": how,
-    }
+def nf4(name: str, weight: Tensor, kind: str = "nf4", nested: bool = True) -> Tensors:
+    told = {"quant_type": kind, "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+    blocks = weight.numel() // 64
+    parts = {"weight": _bytes(weight.numel() // 2, 1), "weight.quant_map": torch.linspace(-1, 1, 16)}
+    if nested:
+        told |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.07}
+        parts["weight.absmax"] = _bytes(blocks)
+        parts["weight.nested_absmax"] = torch.rand(-(-blocks // 256)) * 0.05
+        parts["weight.nested_quant_map"] = torch.linspace(-1, 1, 256)
+    else:
+        parts["weight.absmax"] = torch.rand(blocks) * 0.1
+    parts[f"weight.quant_state.bitsandbytes__{kind}"] = note(**told)
+    return {f"{name}.{leaf}": part for leaf, part in parts.items()}
+
+
+def nf4_without_nesting(name: str, weight: Tensor) -> Tensors:
+    return nf4(name, weight, nested=False)
 
 
 def fp4(name: str, weight: Tensor) -> Tensors:
@@ -104,7 +122,7 @@ def fp4(name: str, weight: Tensor) -> Tensors:
 def llm_int8(name: str, weight: Tensor) -> Tensors:
     return {
         f"{name}.weight": _int8(weight)[0],
-        f"{name}.SCB": weight.abs().amax(1),
+        f"{name}.SCB": weight.abs().amax(1).float(),
         f"{name}.weight_format": torch.tensor(0, dtype=torch.uint8),
     }
 
@@ -179,7 +197,18 @@ def torchao(name: str, weight: Tensor) -> Tensors:
 
 
 def float8_in_blocks(name: str, weight: Tensor) -> Tensors:
-    return {f"{name}.weight": weight.to(_FLOAT8), f"{name}.weight_scale_inv": torch.ones(1, 1)}
+    rows, columns = weight.shape
+    scale = torch.rand(-(-rows // 128), -(-columns // 128)) + 0.5
+    return {f"{name}.weight": weight.to(_FLOAT8), f"{name}.weight_scale_inv": scale}
+
+
+def float8_plain(name: str, weight: Tensor) -> Tensors:
+    return {f"{name}.weight": weight.to(torch.float8_e5m2)}
+
+
+def float8_by_rows(name: str, weight: Tensor) -> Tensors:
+    scale = weight.abs().amax(1) / 448
+    return {f"{name}.weight": (weight / scale[:, None]).to(_FLOAT8), f"{name}.weight_scale": scale}
 
 
 def is_projection(name: str) -> bool:
@@ -198,3 +227,20 @@ def quantised(state: Mapping[str, Tensor], quantise: Quantise) -> Tensors:
 def write_quantised(path: Path, state: Tensors, metadata: dict[str, str] | None = None) -> Path:
     save_file(state, path, metadata)
     return path
+
+
+# The kinds that are read, by what they are called.
+READ: dict[str, tuple[str, Quantise]] = {
+    "NVFP4": ("NVFP4", nvfp4_of_comfyui),
+    "MXFP8": ("MXFP8", mxfp8_of_comfyui),
+    "int8, rotated": ("int8, rotated", int8_of_comfyui),
+    "int8, by weight": ("int8", int8_of_comfyui_by_weight),
+    "int8": ("int8", int8_with_scales),
+    "NF4": ("NF4 of bitsandbytes", nf4),
+    "NF4, not nested": ("NF4 of bitsandbytes", nf4_without_nesting),
+    "FP4": ("FP4 of bitsandbytes", fp4),
+    "LLM.int8": ("int8 of bitsandbytes", llm_int8),
+    "float8, in blocks": ("float8_e4m3fn in blocks", float8_in_blocks),
+    "float8": ("float8_e5m2", float8_plain),
+    "float8, by rows": ("float8_e4m3fn", float8_by_rows),
+}

@@ -17,6 +17,7 @@ from nai_t5_core.backends.kernels.build import better_than_kernels, missing_for,
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, KernelsInPlace, best
 from nai_t5_core.backends.kernels.sets import named
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
+from nai_t5_core.backends.quantised.projections import stays_quantised
 from nai_t5_core.model.attention_choice import FLEX_FROM_LENGTHS
 from nai_t5_core.model.block import Backend
 from nai_t5_core.model.encoder import T5EncoderStack
@@ -27,6 +28,8 @@ Model = TypeVar("Model", bound=T5EncoderStack | T5Model)
 # The names after "kernels" are those of instruction sets.
 ProductsChoice = Literal["auto", "kernels", "avx512", "avx2-vnni", "avx2", "onednn"]
 PRODUCTS_CHOICES: tuple[ProductsChoice, ...] = get_args(ProductsChoice)
+
+_QUANTISED = "its weights stay as they lie in a quantised file; load it with unpack=True"
 
 # The ways to quantise a model while it is loaded.
 Quantisation = Literal["int8"]
@@ -80,6 +83,8 @@ def encode_on_cuda(stack: T5EncoderStack) -> T5EncoderStack:
 
 def why_not_prepack(model: T5EncoderStack | T5Model) -> str | None:
     """Why this model's weights cannot be prepacked on this machine, as a sentence; None if they can."""
+    if stays_quantised(model):
+        return _QUANTISED
     reason = ONEDNN.missing(model.device, model.dtype)
     if reason is None or isinstance(model, T5Model) or better_than_kernels():
         return reason
@@ -101,9 +106,12 @@ def prepack(model: Model, products: ProductsChoice = "auto") -> Model:
         the embedding table stays as it was.
 
     Raises:
-        ValueError: the model is not on the CPU, or in a dtype that neither the kernels nor oneDNN compute on this
-            processor (a decoder is always computed by oneDNN); or what was asked for cannot compute it.
+        ValueError: the model is not on the CPU, in a dtype that neither the kernels nor oneDNN compute on this
+            processor (a decoder needs oneDNN), or stays as it lies in a quantised file; or what was asked for cannot
+            compute it.
     """
+    if stays_quantised(model):
+        raise ValueError(f"cannot prepack this model: {_QUANTISED}")
     kernels = _kernels_for(model, products, KERNELS)
     if kernels is None or isinstance(model, T5Model):
         _refuse_without_onednn(model)

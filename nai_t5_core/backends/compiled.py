@@ -153,7 +153,10 @@ def compile_steps(model: Model, blocks_at_once: int = 4, **options: Any) -> Mode
 
 def _refuse_prepacked(module: nn.Module) -> None:
     if has_fixed_weights(module):
-        raise ValueError("the model is prepacked or quantised for this CPU already; compile it before, or load it anew")
+        raise ValueError(
+            "the model is prepacked or quantised for this CPU already; compile it before, or load it anew (a quantised "
+            "file with unpack=True)"
+        )
 
 
 @torch.no_grad()

@@ -61,6 +61,7 @@ def measure_parity(
     seed: int = 0,
     reference_dtype: torch.dtype = torch.float64,
     reference_state: State | None = None,
+    quantised_since: bool = False,
     scales: StackScales | None = None,
     per_layer: bool = False,
     int8: bool = False,
@@ -79,6 +80,8 @@ def measure_parity(
         prompt_lengths: tokens of each prompt, at least 1; the longest gives the batch its length.
         reference_dtype: float32 halves the reference's memory, but differences below about 1e-6 cannot be seen.
         reference_state: other weights for the reference and the peers, such as the original of a converted checkpoint.
+        quantised_since: whether the weights are those of ``reference_state`` quantised; then the error is the user's to
+            judge, and the tolerance finds gross faults only.
         scales: of our encoder in float16, as :func:`nai_t5_core.weights.load.choose_scales` finds them.
         per_layer: also compare the residual stream after every layer.
         int8: also measure our encoder in 8 bits, in the dtypes and on the machines that support it.
@@ -100,6 +103,7 @@ def measure_parity(
     policies, skipped = list[PolicyCheck](), list[str]()
     for name in names:
         tolerance = max(TOLERANCES[DTYPES[name]], TOLERANCES[reference_dtype])
+        tolerance = max(tolerance, TOLERANCE_INT8) if quantised_since else tolerance
         for variant, stack in _own_variants(config, state, DTYPES[name], scales, int8):
             tell(f"{variant} in {name}")
             outputs = {padding: _policy_run(stack, batch, padding) for padding in PADDING_POLICIES}

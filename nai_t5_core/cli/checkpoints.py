@@ -21,6 +21,7 @@ from nai_t5_core.cli.options import (
 from nai_t5_core.cli.terminal import bytes_bar, counting, out, print_json, read_prompts, say, size, working
 
 if TYPE_CHECKING:
+    from nai_t5_core.backends.quantised.packing import PackedKind
     from nai_t5_core.weights.examine import Examination
 
 
@@ -38,7 +39,7 @@ def inspect(model: ModelArgument = None, subfolder: Subfolder = "", as_json: Jso
 
 
 def _print_inspection(report: dict[str, Any]) -> None:
-    from nai_t5_core.weights.load import by_reason
+    from nai_t5_core.weights.load_report import by_reason
 
     table = Table(show_header=False, title=report["source"], title_justify="left")
     for key, value in report.items():
@@ -56,19 +57,29 @@ def convert(
     source: Annotated[str, typer.Argument(help="Hub id, folder or file.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write.")],
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights; auto keeps the source's.")] = Dtype.auto,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Quantise the weights: int8, q8_0, q4_k or float8.")
+    ] = None,
     encoder_only: EncoderOnly = False,
     scales: ScalesOption = None,
     subfolder: Subfolder = "",
     tokenizer: TokenizerOption = None,
     as_json: Json = False,
 ) -> None:
-    """Write one file with fused tensors, config and tokenizer, which loads in an instant."""
+    """Write one file with config and tokenizer, which loads in an instant: fused tensors, or quantised ones."""
     from nai_t5_core.weights.convert import convert as convert_checkpoint
+    from nai_t5_core.weights.convert_quantised import convert_quantised
 
+    if quantize is not None and (dtype is not Dtype.auto or scales is not None):
+        raise ValueError("--quantize goes without --dtype and --scales: both are for weights that are not quantised")
     with bytes_bar(f"converting to {target}") as progress:
-        done = convert_checkpoint(
-            source, target, dtype.value, encoder_only, subfolder, tokenizer, scales or "auto", progress
-        )
+        if quantize is not None:
+            kind: PackedKind = quantize  # type: ignore[assignment]  # checked by the function
+            done = convert_quantised(source, target, kind, encoder_only, subfolder, tokenizer, progress)
+        else:
+            done = convert_checkpoint(
+                source, target, dtype.value, encoder_only, subfolder, tokenizer, scales or "auto", progress
+            )
     report = {
         "out": str(done.out),
         "dtype": str(done.dtype).removeprefix("torch."),
@@ -185,11 +196,27 @@ def _inspection(examination: Examination) -> dict[str, Any]:
         "encoder_parameters": encoder,
         "decoder_parameters": decoder,
         "tokenizer": vocabulary,
-        "encoder_memory": {name: size(encoder * width) for name, width in (("float32", 4), ("bfloat16/float16", 2))},
+        "encoder_memory": {
+            **({"as it lies": size(_bytes_as_it_lies(examination))} if examination.quantised else {}),
+            **{name: size(encoder * width) for name, width in (("float32", 4), ("bfloat16/float16", 2))},
+        },
         "attention": automatic_attention(),
         "ignored": examination.keymap.ignored,
         "faults": [*examination.faults, *decoder_faults(examination)],
     }
+
+
+def _bytes_as_it_lies(examination: Examination) -> int:
+    """What a quantised encoder takes in memory; weights that are not quantised have two bytes for a number."""
+    import torch
+
+    from nai_t5_core.facts.config import encoder_tensors
+
+    total = 0
+    for name, shape in encoder_tensors(examination.config).items():
+        stored = examination.quantised.get(name)
+        total += stored.nbytes(examination.checkpoint) if stored else 2 * int(torch.Size(shape).numel())
+    return total
 
 
 def _cell(value: Any) -> str:

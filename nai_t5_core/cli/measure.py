@@ -48,6 +48,9 @@ def parity(
     ] = "150,1,77,30",
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Also compare the residual after each layer.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Also measure our 8-bit form.")] = False,
+    original: Annotated[
+        str | None, typer.Option(help="The checkpoint that the model was quantised of: what quantising has cost.")
+    ] = None,
     decoder: Annotated[bool, typer.Option("--decoder", help="Also the decoder, of a whole model.")] = False,
     scales: ScalesOption = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file with the errors of all.")] = None,
@@ -65,7 +68,9 @@ def parity(
     from nai_t5_core.weights.load import choose_decoder_scales, choose_scales
     from nai_t5_core.weights.scales_file import read_decoder_scales, read_scales
 
-    chosen_for_decoder = None
+    chosen_for_decoder = reference = None
+    if original is not None and (random is not None or decoder):
+        raise ValueError("--original goes with a model, and with its encoder alone: without --random and --decoder")
     if random is not None:
         config = named_config(random) if decoder else named_config(random).encoder_only()
         if layers:
@@ -86,6 +91,11 @@ def parity(
         examination.refuse_faults()
         config, state = examination.config, hf_state(examination)
         chosen = choose_scales(examination, torch.float16, scales or "auto")
+        if original is not None:
+            before = examine(original)
+            before.config = before.config.encoder_only()
+            before.refuse_faults()
+            reference = hf_state(before)
     peers, lengths = against.split(",") if against else (), _numbers("--prompt-lengths", prompt_lengths)
     with status("measuring") as tell:
         report = measure_parity(
@@ -98,6 +108,8 @@ def parity(
             per_layer=per_layer,
             int8=int8,
             progress=tell,
+            reference_state=reference,
+            quantised_since=reference is not None,
         )
         if decoder:
             found = measure_decoder_parity(

@@ -69,4 +69,7 @@ LoraOption = Annotated[
 ]
 Cache = Annotated[bool, typer.Option("--cache", help="Keep embeddings, and load the model for new prompts only.")]
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="As --cache, in this folder.")]
+Unpack = Annotated[
+    bool, typer.Option("--unpack", help="Unpack a quantised file while it is loaded: more memory, and faster.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

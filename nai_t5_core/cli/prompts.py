@@ -30,6 +30,7 @@ from nai_t5_core.cli.options import (
     ScalesOption,
     Subfolder,
     TokenizerOption,
+    Unpack,
 )
 from nai_t5_core.cli.terminal import all_prompts, counting, err, out, print_json, say, short, working
 
@@ -59,6 +60,7 @@ def encode(
     lora: LoraOption = None,
     cache: Cache = False,
     cache_dir: CacheDir = None,
+    unpack: Unpack = False,
     write: Annotated[Path | None, typer.Option("--out", help="Safetensors file to write.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -82,6 +84,7 @@ def encode(
             loras=loras,
             products=products.value,
             cache=cache_dir or cache,
+            unpack=unpack,
         )
     policy: PaddingPolicy | None = padding.value if padding else None
     with working(f"encoding {len(texts)} prompts"):
@@ -125,7 +128,7 @@ def warm_up(
     from nai_t5_core.weights.load import load_encoder
 
     with working("loading the model"):
-        stack = compile_stack(load_encoder(model, dtype.value, device, subfolder=subfolder))
+        stack = compile_stack(load_encoder(model, dtype.value, device, subfolder=subfolder, unpack=True))
     with counting("compiling buckets") as progress:
         ready = compile_buckets(stack, up_to, progress)
     if as_json:

@@ -19,9 +19,11 @@ from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.choose import Quantisation, quantize_int8, refuse_quantising
 from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel, PretrainedConfig
 from nai_t5_core.diffusers.drop_in_config import config_beside
+from nai_t5_core.diffusers.drop_in_folders import open_source
 from nai_t5_core.diffusers.drop_in_keywords import loading_options
-from nai_t5_core.diffusers.drop_in_weights import CastingOps, examine_model, open_source
+from nai_t5_core.diffusers.drop_in_weights import examine_model
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
+from nai_t5_core.model.layers import CastingOps
 from nai_t5_core.prompts.cache.batch import through_cache
 from nai_t5_core.prompts.cache.contents import contents_by_reading, identities
 from nai_t5_core.prompts.cache.encoding import SettingsOfStack

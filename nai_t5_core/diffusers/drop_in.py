@@ -23,26 +23,23 @@ from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.choose import Quantisation, encode_on_cuda, quantize_int8, refuse_quantising, run_in_place
 from nai_t5_core.backends.held import is_in_8_bits
 from nai_t5_core.diffusers.drop_in_config import ENCODER_CLASSES, config_beside, own_config
-from nai_t5_core.diffusers.drop_in_keywords import loading_options, refuse_for_saving
-from nai_t5_core.diffusers.drop_in_weights import (
-    CastingOps,
-    encoder_from_model,
-    give_back,
+from nai_t5_core.diffusers.drop_in_folders import (
     open_source,
-    refuse_8_bits,
-    refuse_wrapped,
     single_device,
     weights_name,
     write_config,
     write_native,
     write_originals,
 )
+from nai_t5_core.diffusers.drop_in_keywords import loading_options, refuse_for_saving
+from nai_t5_core.diffusers.drop_in_weights import encoder_from_model, give_back, refuse_8_bits, refuse_wrapped
 from nai_t5_core.diffusers.row_memory import RowMemory
 from nai_t5_core.facts.config import config_from_hf
 from nai_t5_core.facts.padding import PaddingPolicy
 from nai_t5_core.float16.guard import guard
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.fixed_weights import refuse_change
+from nai_t5_core.model.layers import CastingOps
 from nai_t5_core.model.packing import check_policy
 from nai_t5_core.model.precision import DTYPES, resolve_device, within_range
 from nai_t5_core.weights.convert import main_dtype
@@ -110,6 +107,8 @@ class NAIT5EncoderModel(PreTrainedModel):
     ) -> NAIT5EncoderModel:
         """From a loaded transformers T5, mT5 or UMT5 (encoder or whole model), on its device, in evaluation mode.
 
+        Weights in 4 or 8 bits of bitsandbytes stay so: ours has the very bytes.
+
         Args:
             dtype: by default that of the model. float16 gets scales that keep it in range.
             layout: ``"fused"`` is the fastest; ``"separate"`` shares the model's tensors where the dtype is the same.
@@ -151,6 +150,7 @@ class NAIT5EncoderModel(PreTrainedModel):
         layout: Layout = "fused",
         scales: ScalesChoice = "auto",
         quantize: Quantisation | None = None,
+        unpack: bool = False,
         **others: Any,
     ) -> NAIT5EncoderModel:
         """Loads a T5 encoder in evaluation mode from a hub id, a folder or a file.
@@ -165,6 +165,7 @@ class NAIT5EncoderModel(PreTrainedModel):
             device_map: one device for the whole model, also as ``{"": device}``; ``"auto"`` is the accelerator, or the
                 CPU where there is none.
             quantize: as for :meth:`from_hf`; the weights as they were are let go one by one.
+            unpack: as for :func:`nai_t5_core.weights.load.load_encoder`: quantised weights else stay as they lie.
             others: ``output_hidden_states`` and ``return_dict`` are put into the config. What transformers takes
                 beyond that is accepted where it changes nothing here, and else refused by name, see
                 :mod:`nai_t5_core.diffusers.drop_in_keywords`.
@@ -183,7 +184,7 @@ class NAIT5EncoderModel(PreTrainedModel):
         examination = examine_checkpoint(open_source(pretrained_model_name_or_path, subfolder, hub, variant))
         model_dtype = given or resolve_dtype(main_dtype(examination), device)
         refuse_quantising(quantize, device, model_dtype)
-        stack, _ = assemble(examination, model_dtype, device, layout, scales, CastingOps)
+        stack, _ = assemble(examination, model_dtype, device, layout, scales, CastingOps, unpack=unpack)
         model = cls(config_beside(examination), stack if quantize is None else quantize_int8(stack))
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path or "")
         model.config.update(settings)

@@ -1,4 +1,4 @@
-"""Weights between transformers' models, our encoders, and folders that either of them loads.
+"""Weights between transformers' models and our encoders.
 
 A loaded transformers model is examined like any checkpoint, and its weights can be let go one by one while ours are
 made of them, so that memory never holds both.
@@ -6,7 +6,6 @@ made of them, so that memory never holds both.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,22 +18,15 @@ from torch import Tensor, nn
 
 from nai_t5_core.backends.choose import Quantisation, refuse_quantising
 from nai_t5_core.backends.held import HeldLinear, is_in_8_bits
-from nai_t5_core.facts.config import Shape, encoder_tensors
+from nai_t5_core.backends.quantised.projections import QuantisedEmbedding
+from nai_t5_core.diffusers.model_blocks import block_kind, holds_blocks, shape_of
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.layers import CastingOps
 from nai_t5_core.model.precision import DTYPES
-from nai_t5_core.weights import native
-from nai_t5_core.weights.convert import HashingReader
 from nai_t5_core.weights.examine import Examination, examine_checkpoint
-from nai_t5_core.weights.formats import Checkpoint, CheckpointError, TensorInfo, open_checkpoint, write_safetensors
-from nai_t5_core.weights.fuse import cook, fused_recipes, separate_recipes, unfuse
-from nai_t5_core.weights.hub import HubOptions, find_model
+from nai_t5_core.weights.formats import Checkpoint, CheckpointError, TensorInfo
+from nai_t5_core.weights.fuse import fused_recipes, separate_recipes, unfuse
 from nai_t5_core.weights.load import ScalesChoice, assemble, refuse_before_assembly
-from nai_t5_core.weights.whole_files import write_whole
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From a loaded transformers model, and back into it
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -49,6 +41,10 @@ class _LoadedModel(Checkpoint):
 
 _BLOCK = re.compile(r"encoder\.block\.[0-9]+")
 
+# What can be read: the state of such a model has the tensors that such a file has.
+_READABLE = "bitsandbytes"
+# What transformers says of a model that it has loaded from such a file, unpacked or in blocks.
+_GGUF = "gguf"
 # The packages whose modules stand in the place of torch's where weights are quantised, and what they are called.
 _QUANTISERS = {
     "torchao": "torchao",
@@ -65,7 +61,7 @@ _QUANTISERS = {
 
 
 def refuse_quantised(model: nn.Module) -> None:
-    """Refuses a model whose weights are not plain numbers.
+    """Refuses a model whose weights are neither plain numbers nor quantised in a way that is read here.
 
     Raises:
         CheckpointError: says with what it is quantised, and what to do.
@@ -82,9 +78,13 @@ def _quantised_part(model: nn.Module) -> str | None:
     """With what the first part is quantised that is: a module or tensor of another class than torch's own."""
     if getattr(model, "is_quantized", False):
         method: Any = getattr(model, "quantization_method", None)
-        return f"quantised with {getattr(method, 'value', method)}, as its config says"
+        library = str(getattr(method, "value", method))
+        if not library.startswith(_READABLE) and library != _GGUF:
+            return f"quantised with {library}, as its config says"
     for name, module in model.named_modules():
         package = type(module).__module__
+        if package.partition(".")[0] == _READABLE or holds_blocks(module):
+            continue
         if package.startswith("torch.ao.") or package.partition(".")[0] in _QUANTISERS:
             return f"quantised with {_library(type(module))} ({name} is a {type(module).__name__})"
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -106,7 +106,8 @@ def examine_model(model: nn.Module) -> Examination:
         CheckpointError: it is no T5, or its weights are not there (on the meta device, as sequential offloading does).
     """
     name = type(model).__name__
-    state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+    # Of quantised weights, the bytes: their own classes would unpack them here and there.
+    state = {key: tensor.detach().as_subclass(Tensor) for key, tensor in model.state_dict().items()}
     absent = [key for key, tensor in state.items() if tensor.is_meta]
     if absent:
         raise CheckpointError(
@@ -114,10 +115,14 @@ def examine_model(model: nn.Module) -> Examination:
             "never loaded; remove its offload hooks first"
         )
     tensors = {key: TensorInfo(tuple(tensor.shape), tensor.dtype, Path(name)) for key, tensor in state.items()}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if (kind := block_kind(module)) is not None:
+            shape = shape_of(state[f"{path}.weight"], kind)
+            tensors[f"{path}.weight"] = TensorInfo(shape, torch.float32, Path(name), kind.name)
     config: Any = model.config
-    return examine_checkpoint(
-        _LoadedModel(name, "a model in memory", tensors, state.__getitem__, config=config.to_dict())
-    )
+    loaded = _LoadedModel(name, "a model in memory", tensors, state.__getitem__, config=config.to_dict())
+    loaded.map_blocks = state.__getitem__
+    return examine_checkpoint(loaded)
 
 
 def check_model(
@@ -159,7 +164,8 @@ def encoder_from_model(
 
     Tensors that need no change are shared with the model (all of them in the separate layout and the same dtype).
     ``release`` takes every weight from the model when it is used: the model is left on the meta device, and
-    :func:`give_back` fills it again. ``quantize`` is only checked: whether it will be possible.
+    :func:`give_back` fills it again. One that is quantised keeps its bytes, which are ours as well. ``quantize`` is
+    only checked: whether it will be possible.
 
     Raises:
         CheckpointError, ValueError: see :func:`check_model`; the model is as it was then.
@@ -167,7 +173,8 @@ def encoder_from_model(
     examination, dtype = check_model(model, dtype, layout, scales, quantize)
     embedding: Any = model.get_submodule("shared")
     device = embedding.weight.device
-    if not release:
+    if not release or examination.quantised:
+        # Ours has the bytes of quantised weights, which stay where they are.
         return assemble(examination, dtype, device, layout, scales, CastingOps)[0]
     held = {name: model.get_parameter(full) for name, full in examination.keymap.names.items()}
     # Read through the parameters: a dictionary of the tensors would keep them alive.
@@ -273,7 +280,7 @@ def _saved_names(stack: T5EncoderStack) -> Iterator[str]:
     """The names in the stack's state, for which weights in forms of their own need not be made plain."""
     for path, module in stack.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
-        if isinstance(module, HeldLinear):
+        if isinstance(module, HeldLinear | QuantisedEmbedding):
             yield f"{prefix}weight"
         saved_buffers = module._buffers.keys() - module._non_persistent_buffers_set
         yield from (f"{prefix}{name}" for name in (*module._parameters, *saved_buffers))
@@ -303,87 +310,3 @@ def original_tensors(stack: T5EncoderStack, state: dict[str, Tensor] | None = No
         tensor = state[name]
         scale = stack.scales.embedding if name == "shared.weight" else 1.0
         yield name, tensor if scale == 1 else tensor / scale
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Names of accelerate for device maps that it makes itself.
-_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
-
-
-def weights_name(variant: str | None) -> str:
-    """The name of a folder's weight file, such as ``model.fp16.safetensors``."""
-    return f"model.{variant}.safetensors" if variant else "model.safetensors"
-
-
-def open_source(source: str | Path | None, subfolder: str, hub: HubOptions, variant: str | None) -> Checkpoint:
-    """The checkpoint of a hub id, a folder or a file; of a folder, that with the name of a variant.
-
-    Raises:
-        CheckpointError: it cannot be read, or there is no such variant.
-    """
-    path = find_model(source, subfolder, hub)
-    if variant is None:
-        return open_checkpoint(path)
-    file = path / weights_name(variant)
-    if not file.is_file():
-        raise CheckpointError(f"{path} has no {file.name}; leave out variant={variant!r}, or give a folder that has it")
-    checkpoint = open_checkpoint(file)
-    checkpoint.folder = path
-    return checkpoint
-
-
-def single_device(device_map: Any) -> str | torch.device:
-    """The device of a ``device_map`` that puts all on one; the CPU where there is none.
-
-    ``"auto"`` and the other strategies of accelerate choose it: they spread no model that one device can hold.
-
-    Raises:
-        ValueError: it spreads the model.
-    """
-    device = device_map
-    if isinstance(device_map, dict) and device_map:
-        devices = list(device_map.values())
-        device = devices[0] if devices.count(devices[0]) == len(devices) else device_map
-    if device is None:
-        return "cpu"
-    if isinstance(device, int):
-        accelerator = torch.accelerator.current_accelerator()
-        return torch.device("cuda" if accelerator is None else accelerator.type, device)
-    if not isinstance(device, str | torch.device) or device == "disk":
-        raise ValueError(f"device_map={device_map!r}; the whole model goes to one device, such as 'cuda' or {{'': 0}}")
-    return "auto" if device in _STRATEGIES else device
-
-
-def write_config(folder: Path, values: dict[str, Any], class_name: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**values, "architectures": [class_name]}, indent=2, sort_keys=True)
-    write_whole(folder / "config.json", text + "\n")
-
-
-def write_native(stack: T5EncoderStack, file: Path, source: str) -> None:
-    """Writes our own format: the fused tensors, with config and scales in the header."""
-    recipes = fused_recipes(stack.config, stack.scales)
-    state = stack.state_dict()
-    # The hash is that of the tensors in memory: what file they came from is not known any more.
-    read = HashingReader((state if stack.layout == "fused" else dict(original_tensors(stack))).__getitem__)
-    chosen = native.stored(recipes) if stack.layout == "fused" else recipes
-    layout = {recipe.target: (recipe.dtype(stack.dtype), recipe.shape) for recipe in chosen}
-    scales = None if stack.scales.is_one else stack.scales
-    write_safetensors(
-        file,
-        layout,
-        ((recipe.target, cook(recipe, read, stack.dtype)) for recipe in chosen),
-        lambda: native.header(stack.config, source, read.hexdigest(), scales),
-    )
-
-
-def write_originals(stack: T5EncoderStack, file: Path) -> None:
-    """Writes the original tensors, as transformers reads them, in the dtype of the model."""
-    shapes: dict[str, Shape] = encoder_tensors(stack.config)
-    fused = [part for recipe in fused_recipes(stack.config) for part in recipe.parts]
-    names = fused if stack.layout == "fused" else list(stack.state_dict())
-    originals = ((name, tensor.to(stack.dtype)) for name, tensor in original_tensors(stack))
-    write_safetensors(file, {name: (stack.dtype, shapes[name]) for name in names}, originals, {"format": "pt"})

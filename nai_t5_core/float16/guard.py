@@ -225,9 +225,11 @@ def _multiply(linear: Any, factor: float, first_row: int = 0) -> None:
     """Multiplies a weight from a row on; into a new tensor, since the old one may be shared with others."""
     if factor == 1:
         return
-    # Of what lies beside a weight, such as a live LoRA.
-    if hasattr(linear, "multiply_rows"):
+    # Of what lies beside a weight, such as a live LoRA, or of a weight that is no parameter.
+    while hasattr(linear, "multiply_rows"):
         linear.multiply_rows(factor, first_row)
+        if not hasattr(linear, "base"):
+            return
         linear = linear.base
     weight = linear.weight.detach().clone()
     weight[first_row:] *= factor

@@ -52,8 +52,8 @@ class Merger:
         if not isinstance(module, _KINDS) or weight is None or weight.dtype not in DTYPES.values():
             raise ValueError(
                 f"{recipe.target} is packed, quantised or wrapped, and takes no LoRA any more; use LiveLoras, or load "
-                "the model with optimize=False and without quantize, or give the LoRA to "
-                "TextEncoder.from_pretrained(…, loras=…)"
+                "the model with optimize=False and without quantize (a quantised file with unpack=True), or give the "
+                "LoRA to TextEncoder.from_pretrained(…, loras=…)"
             )
         if weight.is_meta:
             raise ValueError(

@@ -45,10 +45,16 @@ class Loading:
     attention: AttentionChoice = "auto"
     loras: Sequence[tuple[LoraSource, float]] = ()
     products: ProductsChoice = "auto"
+    unpack: bool = False
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether numbers are made of quantised weights while they are loaded, for merging and compiling need them."""
+        return self.unpack or bool(self.loras or self.compile)
 
     def load(self, source: ModelSource, subfolder: str) -> LoadedEncoder:
         """The weights as they are in the file."""
-        return load(source, self.dtype, self.device, self.layout, subfolder, self.scales, self.attention)
+        return load(source, self.dtype, self.device, self.layout, subfolder, self.scales, self.attention, self.unpacks)
 
     def finish(self, stack: T5EncoderStack) -> T5EncoderStack:
         """The same stack with its LoRAs merged, and computed in the way that was asked for."""
@@ -96,6 +102,7 @@ def cached_encoding(
         attention=how.attention,
         loras=loras,
         products=how.products,
+        unpack=how.unpack,
     )
     files = identities(examination)
 

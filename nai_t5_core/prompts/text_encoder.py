@@ -94,6 +94,7 @@ class TextEncoder:
         loras: Sequence[tuple[LoraSource, float]] = (),
         products: ProductsChoice = "auto",
         cache: bool | str | Path | Store = False,
+        unpack: bool = False,
     ) -> TextEncoder:
         """Loads weights and tokenizer; sources and arguments are those of :func:`nai_t5_core.load_encoder`.
 
@@ -109,12 +110,15 @@ class TextEncoder:
                 :func:`nai_t5_core.backends.compiled.compile_stack`; the weights are then not prepacked.
             token_budget: how many rows are computed at a time; larger batches are split, which bounds the memory.
             loras: files and strengths, merged for good before the weights are prepacked, quantised or compiled. To add
-                and remove LoRAs later, use :class:`nai_t5_core.lora.live.LiveLoras`.
+                and remove LoRAs later, use :class:`nai_t5_core.lora.live.LiveLoras`. Weights that are quantised in the
+                checkpoint are unpacked for this: merging rounds.
             products: what computes on a CPU: an instruction set, or oneDNN; see
                 :func:`nai_t5_core.backends.choose.prepack`.
             cache: keeps embeddings, and loads the weights at the first prompt that is not kept: True for the default
                 folder, a folder, or a :class:`nai_t5_core.Store`. Weights are hashed once, since the cache knows them
                 by their contents.
+            unpack: make numbers of a quantised checkpoint's weights while it is loaded, which takes the memory of
+                ``dtype`` and makes encoding faster. Else they stay as they lie in the file.
 
         Raises:
             CheckpointError: the checkpoint or a LoRA is unusable, or there is no tokenizer.
@@ -127,7 +131,9 @@ class TextEncoder:
         refuse_products(products, where, bool(compile) or not (optimize or quantize))
         refuse_quantising(quantize, where, resolve_dtype(dtype, where))
         own = load_tokenizer(tokenizer) if tokenizer is not None else None
-        how = Loading(dtype, device, layout, scales, optimize, quantize, compile, attention, tuple(loras), products)
+        how = Loading(
+            dtype, device, layout, scales, optimize, quantize, compile, attention, tuple(loras), products, unpack
+        )
         if cache is not False:
             encoding, examination = cached_encoding(source, subfolder, how, open_store(cache))
             return cls(encoding, own or _found(find_tokenizer(examination), source), token_budget=token_budget)

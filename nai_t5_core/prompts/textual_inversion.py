@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nai_t5_core.backends.quantised.projections import QuantisedEmbedding
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.prompts.text_encoder import TextEncoder
 from nai_t5_core.tokenizer.placeholders import PlaceholderTokenizer
@@ -83,7 +84,10 @@ def _rows(vectors: Tensor, stack: T5EncoderStack) -> Tensor:
 
 
 def _grow(stack: T5EncoderStack, rows: Tensor) -> None:
-    table = stack.shared.weight
-    stack.shared.weight = nn.Parameter(torch.cat((table, rows)), requires_grad=table.requires_grad)
-    stack.shared.num_embeddings = len(stack.shared.weight)
+    if isinstance(stack.shared, QuantisedEmbedding):
+        stack.shared.grow(rows)
+    else:
+        table = stack.shared.weight
+        stack.shared.weight = nn.Parameter(torch.cat((table, rows)), requires_grad=table.requires_grad)
+        stack.shared.num_embeddings = len(stack.shared.weight)
     stack.config = stack.config.model_copy(update={"vocab_size": len(stack.shared.weight)})

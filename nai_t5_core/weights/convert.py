@@ -17,17 +17,18 @@ from nai_t5_core.tokenizer import TOKENIZER_TENSORS, load_tokenizer
 from nai_t5_core.weights import native
 from nai_t5_core.weights.examine import Examination, ModelSource, decoder_faults, examine, find_tokenizer, settle_head
 from nai_t5_core.weights.formats import CheckpointError, tensor_bytes, write_safetensors
-from nai_t5_core.weights.fuse import cook, fused_recipes
+from nai_t5_core.weights.fuse import cook, fused_recipes, originals
+from nai_t5_core.weights.held_weights import refuse_scales
 from nai_t5_core.weights.load import ScalesChoice, choose_decoder_scales, choose_scales
 from nai_t5_core.weights.ranges import refuse_infinities
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion wrote."""
+    """What a conversion wrote; ``dtype`` is a kind where it is quantised."""
 
     out: Path
-    dtype: torch.dtype
+    dtype: torch.dtype | str
     tensors: int
     nbytes: int
     source_sha256: str
@@ -78,11 +79,12 @@ def convert(
         decoder_scales = scales
     chosen_for_decoder = None if encoder_only else choose_decoder_scales(examination, model_dtype, decoder_scales)
     recipes = fused_recipes(config, chosen, chosen_for_decoder)
+    refuse_scales(examination, originals(recipes))
     layout: dict[str, tuple[torch.dtype, Shape]] = {
         recipe.target: (recipe.dtype(model_dtype), recipe.shape) for recipe in recipes
     }
     found = load_tokenizer(tokenizer) if tokenizer is not None else find_tokenizer(examination)
-    vocabulary = _vocabulary_tensor(found.serialized()) if found is not None else {}
+    vocabulary = vocabulary_tensor(found.serialized()) if found is not None else {}
     layout |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in vocabulary.items()}
 
     read = HashingReader(examination.read)
@@ -138,7 +140,8 @@ def main_dtype(examination: Examination) -> torch.dtype:
     return main if isinstance(main, torch.dtype) and main in DTYPES.values() else torch.bfloat16
 
 
-def _vocabulary_tensor(serialized: tuple[str, bytes]) -> dict[str, Tensor]:
+def vocabulary_tensor(serialized: tuple[str, bytes]) -> dict[str, Tensor]:
+    """A tokenizer as the tensor that stands for it in our files; none where there is no name for its kind."""
     kind, content = serialized
     name = next((name for name, stored in TOKENIZER_TENSORS.items() if stored == kind), None)
     return {} if name is None else {name: torch.frombuffer(bytearray(content), dtype=torch.uint8)}

@@ -15,9 +15,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from nai_t5_core.backends.quantised.kinds import WEIGHT, QuantisedWeight
 from nai_t5_core.facts.config import Shape, T5Config, config_from_hf, decoder_tensors, encoder_tensors
 from nai_t5_core.facts.scales import StackScales
-from nai_t5_core.model.precision import DTYPES
+from nai_t5_core.model.precision import DTYPES, largest_finite
 from nai_t5_core.tokenizer import TOKENIZER_TENSORS, ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_bytes
 from nai_t5_core.weights import native, neighbours
 from nai_t5_core.weights.formats import Checkpoint, CheckpointError, open_checkpoint
@@ -25,7 +26,7 @@ from nai_t5_core.weights.fuse import Recipe, fused_recipes, uncook
 from nai_t5_core.weights.hub import find_model
 from nai_t5_core.weights.inferred_config import infer_config, with_told
 from nai_t5_core.weights.keymaps import KeyMap, map_names
-from nai_t5_core.weights.quantised import refuse_quantised
+from nai_t5_core.weights.quantised import Stored, find_quantised
 
 # Faults in a message; where there are more, a wrong number of layers is behind them.
 _SHOWN = 100
@@ -48,6 +49,8 @@ class Examination:
     config_source: str
     keymap: KeyMap
     faults: list[str] = field(default_factory=list)
+    quantised: dict[str, Stored] = field(default_factory=dict)
+    """The weights that are quantised in the file, by their Hugging Face names."""
 
     @property
     def is_native(self) -> bool:
@@ -55,13 +58,24 @@ class Examination:
 
     @property
     def dtypes(self) -> dict[torch.dtype | str, int]:
-        """Number of weights of each dtype, or in each kind of blocks by its name, among the tensors of the T5."""
+        """Number of weights of each dtype, or of each quantised kind by its name, among the tensors of the T5."""
         counts: dict[torch.dtype | str, int] = {}
-        for name in self.keymap.names.values():
-            info = self.checkpoint.tensors[name]
-            kind = info.packing or info.dtype
-            counts[kind] = counts.get(kind, 0) + int(torch.Size(info.shape).numel())
+        for name, full in self.keymap.names.items():
+            info, stored = self.checkpoint.tensors[full], self.quantised.get(name)
+            kind: torch.dtype | str = info.packing or info.dtype
+            if stored is not None and not stored.kind.name.startswith("float8"):
+                kind = stored.kind.name
+            counts[kind] = counts.get(kind, 0) + int(torch.Size(self.shape(name)).numel())
         return counts
+
+    def shape(self, name: str) -> Shape:
+        """The shape of a tensor of the T5; of a quantised weight, that of its numbers."""
+        stored = self.quantised.get(name)
+        return self.checkpoint.tensors[self.keymap.names[name]].shape if stored is None else stored.shape
+
+    def lies(self, name: str) -> QuantisedWeight:
+        """A quantised weight as it lies in the file, by its Hugging Face name."""
+        return self.quantised[name].weight(self.checkpoint)
 
     @cached_property
     def _original_shapes(self) -> dict[str, Shape]:
@@ -103,11 +117,14 @@ class Examination:
     def read(self, name: str) -> Tensor:
         """One tensor by its Hugging Face name.
 
-        A scaled float8 weight comes multiplied by its scale, in float32. From a file of our own, the original is taken
-        out of its fused tensor, in float32 and exact to a rounding or two.
+        A quantised weight comes unpacked, in float32, unless it is float8 without a scale. From a fused file of our
+        own, the original is taken out of its fused tensor, in float32 and exact to a rounding or two.
         """
         if self.is_native:
             return dict(uncook(self._fused_home[name], self.checkpoint.read, self._original_shapes))[name]
+        stored = self.quantised.get(name)
+        if stored is not None and not stored.is_plain_float8:
+            return stored.weight(self.checkpoint).plain()
         tensor = self.checkpoint.read(self.keymap.names[name])
         if name not in self.keymap.scales:
             return tensor
@@ -115,6 +132,13 @@ class Examination:
         if scale.ndim == 1:  # one for each row, or for all
             scale = scale.reshape(-1, *[1] * (tensor.ndim - 1))
         return tensor.float() * scale
+
+    def largest(self, name: str) -> float:
+        """The largest absolute finite value of a tensor, of which little is in memory at a time."""
+        if name not in self.quantised:
+            return largest_finite(self.read(name))
+        weight = self.lies(name)
+        return max(largest_finite(weight.rows(rows)) for rows in weight.slices())
 
 
 def examine(source: ModelSource = None, subfolder: str = "") -> Examination:
@@ -141,9 +165,11 @@ def examine_checkpoint(checkpoint: Checkpoint) -> Examination:
         return examination
 
     keymap = map_names(checkpoint.tensors, checkpoint.source)
-    refuse_quantised(checkpoint, keymap)
+    quantised = find_quantised(checkpoint, keymap)
     keymap.ignored |= checkpoint.others
+    _place_parts(keymap, quantised)
     shapes = {name: checkpoint.tensors[full].shape for name, full in keymap.names.items()}
+    shapes |= {name: stored.shape for name, stored in quantised.items()}
     try:
         config, config_source = _config(checkpoint, shapes)
     except ValidationError as error:
@@ -152,12 +178,23 @@ def examine_checkpoint(checkpoint: Checkpoint) -> Examination:
         raise CheckpointError(f"{checkpoint.source}: {error}") from error
     if not any(name.startswith("decoder.") for name in keymap.names):
         config = config.encoder_only()
-    examination = Examination(checkpoint, config, config_source, keymap)
+    examination = Examination(checkpoint, config, config_source, keymap, quantised=quantised)
+    examination.faults += _kind_faults(examination)
     examination.faults += _shape_faults(examination, encoder_tensors(config), config_source)
     examination.faults += _surplus_faults(examination)
     examination.faults += _unknown_faults(examination)
     examination.faults += _number_faults(examination)
     return examination
+
+
+def _place_parts(keymap: KeyMap, quantised: dict[str, Stored]) -> None:
+    """Takes what stands for quantised weights, or beside them, off the tensors that no T5 has."""
+    parts = {full for stored in quantised.values() for full in stored.parts.values()}
+    beside = {full for stored in quantised.values() for full in stored.beside}
+    for name, stored in quantised.items():
+        keymap.names.setdefault(name, stored.parts[WEIGHT])
+    keymap.unknown = [full for full in keymap.unknown if full not in parts | beside]
+    keymap.ignored |= dict.fromkeys(sorted(beside), "says how a weight is quantised")
 
 
 def _config(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> tuple[T5Config, str]:
@@ -166,6 +203,8 @@ def _config(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> tuple[T5Config,
     Raises:
         ValueError: what is there makes no config.
     """
+    if native.is_quantised(checkpoint):
+        return native.read_config(checkpoint), "its own header"
     hf_config = checkpoint.hf_config()
     if hf_config is not None:
         return config_from_hf(hf_config), "config.json"
@@ -217,7 +256,7 @@ def _shape_faults(examination: Examination, expected: dict[str, tuple[int, ...]]
             found = f"is {unreadable[name]}" if name in unreadable else "is missing"
             yield f"{name} {found} (expected {list(shape)} according to {config_source})"
             continue
-        shape_found = examination.checkpoint.tensors[keymap.names[name]].shape
+        shape_found = examination.shape(name)
         if shape_found != shape:
             yield f"{name} has shape {list(shape_found)}, but {config_source} asks for {list(shape)}"
 
@@ -236,19 +275,30 @@ def _unknown_faults(examination: Examination) -> Iterator[str]:
         yield f"tensors that no T5 has: {shown}"
 
 
+def _kind_faults(examination: Examination) -> Iterator[str]:
+    """Quantised weights whose parts are missing, or are not what their kind needs."""
+    for name, stored in examination.quantised.items():
+        if fault := stored.fault(examination.checkpoint):
+            yield f"{name} cannot be read as {stored.kind.name}: {fault}"
+
+
 def _number_faults(examination: Examination) -> Iterator[str]:
-    """Weights whose numbers mean something else than what they say, and scales that fit no weight."""
+    """Weights whose numbers mean something else than what they say, and scales that belong to no weight."""
     tensors, names = examination.checkpoint.tensors, examination.keymap.names
     for name, full in names.items():
         dtype = tensors[full].dtype
-        if dtype not in _WEIGHT_DTYPES:
-            yield f"{name} is {dtype}: quantised weights other than float8 cannot be read"
+        if dtype not in _WEIGHT_DTYPES and name not in examination.quantised:
+            yield f"{name} is {dtype}: a weight of this type can be read only with its scales beside it"
     for name, full in examination.keymap.scales.items():
-        shape = tensors[full].shape
         if name not in names:
             yield f"{full} is the scale of {name}, which is not in the file"
-        elif shape not in ((), (1,), tensors[names[name]].shape[:1], (*tensors[names[name]].shape[:1], 1)):
-            yield f"{full} has shape {list(shape)}; only one scale for a whole weight, or one for each row, can be read"
+        elif name not in examination.quantised and tensors[full].shape not in _scale_shapes(tensors[names[name]].shape):
+            shape = list(tensors[full].shape)
+            yield f"{full} has shape {shape}; only one scale for a whole weight, or one for each row, can be read"
+
+
+def _scale_shapes(shape: Shape) -> tuple[Shape, ...]:
+    return (), (1,), shape[:1], (*shape[:1], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -80,6 +80,15 @@ class Checkpoint:
     """Tensors that ``read`` cannot unpack, and why."""
     config_values: dict[str, float] = field(default_factory=dict)
     """What a header without a whole config tells of one, by the names in :class:`nai_t5_core.facts.config.T5Config`."""
+    map_blocks: Callable[[str], Tensor] | None = None
+    """Gives the bytes of a tensor that is packed, [rows, bytes of a row], as they lie in the file."""
+
+    def as_it_lies(self, name: str) -> Tensor:
+        """One tensor as it lies in the file, mapped where the format allows; blocks as bytes [rows, bytes of a row]."""
+        if self.tensors[name].packing:
+            assert self.map_blocks is not None, f"{name} has no blocks"
+            return self.map_blocks(name)
+        return self.read(name)
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -233,7 +242,13 @@ def _open_gguf(path: Path) -> Checkpoint:
 
     unreadable = {name: tensor.kind.obstacle for name, tensor in file.tensors.items() if tensor.kind.obstacle}
     return Checkpoint(
-        str(path), f"{GGUF} ({file.kinds})", infos, read, unreadable=unreadable, config_values=file.config
+        str(path),
+        f"{GGUF} ({file.kinds})",
+        infos,
+        read,
+        unreadable=unreadable,
+        config_values=file.config,
+        map_blocks=lambda name: file.tensors[name].mapped(),
     )
 
 
@@ -274,7 +289,9 @@ def _open_index(path: Path) -> Checkpoint:
     tensors = {name: shards[shard].tensors[name] for name, shard in weight_map.items() if name not in others}
     kind = shards[names[0]].format
     form = f"sharded {kind}, {len(names)} files"
-    return Checkpoint(str(path), form, tensors, read, folder=path.parent, others=others, unreadable=unreadable)
+    checkpoint = Checkpoint(str(path), form, tensors, read, folder=path.parent, others=others, unreadable=unreadable)
+    checkpoint.map_blocks = lambda name: shards[weight_map[name]].as_it_lies(name)
+    return checkpoint
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -135,6 +135,11 @@ def _siblings(module: str, *projections: str) -> tuple[str, ...]:
     return tuple(f"{module}.{projection}.weight" for projection in projections)
 
 
+def originals(recipes: list[Recipe]) -> list[str]:
+    """The names of all that goes into some tensors, each once."""
+    return list(dict.fromkeys(name for recipe in recipes for name in recipe.originals))
+
+
 def folded_norm(norm: str) -> str:
     """Where a fused model keeps the norm weight of this name."""
     return norm.replace("layer_norm.weight", "layer_norm.folded_weight")

@@ -112,15 +112,29 @@ class GgufTensor:
             part.copy_(torch.from_numpy(self.kind.unpack(packed)))
         return rows.reshape(self.shape)
 
+    def mapped(self) -> Tensor:
+        """The bytes of the blocks [rows, bytes of a row], mapped: they are read when they are used.
+
+        Raises:
+            ValueError: the file has become shorter since it was opened.
+        """
+        rows = math.prod(self.shape[:-1])
+        self._refuse_shorter(self.nbytes)
+        # Copied on writing, which nobody does: torch has no tensors that cannot be written.
+        content = np.memmap(self.path, np.uint8, "c", self.start, (rows, self.nbytes // max(1, rows)))
+        return torch.from_numpy(content)
+
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) // self.kind.block * self.kind.size
 
     def _bytes(self, begin: int, count: int) -> np.ndarray:
-        content = np.fromfile(self.path, np.uint8, count, offset=self.start + begin)
-        if len(content) != count:
+        self._refuse_shorter(begin + count)
+        return np.fromfile(self.path, np.uint8, count, offset=self.start + begin)
+
+    def _refuse_shorter(self, count: int) -> None:
+        if self.path.stat().st_size < self.start + count:
             raise ValueError(f"{self.path} has become shorter since it was opened; fetch it again")
-        return content
 
 
 def open_gguf(path: Path) -> GgufFile:

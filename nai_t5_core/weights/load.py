@@ -26,13 +26,16 @@ from nai_t5_core.generation.t5 import T5
 from nai_t5_core.model.attention_choice import ATTENTION_CHOICES, AttentionChoice, missing_for_flex, refuse_unsupported
 from nai_t5_core.model.encoder import LAYOUTS, Layout, T5EncoderStack
 from nai_t5_core.model.layers import NoInit
-from nai_t5_core.model.precision import largest_finite, resolve_device
+from nai_t5_core.model.precision import resolve_device
 from nai_t5_core.tokenizer import Tokenizer
 from nai_t5_core.weights import native
 from nai_t5_core.weights.examine import Examination, ModelSource, decoder_faults, examine, find_tokenizer, settle_head
 from nai_t5_core.weights.formats import CheckpointError
-from nai_t5_core.weights.fuse import Recipe, fused_recipes, separate_recipes
+from nai_t5_core.weights.fuse import Recipe, fused_recipes, originals, separate_recipes
+from nai_t5_core.weights.held_weights import held_modules, refuse_scales, that_stay
+from nai_t5_core.weights.held_weights import place as put_in_place
 from nai_t5_core.weights.keymaps import KeyMap
+from nai_t5_core.weights.load_report import LoadReport
 from nai_t5_core.weights.ranges import cook_within_range
 from nai_t5_core.weights.scales_file import read_decoder_scales, read_scales
 
@@ -44,39 +47,6 @@ class SlowDtypeWarning(UserWarning):
 
 
 ScalesChoice = StackScales | Path | str
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What a load did."""
-
-    source: str
-    format: str
-    kind: str
-    dtype: torch.dtype
-    device: torch.device
-    layout: Layout
-    used: tuple[str, ...]
-    ignored: dict[str, str]
-    seconds: float
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.kind} from {self.source} ({self.format}): {len(self.used)} tensors used, "
-            f"{len(self.ignored)} ignored, none missing; {self.layout} layout, {self.dtype}, {self.device}, "
-            f"{self.seconds:.2f} s"
-        ]
-        for reason, names in by_reason(self.ignored).items():
-            lines.append(f"  ignored {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "") + f": {reason}")
-        return "\n".join(lines)
-
-
-def by_reason(ignored: dict[str, str]) -> dict[str, list[str]]:
-    """The ignored names under each reason for ignoring them."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in ignored.items():
-        reasons.setdefault(reason, []).append(name)
-    return reasons
 
 
 @dataclass(frozen=True)
@@ -114,6 +84,7 @@ def load_encoder(
     subfolder: str = "",
     scales: ScalesChoice = "auto",
     attention: AttentionChoice = "auto",
+    unpack: bool = False,
 ) -> T5EncoderStack:
     """Loads the encoder of a T5 from a hub id, a folder or a file; ``None`` is the tiny embedded model.
 
@@ -133,6 +104,8 @@ def load_encoder(
             that ``save_scales`` wrote.
         attention: ``"auto"``, ``"flex"`` or ``"sdpa"``; see :class:`nai_t5_core.model.encoder.T5EncoderStack`. Where
             the compiler that flex needs is missing, a warning says so, and the model has ``"sdpa"``.
+        unpack: make numbers in ``dtype`` of a quantised checkpoint's weights while it is loaded. Else they stay as they
+            lie in the file, which memory then holds about once, and every call makes numbers of them.
 
     Returns:
         The encoder in evaluation mode.
@@ -142,7 +115,7 @@ def load_encoder(
         ValueError: an unknown dtype, device, layout or attention, a model that flex cannot compute, or scales for
             another number of layers.
     """
-    return load(source, dtype, device, layout, subfolder, scales, attention).stack
+    return load(source, dtype, device, layout, subfolder, scales, attention, unpack).stack
 
 
 def load(
@@ -153,6 +126,7 @@ def load(
     subfolder: str = "",
     scales: ScalesChoice = "auto",
     attention: AttentionChoice = "auto",
+    unpack: bool = False,
 ) -> LoadedEncoder:
     """As :func:`load_encoder`, with the tokenizer found beside or inside the weights, and a report."""
     started = time.perf_counter()
@@ -160,7 +134,7 @@ def load(
     examination = examine(source, subfolder)
     if attention == "flex":
         attention = _flex_or_sdpa(place, model_dtype, examination.config.d_kv)
-    stack, recipes = assemble(examination, model_dtype, place, layout, scales)
+    stack, recipes = assemble(examination, model_dtype, place, layout, scales, unpack=unpack)
     stack.attention = attention
     stack.guard = guard
     return LoadedEncoder(_report(examination, stack, recipes, started), examination, stack)
@@ -174,11 +148,12 @@ def assemble(
     scales: ScalesChoice = "auto",
     ops: Any = NoInit,
     release: Callable[[tuple[str, ...]], None] = lambda names: None,
+    unpack: bool = False,
 ) -> tuple[T5EncoderStack, list[Recipe]]:
     """The encoder of an examined checkpoint, in evaluation mode, and how its tensors were made.
 
     Args:
-        dtype, device, layout, scales: as for :func:`load_encoder`, but resolved.
+        dtype, device, layout, scales, unpack: as for :func:`load_encoder`, but resolved.
         ops: the namespace of the model's Linear and Embedding classes.
         release: called with the names of originals that have been read for the last time.
 
@@ -190,11 +165,19 @@ def assemble(
     chosen = choose_scales(examination, dtype, scales)
     stack = T5EncoderStack(config, layout, ops, chosen, device="meta", dtype=dtype)
     recipes, read = _recipes(examination, config, layout, chosen)
-    stack.load_state_dict(_tensors(recipes, read, dtype, device, release), assign=True)
+    refuse_scales(examination, originals(recipes))
+    staying = [] if unpack else that_stay(recipes, examination)
+    held = held_modules(staying, examination, dtype, device)
+    made = [recipe for recipe in recipes if recipe not in staying]
+    absent = stack.load_state_dict(_tensors(made, read, dtype, device, release), strict=False, assign=True)
+    assert {f"{path}.weight" for path in held} == set(absent.missing_keys) and not absent.unexpected_keys
+    put_in_place(stack, held)
     return run_in_place(stack.eval()), recipes
 
 
-def refuse_before_assembly(examination: Examination, dtype: torch.dtype, layout: Layout, scales: ScalesChoice) -> None:
+def refuse_before_assembly(
+    examination: Examination, dtype: torch.dtype, layout: Layout, scales: ScalesChoice, unpack: bool = False
+) -> None:
     """Raises what :func:`assemble` would raise, for one who cannot go back when weights are released on the way.
 
     Whether float16 holds a joined weight shows only when it is made: each is made, and let go.
@@ -203,9 +186,12 @@ def refuse_before_assembly(examination: Examination, dtype: torch.dtype, layout:
     config = examination.config.encoder_only()
     chosen = choose_scales(examination, dtype, scales)
     T5EncoderStack(config, layout, NoInit, chosen, device="meta", dtype=dtype)
-    if dtype == torch.float16:
-        recipes, read = _recipes(examination, config, layout, chosen)
-        for recipe in recipes:
+    recipes, read = _recipes(examination, config, layout, chosen)
+    refuse_scales(examination, originals(recipes))
+    staying = [] if unpack else that_stay(recipes, examination)
+    held_modules(staying, examination, dtype, torch.device("cpu"))
+    for recipe in recipes if dtype == torch.float16 else ():
+        if recipe not in staying:
             cook_within_range(recipe, read, dtype)
 
 
@@ -262,6 +248,7 @@ def load_whole(
     chosen_for_decoder = choose_decoder_scales(examination, model_dtype, decoder_scales)
     model = T5(config, layout, NoInit, chosen, chosen_for_decoder, device="meta", dtype=model_dtype)
     recipes, read = _recipes(examination, config, layout, chosen, chosen_for_decoder)
+    refuse_scales(examination, originals(recipes))
     model.assign(_tensors(recipes, read, model_dtype, place))
     return LoadedT5(_report(examination, run_in_place(model.eval()), recipes, started), examination, model)
 
@@ -333,8 +320,8 @@ def choose_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesCh
         return scales
     info = examination.checkpoint.tensors[examination.keymap.names["shared.weight"]]
     is_wider = info.dtype in (torch.float32, torch.float64, torch.bfloat16)
-    if is_wider or "shared.weight" in examination.keymap.scales:
-        embedding = scale_for(largest_finite(examination.read("shared.weight")), headroom=1)
+    if is_wider or "shared.weight" in examination.keymap.scales or "shared.weight" in examination.quantised:
+        embedding = scale_for(examination.largest("shared.weight"), headroom=1)
         if embedding < 1:
             return replace(scales or unscaled(config.num_layers), embedding=embedding)
     return scales

@@ -22,11 +22,17 @@ from nai_t5_core.weights.fuse import Recipe
 from nai_t5_core.weights.keymaps import KeyMap
 
 FORMAT = "nai-t5"
+# A file whose original tensors are quantised, see :mod:`nai_t5_core.weights.convert_quantised`.
+QUANTISED_FORMAT = "nai-t5 quantised"
 FORMAT_VERSION = 1
 
 
 def is_native(checkpoint: Checkpoint) -> bool:
     return checkpoint.metadata.get("format") == FORMAT
+
+
+def is_quantised(checkpoint: Checkpoint) -> bool:
+    return checkpoint.metadata.get("format") == QUANTISED_FORMAT
 
 
 def read_config(checkpoint: Checkpoint) -> T5Config:
@@ -90,6 +96,11 @@ def header(
         "source": PurePath(source).name,
         "source_sha256": source_sha256,
     }
+
+
+def quantised_header(config: T5Config, source: str, source_sha256: str) -> dict[str, str]:
+    """The metadata of a file whose original tensors are quantised."""
+    return {**header(config, source, source_sha256, None), "format": QUANTISED_FORMAT}
 
 
 def stored(recipes: list[Recipe]) -> list[Recipe]:

@@ -31,6 +31,7 @@ def settings_of(
     attention: AttentionChoice = "auto",
     loras: Sequence[tuple[LoraSource, float]] = (),
     products: ProductsChoice = "auto",
+    unpack: bool = False,
 ) -> Settings:
     """The settings of an encoder by the arguments of :meth:`nai_t5_core.TextEncoder.from_pretrained`.
 
@@ -42,7 +43,7 @@ def settings_of(
     """
     examination = examine(source, subfolder)
     return settings_for(
-        examination, dtype, device, layout, scales, optimize, quantize, compile, attention, loras, products
+        examination, dtype, device, layout, scales, optimize, quantize, compile, attention, loras, products, unpack
     )
 
 
@@ -58,6 +59,7 @@ def settings_for(
     attention: AttentionChoice = "auto",
     loras: Sequence[tuple[LoraSource, float]] = (),
     products: ProductsChoice = "auto",
+    unpack: bool = False,
     weights: str | None = None,
 ) -> Settings:
     """As :func:`settings_of`, of a checkpoint that is examined already.
@@ -72,11 +74,15 @@ def settings_for(
     if attention == "flex":
         refuse_unsupported(place, computed_in, config.d_kv)
         attention = "sdpa" if missing_for_flex(place) else "flex"
+    backend = forecast(config, place, computed_in, layout, told, optimize, quantize, compile, attention, products)
+    if examination.quantised and not (unpack or loras or compile):
+        # In 8 bits they are made of the exact numbers, and not of those that the dtype holds.
+        backend = f"{backend}, of quantised weights" if quantize else f"{place.type}, quantised weights, {attention}"
     return Settings(
         weights=weights_contents(examination) if weights is None else weights,
         config=config,
         dtype=str(computed_in).removeprefix("torch."),
-        backend=forecast(config, place, computed_in, layout, told, optimize, quantize, compile, attention, products),
+        backend=backend,
         layout=layout,
         # Where the embedding gets a scale as well, that follows from the weights.
         scales=told,

@@ -1,0 +1,61 @@
+"""The backend of blocks whose weights stay quantised, of whatever kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.backends.held import as_it_lies
+from nai_t5_core.backends.products import projections
+from nai_t5_core.backends.quantised.kinds import QuantisedWeight
+from nai_t5_core.backends.quantised.projections import QuantisedForm, QuantisedLinear
+from nai_t5_core.model.block import Block, Lending
+from nai_t5_core.model.layers import FusedGatedFeedForward
+
+
+class QuantisedRunner:
+    """Leaves the block to its modules, whose projections make numbers of quantised weights in every call."""
+
+    name = "quantised weights"
+    lending: Lending | None = None
+
+    def __call__(self, block: Block, residual: Tensor, *attends_and_dtype: Any) -> Tensor | None:
+        return None
+
+    def attends(self, block: Block, dtype: torch.dtype) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class QuantisedBackend:
+    """Keeps the weights of a block's projections quantised.
+
+    Attributes:
+        pack: makes such a weight of a plain one [rows, columns] in float32.
+    """
+
+    pack: Callable[[Tensor], QuantisedWeight]
+    name: str = QuantisedRunner.name
+
+    def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+    def refuses(self, block: Block, dtype: torch.dtype) -> str | None:
+        return None
+
+    def bind(self, block: Block, dtype: torch.dtype) -> None:
+        """Each original weight is let go after it was packed."""
+        for layer in block.layer:
+            for sublayer in layer.children():
+                for owner, attribute, name in projections(sublayer):
+                    weight = as_it_lies(getattr(owner, attribute))
+                    plain = weight if isinstance(weight, Tensor) else weight.plain()
+                    # Gate and up have scales of their own in float16.
+                    parts = 2 if isinstance(sublayer, FusedGatedFeedForward) and name == "wi" else 1
+                    forms = [QuantisedForm(self.pack(part.float())) for part in plain.chunk(parts)]
+                    setattr(owner, attribute, QuantisedLinear(forms, dtype))
+        block.runner = QuantisedRunner()

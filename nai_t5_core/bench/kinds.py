@@ -1,0 +1,185 @@
+"""What each kind of quantised weight takes, loses and costs: size, quantiles of the error, and time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.backends.quantised.four_bits import LARGEST, TABLE, FourBits
+from nai_t5_core.backends.quantised.ggml import GGML_KINDS
+from nai_t5_core.backends.quantised.kinds import WEIGHT, QuantisedWeight
+from nai_t5_core.backends.quantised.packing import pack
+from nai_t5_core.backends.quantised.projections import QuantisedLinear
+from nai_t5_core.backends.quantised.runner import QuantisedBackend
+from nai_t5_core.backends.quantised.scaled import SCALE, Scaled
+from nai_t5_core.bench.peers import random_state
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.model.layers import NoInit
+
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+Packing = Callable[[Tensor], QuantisedWeight]
+
+# The values of NF4: quantiles of the normal distribution, as bitsandbytes has them.
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+@dataclass(frozen=True)
+class KindRow:
+    """A kind. ``errors`` are quantiles of the differences from float32 and the largest, relative to the largest value.
+
+    ``errors_with_outliers`` are those of a model that has large channels, as trained ones have. ``milliseconds`` are of
+    an encode of as many tokens as ``tokens`` says.
+    """
+
+    kind: str
+    bits: float
+    errors: tuple[float, ...]
+    errors_with_outliers: tuple[float, ...]
+    tokens: tuple[int, ...]
+    milliseconds: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def measure_kinds(
+    config: T5Config,
+    dtype: torch.dtype = torch.bfloat16,
+    tokens: Sequence[int] = (32, 512),
+    repeats: int = 3,
+    kinds: Sequence[str] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[KindRow]:
+    """Measures an encoder of random weights on the CPU, in every kind that can be packed here.
+
+    Errors are of float32 products, so that nothing but the kind rounds; times are of products in ``dtype``. The first
+    row is the model without any kind, in ``dtype``.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    packings = {name: packing for name, packing in _packings() if kinds is None or name in kinds}
+    if kinds is not None and (unknown := set(kinds) - set(packings)):
+        raise ValueError(f"unknown kinds {sorted(unknown)}; allowed: {', '.join(name for name, _ in _packings())}")
+    states = [random_state(config, outliers=outliers) for outliers in (False, True)]
+    ids = torch.randint(3, config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    exact = [_stack(config, state, torch.float32)(ids) for state in states]
+    rows = []
+    for name, packing in [("", None), *packings.items()]:
+        progress(name or str(dtype))
+        errors = []
+        for state, meant in zip(states, exact, strict=True):
+            stack = _stack(config, state, torch.float32 if packing else dtype, packing)
+            errors.append(_errors(stack(ids), meant))
+        stack = _stack(config, states[0], dtype, packing)
+        times = tuple(_milliseconds(stack, config, count, repeats) for count in tokens)
+        label = name or str(dtype).removeprefix("torch.")
+        rows.append(KindRow(label, _bits(stack, dtype), errors[0], errors[1], tuple(tokens), times))
+    return rows
+
+
+def markdown(rows: Sequence[KindRow]) -> str:
+    """A table."""
+    quantiles = [f"{quantile:g}" for quantile in QUANTILES]
+    times = [f"{count} tokens, ms" for count in rows[0].tokens]
+    head = ["kind", "bits", *quantiles, "largest", "largest, with outliers", *times]
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for row in rows:
+        errors = [f"{error:.1e}" for error in (*row.errors, row.errors_with_outliers[-1])]
+        lines.append(" | ".join([row.kind, f"{row.bits:.2f}", *errors, *(f"{each:.0f}" for each in row.milliseconds)]))
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def _stack(
+    config: T5Config, state: dict[str, Tensor], dtype: torch.dtype, packing: Packing | None = None
+) -> T5EncoderStack:
+    """In the separate layout, whose weights are those of files."""
+    stack = T5EncoderStack(config, "separate", NoInit, device="meta", dtype=dtype)
+    rounded = {name: tensor if "layer_norm" in name else tensor.to(dtype) for name, tensor in state.items()}
+    stack.load_state_dict(rounded, assign=True)
+    block: Any
+    for block in stack.encoder.block if packing is not None else ():
+        assert packing is not None
+        QuantisedBackend(packing).bind(block, dtype)
+    return stack.eval()
+
+
+def _errors(found: Tensor, meant: Tensor) -> tuple[float, ...]:
+    errors = (found.float() - meant).abs().flatten().sort().values / meant.abs().max()
+    places = [min(len(errors) - 1, int(quantile * len(errors))) for quantile in QUANTILES]
+    return tuple(float(errors[place]) for place in [*places, -1])
+
+
+def _milliseconds(stack: T5EncoderStack, config: T5Config, count: int, repeats: int) -> float:
+    ids = torch.randint(3, config.vocab_size, (1, count))
+    stack(ids)
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        stack(ids)
+        times.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(times)
+
+
+def _bits(stack: T5EncoderStack, dtype: torch.dtype) -> float:
+    """Of a weight of a projection."""
+    held = [form.weight for part in stack.modules() if isinstance(part, QuantisedLinear) for form in part.forms]
+    if not held:
+        return 8.0 * dtype.itemsize
+    return 8 * sum(weight.nbytes for weight in held) / sum(weight.shape[0] * weight.shape[1] for weight in held)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _packings() -> Iterator[tuple[str, Packing]]:
+    yield "int8", partial(pack, kind="int8")
+    yield "Q8_0", partial(pack, kind="q8_0")
+    for name in ("Q5_1", "Q5_0"):
+        yield name, partial(_by_gguf, name=name)
+    yield "Q4_K", partial(pack, kind="q4_k")
+    for name in ("Q4_1", "Q4_0"):
+        yield name, partial(_by_gguf, name=name)
+    yield "NF4", _nf4
+    yield "float8_e4m3fn", partial(pack, kind="float8")
+    yield "float8_e5m2", _e5m2
+
+
+def _by_gguf(weight: Tensor, name: str) -> QuantisedWeight:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    content = torch.from_numpy(quantize(weight.numpy(), GGMLQuantizationType[name]).copy())
+    return QuantisedWeight(GGML_KINDS[name], (weight.shape[0], weight.shape[1]), {WEIGHT: content})
+
+
+def _nf4(weight: Tensor) -> QuantisedWeight:
+    rows, columns = weight.shape
+    blocks = weight.reshape(-1, 64)
+    largest = blocks.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    table = torch.tensor(_NF4)
+    codes = torch.bucketize(blocks / largest, (table[1:] + table[:-1]) / 2).to(torch.uint8).reshape(rows, -1)
+    parts = {WEIGHT: codes[:, ::2] << 4 | codes[:, 1::2], LARGEST: largest.reshape(rows, -1), TABLE: table}
+    return QuantisedWeight(FourBits("NF4 of bitsandbytes", 64), (rows, columns), parts)
+
+
+def _e5m2(weight: Tensor) -> QuantisedWeight:
+    dtype = torch.float8_e5m2
+    scale = weight.abs().max() / torch.finfo(dtype).max
+    parts = {WEIGHT: (weight / scale).to(dtype), SCALE: scale}
+    return QuantisedWeight(Scaled("float8_e5m2", dtype), (weight.shape[0], weight.shape[1]), parts)
