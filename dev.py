@@ -1,7 +1,8 @@
 """Sets up an environment in .venv and runs the project in it; needs Python 3.10 or newer and nothing else.
 
 python3 dev.py demo    encode a prompt with the embedded model, and write the embedding to a file
-python3 dev.py test    lint, types and tests
+python3 dev.py test    lint, types, and tests
+python3 dev.py slow    the tests that take several seconds each, which `test` leaves out
 python3 dev.py newest  tests of what concerns other packages, with the newest releases of these, in .venv-newest
 python3 dev.py lock    write constraints.txt anew: the releases that demo and test install
 """
@@ -88,6 +89,12 @@ def workers() -> int:
     return min(allowed, 8)
 
 
+def pytest(marks: str) -> int:
+    """Runs the tests with these marks, and returns pytest's status."""
+    shared = ("--numprocesses", str(workers()), "--dist", "worksteal")
+    return call(MAIN.python, "-m", "pytest", "-m", marks, *shared)
+
+
 def test() -> None:
     MAIN.install_locked("[test]")
     run(MAIN.python, "-m", "ruff", "check", ".")
@@ -95,11 +102,16 @@ def test() -> None:
     mypy = [MAIN.python, "-m", "mypy"]
     # Types are checked beside the tests, and told after them.
     types = subprocess.Popen(mypy, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    tests = call(MAIN.python, "-m", "pytest", "--numprocesses", str(workers()), "--dist", "worksteal")
+    tests = pytest("not slow")
     said = types.communicate()[0]
     print("$", *mypy)
     print(said, end="", flush=True)
     sys.exit(tests or types.returncode)
+
+
+def slow() -> None:
+    MAIN.install_locked("[test]")
+    sys.exit(pytest("slow"))
 
 
 def newest() -> None:
@@ -124,7 +136,7 @@ def lock() -> None:
     print(f"{LOCK.name}: {len(pins)} releases", flush=True)
 
 
-COMMANDS = {"demo": demo, "test": test, "newest": newest, "lock": lock}
+COMMANDS = {"demo": demo, "test": test, "slow": slow, "newest": newest, "lock": lock}
 
 if __name__ == "__main__":
     if sys.version_info < (3, 10):  # noqa: UP036 - the one file that an older Python may meet

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from comfy_nai_t5.choices import Settings
-from comfy_nai_t5.encode import embedding_widths
+from comfy_nai_t5.encode import embedding_widths, refuse_endless
 from comfy_nai_t5.idle_hooks import tell_of_idle_hooks
 from comfy_nai_t5.stack import SharedStack
 from comfy_nai_t5.telling import out_of_memory, warn
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
-from nai_t5_core.float16.guard import encode_guarded, is_finite
+from nai_t5_core.float16.guard import encode_guarded
 from nai_t5_core.model.attention_choice import FlexUnavailableError, missing_for_flex, refuse_unsupported
 from nai_t5_core.model.packing import PaddingPolicy
-from nai_t5_core.model.precision import resolve_dtype
+from nai_t5_core.model.precision import is_finite, resolve_dtype
 
 
 class EncoderModel(nn.Module):
@@ -75,10 +75,13 @@ class EncoderModel(nn.Module):
             dtype: of the embeddings of ids.
 
         Raises:
-            ValueError: an intermediate output that is no layer.
+            ValueError: an intermediate output that is no layer, or a prompt of more than 8,192 tokens.
             NotFiniteError: a ValueError; the weights are damaged, or exceed the range of what is computed in.
             MemoryError, torch.cuda.OutOfMemoryError: the prompts are too long or too many for the memory.
         """
+        given = input_ids if embeds is None else embeds
+        assert given is not None
+        refuse_endless(given.shape[1])
         inputs = self.shared(input_ids, out_dtype=dtype) if embeds is None else embeds
         if self.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             inputs = torch.nan_to_num(inputs)  # as stock: published float8 files hold NaN in embeddings nobody uses

@@ -73,14 +73,19 @@ def _beyond(tokenizer: Any, text: str) -> list[Pair]:
     return [pair for window in windows for pair in window[: _without_padding(window, tokenizer) - 1]]
 
 
+def refuse_endless(rows: int) -> None:
+    """Refuses a prompt of so many tokens that nobody would wait for its end."""
+    if rows > LONGEST_ROW:
+        raise ValueError(
+            f"the prompt has {rows:,} tokens, and {LONGEST_ROW:,} are the most that are computed together; shorten it, "
+            "or set max_length in the node T5 Encode"
+        )
+
+
 def encode(clip: Any, text: str, max_length: int = 0, pad_to: int = 0) -> tuple[list[Any], Tokens]:
     """The conditioning of one text, as ComfyUI's nodes pass it on, and its tokens; arguments of :func:`tokenize`."""
     tokens = tokenize(clip, text, max_length, pad_to)
-    if tokens.rows > LONGEST_ROW:
-        raise ValueError(
-            f"the prompt has {tokens.rows:,} tokens, and {LONGEST_ROW:,} are the most that are computed together; set "
-            "max_length, or shorten it"
-        )
+    refuse_endless(tokens.rows)
     return clip.encode_from_tokens_scheduled(tokens.all), tokens
 
 

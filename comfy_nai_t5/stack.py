@@ -33,12 +33,11 @@ from nai_t5_core.backends.kernels.calls import WEIGHT_FORMATS
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, refuses_mathematics
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, published_scales
-from nai_t5_core.model.attention import AttentionPlan, distance_table
+from nai_t5_core.model.attention import distance_table
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.block import Block, torch_is_needed
-from nai_t5_core.model.encoder import Encoder, T5EncoderStack
+from nai_t5_core.model.encoder import Encoder, StackRunner, T5EncoderStack
 from nai_t5_core.model.layers import NoInit
-from nai_t5_core.model.packing import TOKEN_BUCKETS
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +180,8 @@ class SharedStack(T5EncoderStack):
             scales = published_scales(config)
         super().__init__(config, "separate", NoInit, scales, device="meta", attention=attention)
         self.compute_dtype = dtype
-        self.wish, self.compiled, self.is_compiled = wish, compiled, False
+        self.wish, self.compiled = wish, compiled
+        self._compiled_runner: StackRunner | None = None
         self.told = ""
         self.is_hooked = False
         self.encoder = SharedEncoder(config, self.scales)
@@ -245,15 +245,9 @@ class SharedStack(T5EncoderStack):
 
     def _compile_if(self, wanted: bool) -> None:
         """A compiled encoder sees rows of few lengths; while a layer is not joined, it runs uncompiled."""
-        if wanted and not self.is_compiled:
-            compile_stack(self)
-            self.is_compiled = True
-        self.buckets = TOKEN_BUCKETS if wanted else None
-
-    def _run_encoder(self, embeddings: Tensor, plan: AttentionPlan) -> Tensor:
-        if self.buckets is None:
-            return self.encoder.forward(embeddings, plan, self.dtype)
-        return super()._run_encoder(embeddings, plan)
+        if wanted and self._compiled_runner is None:
+            self._compiled_runner = compile_stack(self).runner
+        self.runner = self._compiled_runner if wanted else None
 
     def expected_layout(self) -> str:
         """What the layout will be, as far as it can be known before the weights are on their device."""

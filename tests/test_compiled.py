@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
@@ -12,6 +14,7 @@ from torch._dynamo.utils import counters
 from nai_t5_core.backends.choose import prepack, why_not_prepack
 from nai_t5_core.backends.compiled import compile_stack, warm_up
 from nai_t5_core.facts.config import T5Config
+from nai_t5_core.float16.guard import NotFiniteError, guard
 from nai_t5_core.model.attention_choice import missing_for_flex
 from nai_t5_core.model.packing import PADDING_POLICIES, TOKEN_BUCKETS, PaddingPolicy, bucket_for
 from nai_t5_core.prompts.text_encoder import TextEncoder
@@ -101,4 +104,29 @@ def test_what_cannot_be_compiled_is_refused() -> None:
 @needs_compiler
 def test_text_encoder_shows_that_it_is_compiled() -> None:
     encoder = TextEncoder.from_pretrained(dtype="float32", compile=True)
-    assert "attention=flex, compiled" in repr(encoder.stack)
+    assert "attention=auto: flex, compiled" in repr(encoder.stack)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_the_guard_names_the_weight_of_a_compiled_encoder() -> None:
+    stack = compile_stack(build_stack(V1_1, random_state(V1_1)), buckets=(128,), backend="eager")
+    stack.guard = guard
+    ids = torch.tensor([[5, 6, 1]])
+    assert stack(ids).isfinite().all()
+    stack.encoder.block[1].layer[1].DenseReluDense.wo.weight[3, 4] = torch.nan
+    with pytest.raises(NotFiniteError, match=r"encoder\.block\.1\.layer\.1\.DenseReluDense\.wo\.weight"):
+        stack(ids)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_copy_is_compiled_for_itself() -> None:
+    stack = compile_stack(build_stack(V1_1, random_state(V1_1)), buckets=(128,), backend="eager")
+    ids = torch.tensor([[5, 6, 1]])
+    expected = stack(ids)
+    for copy in (deepcopy(stack), pickle.loads(pickle.dumps(stack))):
+        counters.clear()
+        stack.shared.weight.zero_()
+        assert torch.equal(copy(ids), expected)
+        assert counters["stats"]["unique_graphs"] == 1

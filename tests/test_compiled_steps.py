@@ -85,6 +85,7 @@ def test_bfloat16_is_no_further_from_float32_than_eager_is(shape: tuple[int, int
     assert 0 < error < 1.1 * error_of_eager
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     ("kind", "dtype", "layout"),
@@ -102,7 +103,7 @@ def test_every_kind_and_layout(kind: str, dtype: torch.dtype, layout: Layout, sh
     assert is_near(logits_of(compiled, PADDED, *shape), logits_of(eager, PADDED, *shape))
 
 
-@pytest.mark.parametrize("blocks_at_once", [1, 3])
+@pytest.mark.parametrize("blocks_at_once", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_one_graph_serves_all_blocks_and_all_lengths(blocks_at_once: int) -> None:
     """Of four blocks, in groups of one, and of two where three are allowed."""
     config = TOY_CONFIGS["v1.1"].model_copy(update={"num_decoder_layers": 4})

@@ -86,6 +86,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_our_encoder_is_in_place_in_every_kind_of_class(checkout: Path, tmp_path: Path) -> None:
     """Both pytest's plain classes and unittest's, through fixtures and without."""
     files = ["toy/test_toy.py"]
@@ -106,6 +107,7 @@ def test_our_encoder_is_in_place_in_every_kind_of_class(checkout: Path, tmp_path
     assert ours[lost[0]].startswith("failure: AssertionError: assert 'NAIT5EncoderModel' == 'T5EncoderModel'")
 
 
+@pytest.mark.slow
 def test_a_run_without_our_encoder_is_an_error(checkout: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=f"pytest ended with {NOTHING_PLACED}"):
         upstream.run(checkout, ["toy/test_without_parts.py::TestWithoutParts"], tmp_path, swap=True)

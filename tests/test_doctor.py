@@ -56,6 +56,7 @@ def steps_of_a_bad_day() -> tuple[Step, ...]:
     return tuple(Step(run.__name__, "", run, 60) for run in (fine, raises, loses_the_device, crashes, hangs))
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_come_back_is_told_and_the_next_one_runs() -> None:
     process = StepProcess(CPU, steps_of_a_bad_day)
     try:

@@ -45,6 +45,7 @@ def test_texts_are_those_of_transformers(
     assert counted.lengths[NEW_TOKENS] < 0.6 * counted.compared
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_texts_of_the_embedded_model_are_those_of_transformers(
     request: pytest.FixtureRequest, record_property: Callable[[str, object], None]

@@ -103,6 +103,7 @@ def test_a_compiled_model_still_tells_what_is_wrong(v1_1: NAIT5EncoderModel) -> 
         torch.compile(v1_1, backend="eager")(V1_1_IDS, MASK[:, 1:])
 
 
+@pytest.mark.slow
 def test_several_processes(v1_1: NAIT5EncoderModel, tmp_path: Path) -> None:
     """Two load one folder at the same time, and a model goes to another process."""
     v1_1.save_pretrained(tmp_path)

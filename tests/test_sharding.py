@@ -134,6 +134,7 @@ def test_adafactor_is_refused(found: dict[str, Any]) -> None:
     assert "Adafactor cannot train a model that is spread" in found["reports"]["adafactor.toml"]
 
 
+@pytest.mark.slow
 def test_the_command_shares_a_run_that_one_process_began(shared: Path) -> None:
     """Three steps alone, then two processes to the end; the curve is that of a run that was never stopped."""
     folder = write_data(shared / "command")

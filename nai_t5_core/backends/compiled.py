@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nai_t5_core.backends.compile_limit import compile_with_limit
 from nai_t5_core.backends.compiled_steps import CompiledSteps
+from nai_t5_core.model.attention import AttentionPlan
 from nai_t5_core.model.attention_choice import FlexUnavailableError, missing_for_flex, refuse_unsupported
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.fixed_weights import has_fixed_weights
 from nai_t5_core.model.flex import BLOCK
-from nai_t5_core.model.packing import TOKEN_BUCKETS
+from nai_t5_core.model.packing import TOKEN_BUCKETS, PaddingPolicy, bucket_for
+from nai_t5_core.model.precision import is_finite
 from nai_t5_core.model.t5 import T5Model
 
 Model = TypeVar("Model", bound=T5Model)
@@ -24,6 +26,62 @@ _SPARE_GRAPHS = 8
 
 # The first call compiles, the second records the CUDA graph, if there is one, and the third runs it.
 _CALLS_TO_BE_READY = 3
+
+
+class CompiledRunner:
+    """A stack's blocks, compiled; see :func:`compile_stack`.
+
+    Args:
+        buckets, options: see :func:`compile_stack`.
+    """
+
+    name = "flex, compiled"
+
+    def __init__(self, buckets: tuple[int, ...], **options: Any) -> None:
+        self.buckets, self._options = buckets, options
+        self._run = compile_with_limit(_run, len(buckets) + _SPARE_GRAPHS, dynamic=False, **options)
+
+    def __call__(
+        self,
+        stack: T5EncoderStack,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        *,
+        inputs_embeds: Tensor | None,
+        padding: PaddingPolicy,
+        extra_pad: int,
+    ) -> Tensor | None:
+        if attention_mask is not None and attention_mask.ndim > 2:
+            # The mask's shape differs from batch to batch, and each would be compiled anew.
+            return None
+        embeddings, plan, packing = stack.prepare(
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            padding=padding,
+            extra_pad=extra_pad,
+            buckets=self.buckets,
+        )
+        tokens = len(embeddings)
+        filled = nn.functional.pad(embeddings, (0, 0, 0, bucket_for(tokens, self.buckets) - tokens))
+        # A copy, since a CUDA graph writes its next result to the same place.
+        hidden = self._run(stack.encoder, filled, plan, stack.dtype)[:tokens].clone()
+        # If it is not finite, the modules encode again, and the guard finds the cause.
+        return None if stack.guard is not None and not is_finite(hidden) else packing.unpack(hidden)
+
+    def refusal(self, stack: T5EncoderStack) -> str | None:
+        """See :class:`nai_t5_core.model.encoder.StackRunner`."""
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"buckets": self.buckets, "options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["buckets"], **state["options"])  # type: ignore[misc]
+
+
+def _run(encoder: nn.Module, embeddings: Tensor, plan: AttentionPlan, dtype: torch.dtype) -> Any:
+    return encoder(embeddings, plan, dtype)
 
 
 def compile_stack(
@@ -57,12 +115,7 @@ def compile_stack(
     _refuse_prepacked(stack)
     if missing := missing_for_flex(stack.device):
         raise FlexUnavailableError(f"the encoder cannot be compiled here: {missing}")
-    stack.buckets = sizes
-    options |= {"mode": mode, "dynamic": False}
-    # The attribute that Module.compile sets: calls of the module use it in place of forward.
-    stack.encoder._compiled_call_impl = compile_with_limit(
-        stack.encoder._call_impl, len(sizes) + _SPARE_GRAPHS, **options
-    )
+    stack.runner = CompiledRunner(sizes, **options, mode=mode)
     return stack
 
 
@@ -119,12 +172,11 @@ def warm_up(
     Raises:
         ValueError: the stack is not compiled.
     """
-    if stack.buckets is None:
+    if not isinstance(stack.runner, CompiledRunner):
         raise ValueError("the model is not compiled; call compile_stack first, or load it with compile=True")
+    buckets = stack.runner.buckets
     wanted = tuple(
-        size
-        for index, size in enumerate(stack.buckets)
-        if up_to is None or index == 0 or stack.buckets[index - 1] < up_to
+        size for index, size in enumerate(buckets) if up_to is None or index == 0 or buckets[index - 1] < up_to
     )
     for done, size in enumerate(wanted):
         for _ in range(_CALLS_TO_BE_READY):

@@ -14,7 +14,6 @@ from nai_t5_core.float16.guard import (
     NotFiniteError,
     describe_change,
     encode_guarded,
-    is_finite,
     refuse_damage,
     rescale_block,
     tighter_scales,
@@ -26,7 +25,7 @@ from nai_t5_core.generation.t5 import T5
 from nai_t5_core.model.decoder import DecoderBlock
 from nai_t5_core.model.layers import residual_dtype
 from nai_t5_core.model.plain_twin import plain_twin, plain_weight
-from nai_t5_core.model.precision import advice_beyond
+from nai_t5_core.model.precision import advice_beyond, is_finite
 
 
 def generate_guarded(
@@ -154,7 +153,7 @@ def _refuse_output(model: T5) -> Callable[[nn.Module, Any, Tensor], None]:
         if is_finite(out.to(model.dtype)):
             return
         norm = model.decoder.final_layer_norm
-        if not norm.weight.isfinite().all():
+        if not is_finite(norm.weight):
             raise NotFiniteError(f"decoder.final_layer_norm.weight {DAMAGED}")
         raise NotFiniteError(f"the decoder's output itself exceeds {model.dtype}; {advice_beyond(model.dtype)}")
 

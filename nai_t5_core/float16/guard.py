@@ -21,9 +21,9 @@ from nai_t5_core.float16.maxima import LayerMaxima, observe, scales_for
 from nai_t5_core.model.decoder import DecoderBlock
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.encoder_block import EncoderBlock
-from nai_t5_core.model.layers import FusedGatedFeedForward, residual_dtype
+from nai_t5_core.model.layers import FusedGatedFeedForward
 from nai_t5_core.model.plain_twin import plain_twin
-from nai_t5_core.model.precision import advice_beyond
+from nai_t5_core.model.precision import advice_beyond, is_finite
 
 Result = TypeVar("Result", Tensor, list[Tensor])
 
@@ -82,11 +82,6 @@ def warn_of(changes: list[str], remedy: str) -> None:
     """One :class:`ScaleTightenedWarning` for all that was tightened, at the caller of the guard."""
     text = f"float16 overflowed; {'; '.join(changes)}. These scales hold from now on; save them with {remedy}"
     warnings.warn(text, ScaleTightenedWarning, stacklevel=3)
-
-
-def is_finite(values: Tensor) -> bool:
-    """Whether a tensor is without NaN and infinity: one sum, in a precision that it cannot overflow."""
-    return bool(values.detach().sum(dtype=residual_dtype(values.dtype)).isfinite())
 
 
 @torch.no_grad()

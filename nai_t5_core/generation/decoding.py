@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nai_t5_core.model.attention import BIAS_ALIGNMENT, logit_scale
 from nai_t5_core.model.decoder_attention import CrossMemory, DecoderCache, bias_line
+from nai_t5_core.model.precision import is_finite
 from nai_t5_core.model.t5 import T5Model
 
 
@@ -75,8 +76,7 @@ class Decoding:
         """
         with self._without_gradients():
             logits = self._compute(tokens).float()
-        # The sum is not finite if any logit is not; this is one pass over the logits.
-        if not bool(logits.sum().isfinite()):
+        if not is_finite(logits):
             raise NotFiniteLogitsError(
                 f"the decoder gives values that are not finite in {self.model.dtype}: the weights are damaged, or "
                 "exceed its range; use bfloat16 or float32, give scales, or call generate_guarded"

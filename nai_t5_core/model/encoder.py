@@ -97,8 +97,10 @@ class StackRunner(Protocol):
     def __call__(
         self,
         stack: T5EncoderStack,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         attention_mask: Tensor | None,
+        *,
+        inputs_embeds: Tensor | None,
         padding: PaddingPolicy,
         extra_pad: int,
     ) -> Tensor | None:
@@ -164,8 +166,6 @@ class T5EncoderStack(nn.Module):
         self.layout = layout
         self.attention = attention
         self.kernel_options = kernel_options
-        # Token counts that a compiled encoder was compiled for; None while it is not compiled.
-        self.buckets: tuple[int, ...] | None = None
         self.scales = scales or unscaled(config.num_layers)
         if len(self.scales.layers) != config.num_layers:
             raise ValueError(f"scales of {len(self.scales.layers)} layers for a model of {config.num_layers} layers")
@@ -217,20 +217,13 @@ class T5EncoderStack(nn.Module):
             FlexUnavailableError: ``attention="flex"`` where it cannot be compiled.
             NotFiniteError: the result is not finite, and there is a guard; a ValueError.
         """
-        runner = None if inputs_embeds is not None or torch.compiler.is_compiling() else self.runner
-        if runner is not None and input_ids is not None:
+        options: dict[str, Any] = {"inputs_embeds": inputs_embeds, "padding": padding, "extra_pad": extra_pad}
+        if self.runner is not None and not torch.compiler.is_compiling():
             with self.turns.call():
-                hidden = runner(self, input_ids, attention_mask, padding, extra_pad)
+                hidden = self.runner(self, input_ids, attention_mask, **options)
             if hidden is not None:
                 return hidden
-        out: Tensor = self._guarded(
-            self._encode,
-            input_ids,
-            attention_mask,
-            inputs_embeds=inputs_embeds,
-            padding=padding,
-            extra_pad=extra_pad,
-        )
+        out: Tensor = self._guarded(self._encode, input_ids, attention_mask, **options)
         return out
 
     def _guarded(self, call: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
@@ -246,20 +239,7 @@ class T5EncoderStack(nn.Module):
 
     def _encode(self, *inputs: Any, **options: Any) -> Tensor:
         embeddings, plan, packing = self.prepare(*inputs, **options)
-        return packing.unpack(self._run_encoder(embeddings, plan))
-
-    def _run_encoder(self, embeddings: Tensor, plan: AttentionPlan) -> Tensor:
-        """[tokens, d_model] to [tokens, d_model]; a compiled encoder sees the row filled up to its bucket."""
-        if self.buckets is None:
-            out: Tensor = self.encoder(embeddings, plan, self.dtype)
-            return out
-        if isinstance(plan, DenseAttention):
-            # Not compiled: the mask's shape differs from batch to batch, and each would be compiled anew.
-            return self.encoder.forward(embeddings, plan, self.dtype)
-        tokens = len(embeddings)
-        filled = nn.functional.pad(embeddings, (0, 0, 0, bucket_for(tokens, self.buckets) - tokens))
-        # A copy, since a CUDA graph writes its next result to the same place.
-        return self.encoder(filled, plan, self.dtype)[:tokens].clone()
+        return packing.unpack(self.encoder(embeddings, plan, self.dtype))
 
     def hidden_states(
         self,
@@ -302,8 +282,12 @@ class T5EncoderStack(nn.Module):
         inputs_embeds: Tensor | None = None,
         padding: PaddingPolicy = "exact",
         extra_pad: int = 0,
+        buckets: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, AttentionPlan, Packing]:
-        """What the blocks need for a batch: packed embeddings, the attention plan, and how the result is unpacked."""
+        """What the blocks need for a batch: packed embeddings, the attention plan, and how the result is unpacked.
+
+        Given ``buckets``, the plan is flex attention for a row that is filled up to the next of these token counts.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
@@ -318,7 +302,7 @@ class T5EncoderStack(nn.Module):
         if attention_mask is None or attention_mask.ndim == 2:
             mask = None if attention_mask is None else attention_mask != 0
             packing = pack_batch(mask, batch, length, padding, extra_pad, device)
-            bucket = None if self.buckets is None else bucket_for(packing.tokens, self.buckets)
+            bucket = None if buckets is None else bucket_for(packing.tokens, buckets)
             plan = document_plan(
                 self.attention, packing, scale, device, self.dtype, self.config.d_kv, self.kernel_options, bucket
             )
@@ -375,8 +359,6 @@ class T5EncoderStack(nn.Module):
         return self._describe_modules()
 
     def _describe_modules(self) -> str:
-        if self.buckets is not None:
-            return "flex, compiled"
         blocks: Any = self.encoder.block
         by_kernels = sum(block.attends_by_itself(self.dtype) for block in blocks)
         return describe_attention(self.attention, self.device.type, by_kernels, len(blocks))

@@ -72,9 +72,9 @@ def advice_beyond(dtype: torch.dtype) -> str:
     return advice_on(2 * torch.finfo(dtype).max)
 
 
-def is_finite(weight: Tensor) -> bool:
-    """Whether a weight has neither NaN nor infinity; allocates nothing of its size."""
-    return math.isfinite(largest_absolute(weight))
+def is_finite(values: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinity; allocates nothing of its size, and waits for its device."""
+    return values.numel() == 0 or bool(torch.stack(values.detach().aminmax()).isfinite().all())
 
 
 def largest_absolute(weight: Tensor) -> float:

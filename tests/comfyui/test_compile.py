@@ -31,4 +31,4 @@ def test_compiled_equals_uncompiled(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert_equal_conditioning(conditioning(compiled, text), conditioning(plain, text), 1e-5)
         assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    assert compiled.cond_stage_model.t5xxl.transformer.stack.is_compiled
+    assert compiled.cond_stage_model.t5xxl.transformer.stack.describe_attention() == "auto: flex, compiled"

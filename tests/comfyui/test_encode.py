@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from comfy_toys import (
     error,
     require_comfyui,
     stock,
+    toy_family,
     toy_file,
 )
 
@@ -56,3 +58,19 @@ def test_lines_are_what_they_are_alone(tmp_path: Path) -> None:
     assert states.shape == (2, 256, 64) and extras["attention_mask"].shape == (2, 256)
     for row, mask, (expected, wanted) in zip(states, extras["attention_mask"], alone, strict=True):
         assert error(row[None], expected) < 1e-6 and torch.equal(mask[None], wanted["attention_mask"])
+
+
+@pytest.mark.parametrize("by_the_stock_node", [True, False])
+def test_an_endless_prompt_is_refused(
+    by_the_stock_node: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from comfy_nai_t5 import families
+    from comfy_nai_t5.encode import encode
+    from comfy_nai_t5.loaders import load_t5
+
+    monkeypatch.setitem(families.FAMILIES, "pixart", toy_family("pixart"))
+    clip = load_t5(toy_file(tmp_path, FAMILY_CONFIGS["pixart"]), "pixart")
+    encoding = partial(conditioning, clip) if by_the_stock_node else partial(encode, clip)
+    told = "the prompt has 10,00[01] tokens, and 8,192 are the most that are computed together; shorten it"
+    with torch.inference_mode(), pytest.raises(ValueError, match=told):
+        encoding("word " * 10_000)

@@ -32,13 +32,15 @@ class CudaRunner:
     def __call__(
         self,
         stack: T5EncoderStack,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         attention_mask: Tensor | None,
+        *,
+        inputs_embeds: Tensor | None,
         padding: PaddingPolicy,
         extra_pad: int,
     ) -> Tensor | None:
-        encoder = self._encoder_of(stack)
-        if encoder is None:
+        encoder = None if input_ids is None or inputs_embeds is not None else self._encoder_of(stack)
+        if encoder is None or input_ids is None:
             return None
         encoded = encoder.encode_unless_refused(input_ids, attention_mask, padding, extra_pad)
         # Reading ``finite`` waits for the device. If it is 0, the modules encode again, and the guard finds the cause.

@@ -21,7 +21,7 @@ from nai_t5_core.bench.speed.memory import peak_bytes
 from nai_t5_core.bench.speed.results import CaseResult, GuardCost, LeastTime, Limit, Spread, Timing
 from nai_t5_core.bench.speed.variants import OWN_COMPILED, Encode
 from nai_t5_core.facts.config import T5Config
-from nai_t5_core.float16.guard import is_finite
+from nai_t5_core.model.precision import is_finite
 
 
 @dataclass(frozen=True)
