@@ -16,6 +16,7 @@ from nai_t5_core.cli.doctor import doctor
 from nai_t5_core.cli.generate import generate
 from nai_t5_core.cli.kernels import app as kernels
 from nai_t5_core.cli.measure import bench, bench_generate, estimate, parity
+from nai_t5_core.cli.precompute import app as precompute
 from nai_t5_core.cli.prompts import count, encode, warm_up
 from nai_t5_core.cli.terminal import err, never_fail_on_an_encoding, say
 from nai_t5_core.cli.train import train
@@ -33,6 +34,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(kernels, name="kernels", no_args_is_help=True)
+app.add_typer(precompute, name="precompute", no_args_is_help=True)
 
 
 def main() -> None:

@@ -116,7 +116,9 @@ def _csv(file: Path, columns: Columns) -> Iterator[list[Any]]:
 
 def _txt(file: Path, columns: Columns) -> Iterator[list[Any]]:
     if columns.id is not None:
-        raise ValueError(f"{file} is plain text, a caption a line, and has no column {shown(columns.id)}; leave --id out")
+        raise ValueError(
+            f"{file} is plain text, a caption a line, and has no column {shown(columns.id)}; leave --id out"
+        )
     with file.open(encoding="utf-8-sig", newline="\n") as lines:
         while batch := list(islice(lines, ROWS_AT_A_TIME)):
             yield [[line.removesuffix("\n").removesuffix("\r") for line in batch]]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from nai_t5_core.facts.nested_text import parse_object, shown
 from nai_t5_core.weights.whole_files import alone_in
 
 FORMAT = 1
+# What a run leaves that was killed before its plan was complete.
+_OF_A_PLAN = ("plan", "planning.sqlite", "samples.parquet")
 Told = Callable[[int], None]
 
 
@@ -149,15 +151,27 @@ class Planner:
             OSError: the disk is full.
         """
         before = self._begin()
-        given = [(file, _contents(file, self.columns)) for file in files]
-        known = {old.sha256: old for old in before.inputs}
-        if all(contents in known for _, contents in given):
+        given = self.contents_of(files)
+        if {old.sha256 for old in before.inputs} >= set(given.values()):
             return before
         self.folder.prompts_folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return self._add_all(given)
+        except BaseException:
+            # A folder that was made for this; one that holds anything stays.
+            with suppress(OSError):
+                self.folder.prompts_folder.rmdir()
+                self.folder.path.rmdir()
+            raise
+
+    def _add_all(self, given: dict[Path, str]) -> Plan:
         with alone_in(self.folder.path), closing(Ledger(self.folder.ledger)) as ledger:
+            # Another run may have published a plan before this one had the folder for itself.
+            before = self._begin()
+            known = {old.sha256: old for old in before.inputs}
             _remember(self.folder, before, ledger)
             new = []
-            for file, contents in given:
+            for file, contents in given.items():
                 if contents in known:
                     self._rows += known[contents].rows
                     continue
@@ -167,15 +181,32 @@ class Planner:
             self._refuse_bad()
             return self._publish(before, new, ledger)
 
+    def contents_of(self, files: Sequence[Path]) -> dict[Path, str]:
+        """The hash of each file and of what is read of it.
+
+        Raises:
+            ValueError: a file cannot be read.
+        """
+        return {file: _contents(file, self.columns) for file in files}
+
+    def planned(self, contents: Collection[str]) -> Plan | None:
+        """The plan, if another process has planned files with these hashes in the meantime.
+
+        Raises:
+            ValueError: the folder has something else, or a set of another recipe.
+        """
+        plan = self._begin()
+        return plan if {old.sha256 for old in plan.inputs} >= set(contents) else None
+
     def _begin(self) -> Plan:
         before = read_plan(self.folder)
         if before is None:
             there = sorted(path.name for path in self.folder.path.glob("*")) if self.folder.path.exists() else []
-            strangers = [name for name in there if name not in ("plan", "planning.sqlite", "samples.parquet")]
+            strangers = [name for name in there if name not in _OF_A_PLAN and not name.endswith(".part")]
             if strangers:
                 raise ValueError(
-                    f"{self.folder.path} holds {shown(strangers[0])} and no plan.json: it is no caption set. Give a new "
-                    "folder"
+                    f"{self.folder.path} holds {shown(strangers[0])} and no plan.json: it is no caption set. "
+                    "Give a new folder"
                 )
             return Plan(self.recipe)
         found = differences(before.recipe.as_dict(), self.recipe.as_dict())
@@ -218,8 +249,8 @@ class Planner:
     def _refuse_bad(self) -> None:
         if self.left_out and not self.skip_bad:
             raise ValueError(
-                f"{self.left_out:,} of {self._rows:,} rows have no caption or no id; the first: {self._first_bad}. Nothing "
-                "was changed. Mend them, or leave such rows out with --skip-bad"
+                f"{self.left_out:,} of {self._rows:,} rows have no caption or no id; the first: {self._first_bad}. "
+                "Nothing was changed. Mend them, or leave such rows out with --skip-bad"
             )
 
     def _publish(self, before: Plan, new: list[Input], ledger: Ledger) -> Plan:

@@ -62,9 +62,7 @@ def read_prompts(folder: SetFolder, number: int) -> Prompts:
         ) from error
 
 
-def write_prompts(
-    folder: SetFolder, recipe: Recipe, first: int, prompts: Iterable[tuple[int, Prompt]]
-) -> list[Shard]:
+def write_prompts(folder: SetFolder, recipe: Recipe, first: int, prompts: Iterable[tuple[int, Prompt]]) -> list[Shard]:
     """Cuts prompts, which come with their rows, into shards; writes the file of each, numbered from ``first``."""
     most_rows = max(recipe.keeping.shard_bytes // recipe.row_bytes, 1)
     return [_write(folder, first + place, piece) for place, piece in enumerate(_pieces(prompts, most_rows))]
@@ -112,4 +110,6 @@ def known_keys(folder: SetFolder, shards: int, recipe: Recipe) -> Iterator[list[
     for number in range(shards):
         prompts = read_prompts(folder, number)
         keys = [bytes(key) for key in prompts.keys.numpy()]
-        yield [(recipe.feeding.kept_rows(tokens), key) for tokens, key in zip(prompts.tokens.tolist(), keys, strict=True)]
+        yield [
+            (recipe.feeding.kept_rows(tokens), key) for tokens, key in zip(prompts.tokens.tolist(), keys, strict=True)
+        ]

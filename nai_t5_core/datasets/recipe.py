@@ -61,7 +61,9 @@ class Feeding:
         if max_length is not None and row.length_limit is not None and max_length > row.length_limit:
             raise ValueError(f"max_length={max_length}; {row.title} takes at most {row.length_limit} tokens")
         length = max_length or row.call_length or row.max_length
-        return cls(row.name, row.text_cleaning, length, padding or row.padding, row.extra_pad, row.pad_to == "max_length")
+        return cls(
+            row.name, row.text_cleaning, length, padding or row.padding, row.extra_pad, row.pad_to == "max_length"
+        )
 
     def fed(self, ids: list[int], pad: int) -> list[int]:
         """All ids that are attended to, for the ids of a prompt with its end token."""

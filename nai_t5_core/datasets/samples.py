@@ -23,7 +23,9 @@ def write_samples(folder: SetFolder, samples: Iterator[Sample]) -> None:
     pa, parquet = arrow(), arrow("parquet")
     with lasting(folder.samples) as partial, parquet.ParquetWriter(partial, schema(), compression="zstd") as writer:
         while batch := list(islice(samples, _AT_A_TIME)):
-            columns = [pa.array(values, field.type) for values, field in zip(zip(*batch, strict=True), schema())]
+            columns = [
+                pa.array(values, field.type) for values, field in zip(zip(*batch, strict=True), schema(), strict=True)
+            ]
             writer.write_table(pa.table(columns, schema=schema()))
 
 

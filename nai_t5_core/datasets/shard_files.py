@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _compressed(rows: Tensor, offsets: Tensor) -> dict[str, Tensor]:
     """Every prompt as a block of its own, so that each can be read without the others."""
     zstd = Zstd()
     bounds = offsets.tolist()
-    packed = [zstd.pack(rows[start:stop]) for start, stop in zip(bounds, bounds[1:])]
+    packed = [zstd.pack(rows[start:stop]) for start, stop in pairwise(bounds)]
     blocks = torch.tensor([0, *(len(block) for block in packed)]).cumsum(0)
     joined = np.frombuffer(b"".join(packed), np.uint8).copy()
     return {"rows": torch.from_numpy(joined), "blocks": blocks}
@@ -142,10 +143,8 @@ class ShardFile:
         key = bytes(self.keys[prompt].numpy()).hex()
         if key in self.failures:
             raise ValueError(f"the prompt has no embedding, since it failed: {self.failures[key]}")
-        if self._blocks is None:
-            rows = self._tensor("rows", start, stop)
-        else:
-            rows = self._unpacked(prompt, stop - start)
+        plain = self._blocks is None
+        rows = self._tensor("rows", start, stop) if plain else self._unpacked(prompt, stop - start)
         if self.store == "bfloat16":
             return StoredRows(rows).read(dtype)
         return StoredRows(rows, self._tensor("scales", start, stop), self._tensor("channels")).read(dtype)
@@ -158,7 +157,7 @@ class ShardFile:
         assert self._blocks is not None
         begin, end = int(self._blocks[prompt]), int(self._blocks[prompt + 1])
         place = self._places["rows"].begin
-        packed = memoryview(self._bytes[place + begin : place + end])
+        packed = self._bytes[place + begin : place + end].data
         return Zstd().unpack(packed, (rows, self.d_model), stored_dtype(self.store))
 
     def _tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:

@@ -94,7 +94,9 @@ def _result(tag: _Tag, future: Future[list[Prompt]]) -> tuple[_Tag, list[Prompt]
     return tag, future.result()
 
 
-def _both(first: list[tuple[_Tag, list[str]]], rest: Iterator[tuple[_Tag, list[str]]]) -> Iterator[tuple[_Tag, list[str]]]:
+def _both(
+    first: list[tuple[_Tag, list[str]]], rest: Iterator[tuple[_Tag, list[str]]]
+) -> Iterator[tuple[_Tag, list[str]]]:
     yield from first
     yield from rest
 

@@ -129,9 +129,7 @@ class Worker:
         is_kept = places[: states.shape[1]] < sizes[:, None]
         return states.cpu()[is_kept]
 
-    def _one_by_one(
-        self, prompts: Prompts, kept: list[int], start: int, stop: int, failures: dict[str, str]
-    ) -> Tensor:
+    def _one_by_one(self, prompts: Prompts, kept: list[int], start: int, stop: int, failures: dict[str, str]) -> Tensor:
         """As :meth:`_embed`; a prompt that fails is listed and has no rows."""
         parts = [torch.empty(0, self.recipe.d_model, dtype=self.stack.dtype)]
         for place in range(start, stop):
