@@ -26,14 +26,15 @@ def make_on_ray(job: Job, numbers: Sequence[int], address: str, workers: int | N
     Args:
         address: of the cluster, or ``"local"``: one is started here and ended.
         workers: actors; by default one for each GPU of the cluster, or for each machine where the encoder computes on
-            the CPU. Where the cluster has room for fewer, the others wait, which makes a cluster that can grow do so.
+            processors. Where the cluster has room for fewer, the others wait, which makes a cluster that can grow do so.
 
     Raises:
         MissingPackageError: Ray is not installed.
         ValueError: there is no cluster at the address, or it has another version; a worker has failed.
     """
     with _cluster(address) as ray:
-        _Crew(ray, job, deque(numbers), told, _resources(job), workers or _room(ray, job)).attend()
+        size, resources = _share(ray, job, workers)
+        _Crew(ray, job.with_threads(resources.get("num_cpus")), deque(numbers), told, resources, size).attend()
 
 
 @contextmanager
@@ -50,12 +51,12 @@ def _cluster(address: str) -> Iterator[Any]:
             ignore_reinit_error=False,
             log_to_driver=False,
             logging_level="ERROR",
-            **({"include_dashboard": False} if address == LOCAL else {}),
+            include_dashboard=False if address == LOCAL else None,
         )
     # Ray has no error of its own for this: it raises ConnectionError, RuntimeError or ValueError by what is wrong.
     except Exception as error:
         raise ValueError(
-            f"no Ray cluster of version {ray.__version__} answers at {address!r}: {' '.join(str(error).split())[:300]}. "
+            f"no Ray {ray.__version__} cluster answers at {address!r}: {' '.join(str(error).split())[:300]}. "
             "Start one by ray start --head, give its address, or --ray local"
         ) from error
     try:
@@ -64,22 +65,22 @@ def _cluster(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _resources(job: Job) -> dict[str, float]:
-    """What an actor asks for."""
+def _share(ray: Any, job: Job, workers: int | None) -> tuple[int, dict[str, int]]:
+    """How many actors there shall be, and what each asks for: a GPU, or its part of the processors."""
+    there = ray.cluster_resources()
     if resolve_device(job.encoder.device).type == "cuda":
-        return {"num_gpus": 1}
-    return {"num_cpus": job.threads or 1}
-
-
-def _room(ray: Any, job: Job) -> int:
-    """Actors that the cluster has room for."""
-    if "num_gpus" in _resources(job):
-        return max(int(ray.cluster_resources().get("GPU", 0)), 1)
-    return max(len([node for node in ray.nodes() if node["Alive"]]), 1)
+        return workers or max(int(there.get("GPU", 0)), 1), {"num_gpus": 1}
+    machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    size = workers or max(len(machines), 1)
+    part = int(min(there.get("CPU", 1) // size, max(machines, default=1)))
+    return size, {"num_cpus": max(part, 1)}
 
 
 class _Actor:
-    """What runs on a machine of the cluster: loads the encoder, and makes one shard for each call."""
+    """What runs on a machine of the cluster: loads the encoder, and makes a shard for each call.
+
+    Of two calls at once, one encodes while the other writes.
+    """
 
     def __init__(self, job: Job) -> None:
         self._worker = job.worker()
@@ -90,47 +91,62 @@ class _Actor:
         return told
 
 
+# Calls that an actor has at a time.
+_CALLS = 2
+
+
 @dataclass
 class _Crew:
     ray: Any
     job: Job
     waiting: deque[int]
     told: Told
-    resources: dict[str, float]
+    resources: dict[str, int]
     size: int
     at_work: dict[Any, tuple[Any, int]] = field(default_factory=dict)
     tries: dict[int, int] = field(default_factory=dict)
 
     def attend(self) -> None:
         for _ in range(min(self.size, len(self.waiting))):
-            self._give(self._actor())
+            self._start()
         while self.at_work:
             finished, _ = self.ray.wait(list(self.at_work), num_returns=1)
             for call in finished:
-                self._answer(call, *self.at_work.pop(call))
+                if call in self.at_work:
+                    self._answer(call)
 
-    def _actor(self) -> Any:
-        return self.ray.remote(**self.resources)(_Actor).remote(self.job)
+    def _start(self) -> None:
+        actor = self.ray.remote(**self.resources, max_concurrency=_CALLS)(_Actor).remote(self.job)
+        for _ in range(_CALLS):
+            self._give(actor)
 
     def _give(self, actor: Any) -> None:
         if self.waiting:
             number = self.waiting.popleft()
             self.at_work[actor.make.remote(number)] = (actor, number)
-        else:
+        elif all(other is not actor for other, _ in self.at_work.values()):
             self.ray.kill(actor)
 
-    def _answer(self, call: Any, actor: Any, number: int) -> None:
+    def _answer(self, call: Any) -> None:
+        actor, number = self.at_work.pop(call)
         try:
             reports = self.ray.get(call)
         except self.ray.exceptions.RayTaskError as error:
             # What the worker itself has raised.
             raise ValueError(f"shard {number}: {error.cause or error}") from error
-        except (self.ray.exceptions.RayActorError, self.ray.exceptions.RaySystemError):
-            self.tries[number] = self.tries.get(number, 0) + 1
-            check_tries(number, self.tries[number])
-            self.waiting.appendleft(number)
-            actor = self._actor()
-        else:
-            for report in reports:
-                self.told(report)
+        except self.ray.exceptions.RayError:
+            self._replace(actor, number)
+            return
+        for report in reports:
+            self.told(report)
         self._give(actor)
+
+    def _replace(self, actor: Any, number: int) -> None:
+        """An actor is lost, with its machine perhaps: its shards wait again, and another takes its place."""
+        lost = [call for call, (other, _) in self.at_work.items() if other is actor]
+        numbers = sorted([number, *(self.at_work.pop(call)[1] for call in lost)])
+        for one in numbers:
+            self.tries[one] = self.tries.get(one, 0) + 1
+            check_tries(one, self.tries[one])
+        self.waiting.extendleft(reversed(numbers))
+        self._start()

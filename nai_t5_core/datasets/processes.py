@@ -46,7 +46,7 @@ class Job:
     def on(self, device: str) -> Job:
         return replace(self, encoder=self.encoder.on(device))
 
-    def with_threads(self, threads: int) -> Job:
+    def with_threads(self, threads: int | None) -> Job:
         return replace(self, threads=threads)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -51,9 +52,12 @@ class Worker:
         self.stack = stack
         self.token_budget = token_budget
         self._scales = stack.scales
+        self._encoding = Lock()
 
     def run(self, numbers: Iterable[int], told: Told = lambda progress: None) -> None:
         """Makes the files of these shards, one after the other; while one is written, the next is encoded.
+
+        Threads may call it at once: one of them encodes, and others write.
 
         Raises:
             OSError, CheckpointError: a file cannot be written, or the disk is full. Shards that are complete stay.
@@ -62,7 +66,8 @@ class Worker:
         with ThreadPoolExecutor(1) as writer:
             writing: Future[Progress] | None = None
             for number in numbers:
-                encoded = self._encode(read_prompts(self.folder, number), told)
+                with self._encoding:
+                    encoded = self._encode(read_prompts(self.folder, number), told)
                 if writing is not None:
                     told(writing.result())
                 writing = writer.submit(self._write, number, encoded)
