@@ -13,6 +13,7 @@ import typer
 
 from nai_t5_core.cli.checkpoints import calibrate, convert, inspect, stress
 from nai_t5_core.cli.doctor import doctor
+from nai_t5_core.cli.export import export
 from nai_t5_core.cli.generate import generate
 from nai_t5_core.cli.kernels import app as kernels
 from nai_t5_core.cli.measure import bench, bench_generate, estimate, parity
@@ -30,7 +31,7 @@ app = typer.Typer(
 for command in (
     *(encode, count, warm_up, generate),
     *(inspect, convert, calibrate, stress),
-    *(doctor, parity, bench, bench_generate, estimate, train),
+    *(doctor, parity, bench, bench_generate, estimate, train, export),
 ):
     app.command()(command)
 app.add_typer(kernels, name="kernels", no_args_is_help=True)

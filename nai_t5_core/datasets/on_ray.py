@@ -26,7 +26,7 @@ def make_on_ray(job: Job, numbers: Sequence[int], address: str, workers: int | N
     Args:
         address: of the cluster, or ``"local"``: one is started here and ended.
         workers: actors; by default one for each GPU of the cluster, or for each machine where the encoder computes on
-            processors. Where the cluster has room for fewer, the others wait, which makes a cluster that can grow do so.
+            processors. Where the cluster has room for fewer, the others wait, which makes a cluster grow that can.
 
     Raises:
         MissingPackageError: Ray is not installed.
