@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,7 @@ def test_scales_that_are_tightened_midway_end_the_run(tmp_path: Path) -> None:
     stack = order().encoder.load().stack
     worker = Worker(planner.folder, plan.recipe, stack)
     stack.scales = replace(stack.scales, embedding=0.5)
-    with pytest.raises(ValueError, match="scales were tightened, which changes the embeddings; .* nai-t5 calibrate"):
+    with pytest.raises(ValueError, match=r"scales were tightened, which changes the embeddings; .* nai-t5 calibrate"):
         worker.run([0])
 
 
@@ -120,7 +121,7 @@ def test_scales_that_are_tightened_midway_end_the_run(tmp_path: Path) -> None:
 def as_of_a_t5(rows: int = 2048, width: int = 1024) -> torch.Tensor:
     """Rows with channels of very different sizes, as T5's outputs have them."""
     generator = torch.Generator().manual_seed(0)
-    sizes = torch.exp(torch.randn(width, generator=generator))
+    sizes = torch.exp(torch.randn(width, generator=generator) / 4)
     sizes[:4] *= 40
     return (torch.randn(rows, width, generator=generator) * sizes).bfloat16()
 
@@ -137,7 +138,7 @@ def write(file: Path, rows: torch.Tensor, keeping: Keeping, prompt: int = 32) ->
     ("store", "compress", "most_bytes", "most_error"),
     [
         ("bfloat16", "none", 1.01, 0.0),
-        ("bfloat16", "zstd", 0.80, 0.0),
+        ("bfloat16", "zstd", 0.75, 0.0),
         ("int8", "none", 0.52, 0.012),
         ("float8", "none", 0.52, 0.03),
         ("int8", "zstd", 0.52, 0.012),
@@ -221,10 +222,7 @@ def test_a_full_disk_leaves_what_is_complete(tmp_path: Path, monkeypatch: pytest
     file = write_captions(tmp_path / "a.jsonl", TEXTS)
     expected = digests(made(order(), tmp_path / "one", file).path)
     room = iter([10**9, 10**9])
-    usage = type("Usage", (), {})
-    monkeypatch.setattr(
-        "shutil.disk_usage", lambda folder: (found := usage(), setattr(found, "free", next(room, 10)))[0]
-    )
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=next(room, 10)))
     with pytest.raises(ValueError, match=r"needs 0.00 GB and its disk has 0.00 GB free; make room"):
         made(order(), tmp_path / "two", file)
     assert digests(tmp_path / "two").items() < expected.items()
