@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from nai_t5_core.datasets.encoder_choice import EncoderChoice
 from nai_t5_core.datasets.reading import EmbeddingDataset
 from nai_t5_core.datasets.recipe import Keeping
 from nai_t5_core.datasets.shard_files import Encoded, ShardFile, write_shard
-from nai_t5_core.datasets.storing import Zstd, reduce_rows
+from nai_t5_core.datasets.storing import pack_rows, reduce_rows, unpack_rows
 from nai_t5_core.datasets.worker import Progress, Worker
 from nai_t5_core.weights.examine import find_tokenizer_for
 
@@ -121,7 +122,7 @@ def test_scales_that_are_tightened_midway_end_the_run(tmp_path: Path) -> None:
 def as_of_a_t5(rows: int = 2048, width: int = 1024) -> torch.Tensor:
     """Rows with channels of very different sizes, as T5's outputs have them."""
     generator = torch.Generator().manual_seed(0)
-    sizes = torch.exp(torch.randn(width, generator=generator) / 4)
+    sizes = torch.exp(torch.randn(width, generator=generator))
     sizes[:4] *= 40
     return (torch.randn(rows, width, generator=generator) * sizes).bfloat16()
 
@@ -138,10 +139,10 @@ def write(file: Path, rows: torch.Tensor, keeping: Keeping, prompt: int = 32) ->
     ("store", "compress", "most_bytes", "most_error"),
     [
         ("bfloat16", "none", 1.01, 0.0),
-        ("bfloat16", "zstd", 0.75, 0.0),
+        ("bfloat16", "zlib", 0.75, 0.0),
         ("int8", "none", 0.52, 0.012),
         ("float8", "none", 0.52, 0.03),
-        ("int8", "zstd", 0.52, 0.012),
+        ("int8", "zlib", 0.50, 0.012),
     ],
 )
 def test_bytes_and_errors_of_what_is_stored(
@@ -169,12 +170,19 @@ def test_rows_and_channels_of_zeros_stay(store: Any) -> None:
     assert reduce_rows(rows, store).read(torch.float32).equal(rows)
 
 
-def test_shuffled_bytes_are_planes_of_the_numbers_bytes() -> None:
-    rows = torch.tensor([[0x0102, 0x0304]], dtype=torch.int16)
-    import pyarrow
+def test_packed_bytes_are_mantissas_with_signs_and_then_coded_exponents() -> None:
+    rows = torch.tensor([[1.0, -1.0, 1.5, 0.0]]).bfloat16()
+    packed = pack_rows(rows)
+    assert packed[:4] == bytes([0, 1, 0x80, 0])
+    assert zlib.decompress(packed[4:], -15) == bytes([127, 127, 127, 0])
 
-    plain = pyarrow.Codec("zstd").decompress(Zstd().pack(rows), decompressed_size=4, asbytes=True)
-    assert plain == bytes([2, 4, 1, 3])
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_all_bits_come_back(dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(256, 256)
+    rows = every.view(dtype) if dtype == torch.bfloat16 else every.to(torch.int8).view(dtype)
+    back = unpack_rows(memoryview(pack_rows(rows)), (256, 256), dtype)
+    assert back.view(torch.uint8).equal(rows.contiguous().view(torch.uint8))
 
 
 def test_the_file_is_what_the_documents_say(tmp_path: Path) -> None:
@@ -185,9 +193,10 @@ def test_the_file_is_what_the_documents_say(tmp_path: Path) -> None:
     tensors = load_file(folder.shard(0))
     assert sorted(tensors) == ["channels", "keys", "offsets", "rows", "scales", "tokens"]
     dtypes = {name: str(tensor.dtype) for name, tensor in tensors.items()}
-    assert dtypes == {
-        "channels": "float32", "keys": "uint8", "offsets": "int64", "rows": "int8", "scales": "float32", "tokens": "int32",
-    }  # fmt: skip
+    assert dtypes == {**dict.fromkeys(("channels", "scales"), "float32"), "keys": "uint8", "offsets": "int64"} | {
+        "rows": "int8",
+        "tokens": "int32",
+    }
     place = 2
     start, stop = tensors["offsets"][place : place + 2]
     values = tensors["rows"][start:stop] * tensors["scales"][start:stop, None] * tensors["channels"]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nai_t5_core.datasets.folder import sync_folder
 from nai_t5_core.datasets.recipe import Keeping
-from nai_t5_core.datasets.storing import StoredRows, Zstd, reduce_rows, stored_dtype
+from nai_t5_core.datasets.storing import StoredRows, pack_rows, reduce_rows, stored_dtype, unpack_rows
 from nai_t5_core.facts.nested_text import parse_object
 from nai_t5_core.weights.formats import tensor_bytes, write_safetensors
 from nai_t5_core.weights.safetensors_files import DTYPE_NAMES
@@ -65,7 +65,7 @@ def write_shard(file: Path, encoded: Encoded, keeping: Keeping) -> int:
     tensors = {"rows": stored.rows, "offsets": encoded.offsets, "tokens": encoded.tokens, "keys": encoded.keys}
     if stored.scales is not None and stored.channels is not None:
         tensors |= {"scales": stored.scales, "channels": stored.channels}
-    if keeping.compress == "zstd":
+    if keeping.compress == "zlib":
         tensors |= _compressed(stored.rows, encoded.offsets)
     # The largest numbers first, so that each begins where its size divides the place.
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
@@ -85,9 +85,8 @@ def write_shard(file: Path, encoded: Encoded, keeping: Keeping) -> int:
 
 def _compressed(rows: Tensor, offsets: Tensor) -> dict[str, Tensor]:
     """Every prompt as a block of its own, so that each can be read without the others."""
-    zstd = Zstd()
     bounds = offsets.tolist()
-    packed = [zstd.pack(rows[start:stop]) for start, stop in pairwise(bounds)]
+    packed = [pack_rows(rows[start:stop]) for start, stop in pairwise(bounds)]
     blocks = torch.tensor([0, *(len(block) for block in packed)]).cumsum(0)
     joined = np.frombuffer(b"".join(packed), np.uint8).copy()
     return {"rows": torch.from_numpy(joined), "blocks": blocks}
@@ -126,7 +125,7 @@ class ShardFile:
             self.offsets = self._tensor("offsets").clone()
             self.tokens = self._tensor("tokens").clone()
             self.keys = self._tensor("keys").clone()
-            self._blocks = self._tensor("blocks").clone() if self.compress == "zstd" else None
+            self._blocks = self._tensor("blocks").clone() if self.compress == "zlib" else None
         except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise DamagedShardError(f"{file} is damaged or missing: {error}") from error
 
@@ -158,7 +157,7 @@ class ShardFile:
         begin, end = int(self._blocks[prompt]), int(self._blocks[prompt + 1])
         place = self._places["rows"].begin
         packed = self._bytes[place + begin : place + end].data
-        return Zstd().unpack(packed, (rows, self.d_model), stored_dtype(self.store))
+        return unpack_rows(packed, (rows, self.d_model), stored_dtype(self.store))
 
     def _tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """A tensor, or a run of its rows, as a view of the file that must not be written to."""

@@ -7,20 +7,20 @@ themselves.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from nai_t5_core.datasets.arrow import arrow
 from nai_t5_core.datasets.recipe import Store
 
 _LARGEST = {"int8": 127.0, "float8": 448.0}
 _DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8, "float8": torch.float8_e4m3fn}
 # Rows at a time, so that no shard is in memory in float32.
 _ROWS = 8192
-_LEVEL = 3
 
 
 def stored_dtype(store: Store) -> torch.dtype:
@@ -69,19 +69,47 @@ def reduce_rows(rows: Tensor, store: Store) -> StoredRows:
     return StoredRows(reduced, scales, channels)
 
 
-class Zstd:
-    """Blocks of rows, their bytes shuffled: first the first byte of every number, then the second. Lossless."""
+def pack_rows(rows: Tensor) -> bytes:
+    """The bytes of rows in two thirds of their room (bfloat16), or nine tenths (8 bits); lossless.
 
-    def __init__(self) -> None:
-        self._codec: Any = arrow().Codec("zstd", _LEVEL)
+    Of a bfloat16 number only the exponent can be foretold. So its bits are rotated by one: the first byte of each then
+    is mantissa and sign, which are kept as they are, all first bytes before all second ones; and the second byte is the
+    exponent, which is coded by how often each occurs (DEFLATE without matches: those of a general compressor are by
+    chance, and cost more than they save).
+    """
+    numbers = rows.contiguous().view(-1)
+    if rows.element_size() == 1:
+        return _coded(numbers.view(torch.uint8).numpy())
+    bits = numbers.view(torch.int16).numpy().view(np.uint16)
+    rotated = (bits << 1 | bits >> 15).astype("<u2").view(np.uint8).reshape(-1, 2)
+    return rotated[:, 0].tobytes() + _coded(np.ascontiguousarray(rotated[:, 1]))
 
-    def pack(self, rows: Tensor) -> bytes:
-        size = rows.element_size()
-        planes = rows.contiguous().view(torch.uint8).view(-1, size).t().contiguous()
-        return bytes(self._codec.compress(planes.numpy().data, asbytes=True))
 
-    def unpack(self, packed: memoryview, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        nbytes = shape[0] * shape[1] * dtype.itemsize
-        plain = self._codec.decompress(packed, decompressed_size=nbytes, asbytes=True)
-        planes = torch.frombuffer(bytearray(plain), dtype=torch.uint8).view(dtype.itemsize, -1)
-        return planes.t().contiguous().view(-1).view(dtype).view(shape)
+def unpack_rows(packed: memoryview, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The rows [rows, d_model] that :func:`pack_rows` was given.
+
+    Raises:
+        zlib.error: the bytes are damaged.
+    """
+    count = shape[0] * shape[1]
+    if dtype.itemsize == 1:
+        return torch.from_numpy(_decoded(packed)).view(dtype).view(shape)
+    rotated = np.empty((count, 2), np.uint8)
+    rotated[:, 0] = np.frombuffer(packed, np.uint8, count)
+    rotated[:, 1] = _decoded(packed[count:])
+    bits = rotated.view("<u2").reshape(-1)
+    numbers = (bits >> 1 | bits << 15).astype(np.uint16).view(np.int16)
+    return torch.from_numpy(numbers).view(dtype).view(shape)
+
+
+# A raw stream: no header, and no checksum, since a shard has one.
+_RAW = -15
+
+
+def _coded(plain: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    coder = zlib.compressobj(wbits=_RAW, strategy=zlib.Z_HUFFMAN_ONLY)
+    return coder.compress(plain.data) + coder.flush()
+
+
+def _decoded(coded: memoryview) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.frombuffer(bytearray(zlib.decompress(coded, _RAW)), np.uint8)
