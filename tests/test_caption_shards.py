@@ -14,11 +14,9 @@ import torch
 
 pytest.importorskip("pyarrow")
 
-from conftest import TOY_CONFIGS, random_state, write_hf_folder
-from toy_captions import captions, digests, made, order, planned, write_captions
+from toy_captions import captions, digests, made, order, planned, with_a_damaged_row, write_captions
 
 from nai_t5_core import TextEncoder
-from nai_t5_core.datasets.encoder_choice import EncoderChoice
 from nai_t5_core.datasets.reading import EmbeddingDataset
 from nai_t5_core.datasets.recipe import Keeping
 from nai_t5_core.datasets.shard_files import Encoded, ShardFile, write_shard
@@ -57,18 +55,6 @@ def test_each_prompt_is_encoded_once(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts that fail, and memory that ends
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def with_a_damaged_row(folder: Path) -> tuple[EncoderChoice, str]:
-    """An encoder that has no finite embedding for one word, and that word."""
-    tokenizer = find_tokenizer_for(None)
-    config = TOY_CONFIGS["v1.1"].model_copy(update={"vocab_size": tokenizer.vocab_size})
-    state = random_state(config)
-    state["shared.weight"][tokenizer.encode("fox")[0]] = float("nan")
-    kind, content = tokenizer.serialized()
-    model = write_hf_folder(folder / "model", config, state)
-    (folder / kind).write_bytes(content)
-    return EncoderChoice(str(model), "float32", "cpu", tokenizer=str(folder / kind)), "fox"
 
 
 def test_a_prompt_that_fails_is_listed_and_the_others_are_encoded(tmp_path: Path) -> None:

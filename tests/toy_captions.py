@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from conftest import TOY_CONFIGS, random_state, write_hf_folder
+
 from nai_t5_core.datasets.captions import Columns
 from nai_t5_core.datasets.compute import Engine, make_shards, to_make
 from nai_t5_core.datasets.encoder_choice import EncoderChoice
@@ -16,6 +18,7 @@ from nai_t5_core.datasets.plan import Plan, Planner
 from nai_t5_core.datasets.recipe import Feeding, Keeping
 from nai_t5_core.datasets.run import Order
 from nai_t5_core.datasets.worker import Progress
+from nai_t5_core.weights.examine import find_tokenizer_for
 
 ENCODER = EncoderChoice(device="cpu")
 WORDS = [
@@ -92,3 +95,15 @@ def digests(folder: Path) -> dict[str, str]:
     """The hash of every shard's file."""
     files = sorted((folder / "shards").iterdir())
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def with_a_damaged_row(folder: Path) -> tuple[EncoderChoice, str]:
+    """An encoder that has no finite embedding for one word, and that word."""
+    tokenizer = find_tokenizer_for(None)
+    config = TOY_CONFIGS["v1.1"].model_copy(update={"vocab_size": tokenizer.vocab_size})
+    state = random_state(config)
+    state["shared.weight"][tokenizer.encode("fox")[0]] = float("nan")
+    kind, content = tokenizer.serialized()
+    model = write_hf_folder(folder / "model", config, state)
+    (folder / kind).write_bytes(content)
+    return EncoderChoice(str(model), "float32", "cpu", tokenizer=str(folder / kind)), "fox"
