@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,15 @@ def expected(tmp_path: Path, file: Path) -> dict[str, str]:
 
 
 def actors() -> list[int]:
-    """Processes of this machine in which an actor encodes."""
-    found = [process for process in psutil.process_iter() if "_Actor" in " ".join(process.cmdline() or [])]
-    return [process.pid for process in found]
+    """Processes in which an actor encodes, of those that were started by this one."""
+    children = psutil.Process().children(recursive=True)
+    return [child.pid for child in children if child.is_running() and "_Actor" in " ".join(_command(child))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    with suppress(psutil.Error):
+        return process.cmdline()
+    return []
 
 
 def test_two_workers(tmp_path: Path, file: Path, expected: dict[str, str]) -> None:

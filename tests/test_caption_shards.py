@@ -74,7 +74,7 @@ def test_the_token_budget_is_halved_where_memory_ends(tmp_path: Path, monkeypatc
     planner, plan = planned(order(), tmp_path / "two", tmp_path / "a.jsonl")
     planner.folder.shards_folder.mkdir()
     worker = Worker(planner.folder, plan.recipe, order().encoder.load().stack, token_budget=64)
-    embed, refused = worker._embed, []
+    embed, refused = worker.embed, []
 
     def as_if_small(prompts: Any, kept: list[int], start: int, stop: int) -> torch.Tensor:
         if sum(kept[start:stop]) > 20:
@@ -82,7 +82,7 @@ def test_the_token_budget_is_halved_where_memory_ends(tmp_path: Path, monkeypatc
             raise torch.OutOfMemoryError("as if")
         return embed(prompts, kept, start, stop)
 
-    monkeypatch.setattr(worker, "_embed", as_if_small)
+    monkeypatch.setattr(worker, "embed", as_if_small)
     worker.run(range(len(plan.shards)))
     assert worker.token_budget == 16
     assert len(refused) == 2

@@ -6,6 +6,7 @@ see. So nothing of a set passes through Ray's object store, and what is complete
 
 from __future__ import annotations
 
+import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from nai_t5_core.datasets.worker import Progress, Told
 from nai_t5_core.model.precision import resolve_device
 
 LOCAL = "local"
+# Seconds.
+_ANSWERS_WITHIN = 10.0
 
 
 def make_on_ray(job: Job, numbers: Sequence[int], address: str, workers: int | None, told: Told) -> None:
@@ -46,6 +49,7 @@ def _cluster(address: str) -> Iterator[Any]:
             f'--ray needs Ray, which cannot be imported ({error}); pip install "comfy-nai-t5[ray]"'
         ) from error
     try:
+        _refuse_silence(address)
         ray.init(
             address=address,
             ignore_reinit_error=False,
@@ -63,6 +67,13 @@ def _cluster(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _refuse_silence(address: str) -> None:
+    """Raises an OSError where nobody listens: Ray itself would wait for many minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_ANSWERS_WITHIN).close()
 
 
 def _share(ray: Any, job: Job, workers: int | None) -> tuple[int, dict[str, int]]:

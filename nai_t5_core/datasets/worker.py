@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
@@ -88,7 +88,7 @@ class Worker:
         while start < len(prompts):
             stop = self._fitting(kept, start)
             try:
-                states = self._embed(prompts, kept, start, stop)
+                states = self.embed(prompts, kept, start, stop)
             except torch.OutOfMemoryError:
                 if stop == start + 1:
                     raise
@@ -109,6 +109,14 @@ class Worker:
             failures,
         )
 
+    def batches(self, kept: list[int]) -> Iterator[tuple[int, int]]:
+        """Begin and end of the batches of prompts that have so many rows, where memory suffices for the budget."""
+        start = 0
+        while start < len(kept):
+            stop = self._fitting(kept, start)
+            yield start, stop
+            start = stop
+
     def _fitting(self, kept: list[int], start: int) -> int:
         """The end of the run of prompts from ``start`` that fits into the budget; one prompt at least."""
         stop, total = start + 1, kept[start]
@@ -117,7 +125,7 @@ class Worker:
             stop += 1
         return stop
 
-    def _embed(self, prompts: Prompts, kept: list[int], start: int, stop: int) -> Tensor:
+    def embed(self, prompts: Prompts, kept: list[int], start: int, stop: int) -> Tensor:
         """The rows that are kept of some prompts, one prompt after the other, on the CPU: [rows, d_model]."""
         feeding = self.recipe.feeding
         bounds = prompts.offsets[start : stop + 1]
@@ -135,11 +143,11 @@ class Worker:
         return states.cpu()[is_kept]
 
     def _one_by_one(self, prompts: Prompts, kept: list[int], start: int, stop: int, failures: dict[str, str]) -> Tensor:
-        """As :meth:`_embed`; a prompt that fails is listed and has no rows."""
+        """As :meth:`embed`; a prompt that fails is listed and has no rows."""
         parts = [torch.empty(0, self.recipe.d_model, dtype=self.stack.dtype)]
         for place in range(start, stop):
             try:
-                parts.append(self._embed(prompts, kept, place, place + 1))
+                parts.append(self.embed(prompts, kept, place, place + 1))
             except ValueError as error:
                 failures[bytes(prompts.keys[place].numpy()).hex()] = str(error)
                 kept[place] = 0
