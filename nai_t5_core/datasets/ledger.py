@@ -20,8 +20,8 @@ CREATE TABLE prompts (
     rows INTEGER, key BLOB, tokens INTEGER, is_cut INTEGER, ids BLOB, PRIMARY KEY (rows, key)
 ) WITHOUT ROWID;
 """
-# Safe against nothing, since a plan that was cut off is thrown away; 128 MB of cache.
-_PRAGMAS = "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-131072; PRAGMA locking_mode=EXCLUSIVE;"
+# Safe against nothing, since a plan that was cut off is thrown away; 64 MB of cache.
+_PRAGMAS = "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-65536; PRAGMA locking_mode=EXCLUSIVE;"
 
 Sample = tuple[str, bytes, str]
 

@@ -82,7 +82,7 @@ def _samples(dataset: EmbeddingDataset, clip: ClipEncoder | None, told: Callable
 def _refuse_others(dataset: EmbeddingDataset, chosen: Format, clip: str | None) -> None:
     feeding = dataset.plan.recipe.feeding
     family = feeding.family
-    if family not in chosen.families:
+    if family is None or family not in chosen.families:
         raise ValueError(
             f"{chosen.name} is for {', '.join(chosen.families)}, and this set is of {family or 'no family'}"
         )

@@ -183,10 +183,11 @@ def _save_sd_scripts_sd3(sample: Sample, path: Path) -> None:
 
 
 def _save_npz(path: Path, **content: Tensor | bool) -> None:
+    arrays: dict[str, Any] = {
+        name: value.numpy() if isinstance(value, Tensor) else value for name, value in content.items()
+    }
     with path.open("wb") as file:
-        np.savez(
-            file, **{name: value.numpy() if isinstance(value, Tensor) else value for name, value in content.items()}
-        )
+        np.savez(file, **arrays)
 
 
 MUSUBI_WAN = Format("musubi-wan", {"wan": _WITHOUT_PADS}, _each(_musubi_place, _save_musubi), _musubi_place)
