@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nai_t5_core.backends.compiled import compile_steps as compile_steps
     from nai_t5_core.backends.compiled import warm_up as warm_up
     from nai_t5_core.backends.sharding import shard as shard
+    from nai_t5_core.datasets.reading import EmbeddingDataset as EmbeddingDataset
     from nai_t5_core.facts.config import T5Config as T5Config
     from nai_t5_core.facts.config import named_config as named_config
     from nai_t5_core.facts.families import Family as Family
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CheckpointError": "weights.formats",
+    "EmbeddingDataset": "datasets.reading",
     "Family": "facts.families",
     "GenerationOptions": "generation.options",
     "LiveLoras": "lora.live",

@@ -26,6 +26,7 @@ ROOMS = [
     "lora",
     "prompts",
     "diffusers",
+    "datasets",
     "training",
     "bench",
     "cli",
@@ -62,7 +63,9 @@ def imports_of(path: Path) -> set[str]:
 def test_what_is_at_the_top_is_a_room_or_a_documented_path() -> None:
     there = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
     assert there == {*ROOMS, *BESIDE_THEM}
-    assert len(there) <= 18
+    # As many as there are today: what else comes at the top has to be worth a room or a documented path of its own, as
+    # caption sets were, which read prompts and are read by no other room but the command.
+    assert len(there) <= 19
 
 
 @pytest.mark.parametrize("room", ROOMS)

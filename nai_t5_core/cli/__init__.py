@@ -14,10 +14,12 @@ import typer
 from nai_t5_core.cli.cache import app as cache
 from nai_t5_core.cli.checkpoints import calibrate, convert, inspect, stress
 from nai_t5_core.cli.doctor import doctor
+from nai_t5_core.cli.export import export
 from nai_t5_core.cli.generate import generate
 from nai_t5_core.cli.kernels import app as kernels
 from nai_t5_core.cli.kinds import bench_kinds
 from nai_t5_core.cli.measure import bench, bench_generate, estimate, parity
+from nai_t5_core.cli.precompute import app as precompute
 from nai_t5_core.cli.prompts import count, encode, warm_up
 from nai_t5_core.cli.terminal import err, never_fail_on_an_encoding, say
 from nai_t5_core.cli.train import train
@@ -31,11 +33,12 @@ app = typer.Typer(
 for command in (
     *(encode, count, warm_up, generate),
     *(inspect, convert, calibrate, stress),
-    *(doctor, parity, bench, bench_generate, bench_kinds, estimate, train),
+    *(doctor, parity, bench, bench_generate, bench_kinds, estimate, train, export),
 ):
     app.command()(command)
 app.add_typer(kernels, name="kernels", no_args_is_help=True)
 app.add_typer(cache, name="cache", no_args_is_help=True)
+app.add_typer(precompute, name="precompute", no_args_is_help=True)
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def encode(
         from nai_t5_core.lora.files import counted, read_lora
         from nai_t5_core.prompts.text_encoder import TextEncoder
 
-        loras = [(read_lora(path), strength) for path, strength in map(_path_and_strength, lora or [])]
+        loras = [(read_lora(path), strength) for path, strength in map(path_and_strength, lora or [])]
         encoder = TextEncoder.from_pretrained(
             model,
             dtype.value,
@@ -172,7 +172,7 @@ def count(
     out.print(table)
 
 
-def _path_and_strength(text: str) -> tuple[str, float]:
+def path_and_strength(text: str) -> tuple[str, float]:
     """The parts of ``FILE[:STRENGTH]``; a path may have colons of its own."""
     path, colon, number = text.rpartition(":")
     with suppress(ValueError):

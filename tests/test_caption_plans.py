@@ -1,0 +1,270 @@
+"""The plan of a caption set: what is read, what is one prompt, and what is refused before anything changes."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pyarrow")
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from toy_captions import captions, digests, made, order, planned, write_captions, write_rows
+
+from nai_t5_core.datasets.arrow import MissingPackageError
+from nai_t5_core.datasets.captions import Columns, read_captions
+from nai_t5_core.datasets.folder import SetFolder
+from nai_t5_core.datasets.plan import existing_plan
+from nai_t5_core.datasets.prompt_files import read_prompts
+from nai_t5_core.datasets.recipe import Feeding, Keeping
+from nai_t5_core.datasets.samples import known_samples
+from nai_t5_core.prompts.cache.settings import settings_of
+from nai_t5_core.weights.examine import find_tokenizer_for
+
+TEXTS = captions(60)
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    return {str(path): path.read_bytes().hex() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write_parquet(file: Path) -> Path:
+    pq.write_table(pa.table({"id": list(TEXTS), "caption": list(TEXTS.values())}), file)
+    return file
+
+
+def write_csv(file: Path) -> Path:
+    with file.open("w", newline="") as opened:
+        writer = csv.writer(opened)
+        writer.writerows([("caption", "id"), *((text, name) for name, text in TEXTS.items())])
+    return file
+
+
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "parquet": write_parquet,
+    "jsonl": lambda file: write_captions(file, TEXTS),
+    "csv": write_csv,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_kind_of_file_gives_the_same_samples(kind: str, tmp_path: Path) -> None:
+    planner, plan = planned(order(), tmp_path / "set", WRITERS[kind](tmp_path / f"captions.{kind}"))
+    samples = [sample for batch in known_samples(planner.folder) for sample in batch]
+    assert {name: text for name, _, text in samples} == TEXTS
+    assert plan.samples == len(TEXTS)
+    assert plan.prompts == len(set(TEXTS.values())) < len(TEXTS)
+
+
+def test_lines_of_a_text_file_have_their_numbers_as_ids(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("one\r\ntwo\u2028lines\n\nfour".encode())
+    planner, _ = planned(order(id_column=None), tmp_path / "set", tmp_path / "a.txt")
+    samples = {name: text for batch in known_samples(planner.folder) for name, _, text in batch}
+    assert samples == {"0": "one", "1": "two\u2028lines", "2": "", "3": "four"}
+
+
+def test_a_prompts_key_is_that_of_the_cache(tmp_path: Path) -> None:
+    planner, _ = planned(order("flux"), tmp_path / "set", write_captions(tmp_path / "a.jsonl", {"x": "a red fox"}))
+    ((_, key, _),) = next(iter(known_samples(planner.folder)))
+    ids = find_tokenizer_for(None)(["a red fox"], 512, pad_to=512).input_ids[0]
+    assert key.hex() == settings_of(device="cpu").key(ids).digest
+
+
+def test_shards_are_sorted_by_length_and_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
+    backwards = dict(reversed(TEXTS.items()))
+    planner, plan = planned(order(), tmp_path / "one", write_captions(tmp_path / "a.jsonl", TEXTS))
+    other, again = planned(order(), tmp_path / "two", write_captions(tmp_path / "b.jsonl", backwards))
+    assert plan.shards == again.shards and len(plan.shards) > 2
+    lengths = []
+    for number, shard in enumerate(plan.shards):
+        one, two = read_prompts(planner.folder, number), read_prompts(other.folder, number)
+        assert one.keys.equal(two.keys) and one.ids.equal(two.ids)
+        assert shard.rows * plan.recipe.row_bytes <= plan.recipe.keeping.shard_bytes
+        lengths += one.tokens.tolist()
+    assert lengths == sorted(lengths)
+
+
+def test_more_rows_add_shards_and_leave_those_that_are_there(tmp_path: Path) -> None:
+    first = write_captions(tmp_path / "a.jsonl", TEXTS)
+    folder = made(order(), tmp_path / "set", first)
+    before = digests(folder.path)
+    longer = write_captions(tmp_path / "a.jsonl", {**TEXTS, **captions(30, first=100)})
+    made(order(), tmp_path / "set", longer)
+    after = digests(folder.path)
+    assert before.items() < after.items()
+    plan = existing_plan(folder)
+    assert plan.samples == len(TEXTS) + 30
+    keys = [bytes(key) for number in range(len(plan.shards)) for key in read_prompts(folder, number).keys.numpy()]
+    assert len(keys) == len(set(keys)) == plan.prompts
+
+
+def test_a_file_that_is_planned_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_captions(tmp_path / "a.jsonl", TEXTS)
+    _, plan = planned(order(), tmp_path / "set", file)
+    monkeypatch.setattr("nai_t5_core.datasets.plan.read_captions", None)
+    assert planned(order(), tmp_path / "set", file)[1] == plan
+
+
+def test_what_a_killed_plan_has_left_is_no_obstacle(tmp_path: Path) -> None:
+    """All but plan.json, which is what publishes a plan."""
+    file = write_captions(tmp_path / "a.jsonl", TEXTS)
+    planner, plan = planned(order(), tmp_path / "set", write_captions(tmp_path / "b.jsonl", captions(20, first=500)))
+    (tmp_path / "set" / "planning.sqlite").write_bytes(b"half")
+    planner.folder.plan.unlink()
+    _, plan = planned(order(), tmp_path / "set", file)
+    assert {name for batch in known_samples(planner.folder) for name, _, _ in batch} == set(TEXTS)
+    assert plan.samples == len(TEXTS)
+
+
+def test_samples_of_a_plan_that_was_not_published_are_forgotten(tmp_path: Path) -> None:
+    """A kill between the two files leaves samples whose prompts have no shard."""
+    file = write_captions(tmp_path / "a.jsonl", TEXTS)
+    planner, _ = planned(order(), tmp_path / "set", file)
+    published = planner.folder.plan.read_bytes()
+    longer = write_captions(tmp_path / "a.jsonl", {**TEXTS, "new": "something else entirely"})
+    planned(order(), tmp_path / "set", longer)
+    planner.folder.plan.write_bytes(published)
+    mended = write_captions(tmp_path / "a.jsonl", {**TEXTS, "new": "what was meant"})
+    _, plan = planned(order(), tmp_path / "set", mended)
+    samples = {name: text for batch in known_samples(planner.folder) for name, _, text in batch}
+    assert samples["new"] == "what was meant"
+    assert plan.samples == len(TEXTS) + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROWS = [{"id": name, "caption": text} for name, text in TEXTS.items()]
+BAD_INPUT: dict[str, tuple[str | list[dict[str, Any]], str]] = {
+    "no such column": ([{"id": "a", "text": "x"}], "has no column 'caption'; it has: id, text"),
+    "a null": ([*ROWS, {"id": "z", "caption": None}], "1 of 61 rows .* row 60 of .* has no caption.*--skip-bad"),
+    "a number": ([*ROWS, {"id": "z", "caption": 3}], "has the caption 3, which is no text"),
+    "no id": ([*ROWS, {"id": None, "caption": "x"}], "row 60 of .* has no id"),
+    "an id of another type": ([*ROWS, {"id": 1.5, "caption": "x"}], "the id 1.5, which is neither"),
+    "one id, two captions": (
+        [*ROWS, {"id": "clip/0003", "caption": "something else"}],
+        "the id 'clip/0003' is given to two captions: 'a red.*' and 'something else'; nothing was changed",
+    ),
+    "no JSON": ('{"id": "a", "caption": "x"}\nnothing\n', "line 2 is no JSON"),
+    "a list": ("[1, 2]\n", "line 1 is a JSON list, and an object is needed"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+@pytest.mark.parametrize("is_new", [True, False])
+def test_bad_input_is_one_sentence_and_changes_nothing(case: str, is_new: bool, tmp_path: Path) -> None:
+    content, expected = BAD_INPUT[case]
+    file = tmp_path / "bad.jsonl"
+    if isinstance(content, str):
+        file.write_text(content)
+    else:
+        write_rows(file, content)
+    out = tmp_path / "set"
+    if not is_new:
+        planned(order(), out, write_captions(tmp_path / "a.jsonl", TEXTS))
+    before = files_of(out)
+    with pytest.raises(ValueError, match=expected):
+        planned(order(), out, file)
+    assert files_of(out) == before
+    assert out.exists() == (not is_new)
+
+
+def test_bad_rows_can_be_left_out(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a.jsonl", [*ROWS, {"id": "z", "caption": None}, {"id": "y"}])
+    planner, plan = planned(replace(order(), skip_bad=True), tmp_path / "set", file)
+    assert (plan.samples, planner.left_out) == (len(TEXTS), 2)
+
+
+FILES: dict[str, tuple[str, bytes, str]] = {
+    "another ending": ("a.json", b"{}", "files that end in .parquet, .jsonl, .csv, .txt"),
+    "no text": ("a.txt", b"caf\xe9\n", "is no text in UTF-8"),
+    "no parquet": ("a.parquet", b"PAR1 nothing", "cannot be read as parquet"),
+    "an open quote": ("a.csv", b'caption,id\n"open,1\n', "is no CSV file"),
+    "an empty csv": ("a.csv", b"", "has no column 'caption'; it has: none"),
+    "text has no ids": ("a.txt", b"x\n", "has no column 'id'; leave --id out"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_that_is_not_what_it_is_called_is_refused(case: str, tmp_path: Path) -> None:
+    name, content, expected = FILES[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=expected):
+        list(read_captions(tmp_path / name, Columns("caption", None if case == "no text" else "id")))
+
+
+CHANGES = {
+    "family": (order("helios"), "feeding.family is 'wan' there and 'helios' now"),
+    "length": (replace(order(), feeding=Feeding.choose("wan", 226)), "feeding.max_length is 512 there and 226 now"),
+    "store": (order(store="int8"), "keeping.store is 'bfloat16' there and 'int8' now"),
+    "dtype": (
+        order(encoder=replace(order().encoder, dtype="float32")),
+        r"encoder.dtype is 'bfloat16' there and 'float32' now",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_other_settings_are_refused_with_what_differs(case: str, tmp_path: Path) -> None:
+    base = order(encoder=replace(order().encoder, dtype="bfloat16"))
+    file = write_captions(tmp_path / "a.jsonl", TEXTS)
+    planned(base, tmp_path / "set", file)
+    before = files_of(tmp_path / "set")
+    with pytest.raises(ValueError, match=CHANGES[case][1]):
+        planned(CHANGES[case][0], tmp_path / "set", file)
+    assert files_of(tmp_path / "set") == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "holiday.jpg").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"holds 'holiday.jpg' and no plan.json: it is no caption set"):
+        planned(order(), tmp_path / "set", write_captions(tmp_path / "a.jsonl", TEXTS))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": 2}', '{"format": 1, "recipe": {}}'])
+def test_a_damaged_plan_is_told(content: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(ValueError, match=r"plan.json is no plan of a caption set"):
+        existing_plan(SetFolder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, "give a family such as wan, or max_length"),
+        ({"family": "wam"}, "Did you mean 'wan'"),
+        ({"max_length": 0}, "max_length=0; it must be 1 or more"),
+        ({"family": "wan", "padding": "none"}, "unknown padding policy 'none'"),
+    ],
+)
+def test_how_captions_are_fed_is_checked(arguments: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        Feeding.choose(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"store": "int4"}, "store='int4'; allowed: bfloat16, int8, float8"),
+        ({"compress": "gzip"}, "compress='gzip'; allowed: none, zlib"),
+        ({"shard_bytes": 0}, "shard_bytes=0; it must be 1 or more"),
+    ],
+)
+def test_how_results_are_kept_is_checked(arguments: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        Keeping(**arguments)
+
+
+def test_without_pyarrow_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(MissingPackageError, match=r'pip install "comfy-nai-t5\[datasets\]"'):
+        planned(order(), tmp_path / "set", write_captions(tmp_path / "a.jsonl", TEXTS))

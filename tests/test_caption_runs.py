@@ -1,0 +1,291 @@
+"""Runs of ``nai-t5 precompute``: resumed after kills, shared by workers, and their folders looked after."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pyarrow")
+
+from toy_captions import captions, digests, made, order, planned, with_a_damaged_row, write_captions
+
+from nai_t5_core.cli import app
+from nai_t5_core.datasets.check import collect_garbage, status_of, verify
+from nai_t5_core.datasets.compute import Engine, to_make
+from nai_t5_core.datasets.folder import SetFolder
+from nai_t5_core.datasets.index import read_index
+from nai_t5_core.datasets.processes import Job, WorkerDiedError, check_tries, make_in_processes
+from nai_t5_core.datasets.worker import Progress
+
+TEXTS = captions(120)
+
+
+def arguments(file: Path, out: Path, *more: str) -> list[str]:
+    # Shards are counted in megabytes there; the tests of small ones make theirs by the library.
+    given = ["precompute", str(file), "--id", "id", "--family", "wan", "--device", "cpu", "--out", str(out)]
+    return [*given, *more]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return write_captions(tmp_path / "captions.jsonl", TEXTS)
+
+
+# A run of small shards, in a process that can be killed.
+RUN = """
+import sys
+from pathlib import Path
+from toy_captions import made, order
+from nai_t5_core.datasets.compute import Engine
+
+def told(progress):
+    if progress.written is not None:
+        print(progress.written, flush=True)
+
+if __name__ == "__main__":
+    made(order(shard_bytes=int(sys.argv[4])), Path(sys.argv[1]), Path(sys.argv[2]), told=told,
+         engine=Engine(workers=int(sys.argv[3])))
+"""
+
+
+def start(out: Path, file: Path, workers: int, shard_bytes: int) -> subprocess.Popen[str]:
+    script = out.parent / "run.py"
+    script.write_text(RUN)
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])
+    given = [sys.executable, str(script), str(out), str(file), str(workers), str(shard_bytes)]
+    return subprocess.Popen(
+        given, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def kill_at_random(out: Path, file: Path, workers: int, kills: int, shard_bytes: int, longest: float) -> int:
+    """Kills runs at random moments until one has ended by itself; gives how often a run was killed at work."""
+    done, chance = 0, random.Random(0)
+    while True:
+        run = start(out, file, workers, shard_bytes)
+        if done < kills:
+            # Half of the kills come soon after a shard, the others whenever it is.
+            if chance.random() < 0.5:
+                assert run.stdout is not None
+                for _ in range(chance.randint(1, 10)):
+                    run.stdout.readline()
+                time.sleep(chance.random() * 0.02)
+            else:
+                time.sleep(chance.random() * longest)
+        at_work = done < kills and run.poll() is None
+        if at_work:
+            os.killpg(run.pid, signal.SIGKILL)
+            done += 1
+        status = run.wait()
+        for path in (out / "shards").glob("*.safetensors"):
+            assert path.stat().st_size > 0
+        if not at_work:
+            assert status == 0
+            return done
+
+
+def check_killed(tmp_path: Path, count: int, workers: int, kills: int, shard_bytes: int, longest: float) -> int:
+    texts = {name: f"{text} {name}" for name, text in captions(count).items()}
+    file = write_captions(tmp_path / "captions.jsonl", texts)
+    whole = made(order(shard_bytes=shard_bytes), tmp_path / "whole", file)
+    killed = kill_at_random(tmp_path / "killed", file, workers, kills, shard_bytes, longest)
+    folder = SetFolder(tmp_path / "killed")
+    collect_garbage(folder)
+    assert digests(folder.path) == digests(whole.path)
+    assert read_index(folder).equals(read_index(whole))
+    assert folder.samples.read_bytes() == whole.samples.read_bytes()
+    assert verify(folder) == {}
+    left = {path.name for path in folder.path.iterdir()}
+    assert left == {"plan.json", "samples.parquet", "index.parquet", "plan", "shards"}
+    return killed
+
+
+def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    assert check_killed(tmp_path, 200, workers=1, kills=1, shard_bytes=20_000, longest=3.0) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_twenty_kills(workers: int, tmp_path: Path, record_property: Any) -> None:
+    killed = check_killed(tmp_path, 3000, workers, kills=20, shard_bytes=20_000, longest=4.0 * workers)
+    record_property("runs killed", killed)
+    assert killed == 20
+
+
+def test_at_most_one_shard_is_computed_again(tmp_path: Path, file: Path) -> None:
+    """Counted by the tokens that were encoded before and after a fault in the writing of the third shard."""
+    planner, plan = planned(order(), tmp_path / "set", file)
+    planner.folder.shards_folder.mkdir()
+    planner.folder.shard(2).mkdir()
+    told: list[Progress] = []
+    with pytest.raises(ValueError, match="is a folder"):
+        made(order(), tmp_path / "set", file, told=told.append)
+    planner.folder.shard(2).rmdir()
+    made(order(), tmp_path / "set", file, told=told.append)
+    again = sum(progress.tokens for progress in told) - plan.tokens
+    assert 0 < again <= sum(shard.tokens for shard in plan.shards[2:4])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_killed_make_the_same_shards(tmp_path: Path, file: Path) -> None:
+    expected = digests(made(order(), tmp_path / "one", file).path)
+    planner, plan = planned(order(), tmp_path / "two", file)
+    planner.folder.shards_folder.mkdir()
+    job = Job(planner.folder, plan.recipe, order().encoder, 8192, threads=1)
+    written: list[int] = []
+
+    def told(progress: Progress) -> None:
+        if progress.written is not None:
+            written.append(progress.written)
+            if len(written) == 1:
+                os.kill(next(iter(children_of(os.getpid()))), signal.SIGKILL)
+
+    make_in_processes([job, job], range(len(plan.shards)), told)
+    assert digests(tmp_path / "two") == expected
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that encode: of those that python starts, the ones with a job."""
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_a_shard_that_ends_its_worker_each_time_ends_the_run() -> None:
+    check_tries(4, 2)
+    with pytest.raises(WorkerDiedError, match=r"shard 4 has ended its worker 3 times; .*want of memory"):
+        check_tries(4, 3)
+
+
+@pytest.mark.slow
+def test_what_a_process_raises_is_raised(tmp_path: Path, file: Path) -> None:
+    planner, plan = planned(order(), tmp_path / "set", file)
+    planner.folder.prompts(1).unlink()
+    planner.folder.shards_folder.mkdir()
+    job = Job(planner.folder, plan.recipe, order().encoder, 8192, threads=1)
+    with pytest.raises(ValueError, match=r"00001.safetensors is damaged or missing"):
+        make_in_processes([job, job], range(len(plan.shards)), lambda progress: None)
+
+
+def test_ranks_share_the_shards(tmp_path: Path, file: Path) -> None:
+    expected = digests(made(order(), tmp_path / "one", file).path)
+    planner, plan = planned(order(), tmp_path / "two", file)
+    parts = [to_make(planner.folder, plan, Engine(rank=rank, world=3)) for rank in range(3)]
+    assert sorted(number for part in parts for number in part) == list(range(len(plan.shards)))
+    for rank in (2, 0, 1):
+        assert not planner.folder.index.exists()
+        made(order(), tmp_path / "two", file, engine=Engine(rank=rank, world=3))
+    assert planner.folder.index.exists()
+    assert digests(tmp_path / "two") == expected
+
+
+def test_another_rank_waits_for_the_plan(tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "set"
+    late = threading.Timer(0.5, lambda: planned(order(shard_bytes=512_000_000), out, file))
+    late.start()
+    app(arguments(file, out, "--rank", "1", "--world", "2", "--json"), standalone_mode=False)
+    late.join()
+    assert json.loads(capsys.readouterr().out)["made"] == 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        ({"workers": 0}, "workers=0; it must be 1 or more"),
+        ({"rank": 2, "world": 2}, "rank 2 of 2; ranks are 0 to 1"),
+        ({"ray": "local", "world": 2}, "leave --rank and --world out"),
+        ({"token_budget": 0}, "token_budget=0; it must be 1 or more"),
+    ],
+)
+def test_what_makes_shards_is_checked(engine: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        Engine(**engine)
+
+
+def test_two_runs_at_once_are_refused(tmp_path: Path, file: Path) -> None:
+    def another(progress: Progress) -> None:
+        with pytest.raises(ValueError, match="another run is writing in"):
+            made(order(), tmp_path / "set", file)
+
+    made(order(), tmp_path / "set", file, told=another)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_there_is_to_do_and_what_was_done(
+    tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "set"
+    app(arguments(file, out, "--plan-only"), standalone_mode=False)
+    told = capsys.readouterr().err
+    unique = len(set(TEXTS.values()))
+    assert f"120 samples, {unique} unique prompts;" in told and "1 shards, of which 1 are to be made" in told
+    assert not (out / "shards").exists()
+    app(arguments(file, out), standalone_mode=False)
+    captured = capsys.readouterr()
+    assert captured.out.startswith("made 1 shards") and "1 of 1 shards" in captured.err
+    app(["precompute", "status", str(out), "--json"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["samples"], found["prompts"], found["missing"], found["failures"]) == (120, unique, [], {})
+    app(["precompute", "verify", str(out)], standalone_mode=False)
+    assert "all shards that are there are whole" in capsys.readouterr().out
+
+
+def test_a_prompt_that_fails_is_told_and_the_status_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder, word = with_a_damaged_row(tmp_path)
+    file = write_captions(tmp_path / "a.jsonl", {"good": "two dogs", "bad": f"{word} sleep"})
+    out = tmp_path / "set"
+    given = arguments(file, out, "--model", str(encoder.source), "--tokenizer", str(encoder.tokenizer))
+    assert app(given, standalone_mode=False) == 1
+    assert "1 prompts failed and have no embedding" in capsys.readouterr().err
+    app(["precompute", "status", str(out)], standalone_mode=False)
+    assert "shared.weight holds values that are not finite" in capsys.readouterr().err
+    app(["precompute", "gc", str(out), "--failed"], standalone_mode=False)
+    assert status_of(SetFolder(out)).missing == [0]
+
+
+def test_verify_names_a_changed_byte_and_the_next_run_mends_it(
+    tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = made(order(), tmp_path / "set", file)
+    before = digests(folder.path)
+    content = bytearray(folder.shard(2).read_bytes())
+    content[-5] ^= 1
+    folder.shard(2).write_bytes(content)
+    assert app(["precompute", "verify", str(folder.path)], standalone_mode=False) == 1
+    assert "00002.safetensors is damaged: its bytes are not those" in capsys.readouterr().err
+    assert status_of(folder).missing == [2]
+    made(order(), tmp_path / "set", file)
+    assert [path.name for path in collect_garbage(folder)] == ["00002.safetensors.damaged"]
+    assert digests(folder.path) == before
+
+
+def test_garbage_is_what_no_plan_has(tmp_path: Path, file: Path) -> None:
+    folder = made(order(), tmp_path / "set", file)
+    before = digests(folder.path)
+    strange = folder.shards_folder / "00999.safetensors"
+    strange.write_bytes(b"x")
+    folder.ledger.write_bytes(b"x")
+    unfinished = folder.shards_folder / "00001.safetensors.0123abcd.nai-t5.part"
+    unfinished.write_bytes(b"x")
+    assert set(collect_garbage(folder)) == {strange, folder.ledger}
+    assert not unfinished.exists()
+    assert digests(folder.path) == before
