@@ -63,9 +63,11 @@ def encode(
     texts = all_prompts(prompts, file)
     with working("loading the model"):
         from nai_t5_core.lora.files import counted, read_lora
+        from nai_t5_core.prompts.cache.store import open_store
         from nai_t5_core.prompts.text_encoder import TextEncoder
 
         loras = [(read_lora(path), strength) for path, strength in map(_path_and_strength, lora or [])]
+        store = open_store(cache_dir or cache) if cache_dir or cache else None
         encoder = TextEncoder.from_pretrained(
             model,
             dtype.value,
@@ -77,13 +79,15 @@ def encode(
             quantize="int8" if int8 else None,
             compile=compile_it,
             loras=loras,
-            cache=cache_dir or cache,
+            cache=store or False,
         )
     policy: PaddingPolicy | None = padding.value if padding else None
     with working(f"encoding {len(texts)} prompts"):
         embeddings = encoder.encode(
             texts, family, max_length=max_length, padding=policy, truncate=truncate, output_device="cpu"
         )
+    if store is not None:
+        store.wait()
     summary = _embedding_summary(encoder, texts, embeddings)
     if loras:
         summary["loras"] = [
