@@ -272,7 +272,15 @@ def _cache_for(clip: Any, settings: Settings) -> ClipCache | None:
         # A CLIP whose weights are late has to have them all the same.
         return None if before is None or before.is_loaded else before.with_store(Store(None, memory=0))
     store = store_for(settings.cache)
-    return before.with_store(store) if before is not None else ClipCache(store, weights_in_memory(clip.patcher))
+    if before is not None:
+        return before.with_store(store)
+    base = weights_in_memory(clip.patcher)
+    if base is None:
+        warn(
+            "The embeddings of this CLIP are not kept, since its weights are not in memory; use Load T5 with its cache."
+        )
+        return None
+    return ClipCache(store, base)
 
 
 def is_streamed(clip: Any) -> bool:

@@ -130,12 +130,17 @@ def describe_store(store: Store) -> str:
     return "\n".join(lines)
 
 
-def weights_in_memory(patcher: Any) -> str:
-    """The hash of a CLIP's weights as they are without patches, whatever of them is patched in now."""
+def weights_in_memory(patcher: Any) -> str | None:
+    """The hash of a CLIP's weights as they are without patches, whatever of them is patched in now.
+
+    None where they cannot be had: ComfyUI streams them from the file, or keeps them in a form of its own.
+    """
     digest = hashlib.sha256()
     backup = getattr(patcher, "backup", {})
     for name, tensor in sorted(patcher.model.state_dict().items()):
         original = backup[name].weight if name in backup else tensor
+        if type(original) not in (Tensor, nn.Parameter) or original.is_meta:
+            return None
         digest.update(f"{name} {tensor_contents(original)}\n".encode())
     return digest.hexdigest()
 

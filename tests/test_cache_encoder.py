@@ -22,6 +22,7 @@ from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.model.packing import PADDING_POLICIES, PaddingPolicy
 from nai_t5_core.prompts import loading, stack_encoding
+from nai_t5_core.prompts.cache import noted_scales
 from nai_t5_core.prompts.cache.store import Store
 from nai_t5_core.prompts.text_encoder import PromptEmbeddings, TextEncoder
 from nai_t5_core.prompts.textual_inversion import add_embeddings
@@ -354,10 +355,16 @@ def test_a_change_that_is_not_told_ends_the_cache(
     assert len(caplog.messages) == 1
 
 
-def test_scales_that_were_tightened_are_in_the_key(tmp_path: Path, store: Store) -> None:
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where scales are noted for the next process."""
+    monkeypatch.setattr(noted_scales, "cache_folder", lambda: tmp_path / "notes")
+    return tmp_path / "notes"
+
+
+def test_scales_that_were_tightened_are_in_the_key(tmp_path: Path, store: Store, notes: Path) -> None:
     """What was computed with the scales from before is not given out for those after, nor the other way."""
-    model = _overflowing(tmp_path / "model")
-    options = {"source": model, "dtype": "float16"}
+    options = {"source": _overflowing(tmp_path / "model"), "dtype": "float16"}
     encoder = load(store, **options)
     with pytest.warns(ScaleTightenedWarning):
         first = encoder.encode(["a cat"])
@@ -366,13 +373,29 @@ def test_scales_that_were_tightened_are_in_the_key(tmp_path: Path, store: Store)
     hits = store.counts.hits
     assert_same(encoder.encode(["a cat"]), kept)
     assert store.counts.hits == hits + 1
-    scales = encoder.stack.scales
+    told = load(store, scales=encoder.stack.scales, **options)
+    assert_same(told.encode(["a cat"]), kept)
+    assert not told.is_loaded
+    for note in notes.rglob("*.json"):
+        note.write_text("{}")
     again = load(store, **options)
     with pytest.warns(ScaleTightenedWarning):
         again.encode(["a cat"])
-    told = load(store, scales=scales, **options)
-    assert_same(told.encode(["a cat"]), kept)
-    assert not told.is_loaded
+
+
+def test_the_next_process_begins_with_scales_that_were_tightened(tmp_path: Path, store: Store, notes: Path) -> None:
+    options = {"source": _overflowing(tmp_path / "model"), "dtype": "float16"}
+    encoder = load(store, **options)
+    with pytest.warns(ScaleTightenedWarning):
+        encoder.encode(["a cat"])
+    kept = encoder.encode(["a cat"])
+    again = load(store, **options)
+    assert_same(again.encode(["a cat"]), kept)
+    assert not again.is_loaded and len(list(notes.rglob("*.json"))) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ScaleTightenedWarning)
+        assert_same(again.encode(["a dog"]), encoder.encode(["a dog"]))
+    assert again.stack.scales == encoder.stack.scales
 
 
 def _overflowing(folder: Path) -> Path:

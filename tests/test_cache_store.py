@@ -469,6 +469,24 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     assert on_disk(tmp_path).faults() == {}
 
 
+def test_a_forked_process_writes_by_itself(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.put(key_of(0), rows_of(0))
+
+    def write(pipe: int) -> None:
+        for number in range(1, 100):
+            store.put(key_of(number), rows_of(number))
+        store.wait()
+        os.write(pipe, b"written")
+
+    child, pipe = _in_another_process(write)
+    os.waitpid(child, 0)
+    with os.fdopen(pipe) as said:
+        assert said.read() == "written"
+    store.wait()
+    assert all(Store(tmp_path).get(key_of(number)) is not None for number in range(100))
+
+
 def test_a_process_that_ends_has_written_all(tmp_path: Path) -> None:
     """Without being asked to wait."""
     code = (

@@ -68,9 +68,11 @@ def encode(
     texts = all_prompts(prompts, file)
     with working("loading the model"):
         from nai_t5_core.lora.files import counted, read_lora
+        from nai_t5_core.prompts.cache.store import open_store
         from nai_t5_core.prompts.text_encoder import TextEncoder
 
         loras = [(read_lora(path), strength) for path, strength in map(path_and_strength, lora or [])]
+        store = open_store(cache_dir or cache) if cache_dir or cache else None
         encoder = TextEncoder.from_pretrained(
             model,
             dtype.value,
@@ -83,7 +85,7 @@ def encode(
             compile=compile_it,
             loras=loras,
             products=products.value,
-            cache=cache_dir or cache,
+            cache=store or False,
             unpack=unpack,
         )
     policy: PaddingPolicy | None = padding.value if padding else None
@@ -91,6 +93,8 @@ def encode(
         embeddings = encoder.encode(
             texts, family, max_length=max_length, padding=policy, truncate=truncate, output_device="cpu"
         )
+    if store is not None:
+        store.wait()
     summary = _embedding_summary(encoder, texts, embeddings)
     if loras:
         summary["loras"] = [

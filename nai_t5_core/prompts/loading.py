@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -23,6 +24,7 @@ from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.precision import resolve_device
 from nai_t5_core.prompts.cache.contents import identities
 from nai_t5_core.prompts.cache.encoding import CachedEncoding
+from nai_t5_core.prompts.cache.noted_scales import note_scales, noted_scales
 from nai_t5_core.prompts.cache.settings import settings_for
 from nai_t5_core.prompts.cache.store import Store
 from nai_t5_core.prompts.stack_encoding import StackEncoding
@@ -105,6 +107,9 @@ def cached_encoding(
         unpack=how.unpack,
     )
     files = identities(examination)
+    noted = noted_scales(settings)
+    begun = settings if noted is None else replace(settings, scales=noted)
+    how = how if noted is None else replace(how, scales=noted)
 
     def load_now() -> StackEncoding:
         loaded = how.load(source, subfolder)
@@ -115,7 +120,8 @@ def cached_encoding(
         return StackEncoding(how.finish(loaded.stack), loaded.report)
 
     place = resolve_device(how.device)
-    return CachedEncoding(settings, load_now, store, place, examination.checkpoint.source), examination
+    note = partial(note_scales, settings)
+    return CachedEncoding(begun, load_now, store, place, examination.checkpoint.source, note), examination
 
 
 def _read(lora: LoraSource) -> Lora:

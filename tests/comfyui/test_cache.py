@@ -265,6 +265,16 @@ def test_replaced_in_a_loaded_clip(path: Path, store: Store) -> None:
 
 
 @pytest.mark.usefixtures("any_size")
+def test_weights_that_are_not_there_are_told(path: Path, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    from comfy_nai_t5.clip import with_our_t5
+
+    clip = plain(path)
+    clip.patcher.model.t5xxl.transformer.shared.to("meta")
+    assert with_our_t5(clip, FLOAT32).cache is None
+    assert "not kept, since its weights are not in memory" in caplog.text
+
+
+@pytest.mark.usefixtures("any_size")
 def test_replaced_in_a_late_clip(path: Path, store: Store) -> None:
     """Without a cache of its own, too, it has to have the weights."""
     from comfy_nai_t5.clip import with_our_t5

@@ -85,6 +85,27 @@ def test_no_bundled_workflow_lacks_a_node(path: Path, server: Server) -> None:
     assert from_editor(json.loads(path.read_text(encoding="utf-8")), server.get("/object_info"))
 
 
+def test_a_prompt_that_is_kept_comes_from_the_cache(server: Server) -> None:
+    """Of two loaders, of which the second need not load."""
+    shown = []
+    for turn, device in enumerate(("default", "cpu")):
+        loader = load()
+        loader["inputs"] |= {"device": device, "cache": "memory only"}
+        outputs = server.succeed(
+            {
+                "1": loader,
+                "2": node("CLIPTextEncode", clip=["1", 0], text="two dogs in the cache"),
+                "3": node("NAIT5Cache", cache="memory only", conditioning=["2", 0]),
+                "4": node("NAISaveT5Embedding", conditioning=["3", 0], name=f"kept{turn}", note=""),
+            }
+        )
+        shown.append(outputs["3"]["text"][0])
+    assert shown[0].startswith("0 hits (0 from memory, 0 from disk), 1 misses\nmemory: 1 embeddings")
+    assert shown[1].startswith("1 hits (1 from memory, 0 from disk), 1 misses")
+    first, second = (server.conditioning(f"kept{turn}")["cond"] for turn in range(2))
+    assert torch.equal(first, second)
+
+
 def test_encode_equals_the_library(server: Server, tmp_path: Path) -> None:
     server.succeed(
         {

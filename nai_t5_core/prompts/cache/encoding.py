@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nai_t5_core.facts.scales import StackScales
 from nai_t5_core.lora.set import LorasInForce
 from nai_t5_core.prompts.cache.batch import through_cache
 from nai_t5_core.prompts.cache.contents import lora_contents, tensor_contents
@@ -35,10 +36,13 @@ class SettingsOfStack:
         stack: just loaded.
         at_load: gives the settings that it has without what was told since, the same object for as long as they are
             the same.
+        note: called with scales that the guard has tightened.
     """
 
-    def __init__(self, stack: Any, at_load: Callable[[], Settings]) -> None:
-        self._stack, self._at_load = stack, at_load
+    def __init__(
+        self, stack: Any, at_load: Callable[[], Settings], note: Callable[[StackScales], None] = lambda scales: None
+    ) -> None:
+        self._stack, self._at_load, self._note = stack, at_load, note
         self._vocabulary, self._scales = stack.config.vocab_size, stack.scales
         self._told_before = set(stack.alterations.done)
         self._watch = Watch(stack)
@@ -66,7 +70,10 @@ class SettingsOfStack:
         uses = [LoraUse(lora_contents(lora), number, what.way) for what in told for lora, number in what.loras]
         stack, table = self._stack, self._stack.shared.weight
         vectors = {index: tensor_contents(table[index]) for index in range(self._vocabulary, len(table))}
-        scales = at_load.scales if stack.scales == self._scales else stack.scales
+        scales = at_load.scales
+        if stack.scales != self._scales:
+            scales = stack.scales
+            self._note(scales)
         return replace(at_load, loras=(*at_load.loras, *uses), vectors=vectors, scales=scales)
 
 
@@ -79,12 +86,19 @@ class CachedEncoding:
         store: where embeddings are kept.
         device: the encoder's.
         source: of the weights, for people.
+        note: called with scales that the guard has tightened.
     """
 
     def __init__(
-        self, settings: Settings, load: Callable[[], StackEncoding], store: Store, device: torch.device, source: str
+        self,
+        settings: Settings,
+        load: Callable[[], StackEncoding],
+        store: Store,
+        device: torch.device,
+        source: str,
+        note: Callable[[StackScales], None],
     ) -> None:
-        self.settings, self.store = settings, store
+        self.settings, self.store, self._note = settings, store, note
         self._load, self._device = load, device
         self.source: str | None = source
         self._loaded: StackEncoding | None = None
@@ -119,7 +133,7 @@ class CachedEncoding:
         with self._lock:
             if self._loaded is None:
                 loaded = self._load()
-                self._settings_now = SettingsOfStack(loaded.stack, lambda: self.settings)
+                self._settings_now = SettingsOfStack(loaded.stack, lambda: self.settings, self._note)
                 self._loaded = loaded
         return self._loaded
 

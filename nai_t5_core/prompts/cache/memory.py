@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from threading import Lock
 
+import torch
 from torch import Tensor
+
+from nai_t5_core.weights.formats import tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,10 @@ class Embedding:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    if not tensor.numel():
+        return tensor.detach().to("cpu", copy=True)
+    # Copied by this thread alone: for so few bytes, torch's threads would wait for each other longer than it takes.
+    return torch.frombuffer(bytearray(tensor_bytes(tensor)), dtype=tensor.dtype).view(tensor.shape)
 
 
 class MemoryStore:

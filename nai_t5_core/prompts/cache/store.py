@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,7 +71,8 @@ class Store:
         self.counts = Counts()
         self._waiting: deque[Future[bool]] = deque()
         self._lock = Lock()
-        self._writer: ThreadPoolExecutor | None = None
+        # With the process that it belongs to: a forked one has no threads.
+        self._writer: tuple[int, ThreadPoolExecutor] | None = None
 
     def get(self, key: Key, least_rows: int = 1) -> Tensor | None:
         """The rows of an embedding [rows, d_model] on the CPU, the caller's own, or None.
@@ -105,17 +107,22 @@ class Store:
         if self.disk is None or not self.disk.limit:
             return
         with self._lock:
-            if self._writer is None:
-                # Python waits for its threads at the end.
-                self._writer = ThreadPoolExecutor(1, "embedding cache")
-            self._waiting.append(self._writer.submit(self.disk.put, key, own))
-            while self._waiting and (len(self._waiting) > _MOST_WAITING or self._waiting[0].done()):
+            self._waiting.append(self._own_writer().submit(self.disk.put, key, own))
+            while len(self._waiting) > _MOST_WAITING or (self._waiting and self._waiting[0].done()):
                 self._waiting.popleft().result()
+
+    def _own_writer(self) -> ThreadPoolExecutor:
+        """A thread of this process, which Python waits for at its end."""
+        if self._writer is None or self._writer[0] != os.getpid():
+            self._waiting.clear()
+            self._writer = os.getpid(), ThreadPoolExecutor(1, "embedding cache")
+        return self._writer[1]
 
     def wait(self) -> None:
         """Returns when all that was put is on the disk, as far as it can be."""
         with self._lock:
-            while self._waiting:
+            is_own = self._writer is not None and self._writer[0] == os.getpid()
+            while self._waiting and is_own:
                 self._waiting.popleft().result()
 
     def clear(self) -> None:
