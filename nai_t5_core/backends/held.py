@@ -24,8 +24,11 @@ class Form(Protocol):
         in_8_bits: whether it is quantised, and no longer the weight that was given.
     """
 
-    out_features: int
-    in_features: int
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def in_features(self) -> int: ...
 
     @property
     def in_8_bits(self) -> bool: ...
