@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,10 @@ from nai_t5_core.weights.examine import NO_TOKENIZER, ModelSource
 from nai_t5_core.weights.load import LoadReport, ScalesChoice, load
 from nai_t5_core.weights.scales_file import write_scales
 
+MERGING_ROUNDS = (
+    "the weights are quantised in {source}: to merge a LoRA they are unpacked, and the sum is rounded to {dtype}; a "
+    "live LoRA (LiveLoras) leaves them as they lie"
+)
 # The most rows computed in one pass. Activations of T5-XXL take about 100 kB per row, so this is well under 1 GB.
 DEFAULT_TOKEN_BUDGET = 8192
 
@@ -138,6 +143,8 @@ class TextEncoder:
         if found is None:
             raise ValueError(NO_TOKENIZER.format(source=loaded.report.source))
         stack = loaded.stack
+        if loras and loaded.examination.quantised:
+            warnings.warn(MERGING_ROUNDS.format(source=loaded.report.source, dtype=stack.dtype), stacklevel=2)
         _merge_for_good(stack, loras)
         if quantize:
             quantize_int8(stack)

@@ -90,7 +90,7 @@ class QuantisedLinear(HeldLinear):
     Where it is called on another device than its weight's, the bytes are copied for the call.
     """
 
-    forms: tuple[QuantisedForm, ...]  # type: ignore[assignment]  # no others are put there
+    forms: tuple[QuantisedForm, ...]
     tells: Tensor
 
     def __init__(self, forms: Sequence[QuantisedForm], dtype: torch.dtype) -> None:
