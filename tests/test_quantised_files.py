@@ -14,6 +14,7 @@ from toy_gguf import gguf, gguf_name, write_gguf
 from toy_loras import toy_lora, toy_tables
 from toy_quantised import READ, Tensors, quantised, write_quantised
 
+from comfy_nai_t5.checkpoint import read_checkpoint
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.projections import QuantisedEmbedding, QuantisedLinear, stays_quantised
 from nai_t5_core.facts.config import T5Config
@@ -313,3 +314,13 @@ def test_textual_inversion(tmp_path: Path) -> None:
         ids = torch.tensor([[4096, 5, 4097]])
         assert torch.equal(encoder.stack.embed(ids)[0, [0, 2]], vectors)
         assert encoder.stack.config.vocab_size == 4098 and stays_quantised(encoder.stack) != unpack
+
+
+@pytest.mark.parametrize("name", [name for name, (kind, _) in READ.items() if not kind.startswith("float8")])
+def test_comfyui_gets_them_unpacked(tmp_path: Path, name: str) -> None:
+    file = file_of(name, tmp_path)
+    examination, given = examine(file), read_checkpoint(file)
+    assert given.weight_dtype == torch.float16 and not given.model_options
+    assert given.state.keys() == encoder_part(random_state(CONFIG)).keys()
+    for key in examination.quantised:
+        assert torch.equal(given.state[key], examination.read(key).half())
