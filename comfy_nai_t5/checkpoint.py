@@ -153,10 +153,10 @@ def _reader(examination: Examination) -> Callable[[str], Tensor]:
 def _is_unpacked(name: str, examination: Examination) -> bool:
     """Whether a weight is of a kind that ComfyUI is not given as it is in the file: any but float8."""
     stored = examination.quantised.get(name)
-    kind = None if stored is None else stored.kind
-    is_float8 = isinstance(kind, Scaled) and kind.dtype in FLOAT8 and kind.block is None
-    in_blocks = bool(examination.checkpoint.tensors[examination.keymap.names[name]].packing)
-    return in_blocks or (kind is not None and not is_float8)
+    if stored is None:
+        return bool(examination.checkpoint.tensors[examination.keymap.names[name]].packing)
+    kind = stored.kind
+    return not (isinstance(kind, Scaled) and kind.dtype in FLOAT8 and kind.block is None)
 
 
 def _unpacked(name: str, examination: Examination) -> Tensor:

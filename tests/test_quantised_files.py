@@ -7,18 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 from backend_cases import by_modules
-from checkpoints import encoder_part, prefixed, spiece_model
+from checkpoints import encoder_part, prefixed, spiece_model, write_file
 from conftest import padding_mask, random_state, write_hf_folder
 from test_load_names import wan_named
 from toy_gguf import gguf, gguf_name, write_gguf
+from toy_loras import toy_lora, toy_tables
 from toy_quantised import READ, Tensors, quantised, write_quantised
 
+from comfy_nai_t5.checkpoint import read_checkpoint
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.projections import QuantisedEmbedding, QuantisedLinear, stays_quantised
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.float16.guard import encode_guarded
+from nai_t5_core.lora.live import LiveLoras
+from nai_t5_core.lora.loras import Loras
 from nai_t5_core.model.encoder import LAYOUTS, Layout, T5EncoderStack
 from nai_t5_core.prompts.text_encoder import TextEncoder
+from nai_t5_core.prompts.textual_inversion import add_embeddings
 from nai_t5_core.weights.examine import examine
 from nai_t5_core.weights.formats import CheckpointError, open_checkpoint
 from nai_t5_core.weights.load import load_encoder, load_t5
@@ -258,3 +263,64 @@ def test_a_text_encoder_keeps_them(tmp_path: Path) -> None:
     assert not stays_quantised(unpacked.stack)
     found, meant = (encoder.encode(["a cat", ""]).hidden_states for encoder in (kept, unpacked))
     torch.testing.assert_close(found, meant, rtol=0, atol=0.1)
+
+
+def test_live_loras(tmp_path: Path) -> None:
+    """On projections, tables and norms; they come and go."""
+    file = file_of("Q8_0", tmp_path)
+    exact = load_encoder(file, "float64", "cpu", unpack=True)
+    merged = Loras(exact)
+    for layout in LAYOUTS:
+        stack = load_encoder(file, "float32", "cpu", layout)
+        live = LiveLoras(stack)
+        with torch.no_grad():
+            before = stack(IDS, MASK)
+            for lora in (toy_lora(CONFIG), toy_tables(CONFIG)):
+                merged.add(lora, 0.7, lora.name)
+                live.add(lora, 0.7, lora.name)
+                meant, found = by_modules(exact)(IDS, MASK), stack(IDS, MASK)
+                assert not torch.equal(found, before)
+                torch.testing.assert_close(found.double(), meant, rtol=0, atol=1e-4)
+            live.clear()
+            merged.clear()
+            assert torch.equal(stack(IDS, MASK), before)
+        with pytest.raises(ValueError, match=r"takes no LoRA any more; use LiveLoras, or load .* with unpack=True"):
+            Loras(stack).add(toy_lora(CONFIG))
+
+
+def test_merging_says_that_it_rounds(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"vocab_size": 4096})
+    file = write_gguf(tmp_path / "t5.gguf", encoder_part(random_state(config)), "Q8_0", tokenizer=spiece_model())
+    lora = toy_lora(config)
+    with pytest.warns(UserWarning, match=r"they are unpacked, and the sum is rounded to torch\.bfloat16"):
+        merged = TextEncoder.from_pretrained(file, "bfloat16", "cpu", loras=[(lora, 0.5)])
+    assert not stays_quantised(merged.stack)
+    live = TextEncoder.from_pretrained(file, "float32", "cpu")
+    LiveLoras(live).add(lora, 0.5)
+    found, meant = (encoder.encode(["a cat"]).hidden_states.float() for encoder in (merged, live))
+    torch.testing.assert_close(found, meant, rtol=0, atol=0.1)
+
+
+def test_textual_inversion(tmp_path: Path) -> None:
+    """A new row stands behind a table that stays quantised."""
+    config = CONFIG.model_copy(update={"vocab_size": 4096})
+    file = write_gguf(tmp_path / "t5.gguf", encoder_part(random_state(config)), "Q8_0", tokenizer=spiece_model())
+    vectors = torch.randn(2, config.d_model)
+    for unpack in (False, True):
+        encoder = TextEncoder.from_pretrained(file, "float32", "cpu", unpack=unpack, optimize=False)
+        before = encoder.encode(["a cat"]).hidden_states
+        add_embeddings(encoder, write_file(tmp_path / "new.safetensors", {"new": vectors}), token="<new>", key="new")
+        assert torch.equal(encoder.encode(["a cat"]).hidden_states, before)
+        ids = torch.tensor([[4096, 5, 4097]])
+        assert torch.equal(encoder.stack.embed(ids)[0, [0, 2]], vectors)
+        assert encoder.stack.config.vocab_size == 4098 and stays_quantised(encoder.stack) != unpack
+
+
+@pytest.mark.parametrize("name", [name for name, (kind, _) in READ.items() if not kind.startswith("float8")])
+def test_comfyui_gets_them_unpacked(tmp_path: Path, name: str) -> None:
+    file = file_of(name, tmp_path)
+    examination, given = examine(file), read_checkpoint(file)
+    assert given.weight_dtype == torch.float16 and not given.model_options
+    assert given.state.keys() == encoder_part(random_state(CONFIG)).keys()
+    for key in examination.quantised:
+        assert torch.equal(given.state[key], examination.read(key).half())

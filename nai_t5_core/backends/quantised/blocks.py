@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.quantised.kinds import WEIGHT, Layout, Parts, Rows, wrong_part
+from nai_t5_core.backends.quantised.kinds import WEIGHT, Layout, Parts, Rows, looked_up, wrong_part
 
 # Blocks of bytes [blocks, size] to numbers [blocks, block] float32.
 Unpack = Callable[[Tensor], Tensor]
@@ -76,4 +76,4 @@ _UNEVEN = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38,
 
 def uneven(indices: Tensor) -> Tensor:
     """The values of 4-bit indices, float32."""
-    return _UNEVEN.to(indices.device)[indices.int()]
+    return looked_up(_UNEVEN, indices)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.quantised.kinds import WEIGHT, Layout, Parts, Rows, wrong_part
+from nai_t5_core.backends.quantised.kinds import WEIGHT, Layout, Parts, Rows, looked_up, wrong_part
 from nai_t5_core.backends.quantised.scaled import FLOATS
 
 LARGEST = "absmax"
@@ -60,7 +60,7 @@ class FourBits:
     def unpack(self, parts: Parts, rows: Rows) -> Tensor:
         packed = parts[WEIGHT][rows]
         numbers = torch.stack((packed >> 4, packed & 15), dim=2)
-        values = parts[TABLE].float()[numbers.int()].reshape(-1, self.block)
+        values = looked_up(parts[TABLE].float(), numbers).reshape(-1, self.block)
         return values.mul_(self._largest(parts, rows)).reshape(len(packed), -1)
 
     def _largest(self, parts: Parts, rows: Rows) -> Tensor:
@@ -71,7 +71,7 @@ class FourBits:
         count, across = parts[LARGEST].shape
         numbers = torch.arange(count * across, device=found.device).reshape(count, across)[rows].reshape(-1, 1)
         outer = parts[NESTED_LARGEST].float()[numbers // self.nested_block]
-        return (parts[NESTED_TABLE].float()[found.int()] * outer).add_(self.offset)
+        return (looked_up(parts[NESTED_TABLE].float(), found) * outer).add_(self.offset)
 
     @staticmethod
     def arranged(parts: Parts, rows: int) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 WEIGHT = "weight"
 # Numbers that are made at a time: their float32 form and the result stay in a processor's cache.
-_SLICE = 1 << 20
+_SLICE = 1 << 18
 
 
 class Kind(Protocol):
@@ -124,6 +124,11 @@ class Plain:
 
     def unpack(self, parts: Parts, rows: Rows) -> Tensor:
         return parts[WEIGHT][rows].float()
+
+
+def looked_up(table: Tensor, places: Tensor) -> Tensor:
+    """The values of a table at places of any shape, which are bytes. Several times as fast as by indexing."""
+    return table.to(places.device).index_select(0, places.reshape(-1).int()).reshape(places.shape)
 
 
 def wrong_part(layout: Layout, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> str | None:

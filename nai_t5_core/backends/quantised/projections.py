@@ -75,10 +75,15 @@ class QuantisedForm:
         return self.plain(torch.float32)
 
     def to(self, device: torch.device) -> QuantisedForm:
-        return replace(self, weight=self.weight.to(device))
+        """On another device."""
+        return self if device == self.weight.device else self._with(self.weight.to(device))
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> QuantisedForm:
-        return replace(self, weight=self.weight.moved(move))
+        """With its bytes moved; what is multiplied into them goes along and keeps its dtype."""
+        return self._with(self.weight.moved(move))
+
+    def _with(self, weight: QuantisedWeight) -> QuantisedForm:
+        return replace(self, weight=weight, columns=None if self.columns is None else self.columns.to(weight.device))
 
     def __str__(self) -> str:
         return self.weight.kind.name

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.quantised.kinds import WEIGHT, Layout, Parts, Rows, wrong_part
+from nai_t5_core.backends.quantised.kinds import WEIGHT, Layout, Parts, Rows, looked_up, wrong_part
 
 SCALE = "weight_scale"
 SCALE_2 = "weight_scale_2"
@@ -59,7 +59,7 @@ class Scaled:
             yield SCALE, parts[SCALE]
 
     def unpack(self, parts: Parts, rows: Rows) -> Tensor:
-        values = parts[WEIGHT][rows].float()
+        values = _floats(parts[WEIGHT][rows])
         if SCALE not in parts:
             return values
         scale = parts[SCALE].float()
@@ -99,7 +99,7 @@ class MXFP8:
         yield SCALE, _powers(parts[SCALE])
 
     def unpack(self, parts: Parts, rows: Rows) -> Tensor:
-        values = parts[WEIGHT][rows].float()
+        values = _floats(parts[WEIGHT][rows])
         count = values.shape[1] // self.block
         powers = _powers(untiled(parts[SCALE].view(torch.uint8), rows, count))
         return (values.reshape(-1, count, self.block) * powers[:, :, None]).reshape(values.shape)
@@ -133,11 +133,24 @@ class NVFP4:
 
     def unpack(self, parts: Parts, rows: Rows) -> Tensor:
         packed = parts[WEIGHT][rows]
-        values = _E2M1.to(packed.device)[torch.stack((packed >> 4, packed & 15), dim=2).int()]
+        values = looked_up(_E2M1, torch.stack((packed >> 4, packed & 15), dim=2))
         count = packed.shape[1] * 2 // self.block
         scale = untiled(parts[SCALE].view(torch.uint8), rows, count).view(torch.float8_e4m3fn).float()
         scale = parts[SCALE_2].float().reshape(()) * scale
         return (values.reshape(-1, count, self.block) * scale[:, :, None]).reshape(len(packed), -1)
+
+
+def _floats(values: Tensor) -> Tensor:
+    """Numbers of one byte in float32."""
+    if values.dtype not in FLOAT8:
+        return values.float()
+    return looked_up(_table(values.dtype), values.view(torch.uint8))
+
+
+@lru_cache
+@torch.inference_mode(False)
+def _table(dtype: torch.dtype) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
 
 
 # The values of 1 bit of sign, 2 of exponent and 1 of mantissa.
