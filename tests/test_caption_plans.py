@@ -176,6 +176,13 @@ def test_bad_input_is_one_sentence_and_changes_nothing(case: str, is_new: bool, 
     assert out.exists() == (not is_new)
 
 
+def test_files_without_a_caption_make_no_set(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"a.jsonl: no captions; nothing was changed"):
+        planned(order(), tmp_path / "set", tmp_path / "a.jsonl")
+    assert not (tmp_path / "set").exists()
+
+
 def test_bad_rows_can_be_left_out(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", [*ROWS, {"id": "z", "caption": None}, {"id": "y"}])
     planner, plan = planned(replace(order(), skip_bad=True), tmp_path / "set", file)

@@ -25,7 +25,7 @@ from nai_t5_core.datasets.compute import Engine, to_make
 from nai_t5_core.datasets.folder import SetFolder
 from nai_t5_core.datasets.index import read_index
 from nai_t5_core.datasets.processes import Job, WorkerDiedError, check_tries, make_in_processes
-from nai_t5_core.datasets.worker import Progress
+from nai_t5_core.datasets.worker import Progress, Worker
 
 TEXTS = captions(120)
 
@@ -170,6 +170,20 @@ def test_a_shard_that_ends_its_worker_each_time_ends_the_run() -> None:
     check_tries(4, 2)
     with pytest.raises(WorkerDiedError, match=r"shard 4 has ended its worker 3 times; .*want of memory"):
         check_tries(4, 3)
+
+
+@pytest.mark.slow
+def test_workers_that_end_while_they_load_end_the_run(tmp_path: Path, file: Path) -> None:
+    planner, plan = planned(order(), tmp_path / "set", file)
+    job = DiesOnLoading(planner.folder, plan.recipe, order().encoder, 8192)
+    with pytest.raises(WorkerDiedError, match="loading the encoder has ended its worker 3 times"):
+        make_in_processes([job], range(len(plan.shards)), lambda progress: None)
+
+
+class DiesOnLoading(Job):
+    def worker(self) -> Worker:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
 
 
 @pytest.mark.slow

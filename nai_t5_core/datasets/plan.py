@@ -179,6 +179,8 @@ class Planner:
                 self._add(file, ledger)
                 new.append(Input(file.name, contents, self._rows - first))
             self._refuse_bad()
+            if not ledger.sample_count:
+                raise ValueError(f"{', '.join(map(str, given))}: no captions; nothing was changed")
             return self._publish(before, new, ledger)
 
     def contents_of(self, files: Sequence[Path]) -> dict[Path, str]:
