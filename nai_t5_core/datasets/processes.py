@@ -132,7 +132,8 @@ class _Crew:
         self.members.remove(member)
         if member.process.exitcode != 0:
             # One that has no shard yet has ended while it loaded the encoder.
-            for number in member.given or [None]:
+            tried: list[int | None] = [*member.given] or [None]
+            for number in tried:
                 self.tries[number] = self.tries.get(number, 0) + 1
                 check_tries(number, self.tries[number])
         self.waiting.extendleft(reversed(member.given))
