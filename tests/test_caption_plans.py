@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from toy_captions import captions, digests, made, order, planned, write_captions, write_rows
 
+from nai_t5_core.datasets import ledger
 from nai_t5_core.datasets.arrow import MissingPackageError
 from nai_t5_core.datasets.captions import Columns, read_captions
 from nai_t5_core.datasets.folder import SetFolder
@@ -146,6 +147,7 @@ BAD_INPUT: dict[str, tuple[str | list[dict[str, Any]], str]] = {
     "no such column": ([{"id": "a", "text": "x"}], "has no column 'caption'; it has: id, text"),
     "a null": ([*ROWS, {"id": "z", "caption": None}], "1 of 61 rows .* row 60 of .* has no caption.*--skip-bad"),
     "a number": ([*ROWS, {"id": "z", "caption": 3}], "has the caption 3, which is no text"),
+    "half a character": ([*ROWS, {"id": "z", "caption": "a \ud83e"}], "has half a pair of surrogates"),
     "no id": ([*ROWS, {"id": None, "caption": "x"}], "row 60 of .* has no id"),
     "an id of another type": ([*ROWS, {"id": 1.5, "caption": "x"}], "the id 1.5, which is neither"),
     "one id, two captions": (
@@ -174,6 +176,22 @@ def test_bad_input_is_one_sentence_and_changes_nothing(case: str, is_new: bool, 
         planned(order(), out, file)
     assert files_of(out) == before
     assert out.exists() == (not is_new)
+
+
+def test_files_without_a_caption_make_no_set(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"a.jsonl: no captions; nothing was changed"):
+        planned(order(), tmp_path / "set", tmp_path / "a.jsonl")
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_full_disk_is_told_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger that may have no more pages than it has at first."""
+    monkeypatch.setattr(ledger, "_PRAGMAS", ledger._PRAGMAS + "PRAGMA max_page_count=8;")
+    file = write_captions(tmp_path / "a.jsonl", {str(number): f"caption {number}" for number in range(2000)})
+    with pytest.raises(OSError, match=r"planning.sqlite cannot be written: .*full; nothing was changed"):
+        planned(order(), tmp_path / "set", file)
+    assert not (tmp_path / "set").exists()
 
 
 def test_bad_rows_can_be_left_out(tmp_path: Path) -> None:

@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("pyarrow")
 
 from toy_captions import captions, digests, made, order, planned, with_a_damaged_row, write_captions
 
 from nai_t5_core.cli import app
+from nai_t5_core.datasets import compute
 from nai_t5_core.datasets.check import collect_garbage, status_of, verify
 from nai_t5_core.datasets.compute import Engine, to_make
+from nai_t5_core.datasets.encoder_choice import EncoderChoice
 from nai_t5_core.datasets.folder import SetFolder
 from nai_t5_core.datasets.index import read_index
 from nai_t5_core.datasets.processes import Job, WorkerDiedError, check_tries, make_in_processes
-from nai_t5_core.datasets.worker import Progress
+from nai_t5_core.datasets.worker import Progress, Worker
 
 TEXTS = captions(120)
 
@@ -173,6 +176,20 @@ def test_a_shard_that_ends_its_worker_each_time_ends_the_run() -> None:
 
 
 @pytest.mark.slow
+def test_workers_that_end_while_they_load_end_the_run(tmp_path: Path, file: Path) -> None:
+    planner, plan = planned(order(), tmp_path / "set", file)
+    job = DiesOnLoading(planner.folder, plan.recipe, order().encoder, 8192)
+    with pytest.raises(WorkerDiedError, match="loading the encoder has ended its worker 3 times"):
+        make_in_processes([job], range(len(plan.shards)), lambda progress: None)
+
+
+class DiesOnLoading(Job):
+    def worker(self) -> Worker:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+@pytest.mark.slow
 def test_what_a_process_raises_is_raised(tmp_path: Path, file: Path) -> None:
     planner, plan = planned(order(), tmp_path / "set", file)
     planner.folder.prompts(1).unlink()
@@ -215,6 +232,16 @@ def test_another_rank_waits_for_the_plan(tmp_path: Path, file: Path, capsys: pyt
 def test_what_makes_shards_is_checked(engine: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         Engine(**engine)
+
+
+def test_each_gpu_has_a_worker(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planner, plan = planned(order(), tmp_path / "set", file)
+    monkeypatch.setattr(compute, "resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    job = Job(planner.folder, plan.recipe, EncoderChoice(device="cuda"), 8192)
+    assert [each.encoder.device for each in compute._jobs(job, None)] == ["cuda:0", "cuda:1"]
+    assert [each.encoder.device for each in compute._jobs(job, 3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [each.encoder.device for each in compute._jobs(job.on("cuda:1"), None)] == ["cuda:1"]
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path, file: Path) -> None:

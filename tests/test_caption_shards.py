@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("pyarrow")
 
 from toy_captions import captions, digests, made, order, planned, with_a_damaged_row, write_captions
+from toy_loras import toy_lora, write_style
 
 from nai_t5_core import TextEncoder
 from nai_t5_core.datasets.reading import EmbeddingDataset
@@ -43,6 +44,18 @@ def test_embeddings_are_those_of_the_encoder(family: str, tmp_path: Path) -> Non
         torch.testing.assert_close(states, expected, rtol=2**-7, atol=2**-8)
         assert not alone.hidden_states[0, len(states) :].any(), "rows are missing"
         assert count == int(alone.attention_mask[0].sum())
+
+
+def test_a_lora_is_in_the_set_and_in_its_settings(tmp_path: Path) -> None:
+    config = TextEncoder.from_pretrained(device="cpu").stack.config
+    lora = str(write_style("kohya, third", toy_lora(config), tmp_path))
+    file = write_captions(tmp_path / "a.jsonl", {"x": "a red fox in the snow"})
+    with_lora = order(encoder=replace(order().encoder, loras=((lora, 0.5),)))
+    states, _ = EmbeddingDataset(made(with_lora, tmp_path / "set", file).path)["x"]
+    expected = TextEncoder.from_pretrained(device="cpu", loras=[(lora, 0.5)]).encode(["a red fox in the snow"], "wan")
+    assert states.equal(expected.unpadded()[0].bfloat16())
+    with pytest.raises(ValueError, match=r"encoder.loras is .* there and \[\] now"):
+        planned(order(), tmp_path / "set", file)
 
 
 def test_each_prompt_is_encoded_once(tmp_path: Path) -> None:

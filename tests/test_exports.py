@@ -164,7 +164,7 @@ def test_sd_scripts_sd3(sets: dict[str, EmbeddingDataset], clips: dict[str, str]
 # ---------------------------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "another family": ("wan", {"to": "pixart"}, "pixart is for pixart-sigma, pixart-alpha, and this set is of wan"),
+    "another family": ("wan", {"to": "pixart"}, "pixart is for pixart-alpha, pixart-sigma, and this set is of wan"),
     "no such format": ("wan", {"to": "musubi"}, "unknown format 'musubi'; allowed: musubi-wan, fastvideo"),
     "no CLIP": ("flux", {"to": "sd-scripts-flux"}, "holds CLIP's embeddings as well; give --clip PIPELINE"),
     "CLIP that nothing reads": ("wan", {"to": "musubi-wan", "clip": "x"}, "holds no embeddings of CLIP; leave --clip"),

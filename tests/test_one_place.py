@@ -23,7 +23,10 @@ TREES = {
 }
 
 # A file that has such a word, and means something else by it.
-NO_FAMILY = {("text_cleaning.py", "wan")}  # a way of cleaning, which several families share
+NO_FAMILY = {
+    ("text_cleaning.py", "wan"),  # a way of cleaning, which several families share
+    *(("files.py", name) for name in ("pixart", "ltx")),  # trainers, by whose names their formats are called
+}
 
 
 def families_named_in(tree: ast.Module) -> set[str]:

@@ -1,6 +1,6 @@
 """How fast a caption set is made, against what trainers do: transformers at batch 1, padded, or in batches by length.
 
-    python -m nai_t5_core.bench.captions CAPTIONS.txt --tokenizer tokenizer.json --size t5-v1_1-large
+    python -m nai_t5_core.bench.captions CAPTIONS.txt --tokenizer tokenizer.json --family pixart-sigma
 
 The weights are drawn. All run in this process, in turn, in every round on the next captions of the file; told is the
 median of the rounds. ``whole run`` reads a plan and writes shards, ``bare encoder`` computes the same batches only.
@@ -127,8 +127,8 @@ def write_model(folder: Path, size: str) -> Path:
 def main(
     captions: Annotated[Path, typer.Argument(help="Text file, a caption a line.")],
     tokenizer: Annotated[str, typer.Option(help="The tokenizer's file.")],
+    family: Annotated[str, typer.Option(help="Diffusion model family.")],
     size: Annotated[str, typer.Option(help="A size of T5 such as t5-v1_1-large.")] = "t5-v1_1-large",
-    family: Annotated[str, typer.Option(help="Diffusion model family.")] = "wan",
     at_a_time: Annotated[int, typer.Option(help="Captions of a round.")] = 64,
     at_batch_1: Annotated[int, typer.Option(help="Of these, how many at batch 1.")] = 3,
     rounds: Annotated[int, typer.Option(help="Rounds that count.")] = 3,

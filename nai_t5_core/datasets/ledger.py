@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nai_t5_core.datasets.tokens import Prompt
@@ -40,9 +40,10 @@ class Ledger:
     def __init__(self, file: Path) -> None:
         self._file = file
         file.unlink(missing_ok=True)
-        self._db = sqlite3.connect(file, isolation_level=None)
-        self._db.executescript(_PRAGMAS + _TABLES)
-        self._db.execute("BEGIN")
+        with self._telling():
+            self._db = sqlite3.connect(file, isolation_level=None)
+            self._db.executescript(_PRAGMAS + _TABLES)
+            self._db.execute("BEGIN")
 
     def close(self) -> None:
         self._db.close()
@@ -98,8 +99,13 @@ class Ledger:
             yield rows, Prompt(key, ids, tokens, bool(is_cut))
 
     def _many(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
-        try:
+        with self._telling():
             self._db.executemany(statement, rows)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
         except sqlite3.OperationalError as error:
             raise OSError(f"{self._file} cannot be written: {error}; nothing was changed") from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ FORMAT = 1
 # What a run leaves that was killed before its plan was complete.
 _OF_A_PLAN = ("plan", "planning.sqlite", "samples.parquet")
 Told = Callable[[int], None]
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,8 @@ class Planner:
                 self._add(file, ledger)
                 new.append(Input(file.name, contents, self._rows - first))
             self._refuse_bad()
+            if not ledger.sample_count:
+                raise ValueError(f"{', '.join(map(str, given))}: no captions; nothing was changed")
             return self._publish(before, new, ledger)
 
     def contents_of(self, files: Sequence[Path]) -> dict[Path, str]:
@@ -267,6 +271,8 @@ def _fault(name: Any, caption: Any) -> str:
         return f"has {'no caption' if caption is None else f'the caption {shown(caption)}, which is no text'}"
     if isinstance(name, bool) or not isinstance(name, (str, int)):
         return f"has {'no id' if name is None else f'the id {shown(name)}, which is neither text nor a whole number'}"
+    if _SURROGATE.search(caption) or _SURROGATE.search(str(name)):
+        return "has half a pair of surrogates in its caption or id, which is no character"
     return ""
 
 

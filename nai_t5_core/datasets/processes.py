@@ -54,11 +54,12 @@ class WorkerDiedError(ValueError):
     """Processes that make a shard end without a word, again and again."""
 
 
-def check_tries(number: int, tries: int) -> None:
-    """Raises a WorkerDiedError where a shard has ended enough workers."""
+def check_tries(number: int | None, tries: int) -> None:
+    """Raises a WorkerDiedError where a shard has ended enough workers, or loading the encoder (None) has."""
     if tries >= MOST_TRIES:
+        what = "loading the encoder" if number is None else f"shard {number}"
         raise WorkerDiedError(
-            f"shard {number} has ended its worker {tries} times; the system may have killed it for want of memory: try "
+            f"{what} has ended its worker {tries} times; the system may have killed it for want of memory: try "
             "fewer workers or a smaller token budget. Shards that are complete stay"
         )
 
@@ -92,7 +93,7 @@ class _Crew:
     waiting: deque[int]
     told: Told
     members: list[_Member] = field(default_factory=list)
-    tries: dict[int, int] = field(default_factory=dict)
+    tries: dict[int | None, int] = field(default_factory=dict)
 
     def start(self, job: Job) -> None:
         context = get_context("spawn")
@@ -129,11 +130,14 @@ class _Crew:
         """A member that is gone: as it was told to, or else its shards wait again and another takes its place."""
         member.process.join()
         self.members.remove(member)
-        for number in member.given:
-            self.tries[number] = self.tries.get(number, 0) + 1
-            check_tries(number, self.tries[number])
+        if member.process.exitcode != 0:
+            # One that has no shard yet has ended while it loaded the encoder.
+            tried: list[int | None] = [*member.given] or [None]
+            for number in tried:
+                self.tries[number] = self.tries.get(number, 0) + 1
+                check_tries(number, self.tries[number])
         self.waiting.extendleft(reversed(member.given))
-        if member.process.exitcode != 0 and (self.waiting or not self.members):
+        if self.waiting:
             self.start(member.job)
 
     def dismiss(self) -> None:

@@ -14,7 +14,7 @@ from nai_t5_core.facts.families import family as family_named
 from nai_t5_core.facts.given_numbers import whole_number
 from nai_t5_core.facts.nested_text import shown
 from nai_t5_core.facts.padding import LONGEST_ROW, PADDING_POLICIES, PaddingPolicy
-from nai_t5_core.facts.text_cleaning import TextCleaning
+from nai_t5_core.facts.text_cleaning import TextCleaning, repairs_unicode
 
 Store = Literal["bfloat16", "int8", "float8"]
 Compression = Literal["none", "zlib"]
@@ -128,13 +128,13 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """As plan.json has it."""
-        has_ftfy = {"ftfy": find_spec("ftfy") is not None} if self.feeding.cleaning == "wan" else {}
+        has_ftfy = {"ftfy": find_spec("ftfy") is not None} if repairs_unicode(self.feeding.cleaning) else {}
         return {
             "encoder": dict(self.encoder),
             "tokenizer": self.tokenizer,
             "pad": self.pad,
             "d_model": self.d_model,
-            # Without ftfy, Wan's cleaning leaves broken Unicode as it is: other prompts come of the same captions.
+            # Without ftfy, cleaning leaves broken Unicode as it is: other prompts come of the same captions.
             "feeding": {**asdict(self.feeding), **has_ftfy},
             "keeping": asdict(self.keeping),
         }

@@ -30,6 +30,11 @@ def clean_text(text: str, kind: TextCleaning) -> str:
     return _CLEANERS[kind](text)
 
 
+def repairs_unicode(kind: TextCleaning) -> bool:
+    """Whether a way of cleaning does more where ftfy is installed."""
+    return kind == "wan"
+
+
 def _lower_strip(text: str) -> str:
     return text.lower().strip()
 

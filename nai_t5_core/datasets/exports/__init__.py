@@ -15,17 +15,18 @@ from nai_t5_core.datasets.exports.files import (
     PIXART,
     SD_SCRIPTS_FLUX,
     SD_SCRIPTS_SD3,
+    SIMPLETUNER,
     ai_toolkit,
-    simpletuner,
 )
 from nai_t5_core.datasets.exports.sample import Format, Sample
 from nai_t5_core.datasets.reading import EmbeddingDataset
 from nai_t5_core.datasets.samples import known_samples
+from nai_t5_core.facts.families import FAMILIES, Family
 from nai_t5_core.facts.nested_text import shown
 
 FORMATS = {
     known.name: known
-    for known in (MUSUBI_WAN, FASTVIDEO, PIXART, simpletuner(), LTX, ai_toolkit(), SD_SCRIPTS_FLUX, SD_SCRIPTS_SD3)
+    for known in (MUSUBI_WAN, FASTVIDEO, PIXART, SIMPLETUNER, LTX, ai_toolkit(), SD_SCRIPTS_FLUX, SD_SCRIPTS_SD3)
 }
 
 
@@ -58,44 +59,53 @@ def export(
         raise ValueError(f"{to} has no architecture in its file names; leave --arch out")
     chosen = ai_toolkit(space) if space is not None else FORMATS[to]
     dataset = EmbeddingDataset(folder)
-    _refuse_others(dataset, chosen, clip)
+    family = _family_for(dataset, chosen)
+    trainers = family.trainers
+    assert trainers is not None
+    _refuse_clip(chosen, family.name, trainers.clips, clip)
     _refuse_unfinished(dataset)
-    _refuse_names(dataset, chosen)
-    family = str(dataset.plan.recipe.feeding.family)
-    encoder = ClipEncoder(clip, both=family == "sd3") if clip is not None else None
-    chosen.write(_samples(dataset, encoder, told), out)
+    _refuse_names(dataset, chosen, trainers.names[chosen.name])
+    encoder = ClipEncoder(clip, both=trainers.clips > 1) if clip is not None else None
+    chosen.write(_samples(dataset, family, encoder, told), out)
     return len(dataset)
 
 
-def _samples(dataset: EmbeddingDataset, clip: ClipEncoder | None, told: Callable[[int, int], None]) -> Iterator[Sample]:
-    feeding = dataset.plan.recipe.feeding
+def _samples(
+    dataset: EmbeddingDataset, family: Family, clip: ClipEncoder | None, told: Callable[[int, int], None]
+) -> Iterator[Sample]:
+    length = dataset.plan.recipe.feeding.max_length
     done = 0
     for batch in known_samples(dataset.folder):
         for name, _, caption in batch:
             states, text_rows = dataset[name]
             clips = clip(caption) if clip else None
-            yield Sample(name, caption, str(feeding.family), states, text_rows, feeding.max_length, clips)
+            yield Sample(name, caption, family, states, text_rows, length, clips)
             done += 1
             told(done, len(dataset))
 
 
-def _refuse_others(dataset: EmbeddingDataset, chosen: Format, clip: str | None) -> None:
+def _family_for(dataset: EmbeddingDataset, chosen: Format) -> Family:
+    """The set's family, if the format is for it, and if the set has the rows that the trainer's own encoding gives."""
     feeding = dataset.plan.recipe.feeding
-    family = feeding.family
-    if family is None or family not in chosen.families:
+    known = [row for row in FAMILIES if row.trainers is not None and chosen.name in row.trainers.names]
+    family = next((row for row in known if row.name == feeding.family), None)
+    if family is None:
+        names = ", ".join(row.name for row in known)
+        raise ValueError(f"{chosen.name} is for {names}, and this set is of {feeding.family or 'no family'}")
+    # Rows of pads are zeros, or tokens like others.
+    allowed = ("skip", "trim") if family.padding == "skip" else (family.padding,)
+    if feeding.padding not in allowed:
         raise ValueError(
-            f"{chosen.name} is for {', '.join(chosen.families)}, and this set is of {family or 'no family'}"
-        )
-    policies = chosen.families[family]
-    if feeding.padding not in policies:
-        raise ValueError(
-            f"{chosen.name} reads sets of {family} with padding {' or '.join(policies)}, and this one has "
+            f"{chosen.name} reads sets of {family.name} with padding {' or '.join(allowed)}, and this one has "
             f"{feeding.padding}"
         )
-    needs = family in chosen.with_clip
-    if needs and clip is None:
+    return family
+
+
+def _refuse_clip(chosen: Format, family: str, needed: int, clip: str | None) -> None:
+    if needed and clip is None:
         raise ValueError(f"{chosen.name} for {family} holds CLIP's embeddings as well; give --clip PIPELINE")
-    if clip is not None and not needs:
+    if clip is not None and not needed:
         raise ValueError(f"{chosen.name} for {family} holds no embeddings of CLIP; leave --clip out")
 
 
@@ -110,13 +120,13 @@ def _refuse_unfinished(dataset: EmbeddingDataset) -> None:
         )
 
 
-def _refuse_names(dataset: EmbeddingDataset, chosen: Format) -> None:
+def _refuse_names(dataset: EmbeddingDataset, chosen: Format, named: str) -> None:
     if chosen.place is None:
         return
     seen: dict[str, str] = {}
     for batch in known_samples(dataset.folder):
         for name, _, caption in batch:
-            place = chosen.place(name, caption)
+            place = chosen.place(name, caption, named)
             path = PurePosixPath(place)
             if path.is_absolute() or ".." in path.parts:
                 raise ValueError(f"the id {name!r} is no path within the folder that is written to")

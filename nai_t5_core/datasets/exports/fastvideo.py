@@ -48,5 +48,4 @@ def _row(sample: Sample) -> dict[str, object]:
     }
 
 
-_FAMILIES = ("wan", "cosmos", "mochi")
-FASTVIDEO = Format("fastvideo", dict.fromkeys(_FAMILIES, ("skip", "trim")), _write)
+FASTVIDEO = Format("fastvideo", _write)

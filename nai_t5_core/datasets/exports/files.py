@@ -14,34 +14,32 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nai_t5_core.datasets.exports.sample import Format, Sample, stem_of, whole
-
-# Policies by which the rows of pads are zeros, and by which they are tokens like others.
-_WITHOUT_PADS = ("skip", "trim")
-_WITH_PADS = ("attend",)
+from nai_t5_core.datasets.exports.sample import Format, Place, Sample, stem_of, whole
 
 
-def _each(
-    place: Callable[[str, str], str], save: Callable[[Sample, Path], None]
-) -> Callable[[Iterable[Sample], Path], None]:
+def _for_each(name: str, place: Place, save: Callable[[Sample, Path], None], shares_files: bool = False) -> Format:
     def write(samples: Iterable[Sample], out: Path) -> None:
         for sample in samples:
-            with whole(out / place(sample.id, sample.caption)) as partial:
+            with whole(out / place(sample.id, sample.caption, sample.trainers.names[name])) as partial:
                 save(sample, partial)
 
-    return write
+    return Format(name, write, place, shares_files)
 
 
-def _musubi_place(sample_id: str, caption: str) -> str:
-    return f"{PurePosixPath(stem_of(sample_id)).name}_wan_te.safetensors"
+def _musubi_place(sample_id: str, caption: str, named: str) -> str:
+    return f"{PurePosixPath(stem_of(sample_id)).name}_{named}_te.safetensors"
 
 
 def _save_musubi(sample: Sample, path: Path) -> None:
-    metadata = {"architecture": "wan", "caption1": sample.caption, "format_version": "1.0.1"}
+    metadata = {
+        "architecture": sample.trainers.names["musubi-wan"],
+        "caption1": sample.caption,
+        "format_version": "1.0.1",
+    }
     save_file({"varlen_t5_bfloat16": sample.text}, path, metadata)
 
 
-def _pixart_place(sample_id: str, caption: str) -> str:
+def _pixart_place(sample_id: str, caption: str, named: str) -> str:
     return f"{'_'.join(stem_of(sample_id).rsplit('/', 1))}.npz"
 
 
@@ -55,7 +53,7 @@ def _save_pixart(sample: Sample, path: Path) -> None:
         )
 
 
-def _ltx_place(sample_id: str, caption: str) -> str:
+def _ltx_place(sample_id: str, caption: str, named: str) -> str:
     return f".precomputed/conditions/{stem_of(sample_id)}.pt"
 
 
@@ -63,22 +61,13 @@ def _save_ltx(sample: Sample, path: Path) -> None:
     torch.save({"prompt_embeds": sample.padded(), "prompt_attention_mask": sample.mask()}, path)
 
 
-_AI_TOOLKIT_SPACES = {"wan": "wan21", "flux": "flux"}
+def ai_toolkit(architecture: str | None = None) -> Format:
+    """ai-toolkit's format; for another model of the family by the architecture that its configuration names."""
 
+    def place(sample_id: str, caption: str, named: str) -> str:
+        return _ai_toolkit_place(sample_id, caption, architecture or named)
 
-def ai_toolkit(space: str | None = None) -> Format:
-    """ai-toolkit's format, for the model architecture that its configuration names, such as ``wan22_14b``."""
-
-    def named(family: str) -> Callable[[str, str], str]:
-        return lambda sample_id, caption: _ai_toolkit_place(sample_id, caption, space or _AI_TOOLKIT_SPACES[family])
-
-    def write(samples: Iterable[Sample], out: Path) -> None:
-        for sample in samples:
-            with whole(out / named(sample.family)(sample.id, sample.caption)) as partial:
-                _save_ai_toolkit(sample, partial)
-
-    families = {"wan": _WITHOUT_PADS, "flux": _WITH_PADS}
-    return Format("ai-toolkit", families, write, named("wan"), frozenset({"flux"}))
+    return _for_each("ai-toolkit", place, _save_ai_toolkit)
 
 
 def _ai_toolkit_place(sample_id: str, caption: str, space: str) -> str:
@@ -96,35 +85,21 @@ def _save_ai_toolkit(sample: Sample, path: Path) -> None:
     save_file(tensors, path)
 
 
-# What SimpleTuner calls the families.
-_SIMPLETUNER = {
-    "wan": "wan",
-    "pixart-sigma": "pixart_sigma",
-    "ltx-video": "ltxvideo",
-    "auraflow": "auraflow",
-    "flux": "flux",
-    "sd3": "sd3",
-}
+def _simpletuner_place(sample_id: str, caption: str, named: str) -> str:
+    return f"{hashlib.md5(caption.encode()).hexdigest()}-{named}.pt"
 
 
 def _save_simpletuner(sample: Sample, path: Path) -> None:
-    torch.save(_simpletuner_content(sample), path)
-
-
-def _simpletuner_content(sample: Sample) -> dict[str, Any]:
-    embeds = {"prompt_embeds": sample.padded()[None]}
-    mask = sample.mask().long()
-    if sample.family in ("wan", "ltx-video"):
-        return {**embeds, "attention_masks": mask[None]}
-    if sample.family == "pixart-sigma":
-        return {**embeds, "attention_mask": mask}
-    if sample.family == "auraflow":
-        return {**embeds, "prompt_attention_mask": mask[None]}
-    pooled = sample.with_clip.pooled.to(sample.states.dtype)
-    if sample.family == "flux":
-        ids = torch.zeros(1, sample.length, 3)
-        return {**embeds, "pooled_prompt_embeds": pooled, "time_ids": ids, "attention_masks": mask[None]}
-    return {"prompt_embeds": _joined(sample)[None], "pooled_prompt_embeds": pooled}
+    trainers = sample.trainers
+    content = {"prompt_embeds": (_joined(sample) if trainers.clips > 1 else sample.padded())[None]}
+    if trainers.mask:
+        mask = sample.mask().long()
+        content[trainers.mask] = mask[None] if trainers.mask_has_batch else mask
+    if trainers.clips:
+        content["pooled_prompt_embeds"] = sample.with_clip.pooled.to(sample.states.dtype)
+    if trainers.position_ids:
+        content[trainers.position_ids] = torch.zeros(1, sample.length, 3)
+    torch.save(content, path)
 
 
 def _joined(sample: Sample) -> Tensor:
@@ -135,24 +110,8 @@ def _joined(sample: Sample) -> Tensor:
     return torch.cat([wide, sample.padded()])
 
 
-def simpletuner() -> Format:
-    def place(family: str) -> Callable[[str, str], str]:
-        return lambda _, caption: f"{hashlib.md5(caption.encode()).hexdigest()}-{_SIMPLETUNER[family]}.pt"
-
-    def write(samples: Iterable[Sample], out: Path) -> None:
-        for sample in samples:
-            with whole(out / place(sample.family)(sample.id, sample.caption)) as partial:
-                _save_simpletuner(sample, partial)
-
-    families = {
-        **dict.fromkeys(("wan", "pixart-sigma", "auraflow"), _WITHOUT_PADS),
-        **dict.fromkeys(("ltx-video", "flux", "sd3"), _WITH_PADS),
-    }
-    return Format("simpletuner", families, write, place("wan"), frozenset({"flux", "sd3"}), shares_files=True)
-
-
-def _sd_scripts_place(suffix: str) -> Callable[[str, str], str]:
-    return lambda sample_id, _: f"{stem_of(sample_id)}_{suffix}_te.npz"
+def _sd_scripts_place(sample_id: str, caption: str, named: str) -> str:
+    return f"{stem_of(sample_id)}_{named}_te.npz"
 
 
 def _save_sd_scripts_flux(sample: Sample, path: Path) -> None:
@@ -190,25 +149,9 @@ def _save_npz(path: Path, **content: Tensor | bool) -> None:
         np.savez(file, **arrays)
 
 
-MUSUBI_WAN = Format("musubi-wan", {"wan": _WITHOUT_PADS}, _each(_musubi_place, _save_musubi), _musubi_place)
-PIXART = Format(
-    "pixart",
-    dict.fromkeys(("pixart-sigma", "pixart-alpha"), _WITHOUT_PADS),
-    _each(_pixart_place, _save_pixart),
-    _pixart_place,
-)
-LTX = Format("ltx", {"ltx-condition": _WITHOUT_PADS}, _each(_ltx_place, _save_ltx), _ltx_place)
-SD_SCRIPTS_FLUX = Format(
-    "sd-scripts-flux",
-    {"flux": _WITH_PADS},
-    _each(_sd_scripts_place("flux"), _save_sd_scripts_flux),
-    _sd_scripts_place("flux"),
-    frozenset({"flux"}),
-)
-SD_SCRIPTS_SD3 = Format(
-    "sd-scripts-sd3",
-    {"sd3": _WITH_PADS},
-    _each(_sd_scripts_place("sd3"), _save_sd_scripts_sd3),
-    _sd_scripts_place("sd3"),
-    frozenset({"sd3"}),
-)
+MUSUBI_WAN = _for_each("musubi-wan", _musubi_place, _save_musubi)
+PIXART = _for_each("pixart", _pixart_place, _save_pixart)
+LTX = _for_each("ltx", _ltx_place, _save_ltx)
+SIMPLETUNER = _for_each("simpletuner", _simpletuner_place, _save_simpletuner, shares_files=True)
+SD_SCRIPTS_FLUX = _for_each("sd-scripts-flux", _sd_scripts_place, _save_sd_scripts_flux)
+SD_SCRIPTS_SD3 = _for_each("sd-scripts-sd3", _sd_scripts_place, _save_sd_scripts_sd3)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
+
+from nai_t5_core.facts.families import Family
+from nai_t5_core.facts.families.record import Trainers
 
 # Endings of files that an id may name; what else follows a dot belongs to the name.
 _MEDIA = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".avif", ".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".txt"}
@@ -41,7 +44,7 @@ class Sample:
 
     id: str
     caption: str
-    family: str
+    family: Family
     states: Tensor
     text_rows: int
     length: int
@@ -63,9 +66,18 @@ class Sample:
         return torch.arange(self.length) < self.text_rows
 
     @property
+    def trainers(self) -> Trainers:
+        assert self.family.trainers is not None, "an export for other families is refused before it begins"
+        return self.family.trainers
+
+    @property
     def with_clip(self) -> ClipEmbedding:
         assert self.clip is not None, "an export without CLIP's embeddings is refused before it begins"
         return self.clip
+
+
+# The file of a sample in the folder that is written to, by id, caption, and what the trainer calls the family.
+Place = Callable[[str, str, str], str]
 
 
 @dataclass(frozen=True)
@@ -73,20 +85,15 @@ class Format:
     """A trainer's format.
 
     Attributes:
-        name: the choice of ``--to``.
-        families: those it exists for, and the padding policies of a set that gives what the trainer's own encoding
-            gives.
+        name: the choice of ``--to``, by which the families' records name it.
         write: writes samples to a folder.
-        place: the file of a sample in the folder, by id and caption; None where it is not one file for a sample.
-        with_clip: those of the families that need CLIP as well.
+        place: the files' names; None where there is not a file for each sample.
         shares_files: whether samples of one caption have one file.
     """
 
     name: str
-    families: Mapping[str, tuple[str, ...]]
     write: Callable[[Iterable[Sample], Path], None]
-    place: Callable[[str, str], str] | None = None
-    with_clip: frozenset[str] = field(default_factory=frozenset)
+    place: Place | None = None
     shares_files: bool = False
 
 

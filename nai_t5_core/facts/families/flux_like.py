@@ -1,6 +1,6 @@
 """Flux and similar families: image transformers with text and image in one sequence."""
 
-from nai_t5_core.facts.families.record import ComfyAlone, ComfyJoint, Diffusers, Family
+from nai_t5_core.facts.families.record import ComfyAlone, ComfyJoint, Diffusers, Family, Trainers
 from nai_t5_core.facts.families.shared import ALL_READ, NO_MASK, V1_1_XXL
 
 _WITH_POOLED = ("prompt_embeds", "pooled_prompt_embeds", "text_ids")
@@ -38,6 +38,11 @@ FAMILIES = (
             runs="negative-apart",
         ),
         comfy=ComfyJoint(name="flux", title="Flux", files=(2,)),
+        trainers=Trainers(
+            names=dict.fromkeys(("simpletuner", "ai-toolkit", "sd-scripts-flux"), "flux"),
+            clips=1,
+            position_ids="time_ids",
+        ),
     ),
     Family(
         name="visualcloze",
@@ -140,6 +145,7 @@ FAMILIES = (
             of_others=("pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
         ),
         comfy=ComfyJoint(name="sd3", title="SD3", files=(1, 2, 3)),
+        trainers=Trainers(names=dict.fromkeys(("simpletuner", "sd-scripts-sd3"), "sd3"), clips=2, mask=""),
     ),
     Family(
         name="hidream",

@@ -1,6 +1,6 @@
 """Other families that make images."""
 
-from nai_t5_core.facts.families.record import ComfyAlone, Diffusers, Family
+from nai_t5_core.facts.families.record import ComfyAlone, Diffusers, Family, Trainers
 from nai_t5_core.facts.families.shared import NO_MASK, V1_1_XXL, WITH_MASKS, ZEROED
 
 FAMILIES = (
@@ -23,6 +23,7 @@ FAMILIES = (
             tokenizer="AuraT5Tokenizer",
             slot="pile_t5xl",
         ),
+        trainers=Trainers(names={"simpletuner": "auraflow"}, mask="prompt_attention_mask"),
     ),
     Family(
         name="cogview3plus",

@@ -1,6 +1,6 @@
 """PixArt and similar families, whose pipelines lower-case the prompt and may clean it as a caption."""
 
-from nai_t5_core.facts.families.record import ComfyAlone, Diffusers, Family
+from nai_t5_core.facts.families.record import ComfyAlone, Diffusers, Family, Trainers
 from nai_t5_core.facts.families.shared import ALL_READ, MASKED, V1_1_XXL, WITH_MASKS
 
 _PIXART = ComfyAlone(
@@ -24,6 +24,7 @@ FAMILIES = (
         notes="With clean_caption the pipeline cleans much more than is done here. ComfyUI neither pads nor masks.",
         diffusers=Diffusers(pipelines=("PixArtAlphaPipeline",), outputs=WITH_MASKS),
         comfy=_PIXART,
+        trainers=Trainers(names={"pixart": "pixart"}),
     ),
     Family(
         name="pixart-sigma",
@@ -37,6 +38,9 @@ FAMILIES = (
         notes="With clean_caption the pipeline cleans much more than is done here. ComfyUI neither pads nor masks.",
         diffusers=Diffusers(pipelines=("PixArtSigmaPipeline", "PixArtSigmaPAGPipeline"), outputs=WITH_MASKS),
         comfy=_PIXART,
+        trainers=Trainers(
+            names={"pixart": "pixart", "simpletuner": "pixart_sigma"}, mask="attention_mask", mask_has_batch=False
+        ),
     ),
     Family(
         name="allegro",

@@ -1,5 +1,6 @@
 """The record of a diffusion model family: all that any front end needs to know of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,6 +98,26 @@ class ComfyJoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trainers:
+    """How trainers keep the family's embeddings on disk, see :mod:`nai_t5_core.datasets.exports`.
+
+    Attributes:
+        names: what a trainer calls the family, by the name of the trainer's format. Where a format is not among them,
+            the trainer has no such file for the family, or one of which nobody has verified that it is read.
+        clips: text encoders of CLIP whose embeddings are kept as well.
+        mask: SimpleTuner's name for the mask; empty where it keeps none.
+        mask_has_batch: whether SimpleTuner keeps it as [1, length] and not as [length].
+        position_ids: SimpleTuner's name for the zeros that it keeps as the text's positions; empty where it keeps none.
+    """
+
+    names: Mapping[str, str]
+    clips: int = 0
+    mask: str = "attention_masks"
+    mask_has_batch: bool = True
+    position_ids: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """How one diffusion model family uses its T5.
 
@@ -120,6 +141,7 @@ class Family:
         notes: what else a caller has to know to get the pipeline's results.
         diffusers: how its diffusers pipelines use the T5; None where diffusers has no pipeline.
         comfy: its classes in ComfyUI; None where the nodes do not offer the family.
+        trainers: how trainers keep its embeddings; None where caption sets are not exported for it.
     """
 
     name: str
@@ -139,6 +161,7 @@ class Family:
     notes: str = ""
     diffusers: Diffusers | None = None
     comfy: ComfyAlone | ComfyJoint | None = None
+    trainers: Trainers | None = None
 
     @property
     def returns_mask(self) -> bool:

@@ -1,6 +1,6 @@
 """Families that make videos, and whose T5 reads the whole prompt."""
 
-from nai_t5_core.facts.families.record import ComfyAlone, Diffusers, Family
+from nai_t5_core.facts.families.record import ComfyAlone, Diffusers, Family, Trainers
 from nai_t5_core.facts.families.shared import MASKED, NO_MASK, UMT5_XXL, V1_1_XXL, WITH_MASKS, ZEROED
 
 _LTXV = ComfyAlone(
@@ -23,6 +23,7 @@ FAMILIES = (
             pipelines=("LTXPipeline", "LTXImageToVideoPipeline", "LTXI2VLongMultiPromptPipeline"), outputs=WITH_MASKS
         ),
         comfy=_LTXV,
+        trainers=Trainers(names={"simpletuner": "ltxvideo"}),
     ),
     Family(
         name="ltx-condition",
@@ -35,6 +36,7 @@ FAMILIES = (
         reason=MASKED,
         diffusers=Diffusers(pipelines=("LTXConditionPipeline",), outputs=WITH_MASKS),
         comfy=_LTXV,
+        trainers=Trainers(names={"ltx": "ltx"}),
     ),
     Family(
         name="mochi",
@@ -54,6 +56,7 @@ FAMILIES = (
             model="mochi_te",
             tokenizer="MochiT5Tokenizer",
         ),
+        trainers=Trainers(names={"fastvideo": "mochi"}),
     ),
     Family(
         name="cogvideox",
@@ -106,6 +109,7 @@ FAMILIES = (
             model="te",
             tokenizer="CosmosT5Tokenizer",
         ),
+        trainers=Trainers(names={"fastvideo": "cosmos"}),
     ),
     Family(
         name="wan",
@@ -144,6 +148,7 @@ FAMILIES = (
             tokenizer="WanT5Tokenizer",
             slot="umt5xxl",
         ),
+        trainers=Trainers(names={"musubi-wan": "wan", "fastvideo": "wan", "simpletuner": "wan", "ai-toolkit": "wan21"}),
     ),
     Family(
         name="helios",
