@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +33,11 @@ from nai_t5_core.weights.examine import Examination, ModelSource, examine
 from nai_t5_core.weights.formats import CheckpointError
 from nai_t5_core.weights.load import LoadedEncoder, ScalesChoice, load
 
+MERGING_ROUNDS = (
+    "the weights are quantised in {source}: to merge a LoRA they are unpacked, and the sum is rounded to {dtype}; a "
+    "live LoRA (LiveLoras) leaves them as they lie"
+)
+
 
 @dataclass(frozen=True)
 class Loading:
@@ -56,7 +62,12 @@ class Loading:
 
     def load(self, source: ModelSource, subfolder: str) -> LoadedEncoder:
         """The weights as they are in the file."""
-        return load(source, self.dtype, self.device, self.layout, subfolder, self.scales, self.attention, self.unpacks)
+        where = (self.dtype, self.device, self.layout)
+        loaded = load(source, *where, subfolder, self.scales, self.attention, self.unpacks)
+        if self.loras and loaded.examination.quantised:
+            told = MERGING_ROUNDS.format(source=loaded.report.source, dtype=loaded.stack.dtype)
+            warnings.warn(told, stacklevel=3)
+        return loaded
 
     def finish(self, stack: T5EncoderStack) -> T5EncoderStack:
         """The same stack with its LoRAs merged, and computed in the way that was asked for."""
