@@ -33,6 +33,7 @@ from nai_t5_core.backends.kernels.build import (
 )
 from nai_t5_core.backends.kernels.runners import KernelsOnPanels
 from nai_t5_core.backends.kernels.sets import AVX2, AVX512, SETS, InstructionSet
+from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
 
 V1_1 = TOY_CONFIGS["v1.1"]
 IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
@@ -226,6 +227,27 @@ def test_where_the_best_cannot_be_built_the_next_best_is(monkeypatch: pytest.Mon
     named: Any = first.name
     with pytest.raises(ValueError, match=f"products='{named}' is not possible: the cache cannot be written; use prod"):
         prepack(build_stack(V1_1, random_state(V1_1)), named)
+
+
+@pytest.mark.parametrize("change", [prepack, quantize_int8])
+def test_where_only_kernels_could_and_none_can_be_built_it_is_known_before(
+    change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An automatic choice then leaves the model as it is."""
+    on(monkeypatch, AVX2.needs)
+
+    def fails(instructions: InstructionSet) -> Any:
+        raise OSError("the cache cannot be written")
+
+    monkeypatch.setattr(build, "library", fails)
+    monkeypatch.setattr(build, "_failures", {})
+    for backend in (ONEDNN, INT8_ONEDNN):
+        monkeypatch.setattr(type(backend), "missing", lambda *_: "no oneDNN for this dtype")
+    stack = build_stack(V1_1, random_state(V1_1), torch.bfloat16)
+    why_not = why_not_prepack if change is prepack else why_not_int8
+    assert why_not(stack) == "no oneDNN for this dtype"
+    with pytest.raises(ValueError, match="no oneDNN for this dtype"):
+        change(stack)
 
 
 @pytest.mark.parametrize("flags", [frozenset(), frozenset({"avx2"})], ids=["none", "AVX2 alone"])

@@ -82,13 +82,16 @@ def encode_on_cuda(stack: T5EncoderStack) -> T5EncoderStack:
 
 
 def why_not_prepack(model: T5EncoderStack | T5Model) -> str | None:
-    """Why this model's weights cannot be prepacked on this machine, as a sentence; None if they can."""
+    """Why this model's weights cannot be prepacked on this machine, as a sentence; None if they can.
+
+    Where our kernels alone could compute it, they are compiled to find out.
+    """
     if stays_quantised(model):
         return _QUANTISED
     reason = ONEDNN.missing(model.device, model.dtype)
     if reason is None or isinstance(model, T5Model) or better_than_kernels():
         return reason
-    return best(KERNELS).missing(model.device, model.dtype) and reason
+    return (best(KERNELS).missing(model.device, model.dtype) or prepare_kernels()) and reason
 
 
 def prepack(model: Model, products: ProductsChoice = "auto") -> Model:
@@ -137,7 +140,7 @@ def _missing_for_int8(device: torch.device, dtype: torch.dtype) -> str | None:
     reason = INT8_ONEDNN.missing(device, dtype)
     if reason is None or better_than_kernels():
         return reason
-    return best(INT8_KERNELS).missing(device, dtype) and reason
+    return (best(INT8_KERNELS).missing(device, dtype) or prepare_kernels()) and reason
 
 
 def refuse_quantising(quantize: str | None, device: torch.device, dtype: torch.dtype) -> None:

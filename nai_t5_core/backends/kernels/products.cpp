@@ -20,62 +20,6 @@ struct Groups {
     long start(long group) const { return group * tiles / count; }
 };
 
-// The sums of a group's tiles with a panel.
-using GroupSums = Sums[kTilesAtOnce][kTileRows];
-
-// The products of rows in tiles with a weight.
-template <class Kind>
-class Product {
-  public:
-    Product(const Step* tiled, const Tiles& tiles, const Weight<Kind>& weight)
-        : tiled_(tiled), tiles_(tiles), weight_(weight) {}
-
-    void multiply(long first, long end, long panel, const Step* numbers, GroupSums& sums) const {
-        if constexpr (Kind::kWidens)
-            if (end - first >= kTilesThatWiden) return multiply_widened(first, end, panel, numbers, sums);
-        for (long i = first; i < end; i++) {
-            const void* ahead = weight_.ahead(numbers, panel, i);
-            multiply_tile<Kind>(tiles_.size(i), tile(i), numbers, ahead, weight_.steps(), sums[i - first]);
-        }
-    }
-
-  private:
-    // A part of the panel after the other, each in float32 while all tiles take it: it stays in the first-level cache.
-    // The sums are those of multiply_tile.
-    void multiply_widened(long first, long end, long panel, const Step* numbers, GroupSums& sums) const {
-        alignas(64) Step wide[Kind::kPart * kRowSteps<Kind> * kPanelColumns];
-        for (long step = 0; step < weight_.steps(); step += Kind::kPart) {
-            const long steps = std::min(Kind::kPart, weight_.steps() - step);
-            const Step* part = numbers + step * kPanelColumns;
-            widen(part, weight_.ahead(part, panel, first), steps, wide);
-            for (long i = first; i < end; i++) {
-                const long rows = tiles_.size(i), row_steps = steps * kRowSteps<Kind>;
-                const Step* start = tile(i) + step * kRowSteps<Kind> * rows;
-                multiply_rows<Float32>(rows, start, wide, wide, row_steps, step > 0, sums[i - first]);
-            }
-        }
-    }
-
-    static void widen(const Step* part, const void* ahead, long steps, Step* wide) {
-        for (long step = 0; step < steps; step++, part += kPanelColumns) {
-            _mm_prefetch(static_cast<const Step*>(ahead) + step * kPanelColumns, _MM_HINT_T1);
-            for (long half = 0; half < kPanelColumns; half += kLanes) {
-                store_words(wide + half, Kind::template columns<0>(part + half));
-                store_words(wide + kPanelColumns + half, Kind::template columns<1>(part + half));
-            }
-            wide += 2 * kPanelColumns;
-        }
-    }
-
-    const Step* tile(long number) const { return tiled_ + tiles_.start(number) * weight_.steps() * kRowSteps<Kind>; }
-
-    static constexpr long kTilesThatWiden = 3;
-
-    const Step* const tiled_;
-    const Tiles& tiles_;
-    const Weight<Kind>& weight_;
-};
-
 // Calls finish(row, panel, left sums, right sums) for every row and panel, from several threads, and expect(row, panel)
 // some time before.
 template <class Kind, class Rows, class Expect, class Finish>
@@ -86,7 +30,6 @@ Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, E
     const Buffer<Step> tiled = allocate<Step>(row_count * row_steps);
     const Buffer<float> units = allocate<float>(Kind::kIsInt8 ? row_count : 1);
     if (!tiled || !units) return kOutOfMemory;
-    const Product<Kind> product(tiled.get(), tiles, weight);
     bool failed = false;
 #pragma omp parallel reduction(|| : failed)
     {
@@ -108,16 +51,16 @@ Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, E
             const Step* numbers = weight.format == kPanels ? weight.panel_at(panel) : own.get();
             const long first = groups.start(group), end = groups.start(group + 1);
             for (long row = tiles.start(first); row < tiles.start(end); row++) expect(row, panel);
-            GroupSums sums;
-            product.multiply(first, end, panel, numbers, sums);
-            const Step* trailing = numbers + steps * kPanelColumns;
             for (long tile = first; tile < end; tile++) {
-                const long start = tiles.start(tile);
-                for (long row = start; row < tiles.start(tile + 1); row++) {
-                    const Sums& found = sums[tile - first][row - start];
-                    const float unit = Kind::kIsInt8 ? units[row] : 1;
-                    finish(row, panel, Kind::finished(found[0], unit, trailing),
-                           Kind::finished(found[1], unit, trailing + kLanes));
+                const long start = tiles.start(tile), rows = tiles.size(tile);
+                const Step* steps_of_rows = tiled.get() + start * row_steps;
+                Sums sums[kTileRows];
+                multiply_tile<Kind>(rows, steps_of_rows, numbers, weight.ahead(numbers, panel, tile), steps, sums);
+                const Step* trailing = numbers + steps * kPanelColumns;
+                for (long row = 0; row < rows; row++) {
+                    const float unit = Kind::kIsInt8 ? units[start + row] : 1;
+                    finish(start + row, panel, Kind::finished(sums[row][0], unit, trailing),
+                           Kind::finished(sums[row][1], unit, trailing + kLanes));
                 }
             }
         }

@@ -58,7 +58,10 @@ class KernelsInPlace:
 
     @property
     def name(self) -> str:
-        return "kernels" if (instructions := self._instructions()) is None else f"{instructions.title} kernels"
+        if (instructions := self._instructions()) is None:
+            return "kernels"
+        kernels = None if self._looked is None else self._looked[2]
+        return f"{instructions.title} kernels{'' if kernels is None else kernels.widening}"
 
     def _instructions(self) -> InstructionSet | None:
         """What computes now, as far as is known before it is built; None: nothing can, or something is better."""

@@ -9,8 +9,7 @@
 // What products are computed in is a kind (kinds.h). Of each: Number is what activations are stored as, Weight what the
 // numbers of a weight in panels are, and kOwnFormat the Format of these; kPerStep and kPerRowStep how many of them are in
 // a step; kTrailing how many more steps end a panel; kPart how many steps of a panel are summed at once, all if it is 0;
-// kAreApart whether a panel has the second halves of a register's steps behind the first halves; kWidens whether it pays
-// to make a panel one of float32 for many tiles.
+// kAreApart whether a panel has the second halves of a register's steps behind the first halves.
 
 #pragma once
 
@@ -49,13 +48,18 @@ template <class Steps, class Arrange>
 inline void put_as_columns(Step* place, long stride, long lanes, long present, long steps, Steps steps_of,
                            Arrange arrange) {
     const Lanes stored = first_lanes(lanes);
+    const Step* end = place + steps * stride;
     for (long step = 0; step < steps; step += kLanes) {
         Words rows[kLanes];
 #pragma GCC unroll 16
         for (long row = 0; row < kLanes; row++) rows[row] = row < present ? steps_of(row, step) : no_words();
         transpose(rows);
-        for (long k = 0; k < std::min(kLanes, steps - step); k++)
-            store_words(place + (step + k) * stride, stored, arrange(rows[k]));
+        for (long k = 0; k < std::min(kLanes, steps - step); k++) {
+            Step* to = place + (step + k) * stride;
+            // What is beyond `lanes` is where the next step goes, unless this is near the end.
+            if (to + kLanes <= end) store_words(to, arrange(rows[k]));
+            else store_words(to, stored, arrange(rows[k]));
+        }
     }
 }
 

@@ -20,7 +20,7 @@ struct Float32 {
     using Number = float;
     using Weight = float;
     static constexpr long kPerStep = 1, kPerRowStep = 1, kTrailing = 0, kPart = 128;
-    static constexpr bool kIsInt8 = false, kWidens = false, kAreApart = false;
+    static constexpr bool kIsInt8 = false, kAreApart = false;
     static constexpr Format kOwnFormat = kFloat32;
 
     template <int>
@@ -42,21 +42,29 @@ struct Float32 {
     }
 };
 
-// Weights in 16 bits, two to a step. Rows are as in float32, and so are products.
+// Weights in 16 bits, two to a step, which become float32 when they are multiplied. Rows are in float32.
 struct Halves : Float32 {
     using Weight = uint16_t;
     static constexpr long kPerStep = 2, kPart = 64;
-    static constexpr bool kWidens = true;
+    static constexpr bool kAreApart = true;
+
+    static Words arranged(Words steps) { return units_apart(steps); }
 };
+
+alignas(32) const int8_t kHighHalves[32] = {-1, -1, 0, 1, -1, -1, 2,  3,  -1, -1, 4,  5,  -1, -1, 6,  7,
+                                            -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15};
 
 struct Bfloat16Weights : Halves {
     static constexpr Format kOwnFormat = kBfloat16;
 
-    // Side by side: each is the high half of a float32.
+    // Each is the high half of a float32. A shuffle, since shifts are for the ports that multiply on some processors; and
+    // its order comes from memory, which the compiler would give a register that a sum needs.
     template <int half>
     static Words columns(const Step* panel) {
-        const Words pairs = load_words(panel);
-        return half == 0 ? _mm256_slli_epi32(pairs, 16) : _mm256_and_si256(pairs, all_words(int(0xffff0000u)));
+        const Words halves = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(panel) + half));
+        Words wide;
+        asm("vpshufb %2, %1, %0" : "=x"(wide) : "x"(halves), "m"(kHighHalves));
+        return wide;
     }
     template <class Numbers>
     static Words weight_steps(Numbers numbers) {
@@ -75,7 +83,6 @@ struct Bfloat16Weights : Halves {
 };
 
 struct Float16Weights : Halves {
-    static constexpr bool kAreApart = true;
     static constexpr Format kOwnFormat = kFloat16;
 
     template <int half>
@@ -87,7 +94,6 @@ struct Float16Weights : Halves {
         const __m128i low = _mm256_cvtps_ph(numbers(0), _MM_FROUND_TO_NEAREST_INT);
         return _mm256_set_m128i(_mm256_cvtps_ph(numbers(kLanes), _MM_FROUND_TO_NEAREST_INT), low);
     }
-    static Words arranged(Words steps) { return units_apart(steps); }
 };
 
 // Bytes, between activations in float32: weights are signed, with a scale per column; rows have a scale each.

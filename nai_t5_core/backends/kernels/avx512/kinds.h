@@ -9,7 +9,7 @@ struct Float32 {
     using Number = float;
     using Weight = float;
     static constexpr long kPerStep = 1, kPerRowStep = 1, kTrailing = 0, kPart = 128;
-    static constexpr bool kIsInt8 = false, kWidens = false, kAreApart = false;
+    static constexpr bool kIsInt8 = false, kAreApart = false;
     static constexpr Format kOwnFormat = kFloat32;
 
     template <int>
@@ -36,7 +36,7 @@ struct Bfloat16 {
     using Number = uint16_t;
     using Weight = uint16_t;
     static constexpr long kPerStep = 2, kPerRowStep = 2, kTrailing = 0, kPart = 0;
-    static constexpr bool kIsInt8 = false, kWidens = false, kAreApart = false;
+    static constexpr bool kIsInt8 = false, kAreApart = false;
     static constexpr Format kOwnFormat = kBfloat16;
 
     template <int>
