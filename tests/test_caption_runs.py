@@ -120,9 +120,14 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_twenty_kills(workers: int, tmp_path: Path, record_property: Any) -> None:
-    killed = check_killed(tmp_path, 3000, workers, kills=20, shard_bytes=20_000, longest=4.0 * workers)
-    record_property("runs killed", killed)
-    assert killed == 20
+    """In several sets, where a run ends before its time."""
+    killed = sets = 0
+    while killed < 20:
+        place = tmp_path / str(sets)
+        killed += check_killed(place, 3000, workers, 20 - killed, shard_bytes=20_000, longest=4.0 * workers)
+        sets += 1
+        assert sets < 10
+    record_property("runs killed", f"{killed}, of {sets} sets")
 
 
 def test_at_most_one_shard_is_computed_again(tmp_path: Path, file: Path) -> None:

@@ -3,9 +3,9 @@
     python tests/upstream_trainers.py CHECKOUTS
 
 CHECKOUTS is a folder with work trees called musubi-tuner, sd-scripts, FastVideo, PixArt-sigma, SimpleTuner,
-LTX-Video-Trainer and ai-toolkit; trainers whose work tree is not there are passed over, and told. Their reading
-functions are called as they are. What these modules import beside that and is not installed (cv2, torchvision, …) is
-replaced by mocks, and so is what they would read beside texts.
+LTX-Video-Trainer, ai-toolkit and diffusion-pipe; trainers whose work tree is not there are passed over, and told. Their
+reading functions are called as they are. What these modules import beside that and is not installed (cv2, torchvision,
+…) is replaced by mocks, and so is what they would read beside texts.
 
 What is read is compared with what transformers' T5 gives for ids, lengths and masks as the trainer's own encoding has
 them, in float32: the difference is bfloat16's rounding.
@@ -24,7 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import accelerate  # noqa: F401 - what is installed finds out what else is, before there are mocks
 import diffusers.models.attention_dispatch  # noqa: F401
@@ -37,6 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from toy_clip import write_clip
 
+from examples.diffusion_pipe_captions import reader
 from nai_t5_core.datasets.compute import Engine, make_shards, to_make
 from nai_t5_core.datasets.encoder_choice import EncoderChoice
 from nai_t5_core.datasets.exports import export
@@ -61,27 +62,29 @@ class _Mock(ModuleType):
         return type(name, (_Anything,), {})
 
 
-def _decorator(*arguments: Any, **_: Any) -> Any:
-    """What decorates, with arguments or without, by doing nothing."""
-    return arguments[0] if arguments and isinstance(arguments[0], type) else _Anything()
-
-
 class _AnythingsClass(type):
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _decorator
+        return _Anything()
 
 
 class _Anything(metaclass=_AnythingsClass):
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        """Takes anything."""
+    """Takes anything, has no items, and decorates by doing nothing."""
 
-    def __call__(self, made: Any) -> Any:
-        return made
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        """Keeps none of it."""
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        return arguments[0] if arguments and callable(arguments[0]) else self
 
     def __getattr__(self, name: str) -> Any:
-        return _decorator
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
 
 class _Missing(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -309,6 +312,31 @@ def sd_scripts(tree: Path, folder: Path) -> None:
                 assert read[-1].sum() == made.theirs(caption, False)[1]
 
 
+def diffusion_pipe(tree: Path, folder: Path) -> None:
+    """It has no files to write for it: ``examples/diffusion_pipe_captions.py`` is called in the place of its T5."""
+    made = Exported(folder, "musubi-wan", "wan")
+    read = reader(str(made.folder / "set"))
+    # A default of one of its arguments asks for the GPU.
+    with imported_from(tree), patch.object(torch.cuda, "current_device", lambda: 0):
+        # Sizes and prompts, for which a package is needed.
+        sys.modules["models.wan.configs"] = _Mock("models.wan.configs")
+        from models.wan.wan import WanPipeline  # type: ignore[import-not-found]
+        from utils.dataset import DatasetManager  # type: ignore[import-not-found]
+
+        model = WanPipeline.__new__(WanPipeline)
+        model.get_vae = model.get_call_vae_fn = lambda *_: lambda *_, **__: None
+        model.get_text_encoders = lambda: [None]
+        WanPipeline.get_call_text_encoder_fn = lambda self, text_encoder: read
+        manager = DatasetManager(model)
+        assert manager.te_fn_requires_control_file == [False]
+        results = manager.call_text_encoder_fns[0](list(CAPTIONS.values()), [False] * len(CAPTIONS))
+        for caption, states, length in zip(
+            CAPTIONS.values(), results["text_embeddings"], results["seq_lens"], strict=True
+        ):
+            assert length == made.theirs(caption, True)[1]
+            made.check(states, caption, with_mask=True)
+
+
 TRAINERS: dict[str, Callable[[Path, Path], None]] = {
     "musubi-tuner": musubi_tuner,
     "FastVideo": fastvideo,
@@ -317,6 +345,7 @@ TRAINERS: dict[str, Callable[[Path, Path], None]] = {
     "ai-toolkit": ai_toolkit,
     "SimpleTuner": simpletuner,
     "sd-scripts": sd_scripts,
+    "diffusion-pipe": diffusion_pipe,
 }
 
 
