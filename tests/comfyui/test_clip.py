@@ -413,3 +413,15 @@ def test_a_family_keeps_its_own_sizes(tmp_path: Path) -> None:
         FAMILIES["mochi"].check(V1_1)
     assert replace(FAMILIES["mochi"], checkpoint=None) == toy_family("mochi")
     assert toy_state(UMT5)["spiece_model"].dtype == torch.uint8
+
+
+def test_out_of_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from comfy_nai_t5.clip import with_our_t5
+    from comfy_nai_t5.stack import SharedStack
+
+    clip = with_our_t5(stock(toy_file(tmp_path, V1_1), "mochi"), Settings("float32"))
+    with monkeypatch.context() as without_memory:
+        without_memory.setattr(SharedStack, "forward", lambda *_, **__: torch.empty(1 << 50))
+        with pytest.raises(MemoryError, match=r"memory ran out while the T5 encoded 1 × .*; use a shorter prompt"):
+            conditioning(clip, "a cat")
+    assert conditioning(clip, "a cat")["cond"].isfinite().all()

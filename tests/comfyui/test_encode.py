@@ -61,9 +61,7 @@ def test_lines_are_what_they_are_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("by_the_stock_node", [True, False])
-def test_an_endless_prompt_is_refused(
-    by_the_stock_node: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_endless_prompt_is_refused(by_the_stock_node: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from comfy_nai_t5 import families
     from comfy_nai_t5.encode import encode
     from comfy_nai_t5.loaders import load_t5
