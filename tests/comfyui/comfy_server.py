@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +106,19 @@ class Server:
             url = f"{self.url.replace('http', 'ws')}/ws?clientId=watcher"
             async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as socket:
                 running = asyncio.create_task(asyncio.to_thread(self.run, prompt, "watcher"))
-                while not running.done():
-                    with suppress(asyncio.TimeoutError):
+                while True:
+                    try:
                         message = await socket.receive(timeout=0.5)
-                        if message.type == aiohttp.WSMsgType.BINARY:
-                            shown += message.data
-                        elif message.type == aiohttp.WSMsgType.TEXT:
-                            content = json.loads(message.data)
-                            warnings += [content["data"]] if content["type"] == "nai-t5.warning" else []
+                    except asyncio.TimeoutError:
+                        # What was sent during the run may come after its end.
+                        if running.done():
+                            break
+                        continue
+                    if message.type == aiohttp.WSMsgType.BINARY:
+                        shown += message.data
+                    elif message.type == aiohttp.WSMsgType.TEXT:
+                        content = json.loads(message.data)
+                        warnings += [content["data"]] if content["type"] == "nai-t5.warning" else []
                 assert (await running)["status"]["status_str"] == "success"
             return warnings, shown.decode("utf-8", "replace")
 
