@@ -16,6 +16,12 @@ from nai_t5_core.facts.config import T5Config
 CTRANSLATE2 = "ctranslate2"
 
 
+def dtype_of_ctranslate2(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that CTranslate2 is to compute in beside ours: the same where it has it on this processor, or float32."""
+    possible = require(CTRANSLATE2, extra=CTRANSLATE2).get_supported_compute_types("cpu")
+    return dtype if _name(dtype) in possible else torch.float32
+
+
 def ctranslate2_generate(config: T5Config, state: State, dtype: torch.dtype, int8: bool) -> Callable[..., Tensor]:
     """A function of ids [prompts, length], the number of beams and that of new tokens, to tokens [prompts, new tokens].
 
@@ -45,7 +51,7 @@ def ctranslate2_generate(config: T5Config, state: State, dtype: torch.dtype, int
     def generate(ids: Tensor, beams: int, new_tokens: int) -> Tensor:
         lengths = {"max_decoding_length": new_tokens, "min_decoding_length": new_tokens}
         prompts = [[_word(number) for number in row] for row in ids.tolist()]
-        found = translator.translate_batch(prompts, beam_size=beams, **lengths)
+        found = translator.translate_batch(prompts, beam_size=beams, max_input_length=0, **lengths)
         return torch.tensor([[int(word[1:-1]) for word in text.hypotheses[0]] for text in found])
 
     return generate

@@ -16,7 +16,7 @@ from torch import Tensor
 from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_prepack
 from nai_t5_core.backends.compiled import compile_steps
-from nai_t5_core.bench.ctranslate2_peer import CTRANSLATE2, ctranslate2_generate
+from nai_t5_core.bench.ctranslate2_peer import CTRANSLATE2, ctranslate2_generate, dtype_of_ctranslate2
 from nai_t5_core.bench.parity import random_batch
 from nai_t5_core.bench.parity_report import OWN, without_nan
 from nai_t5_core.bench.peers import State, own_t5, random_state, transformers_t5
@@ -184,9 +184,11 @@ def bench_generation(
             contenders[TRANSFORMERS] = _transformers(config, state, model_dtype, place)
         if CTRANSLATE2 in against:
             tell("converting for CTranslate2")
-            contenders[CTRANSLATE2] = ctranslate2_generate(config, state, model_dtype, int8=False)
+            theirs = dtype_of_ctranslate2(model_dtype)
+            name = CTRANSLATE2 if theirs == model_dtype else f"{CTRANSLATE2}, {str(theirs).removeprefix('torch.')}"
+            contenders[name] = ctranslate2_generate(config, state, theirs, int8=False)
             if int8:
-                contenders[f"{CTRANSLATE2}, int8"] = ctranslate2_generate(config, state, model_dtype, int8=True)
+                contenders[f"{CTRANSLATE2}, int8"] = ctranslate2_generate(config, state, theirs, int8=True)
         results = []
         for case in cases:
             ids, _ = random_batch(config, [prompt_length] * case.prompts, prompt_length, seed)
