@@ -218,6 +218,17 @@ def test_a_file_that_is_not_what_it_is_called_is_refused(case: str, tmp_path: Pa
         list(read_captions(tmp_path / name, Columns("caption", None if case == "no text" else "id")))
 
 
+@pytest.mark.parametrize("without", [slice(0, 4096), slice(4096, 8192), slice(8192, None)])
+def test_lines_that_leave_a_column_out_are_rows_without_it(without: slice, tmp_path: Path) -> None:
+    """Also so many in a row that they are read at a time."""
+    rows: list[dict[str, Any]] = [{"id": number, "caption": "x"} for number in range(9000)]
+    for row in rows[without]:
+        del row["caption"]
+    file = write_rows(tmp_path / "a.jsonl", rows)
+    read = [caption for batch in read_captions(file, Columns("caption", "id")) for caption in batch.captions]
+    assert read == [row.get("caption") for row in rows]
+
+
 CHANGES = {
     "family": (order("helios"), "feeding.family is 'wan' there and 'helios' now"),
     "length": (replace(order(), feeding=Feeding.choose("wan", 226)), "feeding.max_length is 512 there and 226 now"),
