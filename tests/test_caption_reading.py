@@ -110,6 +110,12 @@ def test_processes_share_an_epoch_evenly(dataset: EmbeddingDataset) -> None:
     assert {name for part in parts for batch in part for name in batch} == set(TEXTS)
 
 
+def test_where_processes_are_more_than_batches_each_has_one(dataset: EmbeddingDataset) -> None:
+    parts = [list(LengthSampler(dataset, 25, rank=rank, world=7)) for rank in range(7)]
+    assert [len(part) for part in parts] == [len(LengthSampler(dataset, 25, world=7))] * 7 == [1] * 7
+    assert {name for part in parts for batch in part for name in batch} == set(TEXTS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
