@@ -10,6 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,17 @@ pytest.importorskip("pyarrow")
 from toy_captions import captions, digests, made, order, planned, with_a_damaged_row, write_captions
 
 from nai_t5_core.cli import app
-from nai_t5_core.datasets import compute
+from nai_t5_core.datasets import check, compute, processes
 from nai_t5_core.datasets.check import collect_garbage, status_of, verify
 from nai_t5_core.datasets.compute import Engine, to_make
 from nai_t5_core.datasets.encoder_choice import EncoderChoice
 from nai_t5_core.datasets.folder import SetFolder
 from nai_t5_core.datasets.index import read_index
+from nai_t5_core.datasets.on_ray import _Actor
+from nai_t5_core.datasets.plan import existing_plan
 from nai_t5_core.datasets.processes import Job, WorkerDiedError, check_tries, make_in_processes
 from nai_t5_core.datasets.worker import Progress, Worker
+from nai_t5_core.weights.whole_files import alone_in
 
 TEXTS = captions(120)
 
@@ -189,6 +195,41 @@ class DiesOnLoading(Job):
         raise AssertionError
 
 
+class RaisesOnLoading(Job):
+    def worker(self) -> Worker:
+        raise EOFError("Ran out of input")
+
+
+def test_what_loading_raises_is_sent_and_not_taken_for_the_end_of_who_asked(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("the process ends without a word"))
+    planner, plan = planned(order(), tmp_path / "set", file)
+    ours, theirs = Pipe()
+    processes._work(theirs, RaisesOnLoading(planner.folder, plan.recipe, order().encoder, 8192))
+    assert str(ours.recv()) == "Ran out of input"
+
+
+def test_a_worker_of_which_nobody_hears_ends(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", end)
+    planner, plan = planned(order(), tmp_path / "set", file)
+    ours, theirs = Pipe()
+    ours.close()
+    with pytest.raises(SystemExit):
+        processes._work(theirs, Job(planner.folder, plan.recipe, order().encoder, 8192))
+
+
+def test_what_an_actor_cannot_load_is_told_by_its_first_shard(tmp_path: Path, file: Path) -> None:
+    """Ray hides what a constructor raises."""
+    planner, plan = planned(order(), tmp_path / "set", file)
+    actor = _Actor(Job(planner.folder, plan.recipe, EncoderChoice(source=str(tmp_path / "nothing")), 8192))
+    with pytest.raises(ValueError, match="nothing"):
+        actor.make(0)
+
+
 @pytest.mark.slow
 def test_what_a_process_raises_is_raised(tmp_path: Path, file: Path) -> None:
     planner, plan = planned(order(), tmp_path / "set", file)
@@ -303,6 +344,27 @@ def test_verify_names_a_changed_byte_and_the_next_run_mends_it(
     made(order(), tmp_path / "set", file)
     assert [path.name for path in collect_garbage(folder)] == ["00002.safetensors.damaged"]
     assert digests(folder.path) == before
+
+
+@pytest.mark.parametrize("look", [collect_garbage, verify])
+def test_what_another_run_has_made_before_a_folder_is_had_alone_belongs_to_it(
+    look: Callable[[SetFolder], Any], tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made(order(), tmp_path / "set", file)
+    more = write_captions(tmp_path / "more.jsonl", captions(120, first=500))
+
+    @contextmanager
+    def late(path: Path) -> Iterator[None]:
+        if path == folder.path or look is verify:
+            made(order(), folder.path, file, more)
+            damaged = len(existing_plan(folder).shards) - 1
+            folder.shard(damaged).write_bytes(b"x") if look is verify else None
+        with alone_in(path):
+            yield
+
+    monkeypatch.setattr(check, "alone_in", late)
+    found = look(folder)
+    assert found == [] if look is collect_garbage else list(found) == [len(existing_plan(folder).shards) - 1]
 
 
 def test_garbage_is_what_no_plan_has(tmp_path: Path, file: Path) -> None:

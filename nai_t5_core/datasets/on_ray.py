@@ -11,11 +11,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 from nai_t5_core.datasets.arrow import MissingPackageError
 from nai_t5_core.datasets.processes import Job, check_tries
-from nai_t5_core.datasets.worker import Progress, Told
+from nai_t5_core.datasets.worker import Progress, Told, Worker
 from nai_t5_core.model.precision import resolve_device
 
 LOCAL = "local"
@@ -90,13 +91,18 @@ def _share(ray: Any, job: Job, workers: int | None) -> tuple[int, dict[str, int]
 class _Actor:
     """What runs on a machine of the cluster: loads the encoder, and makes a shard for each call.
 
-    Of two calls at once, one encodes while the other writes.
+    Of two calls at once, one encodes while the other writes. The first call loads: of what a constructor raises, Ray
+    tells no more than that the actor has died.
     """
 
     def __init__(self, job: Job) -> None:
-        self._worker = job.worker()
+        self._job = job
+        self._worker: Worker | None = None
+        self._loading = Lock()
 
     def make(self, number: int) -> list[Progress]:
+        with self._loading:
+            self._worker = self._worker or self._job.worker()
         told: list[Progress] = []
         self._worker.run([number], told.append)
         return told

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -148,23 +148,45 @@ class _Crew:
 
 def _work(pipe: Connection, job: Job) -> None:
     """What a process does: asks for numbers and tells of its progress, until it is told None or nobody answers."""
-
-    def numbers() -> Iterator[int]:
-        while True:
-            pipe.send("next")
-            number = pipe.recv()
-            if number is None:
-                return
-            yield number
-
+    line = _Line(pipe)
     try:
-        job.worker().run(numbers(), pipe.send)
-    except (EOFError, ConnectionError):
-        # Who has started this is gone.
+        job.worker().run(line.numbers(), line.tell)
+    except _NobodyAnswersError:
         os._exit(1)
     except Exception as error:
         with suppress(ConnectionError):
             pipe.send(_as_sent(error))
+
+
+class _NobodyAnswersError(Exception):
+    """The process that has started this one is gone. Loading an encoder may raise what a broken pipe does."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    pipe: Connection
+
+    def numbers(self) -> Iterator[int]:
+        while (number := self._asked()) is not None:
+            yield number
+
+    def tell(self, message: object) -> None:
+        with _answered():
+            self.pipe.send(message)
+
+    def _asked(self) -> int | None:
+        with _answered():
+            self.pipe.send("next")
+            number: int | None = self.pipe.recv()
+            return number
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        raise _NobodyAnswersError from error
 
 
 def _as_sent(error: Exception) -> Exception:
