@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from toy_captions import captions, digests, made, order, planned, write_captions, write_rows
 
-from nai_t5_core.datasets import ledger
+from nai_t5_core.datasets import ledger, recipe
 from nai_t5_core.datasets.arrow import MissingPackageError
 from nai_t5_core.datasets.captions import Columns, read_captions
 from nai_t5_core.datasets.folder import SetFolder
@@ -147,6 +147,7 @@ BAD_INPUT: dict[str, tuple[str | list[dict[str, Any]], str]] = {
     "no such column": ([{"id": "a", "text": "x"}], "has no column 'caption'; it has: id, text"),
     "a null": ([*ROWS, {"id": "z", "caption": None}], "1 of 61 rows .* row 60 of .* has no caption.*--skip-bad"),
     "a number": ([*ROWS, {"id": "z", "caption": 3}], "has the caption 3, which is no text"),
+    "half a character in an id": ([*ROWS, {"id": "z\ud83e", "caption": "a"}], "row 60 of .* has half a pair"),
     "half a character": ([*ROWS, {"id": "z", "caption": "a \ud83e"}], "has half a pair of surrogates"),
     "no id": ([*ROWS, {"id": None, "caption": "x"}], "row 60 of .* has no id"),
     "an id of another type": ([*ROWS, {"id": 1.5, "caption": "x"}], "the id 1.5, which is neither"),
@@ -195,9 +196,28 @@ def test_a_full_disk_is_told_and_changes_nothing(tmp_path: Path, monkeypatch: py
 
 
 def test_bad_rows_can_be_left_out(tmp_path: Path) -> None:
-    file = write_rows(tmp_path / "a.jsonl", [*ROWS, {"id": "z", "caption": None}, {"id": "y"}])
+    bad = [
+        {"id": "z", "caption": None},
+        {"id": "y"},
+        {"id": "x", "caption": "\ud83e"},
+        {"id": "\ud83e", "caption": "x"},
+    ]
+    file = write_rows(tmp_path / "a.jsonl", [*ROWS, *bad])
     planner, plan = planned(replace(order(), skip_bad=True), tmp_path / "set", file)
-    assert (plan.samples, planner.left_out) == (len(TEXTS), 2)
+    assert (plan.samples, planner.left_out) == (len(TEXTS), 4)
+
+
+def test_rows_of_a_further_file_are_numbered_behind_those_of_the_earlier_ones(tmp_path: Path) -> None:
+    numbered = order(id_column=None)
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_text("one\ntwo\n")
+    second.write_text("three\n")
+    planned(numbered, tmp_path / "set", first)
+    with pytest.raises(ValueError, match=r"b.txt: the id '0' .* give the earlier files \(a.txt\) before new ones"):
+        planned(numbered, tmp_path / "set", second)
+    planner, _ = planned(numbered, tmp_path / "set", first, second)
+    samples = {name: text for batch in known_samples(planner.folder) for name, _, text in batch}
+    assert samples == {"0": "one", "1": "two", "2": "three"}
 
 
 FILES: dict[str, tuple[str, bytes, str]] = {
@@ -227,6 +247,23 @@ def test_lines_that_leave_a_column_out_are_rows_without_it(without: slice, tmp_p
     file = write_rows(tmp_path / "a.jsonl", rows)
     read = [caption for batch in read_captions(file, Columns("caption", "id")) for caption in batch.captions]
     assert read == [row.get("caption") for row in rows]
+
+
+@pytest.mark.parametrize("family", ["wan", "flux"])
+def test_another_cleaning_of_the_text_is_another_setting(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine with ftfy, which Wan's cleaning uses, goes on with the set of one without."""
+    file = write_captions(tmp_path / "a.jsonl", TEXTS)
+    monkeypatch.setattr(recipe, "find_spec", lambda name: None)
+    planned(order(family), tmp_path / "set", file)
+    monkeypatch.setattr(recipe, "find_spec", lambda name: name)
+    longer = write_captions(tmp_path / "a.jsonl", {**TEXTS, "new": "something else"})
+    if family == "flux":
+        assert planned(order(family), tmp_path / "set", longer)[1].samples == len(TEXTS) + 1
+    else:
+        with pytest.raises(ValueError, match=r"feeding.ftfy is False there and True now"):
+            planned(order(family), tmp_path / "set", longer)
 
 
 CHANGES = {
