@@ -81,7 +81,7 @@ class Ledger:
             if there != key:
                 raise OtherCaptionError(
                     f"the id {name!r} is given to two captions: {_begin(other)} and {_begin(caption)}; nothing was "
-                    "changed. Each id needs one caption"
+                    "changed"
                 )
 
     @property

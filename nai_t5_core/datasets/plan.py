@@ -17,7 +17,7 @@ from typing import Any
 
 from nai_t5_core.datasets.captions import Columns, read_captions
 from nai_t5_core.datasets.folder import SetFolder, lasting
-from nai_t5_core.datasets.ledger import Ledger
+from nai_t5_core.datasets.ledger import Ledger, OtherCaptionError
 from nai_t5_core.datasets.prompt_files import Shard, known_keys, write_prompts
 from nai_t5_core.datasets.recipe import Recipe, differences
 from nai_t5_core.datasets.samples import known_samples, write_samples
@@ -178,7 +178,10 @@ class Planner:
                     self._rows += known[contents].rows
                     continue
                 first = self._rows
-                self._add(file, ledger)
+                try:
+                    self._add(file, ledger)
+                except OtherCaptionError as error:
+                    raise OtherCaptionError(f"{file}: {error}. {self._how_ids_are_given(before)}") from error
                 new.append(Input(file.name, contents, self._rows - first))
             self._refuse_bad()
             if not ledger.sample_count:
@@ -229,6 +232,15 @@ class Planner:
                 [(self.recipe.feeding.kept_rows(prompt.tokens), prompt) for prompt in prompts],
             )
             self.told(len(prompts))
+
+    def _how_ids_are_given(self, before: Plan) -> str:
+        if self.columns.id is not None:
+            return "Each id needs one caption"
+        earlier = ", ".join(old.name for old in before.inputs) or "those of the set"
+        return (
+            "Without --id, the numbers of the rows of all files that are given are the ids: give the earlier files "
+            f"({earlier}) before new ones, which does not read them again, or ids by --id"
+        )
 
     def _batches(self, file: Path) -> Iterator[tuple[tuple[list[str], list[str]], list[str]]]:
         """Ids and captions of the rows that have both, and the captions again, to be made prompts of."""
