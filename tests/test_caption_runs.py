@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -78,29 +78,34 @@ def start(out: Path, file: Path, workers: int, shard_bytes: int) -> subprocess.P
 
 
 def kill_at_random(out: Path, file: Path, workers: int, kills: int, shard_bytes: int, longest: float) -> int:
-    """Kills runs at random moments until one has ended by itself; gives how often a run was killed at work."""
+    """Kills runs until one has ended by itself; gives how often a run was killed at work.
+
+    A kill comes at a random moment, while the program starts perhaps, but soon after some shards at the latest.
+    """
     done, chance = 0, random.Random(0)
     while True:
         run = start(out, file, workers, shard_bytes)
         if done < kills:
-            # Half of the kills come soon after a shard, the others whenever it is.
-            if chance.random() < 0.5:
-                assert run.stdout is not None
-                for _ in range(chance.randint(1, 10)):
-                    run.stdout.readline()
-                time.sleep(chance.random() * 0.02)
-            else:
-                time.sleep(chance.random() * longest)
-        at_work = done < kills and run.poll() is None
-        if at_work:
-            os.killpg(run.pid, signal.SIGKILL)
-            done += 1
+            assert run.stdout is not None
+            moment = threading.Timer(chance.random() * longest, end, [run])
+            moment.start()
+            for _ in range(chance.randint(1, 10)):
+                run.stdout.readline()
+            time.sleep(chance.random() * 0.02)
+            moment.cancel()
+            end(run)
         status = run.wait()
         for path in (out / "shards").glob("*.safetensors"):
             assert path.stat().st_size > 0
-        if not at_work:
+        if status != -signal.SIGKILL:
             assert status == 0
             return done
+        done += 1
+
+
+def end(run: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)
 
 
 def check_killed(tmp_path: Path, count: int, workers: int, kills: int, shard_bytes: int, longest: float) -> int:
@@ -112,10 +117,11 @@ def check_killed(tmp_path: Path, count: int, workers: int, kills: int, shard_byt
     collect_garbage(folder)
     assert digests(folder.path) == digests(whole.path)
     assert read_index(folder).equals(read_index(whole))
-    assert folder.samples.read_bytes() == whole.samples.read_bytes()
+    samples = folder.samples(existing_plan(folder).edition)
+    assert samples.read_bytes() == whole.samples(existing_plan(whole).edition).read_bytes()
     assert verify(folder) == {}
     left = {path.name for path in folder.path.iterdir()}
-    assert left == {"plan.json", "samples.parquet", "index.parquet", "plan", "shards"}
+    assert left == {"plan.json", samples.name, "index.parquet", "plan", "shards"}
     return killed
 
 
@@ -364,7 +370,10 @@ def test_what_another_run_has_made_before_a_folder_is_had_alone_belongs_to_it(
 
     monkeypatch.setattr(check, "alone_in", late)
     found = look(folder)
-    assert found == [] if look is collect_garbage else list(found) == [len(existing_plan(folder).shards) - 1]
+    if look is collect_garbage:
+        assert found == [folder.samples(1)]
+    else:
+        assert list(found) == [len(existing_plan(folder).shards) - 1]
 
 
 def test_garbage_is_what_no_plan_has(tmp_path: Path, file: Path) -> None:

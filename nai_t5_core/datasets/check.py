@@ -125,6 +125,7 @@ def _garbage(folder: SetFolder, plan: Plan, with_failed: bool) -> Iterator[Path]
         if number >= planned or (with_failed and _has_failures(folder.shard(number))):
             yield folder.shard(number)
     yield from (folder.prompts(number) for number in folder.numbers_in(folder.prompts_folder) if number >= planned)
+    yield from (file for file in folder.all_samples() if file != folder.samples(plan.edition))
     if folder.ledger.exists():
         yield folder.ledger
 

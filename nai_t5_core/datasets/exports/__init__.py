@@ -75,7 +75,7 @@ def _samples(
 ) -> Iterator[Sample]:
     length = dataset.plan.recipe.feeding.max_length
     done = 0
-    for batch in known_samples(dataset.folder):
+    for batch in known_samples(dataset.folder.samples(dataset.plan.edition)):
         for name, _, caption in batch:
             states, text_rows = dataset[name]
             clips = clip(caption) if clip else None
@@ -124,7 +124,7 @@ def _refuse_names(dataset: EmbeddingDataset, chosen: Format, named: str) -> None
     if chosen.place is None:
         return
     seen: dict[str, str] = {}
-    for batch in known_samples(dataset.folder):
+    for batch in known_samples(dataset.folder.samples(dataset.plan.edition)):
         for name, _, caption in batch:
             place = chosen.place(name, caption, named)
             path = PurePosixPath(place)
