@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from toy_captions import captions, digests, made, order, planned, with_a_damaged
 from nai_t5_core.cli import app
 from nai_t5_core.datasets import check, compute, processes
 from nai_t5_core.datasets.check import collect_garbage, status_of, verify
-from nai_t5_core.datasets.compute import Engine, to_make
+from nai_t5_core.datasets.compute import Engine, make_shards, to_make
 from nai_t5_core.datasets.encoder_choice import EncoderChoice
 from nai_t5_core.datasets.folder import SetFolder
 from nai_t5_core.datasets.index import read_index
@@ -283,12 +284,35 @@ def test_what_makes_shards_is_checked(engine: dict[str, Any], expected: str) -> 
 
 def test_each_gpu_has_a_worker(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planner, plan = planned(order(), tmp_path / "set", file)
-    monkeypatch.setattr(compute, "resolve_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     job = Job(planner.folder, plan.recipe, EncoderChoice(device="cuda"), 8192)
     assert [each.encoder.device for each in compute._jobs(job, None)] == ["cuda:0", "cuda:1"]
     assert [each.encoder.device for each in compute._jobs(job, 3)] == ["cuda:0", "cuda:1", "cuda:0"]
     assert [each.encoder.device for each in compute._jobs(job.on("cuda:1"), None)] == ["cuda:1"]
+
+
+def test_a_worker_whose_encoder_is_not_that_of_the_set_is_refused(tmp_path: Path, file: Path) -> None:
+    planner, plan = planned(order(), tmp_path / "set", file)
+    encoder, _ = with_a_damaged_row(tmp_path)
+    job = Job(planner.folder, plan.recipe, encoder, 8192)
+    with pytest.raises(ValueError, match=r"is not that of the set: .*weights is .* there and .* now. Workers need"):
+        job.worker()
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_jobs_say_what_auto_stands_for(
+    device: str, tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with a GPU where the set was planned on one without, auto would be another encoder."""
+    sent: list[Job] = []
+    monkeypatch.setattr(processes, "resolve_device", lambda name: torch.device("mps"))
+    monkeypatch.setattr(compute, "make_in_processes", lambda jobs, numbers, told: sent.extend(jobs))
+    planner, plan = planned(order(), tmp_path / "set", file)
+    encoder = EncoderChoice(device=device)
+    make_shards(planner.folder, plan, encoder, [0], Engine(workers=2), lambda progress: None)
+    expected = replace(encoder, dtype=plan.recipe.encoder["dtype"], device="mps" if device == "auto" else "cpu")
+    assert [job.encoder for job in sent] == [expected, expected]
+    assert expected.dtype in ("float32", "bfloat16")
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path, file: Path) -> None:

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
+import torch
+
 from nai_t5_core.datasets.arrow import MissingPackageError
 from nai_t5_core.datasets.processes import Job, check_tries
 from nai_t5_core.datasets.worker import Progress, Told, Worker
-from nai_t5_core.model.precision import resolve_device
 
 LOCAL = "local"
 # Seconds.
@@ -80,7 +81,7 @@ def _refuse_silence(address: str) -> None:
 def _share(ray: Any, job: Job, workers: int | None) -> tuple[int, dict[str, int]]:
     """How many actors there shall be, and what each asks for: a GPU, or its part of the processors."""
     there = ray.cluster_resources()
-    if resolve_device(job.encoder.device).type == "cuda":
+    if torch.device(job.encoder.device).type == "cuda":
         return workers or max(int(there.get("GPU", 0)), 1), {"num_gpus": 1}
     machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     size = workers or max(len(machines), 1)
