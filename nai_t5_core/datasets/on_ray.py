@@ -37,6 +37,9 @@ def make_on_ray(job: Job, numbers: Sequence[int], address: str, workers: int | N
         MissingPackageError: Ray is not installed.
         ValueError: there is no cluster at the address, or it has another version; a worker has failed.
     """
+    if torch.device(job.encoder.device).type == "cuda":
+        # An actor sees one GPU, whatever its number is on the machine.
+        job = job.on("cuda")
     with _cluster(address) as ray:
         size, resources = _share(ray, job, workers)
         _Crew(ray, job.with_threads(resources.get("num_cpus")), deque(numbers), told, resources, size).attend()
