@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -265,7 +266,20 @@ def test_another_rank_waits_for_the_plan(tmp_path: Path, file: Path, capsys: pyt
     late.start()
     app(arguments(file, out, "--rank", "1", "--world", "2", "--json"), standalone_mode=False)
     late.join()
-    assert json.loads(capsys.readouterr().out)["made"] == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["made"] == 0
+    assert f"waiting until rank 0 has planned these files in {out / 'plan.json'}" in captured.err
+
+
+def test_another_rank_does_not_wait_for_ever(tmp_path: Path, file: Path) -> None:
+    given = arguments(file, tmp_path / "set", "--rank", "1", "--world", "2", "--plan-wait", "0")
+    with pytest.raises(ValueError, match=r"rank 0 has not planned .*plan.json within 0 minutes: see what"):
+        app(given, standalone_mode=False)
+
+
+def test_plan_only_says_that_it_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    app(["precompute", "run", "--help"], standalone_mode=False)
+    assert "Plan, say what there is to do, and encode nothing" in re.sub(r"[│\s]+", " ", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -335,6 +349,7 @@ def test_the_command_says_what_there_is_to_do_and_what_was_done(
     app(arguments(file, out, "--plan-only"), standalone_mode=False)
     told = capsys.readouterr().err
     unique = len(set(TEXTS.values()))
+    assert (out / "plan.json").is_file()
     assert f"120 samples, {unique} unique prompts;" in told and "1 shards, of which 1 are to be made" in told
     assert not (out / "shards").exists()
     app(arguments(file, out), standalone_mode=False)
