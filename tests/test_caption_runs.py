@@ -1,4 +1,4 @@
-"""Runs of ``nai-t5 precompute``: resumed after kills, shared by workers, and their folders looked after."""
+"""Runs of ``nai-t5 precompute``: resumed after kills, and their folders looked after."""
 
 from __future__ import annotations
 
@@ -13,29 +13,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("pyarrow")
 
 from toy_captions import captions, digests, made, order, planned, with_a_damaged_row, write_captions
 
 from nai_t5_core.cli import app
-from nai_t5_core.datasets import check, compute, processes
+from nai_t5_core.datasets import check
 from nai_t5_core.datasets.check import collect_garbage, status_of, verify
-from nai_t5_core.datasets.compute import Engine, make_shards, to_make
-from nai_t5_core.datasets.encoder_choice import EncoderChoice
 from nai_t5_core.datasets.folder import SetFolder
 from nai_t5_core.datasets.index import read_index
-from nai_t5_core.datasets.on_ray import _Actor
 from nai_t5_core.datasets.plan import existing_plan
-from nai_t5_core.datasets.processes import Job, WorkerDiedError, check_tries, make_in_processes
-from nai_t5_core.datasets.worker import Progress, Worker
+from nai_t5_core.datasets.worker import Progress
 from nai_t5_core.weights.whole_files import alone_in
 
 TEXTS = captions(120)
@@ -154,190 +147,6 @@ def test_at_most_one_shard_is_computed_again(tmp_path: Path, file: Path) -> None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Workers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_two_processes_of_which_one_is_killed_make_the_same_shards(tmp_path: Path, file: Path) -> None:
-    expected = digests(made(order(), tmp_path / "one", file).path)
-    planner, plan = planned(order(), tmp_path / "two", file)
-    planner.folder.shards_folder.mkdir()
-    job = Job(planner.folder, plan.recipe, order().encoder, 8192, threads=1)
-    written: list[int] = []
-
-    def told(progress: Progress) -> None:
-        if progress.written is not None:
-            written.append(progress.written)
-            if len(written) == 1:
-                os.kill(next(iter(children_of(os.getpid()))), signal.SIGKILL)
-
-    make_in_processes([job, job], range(len(plan.shards)), told)
-    assert digests(tmp_path / "two") == expected
-
-
-def children_of(pid: int) -> list[int]:
-    """Processes that encode: of those that python starts, the ones with a job."""
-    import psutil
-
-    return [child.pid for child in psutil.Process(pid).children() if "spawn_main" in " ".join(child.cmdline())]
-
-
-def test_a_shard_that_ends_its_worker_each_time_ends_the_run() -> None:
-    check_tries(4, 2)
-    with pytest.raises(WorkerDiedError, match=r"shard 4 has ended its worker 3 times; .*want of memory"):
-        check_tries(4, 3)
-
-
-@pytest.mark.slow
-def test_workers_that_end_while_they_load_end_the_run(tmp_path: Path, file: Path) -> None:
-    planner, plan = planned(order(), tmp_path / "set", file)
-    job = DiesOnLoading(planner.folder, plan.recipe, order().encoder, 8192)
-    with pytest.raises(WorkerDiedError, match="loading the encoder has ended its worker 3 times"):
-        make_in_processes([job], range(len(plan.shards)), lambda progress: None)
-
-
-class DiesOnLoading(Job):
-    def worker(self) -> Worker:
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError
-
-
-class RaisesOnLoading(Job):
-    def worker(self) -> Worker:
-        raise EOFError("Ran out of input")
-
-
-def test_what_loading_raises_is_sent_and_not_taken_for_the_end_of_who_asked(
-    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("the process ends without a word"))
-    planner, plan = planned(order(), tmp_path / "set", file)
-    ours, theirs = Pipe()
-    processes._work(theirs, RaisesOnLoading(planner.folder, plan.recipe, order().encoder, 8192))
-    assert str(ours.recv()) == "Ran out of input"
-
-
-def test_a_worker_of_which_nobody_hears_ends(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def end(status: int) -> None:
-        raise SystemExit(status)
-
-    monkeypatch.setattr(os, "_exit", end)
-    planner, plan = planned(order(), tmp_path / "set", file)
-    ours, theirs = Pipe()
-    ours.close()
-    with pytest.raises(SystemExit):
-        processes._work(theirs, Job(planner.folder, plan.recipe, order().encoder, 8192))
-
-
-def test_what_an_actor_cannot_load_is_told_by_its_first_shard(tmp_path: Path, file: Path) -> None:
-    """Ray hides what a constructor raises."""
-    planner, plan = planned(order(), tmp_path / "set", file)
-    actor = _Actor(Job(planner.folder, plan.recipe, EncoderChoice(source=str(tmp_path / "nothing")), 8192))
-    with pytest.raises(ValueError, match="nothing"):
-        actor.make(0)
-
-
-@pytest.mark.slow
-def test_what_a_process_raises_is_raised(tmp_path: Path, file: Path) -> None:
-    planner, plan = planned(order(), tmp_path / "set", file)
-    planner.folder.prompts(1).unlink()
-    planner.folder.shards_folder.mkdir()
-    job = Job(planner.folder, plan.recipe, order().encoder, 8192, threads=1)
-    with pytest.raises(ValueError, match=r"00001.safetensors is damaged or missing"):
-        make_in_processes([job, job], range(len(plan.shards)), lambda progress: None)
-
-
-def test_ranks_share_the_shards(tmp_path: Path, file: Path) -> None:
-    expected = digests(made(order(), tmp_path / "one", file).path)
-    planner, plan = planned(order(), tmp_path / "two", file)
-    parts = [to_make(planner.folder, plan, Engine(rank=rank, world=3)) for rank in range(3)]
-    assert sorted(number for part in parts for number in part) == list(range(len(plan.shards)))
-    for rank in (2, 0, 1):
-        assert not planner.folder.index.exists()
-        made(order(), tmp_path / "two", file, engine=Engine(rank=rank, world=3))
-    assert planner.folder.index.exists()
-    assert digests(tmp_path / "two") == expected
-
-
-def test_another_rank_waits_for_the_plan(tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "set"
-    late = threading.Timer(0.5, lambda: planned(order(shard_bytes=512_000_000), out, file))
-    late.start()
-    app(arguments(file, out, "--rank", "1", "--world", "2", "--json"), standalone_mode=False)
-    late.join()
-    captured = capsys.readouterr()
-    assert json.loads(captured.out)["made"] == 0
-    assert f"waiting until rank 0 has planned these files in {out / 'plan.json'}" in captured.err
-
-
-def test_another_rank_does_not_wait_for_ever(tmp_path: Path, file: Path) -> None:
-    given = arguments(file, tmp_path / "set", "--rank", "1", "--world", "2", "--plan-wait", "0")
-    with pytest.raises(ValueError, match=r"rank 0 has not planned .*plan.json within 0 minutes: see what"):
-        app(given, standalone_mode=False)
-
-
-def test_plan_only_says_that_it_plans(capsys: pytest.CaptureFixture[str]) -> None:
-    app(["precompute", "run", "--help"], standalone_mode=False)
-    assert "Plan, say what there is to do, and encode nothing" in re.sub(r"[│\s]+", " ", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize(
-    ("engine", "expected"),
-    [
-        ({"workers": 0}, "workers=0; it must be 1 or more"),
-        ({"rank": 2, "world": 2}, "rank 2 of 2; ranks are 0 to 1"),
-        ({"ray": "local", "world": 2}, "leave --rank and --world out"),
-        ({"token_budget": 0}, "token_budget=0; it must be 1 or more"),
-    ],
-)
-def test_what_makes_shards_is_checked(engine: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ValueError, match=expected):
-        Engine(**engine)
-
-
-def test_each_gpu_has_a_worker(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    planner, plan = planned(order(), tmp_path / "set", file)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    job = Job(planner.folder, plan.recipe, EncoderChoice(device="cuda"), 8192)
-    assert [each.encoder.device for each in compute._jobs(job, None)] == ["cuda:0", "cuda:1"]
-    assert [each.encoder.device for each in compute._jobs(job, 3)] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert [each.encoder.device for each in compute._jobs(job.on("cuda:1"), None)] == ["cuda:1"]
-
-
-def test_a_worker_whose_encoder_is_not_that_of_the_set_is_refused(tmp_path: Path, file: Path) -> None:
-    planner, plan = planned(order(), tmp_path / "set", file)
-    encoder, _ = with_a_damaged_row(tmp_path)
-    job = Job(planner.folder, plan.recipe, encoder, 8192)
-    with pytest.raises(ValueError, match=r"is not that of the set: .*weights is .* there and .* now. Workers need"):
-        job.worker()
-
-
-@pytest.mark.parametrize("device", ["auto", "cpu"])
-def test_jobs_say_what_auto_stands_for(
-    device: str, tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a machine with a GPU where the set was planned on one without, auto would be another encoder."""
-    sent: list[Job] = []
-    monkeypatch.setattr(processes, "resolve_device", lambda name: torch.device("mps"))
-    monkeypatch.setattr(compute, "make_in_processes", lambda jobs, numbers, told: sent.extend(jobs))
-    planner, plan = planned(order(), tmp_path / "set", file)
-    encoder = EncoderChoice(device=device)
-    make_shards(planner.folder, plan, encoder, [0], Engine(workers=2), lambda progress: None)
-    expected = replace(encoder, dtype=plan.recipe.encoder["dtype"], device="mps" if device == "auto" else "cpu")
-    assert [job.encoder for job in sent] == [expected, expected]
-    assert expected.dtype in ("float32", "bfloat16")
-
-
-def test_two_runs_at_once_are_refused(tmp_path: Path, file: Path) -> None:
-    def another(progress: Progress) -> None:
-        with pytest.raises(ValueError, match="another run is writing in"):
-            made(order(), tmp_path / "set", file)
-
-    made(order(), tmp_path / "set", file, told=another)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -360,6 +169,28 @@ def test_the_command_says_what_there_is_to_do_and_what_was_done(
     assert (found["samples"], found["prompts"], found["missing"], found["failures"]) == (120, unique, [], {})
     app(["precompute", "verify", str(out)], standalone_mode=False)
     assert "all shards that are there are whole" in capsys.readouterr().out
+
+
+def test_another_rank_waits_for_the_plan(tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "set"
+    late = threading.Timer(0.5, lambda: planned(order(shard_bytes=512_000_000), out, file))
+    late.start()
+    app(arguments(file, out, "--rank", "1", "--world", "2", "--json"), standalone_mode=False)
+    late.join()
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["made"] == 0
+    assert f"waiting until rank 0 has planned these files in {out / 'plan.json'}" in captured.err
+
+
+def test_another_rank_does_not_wait_for_ever(tmp_path: Path, file: Path) -> None:
+    given = arguments(file, tmp_path / "set", "--rank", "1", "--world", "2", "--plan-wait", "0")
+    with pytest.raises(ValueError, match=r"rank 0 has not planned .*plan.json within 0 minutes: see what"):
+        app(given, standalone_mode=False)
+
+
+def test_plan_only_says_that_it_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    app(["precompute", "run", "--help"], standalone_mode=False)
+    assert "Plan, say what there is to do, and encode nothing" in re.sub(r"[│\s]+", " ", capsys.readouterr().out)
 
 
 def test_a_prompt_that_fails_is_told_and_the_status_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
