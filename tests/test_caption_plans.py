@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from toy_captions import captions, digests, made, order, planned, write_captions, write_rows
 
-from nai_t5_core.datasets import ledger
+from nai_t5_core.datasets import ledger, recipe
 from nai_t5_core.datasets.arrow import MissingPackageError
 from nai_t5_core.datasets.captions import Columns, read_captions
+from nai_t5_core.datasets.check import collect_garbage
 from nai_t5_core.datasets.folder import SetFolder
-from nai_t5_core.datasets.plan import existing_plan
+from nai_t5_core.datasets.ledger import Sample
+from nai_t5_core.datasets.plan import Plan, existing_plan
 from nai_t5_core.datasets.prompt_files import read_prompts
+from nai_t5_core.datasets.reading import EmbeddingDataset
 from nai_t5_core.datasets.recipe import Feeding, Keeping
 from nai_t5_core.datasets.samples import known_samples
 from nai_t5_core.prompts.cache.settings import settings_of
 from nai_t5_core.weights.examine import find_tokenizer_for
 
 TEXTS = captions(60)
+
+
+def samples_of(folder: SetFolder) -> Iterator[list[Sample]]:
+    return known_samples(folder.samples(existing_plan(folder).edition))
 
 
 def files_of(folder: Path) -> dict[str, str]:
@@ -57,7 +64,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 @pytest.mark.parametrize("kind", WRITERS)
 def test_every_kind_of_file_gives_the_same_samples(kind: str, tmp_path: Path) -> None:
     planner, plan = planned(order(), tmp_path / "set", WRITERS[kind](tmp_path / f"captions.{kind}"))
-    samples = [sample for batch in known_samples(planner.folder) for sample in batch]
+    samples = [sample for batch in samples_of(planner.folder) for sample in batch]
     assert {name: text for name, _, text in samples} == TEXTS
     assert plan.samples == len(TEXTS)
     assert plan.prompts == len(set(TEXTS.values())) < len(TEXTS)
@@ -66,13 +73,13 @@ def test_every_kind_of_file_gives_the_same_samples(kind: str, tmp_path: Path) ->
 def test_lines_of_a_text_file_have_their_numbers_as_ids(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("one\r\ntwo\u2028lines\n\nfour".encode())
     planner, _ = planned(order(id_column=None), tmp_path / "set", tmp_path / "a.txt")
-    samples = {name: text for batch in known_samples(planner.folder) for name, _, text in batch}
+    samples = {name: text for batch in samples_of(planner.folder) for name, _, text in batch}
     assert samples == {"0": "one", "1": "two\u2028lines", "2": "", "3": "four"}
 
 
 def test_a_prompts_key_is_that_of_the_cache(tmp_path: Path) -> None:
     planner, _ = planned(order("flux"), tmp_path / "set", write_captions(tmp_path / "a.jsonl", {"x": "a red fox"}))
-    ((_, key, _),) = next(iter(known_samples(planner.folder)))
+    ((_, key, _),) = next(iter(samples_of(planner.folder)))
     ids = find_tokenizer_for(None)(["a red fox"], 512, pad_to=512).input_ids[0]
     assert key.hex() == settings_of(device="cpu").key(ids).digest
 
@@ -119,23 +126,40 @@ def test_what_a_killed_plan_has_left_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "set" / "planning.sqlite").write_bytes(b"half")
     planner.folder.plan.unlink()
     _, plan = planned(order(), tmp_path / "set", file)
-    assert {name for batch in known_samples(planner.folder) for name, _, _ in batch} == set(TEXTS)
+    assert {name for batch in samples_of(planner.folder) for name, _, _ in batch} == set(TEXTS)
     assert plan.samples == len(TEXTS)
 
 
-def test_samples_of_a_plan_that_was_not_published_are_forgotten(tmp_path: Path) -> None:
-    """A kill between the two files leaves samples whose prompts have no shard."""
+def test_samples_of_a_plan_that_was_not_published_are_none_of_the_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the two files, of which the last publishes the plan."""
     file = write_captions(tmp_path / "a.jsonl", TEXTS)
-    planner, _ = planned(order(), tmp_path / "set", file)
-    published = planner.folder.plan.read_bytes()
-    longer = write_captions(tmp_path / "a.jsonl", {**TEXTS, "new": "something else entirely"})
-    planned(order(), tmp_path / "set", longer)
-    planner.folder.plan.write_bytes(published)
-    mended = write_captions(tmp_path / "a.jsonl", {**TEXTS, "new": "what was meant"})
+    folder = made(order(), tmp_path / "set", file)
+    longer = write_captions(tmp_path / "b.jsonl", {**TEXTS, "new": "something else", "same": TEXTS["clip/0003"]})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Plan, "as_json", killed)
+        planned(order(), tmp_path / "set", longer)
+    assert set(EmbeddingDataset(folder.path).ids.to_pylist()) == set(TEXTS)
+    mended = write_captions(tmp_path / "b.jsonl", {**TEXTS, "new": "what was meant"})
     _, plan = planned(order(), tmp_path / "set", mended)
-    samples = {name: text for batch in known_samples(planner.folder) for name, _, text in batch}
-    assert samples["new"] == "what was meant"
+    samples = {name: text for batch in samples_of(folder) for name, _, text in batch}
+    assert samples == {**TEXTS, "new": "what was meant"}
     assert plan.samples == len(TEXTS) + 1
+    collect_garbage(folder)
+    assert [file.name for file in folder.path.glob("samples*")] == [folder.samples(plan.edition).name]
+
+
+def killed(plan: Plan) -> str:
+    raise KeyboardInterrupt
+
+
+def test_no_more_samples_lie_about_than_those_that_someone_may_just_open(tmp_path: Path) -> None:
+    for number in range(1, 5):
+        file = write_captions(tmp_path / "a.jsonl", captions(20 * number))
+        planner, plan = planned(order(), tmp_path / "set", file)
+        assert planner.folder.samples(plan.edition) in planner.folder.all_samples()
+        assert len(planner.folder.all_samples()) == min(number, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,6 +171,7 @@ BAD_INPUT: dict[str, tuple[str | list[dict[str, Any]], str]] = {
     "no such column": ([{"id": "a", "text": "x"}], "has no column 'caption'; it has: id, text"),
     "a null": ([*ROWS, {"id": "z", "caption": None}], "1 of 61 rows .* row 60 of .* has no caption.*--skip-bad"),
     "a number": ([*ROWS, {"id": "z", "caption": 3}], "has the caption 3, which is no text"),
+    "half a character in an id": ([*ROWS, {"id": "z\ud83e", "caption": "a"}], "row 60 of .* has half a pair"),
     "half a character": ([*ROWS, {"id": "z", "caption": "a \ud83e"}], "has half a pair of surrogates"),
     "no id": ([*ROWS, {"id": None, "caption": "x"}], "row 60 of .* has no id"),
     "an id of another type": ([*ROWS, {"id": 1.5, "caption": "x"}], "the id 1.5, which is neither"),
@@ -195,9 +220,28 @@ def test_a_full_disk_is_told_and_changes_nothing(tmp_path: Path, monkeypatch: py
 
 
 def test_bad_rows_can_be_left_out(tmp_path: Path) -> None:
-    file = write_rows(tmp_path / "a.jsonl", [*ROWS, {"id": "z", "caption": None}, {"id": "y"}])
+    bad = [
+        {"id": "z", "caption": None},
+        {"id": "y"},
+        {"id": "x", "caption": "\ud83e"},
+        {"id": "\ud83e", "caption": "x"},
+    ]
+    file = write_rows(tmp_path / "a.jsonl", [*ROWS, *bad])
     planner, plan = planned(replace(order(), skip_bad=True), tmp_path / "set", file)
-    assert (plan.samples, planner.left_out) == (len(TEXTS), 2)
+    assert (plan.samples, planner.left_out) == (len(TEXTS), 4)
+
+
+def test_rows_of_a_further_file_are_numbered_behind_those_of_the_earlier_ones(tmp_path: Path) -> None:
+    numbered = order(id_column=None)
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_text("one\ntwo\n")
+    second.write_text("three\n")
+    planned(numbered, tmp_path / "set", first)
+    with pytest.raises(ValueError, match=r"b.txt: the id '0' .* give the earlier files \(a.txt\) before new ones"):
+        planned(numbered, tmp_path / "set", second)
+    planner, _ = planned(numbered, tmp_path / "set", first, second)
+    samples = {name: text for batch in samples_of(planner.folder) for name, _, text in batch}
+    assert samples == {"0": "one", "1": "two", "2": "three"}
 
 
 FILES: dict[str, tuple[str, bytes, str]] = {
@@ -216,6 +260,34 @@ def test_a_file_that_is_not_what_it_is_called_is_refused(case: str, tmp_path: Pa
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=expected):
         list(read_captions(tmp_path / name, Columns("caption", None if case == "no text" else "id")))
+
+
+@pytest.mark.parametrize("without", [slice(0, 4096), slice(4096, 8192), slice(8192, None)])
+def test_lines_that_leave_a_column_out_are_rows_without_it(without: slice, tmp_path: Path) -> None:
+    """Also so many in a row that they are read at a time."""
+    rows: list[dict[str, Any]] = [{"id": number, "caption": "x"} for number in range(9000)]
+    for row in rows[without]:
+        del row["caption"]
+    file = write_rows(tmp_path / "a.jsonl", rows)
+    read = [caption for batch in read_captions(file, Columns("caption", "id")) for caption in batch.captions]
+    assert read == [row.get("caption") for row in rows]
+
+
+@pytest.mark.parametrize("family", ["wan", "flux"])
+def test_another_cleaning_of_the_text_is_another_setting(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine with ftfy, which Wan's cleaning uses, goes on with the set of one without."""
+    file = write_captions(tmp_path / "a.jsonl", TEXTS)
+    monkeypatch.setattr(recipe, "find_spec", lambda name: None)
+    planned(order(family), tmp_path / "set", file)
+    monkeypatch.setattr(recipe, "find_spec", lambda name: name)
+    longer = write_captions(tmp_path / "a.jsonl", {**TEXTS, "new": "something else"})
+    if family == "flux":
+        assert planned(order(family), tmp_path / "set", longer)[1].samples == len(TEXTS) + 1
+    else:
+        with pytest.raises(ValueError, match=r"feeding.ftfy is False there and True now"):
+            planned(order(family), tmp_path / "set", longer)
 
 
 CHANGES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,15 @@ def test_what_a_worker_raises_is_told(tmp_path: Path, file: Path) -> None:
     with pytest.raises(ValueError, match=r"shard 1: .*00001.safetensors is damaged or missing"):
         made(order(shard_bytes=8_000), tmp_path / "two", file, engine=Engine(workers=1, ray="local"))
     assert not ray.is_initialized()
+
+
+def test_what_a_worker_cannot_load_is_told(tmp_path: Path, file: Path) -> None:
+    """And not only that it has died."""
+    planner, plan = planned(order(shard_bytes=8_000), tmp_path / "two", file)
+    planner.folder.shards_folder.mkdir()
+    job = Job(planner.folder, plan.recipe, replace(order().encoder, source=str(tmp_path / "nothing")), 8192)
+    with pytest.raises(ValueError, match=r"shard 0: .*nothing does not exist; give a weight file"):
+        make_on_ray(job, range(len(plan.shards)), "local", 1, lambda progress: None)
 
 
 def test_a_cluster_that_is_not_there_is_told(tmp_path: Path, file: Path) -> None:

@@ -110,6 +110,12 @@ def test_processes_share_an_epoch_evenly(dataset: EmbeddingDataset) -> None:
     assert {name for part in parts for batch in part for name in batch} == set(TEXTS)
 
 
+def test_where_processes_are_more_than_batches_each_has_one(dataset: EmbeddingDataset) -> None:
+    parts = [list(LengthSampler(dataset, 25, rank=rank, world=7)) for rank in range(7)]
+    assert [len(part) for part in parts] == [len(LengthSampler(dataset, 25, world=7))] * 7 == [1] * 7
+    assert {name for part in parts for batch in part for name in batch} == set(TEXTS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -147,6 +153,19 @@ def test_the_index_can_be_made_again(folder: Path, dataset: EmbeddingDataset) ->
     assert EmbeddingDataset(folder)["clip/0001"][0].equal(dataset["clip/0001"][0])
     write_index(dataset.folder)
     assert pq.read_table(file).equals(before)
+
+
+def test_an_index_of_other_shards_is_not_believed(dataset: EmbeddingDataset, tmp_path: Path) -> None:
+    """Also where there are as many."""
+    one_shard = order(shard_bytes=10**9)
+    again = made(one_shard, tmp_path / "set", write_captions(tmp_path / "a.jsonl", TEXTS))
+    others = {name: f"{text} of old" for name, text in TEXTS.items()}
+    other = made(one_shard, tmp_path / "other", write_captions(tmp_path / "b.jsonl", others))
+    again.index.write_bytes(other.index.read_bytes())
+    states, count = EmbeddingDataset(again.path)["clip/0001"]
+    # In a batch with others, products may be summed in another order.
+    torch.testing.assert_close(states, dataset["clip/0001"][0], rtol=2**-7, atol=2**-8)
+    assert count == dataset["clip/0001"][1]
 
 
 def test_what_is_not_encoded_yet_is_told_and_left_out_of_batches(tmp_path: Path) -> None:

@@ -1,34 +1,35 @@
-"""Runs of ``nai-t5 precompute``: resumed after kills, shared by workers, and their folders looked after."""
+"""Runs of ``nai-t5 precompute``: resumed after kills, and their folders looked after."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("pyarrow")
 
 from toy_captions import captions, digests, made, order, planned, with_a_damaged_row, write_captions
 
 from nai_t5_core.cli import app
-from nai_t5_core.datasets import compute
+from nai_t5_core.datasets import check
 from nai_t5_core.datasets.check import collect_garbage, status_of, verify
-from nai_t5_core.datasets.compute import Engine, to_make
-from nai_t5_core.datasets.encoder_choice import EncoderChoice
 from nai_t5_core.datasets.folder import SetFolder
 from nai_t5_core.datasets.index import read_index
-from nai_t5_core.datasets.processes import Job, WorkerDiedError, check_tries, make_in_processes
-from nai_t5_core.datasets.worker import Progress, Worker
+from nai_t5_core.datasets.plan import existing_plan
+from nai_t5_core.datasets.worker import Progress
+from nai_t5_core.weights.whole_files import alone_in
 
 TEXTS = captions(120)
 
@@ -72,29 +73,34 @@ def start(out: Path, file: Path, workers: int, shard_bytes: int) -> subprocess.P
 
 
 def kill_at_random(out: Path, file: Path, workers: int, kills: int, shard_bytes: int, longest: float) -> int:
-    """Kills runs at random moments until one has ended by itself; gives how often a run was killed at work."""
+    """Kills runs until one has ended by itself; gives how often a run was killed at work.
+
+    A kill comes at a random moment, while the program starts perhaps, but soon after some shards at the latest.
+    """
     done, chance = 0, random.Random(0)
     while True:
         run = start(out, file, workers, shard_bytes)
         if done < kills:
-            # Half of the kills come soon after a shard, the others whenever it is.
-            if chance.random() < 0.5:
-                assert run.stdout is not None
-                for _ in range(chance.randint(1, 10)):
-                    run.stdout.readline()
-                time.sleep(chance.random() * 0.02)
-            else:
-                time.sleep(chance.random() * longest)
-        at_work = done < kills and run.poll() is None
-        if at_work:
-            os.killpg(run.pid, signal.SIGKILL)
-            done += 1
+            assert run.stdout is not None
+            moment = threading.Timer(chance.random() * longest, end, [run])
+            moment.start()
+            for _ in range(chance.randint(1, 10)):
+                run.stdout.readline()
+            time.sleep(chance.random() * 0.02)
+            moment.cancel()
+            end(run)
         status = run.wait()
         for path in (out / "shards").glob("*.safetensors"):
             assert path.stat().st_size > 0
-        if not at_work:
+        if status != -signal.SIGKILL:
             assert status == 0
             return done
+        done += 1
+
+
+def end(run: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)
 
 
 def check_killed(tmp_path: Path, count: int, workers: int, kills: int, shard_bytes: int, longest: float) -> int:
@@ -106,10 +112,11 @@ def check_killed(tmp_path: Path, count: int, workers: int, kills: int, shard_byt
     collect_garbage(folder)
     assert digests(folder.path) == digests(whole.path)
     assert read_index(folder).equals(read_index(whole))
-    assert folder.samples.read_bytes() == whole.samples.read_bytes()
+    samples = folder.samples(existing_plan(folder).edition)
+    assert samples.read_bytes() == whole.samples(existing_plan(whole).edition).read_bytes()
     assert verify(folder) == {}
     left = {path.name for path in folder.path.iterdir()}
-    assert left == {"plan.json", "samples.parquet", "index.parquet", "plan", "shards"}
+    assert left == {"plan.json", samples.name, "index.parquet", "plan", "shards"}
     return killed
 
 
@@ -145,119 +152,6 @@ def test_at_most_one_shard_is_computed_again(tmp_path: Path, file: Path) -> None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Workers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_two_processes_of_which_one_is_killed_make_the_same_shards(tmp_path: Path, file: Path) -> None:
-    expected = digests(made(order(), tmp_path / "one", file).path)
-    planner, plan = planned(order(), tmp_path / "two", file)
-    planner.folder.shards_folder.mkdir()
-    job = Job(planner.folder, plan.recipe, order().encoder, 8192, threads=1)
-    written: list[int] = []
-
-    def told(progress: Progress) -> None:
-        if progress.written is not None:
-            written.append(progress.written)
-            if len(written) == 1:
-                os.kill(next(iter(children_of(os.getpid()))), signal.SIGKILL)
-
-    make_in_processes([job, job], range(len(plan.shards)), told)
-    assert digests(tmp_path / "two") == expected
-
-
-def children_of(pid: int) -> list[int]:
-    """Processes that encode: of those that python starts, the ones with a job."""
-    import psutil
-
-    return [child.pid for child in psutil.Process(pid).children() if "spawn_main" in " ".join(child.cmdline())]
-
-
-def test_a_shard_that_ends_its_worker_each_time_ends_the_run() -> None:
-    check_tries(4, 2)
-    with pytest.raises(WorkerDiedError, match=r"shard 4 has ended its worker 3 times; .*want of memory"):
-        check_tries(4, 3)
-
-
-@pytest.mark.slow
-def test_workers_that_end_while_they_load_end_the_run(tmp_path: Path, file: Path) -> None:
-    planner, plan = planned(order(), tmp_path / "set", file)
-    job = DiesOnLoading(planner.folder, plan.recipe, order().encoder, 8192)
-    with pytest.raises(WorkerDiedError, match="loading the encoder has ended its worker 3 times"):
-        make_in_processes([job], range(len(plan.shards)), lambda progress: None)
-
-
-class DiesOnLoading(Job):
-    def worker(self) -> Worker:
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError
-
-
-@pytest.mark.slow
-def test_what_a_process_raises_is_raised(tmp_path: Path, file: Path) -> None:
-    planner, plan = planned(order(), tmp_path / "set", file)
-    planner.folder.prompts(1).unlink()
-    planner.folder.shards_folder.mkdir()
-    job = Job(planner.folder, plan.recipe, order().encoder, 8192, threads=1)
-    with pytest.raises(ValueError, match=r"00001.safetensors is damaged or missing"):
-        make_in_processes([job, job], range(len(plan.shards)), lambda progress: None)
-
-
-def test_ranks_share_the_shards(tmp_path: Path, file: Path) -> None:
-    expected = digests(made(order(), tmp_path / "one", file).path)
-    planner, plan = planned(order(), tmp_path / "two", file)
-    parts = [to_make(planner.folder, plan, Engine(rank=rank, world=3)) for rank in range(3)]
-    assert sorted(number for part in parts for number in part) == list(range(len(plan.shards)))
-    for rank in (2, 0, 1):
-        assert not planner.folder.index.exists()
-        made(order(), tmp_path / "two", file, engine=Engine(rank=rank, world=3))
-    assert planner.folder.index.exists()
-    assert digests(tmp_path / "two") == expected
-
-
-def test_another_rank_waits_for_the_plan(tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "set"
-    late = threading.Timer(0.5, lambda: planned(order(shard_bytes=512_000_000), out, file))
-    late.start()
-    app(arguments(file, out, "--rank", "1", "--world", "2", "--json"), standalone_mode=False)
-    late.join()
-    assert json.loads(capsys.readouterr().out)["made"] == 0
-
-
-@pytest.mark.parametrize(
-    ("engine", "expected"),
-    [
-        ({"workers": 0}, "workers=0; it must be 1 or more"),
-        ({"rank": 2, "world": 2}, "rank 2 of 2; ranks are 0 to 1"),
-        ({"ray": "local", "world": 2}, "leave --rank and --world out"),
-        ({"token_budget": 0}, "token_budget=0; it must be 1 or more"),
-    ],
-)
-def test_what_makes_shards_is_checked(engine: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ValueError, match=expected):
-        Engine(**engine)
-
-
-def test_each_gpu_has_a_worker(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    planner, plan = planned(order(), tmp_path / "set", file)
-    monkeypatch.setattr(compute, "resolve_device", torch.device)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    job = Job(planner.folder, plan.recipe, EncoderChoice(device="cuda"), 8192)
-    assert [each.encoder.device for each in compute._jobs(job, None)] == ["cuda:0", "cuda:1"]
-    assert [each.encoder.device for each in compute._jobs(job, 3)] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert [each.encoder.device for each in compute._jobs(job.on("cuda:1"), None)] == ["cuda:1"]
-
-
-def test_two_runs_at_once_are_refused(tmp_path: Path, file: Path) -> None:
-    def another(progress: Progress) -> None:
-        with pytest.raises(ValueError, match="another run is writing in"):
-            made(order(), tmp_path / "set", file)
-
-    made(order(), tmp_path / "set", file, told=another)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -269,6 +163,7 @@ def test_the_command_says_what_there_is_to_do_and_what_was_done(
     app(arguments(file, out, "--plan-only"), standalone_mode=False)
     told = capsys.readouterr().err
     unique = len(set(TEXTS.values()))
+    assert (out / "plan.json").is_file()
     assert f"120 samples, {unique} unique prompts;" in told and "1 shards, of which 1 are to be made" in told
     assert not (out / "shards").exists()
     app(arguments(file, out), standalone_mode=False)
@@ -279,6 +174,28 @@ def test_the_command_says_what_there_is_to_do_and_what_was_done(
     assert (found["samples"], found["prompts"], found["missing"], found["failures"]) == (120, unique, [], {})
     app(["precompute", "verify", str(out)], standalone_mode=False)
     assert "all shards that are there are whole" in capsys.readouterr().out
+
+
+def test_another_rank_waits_for_the_plan(tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "set"
+    late = threading.Timer(0.5, lambda: planned(order(shard_bytes=512_000_000), out, file))
+    late.start()
+    app(arguments(file, out, "--rank", "1", "--world", "2", "--json"), standalone_mode=False)
+    late.join()
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["made"] == 0
+    assert f"waiting until rank 0 has planned these files in {out / 'plan.json'}" in captured.err
+
+
+def test_another_rank_does_not_wait_for_ever(tmp_path: Path, file: Path) -> None:
+    given = arguments(file, tmp_path / "set", "--rank", "1", "--world", "2", "--plan-wait", "0")
+    with pytest.raises(ValueError, match=r"rank 0 has not planned .*plan.json within 0 minutes: see what"):
+        app(given, standalone_mode=False)
+
+
+def test_plan_only_says_that_it_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    app(["precompute", "run", "--help"], standalone_mode=False)
+    assert "Plan, say what there is to do, and encode nothing" in re.sub(r"[│\s]+", " ", capsys.readouterr().out)
 
 
 def test_a_prompt_that_fails_is_told_and_the_status_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,6 +225,30 @@ def test_verify_names_a_changed_byte_and_the_next_run_mends_it(
     made(order(), tmp_path / "set", file)
     assert [path.name for path in collect_garbage(folder)] == ["00002.safetensors.damaged"]
     assert digests(folder.path) == before
+
+
+@pytest.mark.parametrize("look", [collect_garbage, verify])
+def test_what_another_run_has_made_before_a_folder_is_had_alone_belongs_to_it(
+    look: Callable[[SetFolder], Any], tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made(order(), tmp_path / "set", file)
+    more = write_captions(tmp_path / "more.jsonl", captions(120, first=500))
+
+    @contextmanager
+    def late(path: Path) -> Iterator[None]:
+        if path == folder.path or look is verify:
+            made(order(), folder.path, file, more)
+            damaged = len(existing_plan(folder).shards) - 1
+            folder.shard(damaged).write_bytes(b"x") if look is verify else None
+        with alone_in(path):
+            yield
+
+    monkeypatch.setattr(check, "alone_in", late)
+    found = look(folder)
+    if look is collect_garbage:
+        assert found == [folder.samples(1)]
+    else:
+        assert list(found) == [len(existing_plan(folder).shards) - 1]
 
 
 def test_garbage_is_what_no_plan_has(tmp_path: Path, file: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("pyarrow")
 
-from toy_captions import captions, digests, made, order, planned, with_a_damaged_row, write_captions
+from toy_captions import captions, digests, made, order, planned, with_a_damaged_row, with_a_vocabulary, write_captions
 from toy_loras import toy_lora, write_style
 
 from nai_t5_core import TextEncoder
@@ -82,7 +82,50 @@ def test_a_prompt_that_fails_is_listed_and_the_others_are_encoded(tmp_path: Path
         dataset["bad"]
 
 
-def test_the_token_budget_is_halved_where_memory_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_outside_the_vocabulary_is_listed_and_the_others_are_encoded(tmp_path: Path) -> None:
+    tokenizer = find_tokenizer_for(None)
+    texts = {"one": "two old dogs", "two": "warm snow", "three": "a red fox"}
+    beyond = max(max(tokenizer.encode(text)) for text in texts.values())
+    expected = [name for name, text in texts.items() if beyond in tokenizer.encode(text)]
+    encoder = with_a_vocabulary(tmp_path, beyond)
+    folder = made(order(encoder=encoder), tmp_path / "set", write_captions(tmp_path / "a.jsonl", texts))
+    (reason,) = ShardFile(folder.shard(0)).failures.values()
+    assert f"token id {beyond} is outside the vocabulary" in reason
+    dataset = EmbeddingDataset(folder.path)
+    assert [
+        name for name, length in zip(dataset.ids.to_pylist(), dataset.lengths(), strict=True) if not length
+    ] == expected
+
+
+def test_a_shard_of_nothing_but_failures_is_none(tmp_path: Path) -> None:
+    encoder, word = with_a_damaged_row(tmp_path)
+    file = write_captions(tmp_path / "a.jsonl", {"a": f"{word} sleep", "b": f"two {word}"})
+    with pytest.raises(ValueError, match=r"all 2 prompts of shard 0 fail, the first since shared.weight holds values"):
+        made(order(encoder=encoder), tmp_path / "set", file)
+    assert digests(tmp_path / "set") == {}
+
+
+def test_an_error_that_is_no_prompts_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def embed(self: Worker, prompts: Any, kept: list[int], start: int, stop: int) -> torch.Tensor:
+        raise ValueError("the kernels are of another version")
+
+    monkeypatch.setattr(Worker, "embed", embed)
+    with pytest.raises(ValueError, match="the kernels are of another version"):
+        made(order(), tmp_path / "set", write_captions(tmp_path / "a.jsonl", TEXTS))
+    assert digests(tmp_path / "set") == {}
+
+
+WANT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    MemoryError("there is no memory left for the T5's activations"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", WANT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_the_token_budget_is_halved_where_memory_ends(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = made(order(), tmp_path / "one", write_captions(tmp_path / "a.jsonl", TEXTS))
     planner, plan = planned(order(), tmp_path / "two", tmp_path / "a.jsonl")
     planner.folder.shards_folder.mkdir()
@@ -92,7 +135,7 @@ def test_the_token_budget_is_halved_where_memory_ends(tmp_path: Path, monkeypatc
     def as_if_small(prompts: Any, kept: list[int], start: int, stop: int) -> torch.Tensor:
         if sum(kept[start:stop]) > 20:
             refused.append(stop - start)
-            raise torch.OutOfMemoryError("as if")
+            raise error
         return embed(prompts, kept, start, stop)
 
     monkeypatch.setattr(worker, "embed", as_if_small)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from nai_t5_core.cli import app
 from nai_t5_core.datasets.exports import FORMATS, export
 from nai_t5_core.datasets.exports.clip import ClipEncoder
 from nai_t5_core.datasets.reading import EmbeddingDataset
+from nai_t5_core.datasets.recipe import Feeding
 
 TEXTS = {"img/fox.png": "a red fox", "img/dogs.v2": "two old dogs sleep in warm snow"}
 
@@ -200,14 +202,33 @@ def test_ids_that_are_no_names_of_files_are_refused(texts: dict[str, str], expec
 
 
 def test_other_padding_is_refused(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from nai_t5_core.datasets.recipe import Feeding
-
     other = replace(order(), feeding=Feeding.choose("wan", padding="attend"))
     folder = made(other, tmp_path / "set", write_captions(tmp_path / "a.jsonl", TEXTS)).path
     with pytest.raises(ValueError, match="reads sets of wan with padding skip or trim, and this one has attend"):
         export(folder, "musubi-wan", tmp_path / "out")
+
+
+LENGTHS = {
+    ("wan", "ai-toolkit"): 512,
+    ("wan", "simpletuner"): 512,
+    ("pixart-sigma", "pixart"): 300,
+    ("ltx-condition", "ltx"): 256,
+    ("wan", "musubi-wan"): None,
+    ("wan", "fastvideo"): None,
+}
+
+
+@pytest.mark.parametrize(("family", "to"), LENGTHS)
+def test_padded_files_have_the_trainers_length(family: str, to: str, tmp_path: Path) -> None:
+    other = replace(order(), feeding=Feeding.choose(family, max_length=100))
+    folder = made(other, tmp_path / "set", write_captions(tmp_path / "a.jsonl", TEXTS)).path
+    own = LENGTHS[family, to]
+    if own is None:
+        assert export(folder, to, tmp_path / "out") == 2
+        return
+    with pytest.raises(ValueError, match=f"{to} pads captions of {family} to {own} tokens, and .* --max-length 100;"):
+        export(folder, to, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_set_that_is_not_complete_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import TOY_CONFIGS, random_state, write_hf_folder
+from torch import Tensor
 
 from nai_t5_core.datasets.captions import Columns
 from nai_t5_core.datasets.compute import Engine, make_shards, to_make
@@ -18,6 +19,7 @@ from nai_t5_core.datasets.plan import Plan, Planner
 from nai_t5_core.datasets.recipe import Feeding, Keeping
 from nai_t5_core.datasets.run import Order
 from nai_t5_core.datasets.worker import Progress
+from nai_t5_core.facts.config import T5Config
 from nai_t5_core.weights.examine import find_tokenizer_for
 
 ENCODER = EncoderChoice(device="cpu")
@@ -103,7 +105,17 @@ def with_a_damaged_row(folder: Path) -> tuple[EncoderChoice, str]:
     config = TOY_CONFIGS["v1.1"].model_copy(update={"vocab_size": tokenizer.vocab_size})
     state = random_state(config)
     state["shared.weight"][tokenizer.encode("fox")[0]] = float("nan")
-    kind, content = tokenizer.serialized()
+    return _drawn(folder, config, state), "fox"
+
+
+def with_a_vocabulary(folder: Path, size: int) -> EncoderChoice:
+    """An encoder that has so many rows of embeddings, and perhaps fewer than its tokenizer has tokens."""
+    config = TOY_CONFIGS["v1.1"].model_copy(update={"vocab_size": size})
+    return _drawn(folder, config, random_state(config))
+
+
+def _drawn(folder: Path, config: T5Config, state: dict[str, Tensor]) -> EncoderChoice:
+    kind, content = find_tokenizer_for(None).serialized()
     model = write_hf_folder(folder / "model", config, state)
     (folder / kind).write_bytes(content)
-    return EncoderChoice(str(model), "float32", "cpu", tokenizer=str(folder / kind)), "fox"
+    return EncoderChoice(str(model), "float32", "cpu", tokenizer=str(folder / kind))

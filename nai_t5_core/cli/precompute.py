@@ -77,8 +77,9 @@ def run(
     world: Annotated[int, typer.Option(help="Machines that share the folder and run this command.")] = 1,
     ray: Annotated[str | None, typer.Option(help="The address of a Ray cluster, or local.")] = None,
     plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="Say what there is to do, and do nothing else.")
+        bool, typer.Option("--plan-only", help="Plan, say what there is to do, and encode nothing.")
     ] = False,
+    plan_wait: Annotated[int, typer.Option(help="Minutes that other ranks wait for the plan of rank 0.", min=0)] = 60,
     as_json: Json = False,
 ) -> None:
     """Encode the captions of files into a folder."""
@@ -107,7 +108,7 @@ def run(
         keeping = Keeping(store, compress, shard_mb * 1_000_000)  # type: ignore[arg-type]
         order = Order(choice, feeding, keeping, Columns(column, id_column), skip_bad)
         planner = order.planner(user_path(out))
-    plan = _plan(planner, [user_path(file) for file in files], rank)
+    plan = _plan(planner, [user_path(file) for file in files], rank, plan_wait)
     folder = planner.folder
     numbers = to_make(folder, plan, engine)
     _tell_plan(plan, numbers, planner.left_out)
@@ -132,16 +133,22 @@ def run(
         raise typer.Exit(1)
 
 
-def _plan(planner: Planner, files: list[Path], rank: int) -> Plan:
+def _plan(planner: Planner, files: list[Path], rank: int, minutes: int) -> Plan:
     """The plan, made by the machine of rank 0; the others wait for it."""
     if rank == 0:
         with planning_bar() as advance:
             planner.told = advance
             return planner.plan(files)
-    contents = planner.contents_of(files).values()
-    with working("waiting for the plan of rank 0"):
-        while (plan := planner.planned(list(contents))) is None:
-            time.sleep(_LOOK)
+    contents = list(planner.contents_of(files).values())
+    until = time.monotonic() + minutes * 60
+    say(f"waiting until rank 0 has planned these files in {planner.folder.plan}; {minutes} minutes at most", err)
+    while (plan := planner.planned(contents)) is None:
+        if time.monotonic() >= until:
+            raise ValueError(
+                f"rank 0 has not planned these files in {planner.folder.plan} within {minutes} minutes: see what it "
+                "tells, whether it was given the same files and sees the same folder; or give a longer --plan-wait"
+            )
+        time.sleep(_LOOK)
     return plan
 
 

@@ -89,10 +89,13 @@ def _parquet(file: Path, columns: Columns) -> Iterator[list[Any]]:
 def _jsonl(file: Path, columns: Columns) -> Iterator[list[Any]]:
     with file.open(encoding="utf-8-sig") as lines:
         objects = (_object(file, number, line) for number, line in enumerate(lines, 1) if line.strip())
+        seen: dict[str, None] = {}
         while batch := list(islice(objects, ROWS_AT_A_TIME)):
-            # A line may leave a column out, as null; that no line has it is told as a wrong name.
-            _refuse_missing(file, columns, list(dict.fromkeys(name for row in batch for name in row)))
+            seen |= dict.fromkeys(name for row in batch for name in row)
             yield [[row.get(name) for row in batch] for name in columns.names]
+        # A line may leave a column out, as null; that no line has it is told as a wrong name.
+        if seen:
+            _refuse_missing(file, columns, list(seen))
 
 
 def _object(file: Path, number: int, line: str) -> dict[str, Any]:

@@ -62,12 +62,14 @@ def verify(folder: SetFolder, told: Callable[[int, int], None] = lambda done, to
     Raises:
         ValueError: there is no set, or a run is making shards.
     """
-    plan = existing_plan(folder)
+    existing_plan(folder)
     if not folder.shards_folder.is_dir():
         return {}
     found: dict[int, str] = {}
-    numbers = [number for number in range(len(plan.shards)) if folder.shard(number).exists()]
     with alone_in(folder.shards_folder):
+        # Another run may have ended in the meantime.
+        plan = existing_plan(folder)
+        numbers = [number for number in range(len(plan.shards)) if folder.shard(number).exists()]
         for done, number in enumerate(numbers, 1):
             fault = _fault(folder, plan, number)
             if fault:
@@ -104,10 +106,11 @@ def collect_garbage(folder: SetFolder, with_failed: bool = False) -> list[Path]:
     Raises:
         ValueError: there is no set, or a run is at work in it.
     """
-    plan = existing_plan(folder)
+    existing_plan(folder)
     folder.shards_folder.mkdir(exist_ok=True)
     with alone_in(folder.path), alone_in(folder.shards_folder):
-        chosen = list(_garbage(folder, plan, with_failed))
+        # Another run may have published a longer plan in the meantime.
+        chosen = list(_garbage(folder, existing_plan(folder), with_failed))
         for file in chosen:
             file.unlink()
         for place in (folder.path, folder.prompts_folder, folder.shards_folder):
@@ -122,6 +125,7 @@ def _garbage(folder: SetFolder, plan: Plan, with_failed: bool) -> Iterator[Path]
         if number >= planned or (with_failed and _has_failures(folder.shard(number))):
             yield folder.shard(number)
     yield from (folder.prompts(number) for number in folder.numbers_in(folder.prompts_folder) if number >= planned)
+    yield from (file for file in folder.all_samples() if file != folder.samples(plan.edition))
     if folder.ledger.exists():
         yield folder.ledger
 

@@ -16,7 +16,6 @@ from nai_t5_core.datasets.processes import Job, make_in_processes
 from nai_t5_core.datasets.run import missing_shards, of_rank
 from nai_t5_core.datasets.worker import Told
 from nai_t5_core.facts.given_numbers import whole_number
-from nai_t5_core.model.precision import resolve_device
 from nai_t5_core.prompts.text_encoder import DEFAULT_TOKEN_BUDGET
 from nai_t5_core.weights.whole_files import alone_in
 
@@ -73,7 +72,7 @@ def make_shards(
 def _make(
     folder: SetFolder, plan: Plan, encoder: EncoderChoice, numbers: list[int], engine: Engine, told: Told
 ) -> None:
-    job = Job(folder, plan.recipe, encoder, engine.token_budget)
+    job = Job(folder, plan.recipe, encoder, engine.token_budget).pinned()
     if engine.ray is not None:
         from nai_t5_core.datasets.on_ray import make_on_ray
 
@@ -88,7 +87,7 @@ def _make(
 
 def _jobs(job: Job, workers: int | None) -> list[Job]:
     """A job for each worker: GPUs in turn, or processors in equal parts."""
-    device = resolve_device(job.encoder.device)
+    device = torch.device(job.encoder.device)
     if device.type == "cuda" and device.index is None:
         gpus = torch.cuda.device_count()
         return [job.on(f"cuda:{number % gpus}") for number in range(workers or gpus)]

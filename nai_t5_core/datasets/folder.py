@@ -11,12 +11,13 @@ from pathlib import Path
 
 from nai_t5_core.weights.whole_files import replacing
 
+_SAMPLES = re.compile(r"samples-\d{5,}\.parquet")
 _SHARD = re.compile(r"(\d{5,})\.safetensors")
 
 
 @dataclass(frozen=True)
 class SetFolder:
-    """The folder of a set: ``plan.json``, ``samples.parquet``, ``index.parquet``, ``plan/`` and ``shards/``."""
+    """The folder of a set: ``plan.json``, ``samples-NNNNN.parquet``, ``index.parquet``, ``plan/`` and ``shards/``."""
 
     path: Path
 
@@ -24,9 +25,13 @@ class SetFolder:
     def plan(self) -> Path:
         return self.path / "plan.json"
 
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.parquet"
+    def samples(self, edition: int) -> Path:
+        """The samples of an edition of the plan."""
+        return self.path / f"samples-{edition:05d}.parquet"
+
+    def all_samples(self) -> list[Path]:
+        """Those of every edition, one that was not published included."""
+        return sorted(path for path in self.path.glob("samples-*.parquet") if _SAMPLES.fullmatch(path.name))
 
     @property
     def index(self) -> Path:

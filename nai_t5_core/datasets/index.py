@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from nai_t5_core.datasets.arrow import arrow
 from nai_t5_core.datasets.folder import SetFolder, lasting
 from nai_t5_core.datasets.shard_files import ShardFile
 
+# The key of what tells which files an index was made of.
 _SHARDS = b"shards"
 
 
@@ -22,11 +24,12 @@ def made_index(folder: SetFolder) -> Any:
         DamagedShardError: a shard is damaged.
     """
     pa = arrow()
+    made_of = _shards_in(folder)
     numbers = list(folder.numbers_in(folder.shards_folder))
     parts = [_part(number, ShardFile(folder.shard(number))) for number in numbers]
     schema = pa.schema(
         [("key", pa.binary(32)), *((name, pa.int32()) for name in ("shard", "place", "rows", "tokens"))],
-        metadata={_SHARDS: str(len(numbers)).encode()},
+        metadata={_SHARDS: made_of},
     )
     return pa.Table.from_batches([pa.record_batch(part, schema=schema) for part in parts], schema)
 
@@ -38,13 +41,21 @@ def write_index(folder: SetFolder) -> None:
 
 
 def read_index(folder: SetFolder) -> Any:
-    """The table of ``index.parquet``; made anew where that file is not there or is of fewer shards."""
-    shards = len(list(folder.numbers_in(folder.shards_folder)))
+    """The table of ``index.parquet``; made anew where that file is not there, or is of other shards than are."""
     if folder.index.is_file():
         table = arrow("parquet").read_table(folder.index)
-        if (table.schema.metadata or {}).get(_SHARDS) == str(shards).encode():
+        if (table.schema.metadata or {}).get(_SHARDS) == _shards_in(folder):
             return table
     return made_index(folder)
+
+
+def _shards_in(folder: SetFolder) -> bytes:
+    """A hash of the names and sizes of the shards' files."""
+    digest = hashlib.sha256()
+    for number in folder.numbers_in(folder.shards_folder):
+        file = folder.shard(number)
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    return digest.hexdigest().encode()
 
 
 def _part(number: int, shard: ShardFile) -> list[Any]:

@@ -55,10 +55,8 @@ class Ledger:
         self._many("INSERT OR IGNORE INTO prompts VALUES (?, ?, NULL, NULL, NULL)", keys)
 
     def add_known_samples(self, samples: Sequence[Sample]) -> None:
-        """Samples of an earlier plan. Those whose prompts have no shard are of a plan that was cut off."""
-        self._db.execute("CREATE TEMP TABLE IF NOT EXISTS planned AS SELECT key FROM prompts")
-        self._db.execute("CREATE INDEX IF NOT EXISTS temp.by_key ON planned (key)")
-        self._many("INSERT INTO samples SELECT ?1, ?2, ?3 WHERE ?2 IN (SELECT key FROM planned)", samples)
+        """Samples of an earlier plan."""
+        self._many("INSERT INTO samples VALUES (?, ?, ?)", samples)
 
     def add(self, samples: Sequence[Sample], prompts: Sequence[tuple[int, Prompt]]) -> None:
         """Samples, and their prompts with the rows that each has. What is there already is left as it is.
@@ -81,7 +79,7 @@ class Ledger:
             if there != key:
                 raise OtherCaptionError(
                     f"the id {name!r} is given to two captions: {_begin(other)} and {_begin(caption)}; nothing was "
-                    "changed. Each id needs one caption"
+                    "changed"
                 )
 
     @property

@@ -11,12 +11,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
+
+import torch
 
 from nai_t5_core.datasets.arrow import MissingPackageError
 from nai_t5_core.datasets.processes import Job, check_tries
-from nai_t5_core.datasets.worker import Progress, Told
-from nai_t5_core.model.precision import resolve_device
+from nai_t5_core.datasets.worker import Progress, Told, Worker
 
 LOCAL = "local"
 # Seconds.
@@ -35,6 +37,9 @@ def make_on_ray(job: Job, numbers: Sequence[int], address: str, workers: int | N
         MissingPackageError: Ray is not installed.
         ValueError: there is no cluster at the address, or it has another version; a worker has failed.
     """
+    if torch.device(job.encoder.device).type == "cuda":
+        # An actor sees one GPU, whatever its number is on the machine.
+        job = job.on("cuda")
     with _cluster(address) as ray:
         size, resources = _share(ray, job, workers)
         _Crew(ray, job.with_threads(resources.get("num_cpus")), deque(numbers), told, resources, size).attend()
@@ -79,7 +84,7 @@ def _refuse_silence(address: str) -> None:
 def _share(ray: Any, job: Job, workers: int | None) -> tuple[int, dict[str, int]]:
     """How many actors there shall be, and what each asks for: a GPU, or its part of the processors."""
     there = ray.cluster_resources()
-    if resolve_device(job.encoder.device).type == "cuda":
+    if torch.device(job.encoder.device).type == "cuda":
         return workers or max(int(there.get("GPU", 0)), 1), {"num_gpus": 1}
     machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     size = workers or max(len(machines), 1)
@@ -90,13 +95,18 @@ def _share(ray: Any, job: Job, workers: int | None) -> tuple[int, dict[str, int]
 class _Actor:
     """What runs on a machine of the cluster: loads the encoder, and makes a shard for each call.
 
-    Of two calls at once, one encodes while the other writes.
+    Of two calls at once, one encodes while the other writes. The first call loads: of what a constructor raises, Ray
+    tells no more than that the actor has died.
     """
 
     def __init__(self, job: Job) -> None:
-        self._worker = job.worker()
+        self._job = job
+        self._worker: Worker | None = None
+        self._loading = Lock()
 
     def make(self, number: int) -> list[Progress]:
+        with self._loading:
+            self._worker = self._worker or self._job.worker()
         told: list[Progress] = []
         self._worker.run([number], told.append)
         return told

@@ -1,7 +1,7 @@
 """The plan of a set: which prompts it has, and which shard each is in.
 
 A plan only grows: prompts that have a shard keep it, and new ones get new shards. It is published by the replacement of
-``plan.json``, until which nothing that is there is changed.
+``plan.json``, until which nothing that is there is changed: each edition has a file of samples of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from nai_t5_core.datasets.captions import Columns, read_captions
 from nai_t5_core.datasets.folder import SetFolder, lasting
-from nai_t5_core.datasets.ledger import Ledger
+from nai_t5_core.datasets.ledger import Ledger, OtherCaptionError
 from nai_t5_core.datasets.prompt_files import Shard, known_keys, write_prompts
 from nai_t5_core.datasets.recipe import Recipe, differences
 from nai_t5_core.datasets.samples import known_samples, write_samples
@@ -27,7 +27,7 @@ from nai_t5_core.weights.whole_files import alone_in
 
 FORMAT = 1
 # What a run leaves that was killed before its plan was complete.
-_OF_A_PLAN = ("plan", "planning.sqlite", "samples.parquet")
+_OF_A_PLAN = ("plan", "planning.sqlite")
 Told = Callable[[int], None]
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -48,12 +48,14 @@ class Plan:
     Attributes:
         recipe: what every run has to have in common.
         samples: ids that have a prompt.
+        edition: how often it was published before; the samples' file has its number.
     """
 
     recipe: Recipe
     inputs: tuple[Input, ...] = ()
     shards: tuple[Shard, ...] = ()
     samples: int = 0
+    edition: int = 0
 
     @property
     def prompts(self) -> int:
@@ -80,6 +82,7 @@ class Plan:
     def as_json(self) -> str:
         values = {
             "format": FORMAT,
+            "edition": self.edition,
             "recipe": self.recipe.as_dict(),
             "inputs": [vars(given) for given in self.inputs],
             "samples": self.samples,
@@ -105,6 +108,7 @@ def read_plan(folder: SetFolder) -> Plan | None:
             tuple(Input(**given) for given in values["inputs"]),
             tuple(Shard(**shard) for shard in values["shards"]),
             values["samples"],
+            values["edition"],
         )
     except (OSError, KeyError, TypeError, ValueError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
@@ -178,7 +182,10 @@ class Planner:
                     self._rows += known[contents].rows
                     continue
                 first = self._rows
-                self._add(file, ledger)
+                try:
+                    self._add(file, ledger)
+                except OtherCaptionError as error:
+                    raise OtherCaptionError(f"{file}: {error}. {self._how_ids_are_given(before)}") from error
                 new.append(Input(file.name, contents, self._rows - first))
             self._refuse_bad()
             if not ledger.sample_count:
@@ -206,7 +213,8 @@ class Planner:
         before = read_plan(self.folder)
         if before is None:
             there = sorted(path.name for path in self.folder.path.glob("*")) if self.folder.path.exists() else []
-            strangers = [name for name in there if name not in _OF_A_PLAN and not name.endswith(".part")]
+            left = (*_OF_A_PLAN, *(file.name for file in self.folder.all_samples()))
+            strangers = [name for name in there if name not in left and not name.endswith(".part")]
             if strangers:
                 raise ValueError(
                     f"{self.folder.path} holds {shown(strangers[0])} and no plan.json: it is no caption set. "
@@ -229,6 +237,15 @@ class Planner:
                 [(self.recipe.feeding.kept_rows(prompt.tokens), prompt) for prompt in prompts],
             )
             self.told(len(prompts))
+
+    def _how_ids_are_given(self, before: Plan) -> str:
+        if self.columns.id is not None:
+            return "Each id needs one caption"
+        earlier = ", ".join(old.name for old in before.inputs) or "those of the set"
+        return (
+            "Without --id, the numbers of the rows of all files that are given are the ids: give the earlier files "
+            f"({earlier}) before new ones, which does not read them again, or ids by --id"
+        )
 
     def _batches(self, file: Path) -> Iterator[tuple[tuple[list[str], list[str]], list[str]]]:
         """Ids and captions of the rows that have both, and the captions again, to be made prompts of."""
@@ -259,10 +276,15 @@ class Planner:
 
     def _publish(self, before: Plan, new: list[Input], ledger: Ledger) -> Plan:
         shards = write_prompts(self.folder, self.recipe, len(before.shards), ledger.new_prompts())
-        write_samples(self.folder, ledger.samples())
-        plan = Plan(self.recipe, (*before.inputs, *new), (*before.shards, *shards), ledger.sample_count)
+        edition = before.edition + 1
+        write_samples(self.folder.samples(edition), ledger.samples())
+        plan = Plan(self.recipe, (*before.inputs, *new), (*before.shards, *shards), ledger.sample_count, edition)
         with lasting(self.folder.plan) as partial:
             partial.write_text(plan.as_json())
+        for file in self.folder.all_samples():
+            # Who has read the plan before now may still open its samples.
+            if file not in (self.folder.samples(before.edition), self.folder.samples(edition)):
+                file.unlink()
         return plan
 
 
@@ -289,10 +311,10 @@ def _contents(file: Path, columns: Columns) -> str:
 
 
 def _remember(folder: SetFolder, before: Plan, ledger: Ledger) -> None:
-    """What was planned before: the shards' keys, and the samples that have one of them."""
+    """What was planned before: the shards' keys, and the samples."""
     if not before.shards:
         return
     for keys in known_keys(folder, len(before.shards), before.recipe):
         ledger.add_known(keys)
-    for samples in known_samples(folder):
+    for samples in known_samples(folder.samples(before.edition)):
         ledger.add_known_samples(samples)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -13,8 +14,9 @@ from multiprocessing.process import BaseProcess
 
 from nai_t5_core.datasets.encoder_choice import EncoderChoice
 from nai_t5_core.datasets.folder import SetFolder
-from nai_t5_core.datasets.recipe import Recipe
+from nai_t5_core.datasets.recipe import Recipe, common_of_keys, differences
 from nai_t5_core.datasets.worker import Progress, Told, Worker
+from nai_t5_core.model.precision import resolve_device
 
 # How often a shard may end the process that makes it.
 MOST_TRIES = 3
@@ -36,12 +38,31 @@ class Job:
     threads: int | None = None
 
     def worker(self) -> Worker:
-        """Loads the encoder."""
+        """Loads the encoder.
+
+        Raises:
+            ValueError: it cannot be loaded, or is another than that of the set, such as on a machine that has another
+                file under the same name, or that computes otherwise.
+        """
+        self._refuse_other_encoder()
         if self.threads is not None:
             import torch
 
             torch.set_num_threads(self.threads)
         return Worker(self.folder, self.recipe, self.encoder.load().stack, self.token_budget)
+
+    def _refuse_other_encoder(self) -> None:
+        found = differences(self.recipe.encoder, common_of_keys(self.encoder.settings().key([0]).text))
+        if found:
+            raise ValueError(
+                f"the encoder that {platform.node()} loads is not that of the set: {'; '.join(found)}. Workers need "
+                "the same files and versions, and processors of one kind"
+            )
+
+    def pinned(self) -> Job:
+        """With the dtype and the device that ``"auto"`` stands for here, wherever it is run."""
+        device = resolve_device("auto").type if self.encoder.device == "auto" else self.encoder.device
+        return replace(self, encoder=replace(self.encoder, dtype=self.recipe.encoder["dtype"], device=device))
 
     def on(self, device: str) -> Job:
         return replace(self, encoder=self.encoder.on(device))
@@ -148,23 +169,45 @@ class _Crew:
 
 def _work(pipe: Connection, job: Job) -> None:
     """What a process does: asks for numbers and tells of its progress, until it is told None or nobody answers."""
-
-    def numbers() -> Iterator[int]:
-        while True:
-            pipe.send("next")
-            number = pipe.recv()
-            if number is None:
-                return
-            yield number
-
+    line = _Line(pipe)
     try:
-        job.worker().run(numbers(), pipe.send)
-    except (EOFError, ConnectionError):
-        # Who has started this is gone.
+        job.worker().run(line.numbers(), line.tell)
+    except _NobodyAnswersError:
         os._exit(1)
     except Exception as error:
         with suppress(ConnectionError):
             pipe.send(_as_sent(error))
+
+
+class _NobodyAnswersError(Exception):
+    """The process that has started this one is gone. Loading an encoder may raise what a broken pipe does."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    pipe: Connection
+
+    def numbers(self) -> Iterator[int]:
+        while (number := self._asked()) is not None:
+            yield number
+
+    def tell(self, message: object) -> None:
+        with _answered():
+            self.pipe.send(message)
+
+    def _asked(self) -> int | None:
+        with _answered():
+            self.pipe.send("next")
+            number: int | None = self.pipe.recv()
+            return number
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        raise _NobodyAnswersError from error
 
 
 def _as_sent(error: Exception) -> Exception:

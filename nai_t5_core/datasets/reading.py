@@ -54,7 +54,8 @@ class EmbeddingDataset(Dataset[tuple[Tensor, int]]):
         self.folder = SetFolder(user_path(folder))
         self.dtype = dtype
         self.plan = existing_plan(self.folder)
-        samples = arrow("parquet").read_table(self.folder.samples, columns=["id", "key"]).combine_chunks()
+        file = self.folder.samples(self.plan.edition)
+        samples = arrow("parquet").read_table(file, columns=["id", "key"]).combine_chunks()
         index = read_index(self.folder)
         places = arrow("compute").index_in(samples["key"], value_set=index["key"])
         found = places.fill_null(-1).to_numpy()

@@ -31,6 +31,8 @@ class Feeding:
         padding: which pads are computed, see :func:`nai_t5_core.model.packing.pack_batch`.
         extra_pad: pads after the text that are computed and counted as text.
         to_max_length: whether ``attend`` and ``exact`` fill prompts up to ``max_length``; else they add no pads.
+        ftfy: whether cleaning has it. Without it, broken Unicode is left as it is, and other prompts come of the same
+            captions. None where cleaning does not use it.
     """
 
     family: str | None
@@ -39,6 +41,7 @@ class Feeding:
     padding: PaddingPolicy
     extra_pad: int
     to_max_length: bool
+    ftfy: bool | None = None
 
     @classmethod
     def choose(
@@ -60,9 +63,14 @@ class Feeding:
         row = family_named(family)
         if max_length is not None and row.length_limit is not None and max_length > row.length_limit:
             raise ValueError(f"max_length={max_length}; {row.title} takes at most {row.length_limit} tokens")
-        length = max_length or row.call_length or row.max_length
         return cls(
-            row.name, row.text_cleaning, length, padding or row.padding, row.extra_pad, row.pad_to == "max_length"
+            family=row.name,
+            cleaning=row.text_cleaning,
+            max_length=max_length or row.call_length or row.max_length,
+            padding=padding or row.padding,
+            extra_pad=row.extra_pad,
+            to_max_length=row.pad_to == "max_length",
+            ftfy=find_spec("ftfy") is not None if repairs_unicode(row.text_cleaning) else None,
         )
 
     def fed(self, ids: list[int], pad: int) -> list[int]:
@@ -128,26 +136,23 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """As plan.json has it."""
-        has_ftfy = {"ftfy": find_spec("ftfy") is not None} if repairs_unicode(self.feeding.cleaning) else {}
         return {
             "encoder": dict(self.encoder),
             "tokenizer": self.tokenizer,
             "pad": self.pad,
             "d_model": self.d_model,
-            # Without ftfy, cleaning leaves broken Unicode as it is: other prompts come of the same captions.
-            "feeding": {**asdict(self.feeding), **has_ftfy},
+            "feeding": asdict(self.feeding),
             "keeping": asdict(self.keeping),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        feeding = {name: value for name, value in values["feeding"].items() if name != "ftfy"}
         return cls(
             values["encoder"],
             values["tokenizer"],
             values["pad"],
             values["d_model"],
-            Feeding(**feeding),
+            Feeding(**values["feeding"]),
             Keeping(**values["keeping"]),
         )
 

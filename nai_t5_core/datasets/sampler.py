@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import cycle, islice
 
 import numpy as np
 import torch
@@ -64,9 +65,8 @@ class LengthSampler(Sampler[list[str]]):
         group = self.batch_size * self.batches_sorted
         batches = [batch for start in range(0, len(drawn), group) for batch in self._cut(drawn[start : start + group])]
         order = torch.randperm(len(batches), generator=generator).tolist()
-        # Where they do not go up evenly, the first are given twice, so that no process waits for the others.
-        order += order[: len(self) * self.world - len(order)]
-        for place in order[self.rank :: self.world]:
+        # Where they do not go up evenly, the first are given again, so that no process waits for the others.
+        for place in islice(cycle(order), self.rank, len(self) * self.world, self.world):
             yield [self._ids[int(number)].as_py() for number in batches[place]]
 
     def _cut(self, group: np.ndarray) -> Iterator[np.ndarray]:

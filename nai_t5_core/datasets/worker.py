@@ -14,9 +14,13 @@ from nai_t5_core.datasets.folder import SetFolder
 from nai_t5_core.datasets.prompt_files import Prompts, read_prompts
 from nai_t5_core.datasets.recipe import Recipe
 from nai_t5_core.datasets.shard_files import Encoded, write_shard
-from nai_t5_core.float16.guard import encode_guarded
+from nai_t5_core.float16.guard import NotFiniteError, encode_guarded
 from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.model.inputs import OutsideVocabularyError
 from nai_t5_core.prompts.text_encoder import DEFAULT_TOKEN_BUDGET
+
+# What is wrong with a prompt alone; every other error ends the run.
+_OF_A_PROMPT = (NotFiniteError, OutsideVocabularyError)
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,15 @@ class Worker:
 
         Raises:
             OSError, CheckpointError: a file cannot be written, or the disk is full. Shards that are complete stay.
-            ValueError: the plan's file of a shard is damaged, or scales of float16 had to be tightened.
+            ValueError: the plan's file of a shard is damaged, scales of float16 had to be tightened, or all prompts of
+                a shard fail.
         """
         with ThreadPoolExecutor(1) as writer:
             writing: Future[Progress] | None = None
             for number in numbers:
                 with self._encoding:
                     encoded = self._encode(read_prompts(self.folder, number), told)
+                _refuse_nothing_but_failures(number, encoded)
                 if writing is not None:
                     told(writing.result())
                 writing = writer.submit(self._write, number, encoded)
@@ -89,12 +95,12 @@ class Worker:
             stop = self._fitting(kept, start)
             try:
                 states = self.embed(prompts, kept, start, stop)
-            except torch.OutOfMemoryError:
-                if stop == start + 1:
+            except (RuntimeError, MemoryError) as error:
+                if stop == start + 1 or not _is_want_of_memory(error):
                     raise
                 self.token_budget //= 2
                 continue
-            except ValueError:
+            except _OF_A_PROMPT:
                 states = self._one_by_one(prompts, kept, start, stop, failures)
             rows[done : done + len(states)] = states
             done += len(states)
@@ -148,7 +154,7 @@ class Worker:
         for place in range(start, stop):
             try:
                 parts.append(self.embed(prompts, kept, place, place + 1))
-            except ValueError as error:
+            except _OF_A_PROMPT as error:
                 failures[bytes(prompts.keys[place].numpy()).hex()] = str(error)
                 kept[place] = 0
         return torch.cat(parts)
@@ -160,3 +166,19 @@ class Worker:
                 "float16 overflowed and scales were tightened, which changes the embeddings; find the scales with "
                 "nai-t5 calibrate --out FILE and plan a new set with --scales FILE, or compute in bfloat16"
             )
+
+
+def _is_want_of_memory(error: Exception) -> bool:
+    # On processors, torch has no error of its own for this.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _refuse_nothing_but_failures(number: int, encoded: Encoded) -> None:
+    """One prompt may be at fault; if all are, it is the encoder."""
+    prompts = len(encoded.keys)
+    if 1 < prompts == len(encoded.failures):
+        reason = next(iter(encoded.failures.values()))
+        raise ValueError(
+            f"all {prompts:,} prompts of shard {number} fail, the first since {reason}. Nothing was written of them; "
+            "mend the encoder's files, and plan a new folder"
+        )

@@ -6,14 +6,18 @@ import torch
 from torch import Tensor
 
 
+class OutsideVocabularyError(ValueError):
+    """An id has no row in the embedding table."""
+
+
 def check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raises a ValueError for an id outside the vocabulary."""
+    """Raises an OutsideVocabularyError for an id outside the vocabulary."""
     # On another device the check would wait for the device, and a compiled graph cannot contain it: in these cases the
     # embedding's own assertion reports the id.
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocab_size:
-            raise ValueError(
+            raise OutsideVocabularyError(
                 f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size} tokens "
                 "(ids start at 0); the tokenizer belongs to another model"
             )

@@ -49,8 +49,8 @@ def export(
         told: is called with samples done and all samples.
 
     Raises:
-        ValueError: the set is not complete, or not of a family and padding that the format is for; two samples would
-            get one file; an id is no path within a folder; CLIP is needed and not given.
+        ValueError: the set is not complete, or not of a family, padding and length that the format is for; two samples
+            would get one file; an id is no path within a folder; CLIP is needed and not given.
         OSError: a file cannot be written.
     """
     if to not in FORMATS:
@@ -75,7 +75,7 @@ def _samples(
 ) -> Iterator[Sample]:
     length = dataset.plan.recipe.feeding.max_length
     done = 0
-    for batch in known_samples(dataset.folder):
+    for batch in known_samples(dataset.folder.samples(dataset.plan.edition)):
         for name, _, caption in batch:
             states, text_rows = dataset[name]
             clips = clip(caption) if clip else None
@@ -98,6 +98,12 @@ def _family_for(dataset: EmbeddingDataset, chosen: Format) -> Family:
         raise ValueError(
             f"{chosen.name} reads sets of {family.name} with padding {' or '.join(allowed)}, and this one has "
             f"{feeding.padding}"
+        )
+    own = family.call_length or family.max_length
+    if chosen.has_one_length and feeding.max_length != own:
+        raise ValueError(
+            f"{chosen.name} pads captions of {family.name} to {own} tokens, and this set was made with --max-length "
+            f"{feeding.max_length}; make one without --max-length"
         )
     return family
 
@@ -124,7 +130,7 @@ def _refuse_names(dataset: EmbeddingDataset, chosen: Format, named: str) -> None
     if chosen.place is None:
         return
     seen: dict[str, str] = {}
-    for batch in known_samples(dataset.folder):
+    for batch in known_samples(dataset.folder.samples(dataset.plan.edition)):
         for name, _, caption in batch:
             place = chosen.place(name, caption, named)
             path = PurePosixPath(place)

@@ -17,13 +17,19 @@ from torch import Tensor
 from nai_t5_core.datasets.exports.sample import Format, Place, Sample, stem_of, whole
 
 
-def _for_each(name: str, place: Place, save: Callable[[Sample, Path], None], shares_files: bool = False) -> Format:
+def _for_each(
+    name: str,
+    place: Place,
+    save: Callable[[Sample, Path], None],
+    shares_files: bool = False,
+    has_one_length: bool = False,
+) -> Format:
     def write(samples: Iterable[Sample], out: Path) -> None:
         for sample in samples:
             with whole(out / place(sample.id, sample.caption, sample.trainers.names[name])) as partial:
                 save(sample, partial)
 
-    return Format(name, write, place, shares_files)
+    return Format(name, write, place, shares_files, has_one_length)
 
 
 def _musubi_place(sample_id: str, caption: str, named: str) -> str:
@@ -67,7 +73,7 @@ def ai_toolkit(architecture: str | None = None) -> Format:
     def place(sample_id: str, caption: str, named: str) -> str:
         return _ai_toolkit_place(sample_id, caption, architecture or named)
 
-    return _for_each("ai-toolkit", place, _save_ai_toolkit)
+    return _for_each("ai-toolkit", place, _save_ai_toolkit, has_one_length=True)
 
 
 def _ai_toolkit_place(sample_id: str, caption: str, space: str) -> str:
@@ -150,8 +156,9 @@ def _save_npz(path: Path, **content: Tensor | bool) -> None:
 
 
 MUSUBI_WAN = _for_each("musubi-wan", _musubi_place, _save_musubi)
-PIXART = _for_each("pixart", _pixart_place, _save_pixart)
-LTX = _for_each("ltx", _ltx_place, _save_ltx)
-SIMPLETUNER = _for_each("simpletuner", _simpletuner_place, _save_simpletuner, shares_files=True)
+PIXART = _for_each("pixart", _pixart_place, _save_pixart, has_one_length=True)
+LTX = _for_each("ltx", _ltx_place, _save_ltx, has_one_length=True)
+SIMPLETUNER = _for_each("simpletuner", _simpletuner_place, _save_simpletuner, shares_files=True, has_one_length=True)
+# Their --t5xxl_max_token_length says how long rows are.
 SD_SCRIPTS_FLUX = _for_each("sd-scripts-flux", _sd_scripts_place, _save_sd_scripts_flux)
 SD_SCRIPTS_SD3 = _for_each("sd-scripts-sd3", _sd_scripts_place, _save_sd_scripts_sd3)

@@ -89,12 +89,16 @@ class Format:
         write: writes samples to a folder.
         place: the files' names; None where there is not a file for each sample.
         shares_files: whether samples of one caption have one file.
+        has_one_length: whether it is padded to one length for each family, which is the family's own: a diffusion
+            model reads the padding. Where files are not padded, or the trainer's configuration has the length, sets of
+            every length are written.
     """
 
     name: str
     write: Callable[[Iterable[Sample], Path], None]
     place: Place | None = None
     shares_files: bool = False
+    has_one_length: bool = False
 
 
 def stem_of(sample_id: str) -> str:
