@@ -17,7 +17,7 @@ CTRANSLATE2 = "ctranslate2"
 
 
 def dtype_of_ctranslate2(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that CTranslate2 is to compute in beside ours: the same where it has it on this processor, or float32."""
+    """The dtype that CTranslate2 is to compute in beside ours: the same where this processor has it, or float32."""
     possible = require(CTRANSLATE2, extra=CTRANSLATE2).get_supported_compute_types("cpu")
     return dtype if _name(dtype) in possible else torch.float32
 

@@ -63,6 +63,8 @@ def openvino_encoder(config: T5Config, state: State, dtype: torch.dtype) -> nn.M
         "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
+        # It would pin the calling thread to one processor, and with it the threads of whoever computes next.
+        "ENABLE_CPU_PINNING": False,
     }
     return OpenVINOEncoder(openvino.Core().compile_model(model, "CPU", options))
 
