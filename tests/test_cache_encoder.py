@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from toy_loras import toy_lora
 
 from nai_t5_core.backends.choose import why_not_int8
+from nai_t5_core.backends.quantised.packing import PackedKind
 from nai_t5_core.facts.families import family_names
 from nai_t5_core.float16.guard import ScaleTightenedWarning
 from nai_t5_core.lora.live import LiveLoras
@@ -26,6 +27,7 @@ from nai_t5_core.prompts.cache import noted_scales
 from nai_t5_core.prompts.cache.store import Store
 from nai_t5_core.prompts.text_encoder import PromptEmbeddings, TextEncoder
 from nai_t5_core.prompts.textual_inversion import add_embeddings
+from nai_t5_core.weights.convert_quantised import convert_quantised
 from nai_t5_core.weights.formats import CheckpointError
 
 PROMPTS = ["a cat", "", "two dogs play with a ball in the park, soft light, 35mm film", "a fox", "a cat"]
@@ -280,12 +282,17 @@ def test_merged_while_loading_and_after_it_are_the_same(store: Store, plain: Tex
     assert store.counts.hits == hits + 1
 
 
-def test_words_of_textual_inversion(store: Store, passes: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize("kind", [None, "int8", "q8_0"])
+def test_words_of_textual_inversion(
+    kind: PackedKind | None, tmp_path: Path, store: Store, passes: list[tuple[int, ...]]
+) -> None:
+    """Also where the table of embeddings is quantised."""
+    source = None if kind is None else convert_quantised(None, tmp_path / "t5.safetensors", kind, encoder_only=True).out
     prompts = ["a photo of <mine>", "a cat"]
     results = []
-    load(store).encode(["a cat"])
+    load(store, source=source).encode(["a cat"])
     for seed in (1, 2, 1):
-        encoder, reference = load(store), load()
+        encoder, reference = load(store, source=source), load(source=source)
         for one in (encoder, reference):
             vectors = torch.randn(2, D_MODEL, generator=torch.Generator().manual_seed(seed))
             add_embeddings(one, vectors, "<mine>")

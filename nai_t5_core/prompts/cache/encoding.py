@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.quantised.projections import QuantisedEmbedding
 from nai_t5_core.facts.scales import StackScales
 from nai_t5_core.lora.set import LorasInForce
 from nai_t5_core.prompts.cache.batch import through_cache
@@ -68,13 +69,17 @@ class SettingsOfStack:
     def _settings_with(self, at_load: Settings, done: dict[object, Any]) -> Settings:
         told = [what for who, what in done.items() if who not in self._told_before and isinstance(what, LorasInForce)]
         uses = [LoraUse(lora_contents(lora), number, what.way) for what in told for lora, number in what.loras]
-        stack, table = self._stack, self._stack.shared.weight
-        vectors = {index: tensor_contents(table[index]) for index in range(self._vocabulary, len(table))}
+        stack, table = self._stack, self._stack.shared
+        vectors = {index: tensor_contents(_row(table, index)) for index in range(self._vocabulary, len(table.weight))}
         scales = at_load.scales
         if stack.scales != self._scales:
             scales = stack.scales
             self._note(scales)
         return replace(at_load, loras=(*at_load.loras, *uses), vectors=vectors, scales=scales)
+
+
+def _row(table: Any, index: int) -> Tensor:
+    return table.row(index) if isinstance(table, QuantisedEmbedding) else table.weight[index]
 
 
 class CachedEncoding:
