@@ -17,9 +17,9 @@ from nai_t5_core.backends.choose import (
     quantize_int8,
     why_not_prepack,
 )
-from nai_t5_core.lora.files import Lora, read_lora
+from nai_t5_core.lora.files import Lora
 from nai_t5_core.lora.loras import Loras
-from nai_t5_core.lora.set import LoraSource, refuse_misfits
+from nai_t5_core.lora.set import LoraSource, lora_of, refuse_misfits
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.precision import resolve_device
@@ -99,7 +99,7 @@ def cached_encoding(
     """
     examination = examine(source, subfolder)
     examination.refuse_faults()
-    loras: list[tuple[Lora, float]] = [(_read(lora), strength) for lora, strength in how.loras]
+    loras: list[tuple[Lora, float]] = [(lora_of(lora), strength) for lora, strength in how.loras]
     for lora, _ in loras:
         refuse_misfits(lora, examination.config)
     how = replace(how, loras=loras)
@@ -133,7 +133,3 @@ def cached_encoding(
     place = resolve_device(how.device)
     note = partial(note_scales, settings)
     return CachedEncoding(begun, load_now, store, place, examination.checkpoint.source, note), examination
-
-
-def _read(lora: LoraSource) -> Lora:
-    return lora if isinstance(lora, Lora) else read_lora(lora)

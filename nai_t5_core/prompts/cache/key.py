@@ -70,8 +70,6 @@ class Settings:
         scales: those of float16 that are in force. None is the same as scales of 1.
         loras: in the order in which they are added up.
         vectors: of textual inversion: the hash of the vector that each id beyond the vocabulary stands for.
-        layer: after how many layers the hidden states are taken; None for all.
-        final_norm: whether they pass the final norm.
     """
 
     weights: str
@@ -82,29 +80,21 @@ class Settings:
     scales: StackScales | None = None
     loras: tuple[LoraUse, ...] = ()
     vectors: Mapping[int, str] = field(default_factory=dict)
-    layer: int | None = None
-    final_norm: bool = True
 
-    def key(self, ids: Sequence[int], word_weights: Sequence[float] | None = None) -> Key:
+    def key(self, ids: Sequence[int]) -> Key:
         """The key of one prompt's hidden states.
 
         Args:
             ids: all that is attended to, in order: the tokens with the end token, and the pads where they are tokens
                 like others (``padding="attend"``). Pads that are only computed are none of it, so that a prompt has one
                 key in all other policies.
-            word_weights: one for each id, where the hidden states are kept with weights applied to them. Weights of 1
-                are the same as none.
 
         Raises:
-            ValueError: there are no ids, or another number of weights.
+            ValueError: there are no ids.
         """
         if not ids:
             raise ValueError("a key needs at least one id: also the empty prompt has its end token")
-        if word_weights is not None and len(word_weights) != len(ids):
-            raise ValueError(f"{len(word_weights)} word weights for {len(ids)} ids; give one for each")
         fed: dict[str, Any] = {"ids": [int(number) for number in ids]}
-        if word_weights is not None and any(weight != 1 for weight in word_weights):
-            fed["word_weights"] = [float(weight) for weight in word_weights]
         if self.vectors:
             used = {str(number): self.vectors[number] for number in sorted(set(fed["ids"])) if number in self.vectors}
             fed |= {"vectors": used} if used else {}
@@ -114,7 +104,6 @@ class Settings:
     def _common(self) -> str:
         config = self.config.model_dump(include=_READ_BY_THE_ENCODER)
         loras = [[use.contents, float(use.strength), use.way] for use in self.loras if use.strength]
-        layers = self.config.num_layers
         return _json(
             {
                 "numerics": NUMERICS,
@@ -125,17 +114,8 @@ class Settings:
                 "layout": self.layout,
                 "scales": None if self.scales is None or self.scales.is_one else json.loads(self.scales.to_json()),
                 "loras": loras,
-                "layer": layers if self.layer is None else _layer(self.layer, layers),
-                "final_norm": self.final_norm,
             }
         )
-
-
-def _layer(layer: int, layers: int) -> int:
-    """Counted from the front; -1 is the last."""
-    if not -layers <= layer + 1 <= layers + 1 or layer > layers:
-        raise ValueError(f"layer={layer}; the encoder has {layers} layers")
-    return layer if layer >= 0 else layers + 1 + layer
 
 
 def _json(values: Mapping[str, Any]) -> str:
