@@ -194,6 +194,23 @@ def test_what_is_no_prompt_with_pads_behind_it_is_encoded(
     assert store.counts.hits == len(store.memory) == 0
 
 
+@pytest.mark.parametrize(("padding", "extra_pad"), [("exact", 0), ("skip", 2), ("trim", 2), ("skip", 0), ("attend", 0)])
+@pytest.mark.parametrize("together", [True, False])
+def test_pads_may_be_any_tokens(padding: Any, extra_pad: int, together: bool, folder: Path, store: Store) -> None:
+    """Their hidden states are computed of them, in one batch and in one after the other."""
+    plain, lazy = hf.NAIT5EncoderModel.from_pretrained(folder), lazy_text_encoder(folder, cache=store)
+    for model in (plain, lazy):
+        model.padding, model.extra_pad = padding, extra_pad
+    ids = torch.tensor([[9, 1, *pads] for pads in ((0, 0, 0), (7, 7, 7), (7, 8, 7), (3, 3, 3))])
+    mask = torch.tensor([[1, 1, 0, 0, 0]]).expand(4, -1)
+    with torch.no_grad():
+        for _ in range(2):
+            for some in [ids] if together else ids.split(1):
+                found, expected = (model(some, mask[: len(some)])[0] for model in (lazy, plain))
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert store.counts.hits > 0
+
+
 def test_faults_of_a_call_are_told_as_ever(folder: Path, store: Store) -> None:
     lazy = lazy_text_encoder(folder, cache=store)
     with pytest.raises(ValueError, match="mask has shape"):

@@ -47,6 +47,11 @@ def of(ids: list[int] = IDS, **arguments: Any) -> Change:
     return lambda folder: settings_of(folder_with(folder), **given).key(ids)
 
 
+def with_pads(*pads: int, **values: Any) -> Change:
+    """The base with the hidden states of pads kept, too."""
+    return lambda folder: replace(settings_of(folder_with(folder), "float32", "cpu"), **values).key(IDS, pads)
+
+
 def with_config(**values: Any) -> Change:
     config = CONFIG.model_copy(update=values)
     return lambda folder: settings_of(folder_with(folder, config), "float32", "cpu").key(IDS)
@@ -145,6 +150,13 @@ CHANGES: dict[str, Change] = {
     "cut": of([5, 17, 1]),
     "a pad that is read": of([*IDS, 0]),
     "two pads that are read": of([*IDS, 0, 0]),
+    "pads that are computed of another id": with_pads(7, 7),
+    "of yet another": with_pads(8),
+    "of several": with_pads(7, 8),
+    "of the same in another order": with_pads(8, 7),
+    "of one id and the usual one": with_pads(0, 7),
+    "of a vector": with_pads(96, vectors={96: VECTOR}),
+    "of another vector": with_pads(96, vectors={96: OTHER_VECTOR}),
 }
 
 NO_CHANGES: dict[str, Change] = {
@@ -165,6 +177,7 @@ NO_CHANGES: dict[str, Change] = {
     ),
     "scales of 1": of(scales=unscaled(3)),
     "a LoRA of strength 0": of(loras=[(STYLE, 0.0)]),
+    "pads that are computed": with_pads(0, 0, 0),
     "a vector that is not fed": with_settings(vectors={96: VECTOR}),
 }
 
@@ -179,6 +192,11 @@ def test_what_can_change_the_result_misses(changed: dict[str, Key]) -> None:
     assert len(pairs) > 400
     assert [(one, two) for one, two in pairs if changed[one].digest == changed[two].digest] == []
     assert [(one, two) for one, two in pairs if changed[one].text == changed[two].text] == []
+
+
+def test_the_number_of_computed_pads_makes_no_other_key() -> None:
+    settings = Settings("0" * 64, CONFIG, "float32", "cpu")
+    assert settings.key(IDS, [7]) == settings.key(IDS, [7, 7, 7]) != settings.key(IDS)
 
 
 @pytest.mark.parametrize("name", NO_CHANGES)

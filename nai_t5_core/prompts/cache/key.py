@@ -1,7 +1,9 @@
 """The key of an embedding: everything that can change it, and nothing else.
 
-Not in the key are the batch that a prompt is encoded in, padding that nothing attends to, and the dtype in which the
-result is stored. The prompt's text and the tokenizer are in it by the ids that come of them. Imports no torch.
+Not in the key are the batch that a prompt is encoded in, how many pads are computed that nothing attends to, and the
+dtype in which the result is stored. The prompt's text and the tokenizer are in it by the ids that come of them; so is
+the id of such pads where it is not the usual one, since the rows behind the prompt's own are computed of it. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ from nai_t5_core.facts.scales import StackScales
 
 # To be raised whenever the same ingredients give another result than before: entries of older programs then miss.
 NUMERICS = 1
+
+# What pads are in the tokenizers of nearly all T5s. Rows that are computed of these are kept behind a prompt's own
+# without a word in the key, so that a prompt is found whether they are computed or not.
+USUAL_PAD = 0
 
 # The part of a config that the encoder computes with. Ids of special tokens act through the ids that are fed.
 _READ_BY_THE_ENCODER = {
@@ -81,13 +87,14 @@ class Settings:
     loras: tuple[LoraUse, ...] = ()
     vectors: Mapping[int, str] = field(default_factory=dict)
 
-    def key(self, ids: Sequence[int]) -> Key:
+    def key(self, ids: Sequence[int], pads: Sequence[int] = ()) -> Key:
         """The key of one prompt's hidden states.
 
         Args:
             ids: all that is attended to, in order: the tokens with the end token, and the pads where they are tokens
-                like others (``padding="attend"``). Pads that are only computed are none of it, so that a prompt has one
-                key in all other policies.
+                like others (``padding="attend"``).
+            pads: the ids behind them that nothing attends to, and whose hidden states are kept all the same. How many
+                there are makes no other key.
 
         Raises:
             ValueError: there are no ids.
@@ -95,8 +102,12 @@ class Settings:
         if not ids:
             raise ValueError("a key needs at least one id: also the empty prompt has its end token")
         fed: dict[str, Any] = {"ids": [int(number) for number in ids]}
+        kinds = {int(number) for number in pads}
+        if kinds - {USUAL_PAD}:
+            fed["pads"] = [int(number) for number in pads] if len(kinds) > 1 else list(kinds)
         if self.vectors:
-            used = {str(number): self.vectors[number] for number in sorted(set(fed["ids"])) if number in self.vectors}
+            shown = {*fed["ids"], *kinds}
+            used = {str(number): self.vectors[number] for number in sorted(shown) if number in self.vectors}
             fed |= {"vectors": used} if used else {}
         return Key(f"{self._common[:-1]},{_json(fed)[1:]}")
 
