@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 
 import diffusers
 from test_diffusers_families import assert_same
+from torch.multiprocessing.reductions import StorageWeakRef
 from toy_loras import toy_lora
 from toy_offloading import CPU, OFFLOADS, cpu_has_one_name, offload_model
 from toy_pipelines import Toy
@@ -140,6 +141,17 @@ def test_replaced_with_a_cache_and_restored(name: str, store: Store) -> None:
     restore_text_encoder(toy.pipe)
     assert toy.encoder is old
     assert_same(toy.run(), expected, 1e-4)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_the_weights_of_the_old_encoder_are_let_go(cache: bool, store: Store) -> None:
+    """In a dtype in which no matrix is shared."""
+    toy = make("pixart-sigma")
+    matrices = [parameter for parameter in toy.encoder.parameters() if parameter.ndim == 2]
+    memory = [StorageWeakRef(matrix.untyped_storage()) for matrix in matrices]
+    del matrices
+    replace_text_encoder(toy.pipe, dtype=torch.float64, cache=store if cache else False)
+    assert len(memory) > 10 and all(storage.expired() for storage in memory)
 
 
 def test_the_replaced_and_the_lazy_share_what_is_kept(tmp_path: Path, store: Store) -> None:

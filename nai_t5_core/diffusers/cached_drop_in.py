@@ -273,7 +273,7 @@ def settings_of_model(
     """
     examination = examine_model(model)
     weights = contents_by_reading(examination)
-    examination.checkpoint.read = _is_gone
+    examination.checkpoint.read_only_by(_is_gone)
     return partial(_settings_at, examination, layout, scales, quantize, weights=weights)
 
 
