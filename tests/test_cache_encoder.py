@@ -258,6 +258,34 @@ def test_loras_that_come_and_go(kind: Any, store: Store, passes: list[tuple[int,
     assert all(not torch.equal(seen[0], states) for states in seen[1:5])
 
 
+@pytest.mark.parametrize("kind", [Loras, LiveLoras])
+def test_loras_that_come_while_another_thread_encodes(
+    kind: Any, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever asks in the middle of a change gets what is after it, and the cache goes on."""
+    encoder, reference = load(store), load()
+    loras, style = kind(encoder), toy_lora(encoder.stack.config, seed=1, name="style")
+    encoder.encode(["a cat"])
+    found: list[PromptEmbeddings] = []
+    other = Thread(target=lambda: found.append(encoder.encode(["a cat"])))
+    really = loras._apply
+
+    def half_told(*arguments: Any) -> None:
+        really(*arguments)
+        other.start()
+        other.join(0.3)
+
+    monkeypatch.setattr(loras, "_apply", half_told)
+    loras.add(style, 0.8)
+    other.join()
+    kind(reference).add(style, 0.8)
+    expected = reference.encode(["a cat"])
+    hits = store.counts.hits
+    assert_same(encoder.encode(["a cat"]), expected)
+    assert_same(found[0], expected)
+    assert store.counts.hits == hits + 1 and caplog.messages == []
+
+
 @pytest.mark.parametrize("strengths", [[0.8], [0.4], [0.8, 1.0]])
 def test_loras_of_loading_are_in_the_key(strengths: list[float], store: Store, plain: TextEncoder) -> None:
     config = plain.stack.config

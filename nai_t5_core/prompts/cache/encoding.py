@@ -44,17 +44,20 @@ class SettingsOfStack:
         self, stack: Any, at_load: Callable[[], Settings], note: Callable[[StackScales], None] = lambda scales: None
     ) -> None:
         self._stack, self._at_load, self._note = stack, at_load, note
-        self._vocabulary, self._scales = stack.config.vocab_size, stack.scales
-        self._told_before = set(stack.alterations.done)
-        self._watch = Watch(stack)
-        self._lock = RLock()
         self._is_told = False
-        self._before, self._done = at_load(), dict(stack.alterations.done)
+        with stack.alterations.lock:
+            self._vocabulary, self._scales = stack.config.vocab_size, stack.scales
+            self._told_before = set(stack.alterations.done)
+            self._watch = Watch(stack)
+            self._before, self._done = at_load(), dict(stack.alterations.done)
         self._now = self._before
 
     def __call__(self) -> Settings | None:
-        """None once something was done to the encoder that is not known; the same object while nothing is done."""
-        with self._lock:
+        """None once something was done to the encoder that is not known; the same object while nothing is done.
+
+        Waits for a change that is under way.
+        """
+        with self._stack.alterations.lock:
             self._watch.look()
             if not self._watch.is_known:
                 if not self._is_told:
