@@ -21,8 +21,9 @@ from conftest import TOY_CONFIGS
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from nai_t5_core.prompts.cache import disk as disk_module
 from nai_t5_core.prompts.cache.disk import DiskStore
-from nai_t5_core.prompts.cache.entry import FORMS, DamagedEntryError, Form, from_bytes, to_bytes
+from nai_t5_core.prompts.cache.entry import FORMS, DamagedEntryError, Entry, Form, from_bytes, to_bytes
 from nai_t5_core.prompts.cache.key import Key, Settings
 from nai_t5_core.prompts.cache.memory import Embedding, MemoryStore
 from nai_t5_core.prompts.cache.store import Store, default_folder, open_store
@@ -223,6 +224,21 @@ def test_what_is_larger_than_the_limit_is_not_kept(tmp_path: Path) -> None:
     put(disk, 1, rows_of(1))
     assert not put(disk, 2, rows_of(2, rows=500))
     assert [kept.path for kept in disk.kept()] == [disk.place(key_of(1))]
+
+
+def test_an_entry_that_goes_while_it_is_read_stays_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = on_disk(tmp_path), on_disk(tmp_path)
+    put(one, 1, rows_of(1))
+
+    def others_clear(content: bytes) -> Entry:
+        two.clear()
+        return from_bytes(content)
+
+    monkeypatch.setattr(disk_module, "from_bytes", others_clear)
+    (one.place(key_of(1)).parent / "notes.txt").write_text("keeps the folder")
+    found = found_in(one, 1)
+    assert found is not None and torch.equal(found, rows_of(1))
+    assert one.kept() == [] and not one.place(key_of(1)).exists()
 
 
 def test_what_is_not_its_own_stays(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -72,8 +73,8 @@ class DiskStore:
             return None
         if len(entry.rows) < least_rows or not self._allows(entry):
             return None
-        with suppress(OSError):  # of another user: it is read all the same
-            path.touch()
+        with suppress(OSError):  # of another user, or gone meanwhile: it was read all the same
+            os.utime(path)
         return Embedding(entry.rows, entry.extras)
 
     def put(self, key: Key, embedding: Embedding) -> bool:
