@@ -324,6 +324,27 @@ def test_a_file_that_was_changed_is_not_loaded(folder: Path, store: Store) -> No
         lazy(IDS, MASK)
 
 
+@pytest.mark.parametrize("when", ["hashed", "loaded"])
+def test_a_file_that_is_changed_while_it_is_read_is_not_taken(
+    when: str, folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = {"hashed": "settings_for", "loaded": "assemble"}[when]
+    really = getattr(cached_drop_in, name)
+
+    def changing(*arguments: Any, **options: Any) -> Any:
+        found = really(*arguments, **options)
+        monkeypatch.setattr(cached_drop_in, name, really)
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes())
+        return found
+
+    monkeypatch.setattr(cached_drop_in, name, changing)
+    lazy = lazy_text_encoder(folder, cache=store)
+    with torch.no_grad(), pytest.raises(CheckpointError, match="make the encoder again"):
+        lazy(IDS, MASK)
+    assert not lazy.is_loaded and len(store.memory) == 0
+
+
 def test_what_is_ours_already_has_no_cache_to_be_given(store: Store, tmp_path: Path) -> None:
     toy = make("pixart-sigma")
     replace_text_encoder(toy.pipe)

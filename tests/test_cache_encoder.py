@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import embedded_taken_apart
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toy_loras import toy_lora
 
@@ -435,8 +436,6 @@ def test_the_next_process_begins_with_scales_that_were_tightened(tmp_path: Path,
 
 def _overflowing(folder: Path) -> Path:
     """The embedded model with a feed-forward beyond float16."""
-    from safetensors.torch import load_file, save_file
-
     model = embedded_taken_apart(folder)
     state = load_file(model / "model.safetensors")
     for name in state:
@@ -485,6 +484,37 @@ def test_a_file_that_was_changed_meanwhile_is_not_loaded_for_its_old_key(tmp_pat
     with pytest.raises(CheckpointError, match="changed after the cache had looked at it; make the encoder again"):
         encoder.encode(["a dog"])
     assert_same(load(store, source=model).encode(["a dog"]), load(source=other.parent).encode(["a dog"]))
+
+
+def test_a_file_that_was_changed_while_it_was_hashed_is_not_loaded(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = embedded_taken_apart(tmp_path / "model")
+    really = loading.settings_for
+
+    def changing(*arguments: Any, **options: Any) -> Any:
+        found = really(*arguments, **options)
+        embedded_taken_apart(tmp_path / "other")
+        shutil.copy(tmp_path / "other" / "model.safetensors", model / "model.safetensors")
+        return found
+
+    monkeypatch.setattr(loading, "settings_for", changing)
+    encoder = load(store, source=model)
+    with pytest.raises(CheckpointError, match="changed after the cache had looked at it"):
+        encoder.encode(["a cat"])
+    assert len(store.memory) == 0
+
+
+def test_another_file_that_came_into_the_folder_is_not_loaded(tmp_path: Path, store: Store) -> None:
+    """For the key of the one that was there."""
+    model = embedded_taken_apart(tmp_path / "model")
+    state = load_file(model / "model.safetensors")
+    (model / "model.safetensors").rename(tmp_path / "later.safetensors")
+    torch.save(state, model / "pytorch_model.bin")
+    encoder = load(store, source=model)
+    (tmp_path / "later.safetensors").rename(model / "model.safetensors")
+    with pytest.raises(CheckpointError, match="changed after the cache had looked at it"):
+        encoder.encode(["a cat"])
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")

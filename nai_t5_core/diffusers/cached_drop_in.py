@@ -25,14 +25,13 @@ from nai_t5_core.diffusers.drop_in_weights import examine_model
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.layers import CastingOps
 from nai_t5_core.prompts.cache.batch import through_cache
-from nai_t5_core.prompts.cache.contents import contents_by_reading, identities
+from nai_t5_core.prompts.cache.contents import contents_by_reading, identities, refuse_changed
 from nai_t5_core.prompts.cache.encoding import SettingsOfStack
 from nai_t5_core.prompts.cache.key import Settings
 from nai_t5_core.prompts.cache.settings import settings_for
 from nai_t5_core.prompts.cache.store import Store, open_store
 from nai_t5_core.weights.convert import main_dtype
 from nai_t5_core.weights.examine import Examination, examine_checkpoint
-from nai_t5_core.weights.formats import CheckpointError
 from nai_t5_core.weights.load import ScalesChoice, SlowDtypeWarning, assemble
 
 # Where an encoder goes when it is loaded, and what its settings will be there.
@@ -227,15 +226,14 @@ def lazy_text_encoder(
     computed_in = given or resolve_dtype(main_dtype(examination), cpu)
     refuse_quantising(quantize, cpu, computed_in)
     settings_at = partial(_settings_at, examination, layout, scales, quantize)
-    settings_at(computed_in, cpu)
+    # Before the hash, which is of these files or of none.
     files = identities(examination)
+    settings_at(computed_in, cpu)
 
     def load(dtype: torch.dtype, device: torch.device) -> T5EncoderStack:
-        if identities(examination) != files:
-            raise CheckpointError(
-                f"{examination.checkpoint.source} was changed after the cache had looked at it; make the encoder again"
-            )
+        refuse_changed(examination, files)
         stack, _ = assemble(examination, dtype, device, layout, scales, CastingOps)
+        refuse_changed(examination, files)
         return stack if quantize is None else quantize_int8(stack)
 
     model = CachedT5EncoderModel(config_beside(examination), load=load).to(computed_in)

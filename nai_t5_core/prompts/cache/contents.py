@@ -23,7 +23,7 @@ from nai_t5_core.facts.paths import cache_folder
 from nai_t5_core.lora.changes import LowRankChange
 from nai_t5_core.lora.files import Lora
 from nai_t5_core.weights.examine import Examination
-from nai_t5_core.weights.formats import tensor_bytes
+from nai_t5_core.weights.formats import CheckpointError, tensor_bytes
 from nai_t5_core.weights.quantised import Stored
 from nai_t5_core.weights.whole_files import write_whole
 
@@ -177,6 +177,14 @@ def identities(examination: Examination) -> list[list[str | int]]:
     The time of a file's last change of any kind goes up even where a tool sets that of its contents back.
     """
     return _identities(_files(examination))
+
+
+def refuse_changed(examination: Examination, before: list[list[str | int]]) -> None:
+    """Raises a CheckpointError where the files are not those that had these identities."""
+    if identities(examination) != before:
+        raise CheckpointError(
+            f"{examination.checkpoint.source} was changed after the cache had looked at it; make the encoder again"
+        )
 
 
 def _identities(files: list[Path]) -> list[list[str | int]]:
