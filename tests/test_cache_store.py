@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -501,6 +502,40 @@ def test_a_forked_process_writes_by_itself(tmp_path: Path) -> None:
         assert said.read() == "written"
     store.wait()
     assert all(Store(tmp_path).get(key_of(number)) is not None for number in range(100))
+
+
+@pytest.mark.parametrize("which", ["the store's", "the memory's", "the folder's"])
+def test_a_process_that_is_forked_while_another_thread_is_at_work(which: str, tmp_path: Path) -> None:
+    """The thread is not there to let go of what it holds."""
+    store = Store(tmp_path)
+    store.put(key_of(0), rows_of(0))
+    store.wait()
+    assert store.disk is not None
+    lock = {"the store's": store._lock, "the memory's": store.memory._lock, "the folder's": store.disk._lock}[which]
+    holds, is_forked = Event(), Event()
+
+    def hold() -> None:
+        with lock:
+            holds.set()
+            is_forked.wait()
+
+    def use(pipe: int) -> None:
+        signal.alarm(10)  # ends it where it hangs
+        assert store.get(key_of(0)) is not None
+        store.put(key_of(1), rows_of(1))
+        store.wait()
+        os.write(pipe, b"written")
+
+    other = Thread(target=hold)
+    other.start()
+    holds.wait()
+    child, pipe = _in_another_process(use)
+    os.waitpid(child, 0)
+    is_forked.set()
+    other.join()
+    with os.fdopen(pipe) as said:
+        assert said.read() == "written"
+    assert Store(tmp_path).get(key_of(1)) is not None
 
 
 def test_a_process_that_ends_has_written_all(tmp_path: Path) -> None:
