@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import embedded_taken_apart
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toy_loras import toy_lora
 
 from nai_t5_core.backends.choose import why_not_int8
+from nai_t5_core.backends.quantised.packing import PackedKind
 from nai_t5_core.facts.families import family_names
 from nai_t5_core.float16.guard import ScaleTightenedWarning
 from nai_t5_core.lora.live import LiveLoras
@@ -26,6 +28,7 @@ from nai_t5_core.prompts.cache import noted_scales
 from nai_t5_core.prompts.cache.store import Store
 from nai_t5_core.prompts.text_encoder import PromptEmbeddings, TextEncoder
 from nai_t5_core.prompts.textual_inversion import add_embeddings
+from nai_t5_core.weights.convert_quantised import convert_quantised
 from nai_t5_core.weights.formats import CheckpointError
 
 PROMPTS = ["a cat", "", "two dogs play with a ball in the park, soft light, 35mm film", "a fox", "a cat"]
@@ -256,6 +259,34 @@ def test_loras_that_come_and_go(kind: Any, store: Store, passes: list[tuple[int,
     assert all(not torch.equal(seen[0], states) for states in seen[1:5])
 
 
+@pytest.mark.parametrize("kind", [Loras, LiveLoras])
+def test_loras_that_come_while_another_thread_encodes(
+    kind: Any, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever asks in the middle of a change gets what is after it, and the cache goes on."""
+    encoder, reference = load(store), load()
+    loras, style = kind(encoder), toy_lora(encoder.stack.config, seed=1, name="style")
+    encoder.encode(["a cat"])
+    found: list[PromptEmbeddings] = []
+    other = Thread(target=lambda: found.append(encoder.encode(["a cat"])))
+    really = loras._apply
+
+    def half_told(*arguments: Any) -> None:
+        really(*arguments)
+        other.start()
+        other.join(0.3)
+
+    monkeypatch.setattr(loras, "_apply", half_told)
+    loras.add(style, 0.8)
+    other.join()
+    kind(reference).add(style, 0.8)
+    expected = reference.encode(["a cat"])
+    hits = store.counts.hits
+    assert_same(encoder.encode(["a cat"]), expected)
+    assert_same(found[0], expected)
+    assert store.counts.hits == hits + 1 and caplog.messages == []
+
+
 @pytest.mark.parametrize("strengths", [[0.8], [0.4], [0.8, 1.0]])
 def test_loras_of_loading_are_in_the_key(strengths: list[float], store: Store, plain: TextEncoder) -> None:
     config = plain.stack.config
@@ -280,12 +311,17 @@ def test_merged_while_loading_and_after_it_are_the_same(store: Store, plain: Tex
     assert store.counts.hits == hits + 1
 
 
-def test_words_of_textual_inversion(store: Store, passes: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize("kind", [None, "int8", "q8_0"])
+def test_words_of_textual_inversion(
+    kind: PackedKind | None, tmp_path: Path, store: Store, passes: list[tuple[int, ...]]
+) -> None:
+    """Also where the table of embeddings is quantised."""
+    source = None if kind is None else convert_quantised(None, tmp_path / "t5.safetensors", kind, encoder_only=True).out
     prompts = ["a photo of <mine>", "a cat"]
     results = []
-    load(store).encode(["a cat"])
+    load(store, source=source).encode(["a cat"])
     for seed in (1, 2, 1):
-        encoder, reference = load(store), load()
+        encoder, reference = load(store, source=source), load(source=source)
         for one in (encoder, reference):
             vectors = torch.randn(2, D_MODEL, generator=torch.Generator().manual_seed(seed))
             add_embeddings(one, vectors, "<mine>")
@@ -400,8 +436,6 @@ def test_the_next_process_begins_with_scales_that_were_tightened(tmp_path: Path,
 
 def _overflowing(folder: Path) -> Path:
     """The embedded model with a feed-forward beyond float16."""
-    from safetensors.torch import load_file, save_file
-
     model = embedded_taken_apart(folder)
     state = load_file(model / "model.safetensors")
     for name in state:
@@ -450,6 +484,37 @@ def test_a_file_that_was_changed_meanwhile_is_not_loaded_for_its_old_key(tmp_pat
     with pytest.raises(CheckpointError, match="changed after the cache had looked at it; make the encoder again"):
         encoder.encode(["a dog"])
     assert_same(load(store, source=model).encode(["a dog"]), load(source=other.parent).encode(["a dog"]))
+
+
+def test_a_file_that_was_changed_while_it_was_hashed_is_not_loaded(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = embedded_taken_apart(tmp_path / "model")
+    really = loading.settings_for
+
+    def changing(*arguments: Any, **options: Any) -> Any:
+        found = really(*arguments, **options)
+        embedded_taken_apart(tmp_path / "other")
+        shutil.copy(tmp_path / "other" / "model.safetensors", model / "model.safetensors")
+        return found
+
+    monkeypatch.setattr(loading, "settings_for", changing)
+    encoder = load(store, source=model)
+    with pytest.raises(CheckpointError, match="changed after the cache had looked at it"):
+        encoder.encode(["a cat"])
+    assert len(store.memory) == 0
+
+
+def test_another_file_that_came_into_the_folder_is_not_loaded(tmp_path: Path, store: Store) -> None:
+    """For the key of the one that was there."""
+    model = embedded_taken_apart(tmp_path / "model")
+    state = load_file(model / "model.safetensors")
+    (model / "model.safetensors").rename(tmp_path / "later.safetensors")
+    torch.save(state, model / "pytorch_model.bin")
+    encoder = load(store, source=model)
+    (tmp_path / "later.safetensors").rename(model / "model.safetensors")
+    with pytest.raises(CheckpointError, match="changed after the cache had looked at it"):
+        encoder.encode(["a cat"])
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")

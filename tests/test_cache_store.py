@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ from conftest import TOY_CONFIGS
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from nai_t5_core.prompts.cache import disk as disk_module
 from nai_t5_core.prompts.cache.disk import DiskStore
-from nai_t5_core.prompts.cache.entry import FORMS, DamagedEntryError, Form, from_bytes, to_bytes
+from nai_t5_core.prompts.cache.entry import FORMS, DamagedEntryError, Entry, Form, from_bytes, to_bytes
 from nai_t5_core.prompts.cache.key import Key, Settings
 from nai_t5_core.prompts.cache.memory import Embedding, MemoryStore
 from nai_t5_core.prompts.cache.store import Store, default_folder, open_store
@@ -223,6 +225,21 @@ def test_what_is_larger_than_the_limit_is_not_kept(tmp_path: Path) -> None:
     put(disk, 1, rows_of(1))
     assert not put(disk, 2, rows_of(2, rows=500))
     assert [kept.path for kept in disk.kept()] == [disk.place(key_of(1))]
+
+
+def test_an_entry_that_goes_while_it_is_read_stays_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = on_disk(tmp_path), on_disk(tmp_path)
+    put(one, 1, rows_of(1))
+
+    def others_clear(content: bytes) -> Entry:
+        two.clear()
+        return from_bytes(content)
+
+    monkeypatch.setattr(disk_module, "from_bytes", others_clear)
+    (one.place(key_of(1)).parent / "notes.txt").write_text("keeps the folder")
+    found = found_in(one, 1)
+    assert found is not None and torch.equal(found, rows_of(1))
+    assert one.kept() == [] and not one.place(key_of(1)).exists()
 
 
 def test_what_is_not_its_own_stays(tmp_path: Path) -> None:
@@ -485,6 +502,40 @@ def test_a_forked_process_writes_by_itself(tmp_path: Path) -> None:
         assert said.read() == "written"
     store.wait()
     assert all(Store(tmp_path).get(key_of(number)) is not None for number in range(100))
+
+
+@pytest.mark.parametrize("which", ["the store's", "the memory's", "the folder's"])
+def test_a_process_that_is_forked_while_another_thread_is_at_work(which: str, tmp_path: Path) -> None:
+    """The thread is not there to let go of what it holds."""
+    store = Store(tmp_path)
+    store.put(key_of(0), rows_of(0))
+    store.wait()
+    assert store.disk is not None
+    lock = {"the store's": store._lock, "the memory's": store.memory._lock, "the folder's": store.disk._lock}[which]
+    holds, is_forked = Event(), Event()
+
+    def hold() -> None:
+        with lock:
+            holds.set()
+            is_forked.wait()
+
+    def use(pipe: int) -> None:
+        signal.alarm(10)  # ends it where it hangs
+        assert store.get(key_of(0)) is not None
+        store.put(key_of(1), rows_of(1))
+        store.wait()
+        os.write(pipe, b"written")
+
+    other = Thread(target=hold)
+    other.start()
+    holds.wait()
+    child, pipe = _in_another_process(use)
+    os.waitpid(child, 0)
+    is_forked.set()
+    other.join()
+    with os.fdopen(pipe) as said:
+        assert said.read() == "written"
+    assert Store(tmp_path).get(key_of(1)) is not None
 
 
 def test_a_process_that_ends_has_written_all(tmp_path: Path) -> None:

@@ -119,6 +119,54 @@ def test_rows_that_are_no_whole_blocks(tmp_path: Path) -> None:
     convert_quantised(source, other, "int8")
 
 
+@pytest.mark.parametrize("kind", PACKED_KINDS)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float32])
+def test_rows_of_the_table_that_are_not_finite(
+    tmp_path: Path, kind: PackedKind, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Float8 files have NaN where an unused row of the original was beyond float8."""
+    state = random_state(CONFIG)
+    table = state["shared.weight"].to(dtype).float()
+    assert not torch.isin(IDS, torch.tensor([37, 40])).any()
+    table[37, 3], table[40] = torch.nan, torch.nan
+    state["shared.weight"] = table.to(dtype)
+    source = write_hf_folder(tmp_path / "original", CONFIG, state)
+    convert_quantised(source, out := tmp_path / "out.safetensors", kind, encoder_only=True)
+    stack = load_encoder(out, "float32", "cpu")
+    with torch.no_grad():
+        found, meant = (model(IDS, MASK) for model in (stack, load_encoder(source, "float32", "cpu")))
+        embedded = stack.shared(torch.arange(CONFIG.vocab_size))
+    assert float((found - meant).abs().max()) < ERRORS[kind] * float(meant.abs().max())
+    if kind == "float8":  # leaves the table as it is
+        assert embedded[40].isnan().all() and caplog.messages == []
+    else:
+        assert not embedded[[37, 40]].any() and embedded.isfinite().all()
+        told = "2 rows of shared.weight hold NaN or infinity, such as 37; they are written as zeros"
+        assert caplog.messages == [told]
+
+
+@pytest.mark.parametrize("kind", PACKED_KINDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_projection_that_is_not_finite_is_refused(tmp_path: Path, kind: PackedKind, value: float) -> None:
+    state, name = random_state(CONFIG), "encoder.block.1.layer.0.SelfAttention.k.weight"
+    state[name][5, 7] = value
+    source = write_hf_folder(tmp_path / "original", CONFIG, state)
+    with pytest.raises(CheckpointError, match=rf"{name} holds NaN or infinity, in 1 rows of which the first is 5"):
+        convert_quantised(source, tmp_path / "out.safetensors", kind, encoder_only=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["original"]
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k"])
+def test_a_weight_beyond_the_scales_of_a_kind_is_refused(tmp_path: Path, kind: PackedKind) -> None:
+    state, name = random_state(CONFIG), "encoder.block.1.layer.0.SelfAttention.k.weight"
+    state[name][5, 7] = 1e9
+    source = write_hf_folder(tmp_path / "original", CONFIG, state)
+    with pytest.raises(CheckpointError, match=rf"{name} reaches 1e\+09, which {kind} cannot hold .*take another kind"):
+        convert_quantised(source, tmp_path / "out.safetensors", kind, encoder_only=True)
+    convert_quantised(source, tmp_path / "out.safetensors", "int8", encoder_only=True)
+    load_encoder(tmp_path / "out.safetensors", "float32", "cpu")
+
+
 def test_eight_bits_are_computed_of_the_very_bytes(tmp_path: Path) -> None:
     """Quantising the activations, too, rounds no weight again."""
     convert_quantised(original(tmp_path), out := tmp_path / "out.safetensors", "int8")

@@ -18,6 +18,7 @@ from toy_quantised import (
     awq_of_nunchaku,
     gptq,
     hqq,
+    llm_int8,
     mxfp8,
     note,
     nvfp4,
@@ -71,6 +72,19 @@ def test_a_kind_is_refused_by_its_name(tmp_path: Path, kind: str, quantise: Quan
     assert holds_t5(file)
     with pytest.raises(CheckpointError, match=refusal(kind)):
         read_checkpoint(file)
+
+
+@pytest.mark.parametrize(
+    ("order", "told"), [(1, "col32"), (2, "col_turing"), (3, "col_ampere"), (4, "number 4"), (255, "number 255")]
+)
+def test_int8_in_the_order_of_a_gpu_is_refused(tmp_path: Path, order: int, told: str) -> None:
+    """Also where a single weight is."""
+    state = quantised(encoder_part(random_state(V1_1)), llm_int8)
+    file = write_quantised(tmp_path / "t5.safetensors", state)
+    assert load_encoder(file, "float32", "cpu")
+    state["encoder.block.1.layer.0.SelfAttention.o.weight_format"] = torch.tensor(order, dtype=torch.uint8)
+    with pytest.raises(CheckpointError, match=refusal(f"int8 of bitsandbytes in the order {told}")):
+        load_encoder(write_quantised(file, state), "float32", "cpu")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,31 @@ def test_it_gives_what_the_unpacked_weights_give(tmp_path: Path, name: str, layo
         with torch.no_grad():
             difference = (ours(IDS, MASK) - meant(IDS, MASK)).abs().max()
         assert float(difference) <= 100 * torch.finfo(dtype).eps
+
+
+@SAFETENSORS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_plain_weight_beside_quantised_ones_stays_what_it_is(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    """Norms and scales are multiplied into the rows of a call, and into nothing else."""
+    state, plain = state_of(name), "encoder.block.0.layer.0.SelfAttention.k"
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{plain}.")}
+    state[f"{plain}.weight"] = random_state(CONFIG)[f"{plain}.weight"].to(dtype)
+    norm = "encoder.block.0.layer.0.layer_norm.weight"
+    state[norm] = torch.linspace(0.5, 2, CONFIG.d_model)
+    file = write_quantised(tmp_path / "t5.safetensors", state)
+    stack = load_encoder(file, "float32", "cpu")
+    attention: Any = stack.encoder.block[0].layer[0]
+    with torch.no_grad():
+        first = stack(IDS, MASK)
+        for scale in (1.0, 0.5):
+            attention.SelfAttention.qkv.multiply_rows(scale, 0)
+            weights = [attention.SelfAttention.qkv.plain() for _ in range(2)]
+            assert torch.equal(*weights)
+            own = state[f"{plain}.weight"].float() * state[norm] * scale
+            inner = CONFIG.num_heads * CONFIG.d_kv
+            assert torch.equal(weights[0][inner : 2 * inner], own)
+        attention.SelfAttention.qkv.multiply_rows(2.0, 0)
+        assert torch.equal(stack(IDS, MASK), first)
 
 
 @SAFETENSORS

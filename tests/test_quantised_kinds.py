@@ -35,8 +35,11 @@ def assert_same_bits(found: Tensor, meant: Tensor) -> None:
 
 
 def assert_rows_are_rows(kind: Kind, parts: dict[str, Tensor], whole: Tensor) -> None:
-    """Runs of rows, and rows by their numbers, are those of the whole weight."""
+    """Runs of rows, and rows by their numbers, are those of the whole weight, and belong to who asked for them."""
     numbers = torch.tensor([5, 0, 5, len(whole) - 1])
+    whole = whole.clone()
+    for rows in (slice(3, 11), numbers):
+        kind.unpack(parts, rows).fill_(3)
     assert_same_bits(kind.unpack(parts, slice(3, 11)), whole[3:11])
     assert_same_bits(kind.unpack(parts, numbers), whole[numbers])
     assert_same_bits(QuantisedWeight(kind, (len(whole), whole.shape[1]), parts).plain(), whole)

@@ -160,8 +160,8 @@ def replace_text_encoder(
 
 
 def _refuse_ours_without_cache(found: dict[str, nn.Module]) -> None:
-    ours = [name for name, module in found.items() if isinstance(module, NAIT5EncoderModel)]
-    without = [name for name in ours if not isinstance(found[name], CachedT5EncoderModel)]
+    ours = {name: module for name, module in found.items() if isinstance(module, NAIT5EncoderModel)}
+    without = [name for name, one in ours.items() if not (isinstance(one, CachedT5EncoderModel) and one.can_keep)]
     if without:
         raise ValueError(
             f"cache: {', '.join(without)} is ours already, and has none; call restore_text_encoder(pipe) first, or "

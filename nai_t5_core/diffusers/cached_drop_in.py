@@ -25,14 +25,13 @@ from nai_t5_core.diffusers.drop_in_weights import examine_model
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.layers import CastingOps
 from nai_t5_core.prompts.cache.batch import through_cache
-from nai_t5_core.prompts.cache.contents import contents_by_reading, identities
+from nai_t5_core.prompts.cache.contents import contents_by_reading, identities, refuse_changed
 from nai_t5_core.prompts.cache.encoding import SettingsOfStack
 from nai_t5_core.prompts.cache.key import Settings
 from nai_t5_core.prompts.cache.settings import settings_for
 from nai_t5_core.prompts.cache.store import Store, open_store
 from nai_t5_core.weights.convert import main_dtype
 from nai_t5_core.weights.examine import Examination, examine_checkpoint
-from nai_t5_core.weights.formats import CheckpointError
 from nai_t5_core.weights.load import ScalesChoice, SlowDtypeWarning, assemble
 
 # Where an encoder goes when it is loaded, and what its settings will be there.
@@ -48,6 +47,9 @@ class CachedT5EncoderModel(NAIT5EncoderModel):
 
     Until then it has no weights, nor are there any in its ``state_dict()``; it moves and casts at no cost, and tells
     dtype and device as if it were loaded.
+
+    What is kept has no gradients. Where gradients are enabled and a parameter requires them, nothing is taken from the
+    cache: call it under ``torch.no_grad()``, as pipelines do, or have ``requires_grad_(False)``.
     """
 
     # Saved pipelines name the class by this, and it stays where they look for it.
@@ -57,11 +59,14 @@ class CachedT5EncoderModel(NAIT5EncoderModel):
         """Around a finished encoder or one that is loaded later; without either, a random one."""
         self._load, self._is_brought = load, False
         self._store: Store | None = None
+        self._settings_now: Callable[[], Settings | None] | None = None
+        # Where the last call has computed.
+        self._computed_on: torch.device | None = None
         super().__init__(config, stack)
         if load is not None:
-            # It goes where weights would go, and tells where they are to be loaded. Without a parameter, offloading
-            # would not know where a model is.
-            self._place = nn.Parameter(torch.empty(0), requires_grad=False)
+            # It goes where weights would go, and tells where they are to be loaded, and whether they require gradients.
+            # Without a parameter, offloading would not know where a model is.
+            self._place = nn.Parameter(torch.empty(0))
 
     @property
     def is_loaded(self) -> bool:
@@ -73,32 +78,51 @@ class CachedT5EncoderModel(NAIT5EncoderModel):
         known: dict[tuple[torch.dtype, str], Settings] = {}
 
         def at_load() -> Settings:
-            place = (self.dtype, self.device.type)
+            device = self._computed_on or self.device
+            place = (self.dtype, device.type)
             if place not in known:
-                known[place] = settings_at(self.dtype, self.device)
+                known[place] = settings_at(self.dtype, device)
             return known[place]
 
         self._store, self._at_load = store, at_load
-        self._settings_now: Callable[[], Settings | None] = at_load
-        if self.is_loaded:
-            self._settings_now = SettingsOfStack(self.stack, at_load)
+        self._settings_now = SettingsOfStack(self.stack, at_load) if self.is_loaded else at_load
+
+    @property
+    def can_keep(self) -> bool:
+        """Whether it is known what its embeddings are kept under."""
+        return self._settings_now is not None
 
     def use_store(self, store: Store) -> None:
-        """Has its embeddings kept in another store from now on."""
+        """Has its embeddings kept in another store from now on.
+
+        Raises:
+            ValueError: it is a copy, or was not made for a cache: nothing tells what its weights are.
+        """
+        if not self.can_keep:
+            raise ValueError(
+                f"this {type(self).__name__} has no cache: it is a copy, or was loaded without one, and nothing tells "
+                "what its weights are; make it by lazy_text_encoder(…)"
+            )
         self._store = store
 
     @property
     def stack(self) -> T5EncoderStack:
         """The encoder that does the work; it is loaded for this, if it was not yet."""
-        with _LOADING:
-            if not self._holder and self._load is not None:
-                stack = self._load(self._place.dtype, self._place.device)
-                super()._hold(stack)
-                del self._place
-                self._is_brought = _is_offloaded_by_parts(self)
-                if self._store is not None:
-                    self._settings_now = SettingsOfStack(stack, self._at_load)
+        self._be_loaded()
         return self._holder[0]
+
+    def _be_loaded(self) -> None:
+        with _LOADING:
+            if self._holder or self._load is None:
+                return
+            stack = self._load(self._place.dtype, self._place.device)
+            if not self._place.requires_grad:
+                stack.requires_grad_(False)
+            super()._hold(stack)
+            del self._place
+            self._is_brought = _is_offloaded_by_parts(self)
+            if self._store is not None:
+                self._settings_now = SettingsOfStack(stack, self._at_load)
 
     def _hold(self, stack: T5EncoderStack) -> None:
         if self._load is None:
@@ -111,30 +135,39 @@ class CachedT5EncoderModel(NAIT5EncoderModel):
     ) -> Tensor:
         compute = self._brought if self._is_brought or not self.is_loaded else super()._computed
         is_plain = attention_mask is None or attention_mask.ndim == 2
-        if self._store is None or input_ids is None or input_ids.ndim != 2 or inputs_embeds is not None or not is_plain:
+        if self._store is None or not self.can_keep or self._records_gradients():
             return compute(input_ids, attention_mask, inputs_embeds)
-        # In training, a result has to have its gradients.
-        if self.training and torch.is_grad_enabled():
-            return compute(input_ids, attention_mask)
+        if input_ids is None or input_ids.ndim != 2 or inputs_embeds is not None or not is_plain:
+            return compute(input_ids, attention_mask, inputs_embeds)
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
         if mask.shape != input_ids.shape:
             return compute(input_ids, attention_mask)  # which says what is wrong
+        # Weights that are brought for the call rest elsewhere.
+        is_brought = self._is_brought or (not self.is_loaded and _is_offloaded_by_parts(self))
+        self._computed_on = input_ids.device if is_brought else None
         return through_cache(
             self._store,
-            lambda: self._settings_now(),
+            self._settings_at_this_moment,
             lambda ids, shown: compute(ids, None if attention_mask is None else shown),
             input_ids,
             mask.to(input_ids.device),
             "attend" if attention_mask is None else self.padding,
             self.extra_pad,
-            self.device,
+            self._computed_on or self.device,
         )
+
+    def _settings_at_this_moment(self) -> Settings | None:
+        # Asked for anew: loading replaces it.
+        return None if self._settings_now is None else self._settings_now()
+
+    def _records_gradients(self) -> bool:
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
     def _brought(self, input_ids: Tensor | None, *others: Tensor | None) -> Tensor:
         """As :meth:`_computed` without a cache. The weights were not there when offloading by parts was set up, so that
         nothing brings them: they go to the ids' device for the call.
         """
-        assert self.stack is not None
+        self._be_loaded()
         if not self._is_brought or input_ids is None:
             return super()._computed(input_ids, *others)
         self.to(input_ids.device)
@@ -170,7 +203,7 @@ class CachedT5EncoderModel(NAIT5EncoderModel):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are of a loaded encoder and have no cache: what is done to one is not seen by the other."""
-        assert self.stack is not None
+        self._be_loaded()
         without = dict.fromkeys(("_load", "_store", "_at_load", "_settings_now"))
         return {**self.__dict__, **without}
 
@@ -227,15 +260,14 @@ def lazy_text_encoder(
     computed_in = given or resolve_dtype(main_dtype(examination), cpu)
     refuse_quantising(quantize, cpu, computed_in)
     settings_at = partial(_settings_at, examination, layout, scales, quantize)
-    settings_at(computed_in, cpu)
+    # Before the hash, which is of these files or of none.
     files = identities(examination)
+    settings_at(computed_in, cpu)
 
     def load(dtype: torch.dtype, device: torch.device) -> T5EncoderStack:
-        if identities(examination) != files:
-            raise CheckpointError(
-                f"{examination.checkpoint.source} was changed after the cache had looked at it; make the encoder again"
-            )
+        refuse_changed(examination, files)
         stack, _ = assemble(examination, dtype, device, layout, scales, CastingOps)
+        refuse_changed(examination, files)
         return stack if quantize is None else quantize_int8(stack)
 
     model = CachedT5EncoderModel(config_beside(examination), load=load).to(computed_in)
@@ -273,7 +305,7 @@ def settings_of_model(
     """
     examination = examine_model(model)
     weights = contents_by_reading(examination)
-    examination.checkpoint.read = _is_gone
+    examination.checkpoint.read_only_by(_is_gone)
     return partial(_settings_at, examination, layout, scales, quantize, weights=weights)
 
 

@@ -178,7 +178,7 @@ def encoder_from_model(
         return assemble(examination, dtype, device, layout, scales, CastingOps)[0]
     held = {name: model.get_parameter(full) for name, full in examination.keymap.names.items()}
     # Read through the parameters: a dictionary of the tensors would keep them alive.
-    examination.checkpoint.read = _reader_of(held, examination.keymap.names)
+    examination.checkpoint.read_only_by(_reader_of(held, examination.keymap.names))
 
     def let_go(names: tuple[str, ...]) -> None:
         for name in names:

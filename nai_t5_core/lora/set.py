@@ -28,6 +28,15 @@ Way = Literal["merged", "live"]
 NamedLoras = dict[str, tuple[Lora, float]]
 
 
+def lora_of(source: LoraSource) -> Lora:
+    """What is given as a LoRA, read where it is a file or folder.
+
+    Raises:
+        CheckpointError: the file is unusable.
+    """
+    return source if isinstance(source, Lora) else read_lora(source)
+
+
 @dataclass(frozen=True, eq=False)
 class LorasInForce:
     """What one set of LoRAs has told of itself: each LoRA with its strength, in order. A new one for every change."""
@@ -84,8 +93,7 @@ class LoraSet(ABC):
             ValueError: the name is taken, the strength is no number, the LoRA is for a T5 of other sizes, or the
                 weights of this one do not take it (the class says which do). Nothing is changed then.
         """
-        if not isinstance(lora, Lora):
-            lora = read_lora(lora)
+        lora = lora_of(lora)
         name = lora.name if name is None else name
         with self._alone():
             if name in self._loras:

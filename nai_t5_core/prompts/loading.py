@@ -17,20 +17,19 @@ from nai_t5_core.backends.choose import (
     quantize_int8,
     why_not_prepack,
 )
-from nai_t5_core.lora.files import Lora, read_lora
+from nai_t5_core.lora.files import Lora
 from nai_t5_core.lora.loras import Loras
-from nai_t5_core.lora.set import LoraSource, refuse_misfits
+from nai_t5_core.lora.set import LoraSource, lora_of, refuse_misfits
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.precision import resolve_device
-from nai_t5_core.prompts.cache.contents import identities
+from nai_t5_core.prompts.cache.contents import identities, refuse_changed
 from nai_t5_core.prompts.cache.encoding import CachedEncoding
 from nai_t5_core.prompts.cache.noted_scales import note_scales, noted_scales
 from nai_t5_core.prompts.cache.settings import settings_for
 from nai_t5_core.prompts.cache.store import Store
 from nai_t5_core.prompts.stack_encoding import StackEncoding
 from nai_t5_core.weights.examine import Examination, ModelSource, examine
-from nai_t5_core.weights.formats import CheckpointError
 from nai_t5_core.weights.load import LoadedEncoder, ScalesChoice, load
 
 MERGING_ROUNDS = (
@@ -99,10 +98,12 @@ def cached_encoding(
     """
     examination = examine(source, subfolder)
     examination.refuse_faults()
-    loras: list[tuple[Lora, float]] = [(_read(lora), strength) for lora, strength in how.loras]
+    loras: list[tuple[Lora, float]] = [(lora_of(lora), strength) for lora, strength in how.loras]
     for lora, _ in loras:
         refuse_misfits(lora, examination.config)
     how = replace(how, loras=loras)
+    # Before the hash, which is of these files or of none.
+    files = identities(examination)
     settings = settings_for(
         examination,
         dtype=how.dtype,
@@ -117,23 +118,15 @@ def cached_encoding(
         products=how.products,
         unpack=how.unpack,
     )
-    files = identities(examination)
     noted = noted_scales(settings)
     begun = settings if noted is None else replace(settings, scales=noted)
     how = how if noted is None else replace(how, scales=noted)
 
     def load_now() -> StackEncoding:
         loaded = how.load(source, subfolder)
-        if identities(examination) != files:
-            raise CheckpointError(
-                f"{examination.checkpoint.source} was changed after the cache had looked at it; make the encoder again"
-            )
+        refuse_changed(loaded.examination, files)
         return StackEncoding(how.finish(loaded.stack), loaded.report)
 
     place = resolve_device(how.device)
     note = partial(note_scales, settings)
     return CachedEncoding(begun, load_now, store, place, examination.checkpoint.source, note), examination
-
-
-def _read(lora: LoraSource) -> Lora:
-    return lora if isinstance(lora, Lora) else read_lora(lora)

@@ -8,6 +8,7 @@ ComfyUI names them. A weight in blocks of a kind of GGUF's has that kind behind 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.backends.quantised.blocks import BlockKind
-from nai_t5_core.backends.quantised.kinds import Layout
+from nai_t5_core.backends.quantised.kinds import Layout, QuantisedWeight
 from nai_t5_core.backends.quantised.packing import KINDS, PackedKind, pack, packed_layout, refuse_kind
 from nai_t5_core.facts.config import Shape, decoder_tensors, encoder_tensors
 from nai_t5_core.tokenizer import load_tokenizer
@@ -24,6 +25,8 @@ from nai_t5_core.weights.convert import Conversion, HashingReader, vocabulary_te
 from nai_t5_core.weights.examine import Examination, ModelSource, decoder_faults, examine, find_tokenizer, settle_head
 from nai_t5_core.weights.formats import CheckpointError, write_safetensors
 from nai_t5_core.weights.held_weights import refuse_scales
+
+log = logging.getLogger(__name__)
 
 # What ComfyUI calls the kinds that it knows.
 _NOTES = {"int8": {"format": "int8_tensorwise"}, "float8": {"format": "float8_e4m3fn"}}
@@ -47,7 +50,8 @@ def convert_quantised(
             beside float8.
 
     Raises:
-        CheckpointError: the source is unusable, or the file cannot be written; then no file is left behind.
+        CheckpointError: the source is unusable, a weight is not finite or beyond its kind (rows of the embedding table
+            that are not finite are written as zeros), or the file cannot be written; then no file is left behind.
         ValueError: an unknown kind, or rows that are no whole blocks of it.
     """
     refuse_kind(kind)
@@ -129,11 +133,39 @@ def _tensors(name: str, tensor: Tensor, kind: PackedKind | None) -> Iterator[tup
         yield name, tensor.float() if _in_float32(name) else tensor.to(_wide(tensor.dtype))
         return
     module = name.removesuffix(".weight")
-    for part, values in pack(tensor, kind).parts.items():
+    for part, values in _packed(name, tensor.float(), kind).parts.items():
         yield _named(module, part, kind), values
     note = _note(kind)
     if note is not None:
         yield f"{module}.comfy_quant", note
+
+
+def _packed(name: str, weight: Tensor, kind: PackedKind) -> QuantisedWeight:
+    """A weight [rows, columns] float32 in a kind. Rows of the table that are not finite become zeros: files have them
+    for tokens that no prompt has, and one number of theirs would spoil a scale.
+
+    Raises:
+        CheckpointError: another weight is not finite, or the kind has no scale for it.
+    """
+    is_sound = weight.isfinite().all(dim=1)
+    if not is_sound.all():
+        rows = (~is_sound).nonzero().flatten().tolist()
+        if name != "shared.weight":
+            raise CheckpointError(
+                f"{name} holds NaN or infinity, in {len(rows)} rows of which the first is {rows[0]}; the weights are "
+                "damaged: fetch them again"
+            )
+        log.warning(
+            "%d rows of %s hold NaN or infinity, such as %d; they are written as zeros", len(rows), name, rows[0]
+        )
+        weight = torch.where(is_sound[:, None], weight, 0)
+    packed = pack(weight, kind)
+    fault = packed.fault()
+    if fault is not None:
+        raise CheckpointError(
+            f"{name} reaches {weight.abs().max():.3g}, which {kind} cannot hold ({fault}); take another kind"
+        )
+    return packed
 
 
 def _named(module: str, part: str, kind: PackedKind) -> str:

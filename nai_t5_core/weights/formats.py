@@ -90,6 +90,10 @@ class Checkpoint:
             return self.map_blocks(name)
         return self.read(name)
 
+    def read_only_by(self, read: Callable[[str], Tensor]) -> None:
+        """Reads tensors in another way from now on; what the ways until now have held is let go."""
+        self.read, self.map_blocks = read, None
+
     @property
     def shapes(self) -> dict[str, Shape]:
         return {name: info.shape for name, info in self.tensors.items()}

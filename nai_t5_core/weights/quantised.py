@@ -31,6 +31,8 @@ _HEADER = "_quantization_metadata"
 _FLOAT8_NOTES = ("float8_e4m3fn", "float8_e5m2")
 # Where bitsandbytes writes what is no tensor.
 _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
+# Orders of the numbers of its int8 weights, by the number in a file; the first is that of every other file.
+_BNB_ORDERS = ("row", "col32", "col_turing", "col_ampere")
 _BNB_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 # What files call the scale beside a weight of one byte.
 _SCALES = ("weight_scale", "scale_weight", "scale")
@@ -182,6 +184,8 @@ def _stored(
         _refuse(checkpoint, f"{kind} of ComfyUI", f"the note of {module}")
     if scale is not None and infos[scale].dtype not in FLOATS:
         return None  # powers of two, as MXFP8 has them, in an order that nothing tells
+    if weight.dtype == torch.int8 and "SCB" in leaves:
+        return _llm_int8(module, leaves, shape, checkpoint)
     return _without_note(leaves, weight, shape, parts)
 
 
@@ -198,10 +202,6 @@ def _named_blocks(leaves: dict[str, str], infos: Mapping[str, TensorInfo]) -> St
 def _without_note(
     leaves: dict[str, str], weight: TensorInfo, shape: tuple[int, int], parts: dict[str, str]
 ) -> Stored | None:
-    if weight.dtype == torch.int8 and "SCB" in leaves:
-        beside = tuple(leaves[leaf] for leaf in ("weight_format",) if leaf in leaves)
-        kind = Scaled("int8 of bitsandbytes", torch.int8, unit=1 / 127)
-        return Stored(kind, shape, {WEIGHT: leaves["weight"], SCALE: leaves["SCB"]}, beside)
     if weight.dtype == torch.int8 and SCALE in parts and "weight_format" not in leaves:
         return Stored(Scaled("int8", torch.int8), shape, parts)
     if weight.dtype not in FLOAT8:
@@ -211,6 +211,22 @@ def _without_note(
         inverse = {WEIGHT: leaves["weight"], SCALE: leaves["weight_scale_inv"]}
         return Stored(Scaled(f"{name} in blocks", weight.dtype, _TILES), shape, inverse)
     return Stored(Scaled(name, weight.dtype), shape, parts)
+
+
+def _llm_int8(module: str, leaves: dict[str, str], shape: tuple[int, int], checkpoint: Checkpoint) -> Stored:
+    """An int8 weight of bitsandbytes.
+
+    Raises:
+        CheckpointError: its numbers lie in the order of some GPU, as older versions saved them.
+    """
+    beside = tuple(leaves[leaf] for leaf in ("weight_format",) if leaf in leaves)
+    for full in beside:
+        order = int.from_bytes(_content(checkpoint, full), "little")
+        if order:
+            told = _BNB_ORDERS[order] if order < len(_BNB_ORDERS) else f"number {order}"
+            _refuse(checkpoint, f"int8 of bitsandbytes in the order {told}", f"{module}.weight_format")
+    kind = Scaled("int8 of bitsandbytes", torch.int8, unit=1 / 127)
+    return Stored(kind, shape, {WEIGHT: leaves["weight"], SCALE: leaves["SCB"]}, beside)
 
 
 def _turned(note: Mapping[str, object]) -> int:
@@ -263,7 +279,7 @@ def _notes(
 
 
 def _content(checkpoint: Checkpoint, full: str) -> bytes:
-    return bytes(checkpoint.read(full).contiguous().view(-1).view(torch.uint8).numpy())
+    return bytes(checkpoint.read(full).cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def _object(text: bytes) -> dict[str, object]:

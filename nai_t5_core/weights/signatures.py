@@ -16,10 +16,7 @@ from nai_t5_core.weights.formats import TensorInfo
 
 @dataclass(frozen=True)
 class Signature:
-    """A tensor that one kind of quantised file has for a module, and what stands beside it there.
-
-    ``dtypes`` empty: of any; ``beside`` empty: nothing in particular.
-    """
+    """A tensor that one kind of quantised file has for a module; ``dtypes`` empty: of any."""
 
     kind: str
     leaf: re.Pattern[str]

@@ -6,7 +6,7 @@ A block begins on an even byte, and so do the float16 numbers in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ class BlockKind:
     block: int
     size: int
     halves: tuple[int, ...]
-    make: Unpack
+    # A function is printed with where it lies in memory, and a kind is known by how it is printed.
+    make: Unpack = field(repr=False)
 
     def fault(self, layout: Layout, shape: tuple[int, int]) -> str | None:
         rows, columns = shape

@@ -41,7 +41,7 @@ class Kind(Protocol):
         ...
 
     def unpack(self, parts: Parts, rows: Rows) -> Tensor:
-        """[rows, columns] float32, on the device of the parts."""
+        """[rows, columns] float32, on the device of the parts: the caller's own, which may be written to."""
         ...
 
 
@@ -68,7 +68,7 @@ class QuantisedWeight:
         return sum(part.nbytes for part in self.parts.values())
 
     def rows(self, rows: Rows) -> Tensor:
-        """Some rows of the weight: [rows, columns] float32."""
+        """Some rows of the weight: [rows, columns] float32, the caller's own."""
         return self.kind.unpack(self.parts, rows)
 
     def slices(self) -> Iterator[slice]:
@@ -123,7 +123,8 @@ class Plain:
         return iter(())
 
     def unpack(self, parts: Parts, rows: Rows) -> Tensor:
-        return parts[WEIGHT][rows].float()
+        # A run of rows would be a view of the model's own weight.
+        return parts[WEIGHT][rows].to(torch.float32, copy=True)
 
 
 def looked_up(table: Tensor, places: Tensor) -> Tensor:

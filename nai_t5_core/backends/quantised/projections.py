@@ -179,6 +179,10 @@ class QuantisedEmbedding(FixedWeights):
             rows = torch.where((flat < own)[:, None], rows, added)
         return rows.reshape(*ids.shape, -1)
 
+    def row(self, index: int) -> Tensor:
+        """The numbers of one row: [embedding_dim]."""
+        return self.forward(torch.tensor([index], device=self.added.device))[0]
+
     def plain(self) -> Tensor:
         """The whole table [rows, embedding_dim]."""
         return torch.cat((self.form.plain(self.tells.dtype), self.added))

@@ -16,10 +16,15 @@ from nai_t5_core.prompts.cache.store import Store
 
 @dataclass(frozen=True)
 class _Row:
-    """One prompt of a batch: the ids that are attended to, and how many hidden states the result has of it."""
+    """One prompt of a batch: the ids that are attended to, and those behind them that are only computed."""
 
     fed: list[int]
-    length: int
+    pads: list[int]
+
+    @property
+    def length(self) -> int:
+        """How many hidden states the result has of it."""
+        return len(self.fed) + len(self.pads)
 
 
 def through_cache(
@@ -48,7 +53,7 @@ def through_cache(
     rows = None if settings is None else _rows(ids, mask, padding, extra_pad)
     if settings is None or rows is None:
         return encode(ids, mask)
-    keys = [settings.key(row.fed) for row in rows]
+    keys = [settings.key(row.fed, row.pads) for row in rows]
     found: dict[str, Tensor] = {}
     missing: dict[str, int] = {}
     for index, (key, row) in enumerate(zip(keys, rows, strict=True)):
@@ -87,7 +92,7 @@ def _rows(ids: Tensor, mask: Tensor, padding: PaddingPolicy, extra_pad: int) -> 
     found = []
     for row, count in zip(ids.tolist(), counts.tolist(), strict=True):
         # Pads that are attended to are tokens like others.
-        fed = row if padding == "attend" else row[:count]
-        computes_all = padding in ("attend", "exact")
-        found.append(_Row(fed, length if computes_all else min(count + extra_pad, length)))
+        fed = length if padding == "attend" else count
+        computed = length if padding in ("attend", "exact") else count + extra_pad
+        found.append(_Row(row[:fed], row[fed:computed]))
     return found

@@ -17,22 +17,25 @@ from pathlib import Path
 
 from torch import Size, Tensor
 
+from nai_t5_core.backends.quantised.kinds import WEIGHT
 from nai_t5_core.facts.nested_text import parse_object
 from nai_t5_core.facts.paths import cache_folder
 from nai_t5_core.lora.changes import LowRankChange
 from nai_t5_core.lora.files import Lora
 from nai_t5_core.weights.examine import Examination
-from nai_t5_core.weights.formats import tensor_bytes
+from nai_t5_core.weights.formats import CheckpointError, tensor_bytes
+from nai_t5_core.weights.quantised import Stored
 from nai_t5_core.weights.whole_files import write_whole
 
 # Raised when hashes are made in another way.
-_VERSION = 1
+_VERSION = 2
 # Seconds that a file must have been left alone for its hash to be remembered: a file system may give two changes
 # within its tick the same time.
 _SETTLED = 2.0
 # Seconds after which it is told what takes so long.
 _TOLD_AFTER = 2.0
 _CHUNK = 1 << 24
+_OF_THE_ENCODER = ("shared.", "encoder.")
 
 
 def weights_contents(examination: Examination) -> str:
@@ -72,6 +75,9 @@ def contents_by_reading(examination: Examination) -> str:
     checkpoint, names = examination.checkpoint, _names(examination)
     sizes = [info.dtype.itemsize * Size(info.shape).numel() for info in (checkpoint.tensors[n] for n in names.values())]
     digest = hashlib.sha256()
+    for name, stored in _quantised(examination):
+        # What the bytes mean is told by notes, names and a header, of which each says it in its own way.
+        digest.update(f"{name} {stored.kind!r}\n".encode())
     with _telling(checkpoint.source, sum(sizes)) as advance:
         for (name, full), size in zip(names.items(), sizes, strict=True):
             digest.update(f"{name}\n".encode())
@@ -104,10 +110,19 @@ def _add_tensor(digest: hashlib._Hash, tensor: Tensor) -> None:
 
 
 def _names(examination: Examination) -> dict[str, str]:
-    """Names in the file of the encoder's tensors, and of the scales of float8 beside them, by what they are."""
+    """Names in the file of the encoder's tensors, and of all that stands for quantised weights, by what they are."""
     keymap = examination.keymap
     named = {**keymap.names, **{f"{name} scale": full for name, full in keymap.scales.items()}}
-    return {name: full for name, full in sorted(named.items()) if name.startswith(("shared.", "encoder."))}
+    for name, stored in _quantised(examination):
+        named |= {f"{name} {part}": full for part, full in stored.parts.items() if part != WEIGHT}
+        named |= {f"{name} beside {number}": full for number, full in enumerate(stored.beside)}
+    return {name: full for name, full in sorted(named.items()) if name.startswith(_OF_THE_ENCODER)}
+
+
+def _quantised(examination: Examination) -> Iterator[tuple[str, Stored]]:
+    for name, stored in sorted(examination.quantised.items()):
+        if name.startswith(_OF_THE_ENCODER):
+            yield name, stored
 
 
 def _is_packed(examination: Examination) -> bool:
@@ -162,6 +177,14 @@ def identities(examination: Examination) -> list[list[str | int]]:
     The time of a file's last change of any kind goes up even where a tool sets that of its contents back.
     """
     return _identities(_files(examination))
+
+
+def refuse_changed(examination: Examination, before: list[list[str | int]]) -> None:
+    """Raises a CheckpointError where the files are not those that had these identities."""
+    if identities(examination) != before:
+        raise CheckpointError(
+            f"{examination.checkpoint.source} was changed after the cache had looked at it; make the encoder again"
+        )
 
 
 def _identities(files: list[Path]) -> list[list[str | int]]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 
 from nai_t5_core.prompts.cache.entry import DamagedEntryError, Entry, Form, from_bytes, to_bytes
 from nai_t5_core.prompts.cache.key import Key
 from nai_t5_core.prompts.cache.memory import Embedding
+from nai_t5_core.prompts.cache.process_lock import ProcessLock
 from nai_t5_core.weights.whole_files import remove_unfinished, write_whole
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class DiskStore:
         self.folder, self.limit, self.form = folder, limit, form
         self._nbytes: int | None = None
         self._told: set[str] = set()
-        self._lock = Lock()
+        self._lock = ProcessLock()
 
     def place(self, key: Key) -> Path:
         """The file of a key."""
@@ -72,8 +73,8 @@ class DiskStore:
             return None
         if len(entry.rows) < least_rows or not self._allows(entry):
             return None
-        with suppress(OSError):  # of another user: it is read all the same
-            path.touch()
+        with suppress(OSError):  # of another user, or gone meanwhile: it was read all the same
+            os.utime(path)
         return Embedding(entry.rows, entry.extras)
 
     def put(self, key: Key, embedding: Embedding) -> bool:

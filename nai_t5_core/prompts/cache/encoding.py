@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.quantised.projections import QuantisedEmbedding
 from nai_t5_core.facts.scales import StackScales
 from nai_t5_core.lora.set import LorasInForce
 from nai_t5_core.prompts.cache.batch import through_cache
@@ -43,17 +44,20 @@ class SettingsOfStack:
         self, stack: Any, at_load: Callable[[], Settings], note: Callable[[StackScales], None] = lambda scales: None
     ) -> None:
         self._stack, self._at_load, self._note = stack, at_load, note
-        self._vocabulary, self._scales = stack.config.vocab_size, stack.scales
-        self._told_before = set(stack.alterations.done)
-        self._watch = Watch(stack)
-        self._lock = RLock()
         self._is_told = False
-        self._before, self._done = at_load(), dict(stack.alterations.done)
+        with stack.alterations.lock:
+            self._vocabulary, self._scales = stack.config.vocab_size, stack.scales
+            self._told_before = set(stack.alterations.done)
+            self._watch = Watch(stack)
+            self._before, self._done = at_load(), dict(stack.alterations.done)
         self._now = self._before
 
     def __call__(self) -> Settings | None:
-        """None once something was done to the encoder that is not known; the same object while nothing is done."""
-        with self._lock:
+        """None once something was done to the encoder that is not known; the same object while nothing is done.
+
+        Waits for a change that is under way.
+        """
+        with self._stack.alterations.lock:
             self._watch.look()
             if not self._watch.is_known:
                 if not self._is_told:
@@ -68,13 +72,17 @@ class SettingsOfStack:
     def _settings_with(self, at_load: Settings, done: dict[object, Any]) -> Settings:
         told = [what for who, what in done.items() if who not in self._told_before and isinstance(what, LorasInForce)]
         uses = [LoraUse(lora_contents(lora), number, what.way) for what in told for lora, number in what.loras]
-        stack, table = self._stack, self._stack.shared.weight
-        vectors = {index: tensor_contents(table[index]) for index in range(self._vocabulary, len(table))}
+        stack, table = self._stack, self._stack.shared
+        vectors = {index: tensor_contents(_row(table, index)) for index in range(self._vocabulary, len(table.weight))}
         scales = at_load.scales
         if stack.scales != self._scales:
             scales = stack.scales
             self._note(scales)
         return replace(at_load, loras=(*at_load.loras, *uses), vectors=vectors, scales=scales)
+
+
+def _row(table: Any, index: int) -> Tensor:
+    return table.row(index) if isinstance(table, QuantisedEmbedding) else table.weight[index]
 
 
 class CachedEncoding:

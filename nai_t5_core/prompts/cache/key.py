@@ -1,7 +1,9 @@
 """The key of an embedding: everything that can change it, and nothing else.
 
-Not in the key are the batch that a prompt is encoded in, padding that nothing attends to, and the dtype in which the
-result is stored. The prompt's text and the tokenizer are in it by the ids that come of them. Imports no torch.
+Not in the key are the batch that a prompt is encoded in, how many pads are computed that nothing attends to, and the
+dtype in which the result is stored. The prompt's text and the tokenizer are in it by the ids that come of them; so is
+the id of such pads where it is not the usual one, since the rows behind the prompt's own are computed of it. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ from nai_t5_core.facts.scales import StackScales
 
 # To be raised whenever the same ingredients give another result than before: entries of older programs then miss.
 NUMERICS = 1
+
+# What pads are in the tokenizers of nearly all T5s. Rows that are computed of these are kept behind a prompt's own
+# without a word in the key, so that a prompt is found whether they are computed or not.
+USUAL_PAD = 0
 
 # The part of a config that the encoder computes with. Ids of special tokens act through the ids that are fed.
 _READ_BY_THE_ENCODER = {
@@ -70,8 +76,6 @@ class Settings:
         scales: those of float16 that are in force. None is the same as scales of 1.
         loras: in the order in which they are added up.
         vectors: of textual inversion: the hash of the vector that each id beyond the vocabulary stands for.
-        layer: after how many layers the hidden states are taken; None for all.
-        final_norm: whether they pass the final norm.
     """
 
     weights: str
@@ -82,31 +86,28 @@ class Settings:
     scales: StackScales | None = None
     loras: tuple[LoraUse, ...] = ()
     vectors: Mapping[int, str] = field(default_factory=dict)
-    layer: int | None = None
-    final_norm: bool = True
 
-    def key(self, ids: Sequence[int], word_weights: Sequence[float] | None = None) -> Key:
+    def key(self, ids: Sequence[int], pads: Sequence[int] = ()) -> Key:
         """The key of one prompt's hidden states.
 
         Args:
             ids: all that is attended to, in order: the tokens with the end token, and the pads where they are tokens
-                like others (``padding="attend"``). Pads that are only computed are none of it, so that a prompt has one
-                key in all other policies.
-            word_weights: one for each id, where the hidden states are kept with weights applied to them. Weights of 1
-                are the same as none.
+                like others (``padding="attend"``).
+            pads: the ids behind them that nothing attends to, and whose hidden states are kept all the same. How many
+                there are makes no other key.
 
         Raises:
-            ValueError: there are no ids, or another number of weights.
+            ValueError: there are no ids.
         """
         if not ids:
             raise ValueError("a key needs at least one id: also the empty prompt has its end token")
-        if word_weights is not None and len(word_weights) != len(ids):
-            raise ValueError(f"{len(word_weights)} word weights for {len(ids)} ids; give one for each")
         fed: dict[str, Any] = {"ids": [int(number) for number in ids]}
-        if word_weights is not None and any(weight != 1 for weight in word_weights):
-            fed["word_weights"] = [float(weight) for weight in word_weights]
+        kinds = {int(number) for number in pads}
+        if kinds - {USUAL_PAD}:
+            fed["pads"] = [int(number) for number in pads] if len(kinds) > 1 else list(kinds)
         if self.vectors:
-            used = {str(number): self.vectors[number] for number in sorted(set(fed["ids"])) if number in self.vectors}
+            shown = {*fed["ids"], *kinds}
+            used = {str(number): self.vectors[number] for number in sorted(shown) if number in self.vectors}
             fed |= {"vectors": used} if used else {}
         return Key(f"{self._common[:-1]},{_json(fed)[1:]}")
 
@@ -114,7 +115,6 @@ class Settings:
     def _common(self) -> str:
         config = self.config.model_dump(include=_READ_BY_THE_ENCODER)
         loras = [[use.contents, float(use.strength), use.way] for use in self.loras if use.strength]
-        layers = self.config.num_layers
         return _json(
             {
                 "numerics": NUMERICS,
@@ -125,17 +125,8 @@ class Settings:
                 "layout": self.layout,
                 "scales": None if self.scales is None or self.scales.is_one else json.loads(self.scales.to_json()),
                 "loras": loras,
-                "layer": layers if self.layer is None else _layer(self.layer, layers),
-                "final_norm": self.final_norm,
             }
         )
-
-
-def _layer(layer: int, layers: int) -> int:
-    """Counted from the front; -1 is the last."""
-    if not -layers <= layer + 1 <= layers + 1 or layer > layers:
-        raise ValueError(f"layer={layer}; the encoder has {layers} layers")
-    return layer if layer >= 0 else layers + 1 + layer
 
 
 def _json(values: Mapping[str, Any]) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from threading import Lock
 
 import torch
 from torch import Tensor
 
+from nai_t5_core.prompts.cache.process_lock import ProcessLock
 from nai_t5_core.weights.formats import tensor_bytes
 
 
@@ -52,7 +52,7 @@ class MemoryStore:
         self.limit = limit
         self.nbytes = 0
         self._kept: OrderedDict[str, Embedding] = OrderedDict()
-        self._lock = Lock()
+        self._lock = ProcessLock()
 
     def get(self, name: str, least_rows: int = 1) -> Embedding | None:
         """A copy of an entry, if it has as many rows."""

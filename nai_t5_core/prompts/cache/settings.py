@@ -8,8 +8,7 @@ import torch
 
 from nai_t5_core.backends.choose import ProductsChoice, Quantisation
 from nai_t5_core.backends.forecast import forecast
-from nai_t5_core.lora.files import Lora, read_lora
-from nai_t5_core.lora.set import LoraSource
+from nai_t5_core.lora.set import LoraSource, lora_of
 from nai_t5_core.model.attention_choice import AttentionChoice, missing_for_flex, refuse_unsupported
 from nai_t5_core.model.encoder import Layout
 from nai_t5_core.prompts.cache.contents import lora_contents, weights_contents
@@ -86,9 +85,5 @@ def settings_for(
         layout=layout,
         # Where the embedding gets a scale as well, that follows from the weights.
         scales=told,
-        loras=tuple(LoraUse(lora_contents(_read(lora)), strength) for lora, strength in loras),
+        loras=tuple(LoraUse(lora_contents(lora_of(lora)), strength) for lora, strength in loras),
     )
-
-
-def _read(lora: LoraSource) -> Lora:
-    return lora if isinstance(lora, Lora) else read_lora(lora)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +19,7 @@ from nai_t5_core.prompts.cache.disk import DiskStore
 from nai_t5_core.prompts.cache.entry import FORMS, Form
 from nai_t5_core.prompts.cache.key import Key
 from nai_t5_core.prompts.cache.memory import Embedding, MemoryStore
+from nai_t5_core.prompts.cache.process_lock import ProcessLock
 
 MEMORY_LIMIT, DISK_LIMIT = 256_000_000, 2_000_000_000
 # Entries that may wait to be written, before one who brings more waits too.
@@ -70,7 +70,7 @@ class Store:
         self.disk = None if folder is None else DiskStore(user_path(folder), limit, form)
         self.counts = Counts()
         self._waiting: deque[Future[bool]] = deque()
-        self._lock = Lock()
+        self._lock = ProcessLock()
         # With the process that it belongs to: a forked one has no threads.
         self._writer: tuple[int, ThreadPoolExecutor] | None = None
 

@@ -1,0 +1,72 @@
+"""The hash of quantised weights: everything that stands for a weight is in it, in a file and in memory."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from test_quantised_files import QUERY, SAFETENSORS, state_of
+from toy_quantised import READ, Tensors, note, write_quantised
+
+from nai_t5_core.backends.quantised.ggml import GGML_KINDS
+from nai_t5_core.prompts.cache.contents import contents_by_reading, weights_contents
+from nai_t5_core.weights.examine import Examination, examine
+
+# What notes of a kind say in another way, so that the same bytes mean other numbers.
+NOTES = {
+    "NF4": ("weight.quant_state.bitsandbytes__nf4", {"nested_offset": 0.08}),
+    "FP4": ("weight.quant_state.bitsandbytes__fp4", {"nested_offset": 0.08}),
+    "int8, rotated": ("comfy_quant", {"convrot_groupsize": 64}),
+}
+SAYS_HOW = ("comfy_quant", "quant_state", "weight_format")
+
+
+def variants(name: str) -> dict[str, Tensors]:
+    """A file of a kind, and the same file with one part of one weight changed, by what was changed."""
+    state = state_of(name)
+    found = {"nothing": state}
+    for key in [key for key in state if key.startswith(f"{QUERY}.") and not any(how in key for how in SAYS_HOW)]:
+        changed = state[key].clone()
+        changed.reshape(-1).view(torch.uint8)[-1] ^= 1
+        found[key] = {**state, key: changed}
+    if name in NOTES:
+        leaf, told = NOTES[name]
+        before = bytes(state[f"{QUERY}.{leaf}"].tolist()).decode()
+        after = {**json.loads(before), **told}
+        found[leaf] = {**state, f"{QUERY}.{leaf}": note(**after)}
+    return found
+
+
+@SAFETENSORS
+def test_every_part_of_a_weight_is_in_the_hash(name: str, tmp_path: Path) -> None:
+    examined: dict[str, Examination] = {}
+    for number, (changed, state) in enumerate(variants(name).items()):
+        examined[changed] = examine(write_quantised(tmp_path / f"{number}.safetensors", state))
+    assert len(examined) >= (2 if READ[name][0] == "float8_e5m2" else 3)
+    for contents in (weights_contents, contents_by_reading):
+        hashes = {changed: contents(examination) for changed, examination in examined.items()}
+        assert [pair for pair in combinations(hashes, 2) if hashes[pair[0]] == hashes[pair[1]]] == []
+
+
+def test_the_same_bytes_of_another_kind_are_another_weight(tmp_path: Path) -> None:
+    """A rotation is told by a note alone, wherever it stands."""
+    state = state_of("int8, rotated")
+    plain = {
+        key: note(format="int8_tensorwise") if key.endswith("comfy_quant") else value for key, value in state.items()
+    }
+    files = [write_quantised(tmp_path / f"{number}.safetensors", some) for number, some in enumerate((state, plain))]
+    assert len({weights_contents(examine(file)) for file in files}) == 2
+
+
+@pytest.mark.parametrize("name", [*READ, "GGML"])
+def test_a_kind_is_printed_the_same_in_every_process(name: str, tmp_path: Path) -> None:
+    if name == "GGML":
+        kinds = set(map(repr, GGML_KINDS.values()))
+        assert len(kinds) == len(GGML_KINDS)
+    else:
+        stored = examine(write_quantised(tmp_path / "t5.safetensors", state_of(name))).quantised
+        kinds = {repr(one.kind) for one in stored.values()}
+    assert not any("0x" in kind for kind in kinds)
