@@ -311,6 +311,7 @@ def test_the_limit_does_the_work_of_the_projections_with_weights_of_their_size(k
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compiled_variants_stand_beside_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a backend that runs what was captured, since C++ code takes minutes to build."""
     pytest.importorskip("transformers", reason="a peer to compile")

@@ -85,6 +85,7 @@ def test_pages_and_json(report: GenerationReport) -> None:
     assert (values["new_tokens"], values["dtype"], values["repeats"]) == (NEW_TOKENS, "float32", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(MISSING is not None, reason=f"nothing can be compiled here: {MISSING}")
 def test_ours_also_compiled() -> None:
     compiled = small_bench(compiled=True, against=(), int8=False, repeats=1)

@@ -38,6 +38,7 @@ def test_copies_encode_without_the_cache(twin: Any, is_loaded: bool, folder: Pat
     assert len(store.memory) == 2
 
 
+@pytest.mark.slow
 def test_copies_and_calls_load_without_assertions(folder: Path) -> None:
     code = (
         "import copy, sys, torch; from nai_t5_core.diffusers.cached_drop_in import lazy_text_encoder\n"

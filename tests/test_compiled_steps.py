@@ -58,7 +58,7 @@ def is_near(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return float((found - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), pytest.param((3, 4), marks=pytest.mark.slow)], ids=str)
 def test_compiled_equals_eager(shape: tuple[int, int]) -> None:
     """With the real compiler; float32, in which only the order of sums differs."""
     eager, compiled = toy(), compile_steps(toy())
@@ -75,7 +75,7 @@ def test_compiled_texts_equal_eager_ones() -> None:
         assert torch.equal(compiled.generate(PROMPT, PADDED, **options), eager.generate(PROMPT, PADDED, **options))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), pytest.param((3, 4), marks=pytest.mark.slow)], ids=str)
 def test_bfloat16_is_no_further_from_float32_than_eager_is(shape: tuple[int, int]) -> None:
     exact = logits_of(toy(), PADDED, *shape)
     eager, compiled = toy(dtype=torch.bfloat16), compile_steps(toy(dtype=torch.bfloat16))
@@ -144,6 +144,7 @@ def test_a_cache_is_used_again_whatever_it_holds(compiled: T5) -> None:
     assert torch.equal(compiled.generate(PROMPT, max_new_tokens=9, cache=cache), expected)
 
 
+@pytest.mark.slow
 def test_a_prepacked_model_keeps_its_compiled_steps() -> None:
     model = toy()
     options = [{"max_new_tokens": 9}, {"max_new_tokens": 9, "num_beams": 3}]

@@ -298,6 +298,7 @@ def test_pipelines_are_saved_and_loaded(toy: Toy, variant: str | None, safe: boo
     assert getattr(half, toy.component).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_saved_pipeline_loads_in_a_new_process(tmp_path: Path) -> None:
     """The folder says where our class is; diffusers wants its module to be imported already."""
     toy = make("wan")

@@ -29,7 +29,7 @@ from embedded.tasks import SEED, held_out_tasks
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["v1.1", "umt5"])
+@pytest.mark.parametrize("kind", ["v1.1", pytest.param("umt5", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_texts_are_those_of_transformers(
     kind: str, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]

@@ -128,7 +128,8 @@ def test_where_they_cannot_be_built_torch_computes_and_says_so(
     assert f"products='kernels' is not possible: {reason}; use" in python(named, tmp_path, compiler).stderr
 
 
-@pytest.mark.parametrize("as_json", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("as_json", [False, True])
 def test_the_command_builds(as_json: bool, tmp_path: Path) -> None:
     arguments = ["nai-t5", "kernels", "build", *(["--json"] if as_json else [])]
     code = f"import sys; sys.argv = {arguments!r}; from nai_t5_core.cli import main; main()"

@@ -23,9 +23,10 @@ from nai_t5_core.training.loop import train
 from nai_t5_core.weights.load import load_whole
 
 pytest.importorskip("torch.distributed.fsdp", reason="torch has to be built with distributed")
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.distributed.fsdp, "fully_shard"), reason="fully_shard came with torch 2.6"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="fully_shard came with torch 2.6"),
+]
 HERE = Path(__file__).parent
 RUNS = {
     "exact": {},
@@ -134,7 +135,6 @@ def test_adafactor_is_refused(found: dict[str, Any]) -> None:
     assert "Adafactor cannot train a model that is spread" in found["reports"]["adafactor.toml"]
 
 
-@pytest.mark.slow
 def test_the_command_shares_a_run_that_one_process_began(shared: Path) -> None:
     """Three steps alone, then two processes to the end; the curve is that of a run that was never stopped."""
     folder = write_data(shared / "command")
