@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nai_t5_core.bench.doctor import Diagnosis, DoctorSettings, examine_machine, numbers
+from nai_t5_core.bench.doctor import Diagnosis, DoctorSettings, ceilings, examine_machine, numbers
 from nai_t5_core.bench.doctor.advice import advice
 from nai_t5_core.bench.doctor.clock import timed
 from nai_t5_core.bench.doctor.patient import Patient
@@ -227,4 +227,15 @@ def test_the_command(tmp_path: Path) -> None:
 def test_the_command_ends_with_status_1_if_a_number_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = diagnosis_of("cpu", MACHINE, masks={"checked": 1, "wrong": ["off by 1"]})
     monkeypatch.setattr("nai_t5_core.bench.doctor.examine_machine", lambda *_: wrong)
-    assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
+    found = CliRunner().invoke(app, ["doctor"])
+    assert found.exit_code == 1
+    assert "\nAdvice\n" in found.output and "[bold]" not in found.output
+
+
+def test_nothing_that_our_kernels_compute_is_faster_than_the_ceilings() -> None:
+    """On a CPU torch's products rearrange both matrices in every call, and are no upper limit."""
+    if ceilings.why_not_kernels() is not None:
+        pytest.skip("no kernels here")
+    rates = ceilings._of_kernels(CPU)
+    assert {"bfloat16", "float32", "int8"} <= rates.keys() and all(rate > 1e9 for rate in rates.values())
+    assert ceilings._of_kernels(torch.device("cuda")) == {}

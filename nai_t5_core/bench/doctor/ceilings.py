@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.kernels.build import best_set, prepare_kernels, why_not_kernels
 from nai_t5_core.bench.doctor.clock import device_seconds
 from nai_t5_core.bench.doctor.patient import Finding, Patient
+from nai_t5_core.bench.speed.limits import register_rate
 
 _COPIED_BYTES = {"cpu": 1 << 28, "mps": 1 << 29, "cuda": 1 << 31}
 _SIDE = {"cpu": 1024, "mps": 4096, "cuda": 8192}
@@ -22,8 +24,21 @@ def measure(patient: Patient) -> Finding:
     return {
         "copy_bytes_per_second": copied,
         "read_bytes_per_second": read,
-        "products": {name: _rate(make, patient) for name, make in _kinds(device).items()},
+        "products": {name: _rate(make, patient) for name, make in _kinds(device).items()} | _of_kernels(device),
     }
+
+
+def _of_kernels(device: torch.device) -> dict[str, float]:
+    """Operations per second of the instructions by which our CPU kernels multiply, on registers.
+
+    On a CPU torch's products of plain matrices are no upper limit: they rearrange both in every call.
+    """
+    if device.type != "cpu" or why_not_kernels() is not None or prepare_kernels() is not None:
+        return {}
+    instructions = best_set()
+    assert instructions is not None
+    kinds = {str(kept).removeprefix("torch."): kept for kept, _ in instructions.kinds}
+    return {name: max(register_rate(kept, instructions) for _ in range(3)) for name, kept in kinds.items()}
 
 
 def _memory_rates(device: torch.device) -> tuple[float, float]:

@@ -35,19 +35,19 @@ class Section:
 def render(diagnosis: Diagnosis) -> RenderableType:
     """The diagnosis for a terminal."""
     from rich.console import Group
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     parts: list[RenderableType] = []
     for section in _sections(diagnosis):
         if section.head:
             table = Table(*section.head, title=section.title, title_justify="left")
             for row in section.rows:
-                table.add_row(*map(escape, row))
+                table.add_row(*map(Text, row))
             parts.append(table)
         else:
-            parts.append(f"[bold]{escape(section.title)}[/bold]")
-        parts += [escape(line) for line in section.lines]
+            parts.append(Text(section.title, style="bold"))
+        parts += map(Text, section.lines)
     return Group(*parts)
 
 
