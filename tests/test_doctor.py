@@ -236,6 +236,6 @@ def test_nothing_that_our_kernels_compute_is_faster_than_the_ceilings() -> None:
     """On a CPU torch's products rearrange both matrices in every call, and are no upper limit."""
     if ceilings.why_not_kernels() is not None:
         pytest.skip("no kernels here")
-    rates = ceilings._of_kernels(CPU)
+    rates = ceilings._of_kernels(torch.device("cpu"))
     assert {"bfloat16", "float32", "int8"} <= rates.keys() and all(rate > 1e9 for rate in rates.values())
     assert ceilings._of_kernels(torch.device("cuda")) == {}
