@@ -320,7 +320,7 @@ print(type(pipe.text_encoder).__name__)
 
 
 def test_diffusers_says_what_to_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """From 0.42 on it imports no module because a folder names it; a pipeline with its T5 restored needs none of ours."""
+    """From 0.42 on it imports no module that a folder names; a pipeline with its T5 restored needs none of ours."""
     toy = make("pixart-sigma")
     image = toy.run()
     replace_text_encoder(toy.pipe)
