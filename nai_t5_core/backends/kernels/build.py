@@ -21,6 +21,7 @@ FOLDER = Path(__file__).parent
 _SHARED = (
     "kernels.h",
     "memory.h",
+    "float32.h",
     "tiles.h",
     "rows.h",
     "weight.h",

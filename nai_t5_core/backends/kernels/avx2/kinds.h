@@ -3,8 +3,7 @@
 
 #pragma once
 
-#include "kernels.h"
-#include "vectors.h"
+#include "float32.h"
 
 // The 16-bit units of eight steps: first all first ones of a step, and then all second ones.
 inline Words units_apart(Words steps) {
@@ -15,32 +14,6 @@ inline Words units_apart(Words steps) {
 
 // Two registers of eight words as one of sixteen 16-bit numbers in the same order.
 inline Words packed(Words low, Words high) { return _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8); }
-
-struct Float32 {
-    using Number = float;
-    using Weight = float;
-    static constexpr long kPerStep = 1, kPerRowStep = 1, kTrailing = 0, kPart = 128;
-    static constexpr bool kIsInt8 = false, kAreApart = false;
-    static constexpr Format kOwnFormat = kFloat32;
-
-    template <int>
-    static Words columns(const Step* panel) { return load_words(panel); }
-    static Floats add_products(Floats sums, Words row, Words columns) {
-        return multiply_add(as_floats(row), as_floats(columns), sums);
-    }
-    static Floats finished(Floats sums, float, const Step*) { return sums; }
-    static Floats load(const Number* place, Lanes lanes) { return ::load(place, lanes); }
-    static void store(Number* place, Lanes lanes, Floats values) { ::store(place, lanes, values); }
-    template <class Numbers>
-    static Words steps(Numbers numbers) { return as_words(numbers(0)); }
-    template <class Numbers>
-    static Words weight_steps(Numbers numbers) { return steps(numbers); }
-    static Words arranged(Words steps) { return steps; }  // as a panel has them
-    static Floats added_up(Words steps) { return as_floats(steps); }
-    static Words step_of_columns(const Number* row, const Number*, Lanes lanes) {
-        return as_words(::load(row, lanes));
-    }
-};
 
 // Weights in 16 bits, two to a step, which become float32 when they are multiplied. Rows are in float32.
 struct Halves : Float32 {
