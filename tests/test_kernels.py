@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 import threading
@@ -572,3 +573,14 @@ def test_onednn_computes_what_the_kernels_cannot() -> None:
         prepack(copy.deepcopy(stack), "kernels")
     for packed in (prepack(stack), prepack(exact_and_rounded(TOY_CONFIGS["v1.1"])[1], "onednn")):
         assert all(isinstance(block.runner, OneDNNRunner) for block in packed.encoder.block)
+
+
+@every_set
+def test_a_copy_has_its_own_panels(instructions: InstructionSet) -> None:
+    """What the kernels are told of panels is kept with them, and must not go along to a copy."""
+    weight = KernelWeight.plain(torch.randn(32, 64), torch.float32, instructions=instructions).in_panels()
+    before = weight.matrix()
+    for other in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
+        assert other.matrix().values == other.values.data_ptr() != before.values == weight.values.data_ptr()
+        assert torch.equal(other.original(), weight.original())
+    assert weight.matrix() is before

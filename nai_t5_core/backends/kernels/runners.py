@@ -217,9 +217,9 @@ class KernelsOnPanels:
         factors = []
         # The first of a sublayer's two weights reads the norm.
         for layer, taken_out in zip(block.layer, self._held.in_scales[::2], strict=True):
-            weight: Any = getattr(layer.layer_norm, "weight", None)
+            norm: Any = layer.layer_norm
             # In float32 again: casting a model, even to its own compute dtype, casts the norm weights as well.
-            own = None if weight is None else weight.detach().float()
+            own = None if type(norm) is FoldedRMSNorm else norm.weight.detach().float()
             factors.append(own if taken_out is None else taken_out if own is None else own * taken_out)
         return factors
 

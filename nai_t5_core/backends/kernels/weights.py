@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,14 +118,25 @@ class KernelWeight:
         Raises:
             ValueError: the tensors are not, or no longer, what they are to be.
         """
+        if self.is_in_panels:
+            return self._panels
         matrix = self._sizes()
         matrix.scales = address_if_any(self.scales, torch.float32, self.columns)
-        if self.is_in_panels:
-            matrix.values = address(self.values, torch.int32, self._panel_steps)
-        else:
-            dtype = _FORMAT_DTYPES[self.format]
-            matrix.values = address(self.values, dtype, self.columns, self.depth, anywhere=True)
+        dtype = _FORMAT_DTYPES[self.format]
+        matrix.values = address(self.values, dtype, self.columns, self.depth, anywhere=True)
         return matrix
+
+    @cached_property
+    def _panels(self) -> Matrix:
+        """Made once: panels are nobody else's, so that they stay where they are."""
+        matrix = self._sizes()
+        matrix.scales = address_if_any(self.scales, torch.float32, self.columns)
+        matrix.values = address(self.values, torch.int32, self._panel_steps)
+        return matrix
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has its panels in another place.
+        return {name: value for name, value in self.__dict__.items() if name != "_panels"}
 
     def _sizes(self) -> Matrix:
         kind = self.instructions.kinds[self.kept, self.dtype]
