@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from checkpoints import encoder_part, prefixed, scaled_float8, write_file, write
 from conftest import TOY_CONFIGS, random_state, write_hf_folder
 from toy_loras import toy_lora
 
+from nai_t5_core.backends.kernels.build import missing_for
+from nai_t5_core.backends.kernels.sets import SETS
+from nai_t5_core.backends.products import ONEDNN
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import LayerScales, unscaled
 from nai_t5_core.lora.files import Lora
@@ -28,6 +31,7 @@ from nai_t5_core.prompts.cache import contents
 from nai_t5_core.prompts.cache.contents import lora_contents, tensor_contents, weights_contents
 from nai_t5_core.prompts.cache.key import Key, LoraUse, Settings
 from nai_t5_core.prompts.cache.settings import settings_of
+from nai_t5_core.prompts.choices import Choices
 from nai_t5_core.weights.convert import convert
 from nai_t5_core.weights.examine import examine
 
@@ -142,6 +146,7 @@ CHANGES: dict[str, Change] = {
     "float64": of(dtype="float64"),
     "8 bits": with_settings(backend="cpu, 8 bits by kernels"),
     "compiled": of(compile=True),
+    "compiled in a mode": of(compile="max-autotune"),
     "attention": of(attention="sdpa"),
     "layout": of(layout="separate"),
     # what is fed
@@ -192,6 +197,23 @@ def test_what_can_change_the_result_misses(changed: dict[str, Key]) -> None:
     assert len(pairs) > 400
     assert [(one, two) for one, two in pairs if changed[one].digest == changed[two].digest] == []
     assert [(one, two) for one, two in pairs if changed[one].text == changed[two].text] == []
+
+
+def test_what_multiplies_on_this_processor_is_in_the_key(tmp_path: Path) -> None:
+    """Each instruction set and oneDNN sum in another order; the best set has one key, however it was chosen."""
+    usable = [instructions.name for instructions in SETS if missing_for(instructions) is None]
+    products = [*usable, *(["onednn"] if ONEDNN.missing(torch.device("cpu"), torch.float32) is None else [])]
+    keys = {name: of(products=name)(tmp_path).text for name in products}
+    assert len(set(keys.values())) == len(products)
+    if usable:
+        assert of(products="kernels")(tmp_path).text == keys[usable[0]]
+
+
+def test_every_choice_was_thought_of() -> None:
+    """Of a choice that is new, somebody has to say here whether a change of it makes another key, and test it."""
+    tested_here = {"dtype", "layout", "scales", "quantize", "compile", "attention", "loras", "products"}
+    tested_elsewhere = {"device": "test_forecast", "optimize": "test_forecast", "unpack": "test_cache_quantised"}
+    assert {field.name for field in fields(Choices)} == tested_here | tested_elsewhere.keys()
 
 
 def test_the_number_of_computed_pads_makes_no_other_key() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from toy_quantised import READ, Tensors, note, write_quantised
 
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.prompts.cache.contents import contents_by_reading, weights_contents
+from nai_t5_core.prompts.cache.settings import settings_of
 from nai_t5_core.weights.examine import Examination, examine
 
 # What notes of a kind say in another way, so that the same bytes mean other numbers.
@@ -70,3 +72,18 @@ def test_a_kind_is_printed_the_same_in_every_process(name: str, tmp_path: Path) 
         stored = examine(write_quantised(tmp_path / "t5.safetensors", state_of(name))).quantised
         kinds = {repr(one.kind) for one in stored.values()}
     assert not any("0x" in kind for kind in kinds)
+
+
+@SAFETENSORS
+def test_how_a_quantised_file_is_computed_is_in_the_key(name: str, tmp_path: Path) -> None:
+    """As it lies, unpacked into either dtype, in 8 bits of its exact numbers, and in 8 bits of unpacked ones."""
+    file = write_quantised(tmp_path / "file.safetensors", state_of(name))
+    ways: list[dict[str, Any]] = [{}, {"unpack": True}, {"quantize": "int8"}, {"quantize": "int8", "unpack": True}]
+    keys = {
+        settings_of(file, dtype, "cpu", **way).key([5, 1]).text for dtype in ("float32", "bfloat16") for way in ways
+    }
+    assert len(keys) == 2 * len(ways)
+    compiled = [
+        settings_of(file, "float32", "cpu", compile=True, unpack=unpack).key([5, 1]) for unpack in (True, False)
+    ]
+    assert compiled[0] == compiled[1], "what is compiled is unpacked in any case"

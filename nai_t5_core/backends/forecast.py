@@ -39,7 +39,7 @@ def forecast(
     if device.type == "cpu":
         words = f"cpu, {_on_cpu(config, dtype, layout, scales, optimize, quantize, compile, products)}"
     if compile:
-        words = f"{words}, compiled"
+        words = f"{words}, compiled" if compile is True else f"{words}, compiled for {compile}"
     elif device.type == "cuda" and optimize and attention == "auto":
         words = f"{words}, kernels where they can"
     return words if attention == "auto" else f"{words}, attention {attention}"

@@ -30,6 +30,7 @@ from nai_t5_core.prompts.cache.encoding import SettingsOfStack
 from nai_t5_core.prompts.cache.key import Settings
 from nai_t5_core.prompts.cache.settings import settings_for
 from nai_t5_core.prompts.cache.store import Store, open_store
+from nai_t5_core.prompts.choices import Choices
 from nai_t5_core.weights.convert import main_dtype
 from nai_t5_core.weights.examine import Examination, examine_checkpoint
 from nai_t5_core.weights.load import ScalesChoice, SlowDtypeWarning, assemble
@@ -288,12 +289,9 @@ def _settings_at(
 ) -> Settings:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SlowDtypeWarning)  # of the dtype that a pipeline has chosen
-        return settings_for(
-            *(examination, dtype, device, layout, scales),
-            optimize=device.type == "cuda",  # where the class encodes by the kernels
-            quantize=quantize,
-            weights=weights,
-        )
+        # On CUDA the class encodes by the kernels.
+        how = Choices(dtype, device, layout, scales, optimize=device.type == "cuda", quantize=quantize)
+        return settings_for(examination, how, weights)
 
 
 def settings_of_model(

@@ -1,17 +1,12 @@
-"""How an encoder is loaded and made ready: the arguments of ``TextEncoder.from_pretrained``, kept until it is."""
+"""How an encoder is loaded and made ready, at once or at the first prompt that is not kept."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
-import torch
-
 from nai_t5_core.backends.choose import (
-    ProductsChoice,
-    Quantisation,
     encode_on_cuda,
     prepack,
     quantize_int8,
@@ -19,18 +14,18 @@ from nai_t5_core.backends.choose import (
 )
 from nai_t5_core.lora.files import Lora
 from nai_t5_core.lora.loras import Loras
-from nai_t5_core.lora.set import LoraSource, lora_of, refuse_misfits
-from nai_t5_core.model.attention_choice import AttentionChoice
-from nai_t5_core.model.encoder import Layout, T5EncoderStack
+from nai_t5_core.lora.set import lora_of, refuse_misfits
+from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.precision import resolve_device
 from nai_t5_core.prompts.cache.contents import identities, refuse_changed
 from nai_t5_core.prompts.cache.encoding import CachedEncoding
 from nai_t5_core.prompts.cache.noted_scales import note_scales, noted_scales
 from nai_t5_core.prompts.cache.settings import settings_for
 from nai_t5_core.prompts.cache.store import Store
+from nai_t5_core.prompts.choices import Choices
 from nai_t5_core.prompts.stack_encoding import StackEncoding
 from nai_t5_core.weights.examine import Examination, ModelSource, examine
-from nai_t5_core.weights.load import LoadedEncoder, ScalesChoice, load
+from nai_t5_core.weights.load import LoadedEncoder, load
 
 MERGING_ROUNDS = (
     "the weights are quantised in {source}: to merge a LoRA they are unpacked, and the sum is rounded to {dtype}; a "
@@ -38,26 +33,8 @@ MERGING_ROUNDS = (
 )
 
 
-@dataclass(frozen=True)
-class Loading:
-    """See :meth:`nai_t5_core.TextEncoder.from_pretrained`."""
-
-    dtype: str | torch.dtype = "auto"
-    device: str | torch.device = "auto"
-    layout: Layout = "fused"
-    scales: ScalesChoice = "auto"
-    optimize: bool = True
-    quantize: Quantisation | None = None
-    compile: bool | str = False
-    attention: AttentionChoice = "auto"
-    loras: Sequence[tuple[LoraSource, float]] = ()
-    products: ProductsChoice = "auto"
-    unpack: bool = False
-
-    @property
-    def unpacks(self) -> bool:
-        """Whether numbers are made of quantised weights while they are loaded, for merging and compiling need them."""
-        return self.unpack or bool(self.loras or self.compile)
+class Loading(Choices):
+    """Choices that are carried out."""
 
     def load(self, source: ModelSource, subfolder: str) -> LoadedEncoder:
         """The weights as they are in the file."""
@@ -104,20 +81,7 @@ def cached_encoding(
     how = replace(how, loras=loras)
     # Before the hash, which is of these files or of none.
     files = identities(examination)
-    settings = settings_for(
-        examination,
-        dtype=how.dtype,
-        device=how.device,
-        layout=how.layout,
-        scales=how.scales,
-        optimize=how.optimize,
-        quantize=how.quantize,
-        compile=how.compile,
-        attention=how.attention,
-        loras=loras,
-        products=how.products,
-        unpack=how.unpack,
-    )
+    settings = settings_for(examination, how)
     noted = noted_scales(settings)
     begun = settings if noted is None else replace(settings, scales=noted)
     how = how if noted is None else replace(how, scales=noted)
