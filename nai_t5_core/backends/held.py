@@ -7,13 +7,14 @@ can be called, hooked into, saved and asked for its weight as the original could
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nai_t5_core.model.block import operations_are_watched
+from nai_t5_core.model.block import Block, Lending, operations_are_watched
 from nai_t5_core.model.fixed_weights import FixedWeights
 
 
@@ -111,6 +112,24 @@ class HeldLinear(FixedWeights):
     def extra_repr(self) -> str:
         forms = ", ".join(dict.fromkeys(map(str, self.forms)))
         return f"in_features={self.in_features}, out_features={self.out_features}, {forms}"
+
+
+@dataclass(eq=False)
+class ByModules:
+    """The runner of a block whose modules compute it, by projections that do so in a way of their own.
+
+    Attributes:
+        name: in which way.
+    """
+
+    name: str
+    lending: Lending | None = None
+
+    def __call__(self, block: Block, residual: Tensor, *attends_and_dtype: Any) -> Tensor | None:
+        return None
+
+    def attends(self, block: Block, dtype: torch.dtype) -> bool:
+        return False
 
 
 def is_in_8_bits(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.backends.held import HeldLinear, as_it_lies
+from nai_t5_core.backends.held import ByModules, HeldLinear, as_it_lies
 from nai_t5_core.backends.int8_weight import Int8Product, Int8Weight
 from nai_t5_core.backends.onednn import OneDNNProduct
 from nai_t5_core.facts.config import Activation
@@ -102,19 +102,6 @@ class OneDNNBackend:
         return HeldLinear([OneDNNProduct(weight.to(dtype)) for weight in weights], dtype=dtype)
 
 
-class Int8Runner:
-    """Leaves the block to its modules, whose projections compute in 8 bits."""
-
-    name = "oneDNN, in 8 bits"
-    lending: Lending | None = None
-
-    def __call__(self, block: Block, residual: Tensor, *attends_and_dtype: Any) -> Tensor | None:
-        return None
-
-    def attends(self, block: Block, dtype: torch.dtype) -> bool:
-        return False
-
-
 class Int8Backend:
     """Quantises every projection of a block to 8 bits; each original weight is freed after its copy."""
 
@@ -141,7 +128,7 @@ class Int8Backend:
                     weight = as_it_lies(getattr(owner, attribute))
                     held = self._held(name, weight, None if name in after_no_norm else norm, dtype)
                     setattr(owner, attribute, held)
-        block.runner = Int8Runner()
+        block.runner = ByModules(self.name)
 
     @staticmethod
     def held(linear: nn.Module, dtype: torch.dtype) -> HeldLinear:

@@ -5,16 +5,14 @@ On processors that only our kernels compute 16-bit weights fast on, a live LoRA 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nai_t5_core.backends.held import HeldLinear, as_it_lies
+from nai_t5_core.backends.held import ByModules, HeldLinear, as_it_lies
 from nai_t5_core.backends.int8_weight import Int8Weight
 from nai_t5_core.backends.products import projections
-from nai_t5_core.model.block import Block, Lending
+from nai_t5_core.model.block import Block
 
 
 class WidenedProduct:
@@ -47,19 +45,6 @@ class WidenedProduct:
         return f"{'8 bits' if self.in_8_bits else 'as it is'}, widened in every call"
 
 
-class WidenedRunner:
-    """Leaves the block to its modules, whose projections widen their weights."""
-
-    name = "torch, in float32"
-    lending: Lending | None = None
-
-    def __call__(self, block: Block, residual: Tensor, *attends_and_dtype: Any) -> Tensor | None:
-        return None
-
-    def attends(self, block: Block, dtype: torch.dtype) -> bool:
-        return False
-
-
 class WidenedBackend:
     """Keeps every weight of a block as it is, and computes products in float32."""
 
@@ -76,7 +61,7 @@ class WidenedBackend:
             for sublayer in layer.children():
                 for owner, attribute, _ in projections(sublayer):
                     setattr(owner, attribute, self.held(getattr(owner, attribute), dtype))
-        block.runner = WidenedRunner()
+        block.runner = ByModules(self.name)
 
     @staticmethod
     def held(linear: nn.Module, dtype: torch.dtype) -> HeldLinear:

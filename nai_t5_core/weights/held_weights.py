@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from nai_t5_core.backends.held import ByModules
 from nai_t5_core.backends.quantised.kinds import WEIGHT, Plain, QuantisedWeight
 from nai_t5_core.backends.quantised.projections import QuantisedEmbedding, QuantisedForm, QuantisedLinear
-from nai_t5_core.backends.quantised.runner import QuantisedRunner
+from nai_t5_core.backends.quantised.runner import BY_QUANTISED_WEIGHTS
 from nai_t5_core.model.block import Block
 from nai_t5_core.model.layers import residual_dtype
 from nai_t5_core.weights.examine import Examination
@@ -94,4 +95,4 @@ def place(model: nn.Module, modules: dict[str, Any]) -> None:
         setattr(model.get_submodule(parent), name, module)
     for block in model.modules():
         if isinstance(block, Block) and any(isinstance(part, QuantisedLinear) for part in block.modules()):
-            block.runner = QuantisedRunner()
+            block.runner = ByModules(BY_QUANTISED_WEIGHTS)

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.held import as_it_lies
+from nai_t5_core.backends.held import ByModules, as_it_lies
 from nai_t5_core.backends.products import projections
 from nai_t5_core.backends.quantised.kinds import QuantisedWeight
 from nai_t5_core.backends.quantised.projections import QuantisedForm, QuantisedLinear
-from nai_t5_core.model.block import Block, Lending
+from nai_t5_core.model.block import Block
 from nai_t5_core.model.layers import FusedGatedFeedForward
 
-
-class QuantisedRunner:
-    """Leaves the block to its modules, whose projections make numbers of quantised weights in every call."""
-
-    name = "quantised weights"
-    lending: Lending | None = None
-
-    def __call__(self, block: Block, residual: Tensor, *attends_and_dtype: Any) -> Tensor | None:
-        return None
-
-    def attends(self, block: Block, dtype: torch.dtype) -> bool:
-        return False
+# What computes a block whose projections make numbers of quantised weights in every call.
+BY_QUANTISED_WEIGHTS = "quantised weights"
 
 
 @dataclass(frozen=True)
@@ -39,7 +28,7 @@ class QuantisedBackend:
     """
 
     pack: Callable[[Tensor], QuantisedWeight]
-    name: str = QuantisedRunner.name
+    name: str = BY_QUANTISED_WEIGHTS
 
     def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
@@ -58,4 +47,4 @@ class QuantisedBackend:
                     parts = 2 if isinstance(sublayer, FusedGatedFeedForward) and name == "wi" else 1
                     forms = [QuantisedForm(self.pack(part.float())) for part in plain.chunk(parts)]
                     setattr(owner, attribute, QuantisedLinear(forms, dtype))
-        block.runner = QuantisedRunner()
+        block.runner = ByModules(self.name)
