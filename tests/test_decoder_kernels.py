@@ -92,6 +92,7 @@ def test_a_hooked_module_is_called(instructions: InstructionSet) -> None:
         pytest.skip("this machine packs no such weights")
     name: Any = instructions.name
     model = prepack(toy("v1.1"), name)
+    whole(model)  # oneDNN's weights are put in its order at the second call, which may change the last bit
     expected, calls = whole(model), []
     block: Any = model.decoder.block[1]
     hook = block.layer[1].EncDecAttention.q.register_forward_hook(lambda *_: calls.append(1))

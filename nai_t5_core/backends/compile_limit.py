@@ -11,13 +11,16 @@ import torch
 # Before torch 2.12 the limit counts the graphs of all models of a class together; the most models to allow for.
 _MODELS_TOGETHER = 8
 
+# Whether every compiled function has graphs of its own; before, a copy of a model finds those of the original.
+GRAPHS_ARE_SEPARATE = "recompile_limit" in inspect.signature(torch.compile).parameters
+
 
 def compile_with_limit(function: Callable[..., Any], limit: int, **options: Any) -> Callable[..., Any]:
     """``torch.compile(function, fullgraph=True, **options)`` that may compile ``limit`` graphs.
 
     torch's own limit is 8 for all models together, beyond which a call fails.
     """
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+    if GRAPHS_ARE_SEPARATE:
         options |= {"recompile_limit": limit, "isolate_recompiles": True}
         compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, **options)
         return compiled

@@ -131,7 +131,8 @@ class T5EncoderStack(nn.Module):
         attention: ``"flex"``, ``"sdpa"``, or ``"auto"``, which chooses for every batch, see
             :func:`nai_t5_core.model.attention_choice.choose_attention`. Masks of 3 and 4 dimensions take SDPA, and are
             an error with ``"flex"``. Flex has no backward on the CPU: where gradients are recorded there, SDPA is used.
-        kernel_options: passed on to torch's ``flex_attention``. This and ``attention`` may be changed at any time.
+        kernel_options: passed on to torch's ``flex_attention``, in place of our own. This and ``attention`` may be
+            changed at any time.
 
     Attributes:
         guard: what makes sure that results are finite, as :func:`nai_t5_core.float16.guard.guard` does; None, the

@@ -25,6 +25,10 @@ BLOCK = 128
 # nothing is computed for a block without documents.
 LEAST_BLOCKS = 2
 
+# torch's own choice for heads of 64 numbers is 4 warps, which spill registers; with 8 they do not, on any card since
+# compute capability 8.0. Names with "fwd_" do not reach the backward.
+_CUDA_OPTIONS = {"fwd_num_warps": 8}
+
 # The document number of a row that is no key.
 _NO_KEY = -1
 
@@ -67,12 +71,15 @@ class FlexAttention:
         """The plan for the documents of a packed row.
 
         Args:
+            kernel_options: in place of our own.
             bucket: the number of tokens that the row is padded to, a multiple of BLOCK; by default the next multiple.
         """
         tokens = groups[-1].stop if groups else 0
         length = max(-(-tokens // BLOCK), LEAST_BLOCKS) * BLOCK if bucket is None else bucket
         rows = _number_rows(groups, length, device)
         tokens = tokens if bucket is None else bucket
+        if kernel_options is None and rows.is_cuda:
+            kernel_options = _CUDA_OPTIONS
         return cls(rows, visible_blocks(rows), tokens, scale, dict(kernel_options) if kernel_options else None)
 
     def layer(self, table: Tensor) -> Attend:

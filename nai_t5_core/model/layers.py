@@ -36,7 +36,11 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """act(gate) · up; for half precision computed in float32 and rounded once (2% less error in an encoder)."""
-    return (ACTIVATIONS[activation](gate.to(residual_dtype(gate.dtype))) * up).to(gate.dtype)
+    active = ACTIVATIONS[activation](gate.to(residual_dtype(gate.dtype)))
+    if torch.is_grad_enabled():
+        return (active * up).to(gate.dtype)
+    # Rounded where it is multiplied: on a GPU one launch in place of two.
+    return torch.mul(active, up, out=torch.empty_like(up))
 
 
 def scaled(x: Tensor, scale: float) -> Tensor:
