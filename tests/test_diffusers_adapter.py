@@ -157,7 +157,17 @@ def test_float16_gives_a_picture_where_theirs_gives_none(outlier: Any) -> None:
     with pytest.warns(ScaleTightenedWarning):
         ours = replace_text_encoder(toy.pipe, dtype=torch.float16) and toy.run()
     assert toy.encoder.dtype == torch.float16 and ours.isfinite().all()
+    if not float16_pictures_are_right():
+        pytest.skip(f"in float16 torch {torch.__version__} computes another picture on this CPU, whatever the encoder")
     assert (ours.float() - image).abs().mean() < 0.1 * image.abs().mean()
+
+
+def float16_pictures_are_right() -> bool:
+    """Whether the toy, all of it transformers' and diffusers' own, has the same picture in float16 as in float32."""
+    toy = make("pixart-sigma")
+    image = toy.run()
+    toy.pipe.transformer.half(), toy.encoder.half()
+    return bool((toy.run().float() - image).abs().mean() < 0.1 * image.abs().mean())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -122,7 +122,8 @@ def test_saved_by_transformers(tmp_path: Path, class_name: str, said: bool, with
     if with_head:
         model.lm_head.weight = torch.nn.Parameter(torch.randn(96, 64))
     model.save_pretrained(tmp_path)
-    reference = model_class.from_pretrained(tmp_path).eval()
+    # Under SDPA the decoder of transformers 5.17's UMT5 sees tokens that follow.
+    reference = model_class.from_pretrained(tmp_path, attn_implementation="eager").eval()
     expected = reference(input_ids=IDS, attention_mask=MASK, decoder_input_ids=TEXTS).logits
     written = json.loads((tmp_path / "config.json").read_text())
     if class_name == "UMT5" and with_head and "scale_decoder_outputs" not in written:
