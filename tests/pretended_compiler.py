@@ -162,7 +162,13 @@ def pretend(capability: int) -> list[dict[str, Any]]:
 
 def _answer(owner: Any, answers: dict[str, Any]) -> None:
     for name, value in answers.items():
-        setattr(owner, name, staticmethod(lambda *_, value=value, **__: value) if isinstance(owner, type) else lambda *_, value=value, **__: value)
+        setattr(
+            owner,
+            name,
+            staticmethod(lambda *_, value=value, **__: value)
+            if isinstance(owner, type)
+            else lambda *_, value=value, **__: value,
+        )
 
 
 def _record_kernels() -> list[dict[str, Any]]:

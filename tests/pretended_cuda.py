@@ -6,7 +6,9 @@ of two devices in one operation are an error, as they are on a card.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ _NO_LAUNCH = {
 }
 # Operations whose result the host needs before it can go on.
 _WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"}
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 
 
@@ -42,11 +45,22 @@ class _Calls(TorchFunctionMode):
         if function is Tensor.pin_memory:
             self.device.pinned.append(args[0])
             return args[0]
+        if function is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "cuda":
+            return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
         if not (args and isinstance(args[0], FakeTensor)):
             return function(*args, **kwargs)
         if function is Tensor.__getitem__:
             part, places = _basic_part(*args)
             return part if places is None else torch.ops.aten.index.Tensor(part, places)
+        if function is Tensor.__setitem__:
+            part, places = _basic_part(*args[:2])
+            if places is None:
+                return self.device.copied(part, args[2]) if isinstance(args[2], Tensor) else part.fill_(args[2])
+            return torch.ops.aten.index_put_(part, places, torch.as_tensor(args[2]))
+        if function is Tensor.copy_:
+            return self.device.copied(*args, **kwargs)
+        if function is Tensor.contiguous and not args[0].is_contiguous():
+            return torch.ops.aten.clone(args[0], memory_format=torch.contiguous_format)
         if function is F.rms_norm:
             self.device.launches["rms_norm"] += 1
             return torch.empty_like(args[0])
@@ -97,12 +111,15 @@ class PretendedCuda(TorchDispatchMode):
         waits: of the host for the device, by what it waits for.
         pinned: tensors of the host whose copies need not be waited for.
         float32_products: products of float32 matrices.
+        answers: what the device says, in turn, when the host asks whether something is true: whether a result is
+            finite, or whether every text has ended.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self._calls = _Calls(self)
+        self.answers: Iterator[bool] = itertools.repeat(True)
         self.reset()
 
     def reset(self) -> None:
@@ -121,13 +138,20 @@ class PretendedCuda(TorchDispatchMode):
         goes_there = target is not None and torch.device(target).type == "cuda"
         if not on_device and not goes_there:
             return operation(*args, **kwargs)
+        # In inference mode operations that consist of others arrive whole.
+        if operation.namespace == "aten" and operation.has_kernel_for_dispatch_key(_COMPOSITE):
+            super().__enter__()
+            try:
+                return operation.decompose(*args, **kwargs)
+            finally:
+                super().__exit__(None, None, None)
         if name in ("_to_copy", "copy_") and (moved := self._moved(args, kwargs)) is not None:
             return moved
         self._refuse_mixture(name, tensors)
         if name in _WAITS:
             self.waits[name] += 1
-            if name == "_local_scalar_dense":  # what is asked is whether all is well
-                return args[0].dtype == torch.bool or 0
+            if name == "_local_scalar_dense":
+                return next(self.answers) if args[0].dtype == torch.bool else 0
         if name not in _NO_LAUNCH:
             self.launches[name] += 1
         if name in _PRODUCTS and any(tensor.dtype == torch.float32 for tensor in on_device):
@@ -149,16 +173,25 @@ class PretendedCuda(TorchDispatchMode):
             return args[0]
         dtype = kwargs.get("dtype") or source.dtype
         if into.type == "cpu":
-            return torch.zeros(source.shape, dtype=dtype)
+            return torch.ones(source.shape, dtype=dtype)  # as of a mask that hides nothing
         with self.fakes:
             return torch.empty_strided(source.shape, source.stride(), dtype=dtype, device=CUDA)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> None:
+    def copied(self, into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        """``into``, without values: torch's own copy asks for a real device."""
+        if self._moved((into, source), {"non_blocking": non_blocking}) is None:
+            self.launches["copy_"] += 1
+        return into
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
         """A call of SDPA: its fused kernel for CUDA asks for one dtype, and for a bias in aligned rows."""
-        self._refuse_mixture("attention", [q, k, v, bias])
-        assert {q.dtype} == {k.dtype, v.dtype, bias.dtype}
-        assert bias.stride(-1) == 1 and not any(stride % 8 for stride in (*bias.stride()[:-1], bias.storage_offset()))
         self.launches["attention"] += 1
+        given = [q, k, v] + ([] if bias is None else [bias])
+        self._refuse_mixture("attention", given)
+        assert len({tensor.dtype for tensor in given}) == 1
+        if bias is not None:
+            assert bias.stride(-1) == 1
+            assert not any(stride % 8 for stride in (*bias.stride()[:-1], bias.storage_offset()))
 
     @staticmethod
     def _refuse_mixture(name: str, tensors: list[Tensor]) -> None:

@@ -6,6 +6,7 @@ tests, and the doctor counts on a real card.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers", reason="transformers makes the models of the drop-in class")
 
+from nai_t5_core.bench.peers import own_t5
 from nai_t5_core.float16.guard import guard
 from nai_t5_core.hf import NAIT5EncoderModel
 from nai_t5_core.model.encoder import Layout
@@ -27,6 +29,9 @@ CONFIG = TOY_CONFIGS["v1.1"].encoder_only()
 # Four products, two norms with their casts, attention, two sums, and three for the gated activation, rounded once. The
 # separate layout has three products more.
 LAUNCHES = {"fused": 14, "separate": 17}
+# Of a layer for a token: six products, three norms with their casts, two times attention, two writes into the cache,
+# three sums, and three for the gated activation.
+DECODER_LAUNCHES = 22
 LENGTH = 64
 
 
@@ -84,15 +89,42 @@ def test_masks_with_holes_are_not_waited_for(device: PretendedCuda) -> None:
 
 def test_the_drop_in_class(device: PretendedCuda) -> None:
     """Ids and mask are on the device, where pipelines put them; the mask is read once."""
-    model: Any = device.put(NAIT5EncoderModel.from_hf(hf_model(CONFIG, dtype=torch.float16)))
     ids = torch.ones(2, LENGTH, dtype=torch.long, device="cuda")
     mask = torch.ones(2, LENGTH, dtype=torch.long, device="cuda")
+    launches = []
+    for layers in (1, 3):
+        config = CONFIG.model_copy(update={"num_layers": layers})
+        model: Any = device.put(NAIT5EncoderModel.from_hf(hf_model(config, dtype=torch.float16)))
+        for _ in range(2):
+            device.reset()
+            model(ids, mask)
+        launches.append(device.launches.total())
+        assert dict(device.copies) == {("cuda", "cpu"): 1}
+        assert dict(device.waits) == {"copy": 1, "_local_scalar_dense": 1}
+        assert device.float32_products == 0
+    assert (launches[1] - launches[0]) / 2 <= LAUNCHES["fused"]
+
+
+def generate(device: PretendedCuda, layers: int, tokens: int) -> int:
+    """The launches of the second generation for two prompts."""
+    config = TOY_CONFIGS["v1.1"].model_copy(update={"num_decoder_layers": layers})
+    model: Any = device.put(own_t5(config, random_state(config), torch.float16))
     for _ in range(2):
         device.reset()
-        model(ids, mask)
-    assert dict(device.copies) == {("cuda", "cpu"): 1}
-    assert dict(device.waits) == {"copy": 1, "_local_scalar_dense": 1}
+        # After each token: are the logits finite, has every text ended?
+        device.answers = itertools.cycle((True, False))
+        texts = model.generate(torch.ones(2, LENGTH, dtype=torch.long), max_new_tokens=tokens)
+        assert texts.shape == (2, tokens)
+    return device.launches.total()
+
+
+def test_generation(device: PretendedCuda) -> None:
+    launches = {(layers, tokens): generate(device, layers, tokens) for layers in (1, 3) for tokens in (3, 5)}
+    assert dict(device.waits) == {"_local_scalar_dense": 2 * 5 - 1}
+    assert dict(device.copies) == {("cpu", "cuda"): 1}
     assert device.float32_products == 0
+    two_layers = {tokens: launches[3, tokens] - launches[1, tokens] for tokens in (3, 5)}
+    assert (two_layers[5] - two_layers[3]) / 4 <= DECODER_LAUNCHES
 
 
 def test_tensors_of_two_devices_are_an_error(device: PretendedCuda) -> None:

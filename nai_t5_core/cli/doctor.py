@@ -25,11 +25,12 @@ def doctor(
     ] = None,
     results: Annotated[Path | None, typer.Option(help="File for what each step found, as it is found.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the report as Markdown.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also write the report as a picture, an SVG file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Examine this machine: what can run, whether it computes right, how fast, and which settings suit it."""
     from nai_t5_core.bench.doctor import DoctorSettings, examine_machine
-    from nai_t5_core.bench.doctor.report import as_markdown, render
+    from nai_t5_core.bench.doctor.report import as_markdown, as_svg, render
     from nai_t5_core.weights.whole_files import write_whole
 
     settings = DoctorSettings(device, size, full, budget, tuple(only.split(",")) if only else (), results)
@@ -37,11 +38,13 @@ def doctor(
         diagnosis = examine_machine(settings, status.update)
     if markdown is not None:
         write_whole(markdown, as_markdown(diagnosis))
+    if picture is not None:
+        write_whole(picture, as_svg(diagnosis))
     if as_json:
         print_json(diagnosis.to_dict())
     else:
         out.print(render(diagnosis))
-        if markdown is not None:
-            say(f"wrote {markdown}")
+        for written in filter(None, (markdown, picture)):
+            say(f"wrote {written}")
     if not diagnosis.passed:
         raise typer.Exit(1)

@@ -74,7 +74,8 @@ def _stream(decoding: Decoding, options: GenerationOptions, generator: torch.Gen
     prompts, width = decoding.shape
     device = decoding.model.device
     history = torch.full((prompts * width, options.total_length), options.pad_token, device=device)
-    history[:, : len(options.start)] = torch.tensor(options.start, device=device)
+    for place, token in enumerate(options.start):
+        history[:, place] = token
     is_finished = torch.zeros(prompts * width, dtype=torch.bool, device=device)
     logits = decoding.begin(options.start)
     for length in range(len(options.start), options.total_length):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _MOST_FAULTS = 12  # of one step, in words
+_PICTURE_COLUMNS = 120
 
 # Steps that time compiled encoders, and the titles of their tables.
 _COMPILED = {
@@ -49,6 +50,19 @@ def render(diagnosis: Diagnosis) -> RenderableType:
             parts.append(Text(section.title, style="bold"))
         parts += map(Text, section.lines)
     return Group(*parts)
+
+
+def as_svg(diagnosis: Diagnosis) -> str:
+    """The diagnosis as a picture of a terminal."""
+    import io
+    import re
+
+    from rich.console import Console
+
+    console = Console(record=True, width=_PICTURE_COLUMNS, file=io.StringIO(), force_terminal=True)
+    console.print(render(diagnosis))
+    # Without the fonts that rich has a viewer fetch from the web: any monospaced one does.
+    return re.sub(r"@font-face {.*?}", "", console.export_svg(title="nai-t5 doctor"), flags=re.DOTALL)
 
 
 def as_markdown(diagnosis: Diagnosis) -> str:
