@@ -12,9 +12,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nai_t5_core.bench.doctor import Diagnosis, DoctorSettings, ceilings, examine_machine, numbers
+from nai_t5_core.bench.doctor import Diagnosis, DoctorSettings, ceilings, examine_machine, machine, numbers
 from nai_t5_core.bench.doctor.advice import advice
-from nai_t5_core.bench.doctor.clock import timed
+from nai_t5_core.bench.clock import timed
 from nai_t5_core.bench.doctor.patient import Patient
 from nai_t5_core.bench.doctor.report import as_markdown
 from nai_t5_core.bench.doctor.steps import Step, all_steps
@@ -157,7 +157,8 @@ MACHINE = {
     "instruction_sets": ["avx2"],
     "cores": 8,
     "threads": 8,
-    "memory_bytes": 64e9,
+    "memory_bytes": 128e9,
+    "free_bytes": 64e9,
     "device": "cuda",
     "card": None,
     "versions": {"torch": "2.11.0"},
@@ -187,14 +188,32 @@ def diagnosis_of(device: str, machine: dict[str, Any], **steps: dict[str, Any]) 
             "run it on the CPU, or with a pipeline's offloading",
         ),
         ("cpu", MACHINE, "fits: memory has 64 GB to give"),
-        ("cpu", {**MACHINE, "memory_bytes": 8e9}, 'needs quantize="int8"'),
-        ("cpu", {**MACHINE, "memory_bytes": 4e9}, "use a smaller T5"),
+        ("cpu", {**MACHINE, "free_bytes": 8e9}, 'needs quantize="int8"'),
+        ("cpu", {**MACHINE, "free_bytes": 4e9}, "use a smaller T5"),
     ],
 )
 def test_advice_by_room(device: str, machine: dict[str, Any], told: str) -> None:
     lines = advice(diagnosis_of(device, machine))
     assert len(lines) == 3 and told in lines[2]
     assert ("AVX512" in lines[0]) == (device == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("products", "told"),
+    [
+        ({"float32": 8e12, "bfloat16": "no", "float16": 7e12}, 'Leave dtype="auto"'),
+        ({"float32": 8e12, "bfloat16": "no", "float16": 2e12}, 'products in float32 are 4.0 times as fast'),
+        ({}, 'Leave dtype="auto"'),
+    ],
+)
+def test_advice_by_what_a_card_multiplies_fast(products: dict[str, Any], told: str) -> None:
+    card = {**MACHINE, "card": {**CARD, "capability": "6.1"}}
+    assert told in advice(diagnosis_of("cuda", card, ceilings={"products": products}))[0]
+
+
+def test_memory_that_is_free_is_no_more_than_there_is() -> None:
+    found = machine.describe(Patient(CPU))
+    assert 0 < found["free_bytes"] <= found["memory_bytes"]
 
 
 def test_the_report_names_what_is_wrong_and_the_share_of_the_ceilings() -> None:
@@ -217,11 +236,14 @@ def test_the_report_names_what_is_wrong_and_the_share_of_the_ceilings() -> None:
 def test_the_command(tmp_path: Path) -> None:
     markdown = tmp_path / "found.md"
     asked = ["doctor", "--device", "cpu", "--only", "machine", "--markdown", str(markdown)]
-    done = CliRunner().invoke(app, [*asked, "--json"])
+    picture = tmp_path / "found.svg"
+    done = CliRunner().invoke(app, [*asked, "--picture", str(picture), "--json"])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report["passed"] and report["steps"]["machine"]["data"]["device"] == "cpu"
     assert "**Advice**" in markdown.read_text()
+    svg = picture.read_text()
+    assert svg.startswith("<svg") and "Advice" in svg and "url(http" not in svg
 
 
 def test_the_command_ends_with_status_1_if_a_number_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

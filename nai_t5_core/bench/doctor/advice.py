@@ -6,6 +6,7 @@ from typing import Any
 
 from nai_t5_core.bench.doctor.examination import Diagnosis
 
+_MUCH_FASTER = 1.5
 _XXL_BYTES_16_BIT, _XXL_BYTES_8_BIT = 9.5e9, 4.8e9
 
 
@@ -20,9 +21,28 @@ def advice(diagnosis: Diagnosis) -> list[str]:
 def _computing(diagnosis: Diagnosis, machine: dict[str, Any]) -> str:
     by = f", by {found}" if (found := diagnosis.data("speed").get("by")) else ""
     text = f'Leave dtype="auto": it computes in {machine["dtype"]} here{by}.'
+    if faster := _much_faster_dtype(diagnosis.data("ceilings").get("products", {}), machine["dtype"]):
+        text = (
+            f'dtype="auto" computes in {machine["dtype"]} here, and products in {faster[0]} are {faster[1]:.1f} times as '
+            f'fast: if it fits, take dtype="{faster[0]}".'
+        )
     if diagnosis.device == "cpu" and (reason := machine["missing"].get("kernels")):
         text += f" The kernels do not run here ({reason}); torch computes."
     return text
+
+
+def _much_faster_dtype(rates: dict[str, Any], dtype: str) -> tuple[str, float] | None:
+    """A dtype that is multiplied at more than half again the rate of this one, and how many times as fast it is.
+
+    An older card may multiply float16 slowly, or only by emulation.
+    """
+    plain = {name: rates.get(name) for name in ("float32", "bfloat16", "float16")}
+    known = {name: rate for name, rate in plain.items() if isinstance(rate, float)}
+    if dtype not in known:
+        return None
+    fastest = max(known, key=lambda name: known[name])
+    ratio = known[fastest] / known[dtype]
+    return (fastest, ratio) if ratio > _MUCH_FASTER else None
 
 
 def _quantising(diagnosis: Diagnosis, machine: dict[str, Any]) -> str:
@@ -38,7 +58,7 @@ def _quantising(diagnosis: Diagnosis, machine: dict[str, Any]) -> str:
 
 def _placing(machine: dict[str, Any]) -> str:
     card = machine["card"]
-    room = card["free_bytes"] if card else machine["memory_bytes"] or 0
+    room = (card or machine)["free_bytes"] or 0
     what = card["name"] if card else "memory"
     if room > 1.2 * _XXL_BYTES_16_BIT:
         return f"A T5-XXL in 16 bits (9.5 GB) fits: {what} has {room / 1e9:.0f} GB to give."

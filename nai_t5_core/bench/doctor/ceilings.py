@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.backends.kernels.build import best_set, prepare_kernels, why_not_kernels
-from nai_t5_core.bench.doctor.clock import device_seconds
+from nai_t5_core.bench.clock import device_seconds
 from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.bench.speed.limits import register_rate
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.backends.compiled import compile_stack
-from nai_t5_core.bench.doctor.clock import timed
+from nai_t5_core.bench.clock import timed
 from nai_t5_core.bench.doctor.numbers import check_attention
 from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.bench.doctor.speed import BATCHES, LENGTHS, padded

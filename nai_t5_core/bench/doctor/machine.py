@@ -42,6 +42,7 @@ def describe(patient: Patient) -> Finding:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory_bytes(),
+        "free_bytes": _free_bytes(),
         "device": str(patient.device),
         "card": _card(patient.device),
         "versions": _versions(),
@@ -76,6 +77,18 @@ def _memory_bytes() -> int | None:
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _free_bytes() -> int | None:
+    """The memory that programs can still be given, within what a container may have; all of it where none tells."""
+    if not Path("/proc/meminfo").is_file():
+        return _memory_bytes()
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    free = next(int(words[1]) << 10 for words in lines if words[0] == "MemAvailable:")
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.is_file() and (most := limit.read_text().strip()).isdigit():
+        free = min(free, int(most) - int(used.read_text()))
+    return free
 
 
 def _card(device: torch.device) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nai_t5_core.backends.cuda.encoder import ProductsChoice, cuda_encoder
-from nai_t5_core.bench.doctor.clock import timed
+from nai_t5_core.bench.clock import timed
 from nai_t5_core.bench.doctor.numbers import SMALL_CONFIGS, difference, questions
 from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.bench.doctor.speed import BATCHES, LENGTHS, padded

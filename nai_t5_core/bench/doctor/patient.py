@@ -74,8 +74,10 @@ class Patient:
     def encoded_by(self) -> str:
         """What ``encode`` runs, in words."""
         if self._takes_kernels_for_cuda:
-            return "kernels for CUDA, in graphs"
-        return f"attention {self.stack.describe_attention()}"
+            return "our kernels for CUDA, in graphs"
+        if all(block.runner is not None for block in self.stack.encoder.block):
+            return f"our {self.stack.encoder.block[0].runner.name}"
+        return f"torch, attention {self.stack.describe_attention()}"
 
     def ids(self, batch: int, length: int) -> Tensor:
         """Random ids on the CPU, where tokenizers leave them: [batch, length]."""

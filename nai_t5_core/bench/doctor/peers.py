@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nai_t5_core.bench.doctor.clock import timed
+from nai_t5_core.bench.clock import timed
 from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.bench.doctor.speed import PADDED_TO, padded
 from nai_t5_core.bench.peer_list import Peer, build_peer

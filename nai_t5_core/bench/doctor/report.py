@@ -103,7 +103,7 @@ def _machine(machine: dict[str, Any]) -> Section:
     rows = [
         ("processor", f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"),
         ("instructions", " ".join(machine["instruction_sets"])),
-        ("memory", _size(machine["memory_bytes"])),
+        ("memory", f"{_size(machine['free_bytes'])} free of {_size(machine['memory_bytes'])}"),
         ("system", f"{machine['system']}, Python {machine['python']}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in machine["versions"].items())),
         ("compilers", ", ".join(machine["compilers"]) or "none"),
@@ -139,7 +139,7 @@ def _steps(diagnosis: Diagnosis) -> Section:
 
 
 def _speed(diagnosis: Diagnosis) -> Section:
-    ceilings = diagnosis.data("ceilings")
+    ceilings, on_cpu = diagnosis.data("ceilings"), diagnosis.device == "cpu"
     rows, about = [], {}
     for step in ("speed", "batches"):
         if found := diagnosis.data(step):
@@ -148,9 +148,11 @@ def _speed(diagnosis: Diagnosis) -> Section:
                 least = _least_ms(time["work"], ceilings, found["dtype"])
                 what = f"{name} tokens" if step == "speed" else f"{name}, pads skipped"
                 share = f"{least:.2f} ms, {least / time['ms']:.0%}" if least else ""
-                rows.append((what, f"{time['ms']:.2f} ms", f"{time['host_ms']:.2f} ms", share))
-    title = f"Ours: {about['size']}, {about['dtype']}, {about['by']}"
-    return Section(title, ("batch", "time", "of it the host's", "least by the ceilings, share"), tuple(rows))
+                host = () if on_cpu else (f"{time['host_ms']:.2f} ms",)
+                rows.append((what, f"{time['ms']:.2f} ms", *host, share))
+    title = f"Ours: {about['size']}, {about['dtype']}, by {about['by']}"
+    head = ("batch", "time", *(() if on_cpu else ("of it the host's",)), "least by the ceilings, share")
+    return Section(title, head, tuple(rows))
 
 
 def _least_ms(work: dict[str, int], ceilings: dict[str, Any], dtype: str) -> float | None:

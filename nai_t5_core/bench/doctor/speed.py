@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.runner import CudaRunner
-from nai_t5_core.bench.doctor.clock import device_seconds, synchronize, timed
+from nai_t5_core.bench.clock import device_seconds, synchronize, timed
 from nai_t5_core.bench.doctor.patient import Finding, Patient, encoding_by
 from nai_t5_core.bench.roofline import encoder_work, projection_shapes
 from nai_t5_core.float16.guard import encode_guarded

@@ -16,13 +16,13 @@ from torch import Tensor
 from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_prepack
 from nai_t5_core.backends.compiled import compile_steps
+from nai_t5_core.bench.clock import timed_once
 from nai_t5_core.bench.ctranslate2_peer import CTRANSLATE2, ctranslate2_generate, dtype_of_ctranslate2
 from nai_t5_core.bench.parity import random_batch
 from nai_t5_core.bench.parity_report import OWN, without_nan
 from nai_t5_core.bench.peers import State, own_t5, random_state, transformers_t5
 from nai_t5_core.bench.speed.machine import device_name, threads_set
 from nai_t5_core.bench.speed.results import Spread
-from nai_t5_core.bench.speed.timing import timed
 from nai_t5_core.bench.speed.variants import INT8, OWN_COMPILED
 from nai_t5_core.facts.config import T5Config, named_config
 from nai_t5_core.generation.t5 import T5
@@ -250,8 +250,8 @@ def _time_case(
     for number in range(repeats):
         for name, generate in contenders.items():
             tell(f"{case.name}: round {number + 1} of {repeats}, {name}")
-            taken, texts[name] = timed(lambda: generate(ids, case.beams, new_tokens), ids.device)  # noqa: B023
-            seconds[name].append(taken)
+            duration, texts[name] = timed_once(lambda: generate(ids, case.beams, new_tokens), ids.device)  # noqa: B023
+            seconds[name].append(duration.whole)
             if texts[name].shape != (case.prompts, new_tokens):
                 raise ValueError(
                     f"{name} gave texts of shape {list(texts[name].shape)}, not all of {new_tokens} tokens"

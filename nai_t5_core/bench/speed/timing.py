@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nai_t5_core.backends.kernels.sets import InstructionSet
+from nai_t5_core.bench.clock import timed_once
 from nai_t5_core.bench.parity import random_batch
 from nai_t5_core.bench.parity_report import OWN
 from nai_t5_core.bench.roofline import encoder_flops, projection_flops
@@ -55,8 +54,13 @@ def run_case(case: Case, bench: Bench) -> CaseResult:
     """Times one case: three calls that do not count (for operations, for prepacking or compiling, and for memory), then
     the rounds.
     """
-    ids, mask = (x.to(bench.device) for x in random_batch(bench.config, case.prompt_lengths, case.length, bench.seed))
-    calls = {name: partial(encode, case, ids, mask) for name, encode in bench.encoders.items()}
+    batch = random_batch(bench.config, case.prompt_lengths, case.length, bench.seed)
+    on_device = tuple(x.to(bench.device) for x in batch)
+    # Ours takes ids from the CPU, where a tokenizer leaves them.
+    calls = {
+        name: partial(encode, case, *(batch if name.startswith(OWN) else on_device))
+        for name, encode in bench.encoders.items()
+    }
     # Graphs that were compiled for earlier cases must not count against the limit of recompilations.
     torch.compiler.reset()
     flops, memory, outputs = dict[str, int | None](), dict[str, int | None](), dict[str, Tensor]()
@@ -65,7 +69,7 @@ def run_case(case: Case, bench: Bench) -> CaseResult:
         flops[name] = count_flops(call) if name != OWN_COMPILED else None
         call()
         # The second call prepacks the weights, so that the memory of later calls does not include that.
-        outputs[name] = call()[mask].double().cpu()
+        outputs[name] = call().cpu()[batch[1]].double()
         memory[name] = peak_bytes(call, bench.device)
     rounds = _run_rounds(case, bench, calls)
     own, own_output = rounds.encoders[OWN], outputs[OWN]
@@ -112,26 +116,12 @@ def _run_rounds(case: Case, bench: Bench, calls: Mapping[str, Callable[[], Tenso
     for number in range(bench.repeats):
         bench.tell(f"{case.name}: round {number + 1} of {bench.repeats}")
         for name, call in calls.items():
-            seconds, out = timed(call, bench.device)
-            rounds.encoders[name].append(seconds)
+            duration, out = timed_once(call, bench.device)
+            rounds.encoders[name].append(duration.whole)
             if name == OWN:
-                rounds.guard.append(timed(partial(is_finite, out), bench.device)[0])
+                rounds.guard.append(timed_once(partial(is_finite, out), bench.device)[0].whole)
         if products is not None:
-            rounds.limit.append(timed(products, bench.device)[0])
+            rounds.limit.append(timed_once(products, bench.device)[0].whole)
         for dtype, rates in rounds.rates.items():
             rates.append(register_rate(dtype, bench.instructions))
     return rounds
-
-
-def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds of a call, and its result."""
-    _synchronize(device)
-    started = time.perf_counter()
-    result = call()
-    _synchronize(device)
-    return time.perf_counter() - started, result
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 _LEAST_SECONDS = 0.4  # for which a call is repeated,
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 50
@@ -20,18 +23,33 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+@dataclass(frozen=True)
+class Duration:
+    """Seconds of one call: until the device was done, and until the call returned."""
+
+    whole: float
+    host: float
+
+
+def timed_once(call: Callable[[], Result], device: torch.device) -> tuple[Duration, Result]:
+    """How long a call takes that begins when the device is idle, and its result."""
+    synchronize(device)
+    started = time.perf_counter()
+    result = call()
+    returned = time.perf_counter()
+    synchronize(device)
+    return Duration(time.perf_counter() - started, returned - started), result
+
+
 def timed(call: Callable[[], Any], device: torch.device, warm_ups: int = 2) -> dict[str, float]:
     """Milliseconds: ``ms`` until the device is done, ``host_ms`` until the call returns (medians); ``lowest_ms``."""
     for _ in range(warm_ups):
         call()
-    synchronize(device)
     whole, host = list[float](), list[float]()
     while len(whole) < _LEAST_ROUNDS or (sum(whole) < _LEAST_SECONDS and len(whole) < _MOST_ROUNDS):
-        started = time.perf_counter()
-        call()
-        host.append(time.perf_counter() - started)
-        synchronize(device)
-        whole.append(time.perf_counter() - started)
+        duration, _ = timed_once(call, device)
+        whole.append(duration.whole)
+        host.append(duration.host)
     return {
         "ms": round(statistics.median(whole) * 1e3, 4),
         "lowest_ms": round(min(whole) * 1e3, 4),
