@@ -12,9 +12,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from nai_t5_core.bench.clock import timed
 from nai_t5_core.bench.doctor import Diagnosis, DoctorSettings, ceilings, examine_machine, machine, numbers
 from nai_t5_core.bench.doctor.advice import advice
-from nai_t5_core.bench.clock import timed
 from nai_t5_core.bench.doctor.patient import Patient
 from nai_t5_core.bench.doctor.report import as_markdown
 from nai_t5_core.bench.doctor.steps import Step, all_steps
@@ -202,7 +202,7 @@ def test_advice_by_room(device: str, machine: dict[str, Any], told: str) -> None
     ("products", "told"),
     [
         ({"float32": 8e12, "bfloat16": "no", "float16": 7e12}, 'Leave dtype="auto"'),
-        ({"float32": 8e12, "bfloat16": "no", "float16": 2e12}, 'products in float32 are 4.0 times as fast'),
+        ({"float32": 8e12, "bfloat16": "no", "float16": 2e12}, "products in float32 are 4.0 times as fast"),
         ({}, 'Leave dtype="auto"'),
     ],
 )

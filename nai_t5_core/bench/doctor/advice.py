@@ -22,9 +22,10 @@ def _computing(diagnosis: Diagnosis, machine: dict[str, Any]) -> str:
     by = f", by {found}" if (found := diagnosis.data("speed").get("by")) else ""
     text = f'Leave dtype="auto": it computes in {machine["dtype"]} here{by}.'
     if faster := _much_faster_dtype(diagnosis.data("ceilings").get("products", {}), machine["dtype"]):
+        name, ratio = faster
         text = (
-            f'dtype="auto" computes in {machine["dtype"]} here, and products in {faster[0]} are {faster[1]:.1f} times as '
-            f'fast: if it fits, take dtype="{faster[0]}".'
+            f'dtype="auto" computes in {machine["dtype"]} here, and products in {name} are {ratio:.1f} times as fast: '
+            f'if it fits, take dtype="{name}".'
         )
     if diagnosis.device == "cpu" and (reason := machine["missing"].get("kernels")):
         text += f" The kernels do not run here ({reason}); torch computes."
