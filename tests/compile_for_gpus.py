@@ -6,15 +6,12 @@ python tests/compile_for_gpus.py 90 [80 …]
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import triton
+from cards import usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -23,8 +20,6 @@ from nai_t5_core.backends.cuda.documents import key_block
 from nai_t5_core.backends.cuda.launches import norm_warps
 from nai_t5_core.backends.cuda.product_kernel import multiply
 from nai_t5_core.backends.cuda.products import configurations_for
-
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def compiled(
@@ -39,13 +34,13 @@ def compiled(
     source = ASTSource(kernel, signature, values, attributes)
     options = {"num_warps": warps, "num_stages": 2} | ({"launch_pdl": True} if overlaps else {})
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(result.asm["cubin"])
-        file.flush()
-        command = [str(_TOOLS / "cuobjdump"), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = {name: int(re.search(rf"{name}:(\d+)", usage.stdout + usage.stderr)[1]) for name in ("REG", "STACK")}
-    return {"kernel": kernel.__name__, **constants, "warps": warps, **found, "shared": result.metadata.shared}
+    return {
+        "kernel": kernel.__name__,
+        **constants,
+        "warps": warps,
+        **usage(result.asm["cubin"]),
+        "shared": result.metadata.shared,
+    }
 
 
 def all_of(capability: int, overlaps: bool) -> Iterator[dict[str, Any]]:

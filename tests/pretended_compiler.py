@@ -5,19 +5,15 @@ For a process of its own: what is replaced in torch and Triton stays replaced.
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
+from cards import CARDS, Card, usage
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import compile_fx, config
 from torch._inductor.fx_passes import fuse_attention, joint_graph, pad_mm
@@ -25,37 +21,6 @@ from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._subclasses import fake_tensor
 from triton.backends.compiler import GPUTarget
-
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-@dataclass(frozen=True)
-class Card:
-    """What compilers ask of a GPU. ``shared`` is the most bytes of shared memory that one program may have."""
-
-    multiprocessors: int
-    threads: int
-    shared: int
-
-
-# By compute capability: A100, RTX 3060, RTX 4090, H100.
-CARDS = {
-    80: Card(108, 2048, 166912),
-    86: Card(28, 1536, 101376),
-    89: Card(128, 1536, 101376),
-    90: Card(132, 2048, 232448),
-}
-
-
-def usage(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of stack of a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(_TOOLS / "cuobjdump"), "-res-usage", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = {name: re.search(rf"{name}:(\d+)", done.stdout + done.stderr) for name in ("REG", "STACK")}
-    return {name: int(match[1]) for name, match in found.items() if match}
 
 
 class _NoDevice:

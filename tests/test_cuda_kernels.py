@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -210,26 +206,3 @@ def test_settings_of_the_process_are_left_as_they_were() -> None:
             assert states[0] == states[1]
     finally:
         setattr(settings, name, before)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Compiled for GPUs that are not here
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Bytes of shared memory that one program may have.
-SHARED_LIMITS = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", SHARED_LIMITS)
-def test_every_kernel_compiles_without_spilling(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    root = Path(__file__).parent.parent
-    monkeypatch.setenv("PYTHONPATH", str(root))
-    command = [sys.executable, "tests/compile_for_gpus.py", str(capability)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    usages = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {usage["kernel"] for usage in usages} == {"attend", "add_norm", "gate", "multiply"}
-    beyond = [usage for usage in usages if usage["STACK"] or usage["shared"] > SHARED_LIMITS[capability]]
-    assert beyond == []

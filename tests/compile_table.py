@@ -1,0 +1,62 @@
+"""Compiles our kernels, and what torch makes of our encoder, for GPUs that are not here, and prints what they take.
+
+python tests/compile_table.py
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from cards import CARDS
+
+SCRIPTS = ("compile_for_gpus.py", "compile_graphs_for_gpus.py")
+
+
+def compiled(script: str, capability: int) -> list[dict[str, Any]]:
+    """What each kernel takes, in a process for itself, since a compiler believes in one card only.
+
+    Raises:
+        subprocess.CalledProcessError: something does not compile.
+    """
+    here = Path(__file__).parent
+    command = [sys.executable, str(here / script), str(capability)]
+    done = subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def row_of(usage: dict[str, Any]) -> str:
+    """Under which heading a kernel stands in the table."""
+    if "graph" not in usage:
+        return f"ours: {usage['kernel']}"
+    if usage["graph"].startswith("flex"):
+        return str(usage["graph"])
+    return usage["graph"] + (", its attention" if "flex_attention" in usage["kernel"] else ", its other kernels")
+
+
+def table() -> str:
+    """As Markdown: the largest number of registers, bytes of stack, and bytes of shared memory of each row."""
+    rows: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for capability in CARDS:
+        for script in SCRIPTS:
+            for usage in compiled(script, capability):
+                rows.setdefault(row_of(usage), {}).setdefault(capability, []).append(usage)
+    lines = ["| | " + " | ".join(f"sm_{capability}" for capability in CARDS) + " |", "|---|" + "---|" * len(CARDS)]
+    for name, by_card in rows.items():
+        cells = (_cell(by_card.get(capability, [])) for capability in CARDS)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    limits = (f"{card.shared:,}" for card in CARDS.values())
+    return "\n".join([*lines, "| allowed | " + " | ".join(f"255, 0, {limit}" for limit in limits) + " |"])
+
+
+def _cell(usages: list[dict[str, Any]]) -> str:
+    return (
+        ", ".join(f"{max(usage[name] for usage in usages):,}" for name in ("REG", "STACK", "shared")) if usages else ""
+    )
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,53 @@
+"""Our kernels, and what torch makes of our encoder, compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cards import CARDS
+from compile_table import compiled
+
+from nai_t5_core.backends.cuda.refusals import missing_triton
+from nai_t5_core.model.attention_choice import AUTOMATIC_FLEX_DTYPES, choose_attention
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton())),
+]
+for_cuda = pytest.mark.skipif(
+    torch.version.cuda is None, reason="this torch is built without CUDA: it compiles nothing"
+)
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+
+
+def beyond(usages: list[dict[str, Any]], capability: int) -> list[dict[str, Any]]:
+    """Those that spill registers, or that the card refuses to start."""
+    return [usage for usage in usages if usage["STACK"] or usage["shared"] > CARDS[capability].shared]
+
+
+@pytest.mark.parametrize("capability", CARDS)
+def test_our_kernels(capability: int) -> None:
+    usages = compiled("compile_for_gpus.py", capability)
+    assert {usage["kernel"] for usage in usages} == {"attend", "add_norm", "gate", "multiply"}
+    assert beyond(usages, capability) == []
+
+
+@for_cuda
+@pytest.mark.parametrize("capability", CARDS)
+def test_flex_and_compiled_encoders(capability: int) -> None:
+    """In float32 flex spills, which is why only a caller who names it gets it there."""
+    usages = compiled("compile_graphs_for_gpus.py", capability)
+    assert beyond([usage for usage in usages if "float32" not in usage["graph"]], capability) == []
+    for graph in {usage["graph"] for usage in usages}:
+        assert any("flex_attention" in usage["kernel"] for usage in usages if usage["graph"] == graph)
+    assert beyond([usage for usage in usages if "float32" in usage["graph"]], capability)
+    assert torch.float32 not in AUTOMATIC_FLEX_DTYPES
+    assert choose_attention("cuda", 1000, torch.float32) == "sdpa"
