@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from toy_loras import toy_lora
 
 from nai_t5_core.backends.compiled import compile_stack
 from nai_t5_core.backends.cuda.runner import CudaRunner
+from nai_t5_core.bench.doctor import DoctorSettings, numbers, own_kernels
+from nai_t5_core.bench.doctor.patient import Patient
 from nai_t5_core.bench.peers import own_t5
 from nai_t5_core.facts.families import family_names
 from nai_t5_core.float16.guard import NotFiniteError, ScaleTightenedWarning, encode_guarded
@@ -108,11 +111,8 @@ def test_threads_and_streams_do_not_meet() -> None:
                 if not torch.equal(found, expected[number]):
                     wrong.append(number)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(work, range(4)))  # raises what a thread raises
     assert wrong == []
 
 
@@ -128,6 +128,14 @@ def test_a_second_device(exact: TextEncoder) -> None:
     moved = encoder.encode(PROMPTS).hidden_states
     assert moved.device == torch.device("cuda", 0)
     assert_near(moved.double().cpu(), expected, 1e-2)
+
+
+@pytest.mark.parametrize(
+    "check", [numbers.check_stacks, numbers.check_masks, numbers.check_generation, own_kernels.check]
+)
+def test_the_doctor_finds_nothing_wrong(check: Callable[[Patient], dict[str, Any]]) -> None:
+    found = check(Patient(DoctorSettings(device="cuda")))
+    assert found["wrong"] == [] and found["checked"] > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -381,9 +381,6 @@ def test_calls_from_several_streams_and_threads_do_not_meet() -> None:
                 if not torch.equal(encoder(prompts[index]), expected[index]):
                     wrong.append(index)
 
-    threads = [threading.Thread(target=call, args=(index,)) for index in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(call, range(len(prompts))))  # raises what a thread raises
     assert wrong == []

@@ -1,4 +1,4 @@
-"""Every way in which diffusers offloads a pipeline, with the CPU in the accelerator's place."""
+"""Every way in which diffusers offloads a pipeline; without a GPU, with the CPU in the accelerator's place."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def cpu_has_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerate, "cpu_offload", lambda model, device, **options: real(model, CPU, **options))
 
 
-def offload_model(pipe: Any) -> None:
-    pipe.enable_model_cpu_offload(device="cpu")
+def offload_model(pipe: Any, device: torch.device = CPU) -> None:
+    pipe.enable_model_cpu_offload(device=device)
 
 
-def offload_sequentially(pipe: Any) -> None:
-    pipe.enable_sequential_cpu_offload(device="cpu")
+def offload_sequentially(pipe: Any, device: torch.device = CPU) -> None:
+    pipe.enable_sequential_cpu_offload(device=device)
 
 
-def offload_blocks(pipe: Any) -> None:
-    pipe.enable_group_offload(CPU, CPU, offload_type="block_level", num_blocks_per_group=1)
+def offload_blocks(pipe: Any, device: torch.device = CPU) -> None:
+    pipe.enable_group_offload(device, CPU, offload_type="block_level", num_blocks_per_group=1)
 
 
-def offload_leaves(pipe: Any) -> None:
-    pipe.enable_group_offload(CPU, CPU, offload_type="leaf_level")
+def offload_leaves(pipe: Any, device: torch.device = CPU) -> None:
+    pipe.enable_group_offload(device, CPU, offload_type="leaf_level")
 
 
 OFFLOADS = [offload_model, offload_sequentially, offload_blocks, offload_leaves]
