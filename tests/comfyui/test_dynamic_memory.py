@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from comfy_toys import V1_1, conditioning, require_comfyui, stock, toy_file
+from pretended_cuda import CUDA, PretendedCuda
 
 from comfy_nai_t5.choices import Settings
-from nai_t5_core.float16.guard import ScaleTightenedWarning
+from nai_t5_core.float16.guard import ScaleTightenedWarning, encode_guarded
 
 require_comfyui()
 control: Any = pytest.importorskip("comfy_aimdo.control", reason="this ComfyUI is older than dynamic memory")
@@ -80,3 +81,50 @@ def test_that_layers_are_not_joined_is_told(compiled: bool, tmp_path: Path, monk
     monkeypatch.setattr(ours.patcher, "is_dynamic", lambda: True, raising=False)
     told = "separate layout: ComfyUI streams its weights (dynamic memory)"
     assert describe(ours).endswith(told + ("; not compiled, which needs every layer joined" if compiled else ""))
+
+
+# Seven products, two norms, which are ComfyUI's modules, of seven operations and a cast after it, attention, two sums,
+# and three for the gated activation.
+LAUNCHES_PER_LAYER = 29
+
+
+def put_into_dynamic_memory(stack: Any, device: PretendedCuda) -> None:
+    """Every weight as ComfyUI holds it: on the CPU, with its pages on the card; norms, which it does not stream, there."""
+    for module in list(stack.modules()):
+        weight = module._parameters.get("weight")
+        if weight is None:
+            continue
+        if not hasattr(module, "comfy_cast_weights"):
+            device.put(module)
+            continue
+        with device.fakes:
+            module._v_weight = torch.empty(weight.shape, dtype=torch.float16, device=CUDA)
+        module._v_bias, module._v, module._v_signature = None, 7, 7
+    stack.device = CUDA
+
+
+def test_what_an_encode_asks_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all pages on the card nothing is copied but the ids, and nothing is waited for but the check."""
+    from comfy_aimdo import model_vbar
+
+    freed: list[int] = []
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(model_vbar, "vbar_fault", lambda memory: memory)
+    monkeypatch.setattr(model_vbar, "vbar_signature_compare", lambda one, other: one == other)
+    monkeypatch.setattr(model_vbar, "vbar_unpin", freed.append)
+    launches = []
+    for layers in (1, 3):
+        config = V1_1.model_copy(update={"num_layers": layers})
+        ours = ours_of(stock(toy_file(tmp_path / str(layers), config), "mochi"), "float16")
+        stack = ours.cond_stage_model.t5xxl.transformer.stack
+        with torch.no_grad(), PretendedCuda() as device:
+            put_into_dynamic_memory(stack, device)
+            for _ in range(2):
+                device.reset()
+                encode_guarded(stack, torch.ones(1, 64, dtype=torch.long))
+        launches.append(device.launches.total())
+        assert dict(device.copies) == {("cpu", "cuda"): 1}
+        assert dict(device.waits) == {"_local_scalar_dense": 1}
+        assert device.float32_products == 0
+    assert (launches[1] - launches[0]) / 2 <= LAUNCHES_PER_LAYER
+    assert freed, "no page was taken from dynamic memory"
