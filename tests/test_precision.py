@@ -35,6 +35,14 @@ def test_auto_dtype_by_device(native: bool, monkeypatch: pytest.MonkeyPatch) -> 
     assert resolve_dtype("auto", torch.device("mps")) == torch.float16
 
 
+@pytest.mark.parametrize("capability", [(6, 1), (7, 5), (9, 0)])
+def test_auto_dtype_on_any_card(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cards without fast float16 have no fast bfloat16 either, and float32 takes twice the memory."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: capability >= (8, 0))
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.float16
+
+
 @needs_avx2
 def test_weights_in_16_bits_are_computed_in_float32(
     v1_1_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
