@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from nai_t5_core.bench.clock import timed
-from nai_t5_core.bench.doctor import Diagnosis, DoctorSettings, ceilings, examine_machine, machine, numbers
+from nai_t5_core.bench.doctor import Diagnosis, DoctorSettings, ceilings, examine_machine, graphs, machine, numbers
 from nai_t5_core.bench.doctor.advice import advice
 from nai_t5_core.bench.doctor.patient import Patient
 from nai_t5_core.bench.doctor.report import as_markdown
@@ -231,6 +231,13 @@ def test_the_report_names_what_is_wrong_and_the_share_of_the_ceilings() -> None:
     assert "masks: length 97, left mask: off by 0.3" in text and "masks: and 2 more" in text
     assert "| 64 tokens | 2.00 ms | 1.00 ms | 1.00 ms, 50% |" in text
     assert "| products in int8 | no |" in text
+
+
+def test_every_way_of_attention_has_a_column() -> None:
+    ways = {way: {"ms": 2.0 + number} for number, way in enumerate(graphs._ATTENTIONS)}
+    flex = {"checked": 1, "wrong": [], "times": {"64": ways, "seconds in all": dict.fromkeys(ways, 1.0)}}
+    text = as_markdown(diagnosis_of("cuda", {**MACHINE, "card": CARD}, flex=flex))
+    assert "| tokens | sdpa | flex | flex, torch's options |" in text and "| 64 | 2.00 ms | 3.00 ms | 4.00 ms |" in text
 
 
 def test_the_command(tmp_path: Path) -> None:

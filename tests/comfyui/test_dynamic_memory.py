@@ -89,7 +89,7 @@ LAUNCHES_PER_LAYER = 29
 
 
 def put_into_dynamic_memory(stack: Any, device: PretendedCuda) -> None:
-    """Weights as ComfyUI holds them: on the CPU, with pages on the card; norms, which it does not stream, on the card."""
+    """Weights as ComfyUI holds them: on the CPU, with pages on the card; norms, not streamed, on the card."""
     for module in list(stack.modules()):
         weight = module._parameters.get("weight")
         if weight is None:

@@ -16,7 +16,15 @@ from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.bench.doctor.speed import BATCHES, LENGTHS, padded
 from nai_t5_core.bench.peers import own_encoder
 from nai_t5_core.float16.guard import encode_guarded
+from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.encoder import T5EncoderStack
+
+# Ways to compute attention; empty options leave the shape of flex's kernels to torch, None is our choice.
+_ATTENTIONS: dict[str, tuple[AttentionChoice, dict[str, Any] | None]] = {
+    "sdpa": ("sdpa", None),
+    "flex": ("flex", None),
+    "flex, torch's options": ("flex", {}),
+}
 
 
 @torch.no_grad()
@@ -26,15 +34,15 @@ def check_flex(patient: Patient) -> Finding:
     stack, times = patient.stack, dict[str, Any]()
     cases: dict[str, tuple[Tensor, Tensor | None]] = {str(length): (patient.ids(1, length), None) for length in LENGTHS}
     cases |= {name: padded(patient, lengths) for name, lengths in BATCHES.items()}
-    before = stack.attention
-    for attention in ("sdpa", "flex"):
-        stack.attention = attention
+    before = stack.attention, stack.kernel_options
+    for attention, (choice, options) in _ATTENTIONS.items():
+        stack.attention, stack.kernel_options = choice, options
         started = time.perf_counter()
         for name, (ids, mask) in cases.items():
             call = partial(stack, ids, mask, padding="skip")
             times.setdefault(name, {})[attention] = timed(call, patient.device)
         times.setdefault("seconds in all", {})[attention] = round(time.perf_counter() - started, 1)
-    stack.attention = before
+    stack.attention, stack.kernel_options = before
     return {**found, "times": times}
 
 

@@ -175,12 +175,10 @@ def _peer(name: str, found: dict[str, Any]) -> Section:
 
 
 def _flex(flex: dict[str, Any]) -> Section:
-    rows = [
-        (name, f"{times['sdpa']['ms']:.2f} ms", f"{times['flex']['ms']:.2f} ms")
-        for name, times in flex["times"].items()
-        if isinstance(times["sdpa"], dict)
-    ]
-    return Section("Attention", ("tokens", "SDPA", "flex"), tuple(rows))
+    timed = {name: times for name, times in flex["times"].items() if isinstance(times["sdpa"], dict)}
+    ways = list(next(iter(timed.values())))
+    rows = [(name, *(f"{times[way]['ms']:.2f} ms" for way in ways)) for name, times in timed.items()]
+    return Section("Attention", ("tokens", *ways), tuple(rows))
 
 
 def _kernels(found: dict[str, Any]) -> Section:
