@@ -25,9 +25,13 @@ BLOCK = 128
 # nothing is computed for a block without documents.
 LEAST_BLOCKS = 2
 
-# torch's own choice for heads of 64 numbers is 4 warps, which spill registers; with 8 they do not, on any card since
-# compute capability 8.0. Names with "fwd_" do not reach the backward.
-_CUDA_OPTIONS = {"fwd_num_warps": 8}
+# By the largest size of heads: with these, flex's kernels spill no registers in half precision, and fit into the shared
+# memory of every card since compute capability 8.0. By torch's own choice they spill. Names with "fwd_" do not reach the
+# backward.
+_CUDA_OPTIONS: tuple[tuple[int, dict[str, Any]], ...] = (
+    (64, {"fwd_num_warps": 8}),
+    (128, {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 32, "fwd_num_warps": 8, "fwd_num_stages": 2}),
+)
 
 # The document number of a row that is no key.
 _NO_KEY = -1
@@ -50,7 +54,7 @@ class FlexAttention:
         blocks: which blocks of keys each block of queries looks at.
         tokens: rows that are computed.
         scale: what q·k is multiplied by.
-        kernel_options: passed on to torch's flex_attention.
+        kernel_options: passed on to torch's flex_attention; None for our own choice.
     """
 
     rows: Tensor
@@ -71,16 +75,13 @@ class FlexAttention:
         """The plan for the documents of a packed row.
 
         Args:
-            kernel_options: in place of our own.
             bucket: the number of tokens that the row is padded to, a multiple of BLOCK; by default the next multiple.
         """
         tokens = groups[-1].stop if groups else 0
         length = max(-(-tokens // BLOCK), LEAST_BLOCKS) * BLOCK if bucket is None else bucket
         rows = _number_rows(groups, length, device)
         tokens = tokens if bucket is None else bucket
-        if kernel_options is None and rows.is_cuda:
-            kernel_options = _CUDA_OPTIONS
-        return cls(rows, visible_blocks(rows), tokens, scale, dict(kernel_options) if kernel_options else None)
+        return cls(rows, visible_blocks(rows), tokens, scale, None if kernel_options is None else dict(kernel_options))
 
     def layer(self, table: Tensor) -> Attend:
         if self.tokens < 2:
@@ -89,12 +90,18 @@ class FlexAttention:
         table = table.contiguous().as_strided(table.shape, (table.shape[1], 1))
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            options = self._options(q)
             if torch.compiler.is_compiling():
-                return packed_attention(q, k, v, table, self.rows, self.blocks, self.scale, self.kernel_options)
+                return packed_attention(q, k, v, table, self.rows, self.blocks, self.scale, options)
             self._share_one_graph(q, k, v)
-            return _compiled()(q, k, v, table, self.rows, self.blocks, self.scale, self.kernel_options)
+            return _compiled()(q, k, v, table, self.rows, self.blocks, self.scale, options)
 
         return attend
+
+    def _options(self, q: Tensor) -> dict[str, Any] | None:
+        if self.kernel_options is not None or not q.is_cuda:
+            return self.kernel_options
+        return next((options for size, options in _CUDA_OPTIONS if q.shape[-1] <= size), None)
 
     def _share_one_graph(self, *heads: Tensor) -> None:
         """Marks the sizes that differ from batch to batch, so that all of them are compiled as one."""
