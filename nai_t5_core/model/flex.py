@@ -26,8 +26,8 @@ BLOCK = 128
 LEAST_BLOCKS = 2
 
 # By the largest size of heads: with these, flex's kernels spill no registers in half precision, and fit into the shared
-# memory of every card since compute capability 8.0. By torch's own choice they spill. Names with "fwd_" do not reach the
-# backward.
+# memory of every card since compute capability 8.0. By torch's own choice they spill. What is named "fwd_…" does not
+# reach the backward.
 _CUDA_OPTIONS: tuple[tuple[int, dict[str, Any]], ...] = (
     (64, {"fwd_num_warps": 8}),
     (128, {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 32, "fwd_num_warps": 8, "fwd_num_stages": 2}),
