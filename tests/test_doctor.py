@@ -211,6 +211,19 @@ def test_advice_by_what_a_card_multiplies_fast(products: dict[str, Any], told: s
     assert told in advice(diagnosis_of("cuda", card, ceilings={"products": products}))[0]
 
 
+@pytest.mark.parametrize("reason", [None, "this processor has no fast products of bytes"])
+def test_advice_on_8_bits_needs_no_other_step(reason: str | None) -> None:
+    missing = {} if reason is None else {"int8": reason}
+    line = advice(diagnosis_of("cpu", {**MACHINE, "missing": missing}))[1]
+    assert line.startswith('quantize="int8"') if reason is None else line.endswith(f"{reason}.")
+
+
+def test_what_an_old_torch_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.5.1"))
+    missing = machine.describe(Patient(CPU))["missing"]
+    assert missing["flex, nor compiled encoders"] == "torch 2.5.1 is too old for it; it needs 2.6"
+
+
 def test_memory_that_is_free_is_no_more_than_there_is() -> None:
     found = machine.describe(Patient(CPU))
     assert 0 < found["free_bytes"] <= found["memory_bytes"]

@@ -133,10 +133,11 @@ def why_not_int8(model: T5EncoderStack | T5Model) -> str | None:
     """Why this model cannot be computed in 8 bits on this machine, as a sentence; None if it can."""
     if isinstance(model, T5Model):
         return INT8_ONEDNN.missing(model.device, model.dtype)
-    return _missing_for_int8(model.device, model.dtype)
+    return missing_for_int8(model.device, model.dtype)
 
 
-def _missing_for_int8(device: torch.device, dtype: torch.dtype) -> str | None:
+def missing_for_int8(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What this machine lacks to compute encoders of this dtype in 8 bits, as a sentence; None if nothing."""
     reason = INT8_ONEDNN.missing(device, dtype)
     if reason is None or better_than_kernels():
         return reason
@@ -151,7 +152,7 @@ def refuse_quantising(quantize: str | None, device: torch.device, dtype: torch.d
     """
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize={quantize!r}; allowed: None, 'int8'")
-    if quantize and (reason := _missing_for_int8(device, dtype)):
+    if quantize and (reason := missing_for_int8(device, dtype)):
         raise ValueError(f"cannot quantise a model in {dtype} on {device} to int8: {reason}")
 
 

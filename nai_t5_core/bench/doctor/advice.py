@@ -15,7 +15,7 @@ def advice(diagnosis: Diagnosis) -> list[str]:
     machine = diagnosis.data("machine")
     if not machine:
         return ["The machine could not be described; see the step that failed."]
-    return [_computing(diagnosis, machine), _quantising(diagnosis, machine), _placing(machine)]
+    return [_computing(diagnosis, machine), _quantising(diagnosis.device, machine), _placing(machine)]
 
 
 def _computing(diagnosis: Diagnosis, machine: dict[str, Any]) -> str:
@@ -46,11 +46,11 @@ def _much_faster_dtype(rates: dict[str, Any], dtype: str) -> tuple[str, float] |
     return (fastest, ratio) if ratio > _MUCH_FASTER else None
 
 
-def _quantising(diagnosis: Diagnosis, machine: dict[str, Any]) -> str:
-    if diagnosis.device != "cpu":
+def _quantising(device: str, machine: dict[str, Any]) -> str:
+    if device != "cpu":
         return "Leave the weights in 16 bits: our 8-bit form is for processors so far."
-    if not any("int8" in name for name in diagnosis.data("numbers").get("largest_errors", {})):
-        return "Leave the weights as they are: this processor has no fast products of bytes."
+    if reason := machine["missing"].get("int8"):
+        return f"Leave the weights as they are: {reason}."
     return (
         'quantize="int8" halves the memory and is faster, at an error some times that of bfloat16; '
         "nai-t5 parity --int8 says how large it is for a model."

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nai_t5_core.backends.choose import missing_for_int8
 from nai_t5_core.backends.kernels.build import missing_for_kernels
 from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.model.attention_choice import missing_for_flex
@@ -48,7 +49,7 @@ def describe(patient: Patient) -> Finding:
         "versions": _versions(),
         "compilers": [name for name in ("g++", "clang++", "nvcc") if shutil.which(name)],
         "dtype": str(patient.dtype).removeprefix("torch."),
-        "missing": {name: reason for name, reason in _obstacles(patient.device).items() if reason},
+        "missing": {name: reason for name, reason in _obstacles(patient).items() if reason},
     }
 
 
@@ -127,10 +128,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _obstacles(device: torch.device) -> dict[str, str | None]:
+def _obstacles(patient: Patient) -> dict[str, str | None]:
     """Why each backend cannot run here, by name; None where it can."""
-    cuda = None
+    device, cuda = patient.device, None
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         cuda = "this torch is built without it" if built is None else f"no card, or a driver too old for CUDA {built}"
-    return {"cuda": cuda, "kernels": missing_for_kernels(), "flex": missing_for_flex(device)}
+    return {
+        "cuda": cuda,
+        "kernels": missing_for_kernels(),
+        "int8": missing_for_int8(device, patient.dtype),
+        "flex, nor compiled encoders": missing_for_flex(device),
+    }
