@@ -248,6 +248,7 @@ def test_the_whole_encoder_is_one_graph(stacks: Stacks, captured: Any, kind: str
     assert len(graphs) == 1 and len(calls) == V1_1.num_layers * (1 if attention == "flex" else len(packing.groups))
 
 
+@compiled
 @torch.no_grad()
 def test_scale_and_kernel_options_reach_the_kernel(captured: Any) -> None:
     graphs, backend = captured
@@ -284,6 +285,7 @@ def test_stack_hands_its_kernel_options_on() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@compiled
 @torch.no_grad()
 def test_uncompiled_is_an_error() -> None:
     plan = FlexAttention.over(pack_batch(None, 2, 20).groups, 1.0)

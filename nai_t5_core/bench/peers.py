@@ -194,10 +194,18 @@ def _transformers_model(config: T5Config) -> nn.Module:
     model_class = getattr(transformers, values.pop("architectures")[0])
     values.pop("model_type")
     hf_config = model_class.config_class(**values)
-    hf_config._attn_implementation = "sdpa" if model_class._supports_sdpa else "eager"
+    # Under SDPA the decoder of transformers 5.17's UMT5 sees tokens that follow; in 5.23 it does not.
+    sees_what_follows = config.bias_per_layer and config.num_decoder_layers and _version(transformers) < (5, 23)
+    by_sdpa = model_class._supports_sdpa and not sees_what_follows
+    hf_config._attn_implementation = "sdpa" if by_sdpa else "eager"
     with torch.device("meta"):
         model: nn.Module = model_class(hf_config)
     return model
+
+
+def _version(package: Any) -> tuple[int, ...]:
+    """The first two numbers of a package's version."""
+    return tuple(int(part) for part in package.__version__.split(".")[:2])
 
 
 def _transformers_tensors(model: Any, state: State, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
