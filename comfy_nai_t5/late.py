@@ -94,6 +94,6 @@ def _base(paths: Sequence[str | Path | None], facts: list[str]) -> str:
 def _contents(path: str | Path | None) -> str:
     if path is None or holds_t5(path):
         examination = examine(whole(path))
-        config = examination.config.encoder_only().model_dump_json()
+        config = json.dumps(examination.config.encoder_only().model_dump())
         return f"{weights_contents(examination)} {config}"
     return file_contents(Path(path))
