@@ -211,5 +211,5 @@ def test_whole_numbers_may_come_as_fractions() -> None:
 
 @pytest.mark.parametrize("text", ["[]", "1", "null", '{"d_model": 64}', "{", "[" * 100_000], ids=len)
 def test_texts_that_are_no_config(text: str) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError):
         T5Config.model_validate_json(text)

@@ -20,7 +20,8 @@ except ImportError as error:
     raise ImportError("this needs transformers; install it with: pip install 'comfy-nai-t5[transformers]'") from error
 
 from nai_t5_core.backends.auto_dtype import resolve_dtype
-from nai_t5_core.backends.choose import Quantisation, encode_on_cuda, quantize_int8, refuse_quantising, run_in_place
+from nai_t5_core.backends.choices import Quantisation, refuse_quantising
+from nai_t5_core.backends.choose import encode_on_cuda, quantize_int8, run_in_place
 from nai_t5_core.backends.held import is_in_8_bits
 from nai_t5_core.diffusers.drop_in_config import ENCODER_CLASSES, config_beside, own_config
 from nai_t5_core.diffusers.drop_in_folders import (
@@ -42,9 +43,10 @@ from nai_t5_core.model.fixed_weights import refuse_change
 from nai_t5_core.model.layers import CastingOps
 from nai_t5_core.model.packing import check_policy
 from nai_t5_core.model.precision import DTYPES, resolve_device, within_range
+from nai_t5_core.weights.chosen import ScalesChoice
 from nai_t5_core.weights.convert import main_dtype
 from nai_t5_core.weights.examine import examine_checkpoint
-from nai_t5_core.weights.load import ScalesChoice, assemble
+from nai_t5_core.weights.load import assemble
 
 SaveFormat = Literal["native", "transformers"]
 SAVE_FORMATS: tuple[SaveFormat, ...] = get_args(SaveFormat)

@@ -46,9 +46,9 @@ def within(**limits: Any) -> Any:
     return field(metadata={_RANGE: _Range(**limits)}, **defaults)
 
 
-def one_of(choices: tuple[str, ...], default: str) -> Any:
-    """A field that has one of these texts."""
-    return field(metadata={_CHOICES: choices}, default=default)
+def one_of(*choices: str) -> dict[str, Any]:
+    """The metadata of a field that has one of these texts."""
+    return {_CHOICES: choices}
 
 
 class CheckedFields:
@@ -107,9 +107,7 @@ class CheckedFields:
         """The fields by name: all, some, or those that have a value."""
         kept = {name: value for name, value in asdict(self).items() if include is None or name in include}  # type: ignore[call-overload]
         return {
-            name: value
-            for name, value in kept.items()
-            if name not in exclude and not (exclude_none and value is None)
+            name: value for name, value in kept.items() if name not in exclude and not (exclude_none and value is None)
         }
 
 

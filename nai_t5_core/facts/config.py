@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from nai_t5_core.facts.checked_fields import CheckedFields, one_of, within
@@ -53,7 +53,7 @@ class T5Config(CheckedFields):
     num_decoder_layers: int = within(least=0, most=MOST_LAYERS, default=0)
 
     gated: bool = True
-    activation: Activation = one_of(get_args(Activation), default="gelu_new")
+    activation: Activation = field(default="gelu_new", metadata=one_of(*get_args(Activation)))
     bias_per_layer: bool = False
     relative_attention_num_buckets: int = within(above=0, default=32)
     relative_attention_max_distance: int = within(above=0, most=MOST_DISTANCE, default=128)
