@@ -13,12 +13,9 @@ from torch.nn.functional import pad
 
 from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.choices import ProductsChoice, Quantisation, refuse_products, refuse_quantising
-from nai_t5_core.facts.families import Family
-from nai_t5_core.facts.families import family as family_named
 from nai_t5_core.facts.given_numbers import whole_number
 from nai_t5_core.facts.nested_text import shown
 from nai_t5_core.facts.padding import LONGEST_ROW, PAD_TO, PaddingPolicy, PadTo
-from nai_t5_core.facts.text_cleaning import clean_text
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.packing import check_policy
@@ -34,6 +31,7 @@ from nai_t5_core.weights.load_report import LoadReport
 from nai_t5_core.weights.scales_file import write_scales
 
 if TYPE_CHECKING:
+    from nai_t5_core.facts.families import Family
     from nai_t5_core.lora.set import LoraSource
 
 
@@ -211,7 +209,7 @@ class TextEncoder:
             ValueError: an empty list, a prompt that is no text, an unknown family or padding policy, an invalid length,
                 or with ``truncate=False`` a prompt beyond the limit.
         """
-        row = family_named(family) if family is not None else None
+        row = _row_of(family) if family is not None else None
         settings = _Settings.choose(row, max_length, padding, pad_to, extra_pad)
         if not isinstance(truncate, bool):
             raise ValueError(f"truncate={truncate!r}; allowed: True, False")
@@ -231,6 +229,8 @@ class TextEncoder:
 
     def _tokenize(self, prompts: Sequence[str], row: Family | None, settings: _Settings) -> TokenBatch:
         if row is not None and isinstance(prompts, Sequence) and not isinstance(prompts, str):
+            from nai_t5_core.facts.text_cleaning import clean_text
+
             # Entries that are no text are passed on: the tokenizer refuses them and names their place in the list.
             prompts = [clean_text(text, row.text_cleaning) if isinstance(text, str) else text for text in prompts]
         if settings.pad_to == "max_length" and settings.padding != "trim":
@@ -300,6 +300,12 @@ class _Settings:
                 f"pad_to='max_length' with max_length={self.max_length:,}: no row of more than {LONGEST_ROW:,} "
                 "tokens is computed; give a smaller max_length, or pad_to='longest'"
             )
+
+
+def _row_of(name: str) -> Family:
+    from nai_t5_core.facts.families import family
+
+    return family(name)
 
 
 def _encoding_of(stack: T5EncoderStack, report: LoadReport | None) -> Encoding:
