@@ -23,7 +23,7 @@ from nai_t5_core.float16.guard import ScaleTightenedWarning
 from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.model.packing import PADDING_POLICIES, PaddingPolicy
-from nai_t5_core.prompts import late, stack_encoding
+from nai_t5_core.prompts import late, loading, stack_encoding
 from nai_t5_core.prompts.cache import noted_scales
 from nai_t5_core.prompts.cache.store import Store
 from nai_t5_core.prompts.text_encoder import PromptEmbeddings, TextEncoder
