@@ -1,7 +1,4 @@
-"""Our encoder in the shape of transformers' T5EncoderModel and UMT5EncoderModel, for software that expects one of them.
-
-Needs the extra ``transformers``.
-"""
+"""Our encoder for software that expects transformers' T5EncoderModel or UMT5EncoderModel; needs ``[transformers]``."""
 
 from __future__ import annotations
 
@@ -395,8 +392,7 @@ class NAIT5EncoderModel(PreTrainedModel):
         """Nothing: weights are there when the model is made."""
 
     def extra_repr(self) -> str:
-        extra = f", extra_pad={self._extra_pad}" if self._extra_pad else ""
-        in_8_bits = ", 8 bits" if is_in_8_bits(self.stack) else ""
-        runner = "" if self.stack.runner is None else f", {self.stack.runner.name}"
-        kind = f"{self.stack.config.kind}, {self.stack.layout}, {self.dtype}{in_8_bits}{runner}"
-        return f"{kind}, padding={self._padding}{extra}"
+        runner, pad = self.stack.runner, self._extra_pad
+        facts = [self.stack.config.kind, self.stack.layout, self.dtype, is_in_8_bits(self.stack) and "8 bits"]
+        facts += [runner and runner.name, f"padding={self._padding}", pad and f"extra_pad={pad}"]
+        return ", ".join(str(fact) for fact in facts if fact)
