@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -85,20 +85,22 @@ def measure_cache(
         encode, cost = _misses(Path(folder), config, rounds)
         progress("starts")
         start = _starts(Path(folder) / "starts", starts) if starts else None
-    return CacheTimes(*hits, encode, cost, start)
+    return CacheTimes(**hits, encode=encode, cost=cost, start=start)
 
 
-def _hits(folder: Path, rounds: int) -> Iterator[Spread]:
+def _hits(folder: Path, rounds: int) -> dict[str, Spread]:
     store, settings = Store(folder), Settings("0" * 64, named_config("t5-v1_1-xxl"), "bfloat16", "cpu")
     disk: Any = store.disk
     ids, rows = [*range(3, _ROWS + 2), 1], torch.randn(_ROWS, _WIDTH).bfloat16()
     store.put(settings.key(ids), rows)
     store.wait()
     number = count(3)
-    yield _times(lambda: store.get(settings.key(ids)), rounds)
-    yield _times(lambda: disk.get(settings.key(ids)), rounds)
-    yield _times(lambda: store.get(settings.key([next(number), 1])), rounds)
-    yield _times(lambda: disk.put(settings.key([2, next(number)]), Embedding(rows)), rounds)
+    return {
+        "hit_memory": _times(lambda: store.get(settings.key(ids)), rounds),
+        "hit_disk": _times(lambda: disk.get(settings.key(ids)), rounds),
+        "miss": _times(lambda: store.get(settings.key([next(number), 1])), rounds),
+        "write": _times(lambda: disk.put(settings.key([2, next(number)]), Embedding(rows)), rounds),
+    }
 
 
 def _times(call: Callable[[], object], rounds: int) -> Spread:

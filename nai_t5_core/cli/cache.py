@@ -1,4 +1,4 @@
-"""``cache status``, ``clear``, ``verify`` and ``bench``: the embeddings that are kept in a folder, and what it takes."""
+"""``cache status``, ``clear``, ``verify`` and ``bench``: the embeddings that are kept in a folder, and their cost."""
 
 from __future__ import annotations
 
