@@ -18,7 +18,7 @@ def found() -> CacheTimes:
 
 
 def test_all_is_measured(found: CacheTimes) -> None:
-    assert set(found.cost) == {"memory", "disk"} and found.start is not None
+    assert set(found.cost) == {"memory", "disk"} and set(found.start) == {"a program", "nai-t5 encode"}
     spreads = [
         found.hit_memory,
         found.hit_disk,
@@ -26,7 +26,7 @@ def test_all_is_measured(found: CacheTimes) -> None:
         found.write,
         found.encode,
         *found.cost.values(),
-        found.start,
+        *found.start.values(),
     ]
     assert all(0 < spread.low <= spread.high for spread in spreads)
     # A copy of 0.6 MB, one with its checksum, and one that is on the disk for certain.
@@ -34,7 +34,7 @@ def test_all_is_measured(found: CacheTimes) -> None:
 
 
 def test_nothing_but_rounds_that_count(found: CacheTimes) -> None:
-    assert measure_cache(SMALL, rounds=1, starts=0).start is None
+    assert measure_cache(SMALL, rounds=1, starts=0).start == {}
     for rounds, starts in ((0, 1), (1, -1)):
         with pytest.raises(ValueError, match="at least 1 round must count"):
             measure_cache(SMALL, rounds, starts)
@@ -47,6 +47,6 @@ def test_the_command(run: Run, found: CacheTimes, monkeypatch: pytest.MonkeyPatc
     assert (report["size"], report["encode"]["median"]) == ("t5-small", found.encode.median)
     shown = run("cache", "bench").stdout
     assert given == [("t5-small", 3, 1), ("t5-v1_1-large", 41, 15)]
-    assert "a hit in memory" in shown and "process with a hit / import torch" in shown
+    assert "a hit in memory" in shown and "process with a hit (a program)" in shown
     monkeypatch.undo()
     assert "unknown model size 't5-smal'" in run("cache", "bench", "t5-smal").stderr

@@ -52,3 +52,18 @@ def test_what_is_for_other_files_is_known() -> None:
     """The names above are those of modules."""
     own = {name for name in FOR_OTHERS if name.startswith("nai_t5_core")}
     assert all(importlib.util.find_spec(name) is not None for name in own)
+
+
+def test_the_command_looks_for_no_garbage_while_it_imports(tmp_path: Path) -> None:
+    """And does so again when it encodes; in a program that has imported torch it leaves the collector alone."""
+    told = (
+        "import gc; print(sum(each['collections'] for each in gc.get_stats()), gc.isenabled(), gc.get_freeze_count())"
+    )
+    command = COMMAND.format(arguments=["encode", "a cat", "--cache-dir", str(tmp_path), "--json"])
+    found = []
+    for code in (command, f"import torch; {command}"):
+        ran = subprocess.run([sys.executable, "-c", f"{code}\n{told}"], check=True, capture_output=True, text=True)
+        found.append(ran.stdout.splitlines()[-1].split())
+    (few, *after), (many, *as_ever) = found
+    assert int(few) < int(many) / 2
+    assert (after[0], as_ever) == ("True", ["True", "0"]) and int(after[1]) > 100_000

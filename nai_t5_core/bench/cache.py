@@ -44,7 +44,8 @@ class CacheTimes:
         write: an entry onto the disk, which is done in the background.
         encode: of 32 tokens without a cache.
         cost: of prompts of 32 tokens that are not kept, the time with a store of that kind to that without.
-        start: processes that import torch and have a kept embedding, to those that only import torch, by the clock.
+        start: whole processes that give a kept embedding (a program with a TextEncoder, and the command), to those that
+            only import torch; by the clock.
     """
 
     hit_memory: Spread
@@ -53,7 +54,7 @@ class CacheTimes:
     write: Spread
     encode: Spread
     cost: dict[str, Spread]
-    start: Spread | None
+    start: dict[str, Spread]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,7 +71,7 @@ def measure_cache(
     Args:
         size: of the encoder of which prompts are encoded that are not kept.
         rounds: measurements of each kind; all ways are measured in turn in each round.
-        starts: pairs of processes; 0 for none.
+        starts: rounds of processes; 0 for none.
 
     Raises:
         ValueError: an unknown size, or fewer than one round.
@@ -84,7 +85,7 @@ def measure_cache(
         progress("prompts that are not kept")
         encode, cost = _misses(Path(folder), config, rounds)
         progress("starts")
-        start = _starts(Path(folder) / "starts", starts) if starts else None
+        start = _starts(Path(folder) / "starts", starts) if starts else {}
     return CacheTimes(**hits, encode=encode, cost=cost, start=start)
 
 
@@ -151,17 +152,24 @@ def _random_model(folder: Path, config: T5Config) -> Path:
     return folder
 
 
-def _starts(folder: Path, pairs: int) -> Spread:
-    """Processes by turns; both import the same torch."""
-    cached = f"from nai_t5_core import TextEncoder as T; T.from_pretrained(cache={str(folder)!r}).encode(['a cat'])"
-    codes = ("import torch", cached)
-    subprocess.run([sys.executable, "-c", cached], check=True)
-    seconds: list[tuple[float, ...]] = [tuple(_seconds(code) for code in codes) for _ in range(pairs)]
-    plain, hits = zip(*seconds, strict=True)
-    return Spread.of_ratio(hits, plain)
+def _starts(folder: Path, rounds: int) -> dict[str, Spread]:
+    """Processes by turns; all import the same torch."""
+    library = f"from nai_t5_core import TextEncoder as T; T.from_pretrained(cache={str(folder)!r}).encode(['a cat'])"
+    ways = {
+        "torch": ["-c", "import torch"],
+        "a program": ["-c", library],
+        "nai-t5 encode": ["-m", "nai_t5_core.cli", "encode", "a cat", "--cache-dir", str(folder), "--json"],
+    }
+    _seconds(ways["a program"])
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, arguments in ways.items():
+            seconds[name].append(_seconds(arguments))
+    plain = seconds.pop("torch")
+    return {name: Spread.of_ratio(taken, plain) for name, taken in seconds.items()}
 
 
-def _seconds(code: str) -> float:
+def _seconds(arguments: list[str]) -> float:
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started

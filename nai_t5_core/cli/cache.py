@@ -80,7 +80,7 @@ def verify(
 def bench(
     size: Annotated[str, typer.Argument(help="A published size; the weights are random.")] = "t5-v1_1-large",
     rounds: Annotated[int, typer.Option(help="Measurements that count.")] = 41,
-    starts: Annotated[int, typer.Option(help="Pairs of processes; 0 for none.")] = 15,
+    starts: Annotated[int, typer.Option(help="Rounds of processes; 0 for none.")] = 15,
     threads: Annotated[int | None, typer.Option(help="Threads on the CPU.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -107,8 +107,8 @@ def _rows_of(found: CacheTimes) -> Iterator[tuple[str, Spread, str]]:
     yield "an encode without a cache", found.encode, " ms"
     for kind, ratio in found.cost.items():
         yield f"one that is kept ({kind}) / without a cache", ratio, ""
-    if found.start is not None:
-        yield "process with a hit / import torch", found.start, ""
+    for way, ratio in found.start.items():
+        yield f"process with a hit ({way}) / one that imports torch", ratio, ""
 
 
 def _disk(folder: Path | None) -> DiskStore:

@@ -32,7 +32,7 @@ from nai_t5_core.cli.options import (
     TokenizerOption,
     Unpack,
 )
-from nai_t5_core.cli.terminal import all_prompts, counting, err, out, print_json, say, short, working
+from nai_t5_core.cli.terminal import all_prompts, counting, err, not_collecting, out, print_json, say, short, working
 
 if TYPE_CHECKING:
     from nai_t5_core.facts.padding import PaddingPolicy
@@ -67,7 +67,7 @@ def encode(
 ) -> None:
     """Encode prompts: prints a summary of the embeddings and writes them to a file."""
     texts = all_prompts(prompts, file)
-    with working("loading the model"):
+    with working("loading the model"), not_collecting():
         from nai_t5_core.prompts.cache.store import open_store
         from nai_t5_core.prompts.text_encoder import TextEncoder
 
