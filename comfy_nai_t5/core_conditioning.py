@@ -30,7 +30,7 @@ def to_core(conditioning: list[Any]) -> tuple[dict[str, Tensor], dict[str, str]]
     for name, value in extras.items():
         if isinstance(value, Tensor):
             tensors[name] = value
-        elif isinstance(value, list) and value and all(isinstance(each, Tensor) for each in value):
+        elif isinstance(value, list | tuple) and value and all(isinstance(each, Tensor) for each in value):
             tensors |= {f"{name}.{index}": each for index, each in enumerate(value)}
         else:
             options[name] = value

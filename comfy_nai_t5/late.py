@@ -22,7 +22,7 @@ from comfy_nai_t5.clip_cache import ClipCache, store_for, transplant
 from comfy_nai_t5.families import AUTO, family_for
 from comfy_nai_t5.loaders import device_options, load_t5, load_with_clip, stock_clip, stock_joint_clip
 from nai_t5_core.prompts.cache.contents import file_contents, weights_contents
-from nai_t5_core.weights.examine import examine
+from nai_t5_core.weights.examine import Examination, examine
 
 _NOWHERE = torch.device("meta")
 
@@ -42,7 +42,8 @@ def late_t5(path: str | Path | None, family: str = AUTO, settings: Settings | No
     def load() -> Any:
         return load_t5(path, family, plain, disable_dynamic=True)
 
-    return _late(clip, [path], [chosen.name, settings.weights], settings, load)
+    known = [_weights_of(checkpoint.examination)]
+    return _late(clip, [path], [chosen.name, settings.weights], settings, load, known)
 
 
 def late_with_clip(
@@ -68,13 +69,18 @@ def late_with_clip(
 
 
 def _late(
-    clip: Any, paths: Sequence[str | Path | None], facts: list[str], settings: Settings, load: Callable[[], Any]
+    clip: Any,
+    paths: Sequence[str | Path | None],
+    facts: list[str],
+    settings: Settings,
+    load: Callable[[], Any],
+    known: list[str] | None = None,
 ) -> T5Clip:
-    base = _base(paths, facts)
+    base = _base(known or [_contents(path) for path in paths], facts)
 
     def fill(clip: Any) -> None:
         real = load()
-        if _base(paths, facts) != base:
+        if _base([_contents(path) for path in paths], facts) != base:
             raise ValueError("a file of the text encoders was changed after they were chosen; run the loader again")
         # What ComfyUI notes on modules while it has them on a device is none of the weights.
         real.patcher.detach()
@@ -85,15 +91,17 @@ def _late(
     return with_our_t5(clip, settings)
 
 
-def _base(paths: Sequence[str | Path | None], facts: list[str]) -> str:
-    """The hash of all files' weights, in any order, and of what else is the same for all prompts."""
-    weights = sorted(_contents(path) for path in paths)
-    return hashlib.sha256(json.dumps([weights, facts]).encode()).hexdigest()
+def _base(contents: list[str], facts: list[str]) -> str:
+    """The hash of what all files hold, in any order, and of what else is the same for all prompts."""
+    return hashlib.sha256(json.dumps([sorted(contents), facts]).encode()).hexdigest()
 
 
 def _contents(path: str | Path | None) -> str:
     if path is None or holds_t5(path):
-        examination = examine(whole(path))
-        config = examination.config.encoder_only().model_dump_json()
-        return f"{weights_contents(examination)} {config}"
+        return _weights_of(examine(whole(path)))
     return file_contents(Path(path))
+
+
+def _weights_of(examination: Examination) -> str:
+    config = json.dumps(examination.config.encoder_only().model_dump())
+    return f"{weights_contents(examination)} {config}"

@@ -1,6 +1,6 @@
 """The nodes: a schema and a few lines onto the library each.
 
-The library is imported when a node runs, so that the server does not wait for it when it starts.
+What only some nodes need is imported when they run.
 """
 
 from __future__ import annotations

@@ -90,8 +90,8 @@ class SharedEncoder(Encoder):
     device: torch.device = torch.device("cpu")
     tables: list[Tensor] | None = None
 
-    def __init__(self, config: T5Config, scales: StackScales) -> None:
-        super().__init__(config, "separate", scales, NoInit, device="meta")
+    def __init__(self, *arguments: Any, **factory: Any) -> None:
+        super().__init__(*arguments, **factory)
         self.kept: dict[Block, Kept] = {}
 
     def bias_table(self, index: int, device: torch.device | None = None) -> Tensor:
@@ -166,6 +166,7 @@ class SharedStack(T5EncoderStack):
     """
 
     encoder: SharedEncoder
+    encoder_class = SharedEncoder
 
     def __init__(
         self,
@@ -185,7 +186,6 @@ class SharedStack(T5EncoderStack):
         self._compiled_runner: StackRunner | None = None
         self.told = ""
         self.is_hooked = False
-        self.encoder = SharedEncoder(config, self.scales)
         _take_modules(self, t5)
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,33 @@ def test_the_second_time_nothing_is_loaded(run: Run, kept: Path) -> None:  # noq
     assert again["prompts"][::-1] == plain["prompts"]
     assert again["source"] == plain["source"]
     assert run("encode", "a fox", *ON_CPU, "--cache-dir", kept, "--json").json["loaded"]
+
+
+@pytest.mark.parametrize("kind", ["of another user", "a file"])
+def test_a_folder_that_cannot_be_used_costs_nothing_but_the_cache(
+    kind: str,
+    run: Run,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "cache"
+    if kind == "a file":
+        folder.write_text("something else")
+    else:
+        folder.mkdir()
+        # What the system answers to all but root, who may read everything.
+        may = os.access
+        monkeypatch.setattr(os, "access", lambda path, *rest: str(path) != str(folder) and may(path, *rest))
+        monkeypatch.setattr("nai_t5_core.prompts.cache.disk.write_whole", _refused)
+    found = run("encode", "a cat", *ON_CPU, "--cache-dir", folder, "--json")
+    assert found.status == 0 and found.json["loaded"]
+    reason = "a file is where it needs a folder" if kind == "a file" else "it belongs to another user"
+    assert f"{folder} is not usable: {reason}" in caplog.text and "encoded all the same" in caplog.text
+
+
+def _refused(*_: object) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")
 
 
 def test_the_default_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

@@ -19,7 +19,7 @@ from test_cache_diffusers import IDS, MASK, folder, make, store
 from nai_t5_core.diffusers import cached_drop_in
 from nai_t5_core.diffusers.adapter import replace_text_encoder
 from nai_t5_core.diffusers.cached_drop_in import CachedT5EncoderModel, lazy_text_encoder
-from nai_t5_core.prompts.cache.encoding import SettingsOfStack
+from nai_t5_core.prompts.cache.loaded_settings import SettingsOfStack
 from nai_t5_core.prompts.cache.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore")

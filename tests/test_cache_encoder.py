@@ -23,7 +23,7 @@ from nai_t5_core.float16.guard import ScaleTightenedWarning
 from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.model.packing import PADDING_POLICIES, PaddingPolicy
-from nai_t5_core.prompts import loading, stack_encoding
+from nai_t5_core.prompts import late, loading, stack_encoding
 from nai_t5_core.prompts.cache import noted_scales
 from nai_t5_core.prompts.cache.store import Store
 from nai_t5_core.prompts.text_encoder import PromptEmbeddings, TextEncoder
@@ -490,7 +490,7 @@ def test_a_file_that_was_changed_while_it_was_hashed_is_not_loaded(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = embedded_taken_apart(tmp_path / "model")
-    really = loading.settings_for
+    really = late.settings_for
 
     def changing(*arguments: Any, **options: Any) -> Any:
         found = really(*arguments, **options)
@@ -498,7 +498,7 @@ def test_a_file_that_was_changed_while_it_was_hashed_is_not_loaded(
         shutil.copy(tmp_path / "other" / "model.safetensors", model / "model.safetensors")
         return found
 
-    monkeypatch.setattr(loading, "settings_for", changing)
+    monkeypatch.setattr(late, "settings_for", changing)
     encoder = load(store, source=model)
     with pytest.raises(CheckpointError, match="changed after the cache had looked at it"):
         encoder.encode(["a cat"])

@@ -28,8 +28,9 @@ from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import LayerScales, unscaled
 from nai_t5_core.lora.files import Lora
 from nai_t5_core.prompts.cache import contents
-from nai_t5_core.prompts.cache.contents import lora_contents, tensor_contents, weights_contents
+from nai_t5_core.prompts.cache.contents import tensor_contents, weights_contents
 from nai_t5_core.prompts.cache.key import Key, LoraUse, Settings
+from nai_t5_core.prompts.cache.lora_contents import lora_contents
 from nai_t5_core.prompts.cache.settings import settings_of
 from nai_t5_core.prompts.choices import Choices
 from nai_t5_core.weights.convert import convert

@@ -21,9 +21,10 @@ from nai_t5_core.float16.maxima import LayerMaxima
 from nai_t5_core.prompts.text_encoder import TextEncoder
 from nai_t5_core.weights.calibrate import calibrate
 from nai_t5_core.weights.calibration_report import Calibration, plot
+from nai_t5_core.weights.chosen import SlowDtypeWarning
 from nai_t5_core.weights.convert import convert
 from nai_t5_core.weights.examine import find_tokenizer_for
-from nai_t5_core.weights.load import SlowDtypeWarning, load_encoder
+from nai_t5_core.weights.load import load_encoder
 from nai_t5_core.weights.scales_file import write_scales
 
 PROMPTS = ["a cat", "two dogs and a red house on the hill", "", "one one one one one one"]

@@ -18,7 +18,7 @@ from conftest import TOY_CONFIGS, random_state, write_hf_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nai_t5_core.backends.choose import PRODUCTS_CHOICES
+from nai_t5_core.backends.choices import PRODUCTS_CHOICES
 from nai_t5_core.backends.kernels.build import why_not_kernels
 from nai_t5_core.cli import main
 from nai_t5_core.cli.options import Products

@@ -188,7 +188,7 @@ def overflowing_folder(folder: Path) -> Path:
     return write_hf_folder(folder, CONFIG, state)
 
 
-@pytest.mark.filterwarnings("ignore::nai_t5_core.weights.load.SlowDtypeWarning")
+@pytest.mark.filterwarnings("ignore::nai_t5_core.weights.chosen.SlowDtypeWarning")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("call", ["hidden_states", "forward"])
 @torch.no_grad()

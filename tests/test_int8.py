@@ -11,7 +11,8 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, needs_kernels, padding_mask
 from torch import nn
 
-from nai_t5_core.backends.choose import ProductsChoice, quantize_int8, why_not_int8
+from nai_t5_core.backends.choices import ProductsChoice
+from nai_t5_core.backends.choose import quantize_int8, why_not_int8
 from nai_t5_core.backends.held import HeldLinear
 from nai_t5_core.backends.int8_weight import Int8Product, Int8Weight
 from nai_t5_core.backends.kernels.runners import KernelsOnPanels

@@ -7,10 +7,9 @@ Where it cannot, that is an error that says why.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
-import torch
-
+from nai_t5_core.backends.choices import ProductsChoice, missing_for_int8, refuse_products
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.backends.kernels.build import better_than_kernels, missing_for, prepare_kernels, why_not_kernels
@@ -25,14 +24,7 @@ from nai_t5_core.model.t5 import T5Model
 
 Model = TypeVar("Model", bound=T5EncoderStack | T5Model)
 
-# The names after "kernels" are those of instruction sets.
-ProductsChoice = Literal["auto", "kernels", "avx512", "avx2-vnni", "avx2", "onednn"]
-PRODUCTS_CHOICES: tuple[ProductsChoice, ...] = get_args(ProductsChoice)
-
 _QUANTISED = "its weights stay as they lie in a quantised file; load it with unpack=True"
-
-# The ways to quantise a model while it is loaded.
-Quantisation = Literal["int8"]
 
 
 def run_in_place(model: Model, products: ProductsChoice = "auto") -> Model:
@@ -134,41 +126,6 @@ def why_not_int8(model: T5EncoderStack | T5Model) -> str | None:
     if isinstance(model, T5Model):
         return INT8_ONEDNN.missing(model.device, model.dtype)
     return missing_for_int8(model.device, model.dtype)
-
-
-def missing_for_int8(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What this machine lacks to compute encoders of this dtype in 8 bits, as a sentence; None if nothing."""
-    reason = INT8_ONEDNN.missing(device, dtype)
-    if reason is None or better_than_kernels():
-        return reason
-    return (best(INT8_KERNELS).missing(device, dtype) or prepare_kernels()) and reason
-
-
-def refuse_quantising(quantize: str | None, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuses a quantisation that no encoder can have in this dtype on this device; None is always possible.
-
-    Raises:
-        ValueError: an unknown quantisation, or one that is not possible here.
-    """
-    if quantize not in (None, "int8"):
-        raise ValueError(f"quantize={quantize!r}; allowed: None, 'int8'")
-    if quantize and (reason := missing_for_int8(device, dtype)):
-        raise ValueError(f"cannot quantise a model in {dtype} on {device} to int8: {reason}")
-
-
-def refuse_products(products: str, device: torch.device, stays_plain: bool = False) -> None:
-    """Refuses unknown products, and any but ``"auto"`` for a model that no backend is to hold.
-
-    Raises:
-        ValueError: unknown products; or some are named for another device than the CPU or a model that ``stays_plain``.
-    """
-    if products not in PRODUCTS_CHOICES:
-        raise ValueError(f"unknown products {products!r}; allowed: {', '.join(PRODUCTS_CHOICES)}")
-    if products != "auto" and (stays_plain or device.type != "cpu"):
-        raise ValueError(
-            f"products={products!r} is for models that are prepacked or quantised on the CPU, and not compiled; this "
-            f"one is to be on {device}; leave products at 'auto'"
-        )
 
 
 def quantize_int8(model: Model, products: ProductsChoice = "auto") -> Model:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from nai_t5_core.backends.choose import ProductsChoice, Quantisation
+from nai_t5_core.backends.choices import ProductsChoice, Quantisation
 from nai_t5_core.backends.kernels.build import best_set, better_than_kernels
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, best, refuses_mathematics
 from nai_t5_core.backends.products import ONEDNN

@@ -1,17 +1,22 @@
-"""``cache status``, ``cache clear``, ``cache verify``: the embeddings that are kept in a folder."""
+"""``cache status``, ``clear``, ``verify`` and ``bench``: the embeddings that are kept in a folder, and their cost."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 from nai_t5_core.cli.options import Json
-from nai_t5_core.cli.terminal import print_json, say, size, working
+from nai_t5_core.cli.terminal import out, print_json, say, size, working
+from nai_t5_core.cli.terminal import status as status_of
 
 if TYPE_CHECKING:
+    from nai_t5_core.bench.cache import CacheTimes
+    from nai_t5_core.bench.speed.results import Spread
     from nai_t5_core.prompts.cache.disk import DiskStore
 
 app = typer.Typer(help="The embeddings that encode --cache and others keep, so that no prompt is encoded twice.")
@@ -69,6 +74,41 @@ def verify(
         say(f"{disk.folder}: {kept} embeddings, {len(faults)} of them damaged")
     if faults and not remove:
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    size: Annotated[str, typer.Argument(help="A published size; the weights are random.")] = "t5-v1_1-large",
+    rounds: Annotated[int, typer.Option(help="Measurements that count.")] = 41,
+    starts: Annotated[int, typer.Option(help="Rounds of processes; 0 for none.")] = 15,
+    threads: Annotated[int | None, typer.Option(help="Threads on the CPU.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what the cache takes here: hits, prompts that are not kept, and the start of a process. Medians."""
+    from nai_t5_core.bench.cache import measure_cache
+    from nai_t5_core.bench.speed.machine import threads_set
+
+    with threads_set(threads), status_of("measuring") as tell:
+        found = measure_cache(size, rounds, starts, tell)
+    if as_json:
+        print_json({"size": size, "rounds": rounds, **found.to_dict()})
+        return
+    table = Table("", "median", "lowest", "highest", title=f"{size}, 32 tokens; hits of 77 × 4096 in bfloat16")
+    for what, spread, unit in _rows_of(found):
+        table.add_row(what, *(f"{number:.3f}{unit}" for number in (spread.median, spread.low, spread.high)))
+    out.print(table)
+
+
+def _rows_of(found: CacheTimes) -> Iterator[tuple[str, Spread, str]]:
+    yield "a hit in memory", found.hit_memory, " ms"
+    yield "a hit on the disk", found.hit_disk, " ms"
+    yield "a look for what is not kept", found.miss, " ms"
+    yield "an entry written in the background", found.write, " ms"
+    yield "an encode without a cache", found.encode, " ms"
+    for kind, ratio in found.cost.items():
+        yield f"one that is kept ({kind}) / without a cache", ratio, ""
+    for way, ratio in found.start.items():
+        yield f"process with a hit ({way}) / one that imports torch", ratio, ""
 
 
 def _disk(folder: Path | None) -> DiskStore:

@@ -26,7 +26,7 @@ from nai_t5_core.cli.options import (
 from nai_t5_core.cli.terminal import all_prompts, print_json, say, short, working
 
 if TYPE_CHECKING:
-    from nai_t5_core.backends.choose import ProductsChoice
+    from nai_t5_core.backends.choices import ProductsChoice
     from nai_t5_core.generation.options import GenerationOptions
     from nai_t5_core.generation.t5 import T5
     from nai_t5_core.tokenizer import Tokenizer

@@ -68,7 +68,8 @@ LoraOption = Annotated[
     typer.Option("--lora", metavar="FILE[:STRENGTH]", help="Merge a LoRA of the T5 first; may be repeated."),
 ]
 Cache = Annotated[bool, typer.Option("--cache", help="Keep embeddings, and load the model for new prompts only.")]
-CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="As --cache, in this folder.")]
+# A folder that cannot be read costs the cache, which tells it, and not the encode.
+CacheDir = Annotated[Path | None, typer.Option("--cache-dir", readable=False, help="As --cache, in this folder.")]
 Unpack = Annotated[
     bool, typer.Option("--unpack", help="Unpack a quantised file while it is loaded: more memory, and faster.")
 ]

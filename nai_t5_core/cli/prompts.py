@@ -32,10 +32,11 @@ from nai_t5_core.cli.options import (
     TokenizerOption,
     Unpack,
 )
-from nai_t5_core.cli.terminal import all_prompts, counting, err, out, print_json, say, short, working
+from nai_t5_core.cli.terminal import all_prompts, counting, err, not_collecting, out, print_json, say, short, working
 
 if TYPE_CHECKING:
     from nai_t5_core.facts.padding import PaddingPolicy
+    from nai_t5_core.lora.files import Lora
     from nai_t5_core.prompts.text_encoder import PromptEmbeddings, TextEncoder
 
 
@@ -66,12 +67,11 @@ def encode(
 ) -> None:
     """Encode prompts: prints a summary of the embeddings and writes them to a file."""
     texts = all_prompts(prompts, file)
-    with working("loading the model"):
-        from nai_t5_core.lora.files import counted, read_lora
+    with working("loading the model"), not_collecting():
         from nai_t5_core.prompts.cache.store import open_store
         from nai_t5_core.prompts.text_encoder import TextEncoder
 
-        loras = [(read_lora(path), strength) for path, strength in map(path_and_strength, lora or [])]
+        loras = _loras(lora) if lora else []
         store = open_store(cache_dir or cache) if cache_dir or cache else None
         encoder = TextEncoder.from_pretrained(
             model,
@@ -97,15 +97,7 @@ def encode(
         store.wait()
     summary = _embedding_summary(encoder, texts, embeddings)
     if loras:
-        summary["loras"] = [
-            {
-                "name": lora.name,
-                "strength": strength,
-                "weights": len(lora.changes),
-                "not_for_t5": counted(lora.other_parts()),
-            }
-            for lora, strength in loras
-        ]
+        summary["loras"] = _lora_summary(loras)
     if write is not None:
         _write_embeddings(write, embeddings, texts, encoder, family)
         summary["out"] = str(write)
@@ -183,6 +175,26 @@ def path_and_strength(text: str) -> tuple[str, float]:
         if colon:
             return path, float(number)
     return text, 1.0
+
+
+def _loras(given: list[str]) -> list[tuple[Lora, float]]:
+    from nai_t5_core.lora.files import read_lora
+
+    return [(read_lora(path), strength) for path, strength in map(path_and_strength, given)]
+
+
+def _lora_summary(loras: list[tuple[Lora, float]]) -> list[dict[str, Any]]:
+    from nai_t5_core.lora.files import counted
+
+    return [
+        {
+            "name": lora.name,
+            "strength": strength,
+            "weights": len(lora.changes),
+            "not_for_t5": counted(lora.other_parts()),
+        }
+        for lora, strength in loras
+    ]
 
 
 def _embedding_summary(encoder: TextEncoder, texts: list[str], embeddings: PromptEmbeddings) -> dict[str, Any]:

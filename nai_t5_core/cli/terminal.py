@@ -5,6 +5,7 @@ Texts are printed as they are: rich's markup and emoji codes are off, and styled
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -62,6 +63,23 @@ def status(what: str) -> Iterator[Callable[[str], None]]:
     """A spinner for work of several parts; gives the function to call with the name of each part."""
     with err.status(Text(what)) as shown:
         yield lambda part: shown.update(Text(part))
+
+
+@contextmanager
+def not_collecting() -> Iterator[None]:
+    """For the import of torch, a fifth of whose time goes to a search for garbage among its hundred thousands of objects.
+
+    They stay to the end, and no later collection looks at them. Where torch is imported already, nothing is changed.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from nai_t5_core.backends.choose import Quantisation
+from nai_t5_core.backends.choices import Quantisation
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.prompts.cache.key import Settings
 from nai_t5_core.prompts.cache.settings import settings_of

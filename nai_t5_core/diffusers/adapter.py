@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError("this needs diffusers; install it with: pip install 'comfy-nai-t5[diffusers]'") from error
 
-from nai_t5_core.backends.choose import Quantisation, refuse_quantising
+from nai_t5_core.backends.choices import Quantisation, refuse_quantising
 from nai_t5_core.backends.held import is_in_8_bits
 from nai_t5_core.diffusers.cached_drop_in import CachedT5EncoderModel, settings_of_model
 from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
@@ -35,7 +35,7 @@ from nai_t5_core.facts.padding import PaddingPolicy
 from nai_t5_core.model.encoder import Layout
 from nai_t5_core.model.packing import check_policy
 from nai_t5_core.prompts.cache.store import Store, open_store
-from nai_t5_core.weights.load import ScalesChoice
+from nai_t5_core.weights.chosen import ScalesChoice
 
 _MODEL_TYPES = ("t5", "mt5", "umt5")
 

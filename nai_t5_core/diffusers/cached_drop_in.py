@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from nai_t5_core.backends.auto_dtype import resolve_dtype
-from nai_t5_core.backends.choose import Quantisation, quantize_int8, refuse_quantising
+from nai_t5_core.backends.choices import Quantisation, refuse_quantising
+from nai_t5_core.backends.choose import quantize_int8
 from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel, PretrainedConfig
 from nai_t5_core.diffusers.drop_in_config import config_beside
 from nai_t5_core.diffusers.drop_in_folders import open_source
@@ -26,14 +27,15 @@ from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.layers import CastingOps
 from nai_t5_core.prompts.cache.batch import through_cache
 from nai_t5_core.prompts.cache.contents import contents_by_reading, identities, refuse_changed
-from nai_t5_core.prompts.cache.encoding import SettingsOfStack
 from nai_t5_core.prompts.cache.key import Settings
+from nai_t5_core.prompts.cache.loaded_settings import SettingsOfStack
 from nai_t5_core.prompts.cache.settings import settings_for
 from nai_t5_core.prompts.cache.store import Store, open_store
 from nai_t5_core.prompts.choices import Choices
+from nai_t5_core.weights.chosen import ScalesChoice, SlowDtypeWarning
 from nai_t5_core.weights.convert import main_dtype
 from nai_t5_core.weights.examine import Examination, examine_checkpoint
-from nai_t5_core.weights.load import ScalesChoice, SlowDtypeWarning, assemble
+from nai_t5_core.weights.load import assemble
 
 # Where an encoder goes when it is loaded, and what its settings will be there.
 Load = Callable[[torch.dtype, torch.device], T5EncoderStack]

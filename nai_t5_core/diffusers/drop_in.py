@@ -1,7 +1,4 @@
-"""Our encoder in the shape of transformers' T5EncoderModel and UMT5EncoderModel, for software that expects one of them.
-
-Needs the extra ``transformers``.
-"""
+"""Our encoder for software that expects transformers' T5EncoderModel or UMT5EncoderModel; needs ``[transformers]``."""
 
 from __future__ import annotations
 
@@ -20,7 +17,8 @@ except ImportError as error:
     raise ImportError("this needs transformers; install it with: pip install 'comfy-nai-t5[transformers]'") from error
 
 from nai_t5_core.backends.auto_dtype import resolve_dtype
-from nai_t5_core.backends.choose import Quantisation, encode_on_cuda, quantize_int8, refuse_quantising, run_in_place
+from nai_t5_core.backends.choices import Quantisation, refuse_quantising
+from nai_t5_core.backends.choose import encode_on_cuda, quantize_int8, run_in_place
 from nai_t5_core.backends.held import is_in_8_bits
 from nai_t5_core.diffusers.drop_in_config import ENCODER_CLASSES, config_beside, own_config
 from nai_t5_core.diffusers.drop_in_folders import (
@@ -42,9 +40,10 @@ from nai_t5_core.model.fixed_weights import refuse_change
 from nai_t5_core.model.layers import CastingOps
 from nai_t5_core.model.packing import check_policy
 from nai_t5_core.model.precision import DTYPES, resolve_device, within_range
+from nai_t5_core.weights.chosen import ScalesChoice
 from nai_t5_core.weights.convert import main_dtype
 from nai_t5_core.weights.examine import examine_checkpoint
-from nai_t5_core.weights.load import ScalesChoice, assemble
+from nai_t5_core.weights.load import assemble
 
 SaveFormat = Literal["native", "transformers"]
 SAVE_FORMATS: tuple[SaveFormat, ...] = get_args(SaveFormat)
@@ -393,8 +392,7 @@ class NAIT5EncoderModel(PreTrainedModel):
         """Nothing: weights are there when the model is made."""
 
     def extra_repr(self) -> str:
-        extra = f", extra_pad={self._extra_pad}" if self._extra_pad else ""
-        in_8_bits = ", 8 bits" if is_in_8_bits(self.stack) else ""
-        runner = "" if self.stack.runner is None else f", {self.stack.runner.name}"
-        kind = f"{self.stack.config.kind}, {self.stack.layout}, {self.dtype}{in_8_bits}{runner}"
-        return f"{kind}, padding={self._padding}{extra}"
+        runner, pad = self.stack.runner, self._extra_pad
+        facts = [self.stack.config.kind, self.stack.layout, self.dtype, is_in_8_bits(self.stack) and "8 bits"]
+        facts += [runner and runner.name, f"padding={self._padding}", pad and f"extra_pad={pad}"]
+        return ", ".join(str(fact) for fact in facts if fact)

@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.backends.choose import Quantisation, refuse_quantising
+from nai_t5_core.backends.choices import Quantisation, refuse_quantising
 from nai_t5_core.backends.held import HeldLinear, is_in_8_bits
 from nai_t5_core.backends.quantised.projections import QuantisedEmbedding
 from nai_t5_core.diffusers.model_blocks import block_kind, holds_blocks, shape_of
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.layers import CastingOps
 from nai_t5_core.model.precision import DTYPES
+from nai_t5_core.weights.chosen import ScalesChoice
 from nai_t5_core.weights.examine import Examination, examine_checkpoint
 from nai_t5_core.weights.formats import Checkpoint, CheckpointError, TensorInfo
 from nai_t5_core.weights.fuse import fused_recipes, separate_recipes, unfuse
-from nai_t5_core.weights.load import ScalesChoice, assemble, refuse_before_assembly
+from nai_t5_core.weights.load import assemble, refuse_before_assembly
 
 
 @dataclass

@@ -11,11 +11,6 @@ import reprlib
 import sys
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 # Levels of lists and objects within each other. A tokenizer.json has about ten.
 MOST_LEVELS = 100
 _TOO_DEEP = f"lists and objects are nested in more than {MOST_LEVELS} levels"
@@ -63,6 +58,11 @@ def parse_toml(text: str) -> dict[str, Any]:
     Raises:
         ValueError: it is no TOML, or nested too deeply.
     """
+    # Imported where it is needed: hardly any text is one.
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
     try:
         value: dict[str, Any] = tomllib.loads(text)
     except RecursionError:

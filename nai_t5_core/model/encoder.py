@@ -142,6 +142,7 @@ class T5EncoderStack(nn.Module):
         alterations: the changes of its weights that were told.
     """
 
+    encoder_class: type[Encoder] = Encoder
     guard: Guard | None = None
     runner: StackRunner | None = None
 
@@ -171,7 +172,7 @@ class T5EncoderStack(nn.Module):
         if len(self.scales.layers) != config.num_layers:
             raise ValueError(f"scales of {len(self.scales.layers)} layers for a model of {config.num_layers} layers")
         self.shared = ops.Embedding(config.vocab_size, config.d_model, device=device, dtype=dtype)
-        self.encoder = Encoder(config, layout, self.scales, ops, device=device, dtype=dtype)
+        self.encoder = self.encoder_class(config, layout, self.scales, ops, device=device, dtype=dtype)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from nai_t5_core.backends.choose import ProductsChoice, Quantisation
-from nai_t5_core.lora.set import LoraSource
+from nai_t5_core.backends.choices import ProductsChoice, Quantisation
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.encoder import Layout
-from nai_t5_core.weights.load import ScalesChoice
+from nai_t5_core.weights.chosen import ScalesChoice
+
+if TYPE_CHECKING:
+    from nai_t5_core.lora.set import LoraSource
 
 
 @dataclass(frozen=True)

@@ -5,31 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from nai_t5_core.backends.auto_dtype import resolve_dtype
-from nai_t5_core.backends.choose import ProductsChoice, Quantisation, refuse_products, refuse_quantising
-from nai_t5_core.facts.families import Family
-from nai_t5_core.facts.families import family as family_named
+from nai_t5_core.backends.choices import ProductsChoice, Quantisation, refuse_products, refuse_quantising
 from nai_t5_core.facts.given_numbers import whole_number
 from nai_t5_core.facts.nested_text import shown
 from nai_t5_core.facts.padding import LONGEST_ROW, PAD_TO, PaddingPolicy, PadTo
-from nai_t5_core.facts.text_cleaning import clean_text
-from nai_t5_core.lora.set import LoraSource
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.packing import check_policy
 from nai_t5_core.model.precision import resolve_device
 from nai_t5_core.prompts.cache.store import Store, open_store
-from nai_t5_core.prompts.loading import Loading, cached_encoding
-from nai_t5_core.prompts.stack_encoding import DEFAULT_TOKEN_BUDGET, Encoding, Pads, StackEncoding
+from nai_t5_core.prompts.choices import Choices
+from nai_t5_core.prompts.encoding import DEFAULT_TOKEN_BUDGET, Encoding, Pads
+from nai_t5_core.prompts.late import cached_encoding
 from nai_t5_core.tokenizer import TokenBatch, Tokenizer, load_tokenizer
+from nai_t5_core.weights.chosen import ScalesChoice
 from nai_t5_core.weights.examine import NO_TOKENIZER, ModelSource, find_tokenizer
-from nai_t5_core.weights.load import LoadReport, ScalesChoice
+from nai_t5_core.weights.load_report import LoadReport
 from nai_t5_core.weights.scales_file import write_scales
+
+if TYPE_CHECKING:
+    from nai_t5_core.facts.families import Family
+    from nai_t5_core.lora.set import LoraSource
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class TextEncoder:
         report: LoadReport | None = None,
         token_budget: int = DEFAULT_TOKEN_BUDGET,
     ) -> None:
-        self._encoding = StackEncoding(stack, report) if isinstance(stack, T5EncoderStack) else stack
+        self._encoding = _encoding_of(stack, report) if isinstance(stack, T5EncoderStack) else stack
         self.tokenizer = tokenizer
         # At least one row is computed at a time.
         self.token_budget = whole_number("token_budget", token_budget, least=1)
@@ -131,15 +134,17 @@ class TextEncoder:
         refuse_products(products, where, bool(compile) or not (optimize or quantize))
         refuse_quantising(quantize, where, resolve_dtype(dtype, where))
         own = load_tokenizer(tokenizer) if tokenizer is not None else None
-        how = Loading(
+        how = Choices(
             dtype, device, layout, scales, optimize, quantize, compile, attention, tuple(loras), products, unpack
         )
         if cache is not False:
             encoding, examination = cached_encoding(source, subfolder, how, open_store(cache))
             return cls(encoding, own or _found(find_tokenizer(examination), source), token_budget=token_budget)
-        loaded = how.load(source, subfolder)
+        from nai_t5_core.prompts.loading import finish, load_chosen
+
+        loaded = load_chosen(source, subfolder, how)
         found = own or _found(loaded.tokenizer, loaded.report.source)
-        return cls(how.finish(loaded.stack), found, loaded.report, token_budget)
+        return cls(finish(loaded.stack, how), found, loaded.report, token_budget)
 
     @property
     def stack(self) -> T5EncoderStack:
@@ -204,7 +209,7 @@ class TextEncoder:
             ValueError: an empty list, a prompt that is no text, an unknown family or padding policy, an invalid length,
                 or with ``truncate=False`` a prompt beyond the limit.
         """
-        row = family_named(family) if family is not None else None
+        row = _row_of(family) if family is not None else None
         settings = _Settings.choose(row, max_length, padding, pad_to, extra_pad)
         if not isinstance(truncate, bool):
             raise ValueError(f"truncate={truncate!r}; allowed: True, False")
@@ -224,6 +229,8 @@ class TextEncoder:
 
     def _tokenize(self, prompts: Sequence[str], row: Family | None, settings: _Settings) -> TokenBatch:
         if row is not None and isinstance(prompts, Sequence) and not isinstance(prompts, str):
+            from nai_t5_core.facts.text_cleaning import clean_text
+
             # Entries that are no text are passed on: the tokenizer refuses them and names their place in the list.
             prompts = [clean_text(text, row.text_cleaning) if isinstance(text, str) else text for text in prompts]
         if settings.pad_to == "max_length" and settings.padding != "trim":
@@ -293,6 +300,18 @@ class _Settings:
                 f"pad_to='max_length' with max_length={self.max_length:,}: no row of more than {LONGEST_ROW:,} "
                 "tokens is computed; give a smaller max_length, or pad_to='longest'"
             )
+
+
+def _row_of(name: str) -> Family:
+    from nai_t5_core.facts.families import family
+
+    return family(name)
+
+
+def _encoding_of(stack: T5EncoderStack, report: LoadReport | None) -> Encoding:
+    from nai_t5_core.prompts.stack_encoding import StackEncoding
+
+    return StackEncoding(stack, report)
 
 
 def _found(tokenizer: Tokenizer | None, source: ModelSource) -> Tokenizer:

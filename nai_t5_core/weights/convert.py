@@ -15,11 +15,12 @@ from nai_t5_core.facts.scales import StackScales
 from nai_t5_core.model.precision import DTYPES
 from nai_t5_core.tokenizer import TOKENIZER_TENSORS, load_tokenizer
 from nai_t5_core.weights import native
+from nai_t5_core.weights.chosen import ScalesChoice
 from nai_t5_core.weights.examine import Examination, ModelSource, decoder_faults, examine, find_tokenizer, settle_head
 from nai_t5_core.weights.formats import CheckpointError, tensor_bytes, write_safetensors
 from nai_t5_core.weights.fuse import cook, fused_recipes, originals
 from nai_t5_core.weights.held_weights import refuse_scales
-from nai_t5_core.weights.load import ScalesChoice, choose_decoder_scales, choose_scales
+from nai_t5_core.weights.load import choose_decoder_scales, choose_scales
 from nai_t5_core.weights.ranges import refuse_infinities
 
 

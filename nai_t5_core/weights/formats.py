@@ -21,8 +21,6 @@ from torch import Tensor
 from nai_t5_core.facts.config import Shape
 from nai_t5_core.facts.nested_text import parse_object
 from nai_t5_core.facts.paths import user_path
-from nai_t5_core.weights.gguf_files import open_gguf
-from nai_t5_core.weights.pytorch_files import read_state
 from nai_t5_core.weights.safetensors_files import DTYPE_NAMES, read_safetensors_header
 from nai_t5_core.weights.shards import index_of, shard_count
 from nai_t5_core.weights.whole_files import remove_unfinished, replacing
@@ -228,6 +226,9 @@ def _open_safetensors(path: Path) -> Checkpoint:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
+    # Imported for such files alone: it needs numpy and the tokenizers' formats.
+    from nai_t5_core.weights.gguf_files import open_gguf
+
     try:
         file = open_gguf(path)
     except ValueError as error:
@@ -257,6 +258,8 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _open_pytorch(path: Path) -> Checkpoint:
+    from nai_t5_core.weights.pytorch_files import read_state
+
     try:
         state, others = read_state(path)
     except ValueError as error:

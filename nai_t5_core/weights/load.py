@@ -11,24 +11,22 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.choose import run_in_place
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, published_scales, scale_for, unscaled
 from nai_t5_core.float16.guard import guard
 from nai_t5_core.generation.t5 import T5
-from nai_t5_core.model.attention_choice import ATTENTION_CHOICES, AttentionChoice, missing_for_flex, refuse_unsupported
-from nai_t5_core.model.encoder import LAYOUTS, Layout, T5EncoderStack
+from nai_t5_core.model.attention_choice import AttentionChoice, missing_for_flex, refuse_unsupported
+from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.layers import NoInit
-from nai_t5_core.model.precision import resolve_device
 from nai_t5_core.tokenizer import Tokenizer
 from nai_t5_core.weights import native
+from nai_t5_core.weights.chosen import ScalesChoice, given_or_stored, place_for, told_scales
 from nai_t5_core.weights.examine import Examination, ModelSource, decoder_faults, examine, find_tokenizer, settle_head
 from nai_t5_core.weights.formats import CheckpointError
 from nai_t5_core.weights.fuse import Recipe, fused_recipes, originals, separate_recipes
@@ -37,16 +35,7 @@ from nai_t5_core.weights.held_weights import place as put_in_place
 from nai_t5_core.weights.keymaps import KeyMap
 from nai_t5_core.weights.load_report import LoadReport
 from nai_t5_core.weights.ranges import cook_within_range
-from nai_t5_core.weights.scales_file import read_decoder_scales, read_scales
-
-SLOW_FLOAT16 = "float16 is exact enough on a CPU but slow there; dtype='auto' picks what is fastest"
-
-
-class SlowDtypeWarning(UserWarning):
-    """The chosen dtype gives right results on this device, and another would give them sooner."""
-
-
-ScalesChoice = StackScales | Path | str
+from nai_t5_core.weights.scales_file import read_decoder_scales
 
 
 @dataclass(frozen=True)
@@ -253,25 +242,6 @@ def load_whole(
     return LoadedT5(_report(examination, run_in_place(model.eval()), recipes, started), examination, model)
 
 
-def place_for(
-    device: str | torch.device,
-    dtype: str | torch.dtype,
-    layout: str,
-    attention: str = "auto",
-    has_decoder: bool = False,
-) -> tuple[torch.device, torch.dtype]:
-    """Where a model goes and what it computes in; refuses what there is not."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
-    if attention not in ATTENTION_CHOICES:
-        raise ValueError(f"unknown attention {attention!r}; allowed: {', '.join(ATTENTION_CHOICES)}")
-    place = resolve_device(device)
-    model_dtype = resolve_dtype(dtype, place, has_decoder)
-    if model_dtype == torch.float16 and place.type == "cpu":
-        warnings.warn(SLOW_FLOAT16, SlowDtypeWarning, stacklevel=4)
-    return place, model_dtype
-
-
 def _tensors(
     recipes: list[Recipe],
     read: Callable[[str], Tensor],
@@ -327,25 +297,11 @@ def choose_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesCh
     return scales
 
 
-def told_scales(examination: Examination, dtype: torch.dtype, wanted: ScalesChoice = "auto") -> StackScales | None:
-    """As :func:`choose_scales`, without what only the weights tell: none of them is read."""
-    scales = _given_or_stored(wanted, examination.scales, read_scales)
-    return published_scales(examination.config) if scales is None and dtype == torch.float16 else scales
-
-
-def _given_or_stored(
-    wanted: ScalesChoice, stored: StackScales | None, read: Callable[[str | Path], StackScales | None]
-) -> StackScales | None:
-    if isinstance(wanted, StackScales):
-        return wanted
-    return stored if wanted == "auto" else read(wanted)
-
-
 def choose_decoder_scales(
     examination: Examination, dtype: torch.dtype, wanted: ScalesChoice = "auto"
 ) -> StackScales | None:
     """The decoder's scales for a model in ``dtype``; None where nothing is to be scaled."""
-    scales = _given_or_stored(wanted, examination.decoder_scales, read_decoder_scales)
+    scales = given_or_stored(wanted, examination.decoder_scales, read_decoder_scales)
     return published_scales(examination.config, "decoder") if scales is None and dtype == torch.float16 else scales
 
 

@@ -93,7 +93,7 @@ def time_way(checkout: Path, base: Path, size: Size, way: str, rounds: int) -> N
     del state
     server = Server(checkout, base)
     try:
-        resident = _memory(server, "VmRSS")
+        resident = memory_of(server, "VmRSS")
         runs = []
         for edit in _EDITS[: rounds + 1]:
             prompt = WAYS[way](size.family)
@@ -102,7 +102,7 @@ def time_way(checkout: Path, base: Path, size: Size, way: str, rounds: int) -> N
             runs.append(node_seconds(server, prompt))
         load = runs[0][_LOADER] + runs[0].get(_CLIP, 0.0)
         first, *edits = (run[_ENCODE] for run in runs)
-        return NodeTimes(load, first, tuple(edits), resident, _memory(server, "VmHWM"))
+        return NodeTimes(load, first, tuple(edits), resident, memory_of(server, "VmHWM"))
     finally:
         server.stop()
 
@@ -137,7 +137,7 @@ def node_seconds(server: Server, prompt: dict[str, Any]) -> dict[str, float]:
         connection.close()
 
 
-def _memory(server: Server, field: str) -> int:
+def memory_of(server: Server, field: str) -> int:
     """Bytes, from the system's own account."""
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) * 1024

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nai_t5_core.backends.auto_dtype import resolve_dtype
-from nai_t5_core.backends.choose import ProductsChoice
+from nai_t5_core.backends.choices import ProductsChoice
 from nai_t5_core.bench.peer_list import PEERS
 from nai_t5_core.bench.peers import State, random_state
 from nai_t5_core.bench.speed.cases import CASES, Case

@@ -10,14 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.choose import (
-    ProductsChoice,
-    encode_on_cuda,
-    prepack,
-    quantize_int8,
-    run_in_place,
-    why_not_prepack,
-)
+from nai_t5_core.backends.choices import ProductsChoice
+from nai_t5_core.backends.choose import encode_on_cuda, prepack, quantize_int8, run_in_place, why_not_prepack
 from nai_t5_core.backends.compiled import compile_stack
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.kernels.build import nearest_set, why_not_kernels

@@ -1,4 +1,4 @@
-"""Hashes of contents: of the weights that an encoder is loaded from, and of what a LoRA changes.
+"""Hashes of contents: of the weights that an encoder is loaded from.
 
 Weights are hashed once: the hash is remembered with the files' paths, sizes, times and inodes, and holds for as long as
 these do. It is of the T5's own tensors, so that a tokenizer, a decoder or a diffusion model in the same file, and the
@@ -20,8 +20,6 @@ from torch import Size, Tensor
 from nai_t5_core.backends.quantised.kinds import WEIGHT
 from nai_t5_core.facts.nested_text import parse_object
 from nai_t5_core.facts.paths import cache_folder
-from nai_t5_core.lora.changes import LowRankChange
-from nai_t5_core.lora.files import Lora
 from nai_t5_core.weights.examine import Examination
 from nai_t5_core.weights.formats import CheckpointError, tensor_bytes
 from nai_t5_core.weights.quantised import Stored
@@ -81,30 +79,20 @@ def contents_by_reading(examination: Examination) -> str:
     with _telling(checkpoint.source, sum(sizes)) as advance:
         for (name, full), size in zip(names.items(), sizes, strict=True):
             digest.update(f"{name}\n".encode())
-            _add_tensor(digest, checkpoint.read(full))
+            add_tensor(digest, checkpoint.read(full))
             advance(size)
-    return digest.hexdigest()
-
-
-def lora_contents(lora: Lora) -> str:
-    """The hash of all that a LoRA changes; its name is none of it."""
-    digest = hashlib.sha256()
-    for name, change in sorted(lora.changes.items()):
-        factors = (change.up, change.down) if isinstance(change, LowRankChange) else (change.delta,)
-        digest.update(f"{name} {type(change).__name__} {change.scale!r}\n".encode())
-        for tensor in factors:
-            _add_tensor(digest, tensor)
     return digest.hexdigest()
 
 
 def tensor_contents(tensor: Tensor) -> str:
     """The hash of a tensor's dtype, shape and numbers."""
     digest = hashlib.sha256()
-    _add_tensor(digest, tensor)
+    add_tensor(digest, tensor)
     return digest.hexdigest()
 
 
-def _add_tensor(digest: hashlib._Hash, tensor: Tensor) -> None:
+def add_tensor(digest: hashlib._Hash, tensor: Tensor) -> None:
+    """Goes on with a tensor's dtype, shape and numbers."""
     digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
     digest.update(tensor_bytes(tensor))
 

@@ -2,87 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from dataclasses import replace
 from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.quantised.projections import QuantisedEmbedding
 from nai_t5_core.facts.scales import StackScales
-from nai_t5_core.lora.set import LorasInForce
 from nai_t5_core.prompts.cache.batch import through_cache
-from nai_t5_core.prompts.cache.contents import lora_contents, tensor_contents
-from nai_t5_core.prompts.cache.key import LoraUse, Settings
+from nai_t5_core.prompts.cache.key import Settings
 from nai_t5_core.prompts.cache.store import Store
-from nai_t5_core.prompts.cache.watch import Watch
-from nai_t5_core.prompts.stack_encoding import Pads, StackEncoding
-from nai_t5_core.weights.load import LoadReport
-
-log = logging.getLogger(__name__)
-
-_UNKNOWN = (
-    "the T5 was changed in a way that the embedding cache does not know (a moved or replaced weight, a hook); from now "
-    "on it encodes without the cache. LoRAs are known where they come by Loras, LiveLoras or loras="
-)
-
-
-class SettingsOfStack:
-    """The settings of a loaded encoder at every moment: those at its loading, with all that was told since.
-
-    Args:
-        stack: just loaded.
-        at_load: gives the settings that it has without what was told since, the same object for as long as they are
-            the same.
-        note: called with scales that the guard has tightened.
-    """
-
-    def __init__(
-        self, stack: Any, at_load: Callable[[], Settings], note: Callable[[StackScales], None] = lambda scales: None
-    ) -> None:
-        self._stack, self._at_load, self._note = stack, at_load, note
-        self._is_told = False
-        with stack.alterations.lock:
-            self._vocabulary, self._scales = stack.config.vocab_size, stack.scales
-            self._told_before = set(stack.alterations.done)
-            self._watch = Watch(stack)
-            self._before, self._done = at_load(), dict(stack.alterations.done)
-        self._now = self._before
-
-    def __call__(self) -> Settings | None:
-        """None once something was done to the encoder that is not known; the same object while nothing is done.
-
-        Waits for a change that is under way.
-        """
-        with self._stack.alterations.lock:
-            self._watch.look()
-            if not self._watch.is_known:
-                if not self._is_told:
-                    self._is_told = True
-                    log.warning("%s", _UNKNOWN)
-                return None
-            done, before = self._stack.alterations.done, self._at_load()
-            if self._done != done or before is not self._before:
-                self._now, self._done, self._before = self._settings_with(before, done), dict(done), before
-            return self._now
-
-    def _settings_with(self, at_load: Settings, done: dict[object, Any]) -> Settings:
-        told = [what for who, what in done.items() if who not in self._told_before and isinstance(what, LorasInForce)]
-        uses = [LoraUse(lora_contents(lora), number, what.way) for what in told for lora, number in what.loras]
-        stack, table = self._stack, self._stack.shared
-        vectors = {index: tensor_contents(_row(table, index)) for index in range(self._vocabulary, len(table.weight))}
-        scales = at_load.scales
-        if stack.scales != self._scales:
-            scales = stack.scales
-            self._note(scales)
-        return replace(at_load, loras=(*at_load.loras, *uses), vectors=vectors, scales=scales)
-
-
-def _row(table: Any, index: int) -> Tensor:
-    return table.row(index) if isinstance(table, QuantisedEmbedding) else table.weight[index]
+from nai_t5_core.prompts.encoding import Encoding, Pads
+from nai_t5_core.weights.load_report import LoadReport
 
 
 class CachedEncoding:
@@ -100,7 +32,7 @@ class CachedEncoding:
     def __init__(
         self,
         settings: Settings,
-        load: Callable[[], StackEncoding],
+        load: Callable[[], Encoding],
         store: Store,
         device: torch.device,
         source: str,
@@ -109,7 +41,7 @@ class CachedEncoding:
         self.settings, self.store, self._note = settings, store, note
         self._load, self._device = load, device
         self.source: str | None = source
-        self._loaded: StackEncoding | None = None
+        self._loaded: Encoding | None = None
         self._settings_now: Callable[[], Settings | None] = lambda: self.settings
         self._lock = RLock()
 
@@ -137,9 +69,12 @@ class CachedEncoding:
             self._device if device is None else device,
         )
 
-    def _ready(self) -> StackEncoding:
+    def _ready(self) -> Encoding:
         with self._lock:
             if self._loaded is None:
+                # Imported with the encoder, so that a prompt that is kept comes sooner.
+                from nai_t5_core.prompts.cache.loaded_settings import SettingsOfStack
+
                 loaded = self._load()
                 self._settings_now = SettingsOfStack(loaded.stack, lambda: self.settings, self._note)
                 self._loaded = loaded

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 
 from nai_t5_core.backends.forecast import forecast
-from nai_t5_core.lora.set import lora_of
 from nai_t5_core.model.attention_choice import missing_for_flex, refuse_unsupported
-from nai_t5_core.prompts.cache.contents import lora_contents, weights_contents
+from nai_t5_core.prompts.cache.contents import weights_contents
 from nai_t5_core.prompts.cache.key import LoraUse, Settings
 from nai_t5_core.prompts.choices import Choices
+from nai_t5_core.weights.chosen import place_for, told_scales
 from nai_t5_core.weights.examine import Examination, ModelSource, examine
-from nai_t5_core.weights.load import place_for, told_scales
 
 
 def settings_of(
@@ -76,5 +75,13 @@ def settings_for(examination: Examination, how: Choices, weights: str | None = N
         layout=how.layout,
         # Where the embedding gets a scale as well, that follows from the weights.
         scales=told,
-        loras=tuple(LoraUse(lora_contents(lora_of(lora)), strength) for lora, strength in how.loras),
+        loras=_uses(how) if how.loras else (),
     )
+
+
+def _uses(how: Choices) -> tuple[LoraUse, ...]:
+    # Imported where there are LoRAs: a prompt that is kept comes sooner without.
+    from nai_t5_core.lora.set import lora_of
+    from nai_t5_core.prompts.cache.lora_contents import uses_of
+
+    return uses_of((lora_of(lora), strength) for lora, strength in how.loras)

@@ -1,0 +1,53 @@
+"""What a caller may choose of what computes a model, and refusing it before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+
+from nai_t5_core.backends.kernels.build import better_than_kernels, prepare_kernels
+from nai_t5_core.backends.kernels.runners import INT8_KERNELS, best
+from nai_t5_core.backends.products import INT8_ONEDNN
+
+# The names after "kernels" are those of instruction sets.
+ProductsChoice = Literal["auto", "kernels", "avx512", "avx2-vnni", "avx2", "onednn"]
+PRODUCTS_CHOICES: tuple[ProductsChoice, ...] = get_args(ProductsChoice)
+
+# The ways to quantise a model while it is loaded.
+Quantisation = Literal["int8"]
+
+
+def refuse_products(products: str, device: torch.device, stays_plain: bool = False) -> None:
+    """Refuses unknown products, and any but ``"auto"`` for a model that no backend is to hold.
+
+    Raises:
+        ValueError: unknown products; or some are named for another device than the CPU or a model that ``stays_plain``.
+    """
+    if products not in PRODUCTS_CHOICES:
+        raise ValueError(f"unknown products {products!r}; allowed: {', '.join(PRODUCTS_CHOICES)}")
+    if products != "auto" and (stays_plain or device.type != "cpu"):
+        raise ValueError(
+            f"products={products!r} is for models that are prepacked or quantised on the CPU, and not compiled; this "
+            f"one is to be on {device}; leave products at 'auto'"
+        )
+
+
+def refuse_quantising(quantize: str | None, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuses a quantisation that no encoder can have in this dtype on this device; None is always possible.
+
+    Raises:
+        ValueError: an unknown quantisation, or one that is not possible here.
+    """
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize={quantize!r}; allowed: None, 'int8'")
+    if quantize and (reason := missing_for_int8(device, dtype)):
+        raise ValueError(f"cannot quantise a model in {dtype} on {device} to int8: {reason}")
+
+
+def missing_for_int8(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no encoder in this dtype can be computed in 8 bits on this device, as a sentence; None if it can."""
+    reason = INT8_ONEDNN.missing(device, dtype)
+    if reason is None or better_than_kernels():
+        return reason
+    return (best(INT8_KERNELS).missing(device, dtype) or prepare_kernels()) and reason
