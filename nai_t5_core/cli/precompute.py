@@ -18,15 +18,21 @@ from nai_t5_core.cli.options import (
     LoraOption,
     ModelOption,
     Padding,
+    Products,
+    ProductsOption,
     ScalesOption,
     Subfolder,
     TokenizerOption,
+    Unpack,
 )
 from nai_t5_core.cli.prompts import path_and_strength
 from nai_t5_core.cli.shard_progress import planning_bar, shards_bar
 from nai_t5_core.cli.terminal import counting, err, print_json, say, size, working
 
 if TYPE_CHECKING:
+    from nai_t5_core.datasets.compute import Engine
+    from nai_t5_core.datasets.encoder_choice import EncoderChoice
+    from nai_t5_core.datasets.folder import SetFolder
     from nai_t5_core.datasets.plan import Plan, Planner
 
 # Seconds between two looks for the plan of another machine.
@@ -64,6 +70,8 @@ def run(
     device: DeviceOption = "auto",
     attention: Annotated[Attention, typer.Option(help="How attention is computed.")] = Attention.auto,
     int8: Annotated[bool, typer.Option("--int8", help="Compute the projections in 8 bits (CPU).")] = False,
+    products: ProductsOption = Products.auto,
+    unpack: Unpack = False,
     compile_it: Annotated[bool, typer.Option("--compile", help="Compile the encoder; see warm-up.")] = False,
     scales: ScalesOption = None,
     lora: LoraOption = None,
@@ -85,7 +93,7 @@ def run(
     """Encode the captions of files into a folder."""
     with working("reading the model's files"):
         from nai_t5_core.datasets.captions import Columns
-        from nai_t5_core.datasets.compute import Engine, make_shards, to_make
+        from nai_t5_core.datasets.compute import Engine
         from nai_t5_core.datasets.encoder_choice import EncoderChoice
         from nai_t5_core.datasets.recipe import Feeding, Keeping
         from nai_t5_core.datasets.run import Order
@@ -103,12 +111,22 @@ def run(
             compile_it,
             attention.value,
             tuple(map(path_and_strength, lora or [])),
+            products.value,
+            unpack,
         )
         feeding = Feeding.choose(family, max_length, padding.value if padding else None)
         keeping = Keeping(store, compress, shard_mb * 1_000_000)  # type: ignore[arg-type]
-        order = Order(choice, feeding, keeping, Columns(column, id_column), skip_bad)
-        planner = order.planner(user_path(out))
+        planner = Order(choice, feeding, keeping, Columns(column, id_column), skip_bad).planner(user_path(out))
     plan = _plan(planner, [user_path(file) for file in files], rank, plan_wait)
+    _encode(planner, plan, choice, engine, plan_only, as_json)
+
+
+def _encode(
+    planner: Planner, plan: Plan, choice: EncoderChoice, engine: Engine, plan_only: bool, as_json: bool
+) -> None:
+    """Makes the shards that are not there, and says what there was to do and what was done."""
+    from nai_t5_core.datasets.compute import make_shards, to_make
+
     folder = planner.folder
     numbers = to_make(folder, plan, engine)
     _tell_plan(plan, numbers, planner.left_out)
@@ -118,19 +136,20 @@ def run(
             make_shards(folder, plan, choice, numbers, engine, told)
             failures = told.failures
     seconds = time.monotonic() - began
-    tokens = sum(plan.shards[number].tokens for number in numbers)
     if as_json:
-        print_json({**_summary(plan), "made": len(numbers) if not plan_only else 0, "seconds": seconds})
+        print_json({**_summary(plan), "made": 0 if plan_only else len(numbers), "seconds": seconds})
     elif not plan_only:
+        tokens = sum(plan.shards[number].tokens for number in numbers)
         rate = f"{tokens / max(seconds, 1e-9):,.0f} a second"
         say(f"made {len(numbers)} shards, {tokens:,} tokens in {seconds:.1f} s: {rate}")
     if failures:
-        say(
-            f"{failures} prompts failed and have no embedding; nai-t5 precompute status {out} lists them",
-            err,
-            "warning:",
-        )
-        raise typer.Exit(1)
+        _refuse_failures(failures, folder)
+
+
+def _refuse_failures(failures: int, folder: SetFolder) -> None:
+    told = f"{failures} prompts failed and have no embedding; nai-t5 precompute status {folder.path} lists them"
+    say(told, err, "warning:")
+    raise typer.Exit(1)
 
 
 def _plan(planner: Planner, files: list[Path], rank: int, minutes: int) -> Plan:

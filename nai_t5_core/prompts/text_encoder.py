@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nai_t5_core.backends.auto_dtype import resolve_dtype
-from nai_t5_core.backends.choose import ProductsChoice, Quantisation, refuse_products, refuse_quantising
+from nai_t5_core.backends.choose import ProductsChoice, Quantisation
 from nai_t5_core.facts.families import Family
 from nai_t5_core.facts.families import family as family_named
 from nai_t5_core.facts.given_numbers import whole_number
@@ -125,15 +124,11 @@ class TextEncoder:
             ValueError: an unknown choice, one that is not possible on this device, or a LoRA for another T5.
             FlexUnavailableError: ``compile`` without a compiler.
         """
-        if quantize and compile:
-            raise ValueError("quantize and compile exclude each other; leave one out")
-        where = resolve_device(device)
-        refuse_products(products, where, bool(compile) or not (optimize or quantize))
-        refuse_quantising(quantize, where, resolve_dtype(dtype, where))
-        own = load_tokenizer(tokenizer) if tokenizer is not None else None
         how = Loading(
             dtype, device, layout, scales, optimize, quantize, compile, attention, tuple(loras), products, unpack
         )
+        how.refuse_impossible()
+        own = load_tokenizer(tokenizer) if tokenizer is not None else None
         if cache is not False:
             encoding, examination = cached_encoding(source, subfolder, how, open_store(cache))
             return cls(encoding, own or _found(find_tokenizer(examination), source), token_budget=token_budget)
