@@ -79,7 +79,7 @@ def _samples(
         for name, _, caption in batch:
             states, text_rows = dataset[name]
             clips = clip(caption) if clip else None
-            yield Sample(name, caption, family, states, text_rows, length, clips)
+            yield Sample(name, caption, family, states, text_rows, dataset.token_count(name), length, clips)
             done += 1
             told(done, len(dataset))
 

@@ -116,18 +116,24 @@ def _joined(sample: Sample) -> Tensor:
     return torch.cat([wide, sample.padded()])
 
 
+# What sd-scripts' stand-in for CLIP gives.
+_ROWS_WITHOUT_CLIP = (77, 1)
+
+
 def _sd_scripts_place(sample_id: str, caption: str, named: str) -> str:
     return f"{stem_of(sample_id)}_{named}_te.npz"
 
 
 def _save_sd_scripts_flux(sample: Sample, path: Path) -> None:
+    """Of Flux; and of Chroma, which has a mask that it lengthens by itself, and in the place of CLIP's rows zeros."""
+    has_clip = sample.trainers.clips > 0
     _save_npz(
         path,
-        l_pooled=sample.with_clip.pooled,
+        l_pooled=sample.with_clip.pooled if has_clip else torch.zeros(_ROWS_WITHOUT_CLIP),
         t5_out=sample.padded().float(),
         txt_ids=torch.zeros(sample.length, 3),
-        t5_attn_mask=sample.mask().long(),
-        apply_t5_attn_mask=False,
+        t5_attn_mask=(torch.arange(sample.length) < sample.tokens).long(),
+        apply_t5_attn_mask=not has_clip,
     )
 
 

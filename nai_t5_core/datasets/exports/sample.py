@@ -39,6 +39,7 @@ class Sample:
     Attributes:
         states: [rows, d_model], bfloat16.
         text_rows: how many of the rows a mask counts as text.
+        tokens: of the text with its end token; fewer than ``text_rows`` where a pad counts as text.
         length: that the family's prompts are padded to.
     """
 
@@ -47,6 +48,7 @@ class Sample:
     family: Family
     states: Tensor
     text_rows: int
+    tokens: int
     length: int
     clip: ClipEmbedding | None = None
 
