@@ -344,7 +344,7 @@ def test_how_captions_are_fed_is_checked(arguments: dict[str, Any], expected: st
     ("arguments", "expected"),
     [
         ({"store": "int4"}, "store='int4'; allowed: bfloat16, int8, float8"),
-        ({"compress": "gzip"}, "compress='gzip'; allowed: none, zlib"),
+        ({"compress": "gzip"}, "compress='gzip'; allowed: none, zlib, zstd"),
         ({"shard_bytes": 0}, "shard_bytes=0; it must be 1 or more"),
     ],
 )

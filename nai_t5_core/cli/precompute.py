@@ -76,7 +76,7 @@ def run(
     scales: ScalesOption = None,
     lora: LoraOption = None,
     store: Annotated[str, typer.Option(help="bfloat16, int8 or float8.")] = "bfloat16",
-    compress: Annotated[str, typer.Option(help="none, or zlib: lossless, and a third smaller.")] = "none",
+    compress: Annotated[str, typer.Option(help="none; or zlib or zstd: lossless, and a third smaller.")] = "none",
     shard_mb: Annotated[int, typer.Option(help="Megabytes of a shard, before compression.")] = 512,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave rows without a caption out.")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; by default one for each GPU, or one.")] = None,
