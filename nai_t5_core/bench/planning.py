@@ -2,8 +2,10 @@
 
     python -m nai_t5_core.bench.planning CAPTIONS.txt --tokenizer tokenizer.json --family wan --rows 1000000
 
-The file's captions are repeated with numbers behind them, so that nearly all are unique. Memory is that of this process
-and of those that it starts, where pages that they share are counted once; it is looked at twice a second (Linux).
+The file's captions are repeated with numbers behind them, so that nearly all are unique. Shards have as many rows as
+those of 512 MB of a T5-XXL. Memory is that of this process and of those that it starts, where pages that they share are
+counted once; it is looked at twice a second (Linux). How long a run that goes on looks for its shards is measured on
+files that have everything but rows, which are not read for it.
 """
 
 from __future__ import annotations
@@ -19,14 +21,21 @@ from tempfile import TemporaryDirectory
 from threading import Event, Thread
 from typing import Annotated
 
+import torch
 import typer
 
 from nai_t5_core.datasets.encoder_choice import EncoderChoice
-from nai_t5_core.datasets.recipe import Feeding
-from nai_t5_core.datasets.run import Order
+from nai_t5_core.datasets.folder import SetFolder
+from nai_t5_core.datasets.plan import Plan
+from nai_t5_core.datasets.prompt_files import read_prompts
+from nai_t5_core.datasets.recipe import Feeding, Keeping
+from nai_t5_core.datasets.run import Order, missing_shards
+from nai_t5_core.datasets.shard_files import Encoded, write_shard
 
 _BETWEEN_LOOKS = 0.5
 _PAGES = "Pss:"
+# Of the embedded model's 128 numbers a row, as many rows as 512 MB of 4096 numbers.
+_SHARD_BYTES = 512_000_000 // 32
 
 
 class PeakMemory:
@@ -73,11 +82,21 @@ def write_captions(file: Path, lines: list[str], rows: int) -> None:
         out.writelines(islice(numbered, rows))
 
 
+def write_shards(folder: SetFolder, plan: Plan) -> None:
+    """The files of all shards, without rows."""
+    folder.shards_folder.mkdir()
+    for number in range(len(plan.shards)):
+        prompts = read_prompts(folder, number)
+        none = torch.empty(0, plan.recipe.d_model)
+        encoded = Encoded(none, torch.zeros(len(prompts) + 1, dtype=torch.int64), prompts.tokens, prompts.keys, {})
+        write_shard(folder.shard(number), encoded, plan.recipe.keeping)
+
+
 def measure(
     captions: Path, choice: EncoderChoice, family: str, processes: int | None, folder: Path
 ) -> dict[str, float]:
     """Planning and planning again: captions a second by the clock and of processor time, and bytes of memory."""
-    order, memory = Order(choice, Feeding.choose(family)), PeakMemory()
+    order, memory = Order(choice, Feeding.choose(family), Keeping(shard_bytes=_SHARD_BYTES)), PeakMemory()
     planner = order.planner(folder, processes)
     began, spent = time.perf_counter(), _processor_seconds()
     with memory.watched():
@@ -85,6 +104,12 @@ def measure(
     seconds, spent = time.perf_counter() - began, _processor_seconds() - spent
     again = time.perf_counter()
     order.planner(folder, processes).plan([captions])
+    planned_again = time.perf_counter() - again
+    write_shards(planner.folder, plan)
+    scanned = time.perf_counter()
+    missing = missing_shards(planner.folder, plan)
+    scanned = time.perf_counter() - scanned
+    assert not missing, "shards that were written are there"
     return {
         "captions": plan.samples,
         "unique prompts": plan.prompts,
@@ -92,7 +117,9 @@ def measure(
         "captions a second": plan.samples / seconds,
         "captions a second of processor time": plan.samples / spent,
         "bytes of memory": memory.bytes,
-        "seconds to plan again": time.perf_counter() - again,
+        "seconds to plan again": planned_again,
+        "shards": len(plan.shards),
+        "seconds to see that they are there": scanned,
     }
 
 

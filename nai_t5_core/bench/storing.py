@@ -3,8 +3,8 @@
     python -m nai_t5_core.bench.storing CAPTIONS.txt
     python -m nai_t5_core.bench.storing CAPTIONS.txt --width-of t5-v1_1-xxl --tokenizer tokenizer.json
 
-Of the embedded model, or of a drawn one of another size with a single layer. Told are a shard's whole file over the bytes
-of its rows in bfloat16, the relative error (L2), and megabytes of bfloat16 a second by which prompts are written and read.
+Of the embedded model, or of a drawn one of another size with a single layer. Told are a shard's whole file over the
+bytes of its rows in bfloat16, the relative error (L2), and megabytes of bfloat16 that are written and read a second.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def _encode(
     seconds = time.monotonic() - began
     if as_json:
         print_json({**_summary(plan), "made": 0 if plan_only else len(numbers), "seconds": seconds})
-    elif not plan_only:
+    elif numbers and not plan_only:
         tokens = sum(plan.shards[number].tokens for number in numbers)
         rate = f"{tokens / max(seconds, 1e-9):,.0f} a second"
         say(f"made {len(numbers)} shards, {tokens:,} tokens in {seconds:.1f} s: {rate}")
