@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +29,7 @@ from nai_t5_core.cli.options import (
 )
 from nai_t5_core.cli.prompts import path_and_strength
 from nai_t5_core.cli.shard_progress import planning_bar, shards_bar
-from nai_t5_core.cli.terminal import counting, err, print_json, say, size, working
+from nai_t5_core.cli.terminal import counted, counting, err, print_json, say, size, working
 
 if TYPE_CHECKING:
     from nai_t5_core.datasets.compute import Engine
@@ -117,8 +119,18 @@ def run(
         feeding = Feeding.choose(family, max_length, padding.value if padding else None)
         keeping = Keeping(store, compress, shard_mb * 1_000_000)  # type: ignore[arg-type]
         planner = Order(choice, feeding, keeping, Columns(column, id_column), skip_bad).planner(user_path(out))
-    plan = _plan(planner, [user_path(file) for file in files], rank, plan_wait)
-    _encode(planner, plan, choice, engine, plan_only, as_json)
+    with _telling_how_to_go_on():
+        plan = _plan(planner, [user_path(file) for file in files], rank, plan_wait)
+        _encode(planner, plan, choice, engine, plan_only, as_json)
+
+
+@contextmanager
+def _telling_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("what is complete stays, and running the same command again goes on", err, "stopped:", "yellow")
+        raise
 
 
 def _encode(
@@ -141,13 +153,14 @@ def _encode(
     elif numbers and not plan_only:
         tokens = sum(plan.shards[number].tokens for number in numbers)
         rate = f"{tokens / max(seconds, 1e-9):,.0f} a second"
-        say(f"made {len(numbers)} shards, {tokens:,} tokens in {seconds:.1f} s: {rate}")
+        say(f"made {counted(len(numbers), 'shard')}, {tokens:,} tokens in {seconds:.1f} s: {rate}")
     if failures:
         _refuse_failures(failures, folder)
 
 
 def _refuse_failures(failures: int, folder: SetFolder) -> None:
-    told = f"{failures} prompts failed and have no embedding; nai-t5 precompute status {folder.path} lists them"
+    failed = "1 prompt failed and has" if failures == 1 else f"{failures:,} prompts failed and have"
+    told = f"{failed} no embedding; nai-t5 precompute status {folder.path} lists them"
     say(told, err, "warning:")
     raise typer.Exit(1)
 
@@ -172,13 +185,13 @@ def _plan(planner: Planner, files: list[Path], rank: int, minutes: int) -> Plan:
 
 
 def _tell_plan(plan: Plan, numbers: list[int], left_out: int) -> None:
-    prompts = f"{plan.samples:,} samples, {plan.prompts:,} unique prompts"
+    prompts = f"{counted(plan.samples, 'sample')}, {counted(plan.prompts, 'unique prompt')}"
     if plan.cut:
         prompts += f" ({plan.cut:,} cut to {plan.recipe.feeding.max_length} tokens)"
     if left_out:
-        prompts += f", {left_out:,} rows without a caption left out"
+        prompts += f", {counted(left_out, 'row')} without a caption left out"
     say(f"{prompts}; {plan.tokens:,} tokens, {plan.tokens / max(plan.prompts, 1):.1f} a prompt", err)
-    shards = f"{len(plan.shards)} shards, of which {len(numbers)} are to be made"
+    shards = f"{counted(len(plan.shards), 'shard')}, to be made: {len(numbers):,}"
     say(f"{size(plan.nbytes)} of {plan.recipe.keeping.store} in {shards}", err)
 
 
@@ -206,8 +219,9 @@ def status(folder: Folder, as_json: Json = False) -> None:
         print_json({**_summary(plan), "missing": found.missing, "disk": found.nbytes, "failures": found.failures})
         return
     done = len(plan.shards) - len(found.missing)
-    say(f"{plan.samples:,} samples, {plan.prompts:,} unique prompts, of which {found.prompts:,} are encoded")
-    say(f"{done} of {len(plan.shards)} shards, {size(found.nbytes)}")
+    prompts = f"{counted(plan.samples, 'sample')}, {counted(plan.prompts, 'unique prompt')}"
+    say(f"{prompts}, of which {found.prompts:,} are encoded")
+    say(f"{done:,} of {counted(len(plan.shards), 'shard')}, {size(found.nbytes)}")
     for key, reason in found.failures.items():
         say(reason, err, f"failed: {key[:16]}…", "yellow")
 
@@ -247,4 +261,4 @@ def gc(
     if as_json:
         print_json({"removed": removed})
     else:
-        say(f"removed {len(removed)} files" if removed else "nothing to remove")
+        say(f"removed {counted(len(removed), 'file')}" if removed else "nothing to remove")

@@ -114,12 +114,17 @@ def whole(path: Path) -> Iterator[Path]:
     """A path to write to that is renamed in the end, so that no reader finds half a file.
 
     Not synchronised for each of a million small files: an export can be made again.
+
+    Raises:
+        OSError: it cannot be written, or the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}; complete files stay", str(path)) from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
