@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,6 +175,15 @@ def test_the_command_says_what_there_is_to_do_and_what_was_done(
     assert (found["samples"], found["prompts"], found["missing"], found["failures"]) == (120, unique, [], {})
     app(["precompute", "verify", str(out)], standalone_mode=False)
     assert "all shards that are there are whole" in capsys.readouterr().out
+
+
+def test_a_disk_that_will_fill_is_told_beforehand(
+    tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1_000))
+    app(arguments(file, tmp_path / "set", "--plan-only"), standalone_mode=False)
+    told = capsys.readouterr().err
+    assert re.search(r"warning: shards of \d\.\d MB are to be made, and the disk has 0\.0 MB free", told)
 
 
 def test_a_run_with_nothing_to_make_says_so(tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -142,6 +143,7 @@ def _encode(
     folder = planner.folder
     numbers = to_make(folder, plan, engine)
     _tell_plan(plan, numbers, planner.left_out)
+    _tell_want_of_room(plan, numbers, folder)
     began, failures = time.monotonic(), 0
     if not plan_only:
         with shards_bar(plan, numbers) as told:
@@ -193,6 +195,15 @@ def _tell_plan(plan: Plan, numbers: list[int], left_out: int) -> None:
     say(f"{prompts}; {plan.tokens:,} tokens, {plan.tokens / max(plan.prompts, 1):.1f} a prompt", err)
     shards = f"{counted(len(plan.shards), 'shard')}, to be made: {len(numbers):,}"
     say(f"{size(plan.nbytes)} of {plan.recipe.keeping.store} in {shards}", err)
+
+
+def _tell_want_of_room(plan: Plan, numbers: list[int], folder: SetFolder) -> None:
+    """The run begins all the same: the disk may be emptied meanwhile, and what is complete stays."""
+    needed = sum(plan.shards[number].rows for number in numbers) * plan.recipe.row_bytes
+    free = shutil.disk_usage(folder.path).free
+    if free < needed:
+        before = "" if plan.recipe.keeping.compress == "none" else " before compression"
+        say(f"shards of {size(needed)}{before} are to be made, and the disk has {size(free)} free", err, "warning:")
 
 
 def _summary(plan: Plan) -> dict[str, Any]:
