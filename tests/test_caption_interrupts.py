@@ -21,27 +21,21 @@ from toy_captions import captions, write_captions
 
 # Enough that it is tokenized by processes, and in several shards.
 COUNT = 60_000
-MOMENTS = ["before processes", "as processes start", "as they tokenize", "one encodes", "two start", "two encode"]
+# What there is of the set and how many processes were started when it is pressed, and how many seconds later it is.
+MOMENTS: dict[str, tuple[str, int, float]] = {
+    "before processes": ("planning.sqlite", 0, 0),
+    "as processes start": ("planning.sqlite", 1, 0),
+    "as they tokenize": ("planning.sqlite", 2, 1.5),
+    "one encodes": ("shards/00002.safetensors", 0, 0),
+    "two start": ("plan.json", 2, 0),
+    "two encode": ("shards/00002.safetensors", 2, 0),
+}
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = {name: f"{text} {name}" for name, text in captions(COUNT).items()}
     return write_captions(tmp_path_factory.mktemp("captions") / "a.jsonl", texts)
-
-
-def comes(out: Path, moment: str, run: subprocess.Popen[str]) -> bool:
-    """Whether the moment has come."""
-    here = len(psutil.Process(run.pid).children()) if run.poll() is None else 0
-    plan, shards = (out / "planning.sqlite").exists(), len(list((out / "shards").glob("0*.safetensors")))
-    return {
-        "before processes": plan,
-        "as processes start": plan and here > 0,
-        "as they tokenize": plan and (out / "planning.sqlite").stat().st_size > 1_000_000,
-        "one encodes": shards > 1,
-        "two start": (out / "plan.json").exists() and here > 1,
-        "two encode": shards > 1,
-    }[moment]
 
 
 @pytest.mark.slow
@@ -60,9 +54,11 @@ def test_ctrl_c_ends_a_run(moment: str, file: Path, tmp_path: Path) -> None:
         # Where this process does not hear it, such as in the background, its children would not either.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    while not comes(out, moment, run):
+    there, started, later = MOMENTS[moment]
+    while not (out / there).exists() or len(psutil.Process(run.pid).children()) < started:
         assert run.poll() is None, run.communicate()[0]
         time.sleep(0.01)
+    time.sleep(later)
     # As a terminal does: to the program and all that it has started.
     os.killpg(run.pid, signal.SIGINT)
     told, _ = run.communicate(timeout=30)
