@@ -12,13 +12,12 @@ from typing import Any
 import torch
 
 from nai_t5_core import EmbeddingDataset
-from nai_t5_core.datasets.samples import known_samples
 
 
 def reader(folder: str) -> Any:
     """What diffusion-pipe calls with captions in the place of its text encoder."""
     dataset = EmbeddingDataset(folder)
-    ids = {caption: name for batch in known_samples(dataset.folder) for name, _, caption in batch}
+    ids = dataset.ids_by_caption()
 
     def read(caption: list[str], is_video: list[bool]) -> dict[str, torch.Tensor]:
         states, mask = dataset.batch([ids[text] for text in caption], pad_to=512)

@@ -249,6 +249,11 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "no text": ("a.txt", b"caf\xe9\n", "is no text in UTF-8"),
     "no parquet": ("a.parquet", b"PAR1 nothing", "cannot be read as parquet"),
     "an open quote": ("a.csv", b'caption,id\n"open,1\n', "is no CSV file"),
+    "a comma without quotes": (
+        "a.csv",
+        b"caption,id\na fox,1\na fox, red,2\n",
+        "line 3 has more fields than there are columns; a caption with a comma in it needs quotes",
+    ),
     "an empty csv": ("a.csv", b"", "has no column 'caption'; it has: none"),
     "text has no ids": ("a.txt", b"x\n", "has no column 'id'; leave --id out"),
 }
@@ -312,6 +317,23 @@ def test_other_settings_are_refused_with_what_differs(case: str, tmp_path: Path)
     assert files_of(tmp_path / "set") == before
 
 
+def test_rows_are_not_numbered_in_a_set_whose_ids_are_of_a_column(tmp_path: Path) -> None:
+    """Who goes on and forgets --id would add every caption a second time."""
+    file = write_captions(tmp_path / "a.jsonl", TEXTS)
+    planned(order(), tmp_path / "set", file)
+    before = files_of(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"has ids of a column, such as 'clip/0000', .* Give --id COLUMN"):
+        planned(order(id_column=None), tmp_path / "set", file)
+    assert files_of(tmp_path / "set") == before
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    file = write_captions(tmp_path / "a.jsonl", TEXTS)
+    with pytest.raises(ValueError, match=r"a\.jsonl is a file; a set needs a folder"):
+        planned(order(), file, file)
+    assert file.read_text().count("\n") == len(TEXTS)
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "holiday.jpg").write_bytes(b"x")
@@ -344,7 +366,7 @@ def test_how_captions_are_fed_is_checked(arguments: dict[str, Any], expected: st
     ("arguments", "expected"),
     [
         ({"store": "int4"}, "store='int4'; allowed: bfloat16, int8, float8"),
-        ({"compress": "gzip"}, "compress='gzip'; allowed: none, zlib"),
+        ({"compress": "gzip"}, "compress='gzip'; allowed: none, zlib, zstd"),
         ({"shard_bytes": 0}, "shard_bytes=0; it must be 1 or more"),
     ],
 )

@@ -179,7 +179,9 @@ def test_what_is_not_encoded_yet_is_told_and_left_out_of_batches(tmp_path: Path)
     assert {name for batch in LengthSampler(dataset, 8) for name in batch} == set(TEXTS)
 
 
-@pytest.mark.parametrize("keeping", [{"store": "int8"}, {"store": "float8"}, {"compress": "zlib"}])
+@pytest.mark.parametrize(
+    "keeping", [{"store": "int8"}, {"store": "float8"}, {"compress": "zlib"}, {"compress": "zstd"}]
+)
 def test_every_kind_of_storage_is_read(keeping: dict[str, str], dataset: EmbeddingDataset, tmp_path: Path) -> None:
     folder = made(order(**keeping), tmp_path / "set", write_captions(tmp_path / "a.jsonl", TEXTS))
     other = EmbeddingDataset(folder.path)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,16 +165,33 @@ def test_the_command_says_what_there_is_to_do_and_what_was_done(
     told = capsys.readouterr().err
     unique = len(set(TEXTS.values()))
     assert (out / "plan.json").is_file()
-    assert f"120 samples, {unique} unique prompts;" in told and "1 shards, of which 1 are to be made" in told
+    assert f"120 samples, {unique} unique prompts;" in told and "1 shard, to be made: 1" in told
     assert not (out / "shards").exists()
     app(arguments(file, out), standalone_mode=False)
     captured = capsys.readouterr()
-    assert captured.out.startswith("made 1 shards") and "1 of 1 shards" in captured.err
+    assert captured.out.startswith("made 1 shard,") and "1 of 1 shard" in captured.err
     app(["precompute", "status", str(out), "--json"], standalone_mode=False)
     found = json.loads(capsys.readouterr().out)
     assert (found["samples"], found["prompts"], found["missing"], found["failures"]) == (120, unique, [], {})
     app(["precompute", "verify", str(out)], standalone_mode=False)
     assert "all shards that are there are whole" in capsys.readouterr().out
+
+
+def test_a_disk_that_will_fill_is_told_beforehand(
+    tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1_000))
+    app(arguments(file, tmp_path / "set", "--plan-only"), standalone_mode=False)
+    told = capsys.readouterr().err
+    assert re.search(r"warning: shards of \d\.\d MB are to be made, and the disk has 0\.0 MB free", told)
+
+
+def test_a_run_with_nothing_to_make_says_so(tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        capsys.readouterr()
+        app(arguments(file, tmp_path / "set"), standalone_mode=False)
+    captured = capsys.readouterr()
+    assert "1 shard, to be made: 0" in captured.err and captured.out == ""
 
 
 def test_another_rank_waits_for_the_plan(tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,7 +222,7 @@ def test_a_prompt_that_fails_is_told_and_the_status_is_1(tmp_path: Path, capsys:
     out = tmp_path / "set"
     given = arguments(file, out, "--model", str(encoder.source), "--tokenizer", str(encoder.tokenizer))
     assert app(given, standalone_mode=False) == 1
-    assert "1 prompts failed and have no embedding" in capsys.readouterr().err
+    assert "1 prompt failed and has no embedding" in capsys.readouterr().err
     app(["precompute", "status", str(out)], standalone_mode=False)
     assert "shared.weight holds values that are not finite" in capsys.readouterr().err
     app(["precompute", "gc", str(out), "--failed"], standalone_mode=False)

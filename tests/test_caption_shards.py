@@ -14,13 +14,17 @@ import torch
 
 pytest.importorskip("pyarrow")
 
+import pyarrow as pa
 from toy_captions import captions, digests, made, order, planned, with_a_damaged_row, with_a_vocabulary, write_captions
 from toy_loras import toy_lora, write_style
 
 from nai_t5_core import TextEncoder
+from nai_t5_core.datasets import coding
+from nai_t5_core.datasets.arrow import MissingPackageError
+from nai_t5_core.datasets.coding import coder
 from nai_t5_core.datasets.reading import EmbeddingDataset
 from nai_t5_core.datasets.recipe import Keeping
-from nai_t5_core.datasets.shard_files import Encoded, ShardFile, write_shard
+from nai_t5_core.datasets.shard_files import DamagedShardError, Encoded, ShardFile, write_shard
 from nai_t5_core.datasets.storing import pack_rows, reduce_rows, unpack_rows
 from nai_t5_core.datasets.worker import Progress, Worker
 from nai_t5_core.weights.examine import find_tokenizer_for
@@ -182,9 +186,11 @@ def write(file: Path, rows: torch.Tensor, keeping: Keeping, prompt: int = 32) ->
     [
         ("bfloat16", "none", 1.01, 0.0),
         ("bfloat16", "zlib", 0.75, 0.0),
+        ("bfloat16", "zstd", 0.75, 0.0),
         ("int8", "none", 0.52, 0.012),
         ("float8", "none", 0.52, 0.03),
         ("int8", "zlib", 0.50, 0.012),
+        ("int8", "zstd", 0.50, 0.012),
     ],
 )
 def test_bytes_and_errors_of_what_is_stored(
@@ -214,17 +220,77 @@ def test_rows_and_channels_of_zeros_stay(store: Any) -> None:
 
 def test_packed_bytes_are_mantissas_with_signs_and_then_coded_exponents() -> None:
     rows = torch.tensor([[1.0, -1.0, 1.5, 0.0]]).bfloat16()
-    packed = pack_rows(rows)
+    packed = pack_rows(rows, coder("zlib"))
     assert packed[:4] == bytes([0, 1, 0x80, 0])
     assert zlib.decompress(packed[4:], -15) == bytes([127, 127, 127, 0])
+    packed = pack_rows(rows, coder("zstd"))
+    assert packed[:4] == bytes([0, 1, 0x80, 0])
+    assert pa.decompress(packed[4:], 4, "zstd", asbytes=True) == bytes([127, 127, 127, 0])
 
 
+@pytest.mark.parametrize("compress", ["zlib", "zstd"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
-def test_all_bits_come_back(dtype: torch.dtype) -> None:
+def test_all_bits_come_back(dtype: torch.dtype, compress: str) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(256, 256)
     rows = every.view(dtype) if dtype == torch.bfloat16 else every.to(torch.int8).view(dtype)
-    back = unpack_rows(memoryview(pack_rows(rows)), (256, 256), dtype)
+    packed = memoryview(pack_rows(rows, coder(compress)))
+    back = unpack_rows(packed, (256, 256), dtype, coder(compress))
     assert back.view(torch.uint8).equal(rows.contiguous().view(torch.uint8))
+    back.zero_()
+
+
+@pytest.mark.parametrize("compress", ["zlib", "zstd"])
+def test_coded_bytes_that_are_damaged_are_told_or_are_others_of_the_same_number(compress: str) -> None:
+    """Nothing else comes out: no crash, no bytes that were never written, none too many."""
+    by, plain = coder(compress), bytes(range(250)) * 8
+    coded = by.code(memoryview(plain))
+    assert by.decode(memoryview(coded), len(plain)) == plain
+    damaged = [coded[:size] for size in range(len(coded))]
+    damaged += [coded[:place] + bytes([coded[place] ^ 0x55]) + coded[place + 1 :] for place in range(len(coded))]
+    told = 0
+    for one in damaged:
+        try:
+            assert len(by.decode(memoryview(one), len(plain))) == len(plain)
+        except ValueError:
+            told += 1
+    assert told >= len(coded)
+    for size in (len(plain) - 1, len(plain) + 1):
+        with pytest.raises(ValueError, match=r"\S"):
+            by.decode(memoryview(coded), size)
+
+
+@pytest.mark.parametrize("compress", ["zlib", "zstd"])
+def test_a_damaged_block_is_told_with_what_mends_it(compress: str, tmp_path: Path) -> None:
+    file = tmp_path / "shard.safetensors"
+    shard = write(file, as_of_a_t5(64), Keeping("bfloat16", compress))  # type: ignore[arg-type]
+    content = bytearray(file.read_bytes())
+    begin = shard._begin + shard._places["rows"].begin + 32 * 1024
+    content[begin : begin + 64] = bytes(64)
+    file.write_bytes(content)
+    with pytest.raises(DamagedShardError, match=r"shard.safetensors is damaged: .* precompute verify sets it aside"):
+        ShardFile(file).rows(0)
+
+
+def test_a_shard_of_a_newer_version_is_told_as_such(tmp_path: Path) -> None:
+    file = tmp_path / "shard.safetensors"
+    write(file, as_of_a_t5(64), Keeping("bfloat16", "zlib"))
+    file.write_bytes(file.read_bytes().replace(b'"compress":"zlib"', b'"compress":"lzma"'))
+    with pytest.raises(DamagedShardError, match="it is compressed by 'lzma', and this version knows zlib, zstd"):
+        ShardFile(file)
+
+
+def test_a_pyarrow_without_zstandard_is_told_before_anything_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_captions(tmp_path / "a.jsonl", TEXTS)
+    shard = write(tmp_path / "shard.safetensors", as_of_a_t5(64), Keeping("bfloat16", "zstd"))
+    monkeypatch.setattr(coding, "_CODERS", {"zstd": coding.Zstandard()})
+    monkeypatch.setattr(pa, "Codec", SimpleNamespace(is_available=lambda name: False))
+    with pytest.raises(MissingPackageError, match=r"built without Zstandard; .* make sets with --compress zlib"):
+        planned(order(compress="zstd"), tmp_path / "set", file)
+    assert not (tmp_path / "set").exists()
+    with pytest.raises(MissingPackageError, match="built without Zstandard"):
+        ShardFile(shard.file).rows(0)
 
 
 def test_the_file_is_what_the_documents_say(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from nai_t5_core.datasets.exports import FORMATS, export
 from nai_t5_core.datasets.exports.clip import ClipEncoder
 from nai_t5_core.datasets.reading import EmbeddingDataset
 from nai_t5_core.datasets.recipe import Feeding
+from nai_t5_core.weights.examine import find_tokenizer_for
 
 TEXTS = {"img/fox.png": "a red fox", "img/dogs.v2": "two old dogs sleep in warm snow"}
 
@@ -36,7 +37,7 @@ TEXTS = {"img/fox.png": "a red fox", "img/dogs.v2": "two old dogs sleep in warm 
 def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EmbeddingDataset]:
     place = tmp_path_factory.mktemp("sets")
     file = write_captions(place / "a.jsonl", TEXTS)
-    families = ("wan", "pixart-sigma", "ltx-condition", "ltx-video", "auraflow", "flux", "sd3")
+    families = ("wan", "pixart-sigma", "ltx-condition", "ltx-video", "auraflow", "flux", "sd3", "chroma")
     return {family: EmbeddingDataset(made(order(family), place / family, file).path) for family in families}
 
 
@@ -109,6 +110,7 @@ SIMPLETUNER = {
             "attention_masks": [1, 512],
         },
     ),
+    "chroma": ("chroma", {"prompt_embeds": [1, 512, 128], "attention_masks": [1, 512]}),
     "sd3": ("sd3", {"prompt_embeds": [1, 77 + 256, 128], "pooled_prompt_embeds": [56]}),
 }
 
@@ -150,6 +152,36 @@ def test_sd_scripts_flux(sets: dict[str, EmbeddingDataset], clips: dict[str, str
     tokenizer = ClipEncoder(clips["flux"], both=False)._parts[0][0]
     tokens = tokenizer("a red fox", padding="max_length", max_length=77, return_tensors="pt").input_ids
     torch.testing.assert_close(torch.from_numpy(read["l_pooled"]), model(tokens).pooler_output[0].detach())
+
+
+def test_sd_scripts_flux_of_chroma(sets: dict[str, EmbeddingDataset], tmp_path: Path) -> None:
+    """It has no CLIP; its mask is the tokenizer's, and the model reads one pad more by itself."""
+    export(sets["chroma"].folder.path, "sd-scripts-flux", tmp_path)
+    assert names(tmp_path) == {"img/fox_flux_te.npz", "img/dogs.v2_flux_te.npz"}
+    read = np.load(tmp_path / "img/fox_flux_te.npz")
+    assert torch.from_numpy(read["t5_out"]).equal(padded(sets["chroma"], "img/fox.png").float())
+    assert read["apply_t5_attn_mask"] and read["t5_attn_mask"].sum() == sets["chroma"]["img/fox.png"][1] - 1
+    assert read["l_pooled"].shape == (77, 1) and not read["l_pooled"].any()
+
+
+@pytest.mark.parametrize("words", [1, 509, 510, 511, 600])
+def test_chromas_masks_at_its_full_length(words: int, tmp_path: Path) -> None:
+    """Where a prompt and the pad behind it fill the length, or are cut, the two masks still differ as they should."""
+    token = next(word for word in ("a", "fox", "the") if find_tokenizer_for(None).count(f"{word} {word}") == 3)
+    file = write_captions(tmp_path / "a.jsonl", {"x": " ".join([token] * words)})
+    folder = made(order("chroma"), tmp_path / "set", file).path
+    tokens = min(words + 1, 512)
+    assert (
+        EmbeddingDataset(folder)["x"][1] == min(tokens + 1, 512) and EmbeddingDataset(folder).token_count("x") == tokens
+    )
+    for to, counted in (("simpletuner", min(tokens + 1, 512)), ("sd-scripts-flux", tokens)):
+        export(folder, to, tmp_path / to)
+        (written,) = (tmp_path / to).iterdir()
+        if to == "simpletuner":
+            mask = torch.load(written, weights_only=True)["attention_masks"]
+        else:
+            mask = torch.from_numpy(np.load(written)["t5_attn_mask"])
+        assert mask.sum() == counted
 
 
 def test_sd_scripts_sd3(sets: dict[str, EmbeddingDataset], clips: dict[str, str], tmp_path: Path) -> None:

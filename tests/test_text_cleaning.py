@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import re
+from itertools import product
 
+import ftfy
 import pytest
 from hostile import in_little
 from hypothesis import given, settings
@@ -33,3 +36,29 @@ def test_quotes_without_an_end(kind: str, text: str) -> None:
     """Each was looked at again from every place before it: a minute for this many."""
     with in_little():
         clean_text(text * (100_000 // len(text)), kind)  # type: ignore[arg-type]
+
+
+ASCII = "".join(map(chr, range(128)))
+
+
+def as_wan_does(text: str) -> str:
+    """As its pipeline has it."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text))).strip()).strip()
+
+
+@settings(max_examples=500, deadline=None)
+@given(text=st.one_of(st.text(alphabet=ASCII, max_size=40), st.text(max_size=40)))
+def test_wan_cleans_as_its_pipeline_does(text: str) -> None:
+    assert clean_text(text, "wan") == as_wan_does(text)
+
+
+@pytest.mark.parametrize("kind", ["alone", "pairs", "within words", "as entities"])
+def test_no_text_that_needs_repair_goes_without(kind: str) -> None:
+    """Printable ASCII is passed by; every character of it, and every pair, is one that ftfy leaves alone."""
+    texts = {
+        "alone": list(ASCII),
+        "pairs": [one + other for one, other in product(ASCII, repeat=2)],
+        "within words": [f"a fox{sign}{sign}  hill" for sign in ASCII],
+        "as entities": [f"a {begin}{name}; b" for begin in ("&", "&amp;", "&#", "<&") for name in ("lt", "38", "x41")],
+    }[kind]
+    assert [clean_text(text, "wan") for text in texts] == [as_wan_does(text) for text in texts]

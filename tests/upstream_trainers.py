@@ -3,9 +3,9 @@
     python tests/upstream_trainers.py CHECKOUTS
 
 CHECKOUTS is a folder with work trees called musubi-tuner, sd-scripts, FastVideo, PixArt-sigma, SimpleTuner,
-LTX-Video-Trainer, ai-toolkit and diffusion-pipe; trainers whose work tree is not there are passed over, and told. Their
-reading functions are called as they are. What these modules import beside that and is not installed (cv2, torchvision,
-…) is replaced by mocks, and so is what they would read beside texts.
+LTX-Video-Trainer, ai-toolkit, diffusion-pipe, and OneTrainer with mgds beside it; trainers whose work tree is not there
+are passed over, and told. Their reading functions are called as they are. What these modules import beside that and is
+not installed (cv2, torchvision, …) is replaced by mocks, and so is what they would read beside texts.
 
 What is read is compared with what transformers' T5 gives for ids, lengths and masks as the trainer's own encoding has
 them, in float32: the difference is bfloat16's rounding.
@@ -13,16 +13,13 @@ them, in float32: the difference is bfloat16's rounding.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, patch
 
@@ -36,13 +33,17 @@ from conftest import TOY_CONFIGS, random_state, write_hf_folder
 from safetensors.torch import save_file
 from torch import Tensor
 from toy_clip import write_clip
+from trainer_modules import Mock, imported_from
 
+from examples import onetrainer_captions
 from examples.diffusion_pipe_captions import reader
+from nai_t5_core.datasets.captions import Columns
 from nai_t5_core.datasets.compute import Engine, make_shards, to_make
 from nai_t5_core.datasets.encoder_choice import EncoderChoice
 from nai_t5_core.datasets.exports import export
 from nai_t5_core.datasets.recipe import Feeding
 from nai_t5_core.datasets.run import Order
+from nai_t5_core.facts.padding import PaddingPolicy
 from nai_t5_core.tokenizer import Tokenizer
 from nai_t5_core.weights.examine import find_tokenizer_for
 
@@ -51,106 +52,31 @@ CAPTIONS = {"img/fox.png": "a red fox in the snow", "img/dog.png": "two dogs", "
 LARGEST_DIFFERENCE = 2**-7
 
 
-class _Mock(ModuleType):
-    """A module whose names are classes, so that others can be derived from them, and that decorate by doing nothing."""
+class Made:
+    """A set of one family, beside what transformers gives."""
 
-    __path__ = __all__ = ()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (_Anything,), {})
-
-
-class _AnythingsClass(type):
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Anything()
-
-
-class _Anything(metaclass=_AnythingsClass):
-    """Takes anything, has no items, and decorates by doing nothing."""
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        """Keeps none of it."""
-
-    def __call__(self, *arguments: Any, **settings: Any) -> Any:
-        return arguments[0] if arguments and callable(arguments[0]) else self
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
-
-
-class _Missing(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives a mock for each module of packages that are not installed, and of the work tree's own where it has none."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        package = name.partition(".")[0]
-        installed = package in sys.modules and not isinstance(sys.modules[package], _Mock)
-        if (installed or ("." not in name and self._is_there(package))) and not (self._folder / package).is_dir():
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def _is_there(self, package: str) -> bool:
-        return importlib.machinery.PathFinder.find_spec(package) is not None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        return _Mock(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """A mock is complete."""
-
-
-@contextmanager
-def imported_from(folder: Path) -> Iterator[None]:
-    """Modules of a work tree, and mocks for those that are not there."""
-    missing = _Missing(folder)
-    sys.path.insert(0, str(folder))
-    sys.meta_path.append(missing)
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        sys.meta_path.remove(missing)
-        own = {path.stem for path in folder.iterdir()}
-        for name in [
-            name for name, module in sys.modules.items() if isinstance(module, _Mock) or name.partition(".")[0] in own
-        ]:
-            del sys.modules[name]
-
-
-class Exported:
-    """A set of one family and its files in a format, beside what transformers gives."""
-
-    def __init__(self, folder: Path, to: str, family: str) -> None:
-        self.folder = folder / to / family
-        self.out = self.folder / "out"
-        self.out.mkdir(parents=True)
-        self.length = Feeding.choose(family).max_length
-        clip = write_clip(self.folder, both=family == "sd3") if family in ("flux", "sd3") else None
-        self.model, tokenizer = write_model(self.folder)
+    def __init__(
+        self, folder: Path, family: str, max_length: int | None = None, padding: PaddingPolicy | None = None
+    ) -> None:
+        self.folder = folder
+        self.folder.mkdir(parents=True)
+        feeding = Feeding.choose(family, max_length, padding)
+        self.length = feeding.max_length
+        self.model, self.tokenizer = write_model(self.folder)
         rows = [json.dumps({"id": name, "caption": caption}) for name, caption in CAPTIONS.items()]
         (self.folder / "captions.jsonl").write_text("\n".join(rows))
-        choice = EncoderChoice(str(self.model), "float32", "cpu", tokenizer=str(tokenizer))
-        order = Order(choice, Feeding.choose(family))
-        order = Order(choice, order.feeding, columns=type(order.columns)("caption", "id"))
-        planner = order.planner(self.folder / "set")
+        choice = EncoderChoice(str(self.model), "float32", "cpu", tokenizer=str(self.tokenizer))
+        planner = Order(choice, feeding, columns=Columns("caption", "id")).planner(self.set)
         plan = planner.plan([self.folder / "captions.jsonl"])
         engine = Engine()
         make_shards(planner.folder, plan, choice, to_make(planner.folder, plan, engine), engine, lambda progress: None)
-        export(self.folder / "set", to, self.out, clip)
         self._theirs = {
             (caption, mask): self._encode(caption, mask) for caption in CAPTIONS.values() for mask in (0, 1)
         }
+
+    @property
+    def set(self) -> Path:
+        return self.folder / "set"
 
     def theirs(self, caption: str, with_mask: bool) -> tuple[Tensor, int]:
         """The padded states of transformers, [length, d_model], and the number of tokens."""
@@ -165,15 +91,26 @@ class Exported:
         with torch.no_grad():
             return model(torch.tensor(batch.input_ids), mask).last_hidden_state[0], batch.token_counts[0]
 
-    def check(self, read: Tensor, caption: str, with_mask: bool, rows: int | None = None) -> None:
-        """Compares what was read; with a mask the rows of pads are zeros, or are not there."""
+    def check(self, read: Tensor, caption: str, with_mask: bool, with_pads: bool = False) -> None:
+        """Compares what was read; with a mask the rows of pads are zeros, or are not there, unless they are kept."""
         expected, tokens = self.theirs(caption, with_mask)
-        if with_mask:
+        if with_mask and not with_pads:
             assert not read[tokens:].any(), "rows of pads are not zeros"
             read, expected = read[:tokens], expected[:tokens]
         assert read.shape == expected.shape, (read.shape, expected.shape)
         difference = (read.float() - expected).norm() / expected.norm()
         assert difference < LARGEST_DIFFERENCE, f"differs by {difference:.4f}"
+
+
+class Exported(Made):
+    """A set of one family and its files in a format."""
+
+    def __init__(self, folder: Path, to: str, family: str) -> None:
+        super().__init__(folder / to / family, family)
+        self.out = self.folder / "out"
+        self.out.mkdir()
+        clip = write_clip(self.folder, both=family == "sd3") if family in ("flux", "sd3") else None
+        export(self.set, to, self.out, clip)
 
 
 def write_model(folder: Path) -> tuple[Path, Path]:
@@ -273,8 +210,9 @@ def ai_toolkit(tree: Path, folder: Path) -> None:
 
 
 def simpletuner(tree: Path, folder: Path) -> None:
-    own_names = {"wan": "wan", "pixart-sigma": "pixart_sigma", "ltx-video": "ltxvideo", "auraflow": "auraflow"}
-    all_made = {family: Exported(folder, "simpletuner", family) for family in (*own_names, "flux", "sd3")}
+    own_names = {"pixart-sigma": "pixart_sigma", "ltx-video": "ltxvideo"}
+    families = ("wan", "auraflow", "chroma", "flux", "sd3", *own_names)
+    all_made = {family: Exported(folder, "simpletuner", family) for family in families}
     for family, made in all_made.items():
         named = own_names.get(family, family)
         with imported_from(tree):
@@ -291,35 +229,39 @@ def simpletuner(tree: Path, folder: Path) -> None:
             for caption in CAPTIONS.values():
                 read = cache.load_from_cache(cache.hash_prompt_with_path({"prompt": caption}))
                 states = read["prompt_embeds"][0]
-                with_mask = family in ("wan", "pixart-sigma", "auraflow")
-                made.check(states[77:] if family == "sd3" else states, caption, with_mask)
+                with_mask = family in ("wan", "pixart-sigma", "auraflow", "chroma")
+                made.check(states[77:] if family == "sd3" else states, caption, with_mask, family == "chroma")
+                if family == "chroma":
+                    assert read["attention_masks"].sum() == made.theirs(caption, True)[1] + 1
 
 
 def sd_scripts(tree: Path, folder: Path) -> None:
-    all_made = {kind: Exported(folder, f"sd-scripts-{kind.lower()}", kind.lower()) for kind in ("Flux", "Sd3")}
-    for kind, made in all_made.items():
-        family = kind.lower()
+    kinds = {"flux": "Flux", "sd3": "Sd3", "chroma": "Flux"}
+    all_made = {family: Exported(folder, f"sd-scripts-{kind.lower()}", family) for family, kind in kinds.items()}
+    for family, made in all_made.items():
+        kind, is_chroma = kinds[family], family == "chroma"
         with imported_from(tree):
             # It imports what transformers has no more, and has no part in reading texts.
-            sys.modules["library.train_util"] = _Mock("library.train_util")
-            module = __import__(f"library.strategy_{family}", fromlist=["*"])
-            strategy = getattr(module, f"{kind}TextEncoderOutputsCachingStrategy")(True, 1, False)
+            sys.modules["library.train_util"] = Mock("library.train_util")
+            module = __import__(f"library.strategy_{kind.lower()}", fromlist=["*"])
+            caching = getattr(module, f"{kind}TextEncoderOutputsCachingStrategy")
+            strategy = caching(True, 1, False, **{"apply_t5_attn_mask": True} if is_chroma else {})
             for name, caption in CAPTIONS.items():
                 file = strategy.get_outputs_npz_path(str(made.out / name))
                 assert strategy.is_disk_cached_outputs_expected(file)
                 read = [torch.from_numpy(part) for part in strategy.load_outputs_npz(file)]
-                made.check(read[1], caption, with_mask=False)
+                made.check(read[1], caption, is_chroma, with_pads=True)
                 assert read[-1].sum() == made.theirs(caption, False)[1]
 
 
 def diffusion_pipe(tree: Path, folder: Path) -> None:
     """It has no files to write for it: ``examples/diffusion_pipe_captions.py`` is called in the place of its T5."""
-    made = Exported(folder, "musubi-wan", "wan")
-    read = reader(str(made.folder / "set"))
+    made = Made(folder / "wan", "wan")
+    read = reader(str(made.set))
     # A default of one of its arguments asks for the GPU.
     with imported_from(tree), patch.object(torch.cuda, "current_device", lambda: 0):
         # Sizes and prompts, for which a package is needed.
-        sys.modules["models.wan.configs"] = _Mock("models.wan.configs")
+        sys.modules["models.wan.configs"] = Mock("models.wan.configs")
         from models.wan.wan import WanPipeline  # type: ignore[import-not-found]
         from utils.dataset import DatasetManager  # type: ignore[import-not-found]
 
@@ -337,6 +279,88 @@ def diffusion_pipe(tree: Path, folder: Path) -> None:
             made.check(states, caption, with_mask=True)
 
 
+def onetrainer(tree: Path, folder: Path) -> None:
+    """As for diffusion-pipe: ``examples/onetrainer_captions.py``, in the pipelines that its loaders make."""
+    all_made = {
+        "Flux": Made(folder / "flux", "flux", 77),
+        "Chroma": Made(folder / "chroma", "chroma"),
+        "PixArtAlpha": Made(folder / "pixart", "pixart-alpha"),
+        "StableDiffusion3": Made(folder / "sd3", "sd3", 77),
+        "HiDream": Made(folder / "hidream", "hidream", 128, "attend"),
+    }
+    for kind, made in all_made.items():
+        with imported_from(tree.parent / "mgds" / "src"), imported_from(tree):
+            # torch has the module, and it refuses to be imported without TensorBoard.
+            sys.modules["torch.utils.tensorboard"] = Mock("torch.utils.tensorboard")
+            module = __import__(f"modules.dataLoader.{kind}BaseDataLoader", fromlist=["*"])
+            _check_onetrainer(
+                getattr(module, f"{kind}BaseDataLoader"), made, with_mask=kind in ("Chroma", "PixArtAlpha")
+            )
+
+
+def _check_onetrainer(loader: Any, made: Made, with_mask: bool) -> None:
+    from mgds.LoadingPipeline import LoadingPipeline  # type: ignore[import-not-found]
+    from mgds.pipelineModules.EncodeT5Text import EncodeT5Text  # type: ignore[import-not-found]
+    from mgds.pipelineModules.Tokenize import Tokenize  # type: ignore[import-not-found]
+
+    def same(prompt: str) -> str:
+        return prompt
+
+    tokenizer = transformers.T5TokenizerFast.from_pretrained(made.tokenizer.parent, model_max_length=made.length)
+    tokenizers = {f"tokenizer{end}": tokenizer for end in ("", "_1", "_2", "_3", "_4")}
+    adding = {f"add_text_encoder{end}_embeddings_to_prompt": same for end in ("", "_1", "_2", "_3", "_4")}
+    model, config = MagicMock(**tokenizers, **adding), MagicMock(text_encoder_2_sequence_length=made.length)
+    model.transformer.config.llama_layers = [0]
+    for number in ("", "_2", "_3", "_4"):
+        setattr(config, f"train_text_encoder{number}_or_embedding", lambda: False)
+        setattr(config, f"text_encoder{number}_layer_skip", 0)
+    # Their own T5 is never called.
+    modules = loader._preparation_modules(MagicMock(), config, model)
+    encode = next(module for module in modules if isinstance(module, EncodeT5Text))
+    tokenize = next(
+        module for module in modules if isinstance(module, Tokenize) and encode.tokens_in_name in module.get_outputs()
+    )
+    tokenize.in_name = "prompt"
+    before, EncodeT5Text.get_item = EncodeT5Text.get_item, onetrainer_captions.reader(str(made.set))
+    try:
+        first, last = _ends_of_a_pipeline()
+        LoadingPipeline(torch.device("cpu"), [first, tokenize, encode, last], 1, 0, MagicMock())
+        for number, caption in enumerate(CAPTIONS.values()):
+            states = last._get_previous_item(0, encode.hidden_state_out_name, number)
+            tokens = made.theirs(caption, with_mask)[1]
+            assert states.shape[0] == made.length
+            made.check(states[:tokens] if with_mask else states, caption, with_mask)
+    finally:
+        EncodeT5Text.get_item = before
+
+
+def _ends_of_a_pipeline() -> tuple[Any, Any]:
+    """What gives OneTrainer's pipeline its prompts, and what asks it for items."""
+    from mgds.PipelineModule import PipelineModule  # type: ignore[import-not-found]
+    from mgds.pipelineModuleTypes.RandomAccessPipelineModule import (  # type: ignore[import-not-found]
+        RandomAccessPipelineModule,
+    )
+
+    class First(PipelineModule, RandomAccessPipelineModule):  # type: ignore[misc]
+        def length(self) -> int:
+            return len(CAPTIONS)
+
+        def get_inputs(self) -> list[str]:
+            return []
+
+        def get_outputs(self) -> list[str]:
+            return ["prompt"]
+
+        def get_item(self, variation: int, index: int, requested_name: str | None = None) -> dict[str, str]:
+            return {"prompt": list(CAPTIONS.values())[index]}
+
+    class Last(First):
+        def get_outputs(self) -> list[str]:
+            return []
+
+    return First(), Last()
+
+
 TRAINERS: dict[str, Callable[[Path, Path], None]] = {
     "musubi-tuner": musubi_tuner,
     "FastVideo": fastvideo,
@@ -346,6 +370,7 @@ TRAINERS: dict[str, Callable[[Path, Path], None]] = {
     "SimpleTuner": simpletuner,
     "sd-scripts": sd_scripts,
     "diffusion-pipe": diffusion_pipe,
+    "OneTrainer": onetrainer,
 }
 
 

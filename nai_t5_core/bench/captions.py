@@ -114,8 +114,10 @@ def measure(
     return {name: median(values) for name, values in rates.items()}
 
 
-def write_model(folder: Path, size: str) -> Path:
+def write_model(folder: Path, size: str, layers: int | None = None) -> Path:
+    """A drawn model of some size, with all of its layers or the first ones alone."""
     config = named_config(size).encoder_only()
+    config = config.model_copy(update={"num_layers": layers or config.num_layers})
     state = random_state(config, dtype=torch.bfloat16)
     folder.mkdir()
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}

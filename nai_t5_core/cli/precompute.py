@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,15 +21,21 @@ from nai_t5_core.cli.options import (
     LoraOption,
     ModelOption,
     Padding,
+    Products,
+    ProductsOption,
     ScalesOption,
     Subfolder,
     TokenizerOption,
+    Unpack,
 )
 from nai_t5_core.cli.prompts import path_and_strength
 from nai_t5_core.cli.shard_progress import planning_bar, shards_bar
-from nai_t5_core.cli.terminal import counting, err, print_json, say, size, working
+from nai_t5_core.cli.terminal import counted, counting, err, print_json, say, size, working
 
 if TYPE_CHECKING:
+    from nai_t5_core.datasets.compute import Engine
+    from nai_t5_core.datasets.encoder_choice import EncoderChoice
+    from nai_t5_core.datasets.folder import SetFolder
     from nai_t5_core.datasets.plan import Plan, Planner
 
 # Seconds between two looks for the plan of another machine.
@@ -64,11 +73,13 @@ def run(
     device: DeviceOption = "auto",
     attention: Annotated[Attention, typer.Option(help="How attention is computed.")] = Attention.auto,
     int8: Annotated[bool, typer.Option("--int8", help="Compute the projections in 8 bits (CPU).")] = False,
+    products: ProductsOption = Products.auto,
+    unpack: Unpack = False,
     compile_it: Annotated[bool, typer.Option("--compile", help="Compile the encoder; see warm-up.")] = False,
     scales: ScalesOption = None,
     lora: LoraOption = None,
     store: Annotated[str, typer.Option(help="bfloat16, int8 or float8.")] = "bfloat16",
-    compress: Annotated[str, typer.Option(help="none, or zlib: lossless, and a third smaller.")] = "none",
+    compress: Annotated[str, typer.Option(help="none; or zlib or zstd: lossless, and a third smaller.")] = "none",
     shard_mb: Annotated[int, typer.Option(help="Megabytes of a shard, before compression.")] = 512,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave rows without a caption out.")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; by default one for each GPU, or one.")] = None,
@@ -85,7 +96,7 @@ def run(
     """Encode the captions of files into a folder."""
     with working("reading the model's files"):
         from nai_t5_core.datasets.captions import Columns
-        from nai_t5_core.datasets.compute import Engine, make_shards, to_make
+        from nai_t5_core.datasets.compute import Engine
         from nai_t5_core.datasets.encoder_choice import EncoderChoice
         from nai_t5_core.datasets.recipe import Feeding, Keeping
         from nai_t5_core.datasets.run import Order
@@ -103,34 +114,57 @@ def run(
             compile_it,
             attention.value,
             tuple(map(path_and_strength, lora or [])),
+            products.value,
+            unpack,
         )
         feeding = Feeding.choose(family, max_length, padding.value if padding else None)
         keeping = Keeping(store, compress, shard_mb * 1_000_000)  # type: ignore[arg-type]
-        order = Order(choice, feeding, keeping, Columns(column, id_column), skip_bad)
-        planner = order.planner(user_path(out))
-    plan = _plan(planner, [user_path(file) for file in files], rank, plan_wait)
+        planner = Order(choice, feeding, keeping, Columns(column, id_column), skip_bad).planner(user_path(out))
+    with _telling_how_to_go_on():
+        plan = _plan(planner, [user_path(file) for file in files], rank, plan_wait)
+        _encode(planner, plan, choice, engine, plan_only, as_json)
+
+
+@contextmanager
+def _telling_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("what is complete stays, and running the same command again goes on", err, "stopped:", "yellow")
+        raise
+
+
+def _encode(
+    planner: Planner, plan: Plan, choice: EncoderChoice, engine: Engine, plan_only: bool, as_json: bool
+) -> None:
+    """Makes the shards that are not there, and says what there was to do and what was done."""
+    from nai_t5_core.datasets.compute import make_shards, to_make
+
     folder = planner.folder
     numbers = to_make(folder, plan, engine)
     _tell_plan(plan, numbers, planner.left_out)
+    _tell_want_of_room(plan, numbers, folder)
     began, failures = time.monotonic(), 0
     if not plan_only:
         with shards_bar(plan, numbers) as told:
             make_shards(folder, plan, choice, numbers, engine, told)
             failures = told.failures
     seconds = time.monotonic() - began
-    tokens = sum(plan.shards[number].tokens for number in numbers)
     if as_json:
-        print_json({**_summary(plan), "made": len(numbers) if not plan_only else 0, "seconds": seconds})
-    elif not plan_only:
+        print_json({**_summary(plan), "made": 0 if plan_only else len(numbers), "seconds": seconds})
+    elif numbers and not plan_only:
+        tokens = sum(plan.shards[number].tokens for number in numbers)
         rate = f"{tokens / max(seconds, 1e-9):,.0f} a second"
-        say(f"made {len(numbers)} shards, {tokens:,} tokens in {seconds:.1f} s: {rate}")
+        say(f"made {counted(len(numbers), 'shard')}, {tokens:,} tokens in {seconds:.1f} s: {rate}")
     if failures:
-        say(
-            f"{failures} prompts failed and have no embedding; nai-t5 precompute status {out} lists them",
-            err,
-            "warning:",
-        )
-        raise typer.Exit(1)
+        _refuse_failures(failures, folder)
+
+
+def _refuse_failures(failures: int, folder: SetFolder) -> None:
+    failed = "1 prompt failed and has" if failures == 1 else f"{failures:,} prompts failed and have"
+    told = f"{failed} no embedding; nai-t5 precompute status {folder.path} lists them"
+    say(told, err, "warning:")
+    raise typer.Exit(1)
 
 
 def _plan(planner: Planner, files: list[Path], rank: int, minutes: int) -> Plan:
@@ -153,14 +187,23 @@ def _plan(planner: Planner, files: list[Path], rank: int, minutes: int) -> Plan:
 
 
 def _tell_plan(plan: Plan, numbers: list[int], left_out: int) -> None:
-    prompts = f"{plan.samples:,} samples, {plan.prompts:,} unique prompts"
+    prompts = f"{counted(plan.samples, 'sample')}, {counted(plan.prompts, 'unique prompt')}"
     if plan.cut:
         prompts += f" ({plan.cut:,} cut to {plan.recipe.feeding.max_length} tokens)"
     if left_out:
-        prompts += f", {left_out:,} rows without a caption left out"
+        prompts += f", {counted(left_out, 'row')} without a caption left out"
     say(f"{prompts}; {plan.tokens:,} tokens, {plan.tokens / max(plan.prompts, 1):.1f} a prompt", err)
-    shards = f"{len(plan.shards)} shards, of which {len(numbers)} are to be made"
+    shards = f"{counted(len(plan.shards), 'shard')}, to be made: {len(numbers):,}"
     say(f"{size(plan.nbytes)} of {plan.recipe.keeping.store} in {shards}", err)
+
+
+def _tell_want_of_room(plan: Plan, numbers: list[int], folder: SetFolder) -> None:
+    """The run begins all the same: the disk may be emptied meanwhile, and what is complete stays."""
+    needed = sum(plan.shards[number].rows for number in numbers) * plan.recipe.row_bytes
+    free = shutil.disk_usage(folder.path).free
+    if free < needed:
+        before = "" if plan.recipe.keeping.compress == "none" else " before compression"
+        say(f"shards of {size(needed)}{before} are to be made, and the disk has {size(free)} free", err, "warning:")
 
 
 def _summary(plan: Plan) -> dict[str, Any]:
@@ -187,8 +230,9 @@ def status(folder: Folder, as_json: Json = False) -> None:
         print_json({**_summary(plan), "missing": found.missing, "disk": found.nbytes, "failures": found.failures})
         return
     done = len(plan.shards) - len(found.missing)
-    say(f"{plan.samples:,} samples, {plan.prompts:,} unique prompts, of which {found.prompts:,} are encoded")
-    say(f"{done} of {len(plan.shards)} shards, {size(found.nbytes)}")
+    prompts = f"{counted(plan.samples, 'sample')}, {counted(plan.prompts, 'unique prompt')}"
+    say(f"{prompts}, of which {found.prompts:,} are encoded")
+    say(f"{done:,} of {counted(len(plan.shards), 'shard')}, {size(found.nbytes)}")
     for key, reason in found.failures.items():
         say(reason, err, f"failed: {key[:16]}…", "yellow")
 
@@ -228,4 +272,4 @@ def gc(
     if as_json:
         print_json({"removed": removed})
     else:
-        say(f"removed {len(removed)} files" if removed else "nothing to remove")
+        say(f"removed {counted(len(removed), 'file')}" if removed else "nothing to remove")

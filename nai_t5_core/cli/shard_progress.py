@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from nai_t5_core.cli.terminal import err, say
+from nai_t5_core.cli.terminal import counted, err, say
 
 if TYPE_CHECKING:
     from nai_t5_core.datasets.plan import Plan
@@ -57,8 +57,8 @@ class ShardsTold:
             self.shards += 1
             if self.bar.disable:
                 left = max(self.total_tokens - self.tokens, 0) / max(rate, 1e-9)
-                told = f"{self.shards} of {self.total_shards} shards, {rate:,.0f} tokens a second, {_time(left)} left"
-                say(told, err)
+                shards = f"{self.shards:,} of {counted(self.total_shards, 'shard')}"
+                say(f"{shards}, {rate:,.0f} tokens a second, {_time(left)} left", err)
 
 
 @contextmanager

@@ -113,8 +113,20 @@ def _csv(file: Path, columns: Columns) -> Iterator[list[Any]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         rows = csv.DictReader(lines, strict=True)
         _refuse_missing(file, columns, list(rows.fieldnames or []))
-        while batch := list(islice(rows, ROWS_AT_A_TIME)):
+        checked = _whole_rows(file, rows)
+        while batch := list(islice(checked, ROWS_AT_A_TIME)):
             yield [[row[name] for row in batch] for name in columns.names]
+
+
+def _whole_rows(file: Path, rows: csv.DictReader[str]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        # What has no column is under no name: the end of a caption, in most cases.
+        if None in row:
+            raise ValueError(
+                f"{file}: line {rows.line_num:,} has more fields than there are columns; a caption with a comma in it "
+                "needs quotes"
+            )
+        yield row
 
 
 def _txt(file: Path, columns: Columns) -> Iterator[list[Any]]:

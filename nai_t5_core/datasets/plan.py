@@ -17,7 +17,7 @@ from typing import Any
 
 from nai_t5_core.datasets.captions import Columns, read_captions
 from nai_t5_core.datasets.folder import SetFolder, lasting
-from nai_t5_core.datasets.ledger import Ledger, OtherCaptionError
+from nai_t5_core.datasets.ledger import Ledger, OtherCaptionError, Sample
 from nai_t5_core.datasets.prompt_files import Shard, known_keys, write_prompts
 from nai_t5_core.datasets.recipe import Recipe, differences
 from nai_t5_core.datasets.samples import known_samples, write_samples
@@ -175,7 +175,7 @@ class Planner:
             # Another run may have published a plan before this one had the folder for itself.
             before = self._begin()
             known = {old.sha256: old for old in before.inputs}
-            _remember(self.folder, before, ledger)
+            self._remember(before, ledger)
             new = []
             for file, contents in given.items():
                 if contents in known:
@@ -191,6 +191,25 @@ class Planner:
             if not ledger.sample_count:
                 raise ValueError(f"{', '.join(map(str, given))}: no captions; nothing was changed")
             return self._publish(before, new, ledger)
+
+    def _remember(self, before: Plan, ledger: Ledger) -> None:
+        """What was planned before: the shards' keys, and the samples."""
+        if not before.shards:
+            return
+        for keys in known_keys(self.folder, len(before.shards), before.recipe):
+            ledger.add_known(keys)
+        for samples in known_samples(self.folder.samples(before.edition)):
+            if self.columns.id is None:
+                self._refuse_ids_of_a_column(samples)
+            ledger.add_known_samples(samples)
+
+    def _refuse_ids_of_a_column(self, samples: list[Sample]) -> None:
+        name = next((name for name, _, _ in samples if not name.isdecimal()), None)
+        if name is not None:
+            raise ValueError(
+                f"{self.folder.path} has ids of a column, such as {shown(name)}, and without --id the rows would be "
+                "numbered. Give --id COLUMN, or another folder"
+            )
 
     def contents_of(self, files: Sequence[Path]) -> dict[Path, str]:
         """The hash of each file and of what is read of it.
@@ -210,6 +229,8 @@ class Planner:
         return plan if {old.sha256 for old in plan.inputs} >= set(contents) else None
 
     def _begin(self) -> Plan:
+        if self.folder.path.is_file():
+            raise ValueError(f"{self.folder.path} is a file; a set needs a folder")
         before = read_plan(self.folder)
         if before is None:
             there = sorted(path.name for path in self.folder.path.glob("*")) if self.folder.path.exists() else []
@@ -259,7 +280,8 @@ class Planner:
                 fault = _fault(name, caption)
                 if fault:
                     self.left_out += 1
-                    self._first_bad = self._first_bad or f"row {rows.first + place:,} of {file} {fault}"
+                    row = f"row {rows.first + place:,} of {file} (counted from 0)"
+                    self._first_bad = self._first_bad or f"{row} {fault}"
                     continue
                 names.append(str(name))
                 captions.append(caption)
@@ -308,13 +330,3 @@ def _contents(file: Path, columns: Columns) -> str:
             return digest.hexdigest()
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
-
-
-def _remember(folder: SetFolder, before: Plan, ledger: Ledger) -> None:
-    """What was planned before: the shards' keys, and the samples."""
-    if not before.shards:
-        return
-    for keys in known_keys(folder, len(before.shards), before.recipe):
-        ledger.add_known(keys)
-    for samples in known_samples(folder.samples(before.edition)):
-        ledger.add_known_samples(samples)

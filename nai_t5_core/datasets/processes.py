@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 
 from nai_t5_core.datasets.encoder_choice import EncoderChoice
 from nai_t5_core.datasets.folder import SetFolder
+from nai_t5_core.datasets.interrupts import deaf_to_interrupts
 from nai_t5_core.datasets.recipe import Recipe, common_of_keys, differences
 from nai_t5_core.datasets.worker import Progress, Told, Worker
 from nai_t5_core.model.precision import resolve_device
@@ -120,7 +121,8 @@ class _Crew:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, job), daemon=True)
-        process.start()
+        with deaf_to_interrupts():
+            process.start()
         theirs.close()
         self.members.append(_Member(job, process, ours))
 

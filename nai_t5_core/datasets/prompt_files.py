@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from nai_t5_core.datasets.folder import SetFolder, lasting
@@ -47,19 +49,34 @@ class Prompts:
         return len(self.tokens)
 
 
+@contextmanager
+def _telling(file: Path) -> Iterator[Path]:
+    try:
+        yield file
+    except (SafetensorError, OSError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged or missing ({error}); copy it from where the set was planned, or plan a new folder"
+        ) from error
+
+
 def read_prompts(folder: SetFolder, number: int) -> Prompts:
     """The prompts of a shard.
 
     Raises:
         ValueError: the file is not there or damaged.
     """
-    file = folder.prompts(number)
-    try:
+    with _telling(folder.prompts(number)) as file:
         return Prompts(**load_file(file))
-    except (SafetensorError, OSError, TypeError) as error:
-        raise ValueError(
-            f"{file} is damaged or missing ({error}); copy it from where the set was planned, or plan a new folder"
-        ) from error
+
+
+def read_token_counts(folder: SetFolder, number: int) -> Tensor:
+    """int32 [prompts]: the tokens of each prompt's text in a shard, with the end token.
+
+    Raises:
+        ValueError: the file is not there or damaged.
+    """
+    with _telling(folder.prompts(number)) as file, safe_open(file, "pt") as opened:
+        return opened.get_tensor("tokens")
 
 
 def write_prompts(folder: SetFolder, recipe: Recipe, first: int, prompts: Iterable[tuple[int, Prompt]]) -> list[Shard]:
@@ -92,7 +109,8 @@ def _write(folder: SetFolder, number: int, piece: list[tuple[int, Prompt]]) -> S
         "keys": _tensor(np.uint8, (prompt.key for prompt in prompts)).view(-1, 32),
     }
     with lasting(folder.prompts(number)) as partial:
-        save_file(tensors, partial)
+        # By Python, which tells of a full disk as such.
+        partial.write_bytes(save(tensors))
     return Shard(
         prompts=len(prompts),
         rows=sum(rows for rows, _ in piece),

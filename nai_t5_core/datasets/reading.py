@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from nai_t5_core.datasets.arrow import arrow
 from nai_t5_core.datasets.folder import SetFolder
 from nai_t5_core.datasets.index import read_index
 from nai_t5_core.datasets.plan import existing_plan
+from nai_t5_core.datasets.prompt_files import read_token_counts
+from nai_t5_core.datasets.samples import known_samples
 from nai_t5_core.datasets.shard_files import ShardFile
 from nai_t5_core.facts.given_numbers import whole_number
 from nai_t5_core.facts.nested_text import shown
@@ -83,12 +85,8 @@ class EmbeddingDataset(Dataset[tuple[Tensor, int]]):
             ValueError: it is not encoded yet, or its prompt failed.
         """
         number = self._number(sample)
-        shard = int(self._shard[number])
-        if shard < 0:
-            raise ValueError(
-                f"{sample!r} is not encoded yet; run nai-t5 precompute again, which goes on where it ended"
-            )
-        return self._open(shard).rows(int(self._place[number]), self.dtype), int(self._tokens[number])
+        shard = self._open(self._shard_of(number))
+        return shard.rows(int(self._place[number]), self.dtype), int(self._tokens[number])
 
     def batch(
         self, samples: Sequence[Id], pad_to: int | None = None, dtype: torch.dtype | None = None
@@ -108,9 +106,37 @@ class EmbeddingDataset(Dataset[tuple[Tensor, int]]):
         """
         return collate([self[sample] for sample in samples], pad_to, dtype)
 
+    def token_count(self, sample: Id) -> int:
+        """The tokens of a sample's text with the end token, without the pads that some families count as text.
+
+        Raises:
+            KeyError: no sample has this id.
+            ValueError: it is not encoded yet.
+        """
+        number = self._number(sample)
+        return int(self._token_counts[self._shard_of(number)][int(self._place[number])])
+
+    @cached_property
+    def _token_counts(self) -> list[Tensor]:
+        return [read_token_counts(self.folder, number) for number in range(len(self.plan.shards))]
+
+    def ids_by_caption(self) -> dict[str, str]:
+        """An id of each caption, as it was given: for trainers that ask by captions."""
+        samples = known_samples(self.folder.samples(self.plan.edition))
+        return {caption: name for batch in samples for name, _, caption in batch}
+
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int32]]:
         """Rows of each sample, in the order of ``ids``; -1 where it is not encoded yet."""
         return self._rows.astype(np.int32)
+
+    def _shard_of(self, number: int) -> int:
+        shard = int(self._shard[number])
+        if shard < 0:
+            raise ValueError(
+                f"{self.ids[number].as_py()!r} is not encoded yet; run nai-t5 precompute again, which goes on where it "
+                "ended"
+            )
+        return shard
 
     def _number(self, sample: Id) -> int:
         if isinstance(sample, bool) or not isinstance(sample, (str, int, np.integer)):

@@ -17,7 +17,7 @@ from nai_t5_core.facts.padding import LONGEST_ROW, PADDING_POLICIES, PaddingPoli
 from nai_t5_core.facts.text_cleaning import TextCleaning, repairs_unicode
 
 Store = Literal["bfloat16", "int8", "float8"]
-Compression = Literal["none", "zlib"]
+Compression = Literal["none", "zlib", "zstd"]
 
 
 @dataclass(frozen=True)

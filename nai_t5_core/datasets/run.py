@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nai_t5_core.datasets.captions import Columns
+from nai_t5_core.datasets.coding import coder
 from nai_t5_core.datasets.encoder_choice import EncoderChoice
 from nai_t5_core.datasets.folder import SetFolder
 from nai_t5_core.datasets.plan import Plan, Planner
@@ -30,7 +31,11 @@ class Order:
 
         Raises:
             ValueError: the encoder's checkpoint or tokenizer is unusable.
+            MissingPackageError: what is to compress is not installed.
         """
+        if self.keeping.compress != "none":
+            # What is not there is told now, and not by the first shard.
+            coder(self.keeping.compress).code(memoryview(b""))
         settings = self.encoder.settings()
         tokenizer = self.encoder.find_tokenizer()
         recipe = Recipe(

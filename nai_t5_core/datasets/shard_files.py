@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nai_t5_core.datasets.arrow import MissingPackageError
+from nai_t5_core.datasets.coding import Coder, coder
 from nai_t5_core.datasets.folder import sync_folder
 from nai_t5_core.datasets.recipe import Keeping
 from nai_t5_core.datasets.storing import StoredRows, pack_rows, reduce_rows, stored_dtype, unpack_rows
@@ -65,8 +67,8 @@ def write_shard(file: Path, encoded: Encoded, keeping: Keeping) -> int:
     tensors = {"rows": stored.rows, "offsets": encoded.offsets, "tokens": encoded.tokens, "keys": encoded.keys}
     if stored.scales is not None and stored.channels is not None:
         tensors |= {"scales": stored.scales, "channels": stored.channels}
-    if keeping.compress == "zlib":
-        tensors |= _compressed(stored.rows, encoded.offsets)
+    if keeping.compress != "none":
+        tensors |= _compressed(stored.rows, encoded.offsets, coder(keeping.compress))
     # The largest numbers first, so that each begins where its size divides the place.
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
     metadata = {
@@ -83,10 +85,10 @@ def write_shard(file: Path, encoded: Encoded, keeping: Keeping) -> int:
     return file.stat().st_size
 
 
-def _compressed(rows: Tensor, offsets: Tensor) -> dict[str, Tensor]:
+def _compressed(rows: Tensor, offsets: Tensor, by: Coder) -> dict[str, Tensor]:
     """Every prompt as a block of its own, so that each can be read without the others."""
     bounds = offsets.tolist()
-    packed = [pack_rows(rows[start:stop]) for start, stop in pairwise(bounds)]
+    packed = [pack_rows(rows[start:stop], by) for start, stop in pairwise(bounds)]
     blocks = torch.tensor([0, *(len(block) for block in packed)]).cumsum(0)
     joined = np.frombuffer(b"".join(packed), np.uint8).copy()
     return {"rows": torch.from_numpy(joined), "blocks": blocks}
@@ -125,7 +127,8 @@ class ShardFile:
             self.offsets = self._tensor("offsets").clone()
             self.tokens = self._tensor("tokens").clone()
             self.keys = self._tensor("keys").clone()
-            self._blocks = self._tensor("blocks").clone() if self.compress == "zlib" else None
+            self._coder = None if self.compress == "none" else coder(self.compress)
+            self._blocks = None if self._coder is None else self._tensor("blocks").clone()
         except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise DamagedShardError(f"{file} is damaged or missing: {error}") from error
 
@@ -137,6 +140,8 @@ class ShardFile:
 
         Raises:
             ValueError: the prompt failed.
+            DamagedShardError: its bytes are damaged.
+            MissingPackageError: they are compressed by Zstandard, and pyarrow is not installed or has none.
         """
         start, stop = int(self.offsets[prompt]), int(self.offsets[prompt + 1])
         key = bytes(self.keys[prompt].numpy()).hex()
@@ -153,11 +158,19 @@ class ShardFile:
         return _contents([self._bytes])
 
     def _unpacked(self, prompt: int, rows: int) -> Tensor:
-        assert self._blocks is not None
+        assert self._blocks is not None and self._coder is not None
         begin, end = int(self._blocks[prompt]), int(self._blocks[prompt + 1])
         place = self._places["rows"].begin
         packed = self._bytes[place + begin : place + end].data
-        return unpack_rows(packed, (rows, self.d_model), stored_dtype(self.store))
+        try:
+            return unpack_rows(packed, (rows, self.d_model), stored_dtype(self.store), self._coder)
+        except MissingPackageError:
+            raise
+        except ValueError as error:
+            raise DamagedShardError(
+                f"{self.file} is damaged: {error}. nai-t5 precompute verify sets it aside, and the next run makes it "
+                "again"
+            ) from error
 
     def _tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """A tensor, or a run of its rows, as a view of the file that must not be written to."""

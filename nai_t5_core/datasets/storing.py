@@ -7,14 +7,13 @@ themselves.
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nai_t5_core.datasets.coding import Coder
 from nai_t5_core.datasets.recipe import Store
 
 _LARGEST = {"int8": 127.0, "float8": 448.0}
@@ -69,47 +68,33 @@ def reduce_rows(rows: Tensor, store: Store) -> StoredRows:
     return StoredRows(reduced, scales, channels)
 
 
-def pack_rows(rows: Tensor) -> bytes:
+def pack_rows(rows: Tensor, coder: Coder) -> bytes:
     """The bytes of rows in two thirds of their room (bfloat16), or nine tenths (8 bits); lossless.
 
     Of a bfloat16 number only the exponent can be foretold. So its bits are rotated by one: the first byte of each then
     is mantissa and sign, which are kept as they are, all first bytes before all second ones; and the second byte is the
-    exponent, which is coded by how often each occurs (DEFLATE without matches: those of a general compressor are by
-    chance, and cost more than they save).
+    exponent, which is coded.
     """
     numbers = rows.contiguous().view(-1)
     if rows.element_size() == 1:
-        return _coded(numbers.view(torch.uint8).numpy())
+        return coder.code(numbers.view(torch.uint8).numpy().data)
     bits = numbers.view(torch.int16).numpy().view(np.uint16)
     rotated = (bits << 1 | bits >> 15).astype("<u2").view(np.uint8).reshape(-1, 2)
-    return rotated[:, 0].tobytes() + _coded(np.ascontiguousarray(rotated[:, 1]))
+    return rotated[:, 0].tobytes() + coder.code(np.ascontiguousarray(rotated[:, 1]).data)
 
 
-def unpack_rows(packed: memoryview, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def unpack_rows(packed: memoryview, shape: tuple[int, int], dtype: torch.dtype, coder: Coder) -> Tensor:
     """The rows [rows, d_model] that :func:`pack_rows` was given.
 
     Raises:
-        zlib.error: the bytes are damaged.
+        ValueError: the bytes are damaged.
     """
     count = shape[0] * shape[1]
     if dtype.itemsize == 1:
-        return torch.from_numpy(_decoded(packed)).view(dtype).view(shape)
+        return torch.frombuffer(bytearray(coder.decode(packed, count)), dtype=dtype).view(shape)
     rotated = np.empty((count, 2), np.uint8)
     rotated[:, 0] = np.frombuffer(packed, np.uint8, count)
-    rotated[:, 1] = _decoded(packed[count:])
+    rotated[:, 1] = np.frombuffer(coder.decode(packed[count:], count), np.uint8)
     bits = rotated.view("<u2").reshape(-1)
     numbers = (bits >> 1 | bits << 15).astype(np.uint16).view(np.int16)
     return torch.from_numpy(numbers).view(dtype).view(shape)
-
-
-# A raw stream: no header, and no checksum, since a shard has one.
-_RAW = -15
-
-
-def _coded(plain: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
-    coder = zlib.compressobj(wbits=_RAW, strategy=zlib.Z_HUFFMAN_ONLY)
-    return coder.compress(plain.data) + coder.flush()
-
-
-def _decoded(coded: memoryview) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return np.frombuffer(bytearray(zlib.decompress(coded, _RAW)), np.uint8)

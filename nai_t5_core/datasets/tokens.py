@@ -16,6 +16,7 @@ from itertools import islice
 from multiprocessing import get_context
 from typing import TypeVar
 
+from nai_t5_core.datasets.interrupts import deaf_to_interrupts
 from nai_t5_core.datasets.recipe import Feeding
 from nai_t5_core.facts.text_cleaning import clean_text
 from nai_t5_core.prompts.cache.key import Settings
@@ -83,7 +84,10 @@ def made_of(
     with _pool(maker, processes) as pool:
         waiting: deque[tuple[_Tag, Future[list[Prompt]]]] = deque()
         for tag, captions in _both(first, remaining):
-            waiting.append((tag, pool.submit(_make, captions)))
+            with deaf_to_interrupts():
+                # Starts a process where all others are at work.
+                future = pool.submit(_make, captions)
+            waiting.append((tag, future))
             if len(waiting) > 2 * processes:
                 yield _result(*waiting.popleft())
         while waiting:

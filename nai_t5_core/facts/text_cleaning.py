@@ -40,9 +40,16 @@ def _lower_strip(text: str) -> str:
 
 
 def _wan(text: str) -> str:
-    with suppress(ImportError):  # the pipeline goes without ftfy as well
-        text = import_module("ftfy").fix_text(text)
-    return " ".join(html.unescape(html.unescape(text)).split())
+    if not _needs_no_repair(text):
+        with suppress(ImportError):  # the pipeline goes without ftfy as well
+            text = import_module("ftfy").fix_text(text)
+        text = html.unescape(html.unescape(text))
+    return " ".join(text.split())
+
+
+def _needs_no_repair(text: str) -> bool:
+    """Whether there is surely nothing for ftfy and for HTML's entities; of English captions most are such."""
+    return text.isascii() and text.isprintable() and "&" not in text
 
 
 def _quoted(text: str) -> str:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nai_t5_core.backends.choices import ProductsChoice, Quantisation
+from nai_t5_core.backends.auto_dtype import resolve_dtype
+from nai_t5_core.backends.choices import ProductsChoice, Quantisation, refuse_products, refuse_quantising
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.encoder import Layout
+from nai_t5_core.model.precision import resolve_device
 from nai_t5_core.weights.chosen import ScalesChoice
 
 if TYPE_CHECKING:
@@ -37,3 +39,15 @@ class Choices:
     def unpacks(self) -> bool:
         """Whether numbers are made of quantised weights while they are loaded, for merging and compiling need them."""
         return self.unpack or bool(self.loras or self.compile)
+
+    def refuse_impossible(self) -> None:
+        """Refuses what no checkpoint can be loaded with, before one is read.
+
+        Raises:
+            ValueError: an unknown choice, one that is not possible on this device, or two that exclude each other.
+        """
+        if self.quantize and self.compile:
+            raise ValueError("quantize and compile exclude each other; leave one out")
+        where = resolve_device(self.device)
+        refuse_products(self.products, where, bool(self.compile) or not (self.optimize or self.quantize))
+        refuse_quantising(self.quantize, where, resolve_dtype(self.dtype, where))

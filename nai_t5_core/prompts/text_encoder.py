@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nai_t5_core.backends.auto_dtype import resolve_dtype
-from nai_t5_core.backends.choices import ProductsChoice, Quantisation, refuse_products, refuse_quantising
+from nai_t5_core.backends.choices import ProductsChoice, Quantisation
 from nai_t5_core.facts.given_numbers import whole_number
 from nai_t5_core.facts.nested_text import shown
 from nai_t5_core.facts.padding import LONGEST_ROW, PAD_TO, PaddingPolicy, PadTo
@@ -128,15 +127,11 @@ class TextEncoder:
             ValueError: an unknown choice, one that is not possible on this device, or a LoRA for another T5.
             FlexUnavailableError: ``compile`` without a compiler.
         """
-        if quantize and compile:
-            raise ValueError("quantize and compile exclude each other; leave one out")
-        where = resolve_device(device)
-        refuse_products(products, where, bool(compile) or not (optimize or quantize))
-        refuse_quantising(quantize, where, resolve_dtype(dtype, where))
-        own = load_tokenizer(tokenizer) if tokenizer is not None else None
         how = Choices(
             dtype, device, layout, scales, optimize, quantize, compile, attention, tuple(loras), products, unpack
         )
+        how.refuse_impossible()
+        own = load_tokenizer(tokenizer) if tokenizer is not None else None
         if cache is not False:
             encoding, examination = cached_encoding(source, subfolder, how, open_store(cache))
             return cls(encoding, own or _found(find_tokenizer(examination), source), token_budget=token_budget)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nai_t5_core.backends.choose import missing_for_int8
+from nai_t5_core.backends.choices import missing_for_int8
 from nai_t5_core.backends.kernels.build import missing_for_kernels
 from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.model.attention_choice import missing_for_flex

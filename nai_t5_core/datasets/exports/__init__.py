@@ -78,8 +78,9 @@ def _samples(
     for batch in known_samples(dataset.folder.samples(dataset.plan.edition)):
         for name, _, caption in batch:
             states, text_rows = dataset[name]
+            tokens = dataset.token_count(name) if family.extra_pad else text_rows
             clips = clip(caption) if clip else None
-            yield Sample(name, caption, family, states, text_rows, length, clips)
+            yield Sample(name, caption, family, states, text_rows, tokens, length, clips)
             done += 1
             told(done, len(dataset))
 

@@ -7,11 +7,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors
 from torch import Tensor
 
 from nai_t5_core.datasets.exports.sample import Format, Place, Sample, stem_of, whole
@@ -20,14 +20,16 @@ from nai_t5_core.datasets.exports.sample import Format, Place, Sample, stem_of, 
 def _for_each(
     name: str,
     place: Place,
-    save: Callable[[Sample, Path], None],
+    save: Callable[[Sample, IO[bytes]], None],
     shares_files: bool = False,
     has_one_length: bool = False,
 ) -> Format:
     def write(samples: Iterable[Sample], out: Path) -> None:
         for sample in samples:
-            with whole(out / place(sample.id, sample.caption, sample.trainers.names[name])) as partial:
-                save(sample, partial)
+            path = out / place(sample.id, sample.caption, sample.trainers.names[name])
+            # Opened by Python, which tells of a full disk as such.
+            with whole(path) as partial, partial.open("wb") as file:
+                save(sample, file)
 
     return Format(name, write, place, shares_files, has_one_length)
 
@@ -36,35 +38,34 @@ def _musubi_place(sample_id: str, caption: str, named: str) -> str:
     return f"{PurePosixPath(stem_of(sample_id)).name}_{named}_te.safetensors"
 
 
-def _save_musubi(sample: Sample, path: Path) -> None:
+def _save_musubi(sample: Sample, file: IO[bytes]) -> None:
     metadata = {
         "architecture": sample.trainers.names["musubi-wan"],
         "caption1": sample.caption,
         "format_version": "1.0.1",
     }
-    save_file({"varlen_t5_bfloat16": sample.text}, path, metadata)
+    file.write(safetensors({"varlen_t5_bfloat16": sample.text}, metadata))
 
 
 def _pixart_place(sample_id: str, caption: str, named: str) -> str:
     return f"{'_'.join(stem_of(sample_id).rsplit('/', 1))}.npz"
 
 
-def _save_pixart(sample: Sample, path: Path) -> None:
+def _save_pixart(sample: Sample, file: IO[bytes]) -> None:
     """Padded, since one of the two readers does not pad; zeros take no room in a compressed file."""
-    with path.open("wb") as file:
-        np.savez_compressed(
-            file,
-            caption_feature=sample.padded()[None].half().numpy(),
-            attention_mask=sample.mask()[None].to(torch.int16).numpy(),
-        )
+    np.savez_compressed(
+        file,
+        caption_feature=sample.padded()[None].half().numpy(),
+        attention_mask=sample.mask()[None].to(torch.int16).numpy(),
+    )
 
 
 def _ltx_place(sample_id: str, caption: str, named: str) -> str:
     return f".precomputed/conditions/{stem_of(sample_id)}.pt"
 
 
-def _save_ltx(sample: Sample, path: Path) -> None:
-    torch.save({"prompt_embeds": sample.padded(), "prompt_attention_mask": sample.mask()}, path)
+def _save_ltx(sample: Sample, file: IO[bytes]) -> None:
+    torch.save({"prompt_embeds": sample.padded(), "prompt_attention_mask": sample.mask()}, file)
 
 
 def ai_toolkit(architecture: str | None = None) -> Format:
@@ -84,18 +85,18 @@ def _ai_toolkit_place(sample_id: str, caption: str, space: str) -> str:
     return str(path.parent / "_t_e_cache" / f"{path.name}_{name}.safetensors")
 
 
-def _save_ai_toolkit(sample: Sample, path: Path) -> None:
+def _save_ai_toolkit(sample: Sample, file: IO[bytes]) -> None:
     tensors = {"text_embed": sample.padded()[None]}
     if sample.clip is not None:
         tensors["pooled_embed"] = sample.clip.pooled[None].to(sample.states.dtype)
-    save_file(tensors, path)
+    file.write(safetensors(tensors))
 
 
 def _simpletuner_place(sample_id: str, caption: str, named: str) -> str:
     return f"{hashlib.md5(caption.encode()).hexdigest()}-{named}.pt"
 
 
-def _save_simpletuner(sample: Sample, path: Path) -> None:
+def _save_simpletuner(sample: Sample, file: IO[bytes]) -> None:
     trainers = sample.trainers
     content = {"prompt_embeds": (_joined(sample) if trainers.clips > 1 else sample.padded())[None]}
     if trainers.mask:
@@ -105,7 +106,7 @@ def _save_simpletuner(sample: Sample, path: Path) -> None:
         content["pooled_prompt_embeds"] = sample.with_clip.pooled.to(sample.states.dtype)
     if trainers.position_ids:
         content[trainers.position_ids] = torch.zeros(1, sample.length, 3)
-    torch.save(content, path)
+    torch.save(content, file)
 
 
 def _joined(sample: Sample) -> Tensor:
@@ -116,26 +117,32 @@ def _joined(sample: Sample) -> Tensor:
     return torch.cat([wide, sample.padded()])
 
 
+# What sd-scripts' stand-in for CLIP gives.
+_ROWS_WITHOUT_CLIP = (77, 1)
+
+
 def _sd_scripts_place(sample_id: str, caption: str, named: str) -> str:
     return f"{stem_of(sample_id)}_{named}_te.npz"
 
 
-def _save_sd_scripts_flux(sample: Sample, path: Path) -> None:
+def _save_sd_scripts_flux(sample: Sample, file: IO[bytes]) -> None:
+    """Of Flux; and of Chroma, which has a mask that it lengthens by itself, and in the place of CLIP's rows zeros."""
+    has_clip = sample.trainers.clips > 0
     _save_npz(
-        path,
-        l_pooled=sample.with_clip.pooled,
+        file,
+        l_pooled=sample.with_clip.pooled if has_clip else torch.zeros(_ROWS_WITHOUT_CLIP),
         t5_out=sample.padded().float(),
         txt_ids=torch.zeros(sample.length, 3),
-        t5_attn_mask=sample.mask().long(),
-        apply_t5_attn_mask=False,
+        t5_attn_mask=(torch.arange(sample.length) < sample.tokens).long(),
+        apply_t5_attn_mask=not has_clip,
     )
 
 
-def _save_sd_scripts_sd3(sample: Sample, path: Path) -> None:
+def _save_sd_scripts_sd3(sample: Sample, file: IO[bytes]) -> None:
     clip = sample.with_clip
     assert clip.states is not None
     _save_npz(
-        path,
+        file,
         lg_out=clip.states,
         lg_pooled=clip.pooled,
         t5_out=sample.padded().float(),
@@ -147,12 +154,11 @@ def _save_sd_scripts_sd3(sample: Sample, path: Path) -> None:
     )
 
 
-def _save_npz(path: Path, **content: Tensor | bool) -> None:
+def _save_npz(file: IO[bytes], **content: Tensor | bool) -> None:
     arrays: dict[str, Any] = {
         name: value.numpy() if isinstance(value, Tensor) else value for name, value in content.items()
     }
-    with path.open("wb") as file:
-        np.savez(file, **arrays)
+    np.savez(file, **arrays)
 
 
 MUSUBI_WAN = _for_each("musubi-wan", _musubi_place, _save_musubi)

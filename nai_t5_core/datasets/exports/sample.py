@@ -39,6 +39,7 @@ class Sample:
     Attributes:
         states: [rows, d_model], bfloat16.
         text_rows: how many of the rows a mask counts as text.
+        tokens: of the text with its end token; fewer than ``text_rows`` where a pad counts as text.
         length: that the family's prompts are padded to.
     """
 
@@ -47,6 +48,7 @@ class Sample:
     family: Family
     states: Tensor
     text_rows: int
+    tokens: int
     length: int
     clip: ClipEmbedding | None = None
 
@@ -112,12 +114,17 @@ def whole(path: Path) -> Iterator[Path]:
     """A path to write to that is renamed in the end, so that no reader finds half a file.
 
     Not synchronised for each of a million small files: an export can be made again.
+
+    Raises:
+        OSError: it cannot be written, or the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}; complete files stay", str(path)) from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -96,6 +96,7 @@ FAMILIES = (
             model="pixart_te",
             tokenizer="PixArtTokenizer",
         ),
+        trainers=Trainers(names={"simpletuner": "chroma", "sd-scripts-flux": "flux"}),
     ),
     Family(
         name="bria",

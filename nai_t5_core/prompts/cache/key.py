@@ -129,5 +129,5 @@ class Settings:
         )
 
 
-def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, separators=(",", ":"))
+# json.dumps would make an encoder for each key, and a caption set has millions.
+_json = json.JSONEncoder(separators=(",", ":")).encode
