@@ -171,7 +171,7 @@ def _is_unpacked(name: str, examination: Examination) -> bool:
 
 
 def _is_of_comfyui(name: str, examination: Examination) -> bool:
-    """Whether a quantised weight is one that ComfyUI's own modules keep: float8 without a scale, or with one for all."""
+    """Whether ComfyUI's own modules keep a quantised weight as it is: float8 without a scale, or with one for all."""
     stored = examination.quantised[name]
     kind = stored.kind
     scale = examination.checkpoint.tensors[stored.parts[SCALE]].shape if SCALE in stored.parts else ()
@@ -185,9 +185,7 @@ def _stays_quantised(examination: Examination) -> bool:
     return any(name in examination.quantised and not _is_of_comfyui(name, examination) for name in names)
 
 
-def _staying(
-    examination: Examination, names: dict[str, Shape], device: torch.device | None = None
-) -> ServerCheckpoint:
+def _staying(examination: Examination, names: dict[str, Shape], device: torch.device | None = None) -> ServerCheckpoint:
     """With all quantised weights as they lie in the file, mapped; on the meta device none is read."""
     state: dict[str, Tensor] = {name: Promised(shape, _UNPACKED) for name, shape in names.items()}
     # Tables of position biases are small, and read as a whole in every call.

@@ -24,9 +24,7 @@ class LivePatches:
 
     def __call__(self, numbers: Tensor) -> Tensor:
         """[rows, columns] float32, which are changed in place."""
-        changed: Tensor = comfy.lora.calculate_weight(
-            self.patches, numbers, self.key, intermediate_dtype=numbers.dtype
-        )
+        changed: Tensor = comfy.lora.calculate_weight(self.patches, numbers, self.key, intermediate_dtype=numbers.dtype)
         return changed
 
 

@@ -129,7 +129,8 @@ def _keep_quantised(clip: Any, checkpoint: ServerCheckpoint) -> None:
             parent, _, place = name.rpartition(".")
             parameter = nn.Parameter(tensor, requires_grad=False)
             setattr(owner.transformer.get_submodule(parent), place, parameter)
-    clip.patcher.detach()  # ComfyUI may have loaded what was there until now
+    if clip.patcher.loaded_size():
+        clip.patcher.detach()  # newer servers have loaded what was there until now
     # The patcher that ComfyUI knows by now, so that there are not two of one model.
     clip.patcher.__class__ = LivePatcher
     clip.patcher.size = 0  # counted anew when it is next asked for

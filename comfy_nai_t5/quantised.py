@@ -96,10 +96,7 @@ class QuantisedEmbedding(Quantised, nn.Embedding):
     def forward(self, ids: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """Ids of any shape to [..., embedding_dim]."""
         flat = ids.reshape(-1).long()
-        if self.changes:
-            rows = self.numbers(ids.device)[flat]
-        else:
-            rows = self.quantised.to(ids.device).rows(flat)
+        rows = self.numbers(ids.device)[flat] if self.changes else self.quantised.to(ids.device).rows(flat)
         return rows.to(out_dtype or torch.float32).reshape(*ids.shape, -1)
 
     def extra_repr(self) -> str:

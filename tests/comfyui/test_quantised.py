@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,13 @@ from comfy_toys import (
 )
 from conftest import random_state
 from test_patches import ATTENTION, DENSE, t5_of, with_lora
+from torch import Tensor
 from toy_gguf import write_gguf
 from toy_quantised import READ, quantised, write_quantised
-from torch import Tensor
 
 from comfy_nai_t5.choices import Settings
 from nai_t5_core.facts.config import T5Config
+from nai_t5_core.prompts.cache.store import Store
 from nai_t5_core.weights.load import load_encoder
 
 require_comfyui()
@@ -170,7 +174,7 @@ def toy_lora_of(clip: Any, seed: int = 7) -> dict[str, Tensor]:
 
 
 def test_loras_that_take_turns_and_add_up(pair: tuple[Any, Any]) -> None:
-    ours, theirs = pair
+    _, theirs = pair
     first, second = toy_lora_of(theirs, 1), toy_lora_of(theirs, 2)
     one = [with_lora(clip, first, 0.5) for clip in pair]
     both = [with_lora(clip, second, 0.7) for clip in one]
@@ -207,7 +211,9 @@ def test_hooks(pair: tuple[Any, Any], scheduled: bool) -> None:
         patched = with_lora(clip, beneath, 0.4)
         hooked = SetClipHooks().apply_hooks(patched, schedule_clip=scheduled, apply_to_conds=True, hooks=hooks)[0]
         with torch.inference_mode():
-            results.append([*nodes.CLIPTextEncode().encode(hooked, PROMPT)[0], *nodes.CLIPTextEncode().encode(clip, PROMPT)[0]])
+            results.append(
+                [*nodes.CLIPTextEncode().encode(hooked, PROMPT)[0], *nodes.CLIPTextEncode().encode(clip, PROMPT)[0]]
+            )
     mine, expected = results
     assert len(mine) == len(expected) == (3 if scheduled else 2)
     for ours_at, theirs_at in zip(mine, expected, strict=True):
@@ -273,7 +279,11 @@ def test_moving_takes_bytes_along(pair: tuple[Any, Any]) -> None:
     module = t5_of(ours).encoder.block[0].layer[0].SelfAttention.q
     parts = module.quantised.parts
     module.half()
-    assert all(torch.equal(module.quantised.parts[name].view(torch.uint8), part.view(torch.uint8)) for name, part in parts.items() if part.ndim)
+    assert all(
+        torch.equal(module.quantised.parts[name].view(torch.uint8), part.view(torch.uint8))
+        for name, part in parts.items()
+        if part.ndim
+    )
     assert torch.equal(conditioning(ours, PROMPT)["cond"], before)
     on_meta = module.to("meta")
     assert on_meta.weight.is_meta and all(part.is_meta for part in on_meta.quantised.parts.values())
@@ -294,11 +304,93 @@ def test_saved_files_hold_numbers(pair: tuple[Any, Any], tmp_path: Path, monkeyp
     assert saved is not None
     expected = conditioning(patched, PROMPT)
     assert_equal_conditioning(conditioning(stock(file, "mochi"), PROMPT), expected, 1e-2)
+    assert_equal_conditioning(conditioning(load(file, monkeypatch), PROMPT), expected, 1e-2)
 
 
-def test_textual_inversion_and_tables_that_are_patched(pair: tuple[Any, Any]) -> None:
-    ours, theirs = pair
+def test_tables_that_are_patched(pair: tuple[Any, Any]) -> None:
+    _, theirs = pair
     lora = toy_lora(t5_of(theirs), ("shared",), "t5xxl")
     mine, expected = (conditioning(with_lora(clip, lora, 1.0), PROMPT) for clip in pair)
     assert_equal_conditioning(mine, expected)
     assert error(expected["cond"], conditioning(theirs, PROMPT)["cond"]) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "int8"])
+def test_memory_holds_the_bytes_of_the_file(kind: str) -> None:
+    """After the load, during encodes, and with a LoRA on every projection."""
+    command = [sys.executable, str(Path(__file__).parent / "memory.py"), "t5-v1_1-large", kind, "--layers", "6"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    shares = json.loads(done.stdout.splitlines()[-1])
+    assert shares["size, MB"] > 100
+    assert all(shares[step] < 1.05 for step in ("load", "encode", "LoRA")), shares
+    assert shares["encode"] > 0.5, "it was not the file that was measured"
+
+
+def test_flux(tmp_path: Path) -> None:
+    """Beside a text encoder that is not quantised, and that stays ComfyUI's."""
+    from test_clip import _TOY_CLIP, toy_clip_l
+
+    from comfy_nai_t5.loaders import load_with_clip
+
+    options = {"model_config": dict(_TOY_CLIP), "dtype": torch.float32}
+    path = write_kind(tmp_path, "Q8_0")
+    meant = write_file(tmp_path / "unpacked.safetensors", unpacked(tmp_path, path))
+    clip_l = toy_clip_l(tmp_path)
+    ours, expected = (
+        load_with_clip([clip_l, file], "flux", Settings("float32", "file"), model_options=options)
+        for file in (path, meant)
+    )
+    assert_equal_conditioning(conditioning(ours, PROMPT), conditioning(expected, PROMPT))
+    lora = toy_lora(t5_of(ours), EVERYWHERE, "t5xxl")
+    mine, stock_one = (conditioning(with_lora(clip, lora, 0.7), PROMPT) for clip in (ours, expected))
+    assert_equal_conditioning(mine, stock_one)
+    assert error(stock_one["cond"], conditioning(expected, PROMPT)["cond"]) > 1e-3
+
+
+@pytest.mark.parametrize("choice", ["auto", "unpack"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "int8, rotated", "NF4", "NVFP4", "float8, by rows"])
+def test_the_cache(kind: str, choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are read at the first prompt that is not kept; LoRAs, kinds and the choice to unpack are told apart."""
+    from comfy_nai_t5 import families, late
+
+    monkeypatch.setitem(families.FAMILIES, "mochi", toy_family("mochi"))
+    store = Store(tmp_path / "store")
+    monkeypatch.setattr(late, "store_for", lambda choice: store)
+    monkeypatch.setattr("comfy_nai_t5.clip.store_for", lambda choice: store)
+    path = write_kind(tmp_path, kind)
+    expected = conditioning(load(path, monkeypatch, Settings("float32", choice)), PROMPT)
+
+    def loaded(weights: str) -> Any:
+        return late.late_t5(path, "mochi", Settings("float32", weights, cache="on"))
+
+    first = loaded(choice)
+    lora = toy_lora(t5_of(first), EVERYWHERE, "t5xxl")
+    assert torch.equal(conditioning(first, PROMPT)["cond"], expected["cond"])
+    patched = conditioning(with_lora(first, lora, 0.5), PROMPT)
+    assert error(patched["cond"], expected["cond"]) > 1e-3
+    again = loaded(choice)
+    for clip, wanted in ((again, expected), (with_lora(again, lora, 0.5), patched)):
+        assert torch.equal(conditioning(clip, PROMPT)["cond"], wanted["cond"])
+    assert not again.cache.is_loaded and (store.counts.hits, store.counts.misses) == (2, 2)
+    other = loaded("unpack" if choice == "auto" else "auto")
+    conditioning(other, PROMPT)
+    assert other.cache.is_loaded and store.counts.misses == 3
+    assert again.load_model() and again.cache.is_loaded
+    assert torch.equal(
+        conditioning(with_lora(again, lora, -0.5).clone(), PROMPT)["cond"],
+        conditioning(with_lora(load(path, monkeypatch, Settings("float32", choice)), lora, -0.5), PROMPT)["cond"],
+    )
+
+
+def test_kinds_are_in_the_hash_of_weights_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes mean other numbers in another kind."""
+    from comfy_nai_t5.clip_cache import weights_in_memory
+    from comfy_nai_t5.quantised import quantised_modules
+    from nai_t5_core.backends.quantised.ggml import GGML_KINDS
+
+    clip = load(write_kind(tmp_path, "Q4_0"), monkeypatch)
+    before = weights_in_memory(clip.patcher)
+    assert before is not None and before == weights_in_memory(clip.patcher)
+    for _, module in quantised_modules(clip.patcher.model):
+        module.kind = GGML_KINDS["IQ4_NL"]
+    assert weights_in_memory(clip.patcher) not in (None, before)
