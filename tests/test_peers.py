@@ -60,7 +60,8 @@ def test_outliers_are_large_and_do_no_harm() -> None:
 
 @pytest.mark.parametrize("name", PEERS)
 def test_peers_agree_with_ours_and_leave_the_weights_alone(name: str, config: T5Config) -> None:
-    pytest.importorskip(name.replace("-", "_"), reason="a peer of the benchmark")
+    module = {"llama-cpp-python": "llama_cpp"}.get(name, name.replace("-", "_"))
+    pytest.importorskip(module, reason="a peer of the benchmark")
     state = random_state(config, seed=2)
     before = {key: tensor.clone() for key, tensor in state.items()}
     ids = torch.randint(config.vocab_size, (3, 150), generator=torch.Generator().manual_seed(0))
