@@ -19,7 +19,8 @@ def bench_kinds(
     threads: Annotated[int | None, typer.Option(help="Threads on the CPU.")] = None,
     repeats: Annotated[int, typer.Option(help="Encodes that count.")] = 3,
     against: Annotated[
-        str, typer.Option(help="llama-cpp-python: time llama.cpp's encoder beside ours instead, on the same GGUF files.")
+        str,
+        typer.Option(help="llama-cpp-python: time llama.cpp's encoder beside ours instead, on the same GGUF files."),
     ] = "",
     write: Annotated[Path | None, typer.Option("--markdown", help="Also write the table as Markdown.")] = None,
     as_json: Json = False,
