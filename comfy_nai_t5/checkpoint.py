@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.quantised.scaled import FLOAT8, Scaled
-from nai_t5_core.facts.config import T5Config, encoder_tensors
+from comfy_nai_t5.promised import Promised
+from nai_t5_core.backends.quantised.kinds import QuantisedWeight
+from nai_t5_core.backends.quantised.scaled import FLOAT8, SCALE, Scaled
+from nai_t5_core.facts.config import Shape, T5Config, encoder_tensors
 from nai_t5_core.model.precision import is_finite, keeps_finite
 from nai_t5_core.tokenizer import JsonTokenizer, Tokenizer, tokenizer_json_to_sentencepiece
 from nai_t5_core.weights import keymaps, native
@@ -44,12 +46,17 @@ class ServerCheckpoint:
     Attributes:
         examination: what the file holds.
         state: the encoder's tensors under Hugging Face names, float8 with scales in the running server's spelling.
+            Where weights stay quantised, no more than their shapes.
         model_options: what makes the server build modules that read those scales; empty for plain weights.
+        quantised: the weights that stay quantised, under Hugging Face names.
+        beside: the plain tensors beside these.
     """
 
     examination: Examination
     state: dict[str, Tensor]
     model_options: dict[str, Any]
+    quantised: dict[str, QuantisedWeight] = field(default_factory=dict)
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def config(self) -> T5Config:
@@ -82,10 +89,13 @@ def sentencepiece_tensor(tokenizer: Tokenizer) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def read_checkpoint(path: str | Path | None) -> ServerCheckpoint:
+def read_checkpoint(path: str | Path | None, unpack: bool = False) -> ServerCheckpoint:
     """Opens a T5 file of any form that :mod:`nai_t5_core` reads; None is the embedded model.
 
     One shard stands for all.
+
+    Args:
+        unpack: make float16 numbers of quantised weights, but of the float8 that ComfyUI itself keeps.
 
     Raises:
         CheckpointError: a ValueError that says all that is wrong with the file, and what to give instead.
@@ -94,6 +104,8 @@ def read_checkpoint(path: str | Path | None) -> ServerCheckpoint:
     examination.refuse_faults()
     names = encoder_tensors(examination.config.encoder_only())
     refuse_scales(examination, list(names))
+    if not unpack and _stays_quantised(examination):
+        return _staying(examination, names)
     scales = {name: full for name, full in examination.keymap.scales.items() if name in names}
     # Other kinds with scales come unpacked.
     scales = {name: full for name, full in scales.items() if not _is_unpacked(name, examination)}
@@ -108,7 +120,7 @@ def whole(path: str | Path | None) -> str | Path | None:
     return _whole(path) if path else None
 
 
-def checkpoint_without_weights(path: str | Path | None) -> ServerCheckpoint:
+def checkpoint_without_weights(path: str | Path | None, unpack: bool = False) -> ServerCheckpoint:
     """As :func:`read_checkpoint`, with tensors that have a shape and a dtype and no numbers; none is read.
 
     Raises:
@@ -117,16 +129,16 @@ def checkpoint_without_weights(path: str | Path | None) -> ServerCheckpoint:
     examination = examine(whole(path))
     examination.refuse_faults()
     names = encoder_tensors(examination.config.encoder_only())
+    if not unpack and _stays_quantised(examination):
+        return _staying(examination, names, torch.device("meta"))
     if examination.keymap.scales:
-        checkpoint = read_checkpoint(path)  # mapped from the file; only the scales are read
+        checkpoint = read_checkpoint(path, unpack)  # mapped from the file; only the scales are read
         state = {name: emptied(tensor) for name, tensor in checkpoint.state.items()}
         return ServerCheckpoint(examination, state, checkpoint.model_options)
 
     def dtype_of(name: str) -> torch.dtype:
-        if examination.is_native:
-            return torch.float32
-        info = examination.checkpoint.tensors[examination.keymap.names[name]]
-        return _UNPACKED if info.packing else info.dtype
+        is_unpacked = not examination.is_native and _is_unpacked(name, examination)
+        return _UNPACKED if is_unpacked else _dtype(name, examination)
 
     state = {name: torch.empty(shape, dtype=dtype_of(name), device="meta") for name, shape in names.items()}
     return ServerCheckpoint(examination, state, {})
@@ -151,12 +163,47 @@ def _reader(examination: Examination) -> Callable[[str], Tensor]:
 
 
 def _is_unpacked(name: str, examination: Examination) -> bool:
-    """Whether a weight is of a kind that ComfyUI is not given as it is in the file: any but float8."""
+    """Whether a weight is of a kind that ComfyUI's own modules are not given as it is in the file."""
     stored = examination.quantised.get(name)
     if stored is None:
         return bool(examination.checkpoint.tensors[examination.keymap.names[name]].packing)
+    return not _is_of_comfyui(name, examination)
+
+
+def _is_of_comfyui(name: str, examination: Examination) -> bool:
+    """Whether ComfyUI's own modules keep a quantised weight as it is: float8 without a scale, or with one for all."""
+    stored = examination.quantised[name]
     kind = stored.kind
-    return not (isinstance(kind, Scaled) and kind.dtype in FLOAT8 and kind.block is None)
+    scale = examination.checkpoint.tensors[stored.parts[SCALE]].shape if SCALE in stored.parts else ()
+    is_float8 = isinstance(kind, Scaled) and kind.dtype in FLOAT8 and kind.block is None
+    return is_float8 and torch.Size(scale).numel() == 1
+
+
+def _stays_quantised(examination: Examination) -> bool:
+    """Whether an encoder has weights that stay quantised in modules of ours."""
+    names = encoder_tensors(examination.config.encoder_only())
+    return any(name in examination.quantised and not _is_of_comfyui(name, examination) for name in names)
+
+
+def _staying(examination: Examination, names: dict[str, Shape], device: torch.device | None = None) -> ServerCheckpoint:
+    """With all quantised weights as they lie in the file, mapped; on the meta device none is read."""
+    state: dict[str, Tensor] = {name: Promised(shape, _UNPACKED) for name, shape in names.items()}
+    # Tables of position biases are small, and read as a whole in every call.
+    can_stay = [name for name in names if name in examination.quantised and "relative_attention_bias" not in name]
+    quantised = {name: examination.lies(name) for name in can_stay}
+    beside = [name for name in names if name not in quantised]
+    if device is None:
+        return ServerCheckpoint(examination, state, {}, quantised, {name: examination.read(name) for name in beside})
+    quantised = {name: weight.to(device) for name, weight in quantised.items()}
+    shapes = {name: torch.empty(names[name], dtype=_dtype(name, examination), device=device) for name in beside}
+    return ServerCheckpoint(examination, state, {}, quantised, shapes)
+
+
+def _dtype(name: str, examination: Examination) -> torch.dtype:
+    """What a tensor that is not quantised comes in."""
+    if examination.is_native:
+        return torch.float32
+    return examination.checkpoint.tensors[examination.keymap.names[name]].dtype
 
 
 def _unpacked(name: str, examination: Examination) -> Tensor:
@@ -187,11 +234,6 @@ def _with_scales(examination: Examination, names: list[str], scales: dict[str, s
         del scales["shared.weight"]
     for name, full in scales.items():
         scale = examination.checkpoint.read(full).float()
-        if scale.numel() != 1:
-            raise CheckpointError(
-                f"{examination.checkpoint.source} has a scale for each row of {name}, and ComfyUI takes one for each "
-                "weight; use a float8 file with one, or the float16 original"
-            )
         module = name.removesuffix(".weight")
         if is_old:
             state[f"{module}.scale_weight"] = scale.reshape(())

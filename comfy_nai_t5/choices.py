@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 # What is computed in.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # How weights are kept in memory. "auto" casts to what is computed in, unless the file's own form is smaller, the server
-# streams weights from the file, or the kernels read them as they are.
-WEIGHTS = ("auto", "file", "float8_e4m3fn", "float8_e5m2")
+# streams weights from the file, or the kernels read them as they are. Quantised weights stay so but with "unpack",
+# which is else as "auto".
+WEIGHTS = ("auto", "file", "unpack", "float8_e4m3fn", "float8_e5m2")
 ATTENTIONS = ("auto", "flex", "sdpa")
 # "auto" joins products where that changes nothing; "fused" makes it an error where it would; "packed" keeps a second,
 # faster copy of the joined weights for the CPU, and "int8" one in 8 bits.
@@ -33,6 +34,11 @@ class Settings:
     layout: str = "auto"
     compile: bool = False
     cache: str = "off"
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether numbers are made of a file's quantised weights when they are loaded."""
+        return self.weights == "unpack"
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -14,6 +14,7 @@ from comfy_nai_t5.choices import Settings
 from comfy_nai_t5.clip_cache import ClipCache, store_for, weights_in_memory
 from comfy_nai_t5.encode import embedding_widths, refuse_endless
 from comfy_nai_t5.idle_hooks import tell_of_idle_hooks
+from comfy_nai_t5.quantised import stays_quantised, unpacked_state
 from comfy_nai_t5.stack import SharedStack
 from comfy_nai_t5.telling import out_of_memory, warn
 from nai_t5_core.backends.auto_dtype import resolve_dtype
@@ -147,11 +148,11 @@ class T5Clip(comfy.sd.CLIP):
 
     def get_sd(self, *arguments: Any, **options: Any) -> Any:
         self._fill()
-        return super().get_sd(*arguments, **options)
+        return unpacked_state(self.cond_stage_model, super().get_sd(*arguments, **options))
 
     def state_dict_for_saving(self, *arguments: Any, **options: Any) -> Any:
         self._fill()
-        return super().state_dict_for_saving(*arguments, **options)
+        return unpacked_state(self.cond_stage_model, super().state_dict_for_saving(*arguments, **options))
 
     def get_key_patches(self, *arguments: Any, **options: Any) -> Any:
         self._fill()
@@ -255,6 +256,11 @@ def with_our_t5(clip: Any, settings: Settings | None = None) -> T5Clip:
             _refuse_packing(device, compute_dtype)
         if settings.layout == "int8":
             _refuse_8_bits(device, compute_dtype)
+        if settings.layout in ("packed", "int8") and stays_quantised(owner.transformer):
+            raise ValueError(
+                f"the {settings.layout} layout keeps a second copy of the weights, which stay quantised as they are in "
+                "this file: choose the layout auto, or have the loader unpack the weights"
+            )
         # Where the owner multiplies masked rows by zero, they need not be computed.
         return EncoderModel(owner.transformer, stack, "skip" if owner.zero_out_masked else "exact")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from comfy_nai_t5.clip_key import NotKnownError, key_of
+from comfy_nai_t5.quantised import quantised_modules
 from nai_t5_core.prompts.cache.contents import tensor_contents
 from nai_t5_core.prompts.cache.key import Key
 from nai_t5_core.prompts.cache.store import Store, default_folder
@@ -142,6 +143,8 @@ def weights_in_memory(patcher: Any) -> str | None:
         if type(original) not in (Tensor, nn.Parameter) or original.is_meta:
             return None
         digest.update(f"{name} {tensor_contents(original)}\n".encode())
+    for name, module in quantised_modules(patcher.model):
+        digest.update(f"{name} {module.kind} {module.numbers_shape}\n".encode())
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from comfy_nai_t5.quantised import stays_quantised
 from nai_t5_core.prompts.cache.contents import tensor_contents
 from nai_t5_core.prompts.cache.key import NUMERICS, Key
 
@@ -50,7 +51,8 @@ def _computing(owner: Any) -> list[Any]:
     """How a T5 of ours computes now, and what its owner makes of that."""
     stack = owner.transformer.stack
     scales = None if stack.scales.is_one else stack.scales.to_json()
-    how = [str(stack.dtype), stack.wish, stack.attention, stack.compiled, stack.takes_kernels, stack.device.type]
+    products = "quantised" if stays_quantised(owner.transformer) else stack.takes_kernels
+    how = [str(stack.dtype), stack.wish, stack.attention, stack.compiled, products, stack.device.type]
     masks = [owner.zero_out_masked, owner.return_attention_masks, owner.enable_attention_masks]
     return [*how, owner.transformer.padding, scales, *masks, _plain(owner.special_tokens)]
 

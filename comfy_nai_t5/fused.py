@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comfy_nai_t5.quantised import Quantised
 from nai_t5_core.backends.kernels.block import KernelBlock
 from nai_t5_core.backends.kernels.build import better_than_kernels
 from nai_t5_core.backends.kernels.runners import KernelsBackend
@@ -26,6 +27,8 @@ from nai_t5_core.model.layers import ACTIVATIONS, GatedFeedForward, add_sublayer
 
 # Why a layer is not joined while ComfyUI brings its weights in as they are used.
 STREAMED = "ComfyUI streams its weights (dynamic memory)"
+# Why a layer is not joined whose weights are those of a quantised file.
+QUANTISED = "its weights stay quantised"
 
 
 class Products(Protocol):
@@ -201,6 +204,8 @@ def projections(block: Any) -> list[Any]:
 
 def _not_plain(linear: Any) -> str | None:
     """Why a module's call is more than a product with the weight that lies there; None if it is no more."""
+    if isinstance(linear, Quantised):
+        return QUANTISED
     plain, own = comfy.ops.disable_weight_init.Linear, type(linear)
     if getattr(own, "forward", None) is not plain.forward:
         return f"its weights are in modules of another kind ({own.__name__})"

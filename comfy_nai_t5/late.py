@@ -34,7 +34,7 @@ def late_t5(path: str | Path | None, family: str = AUTO, settings: Settings | No
         ValueError: as :func:`comfy_nai_t5.loaders.load_t5`.
     """
     settings = settings or Settings(cache="on")
-    checkpoint = checkpoint_without_weights(path)
+    checkpoint = checkpoint_without_weights(path, settings.unpacks)
     chosen = family_for(checkpoint.config, family)
     clip = stock_clip(checkpoint, chosen, settings.device, disable_dynamic=True, initial_device=_NOWHERE)
     plain = replace(settings, cache="off")
@@ -59,7 +59,7 @@ def late_with_clip(
     """
     settings = settings or Settings(cache="on")
     options = {**device_options(settings.device), **(model_options or {})}
-    clip = stock_joint_clip(paths, family, options, disable_dynamic=True, without_weights=True)
+    clip = stock_joint_clip(paths, family, options, disable_dynamic=True, without_weights=True, unpack=settings.unpacks)
     plain = replace(settings, cache="off")
 
     def load() -> Any:

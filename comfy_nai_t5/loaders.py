@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from comfy_nai_t5.choices import Settings
 from comfy_nai_t5.clip import T5Clip, is_streamed, t5_models, with_our_t5
 from comfy_nai_t5.families import AUTO, ServerFamily, check_joint, family_for, server_config
 from comfy_nai_t5.fused import takes_kernels
+from comfy_nai_t5.live_patches import LivePatcher
 from comfy_nai_t5.plain import SPECIAL_TOKENS, TOKENIZER
+from comfy_nai_t5.quantised import QuantisedEmbedding, QuantisedLinear
 from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.kernels.runners import KERNELS, best
-from nai_t5_core.facts.config import T5Config
 from nai_t5_core.model.precision import is_finite, keeps_finite
 
 _NO_TOKENIZER = (
@@ -62,7 +64,7 @@ def load_t5(
         ValueError: the file is no T5, is damaged, or does not suit the family; impossible settings.
     """
     settings = settings or Settings()
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, settings.unpacks)
     clip = stock_clip(checkpoint, family_for(checkpoint.config, family), settings.device, disable_dynamic)
     del checkpoint  # the file's tensors, which must not be in memory beside those that they are cast to
     _store(clip, settings)
@@ -95,10 +97,10 @@ def stock_clip(
     model, tokenizer = family.classes()
     target = type("Target", (), {"params": {}, "clip": model, "tokenizer": tokenizer})
     data, options = _special_data(checkpoint, family)
-    return _new_clip(
+    clip = _new_clip(
         target,
         checkpoint.state,
-        disable_dynamic,
+        disable_dynamic or bool(checkpoint.quantised),
         tokenizer_data=data,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         parameters=comfy.utils.calculate_parameters(checkpoint.state),
@@ -111,6 +113,27 @@ def stock_clip(
             **more_options,
         },
     )
+    if checkpoint.quantised:
+        _keep_quantised(clip, checkpoint)
+    return clip
+
+
+def _keep_quantised(clip: Any, checkpoint: ServerCheckpoint) -> None:
+    """Gives a CLIP's T5, which has got no weights yet, those of a checkpoint that stay quantised, and all others."""
+    for owner in t5_models(clip.cond_stage_model).values():
+        for name, weight in checkpoint.quantised.items():
+            parent, _, place = name.removesuffix(".weight").rpartition(".")
+            module = QuantisedEmbedding(weight) if name == "shared.weight" else QuantisedLinear(weight)
+            setattr(owner.transformer.get_submodule(parent), place, module)
+        for name, tensor in checkpoint.beside.items():
+            parent, _, place = name.rpartition(".")
+            parameter = nn.Parameter(tensor, requires_grad=False)
+            setattr(owner.transformer.get_submodule(parent), place, parameter)
+    if clip.patcher.loaded_size():
+        clip.patcher.detach()  # newer servers have loaded what was there until now
+    # The patcher that ComfyUI knows by now, so that there are not two of one model.
+    clip.patcher.__class__ = LivePatcher
+    clip.patcher.size = 0  # counted anew when it is next asked for
 
 
 def _special_data(checkpoint: ServerCheckpoint, family: ServerFamily) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -156,9 +179,8 @@ def load_with_clip(
         ValueError: no fitting T5 among the files, too many or too few of them, a damaged one; impossible settings.
     """
     settings = settings or Settings()
-    clip = stock_joint_clip(
-        paths, family, {**device_options(settings.device), **(model_options or {})}, disable_dynamic
-    )
+    options = {**device_options(settings.device), **(model_options or {})}
+    clip = stock_joint_clip(paths, family, options, disable_dynamic, unpack=settings.unpacks)
     _store(clip, settings)
     _remember(clip, load_with_clip, paths, family, settings, model_options)
     return with_our_t5(clip, settings)
@@ -170,44 +192,50 @@ def stock_joint_clip(
     options: dict[str, Any],
     disable_dynamic: bool = False,
     without_weights: bool = False,
+    unpack: bool = False,
 ) -> Any:
     """ComfyUI's own CLIP of several files.
 
     Args:
         options: ComfyUI's, to which those of the T5 are added.
         without_weights: build it on tensors without numbers, on the meta device.
+        unpack: as for :func:`comfy_nai_t5.checkpoint.read_checkpoint`.
     """
-    states, config = _read_all(paths, options, checkpoint_without_weights if without_weights else read_checkpoint)
+    read = partial(checkpoint_without_weights if without_weights else read_checkpoint, unpack=unpack)
+    states, checkpoint = _read_all(paths, options, read)
     if without_weights:
         states = [{name: emptied(tensor) for name, tensor in state.items()} for state in states]
         options["initial_device"] = torch.device("meta")
-    check_joint(family, len(paths), config)
+    check_joint(family, len(paths), checkpoint.config if checkpoint else None)
+    stays_quantised = checkpoint is not None and bool(checkpoint.quantised)
     load = comfy.sd.load_text_encoder_state_dicts
     knows_dynamic = "disable_dynamic" in inspect.signature(load).parameters
-    return load(
+    clip = load(
         states,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         clip_type=getattr(comfy.sd.CLIPType, family.upper()),
         model_options=options,
-        **({"disable_dynamic": disable_dynamic} if knows_dynamic else {}),
+        **({"disable_dynamic": disable_dynamic or stays_quantised} if knows_dynamic else {}),
     )
+    if checkpoint is not None and stays_quantised:
+        _keep_quantised(clip, checkpoint)
+    return clip
 
 
 def _read_all(
     paths: Sequence[str | Path], options: dict[str, Any], read: Callable[[str | Path], ServerCheckpoint]
-) -> tuple[list[dict[str, torch.Tensor]], T5Config | None]:
-    """The tensors of each file, and the config of the T5 among them, whose options are put to the others."""
-    states, config = [], None
+) -> tuple[list[dict[str, torch.Tensor]], ServerCheckpoint | None]:
+    """The tensors of each file, and the T5 among them, whose options are put to the others."""
+    states, checkpoint = [], None
     for path in paths:
         if not holds_t5(path):
             states.append(_other_encoder(path))
             continue
         checkpoint = read(path)
-        config = checkpoint.config
         states.append(checkpoint.state)
-        options["t5xxl_model_config"] = server_config(config)
+        options["t5xxl_model_config"] = server_config(checkpoint.config)
         options |= {f"t5xxl_{name}": value for name, value in checkpoint.model_options.items()}
-    return states, config
+    return states, checkpoint
 
 
 def _other_encoder(path: str | Path) -> dict[str, torch.Tensor]:
@@ -226,13 +254,14 @@ def _other_encoder(path: str | Path) -> dict[str, torch.Tensor]:
 def _store(clip: Any, settings: Settings) -> None:
     """Casts the weights of a CLIP's T5 as asked for. It must not have been loaded onto a device yet."""
     choice = settings.weights
-    if choice == "file" or (choice == "auto" and is_streamed(clip)):
+    is_free = choice in ("auto", "unpack")
+    if choice == "file" or (is_free and is_streamed(clip)):
         return
     device = clip.patcher.load_device
-    wanted = resolve_dtype(settings.dtype, device) if choice == "auto" else getattr(torch, choice)
+    wanted = resolve_dtype(settings.dtype, device) if is_free else getattr(torch, choice)
     # The kernels round float16 as they read it, and 8 bits are made of the very numbers: loading need not round.
     by_kernels = settings.layout != "separate" and not settings.compile and takes_kernels(device, wanted, best(KERNELS))
-    kept = (torch.float16,) if choice == "auto" and (by_kernels or settings.layout == "int8") else ()
+    kept = (torch.float16,) if is_free and (by_kernels or settings.layout == "int8") else ()
     for owner in t5_models(clip.cond_stage_model).values():
         for name, module in owner.transformer.named_modules():
             if isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and wanted.itemsize > 1):

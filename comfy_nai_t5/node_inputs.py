@@ -20,7 +20,8 @@ _TIPS = {
     "is kept in range by scales, and nothing is clipped. ComfyUI's own T5 computes in float32.",
     "weights": "How the weights are kept in memory. auto: as computed in, unless the file's own form is smaller or the "
     "kernels read it. file: as they are in the file. float8: half the memory of float16; each layer is cast as it is "
-    "used. Scaled float8 files stay as they are whatever is chosen.",
+    "used. Scaled float8 files, and quantised ones (GGUF and the like), stay as they are whatever is chosen, but with "
+    "unpack, which makes numbers of 16 bits of the quantised ones: more memory, faster.",
     "device": "Where the encoder runs. default: where ComfyUI puts text encoders.",
     "attention": "How attention is computed. auto: flex for long prompts on CUDA, the kernels' or SDPA elsewhere. flex "
     "needs a compiler, and is compiled when it is first used.",

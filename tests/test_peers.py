@@ -60,18 +60,21 @@ def test_outliers_are_large_and_do_no_harm() -> None:
 
 @pytest.mark.parametrize("name", PEERS)
 def test_peers_agree_with_ours_and_leave_the_weights_alone(name: str, config: T5Config) -> None:
-    pytest.importorskip(name.replace("-", "_"), reason="a peer of the benchmark")
+    module = {"llama-cpp-python": "llama_cpp"}.get(name, name.replace("-", "_"))
+    pytest.importorskip(module, reason="a peer of the benchmark")
     state = random_state(config, seed=2)
     before = {key: tensor.clone() for key, tensor in state.items()}
     ids = torch.randint(config.vocab_size, (3, 150), generator=torch.Generator().manual_seed(0))
     mask = padding_mask([150, 1, 40], 150)
     ours = own_encoder(config, state, torch.float32)
-    if name == "nai-t5" and config.activation == "silu":
+    if name in ("nai-t5", "llama-cpp-python") and config.activation == "silu":
         with pytest.raises(ValueError, match="no gated silu"):
             build_peer(name, config, state, torch.float32)
         return
     peer = build_peer(name, config, state, torch.float32)
-    tolerance = 1e-5 * ours(ids).abs().max()
+    # llama.cpp looks up GELU in a table of float16.
+    is_rough = name == "llama-cpp-python" and config.gated
+    tolerance = (1e-3 if is_rough else 1e-5) * ours(ids).abs().max()
     assert (peer(ids, mask) - ours(ids, mask))[mask.bool()].abs().max() < tolerance
     assert (peer(ids) - ours(ids)).abs().max() < tolerance
     assert peer.version[0].isdigit()

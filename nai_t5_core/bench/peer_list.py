@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nai_t5_core.bench.llama_cpp_peer import LLAMA_CPP, layers_of_llama_cpp, llama_cpp_encoder
 from nai_t5_core.bench.openvino_peer import layers_of_openvino, openvino_encoder
 from nai_t5_core.bench.peers import State, nai_t5_encoder, transformers_encoder
 from nai_t5_core.facts.config import T5Config
@@ -95,11 +96,17 @@ def _call_openvino(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor
     return hidden
 
 
+def _call_llama_cpp(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
+    hidden: Tensor = model(ids, mask)
+    return hidden
+
+
 _PEERS = {
     "transformers": Implementation(
         transformers_encoder, _call_transformers, lambda model: model.encoder.block, _residual_of_transformers
     ),
     "nai-t5": Implementation(nai_t5_encoder, _call_nai_t5, lambda model: model.layers, _residual_of_nai_t5),
     "openvino": Implementation(openvino_encoder, _call_openvino, layers_of_openvino, _residual_of_transformers),
+    LLAMA_CPP: Implementation(llama_cpp_encoder, _call_llama_cpp, layers_of_llama_cpp, _residual_of_transformers),
 }
 PEERS = tuple(_PEERS)

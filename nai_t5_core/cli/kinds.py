@@ -18,6 +18,10 @@ def bench_kinds(
     kinds: Annotated[str | None, typer.Option(metavar="KIND,…", help="Only these; a wrong one lists all.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads on the CPU.")] = None,
     repeats: Annotated[int, typer.Option(help="Encodes that count.")] = 3,
+    against: Annotated[
+        str,
+        typer.Option(help="llama-cpp-python: time llama.cpp's encoder beside ours instead, on the same GGUF files."),
+    ] = "",
     write: Annotated[Path | None, typer.Option("--markdown", help="Also write the table as Markdown.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -27,8 +31,13 @@ def bench_kinds(
 
     from nai_t5_core.backends.auto_dtype import resolve_dtype
     from nai_t5_core.bench.kinds import markdown, measure_kinds
+    from nai_t5_core.bench.kinds_against import markdown_against, measure_against_llama_cpp
+    from nai_t5_core.bench.llama_cpp_peer import LLAMA_CPP
     from nai_t5_core.facts.config import named_config
     from nai_t5_core.weights.whole_files import write_whole
+
+    if against not in ("", LLAMA_CPP):
+        raise ValueError(f"--against {against}: kinds are compared with {LLAMA_CPP} alone")
 
     config = named_config(size).encoder_only()
     if layers is not None:
@@ -39,14 +48,21 @@ def bench_kinds(
     torch.set_num_threads(threads or before)
     try:
         with status("measuring") as tell:
-            rows = measure_kinds(config, chosen, repeats=repeats, kinds=wanted, progress=tell)
+            if against:
+                compared = measure_against_llama_cpp(
+                    config, wanted or ("BF16", "F16", "Q8_0", "Q4_K"), chosen, repeats=repeats, progress=tell
+                )
+                table, found = markdown_against(compared), [row.to_dict() for row in compared]
+            else:
+                rows = measure_kinds(config, chosen, repeats=repeats, kinds=wanted, progress=tell)
+                table, found = markdown(rows), [row.to_dict() for row in rows]
     finally:
         torch.set_num_threads(before)
     if write is not None:
-        write_whole(write, markdown(rows))
+        write_whole(write, table)
     if as_json:
-        print_json({"size": size, "rows": [row.to_dict() for row in rows]})
+        print_json({"size": size, "rows": found})
         return
-    out.print(Markdown(markdown(rows)))
+    out.print(Markdown(table))
     if write is not None:
         say(f"wrote {write}")

@@ -133,6 +133,7 @@ _TOKENIZER = re.compile(r"(.*\.)?(spiece_model|tokenizer_json)")
 _IGNORED = (
     (_TOKENIZER, "a tokenizer"),
     (re.compile(r"scaled_fp8"), "marks a file with scaled float8 weights"),
+    (re.compile(r"logit_scale"), "a number of CLIP's that ComfyUI saves beside every text encoder; no T5 reads it"),
     (re.compile(r".*\.comfy_quant"), "says how a weight is quantised, which its dtype says as well"),
     (re.compile(r".*\.(scale_input|input_scale)"), "scale of float8 activations, which are not used"),
     (

@@ -129,7 +129,9 @@ def toy_lora(model: Any, keys: tuple[str, ...], slot: str, rank: int = 4, seed: 
     generator = torch.Generator().manual_seed(seed)
     lora = {}
     for key in keys:
-        out_features, in_features = model.get_submodule(key).weight.shape
+        module = model.get_submodule(key)
+        # Of a weight that stays quantised, ComfyUI sees bytes.
+        out_features, in_features = getattr(module, "numbers_shape", None) or module.weight.shape
         name = f"text_encoders.{slot}.transformer.{key}"
         lora[f"{name}.lora_up.weight"] = torch.randn(out_features, rank, generator=generator) * 0.2
         lora[f"{name}.lora_down.weight"] = torch.randn(rank, in_features, generator=generator) * 0.2
