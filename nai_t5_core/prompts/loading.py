@@ -10,8 +10,10 @@ from nai_t5_core.backends.choose import (
     encode_on_cuda,
     prepack,
     quantize_int8,
+    run_quantised,
     why_not_prepack,
 )
+from nai_t5_core.backends.quantised.projections import stays_quantised
 from nai_t5_core.lora.files import Lora
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.lora.set import lora_of, refuse_misfits
@@ -58,6 +60,8 @@ class Loading(Choices):
             from nai_t5_core.backends.compiled import compile_stack
 
             compile_stack(stack, mode=self.compile if isinstance(self.compile, str) else None)
+        elif self.optimize and stays_quantised(stack):
+            run_quantised(stack, self.products)
         elif self.optimize and (self.products != "auto" or why_not_prepack(stack) is None):
             prepack(stack, self.products)
         if self.optimize and not self.compile and self.attention == "auto":
