@@ -217,6 +217,7 @@ def test_an_encoder_is_computed_from_the_file(
             expected = meant(IDS, MASK)
         assert ours.flops > 0
         told = f"{instructions.title} kernels, quantised weights"
+        told += ", in float32" if instructions.stored[dtype] != dtype else ""
         assert {block.extra_repr() for block in stack.encoder.block} == {told}
         rows = MASK.bool()
         difference = (found.double() - expected)[rows].abs().max() / expected[rows].abs().max()
@@ -232,7 +233,7 @@ def test_a_file_of_several_kinds_is_computed_block_by_block(tmp_path: Path) -> N
     stack.encoder.block[1].runner = runner_of_quantised(stack.encoder.block[1])
     names = [block.runner.name for block in stack.encoder.block]
     assert names[1] == "quantised weights (the kernels do not read MXFP8)"
-    assert {names[0], names[2]} == {f"{best_title()} kernels, quantised weights"}
+    assert {*names} - {names[1]} == {f"{best_title()} kernels, quantised weights"}
     with torch.no_grad(), counted() as ours:
         found = stack(IDS, MASK)
     assert ours.flops > 0

@@ -41,10 +41,10 @@ class _Looked:
     forms: list[tuple[QuantisedLinear, tuple[QuantisedForm, ...]]]
     kernels: KernelBlock | None
 
-    def holds(self, dtype: torch.dtype) -> bool:
+    @property
+    def is_same(self) -> bool:
         # Moving a projection, or another scale, gives it other forms.
-        same = self.dtype == dtype and all(linear.forms is forms for linear, forms in self.forms)
-        return same and self.seen.is_same
+        return all(linear.forms is forms for linear, forms in self.forms) and self.seen.is_same
 
 
 class QuantisedKernels:
@@ -66,7 +66,7 @@ class QuantisedKernels:
     @property
     def name(self) -> str:
         instructions, looked = instructions_for(self._named), self._looked
-        if instructions is None or (looked is not None and looked.kernels is None):
+        if instructions is None or (looked is not None and looked.kernels is None and looked.is_same):
             return BY_QUANTISED_WEIGHTS
         widening = "" if looked is None or looked.kernels is None else looked.kernels.widening
         return f"{instructions.title} kernels, {BY_QUANTISED_WEIGHTS}{widening}"
@@ -82,7 +82,7 @@ class QuantisedKernels:
         return instructions is not None and refuses(block, dtype, instructions) is None
 
     def _kernels(self, block: Block, dtype: torch.dtype) -> KernelBlock | None:
-        if self._looked is None or not self._looked.holds(dtype):
+        if self._looked is None or self._looked.dtype != dtype or not self._looked.is_same:
             kernels = None
             if self.attends(block, dtype) and prepare_kernels(self._named) is None:
                 kernels = _kernels_of(block, dtype, instructions_for(self._named))
