@@ -13,10 +13,12 @@ from conftest import TOY_CONFIGS, build_stack, random_state
 from torch import Tensor
 
 from nai_t5_core.backends.choose import prepack, quantize_int8, run_in_place
+from nai_t5_core.backends.held import ByModules
 from nai_t5_core.backends.kernels.build import missing_for, prepare_kernels
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend
 from nai_t5_core.backends.kernels.sets import AVX2_VNNI, SETS, InstructionSet
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
+from nai_t5_core.backends.quantised.kernels import BY_QUANTISED_WEIGHTS, QuantisedKernels
 from nai_t5_core.backends.quantised.kinds import QuantisedWeight
 from nai_t5_core.backends.quantised.packing import pack, unpacked
 from nai_t5_core.backends.quantised.runner import QuantisedBackend
@@ -98,16 +100,38 @@ def _cases_of(instructions: InstructionSet) -> dict[str, BackendCase]:
     }
 
 
-def by(packing: Callable[[Tensor], QuantisedWeight]) -> Callable[[T5EncoderStack], T5EncoderStack]:
-    """Keeps the weights of projections quantised."""
+Packing = Callable[[Tensor], QuantisedWeight]
+
+
+def by(packing: Packing, instructions: InstructionSet | None = None) -> Callable[[T5EncoderStack], T5EncoderStack]:
+    """Keeps the weights of projections quantised; computed by the kernels for this set, or else by torch."""
 
     def bind(stack: T5EncoderStack) -> T5EncoderStack:
         block: Any
         for block in stack.encoder.block:
             QuantisedBackend(packing).bind(block, stack.dtype)
+            by_torch = ByModules(BY_QUANTISED_WEIGHTS)
+            block.runner = by_torch if instructions is None else QuantisedKernels(instructions)
         return stack
 
     return bind
+
+
+def _quantised_cases_of(instructions: InstructionSet) -> dict[str, BackendCase]:
+    """Weights as they are, and in blocks of a GGUF file, read by the kernels."""
+    title, name = f"{instructions.title} kernels, {BY_QUANTISED_WEIGHTS}", instructions.name
+    return {
+        f"{label} {name}": BackendCase(
+            title,
+            by(packing, instructions),
+            _missing(KERNELS[name]),
+            is_fixed=False,
+            attends=True,
+            in_8_bits=packing is not unpacked,
+            widens=torch.float16 in instructions.stored,
+        )
+        for label, packing in (("quantised, without loss", unpacked), ("quantised", partial(pack, kind="int8")))
+    }
 
 
 CASES = {
@@ -124,6 +148,7 @@ CASES = {
 for each in SETS:
     # AVX2-VNNI is AVX2 but for products in 8 bits.
     CASES |= {name: case for name, case in _cases_of(each).items() if each is not AVX2_VNNI or case.in_8_bits}
+    CASES |= _quantised_cases_of(each) if each is not AVX2_VNNI else {}
 
 
 def bound(case: BackendCase, layout: Layout = "fused", dtype: torch.dtype = torch.float32, **state: Tensor) -> Any:

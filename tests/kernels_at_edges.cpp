@@ -15,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -35,6 +36,11 @@ long draw_size(long most) {
     return std::min(found, most);
 }
 long multiple(long size, long unit) { return (size + unit - 1) / unit * unit; }
+// Also whole blocks of 32 and 256 numbers.
+long draw_depth(long most, long unit) {
+    const long blocks[] = {unit, 32, 256};
+    return multiple(draw_size(most), blocks[draw(0, 2)]);
+}
 
 // Memory of exactly so many bytes.
 class Bytes {
@@ -74,7 +80,22 @@ class Bytes {
 // Numbers
 // ---------------------------------------------------------------------------------------------------------------------
 
-long bytes_of(int format) { return format == kFloat32 ? 4 : format >= kFloat8E4m3 ? 1 : 2; }
+// How many numbers stand together in how many bytes, and where float16 numbers begin in these; -1 for none.
+struct Layout {
+    long numbers, bytes;
+    int halves[2];
+};
+
+Layout layout_of(int format) {
+    static const Layout layouts[] = {
+        {1, 2, {-1, -1}}, {1, 2, {-1, -1}}, {1, 4, {-1, -1}}, {1, 1, {-1, -1}}, {1, 1, {-1, -1}}, {1, 1, {-1, -1}},
+        {32, 34, {0, -1}}, {32, 18, {0, -1}}, {32, 20, {0, 2}}, {32, 22, {0, -1}}, {32, 24, {0, 2}}, {32, 18, {0, -1}},
+        {256, 84, {80, 82}}, {256, 110, {108, -1}}, {256, 144, {0, 2}}, {256, 176, {0, 2}}, {256, 210, {208, -1}},
+        {256, 136, {0, -1}}};
+    return layouts[format];
+}
+long bytes_of(int format) { return layout_of(format).bytes; }
+long row_bytes(int format, long depth) { return depth / layout_of(format).numbers * bytes_of(format); }
 
 // A kind is a number of kinds.h: 0 bfloat16, 1 float32, 2 and 3 bytes beside these; 4 and 5 weights in bfloat16 and
 // float16 beside float32.
@@ -90,8 +111,19 @@ Format kept(int kind) {
     return formats[kind];
 }
 
+// Any bytes, and float16 numbers below 1/1024 where they stand.
+void fill_blocks(const Bytes& bytes, const Layout& layout, long first) {
+    for (long i = first; i < bytes.size(); i++) bytes.data()[i] = char(draw(0, 255));
+    for (long i = first; i + layout.bytes <= bytes.size(); i += layout.bytes)
+        for (int place : layout.halves) {
+            const uint16_t half = draw(0, 1) << 15 | draw(0, 0x13ff);
+            if (place >= 0) std::memcpy(bytes.data() + i + place, &half, 2);
+        }
+}
+
 void fill(const Bytes& bytes, int format, long first = 0) {
     const long unit = bytes_of(format);
+    if (layout_of(format).numbers > 1) return fill_blocks(bytes, layout_of(format), first);
     for (long i = first; i + unit <= bytes.size(); i += unit) {
         const float value = draw(-1000, 1000) / 1000.f;
         uint32_t bits;
@@ -127,31 +159,67 @@ void expect(bool holds, const char* what) {
 // Weights
 // ---------------------------------------------------------------------------------------------------------------------
 
-// A weight as it lies, and in panels.
+// Some columns of a weight, of any format that its depth allows.
+struct SomeColumns {
+    long shift;  // values may begin within a number, as they may in a file
+    Bytes values, scales, factors;
+    bool is_plain;
+    Piece piece;
+
+    SomeColumns(int kind, long columns, long depth) : SomeColumns(columns, depth, drawn(kind, depth), draw(0, 1)) {}
+
+    SomeColumns(long columns, long depth, int format, bool is_plain)
+        : shift(draw(0, 1) ? draw(1, 3) : 0), values(columns * row_bytes(format, depth) + shift), scales(columns * 4),
+          factors(depth * 4), is_plain(is_plain),
+          piece{values.data() + shift, nullptr, nullptr, columns, 1, format} {
+        fill(values, format, shift);
+        fill(scales, kFloat32);
+        fill(factors, kFloat32);
+        const bool is_byte = format == kInt8 || format == kFloat8E4m3 || format == kFloat8E5m2;
+        if (is_byte && (format == kInt8 || !is_plain)) piece.scales = scales.as<float>();
+        if (!is_plain) piece.factors = factors.as<float>();
+        if (format == kInt8 && !is_plain) piece.unit = 1 / 127.f;
+    }
+
+    static int drawn(int kind, long depth) {
+        if (is_int8(kind)) return kInt8;
+        return draw(kBfloat16, depth % 256 == 0 ? kIQ4_XS : depth % 32 == 0 ? kIQ4_NL : kInt8);
+    }
+};
+
+// A weight as it lies, in up to four pieces, and in panels.
 struct Weight {
     int kind;
-    long shift;  // values that are no panels may begin within a number, as they may in a file
-    Bytes values, scales;
+    std::vector<std::unique_ptr<SomeColumns>> some;
+    std::vector<Piece> pieces;
     Matrix plain;
     Bytes panels;
     Matrix packed;
 
     Weight(int kind, long columns, long depth, bool is_gated)
-        : Weight(kind, columns, depth, is_gated, is_int8(kind) ? kInt8 : Format(draw(kBfloat16, kFloat8E5m2))) {}
-
-    Weight(int kind, long columns, long depth, bool is_gated, Format format)
-        : kind(kind), shift(draw(0, 1) ? draw(1, 3) : 0), values(columns * depth * bytes_of(format) + shift),
-          scales(columns * 4), plain{values.data() + shift, format == kInt8 ? scales.as<float>() : nullptr, columns, depth, format, is_gated, kind},
-          panels(t5_panel_steps(&plain) * 4), packed(plain) {
-        fill(values, format, shift);
-        fill(scales, kFloat32);
+        : kind(kind), plain{nullptr, drawn_pieces(kind, columns, depth), long(pieces.size()), columns, depth, is_gated, kind},
+          panels(t5_panel_steps(&plain) * 4), packed{panels.data(), nullptr, 0, columns, depth, is_gated, kind} {
         t5_to_panels(&plain, panels.data());
-        packed.values = panels.data();
-        packed.format = kPanels;
         const Bytes back(columns * depth * bytes_of(kept(kind)));
         t5_from_panels(&packed, back.data());
-        if (format == kept(kind))
-            expect(!std::memcmp(back.data(), values.data() + shift, back.size()), "panels are not the weight");
+        long first = 0;
+        for (const auto& part : some) {
+            const long size = part->piece.columns * row_bytes(kept(kind), depth);
+            const bool is_kept = part->piece.format == kept(kind) && (part->is_plain || is_int8(kind));
+            if (is_kept && first + size <= back.size())
+                expect(!std::memcmp(back.data() + first, part->piece.values, size), "panels are not the weight");
+            first += size;
+        }
+    }
+
+    const Piece* drawn_pieces(int kind, long columns, long depth) {
+        while (columns > 0) {
+            const long count = some.size() < 3 && draw(0, 1) ? draw(1, columns) : columns;
+            some.push_back(std::make_unique<SomeColumns>(kind, count, depth));
+            pieces.push_back(some.back()->piece);
+            columns -= count;
+        }
+        return pieces.data();
     }
 
     // Bytes are multiplied from panels alone.
@@ -165,7 +233,7 @@ struct Weight {
 void call_normed_product() {
     const int kind = draw_kind();
     const bool is_gated = draw(0, 1);
-    const long rows = draw_size(150), depth = multiple(draw_size(300), is_int8(kind) ? 4 : 2);
+    const long rows = draw_size(150), depth = draw_depth(300, is_int8(kind) ? 4 : 2);
     const long columns = multiple(draw_size(200), is_gated ? 2 : 1);
     const Weight weight(kind, columns, depth, is_gated);
     const Bytes residual(rows * depth * 4), norm(depth * 4);
@@ -186,7 +254,7 @@ void call_normed_product() {
 
 void call_added_product() {
     const int kind = draw_kind();
-    const long rows = draw_size(150), depth = multiple(draw_size(300), is_int8(kind) ? 4 : 2), columns = draw_size(200);
+    const long rows = draw_size(150), depth = draw_depth(300, is_int8(kind) ? 4 : 2), columns = draw_size(200);
     const Weight weight(kind, columns, depth, false);
     const Bytes x(rows * depth * number_bytes(kind)), residual(rows * columns * 4);
     fill_numbers(x, kind);
@@ -251,7 +319,7 @@ void call_attention_in_vain() {
 void call_block() {
     const int kind = draw_kind();
     const long unit = is_int8(kind) ? 4 : 2, heads = draw(1, 3), rows = draw_size(70);
-    const long size = unit * draw(1, 12), width = multiple(draw_size(130), unit), hidden = multiple(draw_size(130), unit);
+    const long size = unit * draw(1, 12), width = draw_depth(130, unit), hidden = draw_depth(130, unit);
     const bool is_gated = draw(0, 1);
     const Weight qkv(kind, 3 * heads * size, width, false), o(kind, width, heads * size, false);
     const Weight inner(kind, is_gated ? 2 * hidden : hidden, width, is_gated), wo(kind, width, hidden, false);

@@ -16,6 +16,7 @@ from torch import Tensor
 from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_int8, why_not_prepack
 from nai_t5_core.backends.kernels import calls
 from nai_t5_core.backends.kernels.calls import add_product, attention, encode_block, normed_product
+from nai_t5_core.backends.kernels.pieces import WeightPiece
 from nai_t5_core.backends.kernels.weights import KernelWeight
 from nai_t5_core.model.encoder import LAYOUTS, Layout
 
@@ -106,19 +107,31 @@ def spoiled(arguments: dict[str, Any], spoil: Callable[[Tensor], Tensor]) -> lis
     return found
 
 
+def _with_piece(weight: KernelWeight, **changed: Tensor) -> KernelWeight:
+    return replace(weight, pieces=(replace(weight.pieces[0], **changed),))
+
+
 def _spoiled_parts(part: Any, spoil: Callable[[Tensor], Tensor]) -> list[Any]:
     if isinstance(part, Tensor):
         return [spoil(part)]
     if not isinstance(part, KernelWeight):
         return []
-    packed = part.in_panels()
-    worse = [replace(part, values=spoil(part.values)), replace(packed, values=spoil(packed.values))]
-    if not part.is_gated:
-        in_bytes = KernelWeight.plain(
-            torch.ones(part.columns, part.depth, dtype=torch.int8), torch.float32, scales=torch.ones(part.columns)
-        ).in_panels()
-        assert in_bytes.scales is not None
-        worse.append(replace(in_bytes, scales=spoil(in_bytes.scales)))
+    packed, (piece,) = part.in_panels(), part.pieces
+    assert packed.panels is not None
+    worse, values = [replace(packed, panels=spoil(packed.panels))], spoil(piece.values)
+    # Numbers are read as what their dtype says.
+    if values.dtype == piece.values.dtype:
+        worse.append(_with_piece(part, values=values))
+    in_bytes = WeightPiece(
+        torch.ones(part.columns, part.depth, dtype=torch.int8),
+        part.columns,
+        part.depth,
+        scales=torch.ones(part.columns),
+        factors=torch.ones(part.depth),
+    )
+    scaled = KernelWeight.of_pieces([in_bytes], torch.float32, torch.float32, part.is_gated)
+    for name in ("scales", "factors"):
+        worse.append(_with_piece(scaled, **{name: spoil(getattr(in_bytes, name))}))
     return worse
 
 

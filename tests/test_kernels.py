@@ -28,9 +28,10 @@ from nai_t5_core.backends.kernels.calls import (
     multiply_in_registers,
     normed_product,
 )
+from nai_t5_core.backends.kernels.pieces import WEIGHT_FORMATS
 from nai_t5_core.backends.kernels.runners import KernelsOnPanels, refuses_in_place
 from nai_t5_core.backends.kernels.sets import SETS, InstructionSet
-from nai_t5_core.backends.kernels.weights import WEIGHT_FORMATS, KernelWeight
+from nai_t5_core.backends.kernels.weights import KernelWeight
 from nai_t5_core.backends.products import OneDNNRunner
 from nai_t5_core.facts.config import Activation, T5Config
 from nai_t5_core.model.attention import position_bias
@@ -463,7 +464,7 @@ def test_originals_are_kept_for_one_call_and_then_let_go() -> None:
         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
     }
     assert not any(original() for original in originals)
-    kept = [weakref.ref(one.kernels.weights[-1].values) for one in held]
+    kept = [weakref.ref(one.kernels.weights[-1].pieces[0].values) for one in held]
     stack(IDS)
     assert not any(one.kernels.is_in_panels for one in held) and all(weight() is not None for weight in kept)
     stack(IDS)
@@ -580,7 +581,9 @@ def test_a_copy_has_its_own_panels(instructions: InstructionSet) -> None:
     """What the kernels are told of panels is kept with them, and must not go along to a copy."""
     weight = KernelWeight.plain(torch.randn(32, 64), torch.float32, instructions=instructions).in_panels()
     before = weight.matrix()
+    assert weight.panels is not None
     for other in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
-        assert other.matrix().values == other.values.data_ptr() != before.values == weight.values.data_ptr()
+        assert other.panels is not None
+        assert other.matrix().panels == other.panels.data_ptr() != before.panels == weight.panels.data_ptr()
         assert torch.equal(other.original(), weight.original())
     assert weight.matrix() is before

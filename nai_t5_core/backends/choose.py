@@ -16,6 +16,7 @@ from nai_t5_core.backends.kernels.build import better_than_kernels, missing_for,
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, KernelsInPlace, best
 from nai_t5_core.backends.kernels.sets import named
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
+from nai_t5_core.backends.quantised.kernels import QuantisedKernels, refuses
 from nai_t5_core.backends.quantised.projections import stays_quantised
 from nai_t5_core.model.attention_choice import FLEX_FROM_LENGTHS
 from nai_t5_core.model.block import Backend
@@ -54,6 +55,34 @@ def run_in_place(model: Model, products: ProductsChoice = "auto") -> Model:
         if block.runner is None and (instructions is not None or why_not_kernels() is None):
             block.runner = KernelsInPlace(instructions)
     return model
+
+
+def run_quantised(stack: T5EncoderStack, products: ProductsChoice) -> T5EncoderStack:
+    """Makes the kernels that are named compute the blocks of an encoder that stays quantised, from the same bytes.
+
+    Args:
+        products: see :func:`prepack`.
+
+    Returns:
+        The same stack.
+
+    Raises:
+        ValueError: unknown products, or these kernels cannot compute this model; oneDNN cannot compute it at all.
+    """
+    refuse_products(products, stack.device)
+    blocks: Any = stack.encoder.block
+    if products == "auto":
+        return stack
+    if products == "onednn":
+        raise ValueError(f"products={products!r} is not possible: {_QUANTISED}, or leave products at 'auto'")
+    instructions = named(products) if products in KERNELS else best(KERNELS).instructions
+    obstacle = KERNELS[instructions.name].missing(stack.device, stack.dtype) or prepare_kernels(instructions)
+    obstacle = obstacle or next(filter(None, (refuses(block, stack.dtype, instructions) for block in blocks)), None)
+    if obstacle:
+        raise ValueError(f"products={products!r} is not possible: {obstacle}; leave products at 'auto'")
+    for block in blocks:
+        block.runner = QuantisedKernels(instructions)
+    return stack
 
 
 def encode_on_cuda(stack: T5EncoderStack) -> T5EncoderStack:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import warnings
 
-from nai_t5_core.backends.choose import encode_on_cuda, prepack, quantize_int8, why_not_prepack
+from nai_t5_core.backends.choose import encode_on_cuda, prepack, quantize_int8, run_quantised, why_not_prepack
+from nai_t5_core.backends.quantised.projections import stays_quantised
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.prompts.choices import Choices
@@ -43,6 +44,8 @@ def finish(stack: T5EncoderStack, how: Choices) -> T5EncoderStack:
         from nai_t5_core.backends.compiled import compile_stack
 
         compile_stack(stack, mode=how.compile if isinstance(how.compile, str) else None)
+    elif how.optimize and stays_quantised(stack):
+        run_quantised(stack, how.products)
     elif how.optimize and (how.products != "auto" or why_not_prepack(stack) is None):
         prepack(stack, how.products)
     if how.optimize and not how.compile and how.attention == "auto":

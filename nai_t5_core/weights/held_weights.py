@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nai_t5_core.backends.held import ByModules
+from nai_t5_core.backends.quantised.kernels import runner_of_quantised
 from nai_t5_core.backends.quantised.kinds import WEIGHT, Plain, QuantisedWeight
 from nai_t5_core.backends.quantised.projections import QuantisedEmbedding, QuantisedForm, QuantisedLinear
-from nai_t5_core.backends.quantised.runner import BY_QUANTISED_WEIGHTS
 from nai_t5_core.model.block import Block
 from nai_t5_core.model.layers import residual_dtype
 from nai_t5_core.weights.examine import Examination
@@ -89,10 +88,10 @@ def _weight(name: str, examination: Examination) -> QuantisedWeight:
 
 
 def place(model: nn.Module, modules: dict[str, Any]) -> None:
-    """Puts modules in their places, and has the blocks that hold them computed by their modules."""
+    """Puts modules in their places, and has the blocks that hold them computed in the best way there is."""
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, module)
     for block in model.modules():
         if isinstance(block, Block) and any(isinstance(part, QuantisedLinear) for part in block.modules()):
-            block.runner = ByModules(BY_QUANTISED_WEIGHTS)
+            block.runner = runner_of_quantised(block)

@@ -66,7 +66,7 @@ class Head {
     template <class Finish>
     static void multiply_in_cache(long rows, const Step* tile, const Step* panel, long steps, Finish finish) {
         Sums sums[kTileRows];
-        multiply_tile<Kind>(rows, tile, panel, panel, steps, sums);
+        multiply_tile<Kind>(rows, tile, panel, Ahead(panel), steps, false, sums);
         for (long row = 0; row < rows; row++) finish(row, sums[row][0], sums[row][1]);
     }
 

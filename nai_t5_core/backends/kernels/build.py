@@ -24,6 +24,8 @@ _SHARED = (
     "float32.h",
     "tiles.h",
     "rows.h",
+    "blocks.h",
+    "reading.h",
     "weight.h",
     "products.cpp",
     "attention.cpp",

@@ -10,13 +10,25 @@ from nai_t5_core.backends.kernels.build import library
 from nai_t5_core.backends.kernels.sets import InstructionSet
 
 
-class Matrix(ctypes.Structure):
+class Piece(ctypes.Structure):
     _fields_ = (
         ("values", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("columns", ctypes.c_long),
+        ("unit", ctypes.c_float),
+        ("format", ctypes.c_int),
+    )
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = (
+        ("panels", ctypes.c_void_p),
+        # Keeps the array that it points to.
+        ("pieces", ctypes.POINTER(Piece)),
+        ("piece_count", ctypes.c_long),
         ("columns", ctypes.c_long),
         ("depth", ctypes.c_long),
-        ("format", ctypes.c_int),
         ("is_gated", ctypes.c_int),
         ("kind", ctypes.c_int),
     )

@@ -4,17 +4,34 @@
 
 #include <cstdint>
 
-// How the numbers of a weight lie in memory: row by row in one of these, or as panels. kInt8 is for products in 8 bits,
-// and nothing else is.
-enum Format { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2, kFloat8E4m3 = 3, kFloat8E5m2 = 4, kInt8 = 5, kPanels = 6 };
+// How the numbers of a weight lie in its rows. The first five are numbers by themselves. kInt8 is what products in 8 bits
+// are computed from; other products take its numbers times their scales. Those from kQ8_0 on are the blocks of GGUF
+// files, see blocks.h.
+enum Format {
+    kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2, kFloat8E4m3 = 3, kFloat8E5m2 = 4, kInt8 = 5,
+    kQ8_0 = 6, kQ4_0 = 7, kQ4_1 = 8, kQ5_0 = 9, kQ5_1 = 10, kIQ4_NL = 11,
+    kQ2_K = 12, kQ3_K = 13, kQ4_K = 14, kQ5_K = 15, kQ6_K = 16, kIQ4_XS = 17
+};
 
-// A weight [columns, depth]. `format` is a Format, `kind` a number of the instruction set's with_kind. `scales` are those of the
-// columns of bytes that are still to be put in panels, and else null. Values that are no panels may begin anywhere.
-struct Matrix {
+// Some columns of a weight, row by row: [columns, depth] of a Format. The values may begin anywhere; with blocks the
+// depth is a multiple of a block's. Numbers of a byte have the `scales` of their columns, which may be null, and those of
+// kInt8 the `unit` as well. All numbers along the depth are multiplied by `factors`, which may be null. Each of these
+// products is rounded to float32.
+struct Piece {
     const void* values;
-    const float* scales;
-    long columns, depth;
-    int format, is_gated, kind;
+    const float *scales, *factors;
+    long columns;
+    float unit;
+    int format;
+};
+
+// A weight [columns, depth], in panels or, where these are null, in pieces, one above the other. `kind` is a number of the
+// instruction set's with_kind.
+struct Matrix {
+    const void* panels;
+    const Piece* pieces;
+    long piece_count, columns, depth;
+    int is_gated, kind;
 };
 
 // The weights of an encoder's layer, `inner` being the feed-forward's first, and numbers that belong to them.

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 
 using Step = int32_t;
@@ -22,4 +23,12 @@ template <class T>
 Buffer<T> allocate(long count) {
     const long line = 64;
     return Buffer<T>(static_cast<T*>(std::aligned_alloc(line, (count * sizeof(T) + line - 1) / line * line)));
+}
+
+// A number that may begin anywhere.
+template <class T>
+T load_as(const void* place) {
+    T number;
+    std::memcpy(&number, place, sizeof(T));
+    return number;
 }

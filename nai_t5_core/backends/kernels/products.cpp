@@ -33,8 +33,11 @@ Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, E
     bool failed = false;
 #pragma omp parallel reduction(|| : failed)
     {
-        const Buffer<Step> own = allocate<Step>(weight.format == kPanels ? 1 : weight.panel_steps());
-        failed = !own;
+        // A panel that is filled here is kept as long as there are groups to come, or else only what is taken at once.
+        const long at_once = weight.steps_at_once(), kept = groups.count > 1 ? steps : at_once;
+        const Buffer<Step> own = allocate<Step>(weight.is_in_panels() ? 1 : kept * kPanelColumns);
+        const Buffer<Sums> sums = allocate<Sums>(kTilesAtOnce * kTileRows);
+        failed = !own || !sums;
         long filled_now = -1;
 #pragma omp for schedule(static)
         for (long tile = 0; tile < tiles.count; tile++) {
@@ -47,22 +50,30 @@ Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, E
         for (long task = 0; task < panels * groups.count; task++) {
             const long panel = task / groups.count, group = task % groups.count;
             if (failed) continue;
-            if (weight.format != kPanels && filled_now != panel) weight.fill_panel(filled_now = panel, own.get());
-            const Step* numbers = weight.format == kPanels ? weight.panel_at(panel) : own.get();
-            const long first = groups.start(group), end = groups.start(group + 1);
-            for (long row = tiles.start(first); row < tiles.start(end); row++) expect(row, panel);
-            for (long tile = first; tile < end; tile++) {
-                const long start = tiles.start(tile), rows = tiles.size(tile);
-                const Step* steps_of_rows = tiled.get() + start * row_steps;
-                Sums sums[kTileRows];
-                multiply_tile<Kind>(rows, steps_of_rows, numbers, weight.ahead(numbers, panel, tile), steps, sums);
-                const Step* trailing = numbers + steps * kPanelColumns;
-                for (long row = 0; row < rows; row++) {
-                    const float unit = Kind::kIsInt8 ? units[start + row] : 1;
-                    finish(start + row, panel, Kind::finished(sums[row][0], unit, trailing),
-                           Kind::finished(sums[row][1], unit, trailing + kLanes));
+            const long first = groups.start(group), end = groups.start(group + 1), first_row = tiles.start(first);
+            for (long row = first_row; row < tiles.start(end); row++) expect(row, panel);
+            const bool is_filled = weight.is_in_panels() || filled_now == panel;
+            for (long step = 0; step < steps; step += at_once) {
+                const long count = std::min(at_once, steps - step);
+                Step* place = own.get() + (groups.count > 1 ? step * kPanelColumns : 0);
+                if (!is_filled) weight.fill_steps(panel, step, count, place);
+                const Step* numbers = weight.is_in_panels() ? weight.panel_at(panel) : place;
+                for (long tile = first; tile < end; tile++) {
+                    const long start = tiles.start(tile), rows = tiles.size(tile);
+                    const Step* steps_of_rows = tiled.get() + start * row_steps + step * kRowSteps<Kind> * rows;
+                    const Ahead ahead = weight.ahead(numbers, panel, tile).from(step);
+                    Sums* own_sums = sums.get() + start - first_row;
+                    multiply_tile<Kind>(rows, steps_of_rows, numbers, ahead, count, step > 0, own_sums);
+                    if (step + count < steps) continue;
+                    const Step* trailing = numbers + steps * kPanelColumns;
+                    for (long row = 0; row < rows; row++) {
+                        const float unit = Kind::kIsInt8 ? units[start + row] : 1;
+                        finish(start + row, panel, Kind::finished(own_sums[row][0], unit, trailing),
+                               Kind::finished(own_sums[row][1], unit, trailing + kLanes));
+                    }
                 }
             }
+            filled_now = panel;
         }
     }
     return failed ? kOutOfMemory : kOk;

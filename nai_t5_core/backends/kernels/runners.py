@@ -20,6 +20,7 @@ from nai_t5_core.backends.kernels.build import (
 )
 from nai_t5_core.backends.kernels.calls import ACTIVATION_NUMBERS
 from nai_t5_core.backends.kernels.sets import AVX512, SETS, InstructionSet
+from nai_t5_core.backends.kernels.weights import KernelWeight
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN, Int8Backend, OneDNNBackend
 from nai_t5_core.backends.widened import WIDENED, WidenedBackend
 from nai_t5_core.model.attention import Attend, FusedSelfAttention
@@ -96,8 +97,8 @@ class KernelsInPlace:
 
 def refuses_in_place(block: Block, dtype: torch.dtype, instructions: InstructionSet) -> str | None:
     """Why the kernels cannot compute a block from its modules' present weights, as a sentence; None if they can."""
-    if dtype not in instructions.stored:
-        return f"the model is in {dtype}; {_dtypes_of(instructions)}"
+    if refused := refuses_dtype(dtype, instructions):
+        return refused
     attends, dense = _sublayers(block)
     if not isinstance(attends, FusedSelfAttention) or type(dense) not in (FusedGatedFeedForward, FeedForward):
         return "the projections are not joined (the layout is separate)"
@@ -114,6 +115,11 @@ def refuses_in_place(block: Block, dtype: torch.dtype, instructions: Instruction
     if is_watched(block.modules()):
         return "other software hooks into its modules"
     return refuses_mathematics(block)
+
+
+def refuses_dtype(dtype: torch.dtype, instructions: InstructionSet) -> str | None:
+    """Why kernels are not for a model in a dtype, as a sentence; None if they are."""
+    return None if dtype in instructions.stored else f"the model is in {dtype}; {_dtypes_of(instructions)}"
 
 
 def _dtypes_of(instructions: InstructionSet) -> str:
@@ -201,7 +207,7 @@ class KernelsOnPanels:
                 return None
             self._seen = Seen(modules)
         *attends, _ = attends_and_dtype
-        out: Tensor = self._held.ready()(residual, *attends, *self._norm_weights(block))
+        out: Tensor = self._held.ready()(residual, *attends, *norm_weights(block, self._held.in_scales[::2]))
         return out
 
     def _has_all_of(self, block: Block) -> bool:
@@ -211,17 +217,6 @@ class KernelsOnPanels:
 
     def attends(self, block: Block, dtype: torch.dtype) -> bool:
         return not isinstance(block, DecoderBlock)
-
-    def _norm_weights(self, block: Block) -> list[Tensor | None]:
-        """The norm weights of the sublayers, times their ``in_scales``, in float32; None where neither is."""
-        factors = []
-        # The first of a sublayer's two weights reads the norm.
-        for layer, taken_out in zip(block.layer, self._held.in_scales[::2], strict=True):
-            norm: Any = layer.layer_norm
-            # In float32 again: casting a model, even to its own compute dtype, casts the norm weights as well.
-            own = None if type(norm) is FoldedRMSNorm else norm.weight.detach().float()
-            factors.append(own if taken_out is None else taken_out if own is None else own * taken_out)
-        return factors
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_seen": None}
@@ -358,6 +353,27 @@ def refuses_mathematics(block: Block) -> str | None:
     if any(factor != 1 for factor in factors):
         return "a block has float16 scales, which the kernels do not know"
     return None
+
+
+def norm_weights(block: Block, factors: Sequence[Tensor | None] | None = None) -> list[Tensor | None]:
+    """The norm weights of the sublayers, in float32; None where there is none.
+
+    Args:
+        factors: what each sublayer's norm is multiplied by besides; None where nothing is.
+    """
+    found = []
+    for layer, factor in zip(block.layer, factors or [None] * len(block.layer), strict=True):
+        norm: Any = layer.layer_norm
+        # In float32 again: casting a model, even to its own compute dtype, casts the norm weights as well.
+        own = None if type(norm) is FoldedRMSNorm else norm.weight.detach().float()
+        found.append(own if factor is None else factor if own is None else own * factor)
+    return found
+
+
+def kernel_block(block: Block, weights: Sequence[KernelWeight], dtype: torch.dtype) -> KernelBlock:
+    """An encoder's block with the weights of :func:`places`."""
+    attends, dense = _sublayers(block)
+    return KernelBlock(tuple(weights), dtype, dense.activation, attends.heads, _epsilon(block))
 
 
 def _sublayers(block: Block) -> tuple[Any, Any]:

@@ -87,29 +87,43 @@ inline __attribute__((always_inline)) void add_row_step(const Step* tile, const 
     }
 }
 
-// Adds to the sums if it `continues` them. As many bytes as the panel has, from `ahead` on, are brought into the
-// second-level cache meanwhile.
+// What to bring into the second-level cache while a tile is multiplied, `stride` bytes for each step. It need not be
+// there.
+struct Ahead {
+    const char* place;
+    long stride;
+
+    Ahead(const void* place, long stride) : place(static_cast<const char*>(place)), stride(stride) {}
+    explicit Ahead(const Step* panel) : Ahead(panel, kPanelColumns * sizeof(Step)) {}
+    Ahead from(long step) const { return {place + step * stride, stride}; }
+};
+
+// Goes on from the sums if it `continues` them; where these are added up in parts, adds a part to them.
 template <class Kind, int rows>
-void multiply_exactly(const Step* tile, const Step* panel, const void* ahead, long steps, bool continues,
+void multiply_exactly(const Step* tile, const Step* panel, Ahead ahead, long steps, bool continues,
                       Sums* sums_of_rows) {
+    constexpr bool is_part = Kind::kPart;
     Sums sums[rows];
 #pragma GCC unroll 12
-    for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = zeros();
+    for (int row = 0; row < rows; row++)
+        for (int half = 0; half < 2; half++)
+            sums[row][half] = continues && !is_part ? sums_of_rows[row][half] : zeros();
     for (long step = 0; step < steps; step++, panel += kPanelColumns, tile += rows * kRowSteps<Kind>) {
 #pragma GCC unroll 2
         for (long line = 0; line < kPanelColumns; line += kLineSteps)
-            _mm_prefetch(static_cast<const Step*>(ahead) + step * kPanelColumns + line, _MM_HINT_T1);
+            _mm_prefetch(ahead.place + step * ahead.stride + line * sizeof(Step), _MM_HINT_T1);
         add_row_step<Kind, rows, 0>(tile, panel, sums);
         if constexpr (kRowSteps<Kind> == 2) add_row_step<Kind, rows, 1>(tile, panel, sums);
     }
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++)
         for (int half = 0; half < 2; half++)
-            sums_of_rows[row][half] = continues ? sums_of_rows[row][half] + sums[row][half] : sums[row][half];
+            sums_of_rows[row][half] =
+                continues && is_part ? sums_of_rows[row][half] + sums[row][half] : sums[row][half];
 }
 
 template <class Kind, int most = kTileRows>
-void multiply_rows(long rows, const Step* tile, const Step* panel, const void* ahead, long steps, bool continues,
+void multiply_rows(long rows, const Step* tile, const Step* panel, Ahead ahead, long steps, bool continues,
                    Sums* sums) {
     if constexpr (most > 1)
         if (rows < most) return multiply_rows<Kind, most - 1>(rows, tile, panel, ahead, steps, continues, sums);
@@ -118,13 +132,13 @@ void multiply_rows(long rows, const Step* tile, const Step* panel, const void* a
 
 // Sums of parts are added up in float32: a single sum over thousands of steps would be rounded thousands of times.
 template <class Kind>
-void multiply_tile(long rows, const Step* tile, const Step* panel, const void* ahead, long steps, Sums* sums) {
+void multiply_tile(long rows, const Step* tile, const Step* panel, Ahead ahead, long steps, bool continues, Sums* sums) {
     const long part = Kind::kPart ? Kind::kPart : steps;
     for (long step = 0; step < steps; step += part) {
         const Step* numbers = panel + step * kPanelColumns;
-        const Step* next = static_cast<const Step*>(ahead) + step * kPanelColumns;
         const Step* start = tile + step * kRowSteps<Kind> * rows;
-        multiply_rows<Kind>(rows, start, numbers, next, std::min(steps - step, part), step > 0, sums);
+        const long count = std::min(steps - step, part);
+        multiply_rows<Kind>(rows, start, numbers, ahead.from(step), count, continues || step > 0, sums);
     }
 }
 

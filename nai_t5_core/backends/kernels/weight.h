@@ -1,34 +1,23 @@
-// A weight as a product takes it: row by row as it lies in memory, or in panels.
+// A weight as a product takes it: in panels, or in pieces of which panels are made.
 
 #pragma once
 
-#include "kernels.h"
-#include "tiles.h"
-
-constexpr long size_of(Format format) { return format == kFloat32 ? 4 : format >= kFloat8E4m3 ? 1 : 2; }
-
-template <Format format>
-inline __attribute__((always_inline)) Floats load_numbers(const char* place, Lanes lanes) {
-    if (format == kFloat32) return load(reinterpret_cast<const float*>(place), lanes);
-    if (format == kFloat8E4m3) return load_float8_e4m3(place, lanes);
-    if (format == kFloat8E5m2) return load_float8_e5m2(place, lanes);
-    return format == kFloat16 ? load_float16(place, lanes) : load_bfloat16(place, lanes);
-}
+#include "reading.h"
 
 // A weight [columns, depth]. Gated weights are those of the gate, one above the other, and then those of up; a panel
 // has a register's columns of each.
 template <class Kind>
 struct Weight {
-    const char* values;
-    Format format;
-    long columns, depth;
+    const Step* panels_or_null;
+    const Piece* pieces;
+    long piece_count, columns, depth;
     bool is_gated;
-    const float* scales;  // of the columns, for putting bytes in panels
 
     explicit Weight(const Matrix& matrix)
-        : values(static_cast<const char*>(matrix.values)), format(Format(matrix.format)), columns(matrix.columns),
-          depth(matrix.depth), is_gated(matrix.is_gated), scales(matrix.scales) {}
+        : panels_or_null(static_cast<const Step*>(matrix.panels)), pieces(matrix.pieces),
+          piece_count(matrix.piece_count), columns(matrix.columns), depth(matrix.depth), is_gated(matrix.is_gated) {}
 
+    bool is_in_panels() const { return panels_or_null; }
     long panel_width() const { return is_gated ? kLanes : kPanelColumns; }
     long panels() const {
         const long side = is_gated ? columns / 2 : columns;
@@ -36,29 +25,30 @@ struct Weight {
     }
     long steps() const { return depth / Kind::kPerStep; }
     long panel_steps() const { return (steps() + Kind::kTrailing) * kPanelColumns; }
-    const char* row(long column) const { return values + column * depth * size_of(format); }
-    const Step* panel_at(long panel) const { return reinterpret_cast<const Step*>(values) + panel * panel_steps(); }
+    // How many steps of a panel are multiplied before others: of pieces, what the fastest cache holds once it is filled.
+    long steps_at_once() const { return is_in_panels() ? steps() : std::min(steps(), kAtOnce); }
+    const Step* panel_at(long panel) const { return panels_or_null + panel * panel_steps(); }
 
-    // What to bring closer to the processor while a tile is multiplied with a panel. In panels, it is what comes a little
-    // later; otherwise the next panel's columns, of which the first tile brings in all, or the gate's, and the second
-    // those of up. It need not be there.
-    const void* ahead(const Step* numbers, long panel, long tile) const {
-        if (format == kPanels) return numbers + kPrefetchSteps * kPanelColumns;
-        if (tile == 0) return row((panel + 1) * panel_width());
-        if (tile == 1 && is_gated) return row(columns / 2 + (panel + 1) * panel_width());
-        return numbers;
+    // In panels, it is what comes a little later; otherwise the next panel's columns, of which the first tile brings in all,
+    // or the gate's, and the second those of up.
+    Ahead ahead(const Step* numbers, long panel, long tile) const {
+        if (is_in_panels()) return Ahead(numbers + kPrefetchSteps * kPanelColumns);
+        const long side = tile == 0 ? 0 : columns / 2, column = side + (panel + 1) * panel_width();
+        if (tile > is_gated || column >= columns) return Ahead(numbers);
+        const Run run = run_at(column, 0, 1);
+        const long row = row_bytes(*run.piece, depth);
+        return {static_cast<const char*>(run.piece->values) + run.column * row, panel_width() * row / steps()};
     }
 
     void fill_panel(long panel, Step* filled) const {
-        const long first = panel * panel_width();
-        if (is_gated) {
-            const long count = std::min(kLanes, columns / 2 - first);
-            fill_half(first, count, filled);
-            fill_half(columns / 2 + first, count, filled + kLanes);
-        } else {
-            fill_half(first, columns - first, filled);
-            fill_half(first + kLanes, columns - first - kLanes, filled + kLanes);
-        }
+        fill_steps(panel, 0, steps(), filled);
+        if constexpr (Kind::kIsInt8)
+            for (long half = 0; half < 2; half++) end_half(half_of(panel, half), filled + half * kLanes);
+    }
+
+    // Steps of a panel from one on, which divides by those that are taken at once.
+    void fill_steps(long panel, long first, long count, Step* filled) const {
+        for (long half = 0; half < 2; half++) fill_half(half_of(panel, half), first, count, filled + half * kLanes);
     }
 
     // Where number k of a column lies in its panel, counted in numbers; `place` is that of the column in the panel.
@@ -69,53 +59,74 @@ struct Weight {
     }
 
   private:
+    // Whole blocks of all formats, and of a tile the parts that are summed.
+    static constexpr long kAtOnce = 256 / Kind::kPerStep;
+    static_assert(!Kind::kPart || kAtOnce % Kind::kPart == 0);
     static constexpr auto arranged = [](Words steps) { return Kind::arranged(steps); };
 
-    // A register's columns of a panel: [steps][kLanes] of [steps][kPanelColumns]; those beyond `count` are zeros.
-    void fill_half(long first, long count, Step* half) const {
-        if constexpr (Kind::kIsInt8) {
-            fill_half_as_it_is(first, count, half);
-            end_half(first, count, half);
-        } else {
-            if (format == Kind::kOwnFormat) return fill_half_as_it_is(first, count, half);
-            switch (format) {
-                case kFloat16: return fill_half_from<kFloat16>(first, count, half);
-                case kFloat32: return fill_half_from<kFloat32>(first, count, half);
-                case kFloat8E4m3: return fill_half_from<kFloat8E4m3>(first, count, half);
-                case kFloat8E5m2: return fill_half_from<kFloat8E5m2>(first, count, half);
-                default: return fill_half_from<kBfloat16>(first, count, half);
-            }
+    // A register's columns of a panel, in runs.
+    struct Half {
+        Run runs[kLanes];
+        long count = 0;
+    };
+
+    Half half_of(long panel, long half) const {
+        const long side = is_gated ? columns / 2 : columns, place = panel * panel_width() + (is_gated ? 0 : half * kLanes);
+        const long first = place + (is_gated ? half * side : 0), count = std::min(kLanes, side - place);
+        Half found;
+        for (long lane = 0; lane < count; lane += found.runs[found.count++].count)
+            found.runs[found.count] = run_at(first + lane, lane, count - lane);
+        return found;
+    }
+
+    // The columns from one on that lie in its piece, at most `count`.
+    Run run_at(long column, long lane, long count) const {
+        const Piece* piece = pieces;
+        while (column >= piece->columns) column -= piece++->columns;
+        return {piece, column, std::min(count, piece->columns - column), lane};
+    }
+
+    // [count][kLanes] of [count][kPanelColumns]; lanes without a column are zeros.
+    void fill_half(const Half& from, long first, long count, Step* half) const {
+        if (from.count == 1 && is_as_it_is<Kind>(*from.runs[0].piece)) fill_half_as_it_is(from.runs[0], first, count, half);
+        else fill_half_from(from, first, count, half);
+    }
+
+    void fill_half_as_it_is(const Run& run, long first, long count, Step* half) const {
+        const long all = steps();
+        const Step* start = static_cast<const Step*>(run.piece->values) + run.column * all + first;
+        const auto steps_of = [=](long column, long step) {
+            return load_words(start + column * all + step, first_lanes(count - step));
+        };
+        put_as_columns(half, kPanelColumns, kLanes, run.count, count, steps_of, arranged);
+    }
+
+    void fill_half_from(const Half& from, long first, long count, Step* half) const {
+        ReadSteps<Kind> read[kLanes];
+        for (long i = 0; i < from.count; i++) read[i] = reading<Kind>(*from.runs[i].piece);
+        Scales scales;
+        Words rows[kLanes];
+        for (Words& row : rows) row = no_words();
+        for (long step = 0; step < count; step += kLanes, half += kLanes * kPanelColumns) {
+            for (long i = 0; i < from.count; i++) read[i](from.runs[i], depth, first + step, step == 0, scales, rows);
+            Words columns[kLanes];
+#pragma GCC unroll 16
+            for (long i = 0; i < kLanes; i++) columns[i] = rows[i];
+            transpose(columns);
+#pragma GCC unroll 16
+            for (long i = 0; i < kLanes; i++)
+                if (i < count - step) store_words(half + i * kPanelColumns, Kind::arranged(columns[i]));
         }
     }
 
-    void fill_half_as_it_is(long first, long count, Step* half) const {
-        const long all = steps();
-        const Step* start = reinterpret_cast<const Step*>(row(first));
-        const auto steps_of = [=](long column, long step) {
-            return load_words(start + column * all + step, first_lanes(all - step));
-        };
-        put_as_columns(half, kPanelColumns, kLanes, count, all, steps_of, arranged);
-    }
-
-    template <Format from>
-    void fill_half_from(long first, long count, Step* half) const {
-        const long all = steps();
-        const char* start = row(first);
-        const auto steps_of = [=](long column, long step) {
-            return Kind::weight_steps([=](long offset) {
-                const long number = step * Kind::kPerStep + offset;
-                return load_numbers<from>(start + (column * depth + number) * size_of(from),
-                                          first_lanes(depth - number));
-            });
-        };
-        put_as_columns(half, kPanelColumns, kLanes, count, all, steps_of, arranged);
-    }
-
-    void end_half(long first, long count, Step* half) const {
+    void end_half(const Half& from, Step* half) const {
         Words excess = no_words();
         Step* end = half + steps() * kPanelColumns;
         for (; half < end; half += kPanelColumns) excess = Kind::excess(excess, load_words(half));
-        store(reinterpret_cast<float*>(end), load(scales + first, first_lanes(count)));
+        float scales[kLanes] = {};
+        for (const Run* run = from.runs; run < from.runs + from.count; run++)
+            std::copy_n(run->piece->scales + run->column, run->count, scales + run->lane);
+        store(reinterpret_cast<float*>(end), load(scales));
         store_words(end + kPanelColumns, excess);
     }
 };

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,43 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.kernels.addresses import address, address_if_any, sizes
+from nai_t5_core.backends.kernels.addresses import address, sizes
 from nai_t5_core.backends.kernels.build import best_set, missing_for_kernels
 from nai_t5_core.backends.kernels.interface import Matrix, kernels
+from nai_t5_core.backends.kernels.pieces import WEIGHT_FORMATS, WeightPiece, described
 from nai_t5_core.backends.kernels.sets import InstructionSet
-
-# Numbers of the formats in kernels.h.
-WEIGHT_FORMATS = {
-    torch.bfloat16: 0,
-    torch.float16: 1,
-    torch.float32: 2,
-    torch.float8_e4m3fn: 3,
-    torch.float8_e5m2: 4,
-}
-_WITH_SCALES = {torch.int8: 5}
-_PANELS = 6
-_FORMAT_DTYPES = {number: dtype for dtype, number in [*WEIGHT_FORMATS.items(), *_WITH_SCALES.items()]}
 
 
 @dataclass(frozen=True)
 class KernelWeight:
-    """A weight as the kernels take it: [columns, depth] as it lies in memory, or a copy in panels.
+    """A weight [columns, depth] as the kernels take it: in pieces as it lies in memory, or a copy in panels.
 
     A gated weight has the columns of the gate and then those of up. ``dtype`` is that of the activations, and products
-    are computed in it. ``kept`` is that of the weight's numbers in panels; a plain weight in another is rounded to it
-    in every call. Panels save that, and rearranging the weight. Weights in 8 bits have the ``scales`` of their columns;
-    their products are computed in 8 bits, and from panels only.
+    are computed in it. ``kept`` is that of the weight's numbers in panels; pieces of others are rounded to it in every
+    call. Panels save that, and rearranging the weight. Products ``in_8_bits`` are computed from panels only.
     """
 
-    values: Tensor
-    format: int
+    pieces: tuple[WeightPiece, ...]
     columns: int
     depth: int
     dtype: torch.dtype
     kept: torch.dtype
     instructions: InstructionSet
     is_gated: bool = False
+    panels: Tensor | None = None
     scales: Tensor | None = None
+    is_nobody_elses: bool = False
 
     @classmethod
     def plain(
@@ -66,11 +56,9 @@ class KernelWeight:
             instructions: what to compute with; by default the best that this processor has.
         """
         instructions = or_best(instructions)
-        if dtype not in instructions.stored.values():
-            known = " or ".join(_short(known) for known in dict.fromkeys(instructions.stored.values()))
-            raise ValueError(f"the kernels for {instructions.title} compute in {known}, and not in {dtype}")
+        _refuse_dtype(dtype, instructions)
         columns, depth = sizes(weight)
-        formats, unit = (WEIGHT_FORMATS, 2) if scales is None else (_WITH_SCALES, 4)
+        formats, unit = (WEIGHT_FORMATS, 2) if scales is None else ((torch.int8,), 4)
         is_even = depth % unit == 0 and not (is_gated and columns % 2)
         if weight.dtype not in formats or not weight.is_contiguous() or not is_even or not weight.numel():
             raise ValueError(
@@ -79,14 +67,43 @@ class KernelWeight:
             )
         own_scales = None if scales is None else scales.detach().float().contiguous()
         kept = instructions.kept(weight.dtype, dtype)
-        values, number = weight.detach(), formats[weight.dtype]
-        made = cls(values, number, columns, depth, dtype, kept, instructions, is_gated, own_scales)
+        pieces = (WeightPiece(weight.detach(), columns, depth, scales=own_scales),)
+        made = cls(pieces, columns, depth, dtype, kept, instructions, is_gated, scales=own_scales)
         made.matrix()  # refuses what is left to refuse
+        return made
+
+    @classmethod
+    def of_pieces(
+        cls,
+        pieces: Sequence[WeightPiece],
+        kept: torch.dtype,
+        dtype: torch.dtype,
+        is_gated: bool = False,
+        instructions: InstructionSet | None = None,
+    ) -> KernelWeight:
+        """A weight in pieces of one depth, an even one, that stand one above the other; their tensors must stay.
+
+        Args:
+            kept: what their numbers are rounded to, once.
+            dtype, is_gated, instructions: as for :meth:`plain`.
+        """
+        instructions = or_best(instructions)
+        _refuse_dtype(dtype, instructions)
+        if (kept, dtype) not in instructions.kinds or kept == torch.int8:
+            raise ValueError(f"the kernels for {instructions.title} do not multiply {kept} beside {dtype}")
+        columns, depths = _columns_of(pieces), {piece.depth for piece in pieces}
+        depth = max(depths, default=0)
+        if len(depths) != 1 or not columns or not depth or depth % 2 or (is_gated and columns % 2):
+            raise ValueError(
+                f"the kernels take pieces of one even depth, not 0; got {sorted(depths)}, {columns} columns"
+            )
+        made = cls(tuple(pieces), columns, depth, dtype, kept, instructions, is_gated, is_nobody_elses=True)
+        made.matrix()
         return made
 
     @property
     def is_in_panels(self) -> bool:
-        return self.format == _PANELS
+        return self.panels is not None
 
     def in_panels(self) -> KernelWeight:
         """A copy in panels; itself where it is in panels already."""
@@ -96,15 +113,16 @@ class KernelWeight:
         steps = self._panel_steps
         panels = torch.empty(steps, dtype=torch.int32)
         kernels(self.instructions).t5_to_panels(ctypes.byref(matrix), address(panels, torch.int32, steps))
-        return replace(self, values=panels, format=_PANELS)
+        return replace(self, pieces=(), panels=panels, is_nobody_elses=True)
 
     def original(self) -> Tensor:
-        """[columns, depth]; panels give it in ``kept``."""
-        if not self.is_in_panels:
-            return self.values
+        """[columns, depth]; in ``kept`` where it is in panels, or more than numbers of a dtype."""
+        if not self.is_in_panels and len(self.pieces) == 1 and (self.pieces[0].is_plain or self.scales is not None):
+            return self.pieces[0].values
         weight = torch.empty(self.columns, self.depth, dtype=self.kept)
         place = address(weight, self.kept, self.columns, self.depth)
-        kernels(self.instructions).t5_from_panels(ctypes.byref(self.matrix()), place)
+        packed = self.in_panels()  # must stay until they are read
+        kernels(self.instructions).t5_from_panels(ctypes.byref(packed.matrix()), place)
         return weight
 
     def check_form(self) -> None:
@@ -118,29 +136,30 @@ class KernelWeight:
         Raises:
             ValueError: the tensors are not, or no longer, what they are to be.
         """
-        if self.is_in_panels:
-            return self._panels
-        matrix = self._sizes()
-        matrix.scales = address_if_any(self.scales, torch.float32, self.columns)
-        dtype = _FORMAT_DTYPES[self.format]
-        matrix.values = address(self.values, dtype, self.columns, self.depth, anywhere=True)
-        return matrix
+        return self._told if self.is_nobody_elses else self._described()
 
     @cached_property
-    def _panels(self) -> Matrix:
-        """Made once: panels are nobody else's, so that they stay where they are."""
+    def _told(self) -> Matrix:
+        """Made once: what is nobody else's stays where it is."""
+        return self._described()
+
+    def _described(self) -> Matrix:
         matrix = self._sizes()
-        matrix.scales = address_if_any(self.scales, torch.float32, self.columns)
-        matrix.values = address(self.values, torch.int32, self._panel_steps)
+        if self.panels is not None:
+            matrix.panels = address(self.panels, torch.int32, self._panel_steps)
+        else:
+            if {piece.depth for piece in self.pieces} != {self.depth} or self.columns != _columns_of(self.pieces):
+                raise ValueError(f"the pieces of a weight are not, or no longer, [{self.columns}, {self.depth}]")
+            matrix.pieces, matrix.piece_count = described(self.pieces), len(self.pieces)
         return matrix
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has its panels in another place.
-        return {name: value for name, value in self.__dict__.items() if name != "_panels"}
+        # A copy has its tensors in another place.
+        return {name: value for name, value in self.__dict__.items() if name != "_told"}
 
     def _sizes(self) -> Matrix:
         kind = self.instructions.kinds[self.kept, self.dtype]
-        return Matrix(None, None, self.columns, self.depth, self.format, self.is_gated, kind)
+        return Matrix(None, None, 0, self.columns, self.depth, self.is_gated, kind)
 
     @cached_property
     def _panel_steps(self) -> int:
@@ -153,6 +172,16 @@ def or_best(instructions: InstructionSet | None) -> InstructionSet:
     if (found := instructions or best_set()) is None:
         raise ValueError(f"there are no kernels for this machine: {missing_for_kernels()}")
     return found
+
+
+def _columns_of(pieces: Sequence[WeightPiece]) -> int:
+    return sum(piece.columns for piece in pieces)
+
+
+def _refuse_dtype(dtype: torch.dtype, instructions: InstructionSet) -> None:
+    if dtype not in instructions.stored.values():
+        known = " or ".join(_short(known) for known in dict.fromkeys(instructions.stored.values()))
+        raise ValueError(f"the kernels for {instructions.title} compute in {known}, and not in {dtype}")
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -8,20 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.held import ByModules, as_it_lies
+from nai_t5_core.backends.held import as_it_lies
 from nai_t5_core.backends.products import projections
+from nai_t5_core.backends.quantised.kernels import BY_QUANTISED_WEIGHTS, runner_of_quantised
 from nai_t5_core.backends.quantised.kinds import QuantisedWeight
 from nai_t5_core.backends.quantised.projections import QuantisedForm, QuantisedLinear
 from nai_t5_core.model.block import Block
 from nai_t5_core.model.layers import FusedGatedFeedForward
 
-# What computes a block whose projections make numbers of quantised weights in every call.
-BY_QUANTISED_WEIGHTS = "quantised weights"
-
 
 @dataclass(frozen=True)
 class QuantisedBackend:
-    """Keeps the weights of a block's projections quantised.
+    """Keeps the weights of a block's projections quantised; the kernels compute the block where they can.
 
     Attributes:
         pack: makes such a weight of a plain one [rows, columns] in float32.
@@ -47,4 +45,4 @@ class QuantisedBackend:
                     parts = 2 if isinstance(sublayer, FusedGatedFeedForward) and name == "wi" else 1
                     forms = [QuantisedForm(self.pack(part.float())) for part in plain.chunk(parts)]
                     setattr(owner, attribute, QuantisedLinear(forms, dtype))
-        block.runner = ByModules(self.name)
+        block.runner = runner_of_quantised(block)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from nai_t5_core.backends.forecast import forecast
+from nai_t5_core.backends.forecast import forecast, forecast_quantised
+from nai_t5_core.backends.quantised.kinds import Kind
 from nai_t5_core.model.attention_choice import missing_for_flex, refuse_unsupported
 from nai_t5_core.prompts.cache.contents import weights_contents
 from nai_t5_core.prompts.cache.key import LoraUse, Settings
@@ -64,9 +65,18 @@ def settings_for(examination: Examination, how: Choices, weights: str | None = N
     )
     if examination.quantised and not how.unpacks:
         # In 8 bits they are made of the exact numbers, and not of those that the dtype holds.
-        backend = (
-            f"{backend}, of quantised weights" if how.quantize else f"{place.type}, quantised weights, {attention}"
-        )
+        backend = f"{backend}, of quantised weights"
+        if not how.quantize:
+            backend = forecast_quantised(
+                config,
+                place,
+                computed_in,
+                _kinds_of_layers(examination),
+                layout=how.layout,
+                scales=told,
+                attention=attention,
+                products=how.products,
+            )
     return Settings(
         weights=weights_contents(examination) if weights is None else weights,
         config=config,
@@ -85,3 +95,12 @@ def _uses(how: Choices) -> tuple[LoraUse, ...]:
     from nai_t5_core.prompts.cache.lora_contents import uses_of
 
     return uses_of((lora_of(lora), strength) for lora, strength in how.loras)
+
+
+def _kinds_of_layers(examination: Examination) -> list[list[Kind]]:
+    """The kinds of the quantised projections of each layer of the encoder that has any."""
+    found: dict[str, list[Kind]] = {}
+    for name, stored in examination.quantised.items():
+        if name.startswith("encoder.block."):
+            found.setdefault(name.split(".")[2], []).append(stored.kind)
+    return list(found.values())

@@ -68,6 +68,13 @@ inline __m128i load_small(const void* place, Lanes lanes, int size) {
     std::memcpy(each, place, bytes);
     return _mm_load_si128(reinterpret_cast<const __m128i*>(each));
 }
+inline __m128i load_eight(const void* place) { return _mm_loadl_epi64(static_cast<const __m128i*>(place)); }
+inline Words load_bytes(const void* place) { return _mm256_cvtepu8_epi32(load_eight(place)); }
+inline Floats load_int8(const void* place, Lanes lanes) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_small(place, lanes, 1)));
+}
+inline Floats load_int8(const void* place) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_eight(place))); }
+inline float load_float16(const void* place) { return _cvtsh_ss(load_as<uint16_t>(place)); }
 inline Floats load_bfloat16(const void* place, Lanes lanes) {
     return as_floats(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_small(place, lanes, 2)), 16));
 }
@@ -89,6 +96,36 @@ inline Floats load_float8_e4m3(const void* place, Lanes lanes) {
     const Floats numbers = _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(sign, rest)), all(256.f));
     const Words none = _mm256_cvtepi16_epi32(_mm_cmpeq_epi16(rest, _mm_set1_epi16(0x3f80)));
     return _mm256_blendv_ps(numbers, all(NAN), as_floats(none));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Words
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline Words shifted_right(Words words, int bits) { return Words(__v8su(words) >> bits); }
+inline Words shifted_left(Words words, int bits) { return Words(__v8su(words) << bits); }
+inline Words minus(Words words, int word) { return _mm256_sub_epi32(words, all_words(word)); }
+// With `added` where a bit is set, the lowest one being that of the first word.
+inline Words with_bits(Words words, uint32_t bits, int added) {
+    const Words each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const Words is_set = _mm256_cmpeq_epi32(_mm256_and_si256(all_words(int(bits)), each), each);
+    return _mm256_or_si256(words, _mm256_and_si256(is_set, all_words(added)));
+}
+inline Floats as_numbers(Words words) { return _mm256_cvtepi32_ps(words); }
+
+// Sixteen numbers that others look up by the lowest four bits of words.
+struct Sixteen {
+    Floats low, high;
+};
+
+inline Sixteen load_sixteen(const float* place) { return {load(place), load(place + kLanes)}; }
+inline Sixteen scaled(Sixteen table, Floats factor) { return {table.low * factor, table.high * factor}; }
+inline Sixteen scaled(Sixteen table, Floats factor, Floats addend) {
+    return {_mm256_fmadd_ps(table.low, factor, addend), _mm256_fmadd_ps(table.high, factor, addend)};
+}
+inline Floats looked_up(Sixteen table, Words words) {
+    const Floats low = _mm256_permutevar8x32_ps(table.low, words), high = _mm256_permutevar8x32_ps(table.high, words);
+    return _mm256_blendv_ps(low, high, as_floats(_mm256_slli_epi32(words, 28)));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -40,6 +40,17 @@ inline Words load_words(const Step* place, Lanes lanes) { return _mm512_maskz_lo
 inline void store_words(Step* place, Words words) { _mm512_storeu_si512(place, words); }
 inline void store_words(Step* place, Lanes lanes, Words words) { _mm512_mask_storeu_epi32(place, lanes, words); }
 
+inline Words load_bytes(const void* place) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(place))); }
+inline Floats load_int8(const void* place, Lanes lanes) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, place)));
+}
+inline Floats load_int8(const void* place) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(place))));
+}
+inline float load_float16(const void* place) {
+    return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_castsi128_si256(_mm_cvtsi32_si128(load_as<uint16_t>(place)))));
+}
+
 inline Floats widened_bfloat16(__m256i halves) {
     return as_floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
@@ -67,6 +78,31 @@ inline Floats load_float8_e4m3(const void* place, Lanes lanes) {
     const __mmask16 none = _mm256_cmpeq_epi16_mask(rest, _mm256_set1_epi16(0x3f80));
     return _mm512_mask_mov_ps(_mm512_mul_ps(numbers, all(256.f)), none, all(NAN));
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Words
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline Words shifted_right(Words words, int bits) { return Words(__v16su(words) >> bits); }
+inline Words shifted_left(Words words, int bits) { return Words(__v16su(words) << bits); }
+inline Words minus(Words words, int word) { return _mm512_sub_epi32(words, all_words(word)); }
+// With `added` where a bit is set, the lowest one being that of the first word.
+inline Words with_bits(Words words, uint32_t bits, int added) {
+    return _mm512_mask_or_epi32(words, Lanes(bits), words, all_words(added));
+}
+inline Floats as_numbers(Words words) { return _mm512_cvtepi32_ps(words); }
+
+// Sixteen numbers that others look up by the lowest four bits of words.
+struct Sixteen {
+    Floats numbers;
+};
+
+inline Sixteen load_sixteen(const float* place) { return {load(place)}; }
+inline Sixteen scaled(Sixteen table, Floats factor) { return {table.numbers * factor}; }
+inline Sixteen scaled(Sixteen table, Floats factor, Floats addend) {
+    return {_mm512_fmadd_ps(table.numbers, factor, addend)};
+}
+inline Floats looked_up(Sixteen table, Words words) { return _mm512_permutexvar_ps(words, table.numbers); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Arithmetic; of larger and smaller, the second operand is what comes out when either is not a number

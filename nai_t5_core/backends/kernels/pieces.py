@@ -1,0 +1,118 @@
+"""Weights as they lie in memory, which the kernels read row by row: numbers, or bytes of a quantised file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nai_t5_core.backends.kernels.addresses import address, address_if_any
+from nai_t5_core.backends.kernels.interface import Piece
+
+# Numbers of the formats in kernels.h.
+WEIGHT_FORMATS = {
+    torch.bfloat16: 0,
+    torch.float16: 1,
+    torch.float32: 2,
+    torch.float8_e4m3fn: 3,
+    torch.float8_e5m2: 4,
+}
+INT8_FORMAT = 5
+DTYPE_FORMATS = {**WEIGHT_FORMATS, torch.int8: INT8_FORMAT}
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """Blocks of numbers in kernels.h: its number there, and how many numbers stand in how many bytes."""
+
+    format: int
+    numbers: int
+    bytes: int
+
+
+# By their names in the package gguf.
+BLOCK_FORMATS = {
+    "Q8_0": BlockFormat(6, 32, 34),
+    "Q4_0": BlockFormat(7, 32, 18),
+    "Q4_1": BlockFormat(8, 32, 20),
+    "Q5_0": BlockFormat(9, 32, 22),
+    "Q5_1": BlockFormat(10, 32, 24),
+    "IQ4_NL": BlockFormat(11, 32, 18),
+    "Q2_K": BlockFormat(12, 256, 84),
+    "Q3_K": BlockFormat(13, 256, 110),
+    "Q4_K": BlockFormat(14, 256, 144),
+    "Q5_K": BlockFormat(15, 256, 176),
+    "Q6_K": BlockFormat(16, 256, 210),
+    "IQ4_XS": BlockFormat(17, 256, 136),
+}
+
+
+@dataclass(frozen=True)
+class WeightPiece:
+    """Some columns of a weight: [columns, depth].
+
+    Attributes:
+        values: contiguous, in a dtype of :data:`DTYPE_FORMATS`; or of ``blocks``, bytes [columns, bytes of a row].
+        columns, depth: how many there are, and the numbers of each.
+        blocks: what the bytes are, a name of :data:`BLOCK_FORMATS`; None where ``values`` are numbers.
+        scales: of the columns of numbers in a byte, [columns] float32.
+        factors: what all columns are multiplied by, [depth] float32.
+        unit: what numbers in int8 are multiplied by after their scales.
+    """
+
+    values: Tensor
+    columns: int
+    depth: int
+    blocks: str | None = None
+    scales: Tensor | None = None
+    factors: Tensor | None = None
+    unit: float = 1.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is nothing but numbers of a dtype."""
+        return self.blocks is None and self.scales is None and self.factors is None and self.unit == 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What that of the values must be.
+
+        Raises:
+            ValueError: the depth is no whole blocks.
+        """
+        if self.blocks is None:
+            return self.columns, self.depth
+        known = BLOCK_FORMATS[self.blocks]
+        if self.depth % known.numbers:
+            raise ValueError(
+                f"{self.blocks} has blocks of {known.numbers} numbers, and a depth of {self.depth} is no whole blocks"
+            )
+        return self.columns, self.depth // known.numbers * known.bytes
+
+    def described(self) -> Piece:
+        """What the kernels are told; it is of no use once the tensors are gone.
+
+        Raises:
+            ValueError: a tensor is not, or no longer, what it is to be.
+        """
+        dtype = torch.uint8 if self.blocks is not None else self.values.dtype
+        if self.blocks is None and dtype not in DTYPE_FORMATS:
+            raise ValueError(f"the kernels do not read weights in {dtype}")
+        if self.scales is not None and (self.blocks is not None or dtype.itemsize > 1):
+            raise ValueError("scales of columns are for numbers of a byte, and not for blocks or numbers in more bits")
+        number = DTYPE_FORMATS[dtype] if self.blocks is None else BLOCK_FORMATS[self.blocks].format
+        return Piece(
+            address(self.values, dtype, *self.shape, anywhere=True),
+            address_if_any(self.scales, torch.float32, self.columns),
+            address_if_any(self.factors, torch.float32, self.depth),
+            self.columns,
+            self.unit,
+            number,
+        )
+
+
+def described(pieces: Sequence[WeightPiece]) -> object:
+    """An array of what the kernels are told of pieces."""
+    return (Piece * len(pieces))(*(piece.described() for piece in pieces))
