@@ -1,9 +1,8 @@
 // The products of a T5 block with what is before and after them: norm, activation and gating, the residual.
 
-#include <omp.h>
-
 #include "kernels.h"
 #include "rows.h"
+#include "threads.h"
 #include "tiles.h"
 #include "weight.h"
 
@@ -30,23 +29,21 @@ Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, E
     const Buffer<Step> tiled = allocate<Step>(row_count * row_steps);
     const Buffer<float> units = allocate<float>(Kind::kIsInt8 ? row_count : 1);
     if (!tiled || !units) return kOutOfMemory;
-    bool failed = false;
-#pragma omp parallel reduction(|| : failed)
-    {
+    // Neighbouring panels to a thread, since those are prefetched.
+    Tasks tasks(panels * groups.count, groups.count, panels * groups.count);
+    std::atomic<bool> failed{false};
+    in_threads([&](const Member& member) {
         const Buffer<Step> own = allocate<Step>(weight.format == kPanels ? 1 : weight.panel_steps());
-        failed = !own;
+        if (!own) failed = true;
         long filled_now = -1;
-#pragma omp for schedule(static)
-        for (long tile = 0; tile < tiles.count; tile++) {
+        member.share(tiles.count, [&](long tile) {
             const long start = tiles.start(tile);
             source.put(start, tiles.size(tile), tiled.get() + start * row_steps, units.get() + start);
-        }
-        // Neighbouring panels to a thread, since those are prefetched; less and less at once, since a processor that is
-        // shared runs its threads at different speeds.
-#pragma omp for schedule(guided, groups.count)
-        for (long task = 0; task < panels * groups.count; task++) {
+        });
+        member.wait_for_others();
+        if (failed) return;
+        tasks.take(member, [&](long task) {
             const long panel = task / groups.count, group = task % groups.count;
-            if (failed) continue;
             if (weight.format != kPanels && filled_now != panel) weight.fill_panel(filled_now = panel, own.get());
             const Step* numbers = weight.format == kPanels ? weight.panel_at(panel) : own.get();
             const long first = groups.start(group), end = groups.start(group + 1);
@@ -63,8 +60,8 @@ Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, E
                            Kind::finished(sums[row][1], unit, trailing + kLanes));
                 }
             }
-        }
-    }
+        });
+    });
     return failed ? kOutOfMemory : kOk;
 }
 
@@ -123,28 +120,29 @@ Status added_product(const void* x, long rows, const Weight<Kind>& weight, float
 
 template <class Kind>
 void to_panels(const Weight<Kind>& weight, void* panels) {
-#pragma omp parallel for schedule(static)
-    for (long panel = 0; panel < weight.panels(); panel++)
-        weight.fill_panel(panel, static_cast<Step*>(panels) + panel * weight.panel_steps());
+    in_threads([&](const Member& member) {
+        member.share(weight.panels(), [&](long panel) {
+            weight.fill_panel(panel, static_cast<Step*>(panels) + panel * weight.panel_steps());
+        });
+    });
 }
 
 template <class Kind>
 void from_panels(const Weight<Kind>& weight, void* values) {
     using Number = typename Kind::Weight;
-#pragma omp parallel for schedule(static)
-    for (long column = 0; column < weight.columns; column++) {
-        const bool is_up = weight.is_gated && column >= weight.columns / 2;
-        const long side = is_up ? column - weight.columns / 2 : column;
-        const long place = side % weight.panel_width() + (is_up ? kLanes : 0);
-        const Number* panel = reinterpret_cast<const Number*>(weight.panel_at(side / weight.panel_width()));
-        Number* numbers = static_cast<Number*>(values) + column * weight.depth;
-        for (long k = 0; k < weight.depth; k++) numbers[k] = panel[weight.place_of(place, k)];
-    }
+    in_threads([&](const Member& member) {
+        member.share(weight.columns, [&](long column) {
+            const bool is_up = weight.is_gated && column >= weight.columns / 2;
+            const long side = is_up ? column - weight.columns / 2 : column;
+            const long place = side % weight.panel_width() + (is_up ? kLanes : 0);
+            const Number* panel = reinterpret_cast<const Number*>(weight.panel_at(side / weight.panel_width()));
+            Number* numbers = static_cast<Number*>(values) + column * weight.depth;
+            for (long k = 0; k < weight.depth; k++) numbers[k] = panel[weight.place_of(place, k)];
+        });
+    });
 }
 
 }  // namespace
-
-int t5_threads() { return omp_get_max_threads(); }
 
 long t5_panel_steps(const Matrix* weight) {
     return with_kind(weight->kind, [=](auto kind) {
