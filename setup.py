@@ -1,4 +1,4 @@
-"""Beside what pyproject.toml says: a wheel brings the CPU's kernels compiled, if it is made where there is a compiler."""
+"""Beside what pyproject.toml says: a wheel made where there is a compiler brings the CPU's kernels compiled."""
 
 import sys
 from pathlib import Path
