@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import set_param
 
-from nai_t5_core.backends.kernels import build
+from nai_t5_core.backends.kernels.build import library
+from nai_t5_core.backends.kernels.compilers import FOLDER
 from nai_t5_core.backends.kernels.sets import SETS, InstructionSet
 
 PROGRAM = Path(__file__).with_name("kernels_at_edges.cpp")
@@ -25,7 +26,7 @@ def instructions(request: pytest.FixtureRequest) -> InstructionSet:
 
 
 def compiled(target: Path, *more: str) -> Path:
-    flags = ("-O1", "-g", "-std=c++17", "-fopenmp", f"-I{build.FOLDER}")
+    flags = ("-O1", "-g", "-std=c++17", "-fopenmp", f"-I{FOLDER}")
     subprocess.run(["g++", *flags, str(PROGRAM), *more, "-o", str(target)], check=True, capture_output=True, text=True)
     return target
 
@@ -33,15 +34,16 @@ def compiled(target: Path, *more: str) -> Path:
 @pytest.fixture(scope="module")
 def between_pages(instructions: InstructionSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program around the very kernels that models run on."""
-    built = Path(build.library(instructions)._name)
+    built = Path(library(instructions)._name)
     return compiled(tmp_path_factory.mktemp("edges") / "pages", str(built), f"-Wl,-rpath,{built.parent}")
 
 
 @pytest.fixture(scope="module")
 def sanitized(instructions: InstructionSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sources = [str(source) for source in build.sources(instructions) if source.suffix == ".cpp"]
-    arguments = build.compiler_arguments(instructions)
-    return compiled(tmp_path_factory.mktemp("edges") / "sanitized", *sources, *arguments, *SANITIZERS)
+    recipe = instructions.recipe
+    return compiled(
+        tmp_path_factory.mktemp("edges") / "sanitized", *map(str, recipe.units), *recipe.arguments, *SANITIZERS
+    )
 
 
 def run(

@@ -31,6 +31,7 @@ from nai_t5_core.backends.kernels.build import (
     prepare_kernels,
     why_not_kernels,
 )
+from nai_t5_core.backends.kernels.compilers import NO_COMPILER
 from nai_t5_core.backends.kernels.runners import KernelsOnPanels
 from nai_t5_core.backends.kernels.sets import AVX2, AVX512, SETS, InstructionSet
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
@@ -58,7 +59,7 @@ def python(code: str, tmp_path: Path, compiler: str | None = None) -> subprocess
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
 
 
-COPIES = 'cp "$BUILT/$(basename "$OUTPUT")" "$OUTPUT"'
+COPIES = 'case "$OUTPUT" in *.o) touch "$OUTPUT";; *) cp "$BUILT/$(basename "$OUTPUT")" "$OUTPUT";; esac'
 FAILS = "echo 'tiles.h:1: error: no such instruction' >&2; exit 1"
 BUILDING = f"compiling the T5's kernels for {BEST.title} into"
 
@@ -105,7 +106,7 @@ def test_building_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [
-        (None, "there is no C++ compiler to build them with (install g++)"),
+        (None, NO_COMPILER),
         (FAILS, "g++ could not compile the kernels: tiles.h:1: error: no such instruction"),
     ],
 )

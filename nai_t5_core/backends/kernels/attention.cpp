@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "kernels.h"
+#include "threads.h"
 #include "tiles.h"
 
 namespace {
@@ -193,18 +194,17 @@ Status attend(const void* projected, long rows, long heads, long size, const Bia
         most_queries = std::max<long>(most_queries, documents[i].queries);
         most_keys = std::max<long>(most_keys, documents[i].keys);
     }
-    bool failed = false;
-#pragma omp parallel reduction(|| : failed)
-    {
+    Tasks tasks(bias.count * heads, 1, 1);
+    std::atomic<bool> failed{false};
+    in_threads([&](const Member& member) {
         Head<Kind> work(most_queries, most_keys, size);
-        failed = !work.has_memory();
-#pragma omp for schedule(dynamic)
-        for (long task = 0; task < bias.count * heads; task++) {
+        if (!work.has_memory()) failed = true;
+        tasks.take(member, [&](long task) {
             const long head = task % heads;
             const float* table = bias.table + head * (2 * bias.table_reach + 1);
             if (!failed) work.attend(from, documents[task / heads], head, table, bias.table_reach, bias.scale, to);
-        }
-    }
+        });
+    });
     return failed ? kOutOfMemory : kOk;
 }
 

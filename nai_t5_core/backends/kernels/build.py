@@ -1,41 +1,20 @@
-"""Compiling the kernels for this machine, once for each instruction set that is used, and loading them."""
+"""Which kernels this machine can have; compiling them, once for each instruction set that is used, and loading them."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
-import shutil
-import subprocess
 import sys
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from nai_t5_core.backends.kernels.sets import AVX512, SETS, InstructionSet
+import torch
+
+from nai_t5_core.backends.kernels.compilers import NO_COMPILER, compiler, places, there
+from nai_t5_core.backends.kernels.sets import AVX2, AVX512, CHOSEN, InstructionSet
 from nai_t5_core.facts.paths import cache_folder
 
 log = logging.getLogger(__name__)
-
-FOLDER = Path(__file__).parent
-_SHARED = (
-    "kernels.h",
-    "memory.h",
-    "float32.h",
-    "tiles.h",
-    "rows.h",
-    "blocks.h",
-    "reading.h",
-    "weight.h",
-    "products.cpp",
-    "attention.cpp",
-    "block.cpp",
-    "limit.cpp",
-)
-_OF_EACH_SET = ("vectors.h", "kinds.h")
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fopenmp")
-
-NO_COMPILER = "there is no C++ compiler to build them with (install g++)"
 
 # Why the kernels for a set, by its name, could not be built, once that was tried.
 _failures: dict[str, str] = {}
@@ -52,7 +31,7 @@ def missing_for(instructions: InstructionSet) -> str | None:
 
 def best_set() -> InstructionSet | None:
     """The best set that nothing is missing for, as far as is known; None where there is none. Nothing is built."""
-    return next((instructions for instructions in SETS if missing_for(instructions) is None), None)
+    return next((instructions for instructions in CHOSEN if missing_for(instructions) is None), None)
 
 
 def missing_for_kernels() -> str | None:
@@ -62,7 +41,7 @@ def missing_for_kernels() -> str | None:
 
 def nearest_set() -> InstructionSet:
     """The best set that the processor has, whether or not it can be built; or the one that asks least of it."""
-    return next((instructions for instructions in SETS if _missing_instructions(instructions) is None), SETS[-1])
+    return next((instructions for instructions in CHOSEN if _missing_instructions(instructions) is None), CHOSEN[-1])
 
 
 def why_not_kernels() -> str | None:
@@ -77,7 +56,7 @@ def better_than_kernels() -> str | None:
     """What oneDNN uses on this processor and the kernels do not, as a sentence; None if nothing."""
     flags = _processor_flags()
     if "amx_bf16" in flags:
-        return "this processor has AMX, which oneDNN uses and the kernels do not"
+        return "this processor has AMX, which oneDNN uses, and the kernels only where it is named"
     if "avx512f" in flags and not flags >= AVX512.needs:
         return (
             "this processor has AVX512, but not its BF16 and VNNI, without which oneDNN uses it and the kernels do not"
@@ -90,20 +69,26 @@ def _lasting_obstacle(instructions: InstructionSet) -> str | None:
 
 
 def _missing_instructions(instructions: InstructionSet) -> str | None:
-    if not sys.platform.startswith("linux"):
-        return "the kernels are for Linux"
+    if sys.platform != "win32" and not sys.platform.startswith("linux"):
+        return "the kernels are for Linux and Windows"
     return None if _processor_flags() >= instructions.needs else instructions.lacking
 
 
 @lru_cache
 def _missing_compiler(instructions: InstructionSet) -> str | None:
-    if built_file(instructions).exists() or shutil.which("g++") is not None:
-        return None
-    return NO_COMPILER
+    return None if built_file(instructions).exists() or compiler() is not None else NO_COMPILER
 
 
 @lru_cache
 def _processor_flags() -> frozenset[str]:
+    """What the processor has, by the names that Linux has for it; on Windows what torch knows of."""
+    if sys.platform == "win32":
+        known = {
+            "_is_avx2_supported": AVX2.needs,
+            "_is_avx512_bf16_supported": {"avx512_bf16"},
+            "_is_vnni_supported": {"avx512_vnni"},
+        }
+        return frozenset().union(*(flags for ask, flags in known.items() if getattr(torch.cpu, ask, bool)()))
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):
             return frozenset(line.partition(":")[2].split())
@@ -140,24 +125,13 @@ def _prepare(instructions: InstructionSet) -> str | None:
     return None
 
 
-def sources(instructions: InstructionSet) -> list[Path]:
-    """All files that the kernels of a set are made of."""
-    own = [FOLDER / instructions.folder / name for name in _OF_EACH_SET]
-    return [*(FOLDER / name for name in _SHARED), *own]
-
-
-def compiler_arguments(instructions: InstructionSet) -> list[str]:
-    """Where a compiler finds a set's headers, and what it is to be told about the processor."""
-    return [f"-I{FOLDER}", f"-I{FOLDER / instructions.folder}", *instructions.flags]
-
-
-@lru_cache
 def built_file(instructions: InstructionSet) -> Path:
     """Where the compiled kernels of a set are, or will be."""
-    digest = hashlib.sha256("\n".join((*_FLAGS, *instructions.flags)).encode())
-    for source in sources(instructions):
-        digest.update(source.read_bytes())
-    return cache_folder() / f"kernels-{instructions.name}-{digest.hexdigest()[:16]}.so"
+    cache = cache_folder()
+    if (found := next(there(instructions.recipe, cache), None)) is not None:
+        return found
+    by = compiler()
+    return places(instructions.recipe, cache)[-1] if by is None else cache / by.file_name(instructions.recipe)
 
 
 @lru_cache
@@ -165,29 +139,25 @@ def library(instructions: InstructionSet) -> ctypes.CDLL:
     """The compiled kernels of a set; the first process on a machine takes some seconds to compile them.
 
     Raises:
-        RuntimeError: there is no compiler, or it failed.
+        RuntimeError: there is no compiler, or it failed; or the system refuses the instructions to this process.
         OSError: the cache's folder cannot be written.
     """
     built = built_file(instructions)
     if not built.exists():
         _build(instructions, built)
     # OpenMP's functions are found in the runtime that torch has loaded, so that its number of threads holds here too.
-    return ctypes.CDLL(str(built))
+    loaded = ctypes.CDLL(str(built))
+    if not loaded.t5_is_permitted():
+        raise RuntimeError(
+            f"the system does not let this process use {instructions.title} (a container, or an old kernel)"
+        )
+    return loaded
 
 
 def _build(instructions: InstructionSet, target: Path) -> None:
-    if shutil.which("g++") is None:
+    by = compiler()
+    if by is None:
         raise RuntimeError(NO_COMPILER)
     title = instructions.title
     log.warning("compiling the T5's kernels for %s into %s: once, and it takes some seconds", title, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        unfinished = Path(folder) / target.name
-        files = [str(source) for source in sources(instructions) if source.suffix == ".cpp"]
-        command = ["g++", *_FLAGS, *compiler_arguments(instructions), *files, "-o", str(unfinished)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:500])
-            raise RuntimeError(f"g++ could not compile the kernels: {complaint}")
-        # Another process may have been faster; its file is the same.
-        unfinished.replace(target)
+    by.build(instructions.recipe, target)

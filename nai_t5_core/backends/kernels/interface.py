@@ -6,6 +6,8 @@ import ctypes
 from functools import lru_cache
 from typing import Any
 
+import torch
+
 from nai_t5_core.backends.kernels.build import library
 from nai_t5_core.backends.kernels.sets import InstructionSet
 
@@ -58,6 +60,9 @@ class Bias(ctypes.Structure):
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "t5_threads": (_INT, []),
+    "t5_has_own_threads": (_INT, []),
+    "t5_set_threads": (None, [_INT]),
     "t5_panel_steps": (_LONG, [_POINTER]),
     "t5_to_panels": (None, [_POINTER, _POINTER]),
     "t5_from_panels": (None, [_POINTER, _POINTER]),
@@ -69,11 +74,21 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-@lru_cache
 def kernels(instructions: InstructionSet) -> ctypes.CDLL:
-    """The compiled kernels of a set as functions; see :func:`nai_t5_core.backends.kernels.build.library`."""
+    """The compiled kernels of a set as functions, with as many threads as torch has.
+
+    See :func:`nai_t5_core.backends.kernels.build.library`.
+    """
+    loaded, has_own_threads = _loaded(instructions)
+    if has_own_threads:
+        loaded.t5_set_threads(torch.get_num_threads())
+    return loaded
+
+
+@lru_cache
+def _loaded(instructions: InstructionSet) -> tuple[ctypes.CDLL, bool]:
     loaded = library(instructions)
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
-    return loaded
+    return loaded, bool(loaded.t5_has_own_threads())

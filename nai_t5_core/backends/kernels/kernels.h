@@ -56,8 +56,12 @@ struct Bias {
 #pragma GCC visibility push(default)  // all else is hidden: several instruction sets may be loaded at once
 extern "C" {
 
-// How many threads a call takes at most.
+// How many threads a call takes at most, and whether they are the kernels' own: else they are those of OpenMP's runtime.
 int t5_threads();
+int t5_has_own_threads();
+
+// Sets the number of threads where they are the kernels' own.
+void t5_set_threads(int count);
 
 // How many steps the panels of a weight take.
 long t5_panel_steps(const Matrix* weight);

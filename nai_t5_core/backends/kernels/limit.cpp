@@ -1,6 +1,7 @@
 // What no product of this processor can exceed: the instruction that products are made of, and nothing else.
 
 #include "kernels.h"
+#include "threads.h"
 #include "tiles.h"
 
 namespace {
@@ -30,12 +31,11 @@ void add_products(long rounds) {
 long t5_multiply_in_registers(int kind, long rounds) {
     return with_kind(kind, [=](auto a_kind) {
         using Kind = decltype(a_kind);
-        long threads = 0;
-#pragma omp parallel reduction(+ : threads)
-        {
+        std::atomic<long> threads{0};
+        in_threads([&](const Member&) {
             add_products<Kind>(rounds);
-            threads = 1;
-        }
+            threads++;
+        });
         return threads * rounds * kSums * kLanes * Kind::kPerRowStep * 2;
     });
 }

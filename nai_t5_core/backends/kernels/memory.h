@@ -3,16 +3,18 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 
 using Step = int32_t;
 
 enum Status { kOk = 0, kOutOfMemory = 1, kWrongDocuments = 2 };
 
+constexpr std::align_val_t kLine{64};  // of the cache
+
 struct Release {
-    void operator()(void* memory) const { std::free(memory); }
+    void operator()(void* memory) const { ::operator delete(memory, kLine); }
 };
 
 template <class T>
@@ -21,8 +23,7 @@ using Buffer = std::unique_ptr<T[], Release>;
 // Uninitialised; null where there is no memory.
 template <class T>
 Buffer<T> allocate(long count) {
-    const long line = 64;
-    return Buffer<T>(static_cast<T*>(std::aligned_alloc(line, (count * sizeof(T) + line - 1) / line * line)));
+    return Buffer<T>(static_cast<T*>(::operator new(count * sizeof(T), kLine, std::nothrow)));
 }
 
 // A number that may begin anywhere.

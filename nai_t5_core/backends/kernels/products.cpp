@@ -1,22 +1,21 @@
 // The products of a T5 block with what is before and after them: norm, activation and gating, the residual.
 
-#include <omp.h>
-
 #include "kernels.h"
 #include "rows.h"
+#include "threads.h"
 #include "tiles.h"
 #include "weight.h"
 
 namespace {
 
-// How many tiles a thread takes a panel through before it goes on to the next: their rows stay in its cache.
-constexpr long kTilesAtOnce = 96 / kTileRows;
+// How many rows a thread takes a panel through before it goes on to the next: they stay in its cache.
+constexpr long kRowsAtOnce = 96;
 
 // Tiles shared out evenly among as few groups as possible.
 struct Groups {
     long tiles, count;
 
-    explicit Groups(long tiles) : tiles(tiles), count((tiles + kTilesAtOnce - 1) / kTilesAtOnce) {}
+    Groups(long tiles, long at_once) : tiles(tiles), count((tiles + at_once - 1) / at_once) {}
     long start(long group) const { return group * tiles / count; }
 };
 
@@ -24,32 +23,31 @@ struct Groups {
 // some time before.
 template <class Kind, class Rows, class Expect, class Finish>
 Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, Expect expect, Finish finish) {
-    const Tiles tiles(row_count);
+    const Tiles tiles(row_count, Multiplier<Kind>::kRows);
     const long steps = weight.steps(), row_steps = steps * kRowSteps<Kind>, panels = weight.panels();
-    const Groups groups(tiles.count);
+    const Groups groups(tiles.count, kRowsAtOnce / Multiplier<Kind>::kRows);
     const Buffer<Step> tiled = allocate<Step>(row_count * row_steps);
     const Buffer<float> units = allocate<float>(Kind::kIsInt8 ? row_count : 1);
     if (!tiled || !units) return kOutOfMemory;
-    bool failed = false;
-#pragma omp parallel reduction(|| : failed)
-    {
+    // Neighbouring panels to a thread, since those are prefetched.
+    Tasks tasks(panels * groups.count, groups.count, panels * groups.count);
+    std::atomic<bool> failed{false};
+    in_threads([&](const Member& member) {
         // A panel that is filled here is kept as long as there are groups to come, or else only what is taken at once.
         const long at_once = weight.steps_at_once(), kept = groups.count > 1 ? steps : at_once;
         const Buffer<Step> own = allocate<Step>(weight.is_in_panels() ? 1 : kept * kPanelColumns);
-        const Buffer<Sums> sums = allocate<Sums>(kTilesAtOnce * kTileRows);
-        failed = !own || !sums;
+        const Buffer<Sums> sums = allocate<Sums>(kRowsAtOnce);
+        if (!own || !sums) failed = true;
+        Multiplier<Kind> multiplier;
         long filled_now = -1;
-#pragma omp for schedule(static)
-        for (long tile = 0; tile < tiles.count; tile++) {
+        member.share(tiles.count, [&](long tile) {
             const long start = tiles.start(tile);
             source.put(start, tiles.size(tile), tiled.get() + start * row_steps, units.get() + start);
-        }
-        // Neighbouring panels to a thread, since those are prefetched; less and less at once, since a processor that is
-        // shared runs its threads at different speeds.
-#pragma omp for schedule(guided, groups.count)
-        for (long task = 0; task < panels * groups.count; task++) {
+        });
+        member.wait_for_others();
+        if (failed) return;
+        tasks.take(member, [&](long task) {
             const long panel = task / groups.count, group = task % groups.count;
-            if (failed) continue;
             const long first = groups.start(group), end = groups.start(group + 1), first_row = tiles.start(first);
             for (long row = first_row; row < tiles.start(end); row++) expect(row, panel);
             const bool is_filled = weight.is_in_panels() || filled_now == panel;
@@ -60,10 +58,10 @@ Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, E
                 const Step* numbers = weight.is_in_panels() ? weight.panel_at(panel) : place;
                 for (long tile = first; tile < end; tile++) {
                     const long start = tiles.start(tile), rows = tiles.size(tile);
-                    const Step* steps_of_rows = tiled.get() + start * row_steps + step * kRowSteps<Kind> * rows;
+                    const typename Multiplier<Kind>::Rows steps_of_rows{tiled.get() + start * row_steps, rows, row_steps};
                     const Ahead ahead = weight.ahead(numbers, panel, tile).from(step);
                     Sums* own_sums = sums.get() + start - first_row;
-                    multiply_tile<Kind>(rows, steps_of_rows, numbers, ahead, count, step > 0, own_sums);
+                    multiplier.multiply(steps_of_rows, step, numbers, ahead, count, own_sums);
                     if (step + count < steps) continue;
                     const Step* trailing = numbers + steps * kPanelColumns;
                     for (long row = 0; row < rows; row++) {
@@ -74,8 +72,8 @@ Status compute(const Rows& source, long row_count, const Weight<Kind>& weight, E
                 }
             }
             filled_now = panel;
-        }
-    }
+        });
+    });
     return failed ? kOutOfMemory : kOk;
 }
 
@@ -134,28 +132,29 @@ Status added_product(const void* x, long rows, const Weight<Kind>& weight, float
 
 template <class Kind>
 void to_panels(const Weight<Kind>& weight, void* panels) {
-#pragma omp parallel for schedule(static)
-    for (long panel = 0; panel < weight.panels(); panel++)
-        weight.fill_panel(panel, static_cast<Step*>(panels) + panel * weight.panel_steps());
+    in_threads([&](const Member& member) {
+        member.share(weight.panels(), [&](long panel) {
+            weight.fill_panel(panel, static_cast<Step*>(panels) + panel * weight.panel_steps());
+        });
+    });
 }
 
 template <class Kind>
 void from_panels(const Weight<Kind>& weight, void* values) {
     using Number = typename Kind::Weight;
-#pragma omp parallel for schedule(static)
-    for (long column = 0; column < weight.columns; column++) {
-        const bool is_up = weight.is_gated && column >= weight.columns / 2;
-        const long side = is_up ? column - weight.columns / 2 : column;
-        const long place = side % weight.panel_width() + (is_up ? kLanes : 0);
-        const Number* panel = reinterpret_cast<const Number*>(weight.panel_at(side / weight.panel_width()));
-        Number* numbers = static_cast<Number*>(values) + column * weight.depth;
-        for (long k = 0; k < weight.depth; k++) numbers[k] = panel[weight.place_of(place, k)];
-    }
+    in_threads([&](const Member& member) {
+        member.share(weight.columns, [&](long column) {
+            const bool is_up = weight.is_gated && column >= weight.columns / 2;
+            const long side = is_up ? column - weight.columns / 2 : column;
+            const long place = side % weight.panel_width() + (is_up ? kLanes : 0);
+            const Number* panel = reinterpret_cast<const Number*>(weight.panel_at(side / weight.panel_width()));
+            Number* numbers = static_cast<Number*>(values) + column * weight.depth;
+            for (long k = 0; k < weight.depth; k++) numbers[k] = panel[weight.place_of(place, k)];
+        });
+    });
 }
 
 }  // namespace
-
-int t5_threads() { return omp_get_max_threads(); }
 
 long t5_panel_steps(const Matrix* weight) {
     return with_kind(weight->kind, [=](auto kind) {

@@ -8,31 +8,35 @@ from typing import Any
 
 import torch
 
+from nai_t5_core.backends.kernels import compilers
+from nai_t5_core.backends.kernels.compilers import Recipe
+
 
 @dataclass(frozen=True, eq=False)
 class InstructionSet:
     """What a processor may have, and what the kernels do with it.
 
     Attributes:
-        name: as users name it.
+        recipe: what the kernels are compiled from.
         title: as it is told.
         needs: what the processor must have, by the names that Linux has for it.
         lacking: a sentence for a processor that has not all of them.
-        folder: where the sources are that only this set has.
-        flags: the compiler's.
         stored: what activations are stored in, for each dtype that a model may have.
         kinds: the number that C++ has for what products are computed in (see kinds.h in the folder), by the dtypes of
             weights in panels and of activations.
     """
 
-    name: str
+    recipe: Recipe
     title: str
     needs: frozenset[str]
     lacking: str
-    folder: str
-    flags: tuple[str, ...]
     stored: Mapping[torch.dtype, torch.dtype]
     kinds: Mapping[tuple[torch.dtype, torch.dtype], int]
+
+    @property
+    def name(self) -> str:
+        """As users name it."""
+        return self.recipe.name
 
     def kept(self, weight: torch.dtype, activations: torch.dtype) -> torch.dtype:
         """The dtype of a weight's numbers in panels: its own if there is a kind for it, else that of activations.
@@ -49,12 +53,10 @@ class InstructionSet:
 
 
 AVX512 = InstructionSet(
-    name="avx512",
+    recipe=compilers.AVX512,
     title="AVX512",
     needs=frozenset({"avx512_bf16", "avx512_vnni"}),
     lacking="this processor has no AVX512-BF16, or no AVX512-VNNI",
-    folder="avx512",
-    flags=("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni", "-mfma"),
     stored={torch.bfloat16: torch.bfloat16, torch.float32: torch.float32},
     kinds={
         (torch.bfloat16, torch.bfloat16): 0,
@@ -63,7 +65,6 @@ AVX512 = InstructionSet(
         (torch.int8, torch.float32): 3,
     },
 )
-_AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
 _IN_FLOAT32 = dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), torch.float32)
 _AVX2_KINDS = {
     (torch.float32, torch.float32): 1,
@@ -72,22 +73,18 @@ _AVX2_KINDS = {
     (torch.float16, torch.float32): 5,
 }
 AVX2 = InstructionSet(
-    name="avx2",
+    recipe=compilers.AVX2,
     title="AVX2",
     needs=frozenset({"avx2", "fma", "f16c"}),
     lacking="this processor has no AVX2, or no FMA or F16C beside it",
-    folder="avx2",
-    flags=_AVX2_FLAGS,
     stored=_IN_FLOAT32,
     kinds=_AVX2_KINDS,
 )
 AVX2_VNNI = InstructionSet(
-    name="avx2-vnni",
+    recipe=compilers.AVX2_VNNI,
     title="AVX2-VNNI",
     needs=AVX2.needs | {"avx_vnni"},
     lacking="this processor has no AVX-VNNI, or no AVX2, FMA or F16C beside it",
-    folder="avx2",
-    flags=(*_AVX2_FLAGS, "-mavxvnni"),
     stored=_IN_FLOAT32,
     kinds=_AVX2_KINDS,
 )

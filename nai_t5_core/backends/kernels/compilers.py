@@ -1,0 +1,156 @@
+"""How the kernels are compiled, and by what. This needs no torch, so that a wheel can be built without it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+# Where a wheel has the kernels that were compiled when it was made.
+BROUGHT = FOLDER / "brought"
+
+_FLAGS = ("-O3", "-std=c++17", "-fvisibility=hidden")
+_ON_LINUX = ("-fPIC", "-pthread")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the kernels for an instruction set are compiled from.
+
+    Attributes:
+        name: of the instruction set.
+        folder: where the sources are that only this set has.
+        flags: what tells a compiler that the processor has it.
+    """
+
+    name: str
+    folder: str
+    flags: tuple[str, ...]
+
+    @property
+    def sources(self) -> list[Path]:
+        """All files that the kernels are made of."""
+        files = (file for folder in (FOLDER, FOLDER / self.folder) for file in folder.iterdir())
+        return sorted(file for file in files if file.suffix in (".cpp", ".h"))
+
+    @property
+    def units(self) -> list[Path]:
+        """Those that are compiled, one by one."""
+        return [source for source in self.sources if source.suffix == ".cpp"]
+
+    @property
+    def arguments(self) -> list[str]:
+        """Where a compiler finds the headers, and what it is to be told about the processor."""
+        return [f"-I{FOLDER}", f"-I{FOLDER / self.folder}", *self.flags]
+
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = Recipe(
+    "avx512",
+    "avx512",
+    ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni", "-mfma"),
+)
+AVX2 = Recipe("avx2", "avx2", _AVX2)
+AVX2_VNNI = Recipe("avx2-vnni", "avx2", (*_AVX2, "-mavxvnni"))
+RECIPES = (AVX512, AVX2_VNNI, AVX2)
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler.
+
+    Attributes:
+        name: as users know it.
+        command: what runs it.
+        flags: what else it is told. With OpenMP the kernels have its threads, and else their own.
+        for_windows: whether the result is for Windows.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    for_windows: bool = False
+
+    @property
+    def is_there(self) -> bool:
+        if self.command[0] == sys.executable:
+            return importlib.util.find_spec(self.command[2]) is not None
+        return shutil.which(self.command[0]) is not None
+
+    def file_name(self, recipe: Recipe) -> str:
+        """Of the compiled kernels; another one for other sources or flags."""
+        digest = hashlib.sha256("\n".join((self.name, *self._flags, *recipe.flags)).encode())
+        for source in recipe.sources:
+            digest.update(source.read_bytes())
+        return f"kernels-{recipe.name}-{digest.hexdigest()[:16]}{'.dll' if self.for_windows else '.so'}"
+
+    def build(self, recipe: Recipe, target: Path) -> None:
+        """Compiles the kernels into a file, which is there when all of it is.
+
+        Raises:
+            RuntimeError: the compiler failed.
+            OSError: the folder cannot be written.
+        """
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder, ThreadPoolExecutor() as pool:
+            objects = [Path(folder) / f"{unit.stem}.o" for unit in recipe.units]
+            compiled = (
+                [*self.command, *self._flags, *recipe.arguments, "-c", str(unit), "-o", str(made)]
+                for unit, made in zip(recipe.units, objects, strict=True)
+            )
+            list(pool.map(self._run, compiled))
+            unfinished = Path(folder) / target.name
+            # OpenMP's runtime is not named: torch has loaded one, and its threads are to be the kernels'.
+            linked = [*self.command, *self._for_system, "-shared", *map(str, objects), "-o", str(unfinished)]
+            self._run(linked)
+            # Another process may have been faster; its file is the same.
+            unfinished.replace(target)
+
+    @property
+    def _flags(self) -> tuple[str, ...]:
+        return (*_FLAGS, *self._for_system, *self.flags)
+
+    @property
+    def _for_system(self) -> tuple[str, ...]:
+        return ("-target", "x86_64-windows-gnu") if self.for_windows else _ON_LINUX
+
+    def _run(self, command: list[str]) -> None:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:500])
+            raise RuntimeError(f"{self.name} could not compile the kernels: {complaint}")
+
+
+GXX = Compiler("g++", ("g++",), ("-fopenmp",))
+_ZIG = (sys.executable, "-m", "ziglang", "c++")
+ZIG = Compiler("ziglang", _ZIG)
+ZIG_FOR_WINDOWS = Compiler("ziglang", _ZIG, for_windows=True)
+# Those that make kernels for this system, the best first.
+COMPILERS = (ZIG_FOR_WINDOWS,) if sys.platform == "win32" else (GXX, ZIG)
+
+NO_COMPILER = "there is no C++ compiler to build them with (install g++, or the package ziglang)"
+
+
+def compiler() -> Compiler | None:
+    """What the kernels can be compiled with here."""
+    return next((one for one in COMPILERS if one.is_there), None)
+
+
+@lru_cache
+def places(recipe: Recipe, cache: Path) -> tuple[Path, ...]:
+    """Where compiled kernels for this system may be: those that the package brought first, then those in a cache."""
+    return tuple(folder / one.file_name(recipe) for folder in (BROUGHT, cache) for one in COMPILERS)
+
+
+def there(recipe: Recipe, cache: Path) -> Iterator[Path]:
+    """The compiled kernels that are there, the best first."""
+    return (place for place in places(recipe, cache) if place.exists())
