@@ -127,26 +127,24 @@ class Held {
         } else {
             for (long column = 0; column < columns_; column++) quantise(&numbers[column * depth]);
         }
+        piece_ = {values_.data(), scales_.data(), nullptr, columns_, 1, as.format};
         if (as.format == kInt8) to_panels();
     }
 
+    // Of no use once this is gone, or has been put in panels.
     Matrix matrix() const {
-        Matrix made = plain();
-        if (!panels_.empty()) made.values = panels_.data(), made.format = kPanels;
-        return made;
+        const bool is_piece = panels_.empty();
+        return {is_piece ? nullptr : panels_.data(), is_piece ? &piece_ : nullptr, is_piece, columns_, depth_, is_gated_, as_.kind};
     }
 
     void to_panels() {
-        const Matrix from = plain();
-        panels_.resize(t5_panel_steps(&from));
-        t5_to_panels(&from, panels_.data());
+        const Matrix from = matrix();
+        std::vector<int32_t> panels(t5_panel_steps(&from));
+        t5_to_panels(&from, panels.data());
+        panels_ = panels;
     }
 
   private:
-    Matrix plain() const {
-        return {values_.data(), scales_.data(), columns_, depth_, as_.format, is_gated_, as_.kind};
-    }
-
     void quantise(const double* row) {
         double largest = 1e-30;
         for (long k = 0; k < depth_; k++) largest = std::max(largest, std::abs(row[k]));
@@ -160,6 +158,7 @@ class Held {
     std::vector<char> values_;
     std::vector<float> scales_;
     std::vector<int32_t> panels_;
+    Piece piece_;
 };
 
 std::vector<float> read_back(const std::vector<char>& stored, bool in_bfloat16) {

@@ -33,7 +33,7 @@ from nai_t5_core.backends.kernels.build import (
 )
 from nai_t5_core.backends.kernels.compilers import NO_COMPILER
 from nai_t5_core.backends.kernels.runners import KernelsOnPanels
-from nai_t5_core.backends.kernels.sets import AVX2, AVX512, SETS, InstructionSet
+from nai_t5_core.backends.kernels.sets import AVX2, AVX512, CHOSEN, SETS, InstructionSet
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
 
 V1_1 = TOY_CONFIGS["v1.1"]
@@ -119,7 +119,7 @@ def test_where_they_cannot_be_built_torch_computes_and_says_so(
     assert result == "True auto: sdpa"
     if compiler is not None:
         # Each set that the processor has is tried once.
-        tried = [instructions for instructions in SETS if missing_for(instructions) is None]
+        tried = [instructions for instructions in CHOSEN if missing_for(instructions) is None]
         assert done.stderr.count("the T5 goes without its kernels") == len(tried)
     assert not list(tmp_path.rglob("*.so"))
     named = (
@@ -168,7 +168,7 @@ def test_amx_leaves_the_kernels_to_those_who_name_them(monkeypatch: pytest.Monke
     assert plain.describe_attention() == "auto: kernels" and why_not_kernels() is None
     on(monkeypatch, HAS_AMX)
     assert missing_for_kernels() is None
-    assert why_not_kernels() == "this processor has AMX, which oneDNN uses and the kernels do not"
+    assert why_not_kernels() == "this processor has AMX, which oneDNN uses, and the kernels only where it is named"
     assert plain.describe_attention() == "auto: sdpa" and automatic_attention()["cpu"] == "sdpa"
     changes: list[Any] = [prepack, quantize_int8]
     for change in changes:
@@ -211,7 +211,7 @@ def test_the_best_set_of_a_processor_is_chosen(processor: str, monkeypatch: pyte
 @needs_kernels
 @torch.no_grad()
 def test_where_the_best_cannot_be_built_the_next_best_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    usable = [instructions for instructions in SETS if missing_for(instructions) is None]
+    usable = [instructions for instructions in CHOSEN if missing_for(instructions) is None]
     if len(usable) < 2:
         pytest.skip("this processor has one set alone")
     first, second, *_ = usable
@@ -267,7 +267,7 @@ def test_without_the_instructions_naming_them_is_an_error(
         if products != "kernels":
             with pytest.raises(ValueError, match=f"products='{products}' is not possible: {lacking}; use products="):
                 run_in_place(stack, products)
-    with pytest.raises(ValueError, match="unknown products 'onednn' in place; allowed: auto, avx512, avx2-vnni, avx2"):
+    with pytest.raises(ValueError, match="unknown products 'onednn' in place; allowed: auto, amx, avx512, avx2-"):
         run_in_place(stack, "onednn")
     assert prepare_kernels() is not None and missing_for_kernels() is not None
 

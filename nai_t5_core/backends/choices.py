@@ -11,7 +11,7 @@ from nai_t5_core.backends.kernels.runners import INT8_KERNELS, best
 from nai_t5_core.backends.products import INT8_ONEDNN
 
 # The names after "kernels" are those of instruction sets.
-ProductsChoice = Literal["auto", "kernels", "avx512", "avx2-vnni", "avx2", "onednn"]
+ProductsChoice = Literal["auto", "kernels", "amx", "avx512", "avx2-vnni", "avx2", "onednn"]
 PRODUCTS_CHOICES: tuple[ProductsChoice, ...] = get_args(ProductsChoice)
 
 # The ways to quantise a model while it is loaded.

@@ -121,9 +121,10 @@ def prepack(model: Model, products: ProductsChoice = "auto") -> Model:
     Args:
         products: ``"auto"`` computes the encoder's blocks by our CPU kernels where they can and are faster (see
             :mod:`nai_t5_core.backends.kernels`), and all other products by oneDNN; ``"kernels"`` uses the kernels
-            for the best instruction set that the processor has, and is an error where there is none; ``"avx512"``,
-            ``"avx2-vnni"`` and ``"avx2"`` name a set; ``"onednn"`` uses oneDNN alone. On AVX2 a model in bfloat16 or
-            float16 keeps its weights as they are, and is computed in float32.
+            for the best instruction set that the processor has, and is an error where there is none; ``"amx"``,
+            ``"avx512"``, ``"avx2-vnni"`` and ``"avx2"`` name a set, and AMX is used only where it is named;
+            ``"onednn"`` uses oneDNN alone. On AVX2 a model in bfloat16 or float16 keeps its weights as they are, and
+            is computed in float32.
 
     Returns:
         The same model, changed. It can no longer be moved, cast or trained. A tied head gets a prepacked copy, since

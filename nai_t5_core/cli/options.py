@@ -38,6 +38,7 @@ class Products(str, Enum):
 
     auto = "auto"
     kernels = "kernels"
+    amx = "amx"
     avx512 = "avx512"
     avx2_vnni = "avx2-vnni"
     avx2 = "avx2"

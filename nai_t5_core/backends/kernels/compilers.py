@@ -28,18 +28,18 @@ class Recipe:
 
     Attributes:
         name: of the instruction set.
-        folder: where the sources are that only this set has.
+        folders: where the sources are that not all sets have, the set's own first.
         flags: what tells a compiler that the processor has it.
     """
 
     name: str
-    folder: str
+    folders: tuple[str, ...]
     flags: tuple[str, ...]
 
     @property
     def sources(self) -> list[Path]:
         """All files that the kernels are made of."""
-        files = (file for folder in (FOLDER, FOLDER / self.folder) for file in folder.iterdir())
+        files = (file for folder in (FOLDER, *self._folders) for file in folder.iterdir())
         return sorted(file for file in files if file.suffix in (".cpp", ".h"))
 
     @property
@@ -50,18 +50,21 @@ class Recipe:
     @property
     def arguments(self) -> list[str]:
         """Where a compiler finds the headers, and what it is to be told about the processor."""
-        return [f"-I{FOLDER}", f"-I{FOLDER / self.folder}", *self.flags]
+        # Of several folders with files of the same names, the first is the set's own.
+        return [f"-I{FOLDER}", *(f"-I{folder}" for folder in self._folders[:1]), *self.flags]
+
+    @property
+    def _folders(self) -> list[Path]:
+        return [FOLDER / folder for folder in self.folders]
 
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
-AVX512 = Recipe(
-    "avx512",
-    "avx512",
-    ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni", "-mfma"),
-)
-AVX2 = Recipe("avx2", "avx2", _AVX2)
-AVX2_VNNI = Recipe("avx2-vnni", "avx2", (*_AVX2, "-mavxvnni"))
-RECIPES = (AVX512, AVX2_VNNI, AVX2)
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni", "-mfma")
+AMX = Recipe("amx", ("amx", "avx512"), (*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"))
+AVX512 = Recipe("avx512", ("avx512",), _AVX512)
+AVX2_VNNI = Recipe("avx2-vnni", ("avx2",), (*_AVX2, "-mavxvnni"))
+AVX2 = Recipe("avx2", ("avx2",), _AVX2)
+RECIPES = (AMX, AVX512, AVX2_VNNI, AVX2)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,9 @@ struct Bias {
 #pragma GCC visibility push(default)  // all else is hidden: several instruction sets may be loaded at once
 extern "C" {
 
+// Whether the system lets this process use the instructions; to be asked before anything else is called.
+int t5_is_permitted();
+
 // How many threads a call takes at most, and whether they are the kernels' own: else they are those of OpenMP's runtime.
 int t5_threads();
 int t5_has_own_threads();

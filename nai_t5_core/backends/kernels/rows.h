@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "tiles.h"
+#include "multiplier.h"
 
 // The scales of rows in bytes: what a unit is worth, from the largest number of a row.
 template <class Numbers>
@@ -32,7 +32,7 @@ struct PlainRows {
                 units[row] = unit_of(width, [=](long column, Lanes lanes) {
                     return Kind::load(start + row * width + column, lanes);
                 });
-            put_in_tile(tile, rows, steps, [=](long row, long step) {
+            Multiplier<Kind>::put(tile, rows, steps, [=](long row, long step) {
                 const Floats factor = all(1 / units[row]);
                 return Kind::steps([=](long offset) {
                     const long column = step * Kind::kPerRowStep + offset;
@@ -40,7 +40,7 @@ struct PlainRows {
                 });
             });
         } else {
-            put_in_tile(tile, rows, steps, [=](long row, long step) {
+            Multiplier<Kind>::put(tile, rows, steps, [=](long row, long step) {
                 const Step* place = reinterpret_cast<const Step*>(start) + row * steps + step;
                 return load_words(place, first_lanes(steps - step));
             });
@@ -73,7 +73,7 @@ struct NormedRows {
 
     void put(long first, long rows, Step* tile, float* units) const {
         const float* start = values + first * width;
-        float factors[kTileRows];
+        float factors[Multiplier<Kind>::kRows];
         for (long row = 0; row < rows; row++) {
             const float* numbers = start + row * width;
             factors[row] = scale(numbers);
@@ -83,7 +83,7 @@ struct NormedRows {
                 factors[row] /= units[row];
             }
         }
-        put_in_tile(tile, rows, width / Kind::kPerRowStep, [&](long row, long step) {
+        Multiplier<Kind>::put(tile, rows, width / Kind::kPerRowStep, [&](long row, long step) {
             const Floats factor = all(factors[row]);
             return Kind::steps([&](long offset) {
                 return weighted(start + row * width, step * Kind::kPerRowStep + offset, factor);

@@ -19,7 +19,7 @@ from nai_t5_core.backends.kernels.build import (
     prepare_kernels,
 )
 from nai_t5_core.backends.kernels.calls import ACTIVATION_NUMBERS
-from nai_t5_core.backends.kernels.sets import AVX512, SETS, InstructionSet
+from nai_t5_core.backends.kernels.sets import SETS, InstructionSet
 from nai_t5_core.backends.kernels.weights import KernelWeight
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN, Int8Backend, OneDNNBackend
 from nai_t5_core.backends.widened import WIDENED, WidenedBackend
@@ -241,7 +241,7 @@ class KernelsBackend:
     @property
     def lends_to(self) -> LenderOfProducts:
         """What computes a block that has a live LoRA: oneDNN where it is sure to have the same dtypes."""
-        return ONEDNN if self.instructions is AVX512 else WIDENED
+        return ONEDNN if self.instructions.stores_bfloat16 else WIDENED
 
     def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu" or dtype not in self.instructions.stored:
@@ -288,10 +288,10 @@ class Int8KernelsBackend(KernelsBackend):
 
     @property
     def lends_to(self) -> LenderOfProducts:
-        return INT8_ONEDNN if self.instructions is AVX512 else WIDENED
+        return INT8_ONEDNN if self.instructions.stores_bfloat16 else WIDENED
 
     def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        lent = INT8_ONEDNN.missing(device, dtype) if self.instructions is AVX512 else None
+        lent = INT8_ONEDNN.missing(device, dtype) if self.instructions.stores_bfloat16 else None
         return super().missing(device, dtype) or lent
 
     def _held(self, block: Block, weights: list[Any], dtype: torch.dtype) -> _Held:

@@ -1,4 +1,4 @@
-"""The instruction sets that there are kernels for, the best first."""
+"""The instruction sets that there are kernels for."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ class InstructionSet:
         """As users name it."""
         return self.recipe.name
 
+    @property
+    def stores_bfloat16(self) -> bool:
+        """Whether activations of a model in bfloat16 are kept in it, for which the processor then has products."""
+        return self.stored[torch.bfloat16] == torch.bfloat16
+
     def kept(self, weight: torch.dtype, activations: torch.dtype) -> torch.dtype:
         """The dtype of a weight's numbers in panels: its own if there is a kind for it, else that of activations.
 
@@ -52,18 +57,28 @@ class InstructionSet:
         return named, (self.name,)
 
 
+_STORED = {torch.bfloat16: torch.bfloat16, torch.float32: torch.float32}
+_AVX512_KINDS = {
+    (torch.bfloat16, torch.bfloat16): 0,
+    (torch.float32, torch.float32): 1,
+    (torch.int8, torch.bfloat16): 2,
+    (torch.int8, torch.float32): 3,
+}
 AVX512 = InstructionSet(
     recipe=compilers.AVX512,
     title="AVX512",
     needs=frozenset({"avx512_bf16", "avx512_vnni"}),
     lacking="this processor has no AVX512-BF16, or no AVX512-VNNI",
-    stored={torch.bfloat16: torch.bfloat16, torch.float32: torch.float32},
-    kinds={
-        (torch.bfloat16, torch.bfloat16): 0,
-        (torch.float32, torch.float32): 1,
-        (torch.int8, torch.bfloat16): 2,
-        (torch.int8, torch.float32): 3,
-    },
+    stored=_STORED,
+    kinds=_AVX512_KINDS,
+)
+AMX = InstructionSet(
+    recipe=compilers.AMX,
+    title="AMX",
+    needs=AVX512.needs | {"amx_tile", "amx_bf16", "amx_int8"},
+    lacking="this processor has no AMX for bfloat16 and bytes, or no AVX512-BF16 beside it",
+    stored=_STORED,
+    kinds=_AVX512_KINDS,
 )
 _IN_FLOAT32 = dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), torch.float32)
 _AVX2_KINDS = {
@@ -89,7 +104,9 @@ AVX2_VNNI = InstructionSet(
     kinds=_AVX2_KINDS,
 )
 
-SETS = (AVX512, AVX2_VNNI, AVX2)
+# What is chosen from where nobody names a set, the best first. AMX is not among them, since it was not measured.
+CHOSEN = (AVX512, AVX2_VNNI, AVX2)
+SETS = (AMX, *CHOSEN)
 
 
 def named(name: str) -> InstructionSet:

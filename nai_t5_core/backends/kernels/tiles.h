@@ -35,7 +35,7 @@ constexpr int kRowSteps = Kind::kPerStep / Kind::kPerRowStep;
 struct Tiles {
     long rows, count;
 
-    explicit Tiles(long rows) : rows(rows), count((rows + kTileRows - 1) / kTileRows) {}
+    explicit Tiles(long rows, long most = kTileRows) : rows(rows), count((rows + most - 1) / most) {}
     long start(long tile) const { return tile * rows / count; }
     long size(long tile) const { return start(tile + 1) - start(tile); }
 };
