@@ -26,7 +26,6 @@ from nai_t5_core.datasets.recipe import Compression, Keeping, Store
 from nai_t5_core.datasets.shard_files import Encoded, ShardFile, write_shard
 from nai_t5_core.prompts.text_encoder import TextEncoder
 
-
 # Of a caption, in tokens.
 _LONGEST = 512
 
