@@ -132,7 +132,7 @@ def _processor_seconds() -> float:
 def main(
     captions: Annotated[Path, typer.Argument(help="Text file, a caption a line.")],
     tokenizer: Annotated[str, typer.Option(help="The tokenizer's file.")],
-    family: Annotated[str, typer.Option(help="Diffusion model family.")] = "wan",
+    family: Annotated[str, typer.Option(help="Diffusion model family.")],
     rows: Annotated[int, typer.Option(help="Captions to plan.")] = 1_000_000,
     processes: Annotated[int | None, typer.Option(help="That tokenize; by default one for each processor.")] = None,
 ) -> None:

@@ -26,6 +26,9 @@ from nai_t5_core.datasets.recipe import Compression, Keeping, Store
 from nai_t5_core.datasets.shard_files import Encoded, ShardFile, write_shard
 from nai_t5_core.prompts.text_encoder import TextEncoder
 
+# Of a caption, in tokens.
+_LONGEST = 512
+
 
 def measure(embeddings: list[Tensor], keeping: Keeping, file: Path) -> dict[str, float]:
     """Of embeddings [rows, d_model] in bfloat16, one of each prompt."""
@@ -51,14 +54,13 @@ def main(
     captions: Annotated[Path, typer.Argument(help="Text file, a caption a line.")],
     width_of: Annotated[str | None, typer.Option(help="A size of T5 such as t5-v1_1-xxl; drawn, of one layer.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="The tokenizer's file.")] = None,
-    family: Annotated[str, typer.Option(help="Diffusion model family.")] = "wan",
     count: Annotated[int, typer.Option(help="Captions of the shard.")] = 400,
 ) -> None:
     texts = [line for line in captions.read_text(encoding="utf-8").split("\n") if line][:count]
     with TemporaryDirectory() as folder:
         model = write_model(Path(folder) / "model", width_of, layers=1) if width_of else None
         encoder = TextEncoder.from_pretrained(model, "bfloat16", "cpu", tokenizer=tokenizer)
-        embeddings = [rows.contiguous() for rows in encoder.encode(texts, family).unpadded()]
+        embeddings = [rows.contiguous() for rows in encoder.encode(texts, max_length=_LONGEST).unpadded()]
         width, tokens = embeddings[0].shape[1], sum(map(len, embeddings)) / len(embeddings)
         title = f"d_model {width}, {tokens:.1f} rows a caption"
         table = Table("kept as", "compressed", "bytes", "error", "written", "read", title=title)
