@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from nai_t5_core.model.attention import sdpa
 
-# Before, SDPA asks the driver what it can do, and cannot be compiled with a choice of kernels; nor is our encoder compiled.
+# Before, SDPA asks the driver what it can do, and cannot be compiled with a choice of kernels.
 since_2_6 = pytest.mark.skipif(torch.__version__ < "2.6", reason=f"torch {torch.__version__} asks a CUDA driver")
 
 KERNELS: dict[str, Callable[[], bool]] = {
