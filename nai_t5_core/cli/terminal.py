@@ -67,7 +67,7 @@ def status(what: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def not_collecting() -> Iterator[None]:
-    """For the import of torch, a fifth of whose time goes to a search for garbage among its hundred thousands of objects.
+    """For the import of torch, a fifth of whose time goes to a search for garbage among all that it makes.
 
     They stay to the end, and no later collection looks at them. Where torch is imported already, nothing is changed.
     """
