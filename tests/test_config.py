@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
@@ -198,7 +198,7 @@ def test_config_is_frozen_and_closed() -> None:
 )
 def test_fields_hold_what_they_say(change: dict[str, Any], expected: str) -> None:
     values = {**TOY_CONFIGS["v1.1"].model_dump(), **change}
-    for make in (lambda: T5Config(**values), lambda: TOY_CONFIGS["v1.1"].model_copy(update=change)):
+    for make in (lambda: T5Config(**values), lambda: replace(TOY_CONFIGS["v1.1"], **change)):
         with pytest.raises(ValueError, match=expected):
             make()
 

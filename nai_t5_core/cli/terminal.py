@@ -36,11 +36,6 @@ def size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
-def counted(count: int, noun: str) -> str:
-    """``1 shard`` and ``2 shards``."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
 def short(text: object, width: int = 60) -> str:
     flat = " ".join(str(text).split())
     return flat if len(flat) <= width else flat[: width - 3] + "..."
@@ -72,7 +67,7 @@ def status(what: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def not_collecting() -> Iterator[None]:
-    """For the import of torch, a fifth of whose time is a search for garbage among its hundred thousands of objects.
+    """For the import of torch, a fifth of whose time goes to a search for garbage among all that it makes.
 
     They stay to the end, and no later collection looks at them. Where torch is imported already, nothing is changed.
     """
