@@ -239,4 +239,7 @@ def test_the_table_by_the_command(run: Run, tmp_path: Path) -> None:  # noqa: F8
     assert all(row["milliseconds"] and min(row["milliseconds"]) > 0 for row in rows)
     file = tmp_path / "table.md"
     assert run("bench-kinds", "t5-v1_1-small", *options, "--markdown", file).status == 0
-    assert file.read_text().count("\n") == 4
+    table, _, computed = file.read_text().partition("\n\n")
+    assert table.count("\n") == 3 and "(1.00)" in table
+    assert rows[0]["ratios"] == [1.0, 1.0]
+    assert all(row["by"] in computed and row["kind"] in computed for row in rows)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.choose import prepack, why_not_prepack
 from nai_t5_core.backends.quantised.four_bits import LARGEST, TABLE, FourBits
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.kinds import WEIGHT, QuantisedWeight
@@ -40,7 +41,8 @@ class KindRow:
     """A kind. ``errors`` are quantiles of the differences from float32 and the largest, relative to the largest value.
 
     ``errors_with_outliers`` are those of a model that has large channels, as trained ones have. ``milliseconds`` are of
-    an encode of as many tokens as ``tokens`` says.
+    an encode of as many tokens as ``tokens`` says, and ``ratios`` these times by those of the prepacked model without any
+    kind. ``by`` is what computes it.
     """
 
     kind: str
@@ -49,6 +51,8 @@ class KindRow:
     errors_with_outliers: tuple[float, ...]
     tokens: tuple[int, ...]
     milliseconds: tuple[float, ...]
+    ratios: tuple[float, ...]
+    by: str
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,7 +70,7 @@ def measure_kinds(
     """Measures an encoder of random weights on the CPU, in every kind that can be packed here.
 
     Errors are of float32 products, so that nothing but the kind rounds; times are of products in ``dtype``. The first
-    row is the model without any kind, in ``dtype``.
+    row is the model without any kind, in ``dtype``, prepacked where that is possible.
 
     Raises:
         ValueError: an unknown kind.
@@ -77,7 +81,7 @@ def measure_kinds(
     states = [random_state(config, outliers=outliers) for outliers in (False, True)]
     ids = torch.randint(3, config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     exact = [_stack(config, state, torch.float32)(ids) for state in states]
-    rows = []
+    rows: list[KindRow] = []
     for name, packing in [("", None), *packings.items()]:
         progress(name or str(dtype))
         errors = []
@@ -85,22 +89,39 @@ def measure_kinds(
             stack = _stack(config, state, torch.float32 if packing else dtype, packing)
             errors.append(_errors(stack(ids), meant))
         stack = _stack(config, states[0], dtype, packing)
+        bits = _bits(stack, dtype)
+        if packing is None and why_not_prepack(stack) is None:
+            prepack(stack)
         times = tuple(_milliseconds(stack, config, count, repeats) for count in tokens)
+        plain = rows[0].milliseconds if rows else times
+        ratios = tuple(time / meant for time, meant in zip(times, plain, strict=True))
+        runner: Any = stack.encoder.block[0].runner
         label = name or str(dtype).removeprefix("torch.")
-        rows.append(KindRow(label, _bits(stack, dtype), errors[0], errors[1], tuple(tokens), times))
+        by = "torch" if runner is None else runner.name
+        rows.append(KindRow(label, bits, errors[0], errors[1], tuple(tokens), times, ratios, by))
     return rows
 
 
 def markdown(rows: Sequence[KindRow]) -> str:
     """A table."""
     quantiles = [f"{quantile:g}" for quantile in QUANTILES]
-    times = [f"{count} tokens, ms" for count in rows[0].tokens]
+    times = [f"{count} tokens, ms (×)" for count in rows[0].tokens]
     head = ["kind", "bits", *quantiles, "largest", "largest, with outliers", *times]
     lines = [" | ".join(head), " | ".join("---" for _ in head)]
     for row in rows:
         errors = [f"{error:.1e}" for error in (*row.errors, row.errors_with_outliers[-1])]
-        lines.append(" | ".join([row.kind, f"{row.bits:.2f}", *errors, *(f"{each:.0f}" for each in row.milliseconds)]))
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
+        lines.append(" | ".join([row.kind, f"{row.bits:.2f}", *errors, *_times(row)]))
+    table = "\n".join(f"| {line} |" for line in lines)
+    computed = "\n".join(f"- {by}: {', '.join(row.kind for row in rows if row.by == by)}" for by in _ways(rows))
+    return f"{table}\n\nComputed by\n\n{computed}\n"
+
+
+def _times(row: KindRow) -> list[str]:
+    return [f"{time:.0f} ({ratio:.2f})" for time, ratio in zip(row.milliseconds, row.ratios, strict=True)]
+
+
+def _ways(rows: Sequence[KindRow]) -> list[str]:
+    return list(dict.fromkeys(row.by for row in rows))
 
 
 def _stack(
@@ -125,7 +146,8 @@ def _errors(found: Tensor, meant: Tensor) -> tuple[float, ...]:
 
 def _milliseconds(stack: T5EncoderStack, config: T5Config, count: int, repeats: int) -> float:
     ids = torch.randint(3, config.vocab_size, (1, count))
-    stack(ids)
+    for _ in range(2):  # the second call puts prepacked weights in panels
+        stack(ids)
     times = []
     for _ in range(repeats):
         began = time.perf_counter()

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-// How the numbers of a weight lie in its rows. The first five are numbers by themselves. kInt8 is what products in 8 bits
-// are computed from; other products take its numbers times their scales. Those from kQ8_0 on are the blocks of GGUF
-// files, see blocks.h.
+// How the numbers of a weight lie in its rows. The first five are numbers by themselves. kInt8 is what products in 8
+// bits are computed from; other products take its numbers times their scales. Those from kQ8_0 on are the blocks of
+// GGUF files, see blocks.h.
 enum Format {
     kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2, kFloat8E4m3 = 3, kFloat8E5m2 = 4, kInt8 = 5,
     kQ8_0 = 6, kQ4_0 = 7, kQ4_1 = 8, kQ5_0 = 9, kQ5_1 = 10, kIQ4_NL = 11,
@@ -25,8 +25,8 @@ struct Piece {
     int format;
 };
 
-// A weight [columns, depth], in panels or, where these are null, in pieces, one above the other. `kind` is a number of the
-// instruction set's with_kind.
+// A weight [columns, depth], in panels or, where these are null, in pieces, one above the other. `kind` is a number of
+// the instruction set's with_kind.
 struct Matrix {
     const void* panels;
     const Piece* pieces;

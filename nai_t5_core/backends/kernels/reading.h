@@ -153,6 +153,7 @@ template <class Kind>
 ReadSteps<Kind> reading(const Piece& piece) {
     if constexpr (!Kind::kIsInt8)
         if (!is_as_it_is<Kind>(piece))
-            return with_reader(piece.format, [](auto reader) -> ReadSteps<Kind> { return read_steps<Kind, decltype(reader)>; });
+            return with_reader(piece.format,
+                               [](auto reader) -> ReadSteps<Kind> { return read_steps<Kind, decltype(reader)>; });
     return read_as_they_are<Kind>;
 }

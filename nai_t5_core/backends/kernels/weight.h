@@ -29,8 +29,8 @@ struct Weight {
     long steps_at_once() const { return is_in_panels() ? steps() : std::min(steps(), kAtOnce); }
     const Step* panel_at(long panel) const { return panels_or_null + panel * panel_steps(); }
 
-    // In panels, it is what comes a little later; otherwise the next panel's columns, of which the first tile brings in all,
-    // or the gate's, and the second those of up.
+    // In panels, it is what comes a little later; otherwise the next panel's columns, of which the first tile brings in
+    // all, or the gate's, and the second those of up.
     Ahead ahead(const Step* numbers, long panel, long tile) const {
         if (is_in_panels()) return Ahead(numbers + kPrefetchSteps * kPanelColumns);
         const long side = tile == 0 ? 0 : columns / 2, column = side + (panel + 1) * panel_width();
@@ -71,7 +71,8 @@ struct Weight {
     };
 
     Half half_of(long panel, long half) const {
-        const long side = is_gated ? columns / 2 : columns, place = panel * panel_width() + (is_gated ? 0 : half * kLanes);
+        const long side = is_gated ? columns / 2 : columns;
+        const long place = panel * panel_width() + (is_gated ? 0 : half * kLanes);
         const long first = place + (is_gated ? half * side : 0), count = std::min(kLanes, side - place);
         Half found;
         for (long lane = 0; lane < count; lane += found.runs[found.count++].count)
@@ -88,7 +89,8 @@ struct Weight {
 
     // [count][kLanes] of [count][kPanelColumns]; lanes without a column are zeros.
     void fill_half(const Half& from, long first, long count, Step* half) const {
-        if (from.count == 1 && is_as_it_is<Kind>(*from.runs[0].piece)) fill_half_as_it_is(from.runs[0], first, count, half);
+        const bool is_whole = from.count == 1 && is_as_it_is<Kind>(*from.runs[0].piece);
+        if (is_whole) fill_half_as_it_is(from.runs[0], first, count, half);
         else fill_half_from(from, first, count, half);
     }
 

@@ -38,11 +38,12 @@ def _scales(weight: QuantisedWeight) -> Tensor | None:
     """One for each row [rows] float32."""
     if SCALE not in weight.parts:
         return None
-    return weight.parts[SCALE].float().reshape(-1).expand(weight.shape[0]).contiguous()
+    # Copied: in a file they may begin within a number.
+    return weight.parts[SCALE].float().reshape(-1).expand(weight.shape[0]).clone(memory_format=torch.contiguous_format)
 
 
 def _factors(form: QuantisedForm) -> Tensor | None:
     """One for each column [columns] float32."""
     if form.columns is None:
         return None if form.scale == 1 else torch.full((form.in_features,), form.scale)
-    return form.columns.float().contiguous() if form.scale == 1 else form.columns.float() * form.scale
+    return form.columns.float() * form.scale

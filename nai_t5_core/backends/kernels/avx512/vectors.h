@@ -40,12 +40,13 @@ inline Words load_words(const Step* place, Lanes lanes) { return _mm512_maskz_lo
 inline void store_words(Step* place, Words words) { _mm512_storeu_si512(place, words); }
 inline void store_words(Step* place, Lanes lanes, Words words) { _mm512_mask_storeu_epi32(place, lanes, words); }
 
-inline Words load_bytes(const void* place) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(place))); }
+inline __m128i load_sixteen_bytes(const void* place) { return _mm_loadu_si128(static_cast<const __m128i*>(place)); }
+inline Words load_bytes(const void* place) { return _mm512_cvtepu8_epi32(load_sixteen_bytes(place)); }
 inline Floats load_int8(const void* place, Lanes lanes) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, place)));
 }
 inline Floats load_int8(const void* place) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(place))));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_sixteen_bytes(place)));
 }
 inline float load_float16(const void* place) {
     return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_castsi128_si256(_mm_cvtsi32_si128(load_as<uint16_t>(place)))));
