@@ -243,3 +243,23 @@ def test_the_table_by_the_command(run: Run, tmp_path: Path) -> None:  # noqa: F8
     assert table.count("\n") == 3 and "(1.00)" in table
     assert rows[0]["ratios"] == [1.0, 1.0]
     assert all(row["by"] in computed and row["kind"] in computed for row in rows)
+
+
+def test_size_against_accuracy_as_a_picture(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    pytest.importorskip("matplotlib")
+    options = ["--layers", "1", "--kinds", "Q8_0,Q4_K", "--repeats", "1", "--dtype", "float32"]
+    picture = tmp_path / "kinds.png"
+    assert run("bench-kinds", "t5-v1_1-small", *options, "--plot", picture).status == 0
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--against", "llama"], "kinds are compared with llama-cpp-python alone"),
+        (["--against", "llama-cpp-python", "--plot", "kinds.png"], "leave one of them out"),
+    ],
+)
+def test_what_kinds_are_not_compared_with(run: Run, options: list[str], told: str) -> None:  # noqa: F811
+    refused = run("bench-kinds", "t5-v1_1-small", *options)
+    assert refused.status == 2 and told in refused.stderr

@@ -153,7 +153,7 @@ def test_what_cannot_be_quantised_is_refused() -> None:
         quantize_int8(stack)
     stack = build_stack(V1_1, random_state(V1_1), torch.float32)
     with pytest.raises(
-        ValueError, match=r"unknown products 'mine'; allowed: auto, kernels, avx512, avx2-vnni, avx2, onednn"
+        ValueError, match=r"unknown products 'mine'; allowed: auto, kernels, amx, avx512, avx2-vnni, avx2, onednn"
     ):
         quantize_int8(stack, "mine")  # type: ignore[arg-type]
     assert any(isinstance(module, nn.Linear) for module in stack.modules())

@@ -557,7 +557,7 @@ def test_threads_may_call_at_the_same_time() -> None:
 def test_products_are_a_choice() -> None:
     config = TOY_CONFIGS["v1.1"]
     with pytest.raises(
-        ValueError, match="unknown products 'mkl'; allowed: auto, kernels, avx512, avx2-vnni, avx2, onednn"
+        ValueError, match="unknown products 'mkl'; allowed: auto, kernels, amx, avx512, avx2-vnni, avx2, onednn"
     ):
         prepack(build_stack(config, random_state(config)), "mkl")  # type: ignore[arg-type]
     scaled = build_stack(config, random_state(config))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import TOY_CONFIGS, padding_mask, write_hf_folder
 
+from nai_t5_core.bench.kinds_against import markdown_against, measure_against_llama_cpp
 from nai_t5_core.bench.peer_list import PEERS, build_peer
 from nai_t5_core.bench.peers import (
     exact_norms,
@@ -153,3 +154,32 @@ def test_hf_state_of_original_and_of_converted_file(tmp_path: Path) -> None:
     for name, tensor in state.items():
         assert torch.equal(original[name], tensor), name
         torch.testing.assert_close(converted[name], tensor, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "F16", "Q8_0", "Q4_0", "Q4_K"])
+def test_llama_cpp_reads_what_ours_reads(kind: str) -> None:
+    """The same file, whose projections and table are in a kind; llama.cpp rounds activations as well."""
+    pytest.importorskip("llama_cpp", reason="a peer of the benchmark")
+    pytest.importorskip("gguf", reason="it writes the file")
+    sizes = {"d_model": 256, "d_kv": 64, "d_ff": 512, "num_heads": 4, "num_layers": 3}
+    rows = measure_against_llama_cpp(T5Config(vocab_size=1000, **sizes), [kind], torch.float32, (5, 70), 1)
+    assert [(row.kind, row.tokens) for row in rows] == [(kind, 5), (kind, 70)]
+    limit = {"F32": 1e-3, "F16": 3e-3, "BF16": 2e-2}.get(kind, 6e-2)
+    assert all(0 < row.difference < limit and row.ours > 0 and row.theirs > 0 for row in rows)
+    assert f"| {kind} | 70 |" in markdown_against(rows)
+
+
+def test_llama_cpp_says_what_it_cannot_do() -> None:
+    pytest.importorskip("llama_cpp", reason="a peer of the benchmark")
+    config = V1_1.encoder_only()
+    state = random_state(config)
+    with pytest.raises(ValueError, match="float32, bfloat16 and float16, not in"):
+        build_peer("llama-cpp-python", config, state, torch.float64)
+    far = config.model_copy(update={"relative_attention_max_distance": 64})
+    with pytest.raises(ValueError, match="no relative_attention_max_distance=64"):
+        build_peer("llama-cpp-python", far, state, torch.float32)
+    peer = build_peer("llama-cpp-python", config, state, torch.float32)
+    with pytest.raises(ValueError, match="mask their ends"):
+        peer(torch.tensor([[5, 6, 7]]), torch.tensor([[0, 1, 1]]))
+    with pytest.raises(ValueError, match="leave --per-layer out"):
+        peer.residuals(torch.tensor([[5, 6, 7]]))

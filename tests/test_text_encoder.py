@@ -225,7 +225,7 @@ def test_an_instruction_set_by_name(instructions: InstructionSet, quantize: Any)
 @pytest.mark.parametrize(
     ("told", "message"),
     [
-        ({"products": "sse"}, "unknown products 'sse'; allowed: auto, kernels, avx512, avx2-vnni, avx2, onednn"),
+        ({"products": "sse"}, "unknown products 'sse'; allowed: auto, kernels, amx, avx512, avx2-vnni, avx2, onednn"),
         ({"products": "avx2", "device": "meta"}, "products='avx2' is for models that are .* is to be on meta; leave"),
         ({"products": "avx2", "compile": True}, "products='avx2' is for models that are .*, and not compiled"),
         ({"products": "avx2", "optimize": False}, "products='avx2' is for models that are prepacked or quantised"),

@@ -23,6 +23,7 @@ def bench_kinds(
         typer.Option(help="llama-cpp-python: time llama.cpp's encoder beside ours instead, on the same GGUF files."),
     ] = "",
     write: Annotated[Path | None, typer.Option("--markdown", help="Also write the table as Markdown.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file with size against accuracy.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare kinds of quantised weights: bits, quantiles of the error with and without outliers, and times."""
@@ -32,12 +33,15 @@ def bench_kinds(
     from nai_t5_core.backends.auto_dtype import resolve_dtype
     from nai_t5_core.bench.kinds import markdown, measure_kinds
     from nai_t5_core.bench.kinds_against import markdown_against, measure_against_llama_cpp
+    from nai_t5_core.bench.kinds_plot import plot as draw
     from nai_t5_core.bench.llama_cpp_peer import LLAMA_CPP
     from nai_t5_core.facts.config import named_config
     from nai_t5_core.weights.whole_files import write_whole
 
     if against not in ("", LLAMA_CPP):
         raise ValueError(f"--against {against}: kinds are compared with {LLAMA_CPP} alone")
+    if against and plot is not None:
+        raise ValueError("--plot draws size and accuracy, which --against does not measure; leave one of them out")
 
     config = named_config(size).encoder_only()
     if layers is not None:
@@ -56,6 +60,8 @@ def bench_kinds(
             else:
                 rows = measure_kinds(config, chosen, repeats=repeats, kinds=wanted, progress=tell)
                 table, found = markdown(rows), [row.to_dict() for row in rows]
+                if plot is not None:
+                    draw(rows, size, plot)
     finally:
         torch.set_num_threads(before)
     if write is not None:
@@ -64,5 +70,5 @@ def bench_kinds(
         print_json({"size": size, "rows": found})
         return
     out.print(Markdown(table))
-    if write is not None:
-        say(f"wrote {write}")
+    for path in filter(None, (write, plot)):
+        say(f"wrote {path}")

@@ -31,7 +31,7 @@ def test_what_the_pack_loads(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
     plain, patched = (conditioning(clip, PROMPT) for clip in (theirs, with_lora(theirs, lora, 0.7)))
     assert error(patched["cond"], plain["cond"]) > 1e-3
     # Behind the pack, ComfyUI rounds norms and biases to float16, which we read as they are.
-    for way, tolerance in (("replaced", 1e-4), ("loaded", 4e-3)):
+    for way, tolerance in (("replaced", 1e-4), ("loaded", 1e-2)):
         assert_equal_conditioning(conditioning(ours[way], PROMPT), plain, tolerance)
         assert_equal_conditioning(conditioning(with_lora(ours[way], lora, 0.7), PROMPT), patched, tolerance)
         assert_equal_conditioning(conditioning(ours[way], PROMPT), plain, tolerance)
