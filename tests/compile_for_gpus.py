@@ -82,5 +82,5 @@ if __name__ == "__main__":
     for argument in sys.argv[1:]:
         capability = int(argument)
         for overlaps in (False, True) if capability >= 90 else (False,):
-            for usage in all_of(capability, overlaps):
-                print(json.dumps({"capability": capability, **usage}), flush=True)
+            for found in all_of(capability, overlaps):
+                print(json.dumps({"capability": capability, **found}), flush=True)

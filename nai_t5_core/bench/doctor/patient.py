@@ -75,9 +75,11 @@ class Patient:
         """What ``encode`` runs, in words."""
         if self._takes_kernels_for_cuda:
             return "our kernels for CUDA, in graphs"
-        if all(block.runner is not None for block in self.stack.encoder.block):
-            return f"our {self.stack.encoder.block[0].runner.name}"
-        return f"torch, attention {self.stack.describe_attention()}"
+        blocks: Any = self.stack.encoder.block
+        by = "torch" if blocks[0].runner is None else blocks[0].runner.name
+        if blocks[0].attends_by_itself(self.dtype):
+            return f"our {by}"
+        return f"{by}, attention {self.stack.describe_attention()}"
 
     def ids(self, batch: int, length: int) -> Tensor:
         """Random ids on the CPU, where tokenizers leave them: [batch, length]."""
