@@ -103,5 +103,5 @@ def _contents(path: str | Path | None) -> str:
 
 
 def _weights_of(examination: Examination) -> str:
-    config = json.dumps(examination.config.encoder_only().model_dump())
+    config = examination.config.encoder_only().model_dump_json()
     return f"{weights_contents(examination)} {config}"

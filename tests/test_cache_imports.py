@@ -17,7 +17,7 @@ FOR_A_MISS = {
 FOR_OTHERS = {
     *("nai_t5_core.lora.files", "nai_t5_core.weights.gguf_files", "nai_t5_core.weights.pytorch_files"),
     *("nai_t5_core.facts.families", "nai_t5_core.backends.cuda", "nai_t5_core.generation", "nai_t5_core.training"),
-    *("pydantic", "transformers", "diffusers", "gguf", "torch._inductor", "torch._dynamo"),
+    *("transformers", "diffusers", "gguf", "torch._inductor", "torch._dynamo"),
 }
 READ = "from nai_t5_core import TextEncoder; TextEncoder.from_pretrained(cache={folder!r}).encode(['a cat'])"
 COMMAND = "import sys; from nai_t5_core.cli import app; sys.argv[1:] = {arguments!r}; app(standalone_mode=False)"
@@ -44,8 +44,7 @@ def test_what_is_imported_for_a_hit(code: str) -> None:
     there = imported_by(code)
     assert "nai_t5_core.prompts.cache.disk" in there and "sentencepiece" in there
     assert not there & FOR_A_MISS
-    # Newer versions of typer import pydantic themselves.
-    assert there & FOR_OTHERS <= ({"pydantic"} if "typer" in there else set())
+    assert not there & FOR_OTHERS
 
 
 def test_what_is_for_other_files_is_known() -> None:

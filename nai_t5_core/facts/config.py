@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from nai_t5_core.facts.checked_fields import CheckedFields, one_of, within
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
 from nai_t5_core.facts.nested_text import shown
 
 Activation = Literal["relu", "gelu_new", "gelu", "silu"]
@@ -33,44 +33,42 @@ MOST_LAYERS, MOST_DISTANCE = 1_000, 1_000_000
 _MODEL_TYPES = ("t5", "mt5", "umt5")
 
 
-@dataclass(frozen=True, kw_only=True)
-class T5Config(CheckedFields):
+class T5Config(BaseModel):
     """Sizes and kind of one T5. Frozen; field names are those of Hugging Face's ``config.json`` where it has one.
 
     ``num_decoder_layers = 0`` means that there is no decoder. ``bias_per_layer`` is UMT5's and Pile-T5's layout: every
     layer has its own relative position bias, while T5 shares that of the first layer.
-
-    Raises:
-        ValueError: a field holds something else than it should; all of them are named.
     """
 
-    vocab_size: int = within(above=0)
-    d_model: int = within(above=0)
-    d_kv: int = within(above=0)
-    d_ff: int = within(above=0)
-    num_heads: int = within(above=0)
-    num_layers: int = within(above=0, most=MOST_LAYERS)
-    num_decoder_layers: int = within(least=0, most=MOST_LAYERS, default=0)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    vocab_size: int = Field(gt=0)
+    d_model: int = Field(gt=0)
+    d_kv: int = Field(gt=0)
+    d_ff: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_layers: int = Field(gt=0, le=MOST_LAYERS)
+    num_decoder_layers: int = Field(default=0, ge=0, le=MOST_LAYERS)
 
     gated: bool = True
-    activation: Activation = field(default="gelu_new", metadata=one_of(*get_args(Activation)))
+    activation: Activation = "gelu_new"
     bias_per_layer: bool = False
-    relative_attention_num_buckets: int = within(above=0, default=32)
-    relative_attention_max_distance: int = within(above=0, most=MOST_DISTANCE, default=128)
-    layer_norm_epsilon: float = within(above=0, default=1e-6)
+    relative_attention_num_buckets: int = Field(default=32, gt=0)
+    relative_attention_max_distance: int = Field(default=128, gt=0, le=MOST_DISTANCE)
+    layer_norm_epsilon: float = Field(default=1e-6, gt=0)
     # Whether q·k is divided by √d_kv. The published models were trained without; for training from scratch.
     scale_qk: bool = False
     tie_word_embeddings: bool = False
     # Whether hidden states are divided by √d_model before the output head; None: if the head is tied.
     scale_decoder_outputs: bool | None = None
-    dropout_rate: float = within(least=0, below=1, default=0.1)
+    dropout_rate: float = Field(default=0.1, ge=0, lt=1)
 
     pad_token_id: int = 0
     eos_token_id: int = 1
     decoder_start_token_id: int = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    @model_validator(mode="after")
+    def _check_buckets(self) -> T5Config:
         # Each direction has half of the buckets, of which again half are for single distances.
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if buckets % 4 or distance <= buckets // 4:
@@ -78,6 +76,7 @@ class T5Config(CheckedFields):
                 f"relative_attention_num_buckets={buckets} and relative_attention_max_distance={distance} do not fit: "
                 "the number of buckets must be a multiple of 4 and the distance above a quarter of it"
             )
+        return self
 
     @property
     def inner_dim(self) -> int:
@@ -125,7 +124,7 @@ class T5Config(CheckedFields):
         return float(self.d_model**-0.5) if is_scaled else 1.0
 
     def encoder_only(self) -> T5Config:
-        return replace(self, num_decoder_layers=0)
+        return self.model_copy(update={"num_decoder_layers": 0})
 
 
 def _dimensions(config: T5Config) -> tuple[int | bool, ...]:
@@ -254,8 +253,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> T5Config:
             activation=activation,
             bias_per_layer=model_type == "umt5",
         )
-    except ValueError as error:
-        raise ValueError(f"config.json is not usable: {error}") from error
+    except ValidationError as error:
+        raise ValueError(f"config.json is not usable: {_one_line(error)}") from error
 
 
 def config_to_hf(config: T5Config) -> dict[str, Any]:
@@ -308,6 +307,10 @@ def _scales_outputs(hf: Mapping[str, Any]) -> bool | None:
     if hf.get("model_type") == "mt5" and str(hf.get("transformers_version", "")).startswith("5."):
         return False
     return hf.get("scale_decoder_outputs")
+
+
+def _one_line(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

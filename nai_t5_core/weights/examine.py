@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from nai_t5_core.backends.quantised.kinds import WEIGHT, QuantisedWeight
@@ -171,6 +172,8 @@ def examine_checkpoint(checkpoint: Checkpoint) -> Examination:
     shapes |= {name: stored.shape for name, stored in quantised.items()}
     try:
         config, config_source = _config(checkpoint, shapes)
+    except ValidationError as error:
+        raise CheckpointError(f"{checkpoint.source}: {error.errors()[0]['msg']}") from error
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.source}: {error}") from error
     if not any(name.startswith("decoder.") for name in keymap.names):

@@ -12,6 +12,8 @@ from collections.abc import Collection
 from pathlib import PurePath
 from typing import Literal
 
+from pydantic import ValidationError
+
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales
 from nai_t5_core.tokenizer import TOKENIZER_TENSORS
@@ -47,8 +49,8 @@ def read_config(checkpoint: Checkpoint) -> T5Config:
         )
     try:
         return T5Config.model_validate_json(checkpoint.metadata.get("config", ""))
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint.source} has a damaged header: {error}") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{checkpoint.source} has a damaged header: {error.errors()[0]['msg']}") from error
 
 
 def keymap(checkpoint: Checkpoint, expected: Collection[str]) -> KeyMap:
