@@ -26,7 +26,7 @@ from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.kernels import runner_of_quantised
 from nai_t5_core.backends.quantised.kinds import WEIGHT, Plain, QuantisedWeight
 from nai_t5_core.backends.quantised.pieces import is_read, piece_of
-from nai_t5_core.backends.quantised.projections import QuantisedForm
+from nai_t5_core.backends.quantised.projections import QuantisedForm, QuantisedLinear
 from nai_t5_core.backends.quantised.scaled import MXFP8, NVFP4, SCALE, Scaled, tiled_shape
 from nai_t5_core.prompts.cache.settings import settings_of
 
@@ -222,6 +222,21 @@ def test_an_encoder_is_computed_from_the_file(
         rows = MASK.bool()
         difference = (found.double() - expected)[rows].abs().max() / expected[rows].abs().max()
         assert float(difference) < {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
+
+
+@needs_kernels
+def test_nothing_is_kept_beside_the_bytes(tmp_path: Path) -> None:
+    """However often it is called, the kernels are told of the file's own bytes, and nothing is in panels."""
+    stack = load_encoder(file_of("Q8_0", tmp_path), "float32", "cpu")
+    with torch.no_grad():
+        for _ in range(4):
+            stack(IDS, MASK)
+    for block in stack.encoder.block:
+        held = [form for part in block.modules() if isinstance(part, QuantisedLinear) for form in part.forms]
+        kernels = block.runner._looked.kernels
+        assert not any(weight.is_in_panels for weight in kernels.weights)
+        read = {piece.values.data_ptr() for weight in kernels.weights for piece in weight.pieces}
+        assert read == {form.weight.parts[WEIGHT].data_ptr() for form in held} and len(read) == len(held)
 
 
 @needs_kernels

@@ -88,13 +88,13 @@ inline Floats load_float8_e5m2(const void* place, Lanes lanes) {
     return _mm256_cvtph_ps(load_high_bytes(place, lanes));
 }
 // Those with four bits of exponent and no infinity (e4m3fn): moved to where float16 has its exponent, which is 8 larger
-// there for the same power of two.
+// there for the same power of two. The sign comes from the bits that widening fills with it.
 inline Floats load_float8_e4m3(const void* place, Lanes lanes) {
-    const __m128i high = load_high_bytes(place, lanes);
-    const __m128i sign = _mm_and_si128(high, _mm_set1_epi16(short(0x8000)));
-    const __m128i rest = _mm_srli_epi16(_mm_slli_epi16(high, 1), 2);
-    const Floats numbers = _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(sign, rest)), all(256.f));
-    const Words none = _mm256_cvtepi16_epi32(_mm_cmpeq_epi16(rest, _mm_set1_epi16(0x3f80)));
+    const __m128i wide = _mm_cvtepi8_epi16(load_small(place, lanes, 1));
+    const __m128i moved = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(short(0xbfff)));
+    const Floats numbers = _mm256_mul_ps(_mm256_cvtph_ps(moved), all(256.f));
+    const __m128i without_sign = _mm_or_si128(wide, _mm_set1_epi16(short(0xff80)));
+    const Words none = _mm256_cvtepi16_epi32(_mm_cmpeq_epi16(without_sign, _mm_set1_epi16(-1)));
     return _mm256_blendv_ps(numbers, all(NAN), as_floats(none));
 }
 

@@ -70,14 +70,14 @@ inline Floats load_float8_e5m2(const void* place, Lanes lanes) {
     return _mm512_cvtph_ps(load_high_bytes(place, lanes));
 }
 // Those with four bits of exponent and no infinity (e4m3fn): moved to where float16 has its exponent, which is 8 larger
-// there for the same power of two.
+// there for the same power of two. The sign comes from the bits that widening fills with it.
 inline Floats load_float8_e4m3(const void* place, Lanes lanes) {
-    const __m256i high = load_high_bytes(place, lanes);
-    const __m256i sign = _mm256_and_si256(high, _mm256_set1_epi16(short(0x8000)));
-    const __m256i rest = _mm256_srli_epi16(_mm256_slli_epi16(high, 1), 2);
-    const Floats numbers = _mm512_cvtph_ps(_mm256_or_si256(sign, rest));
-    const __mmask16 none = _mm256_cmpeq_epi16_mask(rest, _mm256_set1_epi16(0x3f80));
-    return _mm512_mask_mov_ps(_mm512_mul_ps(numbers, all(256.f)), none, all(NAN));
+    const __m128i bytes = _mm_maskz_loadu_epi8(lanes, place);
+    const __m256i moved = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+    const Floats numbers = _mm512_cvtph_ps(_mm256_and_si256(moved, _mm256_set1_epi16(short(0xbfff))));
+    const __m128i without_sign = _mm_or_si128(bytes, _mm_set1_epi8(char(0x80)));
+    const __mmask16 are_numbers = _mm_cmpneq_epi8_mask(without_sign, _mm_set1_epi8(char(0xff)));
+    return _mm512_mask_mul_ps(all(NAN), are_numbers, numbers, all(256.f));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
