@@ -28,7 +28,7 @@ class LivePatches:
         return changed
 
 
-class LivePatcher(ModelPatcher):  # type: ignore[misc]
+class LivePatcher(ModelPatcher):
     """Has patches of quantised weights added in every call, and all others as ComfyUI has them."""
 
     def load(self, *arguments: Any, **options: Any) -> Any:

@@ -14,6 +14,8 @@ from comfy_nai_t5.choices import ATTENTIONS, CACHES, DTYPES, LAYOUTS, WEIGHTS
 
 CATEGORY = "text encoders/T5"
 EMBEDDED = "embedded tiny model (to try the nodes with)"
+# What the folders of text encoders are called where GGUF files are looked for in them.
+_GGUF_FOLDERS = "t5_nai_gguf"
 
 _TIPS = {
     "dtype": "What is computed in. auto: float16 on a GPU; on a CPU bfloat16 where it is fast, else float32. float16 "
@@ -44,7 +46,10 @@ def schema(**entries: Any) -> io.Schema:
 
 
 def files() -> list[str]:
-    return list(folder_paths.get_filename_list("text_encoders"))
+    """The text encoders; ComfyUI itself does not list GGUF files, which lie in the same folders."""
+    known = folder_paths.folder_names_and_paths
+    known[_GGUF_FOLDERS] = (known["text_encoders"][0], {".gguf"})
+    return sorted({name for key in ("text_encoders", _GGUF_FOLDERS) for name in folder_paths.get_filename_list(key)})
 
 
 def path_of(name: str) -> str | None:

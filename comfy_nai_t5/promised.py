@@ -17,7 +17,7 @@ class Promised(Tensor):
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], dtype: torch.dtype) -> Promised:
-        made: Promised = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="meta")
+        made: Promised = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("meta"))
         return made
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -27,7 +27,7 @@ class Promised(Tensor):
         return f"Promised({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, operation: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
         if operation is torch.ops.aten.copy_.default:

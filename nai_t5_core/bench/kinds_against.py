@@ -87,7 +87,8 @@ def _row(kind: str, ours: Encode, theirs: Encode, ids: Tensor, repeats: int) -> 
             began = time.perf_counter()
             encode(ids)
             taken.append(1e3 * (time.perf_counter() - began))
-    return AgainstRow(kind, ids.shape[1], *map(statistics.median, times), difference)
+    mine_ms, theirs_ms = map(statistics.median, times)
+    return AgainstRow(kind, ids.shape[1], mine_ms, theirs_ms, difference)
 
 
 def _ids(config: T5Config, count: int) -> Tensor:

@@ -32,9 +32,17 @@ def plot(rows: Sequence[KindRow], size: str, path: Path) -> None:
         ("with large channels, as trained models have", "x", [row.errors_with_outliers[place] for row in kinds]),
     ):
         axes.scatter([row.bits for row in kinds], errors, marker=marker, label=label)
-    for row in kinds:
+    for number, row in enumerate(kinds):
+        # Those of the same size are labelled on both sides in turn.
+        is_left = sum(other.bits == row.bits for other in kinds[:number]) % 2 == 1
         axes.annotate(
-            row.kind, (row.bits, row.errors[place]), (4, 4), textcoords="offset points", fontsize="small", rotation=20
+            row.kind,
+            (row.bits, row.errors[place]),
+            (-7 if is_left else 7, 0),
+            textcoords="offset points",
+            fontsize="small",
+            ha="right" if is_left else "left",
+            va="center",
         )
     if plain.errors[place]:
         label = f"{plain.kind}, {plain.bits:g} bits"

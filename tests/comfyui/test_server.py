@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import embedded_taken_apart, write_file
+from checkpoints import embedded_taken_apart, spiece_model, write_file
 from comfy_server import ROOT, WORKFLOWS, Server, from_editor, node
 from comfy_toys import error
 from conftest import random_state
@@ -178,6 +178,20 @@ def count(text: str = "", **choices: Any) -> dict[str, Any]:
     return {"1": load(**choices), "2": node("NAIT5TokenCount", clip=["1", 0], text=text, max_length=0)}
 
 
+def test_a_gguf_file(server: Server) -> None:
+    """It is among the choices, though ComfyUI itself lists none, and runs as it lies."""
+    pytest.importorskip("gguf")
+    from toy_gguf import write_gguf
+
+    config = named_config("umt5-small").encoder_only().model_copy(update={"num_layers": 1, "vocab_size": 4096})
+    folder = server.base / "models" / "text_encoders"
+    write_gguf(folder / "umt5-Q8_0.gguf", random_state(config), "Q8_0", spiece_model(), config=config)
+    choices = server.get("/object_info/NAILoadT5")["NAILoadT5"]["input"]["required"]["t5_name"]
+    assert "umt5-Q8_0.gguf" in json.dumps(choices)
+    outputs = server.succeed(count(name="umt5-Q8_0.gguf", family="t5"))
+    assert "its weights stay quantised" in json.dumps(outputs)
+
+
 def test_files_that_are_no_t5(server: Server) -> None:
     folder = server.base / "models" / "text_encoders"
     toy = random_state(named_config("t5-v1_1-small").encoder_only().model_copy(update={"num_layers": 1}))
@@ -194,6 +208,7 @@ def test_files_that_are_no_t5(server: Server) -> None:
         ("vae.safetensors", "is no T5: it looks like a VAE"),
         ("cut.safetensors", "is a damaged safetensors file"),
         ("text.safetensors", "neither safetensors, nor a PyTorch or GGUF file"),
+        ("cut.gguf", "cut.gguf is no T5"),
     ):
         assert message in server.fail(count(name=name))
     fault = server.fail(count(name="whole.safetensors", family="mochi"))

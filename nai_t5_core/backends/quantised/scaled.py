@@ -59,7 +59,7 @@ class Scaled:
             yield SCALE, parts[SCALE]
 
     def unpack(self, parts: Parts, rows: Rows) -> Tensor:
-        values = _floats(parts[WEIGHT][rows])
+        values = _floats(_rows(parts[WEIGHT], rows))
         if SCALE not in parts:
             return values
         scale = parts[SCALE].float()
@@ -99,7 +99,7 @@ class MXFP8:
         yield SCALE, _powers(parts[SCALE])
 
     def unpack(self, parts: Parts, rows: Rows) -> Tensor:
-        values = _floats(parts[WEIGHT][rows])
+        values = _floats(_rows(parts[WEIGHT], rows))
         count = values.shape[1] // self.block
         powers = _powers(untiled(parts[SCALE].view(torch.uint8), rows, count))
         return (values.reshape(-1, count, self.block) * powers[:, :, None]).reshape(values.shape)
@@ -138,6 +138,11 @@ class NVFP4:
         scale = untiled(parts[SCALE].view(torch.uint8), rows, count).view(torch.float8_e4m3fn).float()
         scale = parts[SCALE_2].float().reshape(()) * scale
         return (values.reshape(-1, count, self.block) * scale[:, :, None]).reshape(len(packed), -1)
+
+
+def _rows(values: Tensor, rows: Rows) -> Tensor:
+    """Some rows of numbers of one byte; torch before 2.6 takes none of float8 by their numbers."""
+    return values.view(torch.uint8)[rows].view(values.dtype)
 
 
 def _floats(values: Tensor) -> Tensor:
