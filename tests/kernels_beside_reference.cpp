@@ -68,9 +68,12 @@ Numbers gated(const Numbers& x, size_t rows) {
 }
 
 // Of one document: every row sees all.
-Numbers attended(const Numbers& projected, size_t rows, size_t heads, size_t size, const Numbers& table, long reach) {
+Numbers attended(const Numbers& projected, size_t rows, size_t heads, size_t size, const Numbers& table,
+                 Index reach) {
     Numbers out(rows * heads * size);
-    const auto at = [&](size_t row, size_t part, size_t head) { return &projected[((row * 3 + part) * heads + head) * size]; };
+    const auto at = [&](size_t row, size_t part, size_t head) {
+        return &projected[((row * 3 + part) * heads + head) * size];
+    };
     for (size_t head = 0; head < heads; head++)
         for (size_t query = 0; query < rows; query++) {
             Numbers weights(rows);
@@ -78,7 +81,8 @@ Numbers attended(const Numbers& projected, size_t rows, size_t heads, size_t siz
             for (size_t key = 0; key < rows; key++) {
                 double logit = 0;
                 for (size_t k = 0; k < size; k++) logit += at(query, 0, head)[k] * at(key, 1, head)[k];
-                const long distance = std::clamp<long>(static_cast<long>(key) - static_cast<long>(query), -reach, reach);
+                const Index apart = static_cast<Index>(key) - static_cast<Index>(query);
+                const Index distance = std::clamp<Index>(apart, -reach, reach);
                 weights[key] = std::exp(logit + table[head * (2 * reach + 1) + reach + distance]);
                 sum += weights[key];
             }
@@ -112,8 +116,8 @@ struct Tested {
 // A weight for the kernels, which lies here.
 class Held {
   public:
-    Held(const Numbers& numbers, long depth, const Tested& as, bool is_gated)
-        : depth_(depth), columns_(static_cast<long>(numbers.size()) / depth), as_(as), is_gated_(is_gated) {
+    Held(const Numbers& numbers, Index depth, const Tested& as, bool is_gated)
+        : depth_(depth), columns_(static_cast<Index>(numbers.size()) / depth), as_(as), is_gated_(is_gated) {
         if (as.format == kFloat32) {
             values_.resize(numbers.size() * 4);
             std::memcpy(values_.data(), floats(numbers).data(), values_.size());
@@ -125,7 +129,7 @@ class Held {
                 values_.push_back(static_cast<char>(half & 255)), values_.push_back(static_cast<char>(half >> 8));
             }
         } else {
-            for (long column = 0; column < columns_; column++) quantise(&numbers[column * depth]);
+            for (Index column = 0; column < columns_; column++) quantise(&numbers[column * depth]);
         }
         piece_ = {values_.data(), scales_.data(), nullptr, columns_, 1, as.format};
         if (as.format == kInt8) to_panels();
@@ -134,7 +138,8 @@ class Held {
     // Of no use once this is gone, or has been put in panels.
     Matrix matrix() const {
         const bool is_piece = panels_.empty();
-        return {is_piece ? nullptr : panels_.data(), is_piece ? &piece_ : nullptr, is_piece, columns_, depth_, is_gated_, as_.kind};
+        const int32_t* panels = is_piece ? nullptr : panels_.data();
+        return {panels, is_piece ? &piece_ : nullptr, is_piece, columns_, depth_, is_gated_, as_.kind};
     }
 
     void to_panels() {
@@ -147,12 +152,12 @@ class Held {
   private:
     void quantise(const double* row) {
         double largest = 1e-30;
-        for (long k = 0; k < depth_; k++) largest = std::max(largest, std::abs(row[k]));
+        for (Index k = 0; k < depth_; k++) largest = std::max(largest, std::abs(row[k]));
         scales_.push_back(static_cast<float>(largest / 127));
-        for (long k = 0; k < depth_; k++) values_.push_back(static_cast<char>(std::lround(row[k] / largest * 127)));
+        for (Index k = 0; k < depth_; k++) values_.push_back(static_cast<char>(std::lround(row[k] / largest * 127)));
     }
 
-    long depth_, columns_;
+    Index depth_, columns_;
     Tested as_;
     bool is_gated_;
     std::vector<char> values_;
@@ -172,9 +177,10 @@ std::vector<float> read_back(const std::vector<char>& stored, bool in_bfloat16) 
     return out;
 }
 
-void compare(const Tested& as, long rows, bool in_panels) {
-    const long heads = 3, size = 10, width = 44, hidden = 68, reach = 4, attended_width = heads * size;
-    const std::string name = std::string(as.name) + (in_panels ? ", in panels, " : ", in place, ") + std::to_string(rows) + " rows";
+void compare(const Tested& as, Index rows, bool in_panels) {
+    const Index heads = 3, size = 10, width = 44, hidden = 68, reach = 4, attended_width = heads * size;
+    const std::string place = in_panels ? ", in panels, " : ", in place, ";
+    const std::string name = as.name + place + std::to_string(rows) + " rows";
     const Numbers x = drawn(rows * width, 1), attention_norm = drawn(width, 1), dense_norm = drawn(width, 1);
     const Numbers qkv = drawn(3 * attended_width * width, 0.1), o = drawn(width * attended_width, 0.1);
     const Numbers inner = drawn(2 * hidden * width, 0.1), wo = drawn(width * hidden, 0.1);
@@ -182,7 +188,7 @@ void compare(const Tested& as, long rows, bool in_panels) {
     const float epsilon = 1e-6f;
     // Depths of bytes are multiples of four.
     const bool in_bytes = as.format == kInt8;
-    const long item = as.in_bfloat16 ? 2 : 4;
+    const Index item = as.in_bfloat16 ? 2 : 4;
 
     Held held_inner(inner, width, as, true), held_wo(wo, hidden, as, false);
     if (in_panels && !in_bytes) held_inner.to_panels(), held_wo.to_panels();
@@ -229,12 +235,14 @@ int main() {
         {"bytes beside bfloat16", 2, kInt8, true, 4e-2}, {"bytes", 3, kInt8, false, 4e-2}};
 #else
     const std::vector<Tested> kinds = {
-        {"float32", 1, kFloat32, false, 3e-6}, {"weights in bfloat16", 4, kBfloat16, false, 2e-2}, {"bytes", 3, kInt8, false, 4e-2}};
+        {"float32", 1, kFloat32, false, 3e-6},
+        {"weights in bfloat16", 4, kBfloat16, false, 2e-2},
+        {"bytes", 3, kInt8, false, 4e-2}};
 #endif
     for (int threads : {1, 2, 5}) {
         t5_set_threads(threads);
         for (const Tested& as : kinds)
-            for (long rows : std::initializer_list<long>{1, 7, 37})
+            for (Index rows : std::initializer_list<Index>{1, 7, 37})
                 for (bool in_panels : {false, true}) compare(as, rows, in_panels);
     }
     std::printf(all_good ? "all good\n" : "something is wrong\n");

@@ -3,7 +3,7 @@
 #include "kernels.h"
 #include "tiles.h"
 
-int t5_block(const BlockWeights* weights, float* residual, long rows, const float* attention_norm,
+int t5_block(const BlockWeights* weights, float* residual, Index rows, const float* attention_norm,
              const float* dense_norm, const Bias* bias, void* wide, void* attended) {
     const auto& [qkv, o, inner, wo, heads, epsilon, activation] = *weights;
     const int in_float32 = with_kind(qkv.kind, [](auto kind) { return sizeof(typename decltype(kind)::Number) == 4; });

@@ -8,7 +8,7 @@
 struct Float32 {
     using Number = float;
     using Weight = float;
-    static constexpr long kPerStep = 1, kPerRowStep = 1, kTrailing = 0, kPart = 128;
+    static constexpr Index kPerStep = 1, kPerRowStep = 1, kTrailing = 0, kPart = 128;
     static constexpr bool kIsInt8 = false, kAreApart = false;
     static constexpr Format kOwnFormat = kFloat32;
 

@@ -17,7 +17,7 @@ class Piece(ctypes.Structure):
         ("values", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("factors", ctypes.c_void_p),
-        ("columns", ctypes.c_long),
+        ("columns", ctypes.c_int64),
         ("unit", ctypes.c_float),
         ("format", ctypes.c_int),
     )
@@ -28,9 +28,9 @@ class Matrix(ctypes.Structure):
         ("panels", ctypes.c_void_p),
         # Keeps the array that it points to.
         ("pieces", ctypes.POINTER(Piece)),
-        ("piece_count", ctypes.c_long),
-        ("columns", ctypes.c_long),
-        ("depth", ctypes.c_long),
+        ("piece_count", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("depth", ctypes.c_int64),
         ("is_gated", ctypes.c_int),
         ("kind", ctypes.c_int),
     )
@@ -42,7 +42,7 @@ class BlockWeights(ctypes.Structure):
         ("o", Matrix),
         ("inner", Matrix),
         ("wo", Matrix),
-        ("heads", ctypes.c_long),
+        ("heads", ctypes.c_int64),
         ("epsilon", ctypes.c_float),
         ("activation", ctypes.c_int),
     )
@@ -51,26 +51,26 @@ class BlockWeights(ctypes.Structure):
 class Bias(ctypes.Structure):
     _fields_ = (
         ("documents", ctypes.c_void_p),
-        ("count", ctypes.c_long),
+        ("count", ctypes.c_int64),
         ("table", ctypes.c_void_p),
-        ("table_reach", ctypes.c_long),
+        ("table_reach", ctypes.c_int64),
         ("scale", ctypes.c_float),
     )
 
 
-_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_POINTER, _INDEX, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "t5_threads": (_INT, []),
     "t5_has_own_threads": (_INT, []),
     "t5_set_threads": (None, [_INT]),
-    "t5_panel_steps": (_LONG, [_POINTER]),
+    "t5_panel_steps": (_INDEX, [_POINTER]),
     "t5_to_panels": (None, [_POINTER, _POINTER]),
     "t5_from_panels": (None, [_POINTER, _POINTER]),
-    "t5_normed_product": (_INT, [_POINTER, _LONG, _POINTER, _FLOAT, _POINTER, _INT, _POINTER]),
-    "t5_added_product": (_INT, [_POINTER, _LONG, _POINTER, _POINTER]),
-    "t5_attention": (_INT, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT, _POINTER]),
-    "t5_block": (_INT, [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
-    "t5_multiply_in_registers": (_LONG, [_INT, _LONG]),
+    "t5_normed_product": (_INT, [_POINTER, _INDEX, _POINTER, _FLOAT, _POINTER, _INT, _POINTER]),
+    "t5_added_product": (_INT, [_POINTER, _INDEX, _POINTER, _POINTER]),
+    "t5_attention": (_INT, [_POINTER, _INDEX, _INDEX, _INDEX, _POINTER, _INT, _POINTER]),
+    "t5_block": (_INT, [_POINTER, _POINTER, _INDEX, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "t5_multiply_in_registers": (_INDEX, [_INT, _INDEX]),
 }
 
 

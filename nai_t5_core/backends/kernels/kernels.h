@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include <cstdint>
+#include "memory.h"
 
 // How the numbers of a weight lie in its rows. The first five are numbers by themselves. kInt8 is what products in 8
 // bits are computed from; other products take its numbers times their scales. Those from kQ8_0 on are the blocks of
@@ -20,7 +20,7 @@ enum Format {
 struct Piece {
     const void* values;
     const float *scales, *factors;
-    long columns;
+    Index columns;
     float unit;
     int format;
 };
@@ -30,14 +30,14 @@ struct Piece {
 struct Matrix {
     const void* panels;
     const Piece* pieces;
-    long piece_count, columns, depth;
+    Index piece_count, columns, depth;
     int is_gated, kind;
 };
 
 // The weights of an encoder's layer, `inner` being the feed-forward's first, and numbers that belong to them.
 struct BlockWeights {
     Matrix qkv, o, inner, wo;
-    long heads;
+    Index heads;
     float epsilon;
     int activation;
 };
@@ -45,9 +45,9 @@ struct BlockWeights {
 // What attends to what, and with which bias: see t5_attention.
 struct Bias {
     const int64_t* documents;
-    long count;
+    Index count;
     const float* table;
-    long table_reach;
+    Index table_reach;
     float scale;
 };
 
@@ -67,7 +67,7 @@ int t5_has_own_threads();
 void t5_set_threads(int count);
 
 // How many steps the panels of a weight take.
-long t5_panel_steps(const Matrix* weight);
+Index t5_panel_steps(const Matrix* weight);
 
 // A weight in panels.
 void t5_to_panels(const Matrix* weight, void* panels);
@@ -76,26 +76,26 @@ void t5_to_panels(const Matrix* weight, void* panels);
 void t5_from_panels(const Matrix* weight, void* values);
 
 // act(norm(residual) · weightᵀ), or act(norm(residual) · gateᵀ) · (norm(residual) · upᵀ). The norm's weight may be null.
-int t5_normed_product(const float* residual, long rows, const float* norm_weight, float epsilon, const Matrix* weight,
+int t5_normed_product(const float* residual, Index rows, const float* norm_weight, float epsilon, const Matrix* weight,
                       int activation, void* out);
 
 // residual += x · weightᵀ, in float32.
-int t5_added_product(const void* x, long rows, const Matrix* weight, float* residual);
+int t5_added_product(const void* x, Index rows, const Matrix* weight, float* residual);
 
 // softmax(q · kᵀ · scale + bias) · v for every document and head. The documents are one behind the other, and are all of
 // the rows; else nothing is computed. `table` is the bias by distance, [heads,
 // 2 · table_reach + 1]; `projected` is [tokens, 3 · heads · size], the result [tokens, heads · size], both in float32
 // or in bfloat16.
-int t5_attention(const void* projected, long rows, long heads, long size, const Bias* bias, int in_float32, void* out);
+int t5_attention(const void* projected, Index rows, Index heads, Index size, const Bias* bias, int in_float32, void* out);
 
 // A layer of the encoder: attention and feed-forward, each added to the residual. Activations are put into `attended`,
 // [rows, depth of o], and `wide`: queries, keys and values first, and what wo is multiplied with later.
-int t5_block(const BlockWeights* weights, float* residual, long rows, const float* attention_norm,
+int t5_block(const BlockWeights* weights, float* residual, Index rows, const float* attention_norm,
              const float* dense_norm, const Bias* bias, void* wide, void* attended);
 
 // Multiplies in all threads at once, for some nanoseconds a round. The result is the number of operations: a product and its sum
 // are two. `kind` is a number of with_kind.
-long t5_multiply_in_registers(int kind, long rounds);
+Index t5_multiply_in_registers(int kind, Index rounds);
 
 }  // extern "C"
 #pragma GCC visibility pop

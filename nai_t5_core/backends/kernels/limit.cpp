@@ -4,9 +4,9 @@
 #include "multiplier.h"
 #include "threads.h"
 
-long t5_multiply_in_registers(int kind, long rounds) {
+Index t5_multiply_in_registers(int kind, Index rounds) {
     return with_kind(kind, [=](auto a_kind) {
-        std::atomic<long> operations{0};
+        std::atomic<Index> operations{0};
         in_threads([&](const Member&) { operations += Multiplier<decltype(a_kind)>::multiply_in_registers(rounds); });
         return operations.load();
     });

@@ -8,6 +8,7 @@
 #include <new>
 
 using Step = int32_t;
+using Index = int64_t;  // sizes and places; what C++ calls long has half of the bits on Windows
 
 enum Status { kOk = 0, kOutOfMemory = 1, kWrongDocuments = 2 };
 
@@ -22,7 +23,7 @@ using Buffer = std::unique_ptr<T[], Release>;
 
 // Uninitialised; null where there is no memory.
 template <class T>
-Buffer<T> allocate(long count) {
+Buffer<T> allocate(Index count) {
     return Buffer<T>(static_cast<T*>(::operator new(count * sizeof(T), kLine, std::nothrow)));
 }
 

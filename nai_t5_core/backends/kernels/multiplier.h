@@ -9,32 +9,32 @@
 template <class Kind>
 class InVectors {
   public:
-    static constexpr long kRows = kTileRows;
+    static constexpr Index kRows = kTileRows;
 
     // Rows as a tile.
     struct Rows {
         const Step* place;
-        long count, row_steps;
+        Index count, row_steps;
     };
 
     template <class Steps>
-    static void put(Step* place, long rows, long steps, Steps steps_of) { put_in_tile(place, rows, steps, steps_of); }
+    static void put(Step* place, Index rows, Index steps, Steps steps_of) { put_in_tile(place, rows, steps, steps_of); }
 
-    // The sums of rows with `count` steps of a panel, of which the first is theirs from step `first` on: added to those that
-    // there are unless it is 0. `ahead` is brought into the second-level cache meanwhile.
-    void multiply(const Rows& rows, long first, const Step* panel, Ahead ahead, long count, Sums* sums) const {
+    // The sums of rows, from step `first` of theirs on, with `count` steps of a panel; added to those that there are
+    // unless `first` is 0. `ahead` is brought into the second-level cache meanwhile.
+    void multiply(const Rows& rows, Index first, const Step* panel, Ahead ahead, Index count, Sums* sums) const {
         const Step* place = rows.place + first * kRowSteps<Kind> * rows.count;
         multiply_tile<Kind>(rows.count, place, panel, ahead, count, first > 0, sums);
     }
 
     // As many products as a tile has under way, of numbers that are in registers already; the operations.
-    static long multiply_in_registers(long rounds) {
+    static Index multiply_in_registers(Index rounds) {
         constexpr int count = 2 * kTileRows;
         Floats sums[count];
 #pragma GCC unroll 24
         for (int i = 0; i < count; i++) sums[i] = zeros();
         Words ones = all_words(1);
-        for (long round = 0; round < rounds; round++) {
+        for (Index round = 0; round < rounds; round++) {
             // The compiler must see neither that all sums and rounds are the same, nor that nobody reads them.
             asm volatile("" : "+v"(ones));
 #pragma GCC unroll 24

@@ -8,7 +8,7 @@
 
 // Linux saves the tiles of a thread only for processes that have asked for them.
 int t5_is_permitted() {
-    const long request = 0x1023, tiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    const Index request = 0x1023, tiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, request, tiles) == 0;
 }
 #else

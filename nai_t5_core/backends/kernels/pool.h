@@ -15,7 +15,7 @@
 
 class Pool {
   public:
-    using Work = void (*)(const void* with, long index, long count);
+    using Work = void (*)(const void* with, Index index, Index count);
 
     // Calls work(with, index, count) in as many threads as there may be, one of which is the caller's. A call that finds
     // the threads at work for another caller has its own thread only.
@@ -26,12 +26,12 @@ class Pool {
         else work(with, 0, 1);
     }
 
-    static void wait_for_others(long count) {
+    static void wait_for_others(Index count) {
         if (count > 1) current()->meet(count);
     }
 
-    static void set_threads(long count) { threads() = std::max(1L, count); }
-    static long most_threads() { return threads(); }
+    static void set_threads(Index count) { threads() = std::max<Index>(1, count); }
+    static Index most_threads() { return threads(); }
 
   private:
     static constexpr int kLooks = 4000;  // for some ten microseconds, before a thread sleeps or lets others go first
@@ -48,13 +48,13 @@ class Pool {
 #endif
         return new Pool;
     }
-    static std::atomic<long>& threads() {
-        static std::atomic<long> count{std::max(1L, static_cast<long>(std::thread::hardware_concurrency()))};
+    static std::atomic<Index>& threads() {
+        static std::atomic<Index> count{std::max<Index>(1, std::thread::hardware_concurrency())};
         return count;
     }
 
     void run_together(Work work, const void* with) {
-        const long count = threads();
+        const Index count = threads();
         while (helpers_ < count - 1) std::thread(&Pool::help, this, ++helpers_).detach();
         {
             std::lock_guard<std::mutex> guard(lock_);
@@ -67,12 +67,12 @@ class Pool {
     }
 
     // What a thread of the pool does; its number in a call is `index`.
-    void help(long index) {
-        for (long seen = 0;;) {
+    void help(Index index) {
+        for (Index seen = 0;;) {
             wait_for_call(seen);
             Work work;
             const void* with;
-            long count;
+            Index count;
             {
                 std::lock_guard<std::mutex> guard(lock_);
                 seen = calls_, work = work_, with = with_, count = count_;
@@ -83,7 +83,7 @@ class Pool {
         }
     }
 
-    void wait_for_call(long seen) {
+    void wait_for_call(Index seen) {
         for (int look = 0; look < kLooks; look++) {
             if (calls_ != seen) return;
             _mm_pause();
@@ -92,8 +92,8 @@ class Pool {
         called_.wait(guard, [=] { return calls_ != seen; });
     }
 
-    void meet(long count) {
-        const long meeting = meetings_;
+    void meet(Index count) {
+        const Index meeting = meetings_;
         if (++arrived_ == count) {
             arrived_ = 0;
             meetings_++;
@@ -114,6 +114,6 @@ class Pool {
     std::condition_variable called_;
     Work work_ = nullptr;
     const void* with_ = nullptr;
-    long count_ = 0, helpers_ = 0;
-    std::atomic<long> calls_{0}, left_{0}, arrived_{0}, meetings_{0};
+    Index count_ = 0, helpers_ = 0;
+    std::atomic<Index> calls_{0}, left_{0}, arrived_{0}, meetings_{0};
 };

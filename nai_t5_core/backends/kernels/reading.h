@@ -13,10 +13,10 @@
 template <Format format>
 struct Reader {
     using Block = Blocks<format>;
-    static constexpr long kNumbers = Block::kNumbers, kBytes = Block::kBytes;
+    static constexpr Index kNumbers = Block::kNumbers, kBytes = Block::kBytes;
 
-    static void prepare(const Piece&, long, const char* block, float* scales) { Block::prepare(block, scales); }
-    static Floats numbers(const Piece&, const char* block, long place, Lanes, const float* scales) {
+    static void prepare(const Piece&, Index, const char* block, float* scales) { Block::prepare(block, scales); }
+    static Floats numbers(const Piece&, const char* block, Index place, Lanes, const float* scales) {
         return Block::numbers(block, place, scales);
     }
 };
@@ -34,12 +34,12 @@ inline Floats load_numbers(const char* place, Lanes lanes) {
 }
 
 // Numbers by themselves.
-template <Format format, long size>
+template <Format format, Index size>
 struct PlainReader {
-    static constexpr long kNumbers = 1, kBytes = size;
+    static constexpr Index kNumbers = 1, kBytes = size;
 
-    static void prepare(const Piece&, long, const char*, float*) {}
-    static Floats numbers(const Piece&, const char* block, long place, Lanes lanes, const float*) {
+    static void prepare(const Piece&, Index, const char*, float*) {}
+    static Floats numbers(const Piece&, const char* block, Index place, Lanes lanes, const float*) {
         return load_numbers<format>(block + place * size, lanes);
     }
 };
@@ -47,10 +47,10 @@ struct PlainReader {
 // Numbers with the scale of their column.
 template <Format format>
 struct ScaledReader : PlainReader<format, 1> {
-    static void prepare(const Piece& piece, long column, const char*, float* scales) {
+    static void prepare(const Piece& piece, Index column, const char*, float* scales) {
         scales[0] = piece.scales ? piece.scales[column] : 1;
     }
-    static Floats numbers(const Piece& piece, const char* block, long place, Lanes lanes, const float* scales) {
+    static Floats numbers(const Piece& piece, const char* block, Index place, Lanes lanes, const float* scales) {
         const Floats scaled = load_numbers<format>(block + place, lanes) * all(scales[0]);
         return format == kInt8 ? scaled * all(piece.unit) : scaled;
     }
@@ -88,7 +88,7 @@ auto with_reader(int format, Function function) {
     }
 }
 
-inline long row_bytes(const Piece& piece, long depth) {
+inline Index row_bytes(const Piece& piece, Index depth) {
     return with_reader(piece.format, [=](auto reader) { return depth / reader.kNumbers * reader.kBytes; });
 }
 
@@ -102,34 +102,34 @@ using Scales = float[kLanes][kScales];
 // Some of a register's columns, which lie in one piece; the first of them is number `lane` of the register.
 struct Run {
     const Piece* piece;
-    long column, count, lane;
+    Index column, count, lane;
 };
 
 // Puts a register of steps of every column of a run into its place in `rows`. Steps are read in order, from one on that
 // `begins` and is the first of a block.
 template <class Kind>
-using ReadSteps = void (*)(const Run& run, long depth, long step, bool begins, Scales& scales, Words* rows);
+using ReadSteps = void (*)(const Run& run, Index depth, Index step, bool begins, Scales& scales, Words* rows);
 
 template <class Kind, class Reader>
-void read_steps(const Run& run, long depth, long step, bool begins, Scales& scales, Words* rows) {
+void read_steps(const Run& run, Index depth, Index step, bool begins, Scales& scales, Words* rows) {
     // As many numbers of a column are read at once, of one block.
-    constexpr long at_once = kLanes * Kind::kPerStep;
+    constexpr Index at_once = kLanes * Kind::kPerStep;
     static_assert(Reader::kNumbers == 1 || Reader::kNumbers % at_once == 0);
-    const long number = step * Kind::kPerStep, bytes = depth / Reader::kNumbers * Reader::kBytes;
-    const long place = at_once % Reader::kNumbers ? number % Reader::kNumbers : 0;
+    const Index number = step * Kind::kPerStep, bytes = depth / Reader::kNumbers * Reader::kBytes;
+    const Index place = at_once % Reader::kNumbers ? number % Reader::kNumbers : 0;
     const char* block = static_cast<const char*>(run.piece->values) + run.column * bytes;
     block += number / Reader::kNumbers * Reader::kBytes;
     const bool has_new_scales = Reader::kNumbers == 1 ? begins : place == 0;
     const float* given = run.piece->factors;
     Floats factors[Kind::kPerStep];
-    for (long i = 0; i < Kind::kPerStep; i++) {
-        const long first = number + i * kLanes;
+    for (Index i = 0; i < Kind::kPerStep; i++) {
+        const Index first = number + i * kLanes;
         factors[i] = given ? load(given + first, first_lanes(depth - first)) : all(1);
     }
-    for (long i = 0; i < run.count; i++, block += bytes) {
+    for (Index i = 0; i < run.count; i++, block += bytes) {
         float* own = scales[run.lane + i];
         if (has_new_scales) Reader::prepare(*run.piece, run.column + i, block, own);
-        rows[run.lane + i] = Kind::weight_steps([&](long offset) {
+        rows[run.lane + i] = Kind::weight_steps([&](Index offset) {
             const Lanes lanes = first_lanes(depth - number - offset);
             return Reader::numbers(*run.piece, block, place + offset, lanes, own) * factors[offset / kLanes];
         });
@@ -143,10 +143,10 @@ bool is_as_it_is(const Piece& piece) {
 }
 
 template <class Kind>
-void read_as_they_are(const Run& run, long depth, long step, bool, Scales&, Words* rows) {
-    const long all = depth / Kind::kPerStep;
+void read_as_they_are(const Run& run, Index depth, Index step, bool, Scales&, Words* rows) {
+    const Index all = depth / Kind::kPerStep;
     const Step* start = static_cast<const Step*>(run.piece->values) + run.column * all + step;
-    for (long i = 0; i < run.count; i++) rows[run.lane + i] = load_words(start + i * all, first_lanes(all - step));
+    for (Index i = 0; i < run.count; i++) rows[run.lane + i] = load_words(start + i * all, first_lanes(all - step));
 }
 
 template <class Kind>

@@ -8,9 +8,9 @@
 
 // The scales of rows in bytes: what a unit is worth, from the largest number of a row.
 template <class Numbers>
-float unit_of(long width, Numbers numbers) {
+float unit_of(Index width, Numbers numbers) {
     Floats largest = all(1e-30f), strange = zeros();
-    for (long column = 0; column < width; column += kLanes) {
+    for (Index column = 0; column < width; column += kLanes) {
         const Floats x = numbers(column, first_lanes(width - column));
         largest = larger(largest, absolute(x));
         strange = multiply_add(x, zeros(), strange);  // not a number where x is none, or is infinite
@@ -22,25 +22,25 @@ float unit_of(long width, Numbers numbers) {
 template <class Kind>
 struct PlainRows {
     const typename Kind::Number* values;
-    long width;
+    Index width;
 
-    void put(long first, long rows, Step* tile, float* units) const {
-        const long steps = width / Kind::kPerRowStep;
+    void put(Index first, Index rows, Step* tile, float* units) const {
+        const Index steps = width / Kind::kPerRowStep;
         const auto* start = values + first * width;
         if constexpr (Kind::kIsInt8) {
-            for (long row = 0; row < rows; row++)
-                units[row] = unit_of(width, [=](long column, Lanes lanes) {
+            for (Index row = 0; row < rows; row++)
+                units[row] = unit_of(width, [=](Index column, Lanes lanes) {
                     return Kind::load(start + row * width + column, lanes);
                 });
-            Multiplier<Kind>::put(tile, rows, steps, [=](long row, long step) {
+            Multiplier<Kind>::put(tile, rows, steps, [=](Index row, Index step) {
                 const Floats factor = all(1 / units[row]);
-                return Kind::steps([=](long offset) {
-                    const long column = step * Kind::kPerRowStep + offset;
+                return Kind::steps([=](Index offset) {
+                    const Index column = step * Kind::kPerRowStep + offset;
                     return Kind::load(start + row * width + column, first_lanes(width - column)) * factor;
                 });
             });
         } else {
-            Multiplier<Kind>::put(tile, rows, steps, [=](long row, long step) {
+            Multiplier<Kind>::put(tile, rows, steps, [=](Index row, Index step) {
                 const Step* place = reinterpret_cast<const Step*>(start) + row * steps + step;
                 return load_words(place, first_lanes(steps - step));
             });
@@ -52,40 +52,40 @@ struct PlainRows {
 template <class Kind>
 struct NormedRows {
     const float* values;
-    long width;
+    Index width;
     const float* weight;
     float epsilon;
 
     float scale(const float* numbers) const {
         Floats squares = zeros();
-        for (long column = 0; column < width; column += kLanes) {
+        for (Index column = 0; column < width; column += kLanes) {
             const Floats x = load(numbers + column, first_lanes(width - column));
             squares = multiply_add(x, x, squares);
         }
         return 1.f / std::sqrt(sum_of(squares) / width + epsilon);
     }
 
-    Floats weighted(const float* numbers, long column, Floats factor) const {
+    Floats weighted(const float* numbers, Index column, Floats factor) const {
         const Lanes lanes = first_lanes(width - column);
         const Floats x = load(numbers + column, lanes) * factor;
         return weight ? x * load(weight + column, lanes) : x;
     }
 
-    void put(long first, long rows, Step* tile, float* units) const {
+    void put(Index first, Index rows, Step* tile, float* units) const {
         const float* start = values + first * width;
         float factors[Multiplier<Kind>::kRows];
-        for (long row = 0; row < rows; row++) {
+        for (Index row = 0; row < rows; row++) {
             const float* numbers = start + row * width;
             factors[row] = scale(numbers);
             if constexpr (Kind::kIsInt8) {
                 const Floats factor = all(factors[row]);
-                units[row] = unit_of(width, [=](long column, Lanes) { return weighted(numbers, column, factor); });
+                units[row] = unit_of(width, [=](Index column, Lanes) { return weighted(numbers, column, factor); });
                 factors[row] /= units[row];
             }
         }
-        Multiplier<Kind>::put(tile, rows, width / Kind::kPerRowStep, [&](long row, long step) {
+        Multiplier<Kind>::put(tile, rows, width / Kind::kPerRowStep, [&](Index row, Index step) {
             const Floats factor = all(factors[row]);
-            return Kind::steps([&](long offset) {
+            return Kind::steps([&](Index offset) {
                 return weighted(start + row * width, step * Kind::kPerRowStep + offset, factor);
             });
         });

@@ -17,12 +17,12 @@
 
 // One of the threads of a call.
 struct Member {
-    long index, count;
+    Index index, count;
 
     // Its part of the tasks: as many, and as near to each other, as possible.
     template <class Work>
-    void share(long tasks, Work work) const {
-        for (long task = index * tasks / count; task < (index + 1) * tasks / count; task++) work(task);
+    void share(Index tasks, Work work) const {
+        for (Index task = index * tasks / count; task < (index + 1) * tasks / count; task++) work(task);
     }
 
     // Until all threads of the call are here.
@@ -35,18 +35,18 @@ struct Member {
     }
 };
 
-// Tasks that threads take when they are free: neighbouring ones, at first a thread's part of what is left, and less and less at
-// once, since a processor that is shared runs its threads at different speeds.
+// Tasks that threads take when they are free: neighbouring ones, at first a thread's part of what is left, and less and
+// less at once, since a processor that is shared runs its threads at different speeds.
 class Tasks {
   public:
-    Tasks(long count, long least, long most) : count_(count), least_(least), most_(most) {}
+    Tasks(Index count, Index least, Index most) : count_(count), least_(least), most_(most) {}
 
     template <class Work>
     void take(const Member& member, Work work) {
-        long first = next_.load();
+        Index first = next_.load();
         while (first < count_) {
-            const long part = (count_ - first + member.count - 1) / member.count;
-            const long end = std::min(count_, first + std::min(most_, std::max(least_, part)));
+            const Index part = (count_ - first + member.count - 1) / member.count;
+            const Index end = std::min(count_, first + std::min(most_, std::max(least_, part)));
             if (!next_.compare_exchange_weak(first, end)) continue;
             for (; first < end; first++) work(first);
             first = next_.load();
@@ -54,8 +54,8 @@ class Tasks {
     }
 
   private:
-    const long count_, least_, most_;
-    std::atomic<long> next_{0};
+    const Index count_, least_, most_;
+    std::atomic<Index> next_{0};
 };
 
 // Calls work(member) in every thread.
@@ -65,7 +65,7 @@ void in_threads(Work work) {
 #pragma omp parallel
     work(Member{omp_get_thread_num(), omp_get_num_threads()});
 #else
-    Pool::run([](const void* with, long index, long count) {
+    Pool::run([](const void* with, Index index, Index count) {
         (*static_cast<const Work*>(with))(Member{index, count});
     }, &work);
 #endif

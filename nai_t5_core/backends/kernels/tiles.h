@@ -19,9 +19,9 @@
 #include "memory.h"
 #include "vectors.h"
 
-constexpr long kPanelColumns = 2 * kLanes;
-constexpr long kLineSteps = 16;      // four bytes each, in a line of the cache
-constexpr long kPrefetchSteps = 64;  // about what is on its way from memory at any time
+constexpr Index kPanelColumns = 2 * kLanes;
+constexpr Index kLineSteps = 16;      // four bytes each, in a line of the cache
+constexpr Index kPrefetchSteps = 64;  // about what is on its way from memory at any time
 
 // How many row steps a step of a panel is.
 template <class Kind>
@@ -33,11 +33,11 @@ constexpr int kRowSteps = Kind::kPerStep / Kind::kPerRowStep;
 
 // Rows shared out evenly among as few tiles as possible.
 struct Tiles {
-    long rows, count;
+    Index rows, count;
 
-    explicit Tiles(long rows, long most = kTileRows) : rows(rows), count((rows + most - 1) / most) {}
-    long start(long tile) const { return tile * rows / count; }
-    long size(long tile) const { return start(tile + 1) - start(tile); }
+    explicit Tiles(Index rows, Index most = kTileRows) : rows(rows), count((rows + most - 1) / most) {}
+    Index start(Index tile) const { return tile * rows / count; }
+    Index size(Index tile) const { return start(tile + 1) - start(tile); }
 };
 
 constexpr auto as_they_are = [](Words steps) { return steps; };
@@ -45,16 +45,16 @@ constexpr auto as_they_are = [](Words steps) { return steps; };
 // Rows to columns: steps_of(row, step) is a register of steps of a row, and step s of row r goes to place[s · stride + r],
 // for `lanes` rows; those from `present` on are zeros. What is stored together is arrange(steps).
 template <class Steps, class Arrange>
-inline void put_as_columns(Step* place, long stride, long lanes, long present, long steps, Steps steps_of,
+inline void put_as_columns(Step* place, Index stride, Index lanes, Index present, Index steps, Steps steps_of,
                            Arrange arrange) {
     const Lanes stored = first_lanes(lanes);
     const Step* end = place + steps * stride;
-    for (long step = 0; step < steps; step += kLanes) {
+    for (Index step = 0; step < steps; step += kLanes) {
         Words rows[kLanes];
 #pragma GCC unroll 16
-        for (long row = 0; row < kLanes; row++) rows[row] = row < present ? steps_of(row, step) : no_words();
+        for (Index row = 0; row < kLanes; row++) rows[row] = row < present ? steps_of(row, step) : no_words();
         transpose(rows);
-        for (long k = 0; k < std::min(kLanes, steps - step); k++) {
+        for (Index k = 0; k < std::min(kLanes, steps - step); k++) {
             Step* to = place + (step + k) * stride;
             // What is beyond `lanes` is where the next step goes, unless this is near the end.
             if (to + kLanes <= end) store_words(to, arrange(rows[k]));
@@ -64,7 +64,7 @@ inline void put_as_columns(Step* place, long stride, long lanes, long present, l
 }
 
 template <class Steps>
-void put_in_tile(Step* tile, long rows, long steps, Steps steps_of) {
+void put_in_tile(Step* tile, Index rows, Index steps, Steps steps_of) {
     put_as_columns(tile, rows, rows, rows, steps, steps_of, as_they_are);
 }
 
@@ -91,16 +91,16 @@ inline __attribute__((always_inline)) void add_row_step(const Step* tile, const 
 // there.
 struct Ahead {
     const char* place;
-    long stride;
+    Index stride;
 
-    Ahead(const void* place, long stride) : place(static_cast<const char*>(place)), stride(stride) {}
+    Ahead(const void* place, Index stride) : place(static_cast<const char*>(place)), stride(stride) {}
     explicit Ahead(const Step* panel) : Ahead(panel, kPanelColumns * sizeof(Step)) {}
-    Ahead from(long step) const { return {place + step * stride, stride}; }
+    Ahead from(Index step) const { return {place + step * stride, stride}; }
 };
 
 // Goes on from the sums if it `continues` them; where these are added up in parts, adds a part to them.
 template <class Kind, int rows>
-void multiply_exactly(const Step* tile, const Step* panel, Ahead ahead, long steps, bool continues,
+void multiply_exactly(const Step* tile, const Step* panel, Ahead ahead, Index steps, bool continues,
                       Sums* sums_of_rows) {
     constexpr bool is_part = Kind::kPart;
     Sums sums[rows];
@@ -108,9 +108,9 @@ void multiply_exactly(const Step* tile, const Step* panel, Ahead ahead, long ste
     for (int row = 0; row < rows; row++)
         for (int half = 0; half < 2; half++)
             sums[row][half] = continues && !is_part ? sums_of_rows[row][half] : zeros();
-    for (long step = 0; step < steps; step++, panel += kPanelColumns, tile += rows * kRowSteps<Kind>) {
+    for (Index step = 0; step < steps; step++, panel += kPanelColumns, tile += rows * kRowSteps<Kind>) {
 #pragma GCC unroll 2
-        for (long line = 0; line < kPanelColumns; line += kLineSteps)
+        for (Index line = 0; line < kPanelColumns; line += kLineSteps)
             _mm_prefetch(ahead.place + step * ahead.stride + line * sizeof(Step), _MM_HINT_T1);
         add_row_step<Kind, rows, 0>(tile, panel, sums);
         if constexpr (kRowSteps<Kind> == 2) add_row_step<Kind, rows, 1>(tile, panel, sums);
@@ -123,7 +123,7 @@ void multiply_exactly(const Step* tile, const Step* panel, Ahead ahead, long ste
 }
 
 template <class Kind, int most = kTileRows>
-void multiply_rows(long rows, const Step* tile, const Step* panel, Ahead ahead, long steps, bool continues,
+void multiply_rows(Index rows, const Step* tile, const Step* panel, Ahead ahead, Index steps, bool continues,
                    Sums* sums) {
     if constexpr (most > 1)
         if (rows < most) return multiply_rows<Kind, most - 1>(rows, tile, panel, ahead, steps, continues, sums);
@@ -132,12 +132,12 @@ void multiply_rows(long rows, const Step* tile, const Step* panel, Ahead ahead, 
 
 // Sums of parts are added up in float32: a single sum over thousands of steps would be rounded thousands of times.
 template <class Kind>
-void multiply_tile(long rows, const Step* tile, const Step* panel, Ahead ahead, long steps, bool continues, Sums* sums) {
-    const long part = Kind::kPart ? Kind::kPart : steps;
-    for (long step = 0; step < steps; step += part) {
+void multiply_tile(Index rows, const Step* tile, const Step* panel, Ahead ahead, Index steps, bool continues, Sums* sums) {
+    const Index part = Kind::kPart ? Kind::kPart : steps;
+    for (Index step = 0; step < steps; step += part) {
         const Step* numbers = panel + step * kPanelColumns;
         const Step* start = tile + step * kRowSteps<Kind> * rows;
-        const long count = std::min(steps - step, part);
+        const Index count = std::min(steps - step, part);
         multiply_rows<Kind>(rows, start, numbers, ahead.from(step), count, continues || step > 0, sums);
     }
 }

@@ -10,7 +10,7 @@ template <class Kind>
 struct Weight {
     const Step* panels_or_null;
     const Piece* pieces;
-    long piece_count, columns, depth;
+    Index piece_count, columns, depth;
     bool is_gated;
 
     explicit Weight(const Matrix& matrix)
@@ -18,105 +18,105 @@ struct Weight {
           piece_count(matrix.piece_count), columns(matrix.columns), depth(matrix.depth), is_gated(matrix.is_gated) {}
 
     bool is_in_panels() const { return panels_or_null; }
-    long panel_width() const { return is_gated ? kLanes : kPanelColumns; }
-    long panels() const {
-        const long side = is_gated ? columns / 2 : columns;
+    Index panel_width() const { return is_gated ? kLanes : kPanelColumns; }
+    Index panels() const {
+        const Index side = is_gated ? columns / 2 : columns;
         return (side + panel_width() - 1) / panel_width();
     }
-    long steps() const { return depth / Kind::kPerStep; }
-    long panel_steps() const { return (steps() + Kind::kTrailing) * kPanelColumns; }
+    Index steps() const { return depth / Kind::kPerStep; }
+    Index panel_steps() const { return (steps() + Kind::kTrailing) * kPanelColumns; }
     // How many steps of a panel are multiplied before others: of pieces, what the fastest cache holds once it is filled.
-    long steps_at_once() const { return is_in_panels() ? steps() : std::min(steps(), kAtOnce); }
-    const Step* panel_at(long panel) const { return panels_or_null + panel * panel_steps(); }
+    Index steps_at_once() const { return is_in_panels() ? steps() : std::min(steps(), kAtOnce); }
+    const Step* panel_at(Index panel) const { return panels_or_null + panel * panel_steps(); }
 
     // In panels, it is what comes a little later; otherwise the next panel's columns, of which the first tile brings in
     // all, or the gate's, and the second those of up.
-    Ahead ahead(const Step* numbers, long panel, long tile) const {
+    Ahead ahead(const Step* numbers, Index panel, Index tile) const {
         if (is_in_panels()) return Ahead(numbers + kPrefetchSteps * kPanelColumns);
-        const long side = tile == 0 ? 0 : columns / 2, column = side + (panel + 1) * panel_width();
+        const Index side = tile == 0 ? 0 : columns / 2, column = side + (panel + 1) * panel_width();
         if (tile > is_gated || column >= columns) return Ahead(numbers);
         const Run run = run_at(column, 0, 1);
-        const long row = row_bytes(*run.piece, depth);
+        const Index row = row_bytes(*run.piece, depth);
         return {static_cast<const char*>(run.piece->values) + run.column * row, panel_width() * row / steps()};
     }
 
-    void fill_panel(long panel, Step* filled) const {
+    void fill_panel(Index panel, Step* filled) const {
         fill_steps(panel, 0, steps(), filled);
         if constexpr (Kind::kIsInt8)
-            for (long half = 0; half < 2; half++) end_half(half_of(panel, half), filled + half * kLanes);
+            for (Index half = 0; half < 2; half++) end_half(half_of(panel, half), filled + half * kLanes);
     }
 
     // Steps of a panel from one on, which divides by those that are taken at once.
-    void fill_steps(long panel, long first, long count, Step* filled) const {
-        for (long half = 0; half < 2; half++) fill_half(half_of(panel, half), first, count, filled + half * kLanes);
+    void fill_steps(Index panel, Index first, Index count, Step* filled) const {
+        for (Index half = 0; half < 2; half++) fill_half(half_of(panel, half), first, count, filled + half * kLanes);
     }
 
     // Where number k of a column lies in its panel, counted in numbers; `place` is that of the column in the panel.
-    static long place_of(long place, long k) {
-        constexpr long unit = Kind::kAreApart ? Kind::kPerStep / 2 : Kind::kPerStep;
-        const long start = k / Kind::kPerStep * kPanelColumns + place / kLanes * kLanes;
+    static Index place_of(Index place, Index k) {
+        constexpr Index unit = Kind::kAreApart ? Kind::kPerStep / 2 : Kind::kPerStep;
+        const Index start = k / Kind::kPerStep * kPanelColumns + place / kLanes * kLanes;
         return start * Kind::kPerStep + k % Kind::kPerStep / unit * kLanes * unit + place % kLanes * unit + k % unit;
     }
 
   private:
     // Whole blocks of all formats, and of a tile the parts that are summed.
-    static constexpr long kAtOnce = 256 / Kind::kPerStep;
+    static constexpr Index kAtOnce = 256 / Kind::kPerStep;
     static_assert(!Kind::kPart || kAtOnce % Kind::kPart == 0);
     static constexpr auto arranged = [](Words steps) { return Kind::arranged(steps); };
 
     // A register's columns of a panel, in runs.
     struct Half {
         Run runs[kLanes];
-        long count = 0;
+        Index count = 0;
     };
 
-    Half half_of(long panel, long half) const {
-        const long side = is_gated ? columns / 2 : columns;
-        const long place = panel * panel_width() + (is_gated ? 0 : half * kLanes);
-        const long first = place + (is_gated ? half * side : 0), count = std::min(kLanes, side - place);
+    Half half_of(Index panel, Index half) const {
+        const Index side = is_gated ? columns / 2 : columns;
+        const Index place = panel * panel_width() + (is_gated ? 0 : half * kLanes);
+        const Index first = place + (is_gated ? half * side : 0), count = std::min(kLanes, side - place);
         Half found;
-        for (long lane = 0; lane < count; lane += found.runs[found.count++].count)
+        for (Index lane = 0; lane < count; lane += found.runs[found.count++].count)
             found.runs[found.count] = run_at(first + lane, lane, count - lane);
         return found;
     }
 
     // The columns from one on that lie in its piece, at most `count`.
-    Run run_at(long column, long lane, long count) const {
+    Run run_at(Index column, Index lane, Index count) const {
         const Piece* piece = pieces;
         while (column >= piece->columns) column -= piece++->columns;
         return {piece, column, std::min(count, piece->columns - column), lane};
     }
 
     // [count][kLanes] of [count][kPanelColumns]; lanes without a column are zeros.
-    void fill_half(const Half& from, long first, long count, Step* half) const {
+    void fill_half(const Half& from, Index first, Index count, Step* half) const {
         const bool is_whole = from.count == 1 && is_as_it_is<Kind>(*from.runs[0].piece);
         if (is_whole) fill_half_as_it_is(from.runs[0], first, count, half);
         else fill_half_from(from, first, count, half);
     }
 
-    void fill_half_as_it_is(const Run& run, long first, long count, Step* half) const {
-        const long all = steps();
+    void fill_half_as_it_is(const Run& run, Index first, Index count, Step* half) const {
+        const Index all = steps();
         const Step* start = static_cast<const Step*>(run.piece->values) + run.column * all + first;
-        const auto steps_of = [=](long column, long step) {
+        const auto steps_of = [=](Index column, Index step) {
             return load_words(start + column * all + step, first_lanes(count - step));
         };
         put_as_columns(half, kPanelColumns, kLanes, run.count, count, steps_of, arranged);
     }
 
-    void fill_half_from(const Half& from, long first, long count, Step* half) const {
+    void fill_half_from(const Half& from, Index first, Index count, Step* half) const {
         ReadSteps<Kind> read[kLanes];
-        for (long i = 0; i < from.count; i++) read[i] = reading<Kind>(*from.runs[i].piece);
+        for (Index i = 0; i < from.count; i++) read[i] = reading<Kind>(*from.runs[i].piece);
         Scales scales;
         Words rows[kLanes];
         for (Words& row : rows) row = no_words();
-        for (long step = 0; step < count; step += kLanes, half += kLanes * kPanelColumns) {
-            for (long i = 0; i < from.count; i++) read[i](from.runs[i], depth, first + step, step == 0, scales, rows);
+        for (Index step = 0; step < count; step += kLanes, half += kLanes * kPanelColumns) {
+            for (Index i = 0; i < from.count; i++) read[i](from.runs[i], depth, first + step, step == 0, scales, rows);
             Words columns[kLanes];
 #pragma GCC unroll 16
-            for (long i = 0; i < kLanes; i++) columns[i] = rows[i];
+            for (Index i = 0; i < kLanes; i++) columns[i] = rows[i];
             transpose(columns);
 #pragma GCC unroll 16
-            for (long i = 0; i < kLanes; i++)
+            for (Index i = 0; i < kLanes; i++)
                 if (i < count - step) store_words(half + i * kPanelColumns, Kind::arranged(columns[i]));
         }
     }

@@ -1,11 +1,12 @@
-// What products are computed in with AMX: bfloat16 and bytes in the processor's tile unit (tile_unit.h), float32 in vectors.
+// What products are computed in with AMX: bfloat16 and bytes in the processor's tile unit (tile_unit.h), float32 in
+// vectors.
 
 #pragma once
 
 #include "../avx512/instructions.h"
 
-// Which tiles are multiplied, and added to which: the names of tiles must be literals. Of rows, tiles 4 and 5 have the first and
-// last sixteen; of columns, 6 and 7; and 0 to 3 have the sums.
+// Which tiles are multiplied, and added to which: the names of tiles must be literals. Tiles 4 and 5 have the first and
+// last sixteen rows, 6 and 7 the columns, and 0 to 3 the sums.
 #define T5_FOUR_PRODUCTS(instruction)              \
     template <int sums>                            \
     static void add_products_of_tiles() {          \

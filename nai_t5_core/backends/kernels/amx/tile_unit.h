@@ -1,7 +1,7 @@
 // AMX: a unit with eight registers of 16 rows by 64 bytes, and an instruction that multiplies two of them.
 //
-// A panel lies as the unit takes columns: sixteen of its steps are a register's rows, and its two registers' columns stand beside
-// each other. Of rows, sixteen by sixteen steps are a register. So two registers of each make four registers of sums.
+// A panel lies as the unit takes columns: sixteen of its steps are the rows of two registers beside each other. Of the rows
+// of a product, sixteen by sixteen steps are a register. So two registers of each make four registers of sums.
 
 #pragma once
 
@@ -14,18 +14,18 @@
 template <class Kind>
 class TileUnit {
   public:
-    static constexpr long kRows = 32;
+    static constexpr Index kRows = 32;
 
     // Rows one behind the other.
     struct Rows {
         const Step* place;
-        long count, row_steps;
+        Index count, row_steps;
     };
 
     template <class Steps>
-    static void put(Step* place, long rows, long steps, Steps steps_of) {
-        for (long row = 0; row < rows; row++, place += steps)
-            for (long step = 0; step < steps; step += kLanes)
+    static void put(Step* place, Index rows, Index steps, Steps steps_of) {
+        for (Index row = 0; row < rows; row++, place += steps)
+            for (Index step = 0; step < steps; step += kLanes)
                 store_words(place + step, first_lanes(steps - step), steps_of(row, step));
     }
 
@@ -34,13 +34,13 @@ class TileUnit {
         if (rows_) _tile_release();
     }
 
-    // The sums of rows with `count` steps of a panel, of which the first is theirs from step `first` on: added to those that
-    // there are unless it is 0. `ahead` is brought into the second-level cache meanwhile.
-    void multiply(const Rows& rows, long first, const Step* panel, Ahead ahead, long count, Sums* sums) {
+    // The sums of rows, from step `first` of theirs on, with `count` steps of a panel; added to those that there are
+    // unless `first` is 0. `ahead` is brought into the second-level cache meanwhile.
+    void multiply(const Rows& rows, Index first, const Step* panel, Ahead ahead, Index count, Sums* sums) {
         const Step* place = rows.place + first;
         bool continues = first > 0;
-        for (long step = 0; step < count; continues = true) {
-            const long depth = std::min(kDepth, count - step), times = depth < kDepth ? 1 : (count - step) / kDepth;
+        for (Index step = 0; step < count; continues = true) {
+            const Index depth = std::min(kDepth, count - step), times = depth < kDepth ? 1 : (count - step) / kDepth;
             configure(rows.count, depth);
             const Rows from{place + step, rows.count, rows.row_steps};
             const Step* columns = panel + step * kPanelColumns;
@@ -51,15 +51,15 @@ class TileUnit {
     }
 
     // As many products as there may be, of whatever the unit holds; the operations.
-    static long multiply_in_registers(long rounds) {
+    static Index multiply_in_registers(Index rounds) {
         TileUnit unit;
         unit.configure(kRows, kDepth);
-        for (long round = 0; round < rounds; round++) add_products<true>();
+        for (Index round = 0; round < rounds; round++) add_products<true>();
         return rounds * kRows * kPanelColumns * kDepth * Kind::kPerRowStep * 2;
     }
 
   private:
-    static constexpr long kHeight = 16, kDepth = 16;
+    static constexpr Index kHeight = 16, kDepth = 16;
 
     struct alignas(64) Configuration {
         uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -68,16 +68,16 @@ class TileUnit {
     };
 
     // Shapes the registers for so many rows and steps; they are zeros then.
-    void configure(long rows, long depth) {
+    void configure(Index rows, Index depth) {
         if (rows == rows_ && depth == depth_) return;
         rows_ = rows, depth_ = depth;
         Configuration all;
-        const auto shape = [&](int tile, long height, long width) {
+        const auto shape = [&](int tile, Index height, Index width) {
             all.rows[tile] = static_cast<uint8_t>(height);
             all.row_bytes[tile] = static_cast<uint16_t>(width * sizeof(Step));
         };
         for (int half = 0; half < 2; half++) {
-            const long height = std::clamp(rows - half * kHeight, 1L, kHeight);
+            const Index height = std::clamp<Index>(rows - half * kHeight, 1, kHeight);
             shape(2 * half, height, kLanes), shape(2 * half + 1, height, kLanes);
             shape(4 + half, height, depth), shape(6 + half, depth, kLanes);
         }
@@ -96,7 +96,7 @@ class TileUnit {
 
     // Of some times as many steps as the registers have; with `both` there are more than sixteen rows.
     template <bool both>
-    void multiply_some(const Rows& rows, const Step* panel, Ahead ahead, long times, bool continues, Sums* sums) {
+    void multiply_some(const Rows& rows, const Step* panel, Ahead ahead, Index times, bool continues, Sums* sums) {
         if (continues) {
             _tile_loadd(0, &sums[0][0], sizeof(Sums));
             _tile_loadd(1, &sums[0][1], sizeof(Sums));
@@ -113,10 +113,10 @@ class TileUnit {
             }
         }
         const Step* place = rows.place;
-        const long row_bytes = rows.row_steps * sizeof(Step), panel_bytes = kPanelColumns * sizeof(Step);
-        for (long time = 0; time < times; time++, place += depth_, panel += depth_ * kPanelColumns) {
-            for (long step = 0; step < depth_; step++)
-                for (long line = 0; line < panel_bytes; line += kLineSteps * sizeof(Step))
+        const Index row_bytes = rows.row_steps * sizeof(Step), panel_bytes = kPanelColumns * sizeof(Step);
+        for (Index time = 0; time < times; time++, place += depth_, panel += depth_ * kPanelColumns) {
+            for (Index step = 0; step < depth_; step++)
+                for (Index line = 0; line < panel_bytes; line += kLineSteps * sizeof(Step))
                     _mm_prefetch(ahead.place + (time * depth_ + step) * ahead.stride + line, _MM_HINT_T1);
             _tile_loadd(6, panel, panel_bytes);
             _tile_loadd(7, panel + kLanes, panel_bytes);
@@ -132,5 +132,5 @@ class TileUnit {
         }
     }
 
-    long rows_ = 0, depth_ = 0;
+    Index rows_ = 0, depth_ = 0;
 };

@@ -18,7 +18,7 @@ inline Words packed(Words low, Words high) { return _mm256_permute4x64_epi64(_mm
 // Weights in 16 bits, two to a step, which become float32 when they are multiplied. Rows are in float32.
 struct Halves : Float32 {
     using Weight = uint16_t;
-    static constexpr long kPerStep = 2, kPart = 64;
+    static constexpr Index kPerStep = 2, kPart = 64;
     static constexpr bool kAreApart = true;
 
     static Words arranged(Words steps) { return units_apart(steps); }
@@ -72,7 +72,7 @@ struct Float16Weights : Halves {
 // Bytes, between activations in float32: weights are signed, with a scale per column; rows have a scale each.
 struct Bytes : Float32 {
     using Weight = int8_t;
-    static constexpr long kPerStep = 4, kTrailing = 2, kPart = 0;
+    static constexpr Index kPerStep = 4, kTrailing = 2, kPart = 0;
     static constexpr bool kIsInt8 = true;
 
     static Floats finished(Floats sums, float row_scale, const Step* trailing) {
@@ -85,7 +85,7 @@ struct Bytes : Float32 {
 #ifdef __AVXVNNI__
 // The rows are unsigned around 128, as vpdpbusd takes them.
 struct Int8 : Bytes {
-    static constexpr long kPerRowStep = 4;
+    static constexpr Index kPerRowStep = 4;
     static constexpr int kZeros = int(0x80808080u);
 
     static Floats add_products(Floats sums, Words row, Words columns) {
@@ -106,7 +106,7 @@ struct Int8 : Bytes {
 // Bytes are multiplied as 16-bit numbers, pairs of whose products are added exactly (vpmaddwd). The instruction for
 // bytes, vpmaddubsw, adds pairs in 16 bits, which are not enough.
 struct Int8 : Bytes {
-    static constexpr long kPerRowStep = 2;
+    static constexpr Index kPerRowStep = 2;
     static constexpr bool kAreApart = true;
 
     template <int half>

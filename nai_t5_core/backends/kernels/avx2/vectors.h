@@ -18,10 +18,10 @@ struct Lanes {
     int count;
 };
 
-constexpr long kLanes = 8;
-constexpr long kTileRows = 6;  // times two are sums in registers, of 16 that there are
+constexpr Index kLanes = 8;
+constexpr Index kTileRows = 6;  // times two are sums in registers, of 16 that there are
 
-inline Lanes first_lanes(long count) { return {int(count >= kLanes ? kLanes : count <= 0 ? 0 : count)}; }
+inline Lanes first_lanes(Index count) { return {int(count >= kLanes ? kLanes : count <= 0 ? 0 : count)}; }
 
 inline Floats zeros() { return _mm256_setzero_ps(); }
 inline Floats all(float number) { return _mm256_set1_ps(number); }

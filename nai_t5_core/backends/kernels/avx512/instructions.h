@@ -8,7 +8,7 @@
 struct Bfloat16 {
     using Number = uint16_t;
     using Weight = uint16_t;
-    static constexpr long kPerStep = 2, kPerRowStep = 2, kTrailing = 0, kPart = 0;
+    static constexpr Index kPerStep = 2, kPerRowStep = 2, kTrailing = 0, kPart = 0;
     static constexpr bool kIsInt8 = false, kAreApart = false;
     static constexpr Format kOwnFormat = kBfloat16;
 
@@ -47,7 +47,7 @@ struct Bfloat16 {
 template <class Outside>
 struct Int8 : Outside {
     using Weight = int8_t;
-    static constexpr long kPerStep = 4, kPerRowStep = 4, kTrailing = 2, kPart = 0;
+    static constexpr Index kPerStep = 4, kPerRowStep = 4, kTrailing = 2, kPart = 0;
     static constexpr bool kIsInt8 = true;
     static constexpr int kZeros = int(0x80808080u);
 

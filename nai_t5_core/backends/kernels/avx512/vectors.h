@@ -13,10 +13,10 @@ using Floats = __m512;
 using Words = __m512i;
 using Lanes = __mmask16;  // which of the numbers are meant
 
-constexpr long kLanes = 16;
-constexpr long kTileRows = 12;  // times two are sums in registers, of 32 that there are
+constexpr Index kLanes = 16;
+constexpr Index kTileRows = 12;  // times two are sums in registers, of 32 that there are
 
-inline Lanes first_lanes(long count) {
+inline Lanes first_lanes(Index count) {
     return count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<Lanes>((1u << count) - 1);
 }
 
