@@ -41,8 +41,8 @@ class KindRow:
     """A kind. ``errors`` are quantiles of the differences from float32 and the largest, relative to the largest value.
 
     ``errors_with_outliers`` are those of a model that has large channels, as trained ones have. ``milliseconds`` are of
-    an encode of as many tokens as ``tokens`` says, and ``ratios`` these times by those of the prepacked model without any
-    kind. ``by`` is what computes it.
+    an encode of as many tokens as ``tokens`` says, and ``ratios`` these times by those of the prepacked model without
+    any kind. ``by`` is what computes it.
     """
 
     kind: str
