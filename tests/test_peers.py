@@ -140,7 +140,7 @@ def test_refusals_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(importlib, "import_module", absent)
     for name in PEERS:
-        with pytest.raises(ValueError, match=r'pip install "comfy-nai-t5\[(bench|openvino)\]"'):
+        with pytest.raises(ValueError, match=r'pip install "comfy-nai-t5\[(bench|openvino|llama-cpp)\]"'):
             build_peer(name, V1_1, state, torch.float32)
 
 
