@@ -247,7 +247,7 @@ def test_the_table_by_the_command(run: Run, tmp_path: Path) -> None:  # noqa: F8
 
 def test_size_against_accuracy_as_a_picture(run: Run, tmp_path: Path) -> None:  # noqa: F811
     pytest.importorskip("matplotlib")
-    options = ["--layers", "1", "--kinds", "Q8_0,Q4_K", "--repeats", "1", "--dtype", "float32"]
+    options = ["--layers", "1", "--kinds", "Q8_0,Q4_0", "--repeats", "1", "--dtype", "float32"]
     picture = tmp_path / "kinds.png"
     assert run("bench-kinds", "t5-v1_1-small", *options, "--plot", picture).status == 0
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000

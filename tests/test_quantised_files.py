@@ -345,7 +345,7 @@ def test_textual_inversion(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name, (kind, _) in READ.items() if not kind.startswith("float8")])
 def test_comfyui_gets_them_unpacked(tmp_path: Path, name: str) -> None:
     file = file_of(name, tmp_path)
-    examination, given = examine(file), read_checkpoint(file)
+    examination, given = examine(file), read_checkpoint(file, unpack=True)
     assert given.weight_dtype == torch.float16 and not given.model_options
     assert given.state.keys() == encoder_part(random_state(CONFIG)).keys()
     for key in examination.quantised:

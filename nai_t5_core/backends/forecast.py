@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -10,9 +10,6 @@ from nai_t5_core.backends.choices import ProductsChoice, Quantisation
 from nai_t5_core.backends.kernels.build import best_set, better_than_kernels
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, best, refuses_mathematics
 from nai_t5_core.backends.products import ONEDNN
-from nai_t5_core.backends.quantised.kernels import instructions_for
-from nai_t5_core.backends.quantised.kinds import Kind
-from nai_t5_core.backends.quantised.pieces import is_read
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, unscaled
 from nai_t5_core.model.attention_choice import AttentionChoice
@@ -48,34 +45,7 @@ def forecast(
     return words if attention == "auto" else f"{words}, attention {attention}"
 
 
-def forecast_quantised(
-    config: T5Config,
-    device: torch.device,
-    dtype: torch.dtype,
-    kinds: Iterable[Collection[Kind]],
-    layout: Layout = "fused",
-    scales: StackScales | None = None,
-    attention: AttentionChoice = "auto",
-    products: ProductsChoice = "auto",
-) -> str:
-    """As :func:`forecast`, of an encoder whose weights stay quantised.
-
-    Args:
-        kinds: those of the projections of each layer that has any.
-    """
-    words = f"{device.type}, quantised weights, {attention}"
-    if device.type != "cpu" or not any(all(map(is_read, of_layer)) for of_layer in kinds):
-        return words
-    given = None if products == "auto" else (KERNELS[products] if products in KERNELS else best(KERNELS)).instructions
-    instructions = instructions_for(given)
-    if instructions is None or dtype not in instructions.stored:
-        return words
-    if any(map(refuses_mathematics, _blocks(config, dtype, layout, scales))):
-        return words
-    return f"{words}, {instructions.title} kernels where they read them"
-
-
-def _blocks(config: T5Config, dtype: torch.dtype, layout: Layout, scales: StackScales | None) -> list[EncoderBlock]:
+def blocks_of(config: T5Config, dtype: torch.dtype, layout: Layout, scales: StackScales | None) -> list[EncoderBlock]:
     """One of every sort, without weights."""
     chosen = scales or unscaled(config.num_layers)
     make = EncoderBlock.fused if layout == "fused" else EncoderBlock.separate
@@ -92,7 +62,7 @@ def _on_cpu(
     compile: bool | str,  # noqa: A002
     products: ProductsChoice,
 ) -> str:
-    blocks = _blocks(config, dtype, layout, scales)
+    blocks = blocks_of(config, dtype, layout, scales)
     if quantize:
         return _kernels(INT8_KERNELS, blocks, dtype, products) or "8 bits by oneDNN"
     if optimize and not compile:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nai_t5_core.backends.forecast import forecast, forecast_quantised
+from nai_t5_core.backends.forecast import forecast
 from nai_t5_core.backends.quantised.kinds import Kind
 from nai_t5_core.model.attention_choice import missing_for_flex, refuse_unsupported
 from nai_t5_core.prompts.cache.contents import weights_contents
@@ -67,6 +67,9 @@ def settings_for(examination: Examination, how: Choices, weights: str | None = N
         # In 8 bits they are made of the exact numbers, and not of those that the dtype holds.
         backend = f"{backend}, of quantised weights"
         if not how.quantize:
+            # Imported where weights are quantised: a prompt that is kept comes sooner without.
+            from nai_t5_core.backends.quantised.forecast import forecast_quantised
+
             backend = forecast_quantised(
                 config,
                 place,

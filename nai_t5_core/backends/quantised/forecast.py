@@ -1,0 +1,45 @@
+"""What will compute an encoder whose weights stay quantised, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+
+from nai_t5_core.backends.choices import ProductsChoice
+from nai_t5_core.backends.forecast import blocks_of
+from nai_t5_core.backends.kernels.runners import KERNELS, best, refuses_mathematics
+from nai_t5_core.backends.quantised.kernels import instructions_for
+from nai_t5_core.backends.quantised.kinds import Kind
+from nai_t5_core.backends.quantised.pieces import is_read
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.scales import StackScales
+from nai_t5_core.model.attention_choice import AttentionChoice
+from nai_t5_core.model.encoder import Layout
+
+
+def forecast_quantised(
+    config: T5Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    kinds: Iterable[Collection[Kind]],
+    layout: Layout = "fused",
+    scales: StackScales | None = None,
+    attention: AttentionChoice = "auto",
+    products: ProductsChoice = "auto",
+) -> str:
+    """As :func:`nai_t5_core.backends.forecast.forecast`, of an encoder whose weights stay quantised.
+
+    Args:
+        kinds: those of the projections of each layer that has any.
+    """
+    words = f"{device.type}, quantised weights, {attention}"
+    if device.type != "cpu" or not any(all(map(is_read, of_layer)) for of_layer in kinds):
+        return words
+    given = None if products == "auto" else (KERNELS[products] if products in KERNELS else best(KERNELS)).instructions
+    instructions = instructions_for(given)
+    if instructions is None or dtype not in instructions.stored:
+        return words
+    if any(map(refuses_mathematics, blocks_of(config, dtype, layout, scales))):
+        return words
+    return f"{words}, {instructions.title} kernels where they read them"
