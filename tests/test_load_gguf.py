@@ -44,7 +44,8 @@ def same_state(path: Path, folder: Path, state: dict[str, torch.Tensor], dtype: 
         assert torch.equal(unpacked_at_once(ids, mask), expected(ids, mask))
         found = ours(ids, mask)
         # The modules, which multiply by a few rows of a weight at a time, sum in another order than the kernels.
-        assert torch.allclose(found, by_modules(expected)(ids, mask), rtol=0, atol=100 * torch.finfo(dtype).eps)
+        allowed = 100 * torch.finfo(dtype).eps * float(found.abs().max())
+        assert torch.allclose(found, by_modules(expected)(ids, mask), rtol=0, atol=allowed)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
