@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_quantised_files import QUERY, SAFETENSORS, state_of
+from checkpoints import encoder_part
+from conftest import needs_kernels, random_state
+from test_quantised_files import CONFIG, QUERY, SAFETENSORS, state_of
 from toy_quantised import READ, Tensors, note, write_quantised
 
+from nai_t5_core.backends.kernels import build
+from nai_t5_core.backends.kernels.calls import counted
+from nai_t5_core.backends.kernels.sets import AVX2
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
+from nai_t5_core.facts.scales import StackScales, unscaled
 from nai_t5_core.prompts.cache.contents import contents_by_reading, weights_contents
-from nai_t5_core.prompts.cache.settings import settings_of
+from nai_t5_core.prompts.cache.settings import settings_for, settings_of
+from nai_t5_core.prompts.choices import Choices
+from nai_t5_core.prompts.loading import finish, load_chosen
 from nai_t5_core.weights.examine import Examination, examine
 
 # What notes of a kind say in another way, so that the same bytes mean other numbers.
@@ -87,3 +96,38 @@ def test_how_a_quantised_file_is_computed_is_in_the_key(name: str, tmp_path: Pat
         settings_of(file, "float32", "cpu", compile=True, unpack=unpack).key([5, 1]) for unpack in (True, False)
     ]
     assert compiled[0] == compiled[1], "what is compiled is unpacked in any case"
+
+
+def with_a_plain_layer(name: str) -> Tensors:
+    """A quantised file's tensors, the first layer of which is plain."""
+    plain, first = encoder_part(random_state(CONFIG)), "encoder.block.0."
+    state = {key: value for key, value in state_of(name).items() if not key.startswith(first)}
+    return {**state, **{key: plain[key] for key in plain if key.startswith(first)}}
+
+
+PARTLY = {
+    "unread kinds, a plain layer": (with_a_plain_layer("NVFP4"), "float32"),
+    "read kinds, a plain layer": (with_a_plain_layer("int8"), "float32"),
+    "read kinds, a layer with scales": (state_of("int8"), "float16"),
+    "plain weights, a layer with scales": (encoder_part(random_state(CONFIG)), "float16"),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("what", PARTLY)
+@torch.no_grad()
+def test_what_computes_some_layers_is_in_the_key(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer is left to the kernels where they can compute it: so two processors may differ in some alone."""
+    state, dtype = PARTLY[what]
+    file = write_quantised(tmp_path / "file.safetensors", state)
+    first, *others = unscaled(CONFIG.num_layers).layers
+    scales = StackScales((replace(first, feed_forward_out=0.5), *others)) if "scales" in what else None
+    told: dict[str, set[bool]] = {}
+    for flags in (frozenset(), AVX2.needs):
+        monkeypatch.setattr(build, "_processor_flags", lambda flags=flags: flags)
+        how = Choices(dtype, "cpu", scales=scales or "auto", optimize=False)
+        stack = finish(load_chosen(file, "", how).stack, how)
+        with counted() as kernels:
+            stack(torch.tensor([[5, 6, 1]]))
+        told.setdefault(settings_for(examine(file), how).backend, set()).add(bool(kernels.flops))
+    assert sorted(told.values()) == [{False}, {True}], told

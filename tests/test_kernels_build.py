@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ from nai_t5_core.backends.kernels.build import (
     prepare_kernels,
     why_not_kernels,
 )
-from nai_t5_core.backends.kernels.compilers import NO_COMPILER
+from nai_t5_core.backends.kernels.compilers import NO_COMPILER, Compiler
 from nai_t5_core.backends.kernels.runners import KernelsOnPanels
 from nai_t5_core.backends.kernels.sets import AVX2, AVX512, CHOSEN, SETS, InstructionSet
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
+from nai_t5_core.facts.scales import StackScales, unscaled
+from nai_t5_core.model.encoder import T5EncoderStack
 
 V1_1 = TOY_CONFIGS["v1.1"]
 IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
@@ -229,6 +232,56 @@ def test_where_the_best_cannot_be_built_the_next_best_is(monkeypatch: pytest.Mon
     named: Any = first.name
     with pytest.raises(ValueError, match=f"products='{named}' is not possible: the cache cannot be written; use prod"):
         prepack(build_stack(V1_1, random_state(V1_1)), named)
+
+
+@needs_kernels
+def test_a_file_that_does_not_load_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as that of a wheel for a newer system: what else is there is loaded, or it is compiled."""
+    (broken := tmp_path / "brought.so").write_bytes(b"no library")
+    right = built_file(BEST)
+    monkeypatch.setattr(build, "there", lambda recipe, cache: iter([broken, right]))
+    assert build.library.__wrapped__(BEST)._name == str(right)
+    monkeypatch.setattr(build, "there", lambda recipe, cache: iter([broken]))
+    monkeypatch.setattr(build, "_built_by", lambda by, instructions: right)
+    assert build.library.__wrapped__(BEST)._name == str(right)
+    monkeypatch.setattr(build, "compilers", list)
+    with pytest.raises(OSError, match=r"brought\.so"):
+        build.library.__wrapped__(BEST)
+
+
+@needs_kernels
+def test_a_compiler_that_fails_leaves_it_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as an old one that does not know the processor."""
+    old, new, right = Compiler("old", ("false",)), Compiler("new", ("true",)), built_file(BEST)
+
+    def made(by: Compiler, instructions: InstructionSet) -> Path:
+        if by is old:
+            raise RuntimeError("old could not compile the kernels")
+        return right
+
+    monkeypatch.setattr(build, "there", lambda recipe, cache: iter(()))
+    monkeypatch.setattr(build, "compilers", lambda: [old, new])
+    monkeypatch.setattr(build, "_built_by", made)
+    assert build.library.__wrapped__(BEST)._name == str(right)
+    monkeypatch.setattr(build, "compilers", lambda: [old])
+    with pytest.raises(RuntimeError, match="old could not compile"):
+        build.library.__wrapped__(BEST)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_scales_leave_a_float16_model_to_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernels alone could hold its weights, as on AVX2."""
+    on(monkeypatch, AVX2.needs)
+    plain = T5EncoderStack(V1_1, dtype=torch.float16)
+    first, *others = unscaled(V1_1.num_layers).layers
+    scaled = T5EncoderStack(
+        V1_1, dtype=torch.float16, scales=StackScales((replace(first, feed_forward_out=0.5), *others))
+    )
+    for change, why_not in ((prepack, why_not_prepack), (quantize_int8, why_not_int8)):
+        assert why_not(plain) is None and why_not(scaled) is not None
+        with pytest.raises(ValueError, match="float16"):
+            change(scaled)
 
 
 @pytest.mark.parametrize("change", [prepack, quantize_int8])

@@ -137,7 +137,7 @@ def test_on_windows(instructions: InstructionSet, tmp_path: Path) -> None:
 def test_a_wheel_brings_them(tmp_path: Path) -> None:
     """They are found where nothing can be compiled."""
     source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "dist", "*.egg-info"))
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info"))
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     subprocess.run([*command, str(source)], check=True, capture_output=True, text=True)
     (wheel,) = tmp_path.glob("*.whl")

@@ -115,7 +115,7 @@ def test_all_kinds_of_ggml_are_read() -> None:
 @every_dtype
 @pytest.mark.parametrize("factors", FACTORS)
 def test_numbers_are_those_of_the_kind(factors: str, instructions: InstructionSet, dtype: torch.dtype) -> None:
-    """To the bit, rounded once; in panels, and in products with rows that have a one and zeros."""
+    """To the bit, rounded once."""
     for form in forms(factors).values():
         weight = read_by_kernels([piece_of(form)], dtype, instructions).in_panels()
         assert_same_bits(weight.original(), form.plain(dtype))

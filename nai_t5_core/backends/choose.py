@@ -112,7 +112,7 @@ def why_not_prepack(model: T5EncoderStack | T5Model) -> str | None:
     reason = ONEDNN.missing(model.device, model.dtype)
     if reason is None or isinstance(model, T5Model) or better_than_kernels():
         return reason
-    return (best(KERNELS).missing(model.device, model.dtype) or prepare_kernels()) and reason
+    return (_obstacle(model, best(KERNELS)) or prepare_kernels()) and reason
 
 
 def prepack(model: Model, products: ProductsChoice = "auto") -> Model:
@@ -155,7 +155,9 @@ def why_not_int8(model: T5EncoderStack | T5Model) -> str | None:
     """Why this model cannot be computed in 8 bits on this machine, as a sentence; None if it can."""
     if isinstance(model, T5Model):
         return INT8_ONEDNN.missing(model.device, model.dtype)
-    return missing_for_int8(model.device, model.dtype)
+    reason = INT8_ONEDNN.missing(model.device, model.dtype)
+    obstacle = None if reason is None else _obstacle(model, best(INT8_KERNELS))
+    return (obstacle and reason) or missing_for_int8(model.device, model.dtype)
 
 
 def quantize_int8(model: Model, products: ProductsChoice = "auto") -> Model:

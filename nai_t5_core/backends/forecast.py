@@ -69,11 +69,20 @@ def _on_cpu(
         held = _kernels(KERNELS, blocks, dtype, products)
         if held or ONEDNN.missing(torch.device("cpu"), dtype) is None:
             return held or "oneDNN"
-    in_place = None if compile or better_than_kernels() else best_set()
+    return "torch" if compile else in_place(config, dtype, layout, scales)
+
+
+def in_place(config: T5Config, dtype: torch.dtype, layout: Layout, scales: StackScales | None) -> str:
+    """What computes blocks whose weights nobody holds: the kernels, or torch; or each what it can."""
+    instructions = None if better_than_kernels() else best_set()
     has_form = layout == "fused" and config.d_model % 2 == config.d_ff % 2 == 0
-    if in_place is None or not has_form or dtype not in in_place.stored or any(map(refuses_mathematics, blocks)):
+    if instructions is None or not has_form or dtype not in instructions.stored:
         return "torch"
-    return KERNELS[in_place.name].name
+    refused = [refuses_mathematics(block) is not None for block in blocks_of(config, dtype, layout, scales)]
+    if all(refused):
+        return "torch"
+    name = KERNELS[instructions.name].name
+    return f"{name} where they can" if any(refused) else name
 
 
 def _kernels(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nai_t5_core.backends.kernels.compilers import NO_COMPILER, compiler, places, there
+from nai_t5_core.backends.kernels.compilers import NO_COMPILER, Compiler, compilers, places, there
 from nai_t5_core.backends.kernels.sets import AVX2, AVX512, CHOSEN, InstructionSet
 from nai_t5_core.facts.paths import cache_folder
 
@@ -76,7 +76,7 @@ def _missing_instructions(instructions: InstructionSet) -> str | None:
 
 @lru_cache
 def _missing_compiler(instructions: InstructionSet) -> str | None:
-    return None if built_file(instructions).exists() or compiler() is not None else NO_COMPILER
+    return None if built_file(instructions).exists() or compilers() else NO_COMPILER
 
 
 @lru_cache
@@ -85,8 +85,10 @@ def _processor_flags() -> frozenset[str]:
     if sys.platform == "win32":
         known = {
             "_is_avx2_supported": AVX2.needs,
+            "_is_avx512_supported": {"avx512f"},
             "_is_avx512_bf16_supported": {"avx512_bf16"},
             "_is_vnni_supported": {"avx512_vnni"},
+            "_is_amx_tile_supported": {"amx_tile", "amx_bf16", "amx_int8"},
         }
         return frozenset().union(*(flags for ask, flags in known.items() if getattr(torch.cpu, ask, bool)()))
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -130,7 +132,7 @@ def built_file(instructions: InstructionSet) -> Path:
     cache = cache_folder()
     if (found := next(there(instructions.recipe, cache), None)) is not None:
         return found
-    by = compiler()
+    by = next(iter(compilers()), None)
     return places(instructions.recipe, cache)[-1] if by is None else cache / by.file_name(instructions.recipe)
 
 
@@ -138,26 +140,39 @@ def built_file(instructions: InstructionSet) -> Path:
 def library(instructions: InstructionSet) -> ctypes.CDLL:
     """The compiled kernels of a set; the first process on a machine takes some seconds to compile them.
 
+    What is there and does not load, such as a wheel's for a newer system, is passed over, as is a compiler that fails.
+
     Raises:
-        RuntimeError: there is no compiler, or it failed; or the system refuses the instructions to this process.
-        OSError: the cache's folder cannot be written.
+        RuntimeError: there is no compiler, or all failed; or the system refuses the instructions to this process.
+        OSError: the cache's folder cannot be written, or what was compiled does not load.
     """
-    built = built_file(instructions)
-    if not built.exists():
-        _build(instructions, built)
+    failure: Exception = RuntimeError(NO_COMPILER)
+    for found in there(instructions.recipe, cache_folder()):
+        try:
+            return _load(instructions, found)
+        except OSError as error:
+            log.warning("the T5's kernels in %s do not load: %s", found, error)
+            failure = error
+    for by in compilers():
+        try:
+            return _load(instructions, _built_by(by, instructions))
+        except (RuntimeError, OSError) as error:
+            failure = error
+    raise failure
+
+
+def _load(instructions: InstructionSet, built: Path) -> ctypes.CDLL:
     # OpenMP's functions are found in the runtime that torch has loaded, so that its number of threads holds here too.
     loaded = ctypes.CDLL(str(built))
     if not loaded.t5_is_permitted():
-        raise RuntimeError(
-            f"the system does not let this process use {instructions.title} (a container, or an old kernel)"
-        )
+        title = instructions.title
+        raise RuntimeError(f"the system does not let this process use {title} (a container, or an old kernel)")
     return loaded
 
 
-def _build(instructions: InstructionSet, target: Path) -> None:
-    by = compiler()
-    if by is None:
-        raise RuntimeError(NO_COMPILER)
+def _built_by(by: Compiler, instructions: InstructionSet) -> Path:
+    target = cache_folder() / by.file_name(instructions.recipe)
     title = instructions.title
     log.warning("compiling the T5's kernels for %s into %s: once, and it takes some seconds", title, target)
     by.build(instructions.recipe, target)
+    return target

@@ -115,8 +115,12 @@ class Compiler:
             # OpenMP's runtime is not named: torch has loaded one, and its threads are to be the kernels'.
             linked = [*self.command, *self._for_system, "-shared", *map(str, objects), "-o", str(unfinished)]
             self._run(linked)
-            # Another process may have been faster; its file is the same.
-            unfinished.replace(target)
+            # Another process may have been faster; its file is the same, and Windows replaces none that is in use.
+            try:
+                unfinished.replace(target)
+            except PermissionError:
+                if not target.exists():
+                    raise
 
     @property
     def _flags(self) -> tuple[str, ...]:
@@ -140,12 +144,13 @@ ZIG_FOR_WINDOWS = Compiler("ziglang", _ZIG, for_windows=True)
 # Those that make kernels for this system, the best first.
 COMPILERS = (ZIG_FOR_WINDOWS,) if sys.platform == "win32" else (GXX, ZIG)
 
-NO_COMPILER = "there is no C++ compiler to build them with (install g++, or the package ziglang)"
+_TO_INSTALL = "the package ziglang" if sys.platform == "win32" else "g++, or the package ziglang"
+NO_COMPILER = f"there is no C++ compiler to build them with (install {_TO_INSTALL})"
 
 
-def compiler() -> Compiler | None:
-    """What the kernels can be compiled with here."""
-    return next((one for one in COMPILERS if one.is_there), None)
+def compilers() -> list[Compiler]:
+    """What the kernels can be compiled with here, the best first."""
+    return [one for one in COMPILERS if one.is_there]
 
 
 @lru_cache

@@ -34,7 +34,7 @@ class Pool {
     static Index most_threads() { return threads(); }
 
   private:
-    static constexpr int kLooks = 4000;  // for some ten microseconds, before a thread sleeps or lets others go first
+    static constexpr int kLooks = 4000;  // for less than a tenth of a millisecond, before a thread sleeps or lets others go first
 
     // Never destroyed: its threads may outlive what ends with the process. After a fork it is another, since threads are
     // not copied.

@@ -24,7 +24,8 @@ class KernelWeight:
 
     A gated weight has the columns of the gate and then those of up. ``dtype`` is that of the activations, and products
     are computed in it. ``kept`` is that of the weight's numbers in panels; pieces of others are rounded to it in every
-    call. Panels save that, and rearranging the weight. Products ``in_8_bits`` are computed from panels only.
+    call. Panels save that, and rearranging the weight. Products ``in_8_bits`` are computed from panels only. Where one
+    ``stays_in_place``, its holder sees to it that no tensor is moved; those of others are looked for in every call.
     """
 
     pieces: tuple[WeightPiece, ...]
@@ -36,7 +37,7 @@ class KernelWeight:
     is_gated: bool = False
     panels: Tensor | None = None
     scales: Tensor | None = None
-    is_nobody_elses: bool = False
+    stays_in_place: bool = False
 
     @classmethod
     def plain(
@@ -93,11 +94,13 @@ class KernelWeight:
             raise ValueError(f"the kernels for {instructions.title} do not multiply {kept} beside {dtype}")
         columns, depths = _columns_of(pieces), {piece.depth for piece in pieces}
         depth = max(depths, default=0)
-        if len(depths) != 1 or not columns or not depth or depth % 2 or (is_gated and columns % 2):
+        if len(depths) != 1 or not columns or not depth or depth % 2:
             raise ValueError(
                 f"the kernels take pieces of one even depth, not 0; got {sorted(depths)}, {columns} columns"
             )
-        made = cls(tuple(pieces), columns, depth, dtype, kept, instructions, is_gated, is_nobody_elses=True)
+        if is_gated and columns % 2:
+            raise ValueError(f"a gated weight has as many columns of the gate as of up; got {columns}")
+        made = cls(tuple(pieces), columns, depth, dtype, kept, instructions, is_gated, stays_in_place=True)
         made.matrix()
         return made
 
@@ -113,7 +116,7 @@ class KernelWeight:
         steps = self._panel_steps
         panels = torch.empty(steps, dtype=torch.int32)
         kernels(self.instructions).t5_to_panels(ctypes.byref(matrix), address(panels, torch.int32, steps))
-        return replace(self, pieces=(), panels=panels, is_nobody_elses=True)
+        return replace(self, pieces=(), panels=panels, stays_in_place=True)
 
     def original(self) -> Tensor:
         """[columns, depth]; in ``kept`` where it is in panels, or more than numbers of a dtype."""
@@ -136,11 +139,11 @@ class KernelWeight:
         Raises:
             ValueError: the tensors are not, or no longer, what they are to be.
         """
-        return self._told if self.is_nobody_elses else self._described()
+        return self._told if self.stays_in_place else self._described()
 
     @cached_property
     def _told(self) -> Matrix:
-        """Made once: what is nobody else's stays where it is."""
+        """Made once."""
         return self._described()
 
     def _described(self) -> Matrix:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 import torch
 
 from nai_t5_core.backends.choices import ProductsChoice
-from nai_t5_core.backends.forecast import blocks_of
+from nai_t5_core.backends.forecast import blocks_of, in_place
 from nai_t5_core.backends.kernels.runners import KERNELS, best, refuses_mathematics
 from nai_t5_core.backends.quantised.kernels import instructions_for
 from nai_t5_core.backends.quantised.kinds import Kind
@@ -31,15 +31,20 @@ def forecast_quantised(
     """As :func:`nai_t5_core.backends.forecast.forecast`, of an encoder whose weights stay quantised.
 
     Args:
-        kinds: those of the projections of each layer that has any.
+        kinds: those of the projections of each layer; a layer may have none, and is computed as others are then.
     """
     words = f"{device.type}, quantised weights, {attention}"
-    if device.type != "cpu" or not any(all(map(is_read, of_layer)) for of_layer in kinds):
+    if device.type != "cpu":
         return words
+    kinds = [list(of_layer) for of_layer in kinds]
+    plain = "torch" if all(kinds) else in_place(config, dtype, layout, scales)
+    if plain != "torch":
+        words = f"{words}, beside {plain}"
     given = None if products == "auto" else (KERNELS[products] if products in KERNELS else best(KERNELS)).instructions
     instructions = instructions_for(given)
-    if instructions is None or dtype not in instructions.stored:
+    is_any_read = any(of_layer and all(map(is_read, of_layer)) for of_layer in kinds)
+    if instructions is None or dtype not in instructions.stored or not is_any_read:
         return words
-    if any(map(refuses_mathematics, blocks_of(config, dtype, layout, scales))):
+    if all(map(refuses_mathematics, blocks_of(config, dtype, layout, scales))):
         return words
     return f"{words}, {instructions.title} kernels where they read them"

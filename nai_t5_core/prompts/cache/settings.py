@@ -101,9 +101,9 @@ def _uses(how: Choices) -> tuple[LoraUse, ...]:
 
 
 def _kinds_of_layers(examination: Examination) -> list[list[Kind]]:
-    """The kinds of the quantised projections of each layer of the encoder that has any."""
-    found: dict[str, list[Kind]] = {}
+    """The kinds of the quantised projections of each layer of the encoder."""
+    found: dict[str, list[Kind]] = {str(layer): [] for layer in range(examination.config.num_layers)}
     for name, stored in examination.quantised.items():
         if name.startswith("encoder.block."):
-            found.setdefault(name.split(".")[2], []).append(stored.kind)
+            found[name.split(".")[2]].append(stored.kind)
     return list(found.values())
