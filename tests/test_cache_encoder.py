@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import embedded_taken_apart
+from conftest import needs_kernels
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toy_loras import toy_lora
 
 from nai_t5_core.backends.choose import why_not_int8
+from nai_t5_core.backends.kernels import build
+from nai_t5_core.backends.kernels.sets import InstructionSet
 from nai_t5_core.backends.quantised.packing import PackedKind
 from nai_t5_core.facts.families import family_names
 from nai_t5_core.float16.guard import ScaleTightenedWarning
@@ -586,3 +589,30 @@ def test_a_warning_of_loading_is_given_once_at_most(store: Store) -> None:
         warnings.simplefilter("default")
         load(store).encode(["a cat"])
     assert caught == []
+
+
+@needs_kernels
+@pytest.mark.parametrize("is_quantised", [False, True])
+def test_kernels_that_cannot_be_built_are_not_in_the_key(
+    is_quantised: bool, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch computed in their place is not given where they can be: the first miss finds out, and is not kept."""
+    source = tmp_path / "quantised.safetensors" if is_quantised else None
+    if source is not None:
+        convert_quantised(None, source, "int8")
+
+    def fails(instructions: InstructionSet) -> Any:
+        raise RuntimeError("the compiler failed")
+
+    with monkeypatch.context() as without:
+        without.setattr(build, "library", fails)
+        without.setattr(build, "_failures", {})
+        encoder = load(store, source=source)
+        expected: Any = encoder._encoding
+        before = expected.settings
+        found = [encoder.encode(["a cat"]).hidden_states for _ in range(3)]
+        assert expected.settings != before and "kernels" in before.backend
+        assert (store.counts.misses, store.counts.hits) == (2, 1) and torch.equal(found[0], found[2])
+    again = load(store, source=source)
+    again.encode(["a cat"])
+    assert store.counts.misses == 3

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from nai_t5_core.backends.kernels.build import prepare_kernels, why_not_kernels
 from nai_t5_core.model.precision import resolve_device
 from nai_t5_core.prompts.cache.contents import identities, refuse_changed
 from nai_t5_core.prompts.cache.encoding import CachedEncoding
@@ -20,6 +21,7 @@ from nai_t5_core.weights.examine import Examination, ModelSource, examine
 
 if TYPE_CHECKING:
     from nai_t5_core.lora.files import Lora
+    from nai_t5_core.prompts.cache.key import Settings
     from nai_t5_core.prompts.stack_encoding import StackEncoding
 
 
@@ -41,15 +43,20 @@ def cached_encoding(
     begun = settings if noted is None else replace(settings, scales=noted)
     how = how if noted is None else replace(how, scales=noted)
 
-    def load_now() -> StackEncoding:
+    place = resolve_device(how.device)
+
+    def load_now() -> tuple[StackEncoding, Settings]:
         from nai_t5_core.prompts.loading import finish, load_chosen
         from nai_t5_core.prompts.stack_encoding import StackEncoding
 
         loaded = load_chosen(source, subfolder, how)
         refuse_changed(loaded.examination, files)
-        return StackEncoding(finish(loaded.stack, how), loaded.report)
+        encoding = StackEncoding(finish(loaded.stack, how), loaded.report)
+        # Whether kernels that are expected can be built is known once that was tried.
+        if place.type == "cpu" and how.products != "onednn" and why_not_kernels() is None:
+            prepare_kernels()
+        return encoding, replace(begun, backend=settings_for(examination, how, begun.weights).backend)
 
-    place = resolve_device(how.device)
     note = partial(note_scales, settings)
     return CachedEncoding(begun, load_now, store, place, examination.checkpoint.source, note), examination
 

@@ -21,8 +21,10 @@ class CachedEncoding:
     """Encodes through a store; what the store does not have is encoded by an encoder that is loaded for it.
 
     Args:
-        settings: of the encoder that ``load`` gives.
-        load: called once, at the first miss or when the encoder is asked for.
+        settings: those that the encoder is expected to have.
+        load: called once, at the first miss or when the encoder is asked for; gives the encoder, and the settings that
+            it has. Where they are others, such as without kernels that could not be built, what was looked up by the
+            expected ones is not kept.
         store: where embeddings are kept.
         device: the encoder's.
         source: of the weights, for people.
@@ -32,7 +34,7 @@ class CachedEncoding:
     def __init__(
         self,
         settings: Settings,
-        load: Callable[[], Encoding],
+        load: Callable[[], tuple[Encoding, Settings]],
         store: Store,
         device: torch.device,
         source: str,
@@ -75,7 +77,9 @@ class CachedEncoding:
                 # Imported with the encoder, so that a prompt that is kept comes sooner.
                 from nai_t5_core.prompts.cache.loaded_settings import SettingsOfStack
 
-                loaded = self._load()
+                loaded, has = self._load()
+                if has != self.settings:
+                    self.settings = has
                 self._settings_now = SettingsOfStack(loaded.stack, lambda: self.settings, self._note)
                 self._loaded = loaded
         return self._loaded
