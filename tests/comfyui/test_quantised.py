@@ -12,6 +12,8 @@ import pytest
 import torch
 from checkpoints import write_file
 from comfy_toys import (
+    FUSED,
+    KERNELS,
     assert_equal_conditioning,
     conditioning,
     error,
@@ -57,6 +59,17 @@ def write_kind(folder: Path, kind: str, config: T5Config = CONFIG) -> Path:
     # ComfyUI rounds patches of bfloat16 weights at random.
     tensors |= {name: state[name] for name in tensors if name in state and tensors[name].dtype == torch.bfloat16}
     return write_quantised(folder / "t5.safetensors", tensors)
+
+
+def write_mixed(folder: Path) -> Path:
+    """A file of int8 weights whose first layer is plain."""
+    torch.manual_seed(5)
+    state = random_state(CONFIG)
+    first = {name: tensor for name, tensor in state.items() if name.startswith("encoder.block.0.")}
+    others = {name: tensor for name, tensor in state.items() if name not in first}
+    tensors = quantised(others, READ["int8"][1]) | first
+    tensors |= {name: state[name] for name in tensors if name in state and tensors[name].dtype == torch.bfloat16}
+    return write_quantised(folder / "mixed.safetensors", tensors)
 
 
 def load(path: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings = FLOAT32, family: str = "mochi") -> Any:
@@ -130,13 +143,56 @@ def test_unpacked_where_that_is_chosen(kind: str, tmp_path: Path, monkeypatch: p
     assert_equal_conditioning(conditioning(clip, PROMPT), expected, 2e-2)
 
 
-@pytest.mark.parametrize("layout", ["fused", "packed", "int8"])
-def test_layouts_that_are_refused(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("layout", "told"),
+    [
+        ("fused", "cannot run in the fused layout: its weights stay quantised; choose the layout auto"),
+        ("packed", "the packed layout .*, which stay quantised as they are in this file: choose the layout auto"),
+        ("int8", "the int8 layout .*, which stay quantised as they are in this file: choose the layout auto"),
+    ],
+)
+def test_layouts_that_are_refused(layout: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from comfy_nai_t5.clip import describe
 
     path = write_kind(tmp_path, "Q8_0")
-    with pytest.raises(ValueError, match=r"stay quantised.*: ?;? ?choose the layout auto|choose the layout auto"):
+    with pytest.raises(ValueError, match=told):
         describe(load(path, monkeypatch, Settings("float32", layout=layout)))
+
+
+def test_a_plain_layer_beside_quantised_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is joined, and computed as in any other file; nothing is in memory twice."""
+    from comfy_nai_t5.clip import describe
+    from comfy_nai_t5.quantised import quantised_modules
+
+    path = write_mixed(tmp_path)
+    clip, theirs = load(path, monkeypatch), stock_of(tmp_path, path)
+    held = [name for name, _ in quantised_modules(t5_of(clip))]
+    assert len(held) == 7 and all(name.startswith("encoder.block.1.") for name in held)
+    assert describe(clip).endswith(f"{FUSED} but for 1 of 2 layers: its weights stay quantised"), describe(clip)
+    assert 0.95 * path.stat().st_size < clip.patcher.model_size() <= path.stat().st_size
+    assert_equal_conditioning(conditioning(clip, PROMPT), conditioning(theirs, PROMPT))
+    assert clip.load_model().loaded_size() == clip.patcher.model_size() <= path.stat().st_size
+    lora = toy_lora_of(theirs)
+    mine, expected = (conditioning(with_lora(each, lora, 0.8), PROMPT) for each in (clip, theirs))
+    assert_equal_conditioning(mine, expected)
+    assert error(expected["cond"], conditioning(theirs, PROMPT)["cond"]) > 1e-3
+
+
+def key_of_tokens(clip: Any) -> str:
+    from comfy_nai_t5.clip_key import key_of
+
+    return key_of(clip, "base", {"t5xxl": clip.cond_stage_model.t5xxl}, clip.tokenize(PROMPT), None).text
+
+
+@pytest.mark.skipif(not KERNELS, reason="this processor has no kernels")
+def test_kernels_are_in_the_key_beside_quantised_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They compute the plain layer, in another order of sums."""
+    clip = load(write_mixed(tmp_path), monkeypatch, Settings("bfloat16"))
+    by_kernels, key = conditioning(clip, PROMPT)["cond"], key_of_tokens(clip)
+    assert key == key_of_tokens(clip)
+    monkeypatch.setattr("comfy_nai_t5.fused.better_than_kernels", lambda: "this test")
+    assert not torch.equal(conditioning(clip, PROMPT)["cond"], by_kernels)
+    assert key_of_tokens(clip) != key
 
 
 KINDS_TO_PATCH = ["Q8_0", "Q4_K", "int8, rotated", "NF4", "NVFP4", "LLM.int8"]
