@@ -54,16 +54,20 @@ class Quantised(comfy.ops.CastWeightBiasOp, nn.Module):
         """All changes of the numbers, in their order."""
         return [*self.weight_function, *self.hooked]
 
+    def unchanged(self, device: torch.device) -> Tensor:
+        """The numbers [rows, columns] in float32, as the file has them: the caller's own."""
+        return self.quantised.to(device).plain()
+
     def numbers(self, device: torch.device) -> Tensor:
         """The numbers [rows, columns] in float32, with all changes."""
-        numbers = self.quantised.to(device).plain()
+        numbers = self.unchanged(device)
         for change in self.changes:
             numbers = change(numbers)
         return numbers
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **_: Any) -> Tensor:
         """For ComfyUI, where it merges models: the unchanged numbers, on the device of the bytes that it gives."""
-        return self.quantised.to(weight.device).plain()
+        return self.unchanged(weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantised:
         """Moves the parts; whatever would cast numbers finds bytes."""

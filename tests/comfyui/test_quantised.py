@@ -277,6 +277,30 @@ def test_hooks(pair: tuple[Any, Any], scheduled: bool) -> None:
     assert error(expected[0][0], expected[-1][0]) > 1e-3
 
 
+def test_hooks_of_another_model(pair: tuple[Any, Any]) -> None:
+    """They add the difference to the weights as they were before the LoRA beneath; and they come and go."""
+    import comfy.hooks
+    from comfy_extras.nodes_hooks import SetClipHooks
+
+    generator = torch.Generator().manual_seed(11)
+    state = comfy.hooks.get_patch_weights_from_model(pair[1].patcher)
+    other = {
+        key: value + 0.05 * torch.randn(value.shape, generator=generator)
+        for key, value in state.items()
+        if key.startswith("t5xxl.transformer.") and value.ndim == 2
+    }
+    beneath, results = toy_lora_of(pair[1], 3), []
+    for clip in pair:
+        patched = with_lora(clip, beneath, 0.4)
+        hooks = comfy.hooks.create_hook_model_as_lora(None, other, 0, 0.7)
+        hooked = SetClipHooks().apply_hooks(patched, schedule_clip=False, apply_to_conds=True, hooks=hooks)[0]
+        results.append([conditioning(each, PROMPT)["cond"] for each in (hooked, hooked, patched, hooked)])
+    mine, expected = results
+    for ours_at, theirs_at in zip(mine, expected, strict=True):
+        assert error(ours_at, theirs_at) < 1e-4
+    assert error(expected[1], expected[2]) > 1e-3
+
+
 def test_merging(pair: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one of another kind; ComfyUI asks either for its numbers."""
     from comfy_extras.nodes_model_merging import CLIPMergeSimple
