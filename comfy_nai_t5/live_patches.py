@@ -15,7 +15,6 @@ from torch import Tensor
 
 from comfy_nai_t5.quantised import Quantised, quantised_modules
 
-
 # The patches that add how far another model's weight is from the unchanged one, which they have to be given.
 _FROM_UNCHANGED = "model_as_lora"
 

@@ -98,10 +98,11 @@ class QuantisedEmbedding(Quantised, nn.Embedding):
         self.num_embeddings, self.embedding_dim = weight.shape
 
     def forward(self, ids: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        """Ids of any shape to [..., embedding_dim]."""
-        flat = ids.reshape(-1).long()
-        rows = self.numbers(ids.device)[flat] if self.changes else self.quantised.to(ids.device).rows(flat)
-        return rows.to(out_dtype or torch.float32).reshape(*ids.shape, -1)
+        """Ids of any shape to [..., embedding_dim] on their device; the table stays where it is, unless it changes."""
+        place = ids.device if self.changes else self.quantised.device
+        flat = ids.reshape(-1).to(place).long()
+        rows = self.numbers(place)[flat] if self.changes else self.quantised.rows(flat)
+        return rows.to(out_dtype or torch.float32).to(ids.device).reshape(*ids.shape, -1)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.kind.name}"

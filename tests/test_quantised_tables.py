@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from pretended_cuda import CUDA, PretendedCuda
-from torch import Tensor
 
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.kinds import WEIGHT, QuantisedWeight
@@ -17,26 +16,11 @@ ROWS, COLUMNS = 50, 64
 IDS = torch.tensor([[3, 49, 0], [51, 3, 7]])
 
 
-class Moves(PretendedCuda):
-    """Notes how many bytes each copy from one device to the other moves."""
-
-    def reset(self) -> None:
-        super().reset()
-        self.moved: list[int] = []
-
-    def _moved(self, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> Tensor | None:
-        copies = self.copies.total()
-        found = super()._moved(args, kwargs)
-        if self.copies.total() > copies:
-            self.moved.append((args[1] if len(args) > 1 else args[0]).nbytes)
-        return found
-
-
 @pytest.fixture
-def moves(monkeypatch: pytest.MonkeyPatch) -> Iterator[Moves]:
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedCuda]:
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    with torch.no_grad(), Moves() as moves:
-        yield moves
+    with torch.no_grad(), PretendedCuda() as pretended:
+        yield pretended
 
 
 def table_of(dtype: torch.dtype) -> QuantisedEmbedding:
@@ -51,14 +35,14 @@ def table_of(dtype: torch.dtype) -> QuantisedEmbedding:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_go_to_the_ids_of_another_device(dtype: torch.dtype, moves: Moves) -> None:
+def test_rows_go_to_the_ids_of_another_device(dtype: torch.dtype, device: PretendedCuda) -> None:
     table = table_of(dtype)
     ids = IDS.to(CUDA)
-    moves.reset()
+    device.reset()
     rows = table(ids)
     assert (rows.device, rows.dtype, tuple(rows.shape)) == (CUDA, dtype, (*IDS.shape, COLUMNS))
-    assert sum(moves.moved) == ids.nbytes + rows.nbytes
-    assert len(moves.moved) == 2
+    assert sum(device.moved) == ids.nbytes + rows.nbytes
+    assert len(device.moved) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,6 @@ import torch
 from checkpoints import write_file
 from comfy_toys import (
     FUSED,
-    KERNELS,
     assert_equal_conditioning,
     conditioning,
     error,
@@ -30,7 +26,6 @@ from toy_quantised import READ, quantised, write_quantised
 
 from comfy_nai_t5.choices import Settings
 from nai_t5_core.facts.config import T5Config
-from nai_t5_core.prompts.cache.store import Store
 from nai_t5_core.weights.load import load_encoder
 
 require_comfyui()
@@ -122,16 +117,6 @@ def test_values_are_those_of_the_library(kind: str, tmp_path: Path, monkeypatch:
     assert error(conditioning(half, "a photo of a cat")["cond"], mine) < 5e-2
 
 
-@pytest.mark.parametrize("kind", [*GGUF_KINDS, *OTHER_KINDS])
-def test_sizes_are_those_of_the_bytes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ComfyUI is told it needs for the model."""
-    path = write_kind(tmp_path, kind)
-    clip = load(path, monkeypatch, Settings("float32", "file"))
-    assert 0.95 * path.stat().st_size < clip.patcher.model_size() <= path.stat().st_size
-    loaded = clip.load_model()
-    assert loaded.loaded_size() == clip.patcher.model_size()
-
-
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "int8, rotated", "NVFP4", "NF4", "float8, by rows"])
 def test_unpacked_where_that_is_chosen(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_kind(tmp_path, kind)
@@ -176,23 +161,6 @@ def test_a_plain_layer_beside_quantised_ones(tmp_path: Path, monkeypatch: pytest
     mine, expected = (conditioning(with_lora(each, lora, 0.8), PROMPT) for each in (clip, theirs))
     assert_equal_conditioning(mine, expected)
     assert error(expected["cond"], conditioning(theirs, PROMPT)["cond"]) > 1e-3
-
-
-def key_of_tokens(clip: Any) -> str:
-    from comfy_nai_t5.clip_key import key_of
-
-    return key_of(clip, "base", {"t5xxl": clip.cond_stage_model.t5xxl}, clip.tokenize(PROMPT), None).text
-
-
-@pytest.mark.skipif(not KERNELS, reason="this processor has no kernels")
-def test_kernels_are_in_the_key_beside_quantised_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They compute the plain layer, in another order of sums."""
-    clip = load(write_mixed(tmp_path), monkeypatch, Settings("bfloat16"))
-    by_kernels, key = conditioning(clip, PROMPT)["cond"], key_of_tokens(clip)
-    assert key == key_of_tokens(clip)
-    monkeypatch.setattr("comfy_nai_t5.fused.better_than_kernels", lambda: "this test")
-    assert not torch.equal(conditioning(clip, PROMPT)["cond"], by_kernels)
-    assert key_of_tokens(clip) != key
 
 
 KINDS_TO_PATCH = ["Q8_0", "Q4_K", "int8, rotated", "NF4", "NVFP4", "LLM.int8"]
@@ -395,17 +363,6 @@ def test_tables_that_are_patched(pair: tuple[Any, Any]) -> None:
     assert error(expected["cond"], conditioning(theirs, PROMPT)["cond"]) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "int8"])
-def test_memory_holds_the_bytes_of_the_file(kind: str) -> None:
-    """After the load, during encodes, and with a LoRA on every projection."""
-    command = [sys.executable, str(Path(__file__).parent / "memory.py"), "t5-v1_1-large", kind, "--layers", "6"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    shares = json.loads(done.stdout.splitlines()[-1])
-    assert shares["size, MB"] > 100
-    assert all(shares[step] < 1.05 for step in ("load", "encode", "LoRA")), shares
-    assert shares["encode"] > 0.5, "it was not the file that was measured"
-
-
 def test_flux(tmp_path: Path) -> None:
     """Beside a text encoder that is not quantised, and that stays ComfyUI's."""
     from test_clip import _TOY_CLIP, toy_clip_l
@@ -425,52 +382,3 @@ def test_flux(tmp_path: Path) -> None:
     mine, stock_one = (conditioning(with_lora(clip, lora, 0.7), PROMPT) for clip in (ours, expected))
     assert_equal_conditioning(mine, stock_one)
     assert error(stock_one["cond"], conditioning(expected, PROMPT)["cond"]) > 1e-3
-
-
-@pytest.mark.parametrize("choice", ["auto", "unpack"])
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "int8, rotated", "NF4", "NVFP4", "float8, by rows"])
-def test_the_cache(kind: str, choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files are read at the first prompt that is not kept; LoRAs, kinds and the choice to unpack are told apart."""
-    from comfy_nai_t5 import families, late
-
-    monkeypatch.setitem(families.FAMILIES, "mochi", toy_family("mochi"))
-    store = Store(tmp_path / "store")
-    monkeypatch.setattr(late, "store_for", lambda choice: store)
-    monkeypatch.setattr("comfy_nai_t5.clip.store_for", lambda choice: store)
-    path = write_kind(tmp_path, kind)
-    expected = conditioning(load(path, monkeypatch, Settings("float32", choice)), PROMPT)
-
-    def loaded(weights: str) -> Any:
-        return late.late_t5(path, "mochi", Settings("float32", weights, cache="on"))
-
-    first = loaded(choice)
-    lora = toy_lora(t5_of(first), EVERYWHERE, "t5xxl")
-    assert torch.equal(conditioning(first, PROMPT)["cond"], expected["cond"])
-    patched = conditioning(with_lora(first, lora, 0.5), PROMPT)
-    assert error(patched["cond"], expected["cond"]) > 1e-3
-    again = loaded(choice)
-    for clip, wanted in ((again, expected), (with_lora(again, lora, 0.5), patched)):
-        assert torch.equal(conditioning(clip, PROMPT)["cond"], wanted["cond"])
-    assert not again.cache.is_loaded and (store.counts.hits, store.counts.misses) == (2, 2)
-    other = loaded("unpack" if choice == "auto" else "auto")
-    conditioning(other, PROMPT)
-    assert other.cache.is_loaded and store.counts.misses == 3
-    assert again.load_model() and again.cache.is_loaded
-    assert torch.equal(
-        conditioning(with_lora(again, lora, -0.5).clone(), PROMPT)["cond"],
-        conditioning(with_lora(load(path, monkeypatch, Settings("float32", choice)), lora, -0.5), PROMPT)["cond"],
-    )
-
-
-def test_kinds_are_in_the_hash_of_weights_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bytes mean other numbers in another kind."""
-    from comfy_nai_t5.clip_cache import weights_in_memory
-    from comfy_nai_t5.quantised import quantised_modules
-    from nai_t5_core.backends.quantised.ggml import GGML_KINDS
-
-    clip = load(write_kind(tmp_path, "Q4_0"), monkeypatch)
-    before = weights_in_memory(clip.patcher)
-    assert before is not None and before == weights_in_memory(clip.patcher)
-    for _, module in quantised_modules(clip.patcher.model):
-        module.kind = GGML_KINDS["IQ4_NL"]
-    assert weights_in_memory(clip.patcher) not in (None, before)
