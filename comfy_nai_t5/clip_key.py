@@ -51,8 +51,9 @@ def _computing(owner: Any) -> list[Any]:
     """How a T5 of ours computes now, and what its owner makes of that."""
     stack = owner.transformer.stack
     scales = None if stack.scales.is_one else stack.scales.to_json()
-    products = "quantised" if stays_quantised(owner.transformer) else stack.takes_kernels
-    how = [str(stack.dtype), stack.wish, stack.attention, stack.compiled, products, stack.device.type]
+    # A file may have plain layers beside quantised ones, and those are computed by the kernels.
+    products = [stack.takes_kernels, *(["quantised"] if stays_quantised(owner.transformer) else [])]
+    how = [str(stack.dtype), stack.wish, stack.attention, stack.compiled, *products, stack.device.type]
     masks = [owner.zero_out_masked, owner.return_attention_masks, owner.enable_attention_masks]
     return [*how, owner.transformer.padding, scales, *masks, _plain(owner.special_tokens)]
 

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from comfy_nai_t5.quantised import Quantised, quantised_modules
 
+# The patches that add how far another model's weight is from the unchanged one, which they have to be given.
+_FROM_UNCHANGED = "model_as_lora"
+
 
 class LivePatches:
     """Adds ComfyUI's patches of a weight to its numbers."""
@@ -24,8 +27,28 @@ class LivePatches:
 
     def __call__(self, numbers: Tensor) -> Tensor:
         """[rows, columns] float32, which are changed in place."""
-        changed: Tensor = comfy.lora.calculate_weight(self.patches, numbers, self.key, intermediate_dtype=numbers.dtype)
+        return self._changed(numbers)
+
+    def _changed(self, numbers: Tensor, **options: Any) -> Tensor:
+        changed: Tensor = comfy.lora.calculate_weight(
+            self.patches, numbers, self.key, intermediate_dtype=numbers.dtype, **options
+        )
         return changed
+
+
+class LiveHooks(LivePatches):
+    """Adds the patches of hooks, among which may be those that need the weight as it is without any patch."""
+
+    def __init__(self, key: str, patches: Sequence[Any], module: Quantised) -> None:
+        super().__init__(key, patches)
+        self.module = module
+        self.needs_unchanged = any(isinstance(each[1], tuple) and each[1][0] == _FROM_UNCHANGED for each in patches)
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        if not self.needs_unchanged:
+            return super().__call__(numbers)
+        # As ComfyUI has original weights: the first of what there is for a key, and of that the first again.
+        return self._changed(numbers, original_weights={self.key: [(self.module.unchanged(numbers.device),)]})
 
 
 class LivePatcher(ModelPatcher):
@@ -64,7 +87,7 @@ class LivePatcher(ModelPatcher):
         if module is None:
             super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
         elif key in combined_patches:
-            module.hooked = [LivePatches(key, combined_patches[key])]
+            module.hooked = [LiveHooks(key, combined_patches[key], module)]
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
         super().unpatch_hooks(whitelist_keys_set)

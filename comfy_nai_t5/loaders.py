@@ -33,6 +33,7 @@ from comfy_nai_t5.quantised import QuantisedEmbedding, QuantisedLinear
 from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.kernels.runners import KERNELS, best
 from nai_t5_core.model.precision import is_finite, keeps_finite
+from nai_t5_core.weights.formats import is_gguf
 
 _NO_TOKENIZER = (
     "{source} comes without its tokenizer; choose a safetensors file of the same T5 with the tokenizer inside (those "
@@ -176,7 +177,8 @@ def load_with_clip(
         disable_dynamic: as for :func:`load_t5`.
 
     Raises:
-        ValueError: no fitting T5 among the files, too many or too few of them, a damaged one; impossible settings.
+        ValueError: no fitting T5 among the files, too many or too few of them, a damaged one, a GGUF file of another
+            encoder; impossible settings.
     """
     settings = settings or Settings()
     options = {**device_options(settings.device), **(model_options or {})}
@@ -227,8 +229,15 @@ def _read_all(
 ) -> tuple[list[dict[str, torch.Tensor]], ServerCheckpoint | None]:
     """The tensors of each file, and the T5 among them, whose options are put to the others."""
     states, checkpoint = [], None
-    for path in paths:
-        if not holds_t5(path):
+    are_t5 = [holds_t5(path) for path in paths]
+    for path, is_t5 in zip(paths, are_t5, strict=True):
+        if not is_t5 and is_gguf(Path(path)):
+            raise ValueError(
+                f"{path} is a GGUF file and holds no T5; ComfyUI's own encoders are not read from GGUF: "
+                "choose a safetensors file of this one"
+            )
+    for path, is_t5 in zip(paths, are_t5, strict=True):
+        if not is_t5:
             states.append(_other_encoder(path))
             continue
         checkpoint = read(path)

@@ -14,8 +14,7 @@ from comfy_nai_t5.choices import ATTENTIONS, CACHES, DTYPES, LAYOUTS, WEIGHTS
 
 CATEGORY = "text encoders/T5"
 EMBEDDED = "embedded tiny model (to try the nodes with)"
-# What the folders of text encoders are called where GGUF files are looked for in them.
-_GGUF_FOLDERS = "t5_nai_gguf"
+_GGUF = ".gguf"
 
 _TIPS = {
     "dtype": "What is computed in. auto: float16 on a GPU; on a CPU bfloat16 where it is fast, else float32. float16 "
@@ -45,11 +44,18 @@ def schema(**entries: Any) -> io.Schema:
     return io.Schema(category=CATEGORY, **{name: value for name, value in entries.items() if name in known})
 
 
-def files() -> list[str]:
-    """The text encoders; ComfyUI itself does not list GGUF files, which lie in the same folders."""
-    known = folder_paths.folder_names_and_paths
-    known[_GGUF_FOLDERS] = (known["text_encoders"][0], {".gguf"})
-    return sorted({name for key in ("text_encoders", _GGUF_FOLDERS) for name in folder_paths.get_filename_list(key)})
+def other_files() -> list[str]:
+    """The text encoders that ComfyUI itself reads; other nodes may have it list GGUF files too."""
+    return [name for name in folder_paths.get_filename_list("text_encoders") if not name.lower().endswith(_GGUF)]
+
+
+def t5_files() -> list[str]:
+    """The text encoders, and the GGUF files in the same folders, which ComfyUI itself does not list."""
+    found = set(other_files())
+    for folder in folder_paths.get_folder_paths("text_encoders"):
+        names, _ = folder_paths.recursive_search(folder, excluded_dir_names=[".git"])
+        found.update(folder_paths.filter_files_extensions(names, {_GGUF}))
+    return sorted(found)
 
 
 def path_of(name: str) -> str | None:

@@ -21,10 +21,11 @@ from comfy_nai_t5.node_inputs import (
     EMBEDDED,
     computing_inputs,
     dtype_input,
-    files,
     loading_inputs,
+    other_files,
     path_of,
     schema,
+    t5_files,
     text_inputs,
 )
 from comfy_nai_t5.telling import show, warn
@@ -55,7 +56,7 @@ class LoadT5(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "t5_name",
-                    options=[EMBEDDED, *files()],
+                    options=[EMBEDDED, *t5_files()],
                     tooltip="A T5 of any kind, found by its content: T5 v1.0 and v1.1, FLAN, UMT5, Pile-T5, mT5, ByT5; "
                     "float32, float16, bfloat16, float8, scaled float8, GGUF; one file or the first of its shards.",
                 ),
@@ -85,7 +86,7 @@ class LoadClipT5(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         others = [
-            io.Combo.Input(name, options=[NONE, *files()], default=NONE, tooltip=tip)
+            io.Combo.Input(name, options=[NONE, *other_files()], default=NONE, tooltip=tip)
             for name, tip in (
                 ("clip_l", "CLIP-L: Flux needs it; SD3 and HiDream may have it."),
                 ("clip_g", "CLIP-G: for SD3 and HiDream."),
@@ -98,7 +99,7 @@ class LoadClipT5(io.ComfyNode):
             description=f"Loads the text encoders of {joint_titles('or')}. Only the T5 is ours, the others ComfyUI's.",
             search_aliases=["dual clip loader", "triple clip loader", *JOINT_FAMILIES, "t5xxl"],
             inputs=[
-                io.Combo.Input("t5_name", options=files(), tooltip="The T5 v1.1 XXL of the model, in any dtype."),
+                io.Combo.Input("t5_name", options=t5_files(), tooltip="The T5 v1.1 XXL of the model, in any dtype."),
                 io.Combo.Input("family", options=list(JOINT_FAMILIES), tooltip="The model they belong to."),
                 *others,
                 *loading_inputs(),
@@ -225,7 +226,7 @@ class ReportPrecision(io.ComfyNode):
             "float16's range, with the scales that keep it inside. Takes minutes for the largest models.",
             search_aliases=["calibrate", "float16", "overflow", "nan"],
             inputs=[
-                io.Combo.Input("t5_name", options=[EMBEDDED, *files()], tooltip="A T5 file that has its tokenizer."),
+                io.Combo.Input("t5_name", options=[EMBEDDED, *t5_files()], tooltip="A T5 file that has its tokenizer."),
                 io.Float.Input(
                     "headroom",
                     default=4.0,

@@ -54,16 +54,20 @@ class Quantised(comfy.ops.CastWeightBiasOp, nn.Module):
         """All changes of the numbers, in their order."""
         return [*self.weight_function, *self.hooked]
 
+    def unchanged(self, device: torch.device) -> Tensor:
+        """The numbers [rows, columns] in float32, as the file has them: the caller's own."""
+        return self.quantised.to(device).plain()
+
     def numbers(self, device: torch.device) -> Tensor:
         """The numbers [rows, columns] in float32, with all changes."""
-        numbers = self.quantised.to(device).plain()
+        numbers = self.unchanged(device)
         for change in self.changes:
             numbers = change(numbers)
         return numbers
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **_: Any) -> Tensor:
         """For ComfyUI, where it merges models: the unchanged numbers, on the device of the bytes that it gives."""
-        return self.quantised.to(weight.device).plain()
+        return self.unchanged(weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantised:
         """Moves the parts; whatever would cast numbers finds bytes."""
@@ -94,10 +98,11 @@ class QuantisedEmbedding(Quantised, nn.Embedding):
         self.num_embeddings, self.embedding_dim = weight.shape
 
     def forward(self, ids: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        """Ids of any shape to [..., embedding_dim]."""
-        flat = ids.reshape(-1).long()
-        rows = self.numbers(ids.device)[flat] if self.changes else self.quantised.to(ids.device).rows(flat)
-        return rows.to(out_dtype or torch.float32).reshape(*ids.shape, -1)
+        """Ids of any shape to [..., embedding_dim] on their device; the table stays where it is, unless it changes."""
+        place = ids.device if self.changes else self.quantised.device
+        flat = ids.reshape(-1).to(place).long()
+        rows = self.numbers(place)[flat] if self.changes else self.quantised.rows(flat)
+        return rows.to(out_dtype or torch.float32).to(ids.device).reshape(*ids.shape, -1)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.kind.name}"

@@ -108,6 +108,7 @@ class PretendedCuda(TorchDispatchMode):
     Attributes:
         launches: kernels, by the operation that launches them.
         copies: between host and device, as ("cpu", "cuda") or the other way round.
+        moved: the bytes of each of these copies.
         waits: of the host for the device, by what it waits for.
         pinned: tensors of the host whose copies need not be waited for.
         float32_products: products of float32 matrices.
@@ -125,6 +126,7 @@ class PretendedCuda(TorchDispatchMode):
     def reset(self) -> None:
         self.launches: Counter[str] = Counter()
         self.copies: Counter[tuple[str, str]] = Counter()
+        self.moved: list[int] = []
         self.waits: Counter[str] = Counter()
         self.pinned: list[Tensor] = []
         self.float32_products = 0
@@ -166,6 +168,7 @@ class PretendedCuda(TorchDispatchMode):
         if into.type == source.device.type:
             return None
         self.copies[source.device.type, into.type] += 1
+        self.moved.append(source.nbytes)
         is_pinned = any(source is tensor for tensor in self.pinned)
         if into.type == "cpu" or not (is_pinned and kwargs.get("non_blocking", False)):
             self.waits["copy"] += 1

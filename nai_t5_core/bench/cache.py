@@ -121,14 +121,8 @@ def _misses(folder: Path, config: T5Config, rounds: int) -> tuple[Spread, dict[s
     )
     on_disk: Any = loaded._encoding
     ready = StackEncoding(loaded.stack)
-    in_memory = CachedEncoding(
-        on_disk.settings,
-        lambda: (ready, on_disk.settings),
-        stores["memory"],
-        torch.device("cpu"),
-        "",
-        lambda scales: None,
-    )
+    settings, place = on_disk.settings, torch.device("cpu")
+    in_memory = CachedEncoding(settings, lambda: (ready, settings), stores["memory"], place, "", lambda scales: None)
     ways = {"none": ready, "memory": in_memory, "disk": on_disk}
     encoders = {name: TextEncoder(encoding, loaded.tokenizer) for name, encoding in ways.items()}
     taken: dict[str, list[float]] = {name: [] for name in encoders}

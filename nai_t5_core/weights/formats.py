@@ -165,7 +165,7 @@ def _open_file(path: Path) -> Checkpoint:
     head = _head(path)
     if head.lstrip()[:1] == b"{" and not _is_safetensors(head):
         return _open_index(path)
-    if not _is_gguf(head):  # which says itself whether it is a part, whatever its name
+    if not is_gguf(path):  # which says itself whether it is a part, whatever its name
         _refuse_single_shard(path)
     checkpoint = _open_weights(path)
     if path.name in _WHOLE_MODELS:
@@ -188,7 +188,7 @@ def _open_weights(path: Path) -> Checkpoint:
         return _open_safetensors(path)
     if head[:2] in (b"PK", b"\x80\x02"):
         return _open_pytorch(path)
-    if _is_gguf(head):
+    if is_gguf(path):
         return _open_gguf(path)
     raise CheckpointError(
         f"{path} is neither safetensors, nor a PyTorch or GGUF file, nor a shard index (it begins with {head[:8]!r}); "
@@ -205,8 +205,9 @@ def _is_safetensors(head: bytes) -> bool:
     return head[8:9] == b"{"
 
 
-def _is_gguf(head: bytes) -> bool:
-    return head.startswith(GGUF.encode())
+def is_gguf(path: Path) -> bool:
+    """Whether a file is GGUF by its first bytes, whatever it is called."""
+    return _head(path).startswith(GGUF.encode())
 
 
 def _open_safetensors(path: Path) -> Checkpoint:

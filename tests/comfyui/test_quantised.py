@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +9,7 @@ import pytest
 import torch
 from checkpoints import write_file
 from comfy_toys import (
+    FUSED,
     assert_equal_conditioning,
     conditioning,
     error,
@@ -29,7 +26,6 @@ from toy_quantised import READ, quantised, write_quantised
 
 from comfy_nai_t5.choices import Settings
 from nai_t5_core.facts.config import T5Config
-from nai_t5_core.prompts.cache.store import Store
 from nai_t5_core.weights.load import load_encoder
 
 require_comfyui()
@@ -58,6 +54,17 @@ def write_kind(folder: Path, kind: str, config: T5Config = CONFIG) -> Path:
     # ComfyUI rounds patches of bfloat16 weights at random.
     tensors |= {name: state[name] for name in tensors if name in state and tensors[name].dtype == torch.bfloat16}
     return write_quantised(folder / "t5.safetensors", tensors)
+
+
+def write_mixed(folder: Path) -> Path:
+    """A file of int8 weights whose first layer is plain."""
+    torch.manual_seed(5)
+    state = random_state(CONFIG)
+    first = {name: tensor for name, tensor in state.items() if name.startswith("encoder.block.0.")}
+    others = {name: tensor for name, tensor in state.items() if name not in first}
+    tensors = quantised(others, READ["int8"][1]) | first
+    tensors |= {name: state[name] for name in tensors if name in state and tensors[name].dtype == torch.bfloat16}
+    return write_quantised(folder / "mixed.safetensors", tensors)
 
 
 def load(path: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings = FLOAT32, family: str = "mochi") -> Any:
@@ -110,16 +117,6 @@ def test_values_are_those_of_the_library(kind: str, tmp_path: Path, monkeypatch:
     assert error(conditioning(half, "a photo of a cat")["cond"], mine) < 5e-2
 
 
-@pytest.mark.parametrize("kind", [*GGUF_KINDS, *OTHER_KINDS])
-def test_sizes_are_those_of_the_bytes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ComfyUI is told it needs for the model."""
-    path = write_kind(tmp_path, kind)
-    clip = load(path, monkeypatch, Settings("float32", "file"))
-    assert 0.95 * path.stat().st_size < clip.patcher.model_size() <= path.stat().st_size
-    loaded = clip.load_model()
-    assert loaded.loaded_size() == clip.patcher.model_size()
-
-
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "int8, rotated", "NVFP4", "NF4", "float8, by rows"])
 def test_unpacked_where_that_is_chosen(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_kind(tmp_path, kind)
@@ -131,13 +128,39 @@ def test_unpacked_where_that_is_chosen(kind: str, tmp_path: Path, monkeypatch: p
     assert_equal_conditioning(conditioning(clip, PROMPT), expected, 2e-2)
 
 
-@pytest.mark.parametrize("layout", ["fused", "packed", "int8"])
-def test_layouts_that_are_refused(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("layout", "told"),
+    [
+        ("fused", "cannot run in the fused layout: its weights stay quantised; choose the layout auto"),
+        ("packed", "the packed layout .*, which stay quantised as they are in this file: choose the layout auto"),
+        ("int8", "the int8 layout .*, which stay quantised as they are in this file: choose the layout auto"),
+    ],
+)
+def test_layouts_that_are_refused(layout: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from comfy_nai_t5.clip import describe
 
     path = write_kind(tmp_path, "Q8_0")
-    with pytest.raises(ValueError, match=r"stay quantised.*: ?;? ?choose the layout auto|choose the layout auto"):
+    with pytest.raises(ValueError, match=told):
         describe(load(path, monkeypatch, Settings("float32", layout=layout)))
+
+
+def test_a_plain_layer_beside_quantised_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is joined, and computed as in any other file; nothing is in memory twice."""
+    from comfy_nai_t5.clip import describe
+    from comfy_nai_t5.quantised import quantised_modules
+
+    path = write_mixed(tmp_path)
+    clip, theirs = load(path, monkeypatch), stock_of(tmp_path, path)
+    held = [name for name, _ in quantised_modules(t5_of(clip))]
+    assert len(held) == 7 and all(name.startswith("encoder.block.1.") for name in held)
+    assert describe(clip).endswith(f"{FUSED} but for 1 of 2 layers: its weights stay quantised"), describe(clip)
+    assert 0.95 * path.stat().st_size < clip.patcher.model_size() <= path.stat().st_size
+    assert_equal_conditioning(conditioning(clip, PROMPT), conditioning(theirs, PROMPT))
+    assert clip.load_model().loaded_size() == clip.patcher.model_size() <= path.stat().st_size
+    lora = toy_lora_of(theirs)
+    mine, expected = (conditioning(with_lora(each, lora, 0.8), PROMPT) for each in (clip, theirs))
+    assert_equal_conditioning(mine, expected)
+    assert error(expected["cond"], conditioning(theirs, PROMPT)["cond"]) > 1e-3
 
 
 KINDS_TO_PATCH = ["Q8_0", "Q4_K", "int8, rotated", "NF4", "NVFP4", "LLM.int8"]
@@ -220,6 +243,30 @@ def test_hooks(pair: tuple[Any, Any], scheduled: bool) -> None:
     for ours_at, theirs_at in zip(mine, expected, strict=True):
         assert error(ours_at[0], theirs_at[0]) < 1e-4
     assert error(expected[0][0], expected[-1][0]) > 1e-3
+
+
+def test_hooks_of_another_model(pair: tuple[Any, Any]) -> None:
+    """They add the difference to the weights as they were before the LoRA beneath; and they come and go."""
+    import comfy.hooks
+    from comfy_extras.nodes_hooks import SetClipHooks
+
+    generator = torch.Generator().manual_seed(11)
+    state = comfy.hooks.get_patch_weights_from_model(pair[1].patcher)
+    other = {
+        key: value + 0.05 * torch.randn(value.shape, generator=generator)
+        for key, value in state.items()
+        if key.startswith("t5xxl.transformer.") and value.ndim == 2
+    }
+    beneath, results = toy_lora_of(pair[1], 3), []
+    for clip in pair:
+        patched = with_lora(clip, beneath, 0.4)
+        hooks = comfy.hooks.create_hook_model_as_lora(None, other, 0, 0.7)
+        hooked = SetClipHooks().apply_hooks(patched, schedule_clip=False, apply_to_conds=True, hooks=hooks)[0]
+        results.append([conditioning(each, PROMPT)["cond"] for each in (hooked, hooked, patched, hooked)])
+    mine, expected = results
+    for ours_at, theirs_at in zip(mine, expected, strict=True):
+        assert error(ours_at, theirs_at) < 1e-4
+    assert error(expected[1], expected[2]) > 1e-3
 
 
 def test_merging(pair: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,19 +363,6 @@ def test_tables_that_are_patched(pair: tuple[Any, Any]) -> None:
     assert error(expected["cond"], conditioning(theirs, PROMPT)["cond"]) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "int8"])
-def test_memory_holds_the_bytes_of_the_file(kind: str) -> None:
-    """After the load, during encodes, and with a LoRA on every projection."""
-    here = Path(__file__).parent
-    command = [sys.executable, str(here / "memory.py"), "t5-v1_1-large", kind, "--layers", "6"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here.parent.parent, here.parent, here)))}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    shares = json.loads(done.stdout.splitlines()[-1])
-    assert shares["size, MB"] > 100
-    assert all(shares[step] < 1.05 for step in ("load", "encode", "LoRA")), shares
-    assert shares["encode"] > 0.5, "it was not the file that was measured"
-
-
 def test_flux(tmp_path: Path) -> None:
     """Beside a text encoder that is not quantised, and that stays ComfyUI's."""
     from test_clip import _TOY_CLIP, toy_clip_l
@@ -348,52 +382,3 @@ def test_flux(tmp_path: Path) -> None:
     mine, stock_one = (conditioning(with_lora(clip, lora, 0.7), PROMPT) for clip in (ours, expected))
     assert_equal_conditioning(mine, stock_one)
     assert error(stock_one["cond"], conditioning(expected, PROMPT)["cond"]) > 1e-3
-
-
-@pytest.mark.parametrize("choice", ["auto", "unpack"])
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "int8, rotated", "NF4", "NVFP4", "float8, by rows"])
-def test_the_cache(kind: str, choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files are read at the first prompt that is not kept; LoRAs, kinds and the choice to unpack are told apart."""
-    from comfy_nai_t5 import families, late
-
-    monkeypatch.setitem(families.FAMILIES, "mochi", toy_family("mochi"))
-    store = Store(tmp_path / "store")
-    monkeypatch.setattr(late, "store_for", lambda choice: store)
-    monkeypatch.setattr("comfy_nai_t5.clip.store_for", lambda choice: store)
-    path = write_kind(tmp_path, kind)
-    expected = conditioning(load(path, monkeypatch, Settings("float32", choice)), PROMPT)
-
-    def loaded(weights: str) -> Any:
-        return late.late_t5(path, "mochi", Settings("float32", weights, cache="on"))
-
-    first = loaded(choice)
-    lora = toy_lora(t5_of(first), EVERYWHERE, "t5xxl")
-    assert torch.equal(conditioning(first, PROMPT)["cond"], expected["cond"])
-    patched = conditioning(with_lora(first, lora, 0.5), PROMPT)
-    assert error(patched["cond"], expected["cond"]) > 1e-3
-    again = loaded(choice)
-    for clip, wanted in ((again, expected), (with_lora(again, lora, 0.5), patched)):
-        assert torch.equal(conditioning(clip, PROMPT)["cond"], wanted["cond"])
-    assert not again.cache.is_loaded and (store.counts.hits, store.counts.misses) == (2, 2)
-    other = loaded("unpack" if choice == "auto" else "auto")
-    conditioning(other, PROMPT)
-    assert other.cache.is_loaded and store.counts.misses == 3
-    assert again.load_model() and again.cache.is_loaded
-    assert torch.equal(
-        conditioning(with_lora(again, lora, -0.5).clone(), PROMPT)["cond"],
-        conditioning(with_lora(load(path, monkeypatch, Settings("float32", choice)), lora, -0.5), PROMPT)["cond"],
-    )
-
-
-def test_kinds_are_in_the_hash_of_weights_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bytes mean other numbers in another kind."""
-    from comfy_nai_t5.clip_cache import weights_in_memory
-    from comfy_nai_t5.quantised import quantised_modules
-    from nai_t5_core.backends.quantised.ggml import GGML_KINDS
-
-    clip = load(write_kind(tmp_path, "Q4_0"), monkeypatch)
-    before = weights_in_memory(clip.patcher)
-    assert before is not None and before == weights_in_memory(clip.patcher)
-    for _, module in quantised_modules(clip.patcher.model):
-        module.kind = GGML_KINDS["IQ4_NL"]
-    assert weights_in_memory(clip.patcher) not in (None, before)

@@ -170,14 +170,13 @@ class QuantisedEmbedding(FixedWeights):
         return self.tells.expand(self.num_embeddings, self.embedding_dim)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Ids of any shape to [..., embedding_dim]."""
-        form, own = self.form.to(ids.device), self.form.out_features
-        flat = ids.reshape(-1).long()
-        rows = form.rows(flat.clamp(max=own - 1), self.tells.dtype)
+        """Ids of any shape to [..., embedding_dim] on their device; rows are made where the table is, then moved."""
+        own = self.form.out_features
+        flat = ids.reshape(-1).to(self.form.weight.device).long()
+        rows = self.form.rows(flat.clamp(max=own - 1), self.tells.dtype)
         if len(self.added):
-            added = self.added.to(ids.device)[(flat - own).clamp(min=0)]
-            rows = torch.where((flat < own)[:, None], rows, added)
-        return rows.reshape(*ids.shape, -1)
+            rows = torch.where((flat < own)[:, None], rows, self.added[(flat - own).clamp(min=0)])
+        return rows.to(ids.device).reshape(*ids.shape, -1)
 
     def row(self, index: int) -> Tensor:
         """The numbers of one row: [embedding_dim]."""
