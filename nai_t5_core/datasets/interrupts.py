@@ -1,4 +1,4 @@
-"""Processes that hear no Ctrl-C, which a terminal sends to a program and to all that it has started, and end with it."""
+"""Ctrl-C, which a terminal sends to a program and to all processes that it has started; and how these end with it."""
 
 from __future__ import annotations
 
