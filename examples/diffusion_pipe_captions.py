@@ -15,12 +15,19 @@ from nai_t5_core import EmbeddingDataset
 
 
 def reader(folder: str) -> Any:
-    """What diffusion-pipe calls with captions in the place of its text encoder."""
+    """What diffusion-pipe calls with captions in the place of its text encoder.
+
+    Raises:
+        ValueError: the set was not made for Wan; later, a caption is not in it.
+    """
     dataset = EmbeddingDataset(folder)
-    ids = dataset.ids_by_caption()
+    feeding = dataset.plan.recipe.feeding
+    if (feeding.family, feeding.max_length) != ("wan", 512):
+        made = f"for {feeding.family or 'no family'} with {feeding.max_length} tokens"
+        raise ValueError(f"{folder} was made {made}, and Wan is trained; make a set with --family wan")
 
     def read(caption: list[str], is_video: list[bool]) -> dict[str, torch.Tensor]:
-        states, mask = dataset.batch([ids[text] for text in caption], pad_to=512)
+        states, mask = dataset.batch([dataset.id_of_caption(text) for text in caption], pad_to=512)
         return {"text_embeddings": states, "seq_lens": mask.sum(dim=1)}
 
     return read

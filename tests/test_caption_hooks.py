@@ -45,12 +45,15 @@ class Encode:
         return {"tokens": torch.zeros(self._length), "prompt": list(TEXTS.values())[index]}[name]
 
 
-@pytest.mark.parametrize("family", ["chroma", "flux", "pixart-alpha"])
+MODEL_TYPES = {"chroma": "CHROMA_1", "flux": "FLUX_DEV_1", "pixart-alpha": "PIXART_ALPHA"}
+
+
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_onetrainer_is_given_what_its_t5_would_give(family: str, tmp_path: Path) -> None:
     feeding = Feeding.choose(family, 40)
     chosen = replace(order(family), feeding=feeding)
     folder = made(chosen, tmp_path / "set", write_captions(tmp_path / "a.jsonl", TEXTS)).path
-    get_item = onetrainer_captions.reader(str(folder))
+    get_item = onetrainer_captions.reader(str(folder), MODEL_TYPES[family])
     encode = Encode(40, has_mask=feeding.padding != "attend")
     for number, name in enumerate(TEXTS):
         given = get_item(encode, 0, number, "text_encoder_hidden_state")
@@ -69,4 +72,62 @@ def test_a_set_of_another_length_or_padding_is_refused(encode: Encode, needed: s
     chosen = replace(order("flux"), feeding=Feeding.choose("flux", 40))
     folder = made(chosen, tmp_path / "set", write_captions(tmp_path / "a.jsonl", TEXTS)).path
     with pytest.raises(ValueError, match=needed):
-        onetrainer_captions.reader(str(folder))(encode, 0, 0)
+        onetrainer_captions.reader(str(folder), "FLUX_DEV_1")(encode, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("family", "model_type", "expected"),
+    [
+        # As long as Chroma's, and masked as well.
+        ("wan", "CHROMA_1", r"set was made for wan, and CHROMA_1 is trained; make a set with --family chroma"),
+        (None, "FLUX_DEV_1", r"set was made for no family, and FLUX_DEV_1 is trained; make a set with --family flux"),
+        ("flux", "FLUX_2", r"model_type is 'FLUX_2'; sets are read for CHROMA_1, FLUX_DEV_1"),
+    ],
+)
+def test_a_set_of_another_model_is_refused_by_onetrainer(
+    family: str | None, model_type: str, expected: str, tmp_path: Path
+) -> None:
+    folder = made(order(family), tmp_path / "set", write_captions(tmp_path / "a.jsonl", TEXTS)).path
+    with pytest.raises(ValueError, match=expected):
+        onetrainer_captions.reader(str(folder), model_type)
+
+
+def test_what_onetrainer_trains_is_read_from_its_configuration(tmp_path: Path) -> None:
+    config = tmp_path / "chroma.json"
+    config.write_text('{"batch_size": 2, "model_type": "CHROMA_1"}')
+    for given in (["--config-path", str(config)], ["--secrets-path", "x", f"--config-path={config}"]):
+        assert onetrainer_captions.model_type_of(given) == "CHROMA_1"
+    config.write_text('{"batch_size": 2}')
+    with pytest.raises(ValueError, match=r"chroma.json has no model_type; it has to name one of CHROMA_1"):
+        onetrainer_captions.model_type_of(["--config-path", str(config)])
+
+
+@pytest.mark.parametrize(
+    ("feeding", "expected"),
+    [
+        (Feeding.choose("flux"), "was made for flux with 512 tokens"),
+        (Feeding.choose("wan", 226), "was made for wan with 226 tokens"),
+    ],
+)
+def test_a_set_of_another_model_is_refused_by_diffusion_pipe(feeding: Feeding, expected: str, tmp_path: Path) -> None:
+    chosen = replace(order(), feeding=feeding)
+    folder = made(chosen, tmp_path / "set", write_captions(tmp_path / "a.jsonl", TEXTS)).path
+    with pytest.raises(ValueError, match=f"{expected}, and Wan is trained; make a set with --family wan"):
+        diffusion_pipe_captions.reader(str(folder))
+
+
+class Shuffled(Encode):
+    def _get_previous_item(self, variation: int, name: str, index: int) -> Any:
+        return "snow, fox, red" if name == "prompt" else super()._get_previous_item(variation, name, index)
+
+
+@pytest.mark.parametrize("trainer", ["diffusion-pipe", "onetrainer"])
+def test_a_caption_that_is_not_in_the_set_is_told(trainer: str, tmp_path: Path) -> None:
+    """Such as tags that the trainer has shuffled."""
+    family = {"diffusion-pipe": "wan", "onetrainer": "chroma"}[trainer]
+    folder = made(order(family), tmp_path / "set", write_captions(tmp_path / "a.jsonl", TEXTS)).path
+    with pytest.raises(ValueError, match=r"set has no caption 'snow, fox, red'.*add it to the set .* shuffled"):
+        if trainer == "diffusion-pipe":
+            diffusion_pipe_captions.reader(str(folder))([next(iter(TEXTS.values())), "snow, fox, red"], [False, False])
+        else:
+            onetrainer_captions.reader(str(folder), "CHROMA_1")(Shuffled(512, has_mask=True), 0, 0)

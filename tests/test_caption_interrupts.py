@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run at once, whatever it does, with one line and no process left."""
+"""Ctrl-C ends a run at once, whatever it does, with one line and no process left; a kill leaves none, either."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,35 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_ctrl_c_ends_a_run(moment: str, file: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
+    run = run_at(moment, file, out)
+    # As a terminal does: to the program and all that it has started.
+    os.killpg(run.pid, signal.SIGINT)
+    told, _ = run.communicate(timeout=30)
+    assert run.returncode == 130
+    assert "Traceback" not in told and "stopped: what is complete stays, and running the same command again" in told
+    # What python starts beside processes ends by itself, a moment after the program.
+    assert not left_of(run)
+    assert not (out / "planning.sqlite").exists()
+
+
+@pytest.mark.parametrize(
+    "moment", ["as they tokenize", *(pytest.param(name, marks=pytest.mark.slow) for name in MOMENTS if "two" in name)]
+)
+def test_no_process_outlives_a_run_that_is_killed(moment: str, file: Path, tmp_path: Path) -> None:
+    """The program alone, as the system does when memory ends."""
+    run = run_at(moment, file, tmp_path / "set")
+    started = psutil.Process(run.pid).children()
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    try:
+        assert len(started) >= 2 and not left_of(run)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+
+
+def run_at(moment: str, file: Path, out: Path) -> subprocess.Popen[str]:
+    """A run that has come to a moment, in a group of its own."""
     command = [sys.executable, "-m", "nai_t5_core.cli", "precompute", str(file), "--id", "id", "--family", "wan"]
     command += ["--device", "cpu", "--out", str(out), "--shard-mb", "4", "--workers", "2" if "two" in moment else "1"]
     run = subprocess.Popen(
@@ -59,18 +89,16 @@ def test_ctrl_c_ends_a_run(moment: str, file: Path, tmp_path: Path) -> None:
         assert run.poll() is None, run.communicate()[0]
         time.sleep(0.01)
     time.sleep(later)
-    # As a terminal does: to the program and all that it has started.
-    os.killpg(run.pid, signal.SIGINT)
-    told, _ = run.communicate(timeout=30)
-    assert run.returncode == 130
-    assert "Traceback" not in told and "stopped: what is complete stays, and running the same command again" in told
-    # What python starts beside processes ends by itself, a moment after the program.
+    return run
+
+
+def left_of(run: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes of a run that are there still five seconds after it."""
     for _ in range(50):
         if not (left := [one for one in psutil.process_iter() if _is_of(one, run.pid)]):
             break
         time.sleep(0.1)
-    assert not left
-    assert not (out / "planning.sqlite").exists()
+    return left
 
 
 def _is_of(process: psutil.Process, group: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -317,14 +318,56 @@ def test_other_settings_are_refused_with_what_differs(case: str, tmp_path: Path)
     assert files_of(tmp_path / "set") == before
 
 
-def test_rows_are_not_numbered_in_a_set_whose_ids_are_of_a_column(tmp_path: Path) -> None:
-    """Who goes on and forgets --id would add every caption a second time."""
-    file = write_captions(tmp_path / "a.jsonl", TEXTS)
-    planned(order(), tmp_path / "set", file)
+IDS: dict[str, tuple[list[Any], str | None, str | None, str]] = {
+    "names, then numbers of rows": (
+        ["clip/0", "clip/1"],
+        "id",
+        None,
+        r"has ids of a column, such as that of 'a.jsonl', .* Give --id COLUMN",
+    ),
+    "numbers of a column, then of rows": ([1000, 1001], "id", None, r"has ids of a column, .* Give --id COLUMN"),
+    "numbers of rows, then of a column": (
+        [1000, 1001],
+        None,
+        "id",
+        r"has the numbers of the rows as ids, such as those of 'a.jsonl', and --id id .* Leave --id out",
+    ),
+    "numbers of rows, then names": (["clip/0", "clip/1"], None, "id", r"has the numbers of the rows as ids"),
+}
+
+
+@pytest.mark.parametrize("case", IDS)
+def test_ids_of_a_column_and_numbers_of_rows_are_not_in_one_set(case: str, tmp_path: Path) -> None:
+    """Every caption would be there a second time."""
+    names, first, second, expected = IDS[case]
+    rows = [{"id": name, "caption": f"caption {name}"} for name in names]
+    file, more = write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "b.jsonl", rows[:1])
+    planned(order(id_column=first), tmp_path / "set", file)
     before = files_of(tmp_path / "set")
-    with pytest.raises(ValueError, match=r"has ids of a column, such as 'clip/0000', .* Give --id COLUMN"):
-        planned(order(id_column=None), tmp_path / "set", file)
-    assert files_of(tmp_path / "set") == before
+    for files in ([file], [more], [file, more]):
+        with pytest.raises(ValueError, match=expected):
+            planned(order(id_column=second), tmp_path / "set", *files)
+        assert files_of(tmp_path / "set") == before
+    # As they were given, it goes on; without ids, those of the earlier files come first.
+    assert planned(order(id_column=first), tmp_path / "set", file, more)[1].samples == (2 if first else 3)
+
+
+def test_a_plan_that_does_not_note_how_ids_were_given_is_told_by_its_ids(tmp_path: Path) -> None:
+    """One of an earlier version: ids of digits may be of either kind, and are taken for what is given now."""
+    for case, (ids, refused) in {"names": (["clip/0"], True), "digits": ([1000], False)}.items():
+        out = tmp_path / case
+        file = write_rows(tmp_path / f"{case}.jsonl", [{"id": name, "caption": "x"} for name in ids])
+        planned(order(), out, file)
+        values = json.loads((out / "plan.json").read_text())
+        del values["inputs"][0]["numbered"]
+        (out / "plan.json").write_text(json.dumps(values))
+        assert planned(order(), out, file)[1].samples == 1
+        if refused:
+            with pytest.raises(ValueError, match=r"has ids of a column, such as 'clip/0', .* Give --id COLUMN"):
+                planned(order(id_column=None), out, file)
+        else:
+            plan = planned(order(id_column=None), out, file)[1]
+            assert [given.numbered for given in plan.inputs] == [None, True]
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nai_t5_core.bench.clock import timed
+from nai_t5_core.bench.clock import timed, timed_once
 from nai_t5_core.bench.doctor import Diagnosis, DoctorSettings, ceilings, examine_machine, graphs, machine, numbers
 from nai_t5_core.bench.doctor.advice import advice
 from nai_t5_core.bench.doctor.patient import Patient
@@ -146,6 +146,27 @@ def test_times_are_medians_in_milliseconds() -> None:
     assert 19 < time_of["lowest_ms"] <= time_of["ms"] < 200
 
 
+@pytest.mark.parametrize("device", ["cuda:0", "xpu:0", "mtia:0", "mps"])
+def test_a_call_is_timed_until_its_device_is_done(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of each device's own wait, one that can be seen here."""
+    seen: list[Any] = []
+
+    def wait(*numbered: torch.device) -> None:
+        seen.append(numbered)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(getattr(torch, torch.device(device).type), "synchronize", wait)
+    duration, result = timed_once(lambda: seen.append("the call"), torch.device(device))
+    expected = () if device == "mps" else (torch.device(device),)
+    assert seen == [expected, "the call", expected] and result is None
+    assert duration.whole - duration.host >= 0.02
+
+
+def test_a_device_that_cannot_be_waited_for_is_not_timed() -> None:
+    with pytest.raises(ValueError, match=r"torch has no torch.meta.synchronize, without which meta cannot be timed"):
+        timed_once(lambda: None, torch.device("meta"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is told
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,6 +248,33 @@ def test_what_an_old_torch_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 def test_memory_that_is_free_is_no_more_than_there_is() -> None:
     found = machine.describe(Patient(CPU))
     assert 0 < found["free_bytes"] <= found["memory_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        # Of 1000 bytes used, 600 are files that were read and are not in use.
+        ({"memory.max": "4000\n", "memory.current": "1000\n", "memory.stat": "anon 7\ninactive_file 600\n"}, 3600),
+        ({"memory.max": "4000\n", "memory.current": "1000\n", "memory.stat": "anon 7\n"}, 3000),
+        ({"memory.max": "4000\n", "memory.current": "1000\n"}, 3000),
+        ({"memory.max": "max\n", "memory.current": "1000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_container_has_left(files: dict[str, str], expected: int | None, tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert machine._bytes_below_the_limit(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("MemTotal: 9 kB\nMemAvailable:  7 kB\n", 7168), ("MemTotal: 9 kB\n\n", None), ("", None), (None, None)],
+)
+def test_what_the_system_can_still_give(content: str | None, expected: int | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "meminfo").write_text(content)
+    assert machine._available_bytes(tmp_path / "meminfo") == expected
 
 
 def test_the_report_names_what_is_wrong_and_the_share_of_the_ceilings() -> None:

@@ -282,23 +282,22 @@ def diffusion_pipe(tree: Path, folder: Path) -> None:
 def onetrainer(tree: Path, folder: Path) -> None:
     """As for diffusion-pipe: ``examples/onetrainer_captions.py``, in the pipelines that its loaders make."""
     all_made = {
-        "Flux": Made(folder / "flux", "flux", 77),
-        "Chroma": Made(folder / "chroma", "chroma"),
-        "PixArtAlpha": Made(folder / "pixart", "pixart-alpha"),
-        "StableDiffusion3": Made(folder / "sd3", "sd3", 77),
-        "HiDream": Made(folder / "hidream", "hidream", 128, "attend"),
+        ("Flux", "FLUX_DEV_1"): Made(folder / "flux", "flux", 77),
+        ("Chroma", "CHROMA_1"): Made(folder / "chroma", "chroma"),
+        ("PixArtAlpha", "PIXART_ALPHA"): Made(folder / "pixart", "pixart-alpha"),
+        ("StableDiffusion3", "STABLE_DIFFUSION_3"): Made(folder / "sd3", "sd3", 77),
+        ("HiDream", "HI_DREAM_FULL"): Made(folder / "hidream", "hidream", 128, "attend"),
     }
-    for kind, made in all_made.items():
+    for (kind, model_type), made in all_made.items():
         with imported_from(tree.parent / "mgds" / "src"), imported_from(tree):
             # torch has the module, and it refuses to be imported without TensorBoard.
             sys.modules["torch.utils.tensorboard"] = Mock("torch.utils.tensorboard")
             module = __import__(f"modules.dataLoader.{kind}BaseDataLoader", fromlist=["*"])
-            _check_onetrainer(
-                getattr(module, f"{kind}BaseDataLoader"), made, with_mask=kind in ("Chroma", "PixArtAlpha")
-            )
+            with_mask = kind in ("Chroma", "PixArtAlpha")
+            _check_onetrainer(getattr(module, f"{kind}BaseDataLoader"), made, model_type, with_mask)
 
 
-def _check_onetrainer(loader: Any, made: Made, with_mask: bool) -> None:
+def _check_onetrainer(loader: Any, made: Made, model_type: str, with_mask: bool) -> None:
     from mgds.LoadingPipeline import LoadingPipeline  # type: ignore[import-not-found]
     from mgds.pipelineModules.EncodeT5Text import EncodeT5Text  # type: ignore[import-not-found]
     from mgds.pipelineModules.Tokenize import Tokenize  # type: ignore[import-not-found]
@@ -321,7 +320,7 @@ def _check_onetrainer(loader: Any, made: Made, with_mask: bool) -> None:
         module for module in modules if isinstance(module, Tokenize) and encode.tokens_in_name in module.get_outputs()
     )
     tokenize.in_name = "prompt"
-    before, EncodeT5Text.get_item = EncodeT5Text.get_item, onetrainer_captions.reader(str(made.set))
+    before, EncodeT5Text.get_item = EncodeT5Text.get_item, onetrainer_captions.reader(str(made.set), model_type)
     try:
         first, last = _ends_of_a_pipeline()
         LoadingPipeline(torch.device("cpu"), [first, tokenize, encode, last], 1, 0, MagicMock())

@@ -17,10 +17,18 @@ _LEAST_ROUNDS, _MOST_ROUNDS = 3, 50
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    """Waits until a device has done all that it was given.
+
+    Raises:
+        ValueError: torch cannot wait for it, so that a clock would show when calls were issued.
+    """
+    if device.type == "cpu":
+        return
+    wait = getattr(getattr(torch, device.type, None), "synchronize", None)
+    if wait is None:
+        raise ValueError(f"torch has no torch.{device.type}.synchronize, without which {device} cannot be timed")
+    # There is one of Apple's, and its module takes no number.
+    wait() if device.type == "mps" else wait(device)
 
 
 @dataclass(frozen=True)

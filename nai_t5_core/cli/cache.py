@@ -78,7 +78,9 @@ def verify(
 
 @app.command()
 def bench(
-    size: Annotated[str, typer.Argument(help="A published size; the weights are random.")] = "t5-v1_1-large",
+    model_size: Annotated[
+        str, typer.Argument(metavar="size", help="A published size; the weights are random.")
+    ] = "t5-v1_1-large",
     rounds: Annotated[int, typer.Option(help="Measurements that count.")] = 41,
     starts: Annotated[int, typer.Option(help="Rounds of processes; 0 for none.")] = 15,
     threads: Annotated[int | None, typer.Option(help="Threads on the CPU.")] = None,
@@ -89,11 +91,11 @@ def bench(
     from nai_t5_core.bench.speed.machine import threads_set
 
     with threads_set(threads), status_of("measuring") as tell:
-        found = measure_cache(size, rounds, starts, tell)
+        found = measure_cache(model_size, rounds, starts, tell)
     if as_json:
-        print_json({"size": size, "rounds": rounds, **found.to_dict()})
+        print_json({"size": model_size, "rounds": rounds, **found.to_dict()})
         return
-    table = Table("", "median", "lowest", "highest", title=f"{size}, 32 tokens; hits of 77 × 4096 in bfloat16")
+    table = Table("", "median", "lowest", "highest", title=f"{model_size}, 32 tokens; hits of 77 × 4096 in bfloat16")
     for what, spread, unit in _rows_of(found):
         table.add_row(what, *(f"{number:.3f}{unit}" for number in (spread.median, spread.low, spread.high)))
     out.print(table)

@@ -34,11 +34,16 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Input:
-    """A file that was planned; the hash is of its content and of the columns' names."""
+    """A file that was planned; the hash is of its content and of the columns' names.
+
+    Attributes:
+        numbered: whether the numbers of the rows are the ids; None in plans of versions that did not note it.
+    """
 
     name: str
     sha256: str
     rows: int
+    numbered: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,7 @@ class Planner:
                     self._add(file, ledger)
                 except OtherCaptionError as error:
                     raise OtherCaptionError(f"{file}: {error}. {self._how_ids_are_given(before)}") from error
-                new.append(Input(file.name, contents, self._rows - first))
+                new.append(Input(file.name, contents, self._rows - first, self._numbers))
             self._refuse_bad()
             if not ledger.sample_count:
                 raise ValueError(f"{', '.join(map(str, given))}: no captions; nothing was changed")
@@ -199,17 +204,37 @@ class Planner:
         for keys in known_keys(self.folder, len(before.shards), before.recipe):
             ledger.add_known(keys)
         for samples in known_samples(self.folder.samples(before.edition)):
-            if self.columns.id is None:
-                self._refuse_ids_of_a_column(samples)
+            if self._numbers and any(old.numbered is None for old in before.inputs):
+                self._refuse_what_is_no_number(samples)
             ledger.add_known_samples(samples)
 
-    def _refuse_ids_of_a_column(self, samples: list[Sample]) -> None:
+    @property
+    def _numbers(self) -> bool:
+        """Whether rows are numbered, as no column has their ids."""
+        return self.columns.id is None
+
+    def _refuse_other_ids(self, before: Plan) -> None:
+        other = next((old for old in before.inputs if old.numbered is (not self._numbers)), None)
+        if other is None:
+            return
+        if self._numbers:
+            raise ValueError(self._has_ids_of_a_column(f"that of {shown(other.name)}"))
+        raise ValueError(
+            f"{self.folder.path} has the numbers of the rows as ids, such as those of {shown(other.name)}, and --id "
+            f"{self.columns.id} would give others. Leave --id out, or give another folder"
+        )
+
+    def _refuse_what_is_no_number(self, samples: list[Sample]) -> None:
+        """All that can be told where it was not noted how ids were given."""
         name = next((name for name, _, _ in samples if not name.isdecimal()), None)
         if name is not None:
-            raise ValueError(
-                f"{self.folder.path} has ids of a column, such as {shown(name)}, and without --id the rows would be "
-                "numbered. Give --id COLUMN, or another folder"
-            )
+            raise ValueError(self._has_ids_of_a_column(shown(name)))
+
+    def _has_ids_of_a_column(self, such: str) -> str:
+        return (
+            f"{self.folder.path} has ids of a column, such as {such}, and without --id the rows would be numbered. "
+            "Give --id COLUMN, or another folder"
+        )
 
     def contents_of(self, files: Sequence[Path]) -> dict[Path, str]:
         """The hash of each file and of what is read of it.
@@ -248,6 +273,7 @@ class Planner:
                 f"{self.folder.path} is a set of other settings: {'; '.join(found)}. Give the same ones, or another "
                 "folder"
             )
+        self._refuse_other_ids(before)
         return before
 
     def _add(self, file: Path, ledger: Ledger) -> None:

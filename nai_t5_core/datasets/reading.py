@@ -120,8 +120,23 @@ class EmbeddingDataset(Dataset[tuple[Tensor, int]]):
     def _token_counts(self) -> list[Tensor]:
         return [read_token_counts(self.folder, number) for number in range(len(self.plan.shards))]
 
-    def ids_by_caption(self) -> dict[str, str]:
-        """An id of each caption, as it was given: for trainers that ask by captions."""
+    def id_of_caption(self, caption: str) -> str:
+        """An id of a caption, as it was given: for trainers that ask by captions.
+
+        Raises:
+            ValueError: the set has no such caption.
+        """
+        name = self._ids_by_caption.get(caption)
+        if name is None:
+            raise ValueError(
+                f"{self.folder.path} has no caption {shown(caption)}. Captions are found by their whole text: add it "
+                "to the set with nai-t5 precompute, and let the trainer leave captions as they are (no tags that are "
+                "shuffled or dropped, no words before or after them)"
+            )
+        return name
+
+    @cached_property
+    def _ids_by_caption(self) -> dict[str, str]:
         samples = known_samples(self.folder.samples(self.plan.edition))
         return {caption: name for batch in samples for name, _, caption in batch}
 

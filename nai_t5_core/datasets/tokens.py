@@ -16,7 +16,7 @@ from itertools import islice
 from multiprocessing import get_context
 from typing import TypeVar
 
-from nai_t5_core.datasets.interrupts import deaf_to_interrupts
+from nai_t5_core.datasets.interrupts import deaf_to_interrupts, end_with_the_parent
 from nai_t5_core.datasets.recipe import Feeding
 from nai_t5_core.facts.text_cleaning import clean_text
 from nai_t5_core.prompts.cache.key import Settings
@@ -125,6 +125,7 @@ _here: PromptMaker | None = None
 
 def _receive(maker: PromptMaker) -> None:
     global _here
+    end_with_the_parent()
     _here = maker
 
 

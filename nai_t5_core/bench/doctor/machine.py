@@ -82,14 +82,31 @@ def _memory_bytes() -> int | None:
 
 def _free_bytes() -> int | None:
     """The memory that programs can still be given, within what a container may have; all of it where none tells."""
-    if not Path("/proc/meminfo").is_file():
-        return _memory_bytes()
-    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    free = next(int(words[1]) << 10 for words in lines if words[0] == "MemAvailable:")
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.is_file() and (most := limit.read_text().strip()).isdigit():
-        free = min(free, int(most) - int(used.read_text()))
-    return free
+    told = (_available_bytes(Path("/proc/meminfo")), _bytes_below_the_limit(Path("/sys/fs/cgroup")))
+    return min((free for free in told if free is not None), default=_memory_bytes())
+
+
+def _available_bytes(meminfo: Path) -> int | None:
+    """As the system tells; None where it does not."""
+    kibibytes = _number_behind("MemAvailable:", meminfo)
+    return None if kibibytes is None else kibibytes << 10
+
+
+def _bytes_below_the_limit(group: Path) -> int | None:
+    """What a container has left; None where it has no limit.
+
+    Files that were read lately count as used there, and give way to programs.
+    """
+    limit, used = group / "memory.max", group / "memory.current"
+    if not limit.is_file() or not (most := limit.read_text().strip()).isdigit():
+        return None
+    return int(most) - int(used.read_text()) + (_number_behind("inactive_file", group / "memory.stat") or 0)
+
+
+def _number_behind(name: str, file: Path) -> int | None:
+    """The number in the line that begins with a name; None where there is no such line or file."""
+    lines = (line.split() for line in file.read_text().splitlines()) if file.is_file() else ()
+    return next((int(words[1]) for words in lines if words[:1] == [name]), None)
 
 
 def _card(device: torch.device) -> dict[str, Any] | None:
