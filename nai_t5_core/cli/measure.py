@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 Random = Annotated[
     str | None, typer.Option("--random", metavar="SIZE", help="Random weights of a published size, such as umt5-small.")
 ]
-Against = Annotated[str, typer.Option(help="Peers, joined by commas: transformers, nai-t5, openvino.")]
+_PEERS = "Peers, joined by commas: transformers, nai-t5, openvino, llama-cpp-python."
+Against = Annotated[str, typer.Option(help=_PEERS)]
 
 
 def parity(
