@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,9 @@ def test_sizes_are_those_of_the_bytes(kind: str, tmp_path: Path, monkeypatch: py
 def test_memory_holds_the_bytes_of_the_file(kind: str) -> None:
     """After the load, during encodes, and with a LoRA on every projection."""
     command = [sys.executable, str(Path(__file__).parent / "memory.py"), "t5-v1_1-large", kind, "--layers", "6"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **paths})
+    assert done.returncode == 0, done.stderr
     shares = json.loads(done.stdout.splitlines()[-1])
     assert shares["size, MB"] > 100
     assert all(shares[step] < 1.05 for step in ("load", "encode", "LoRA")), shares
