@@ -18,7 +18,7 @@ require_comfyui()
 
 
 @pytest.mark.parametrize("choice", ["auto", "unpack"])
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "int8, rotated", "NF4", "NVFP4", "float8, by rows"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "int8, rotated", "NF4", "NVFP4", "float8, by rows", "mixed"])
 def test_the_cache(kind: str, choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are read at the first prompt that is not kept; LoRAs, kinds and the choice to unpack are told apart."""
     from comfy_nai_t5 import families, late
@@ -27,7 +27,7 @@ def test_the_cache(kind: str, choice: str, tmp_path: Path, monkeypatch: pytest.M
     store = Store(tmp_path / "store")
     monkeypatch.setattr(late, "store_for", lambda choice: store)
     monkeypatch.setattr("comfy_nai_t5.clip.store_for", lambda choice: store)
-    path = write_kind(tmp_path, kind)
+    path = write_mixed(tmp_path) if kind == "mixed" else write_kind(tmp_path, kind)
     expected = conditioning(load(path, monkeypatch, Settings("float32", choice)), PROMPT)
 
     def loaded(weights: str) -> Any:
