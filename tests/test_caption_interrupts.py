@@ -26,7 +26,8 @@ COUNT = 60_000
 MOMENTS: dict[str, tuple[str, int, float]] = {
     "before processes": ("planning.sqlite", 0, 0),
     "as processes start": ("planning.sqlite", 1, 0),
-    "as they tokenize": ("planning.sqlite", 2, 1.5),
+    # Two, and what python starts beside processes.
+    "as they tokenize": ("planning.sqlite", 3, 0.4),
     "one encodes": ("shards/00002.safetensors", 0, 0),
     "two start": ("plan.json", 2, 0),
     "two encode": ("shards/00002.safetensors", 2, 0),

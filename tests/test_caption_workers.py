@@ -49,6 +49,19 @@ def test_two_processes_of_which_one_is_killed_make_the_same_shards(tmp_path: Pat
     assert digests(tmp_path / "two") == expected
 
 
+def test_who_cannot_be_told_of_progress_ends_the_run(tmp_path: Path, file: Path) -> None:
+    """As where the output is a pipe that nobody reads any more; no process waits for an answer then."""
+    planner, plan = planned(order(), tmp_path / "set", file)
+    planner.folder.shards_folder.mkdir()
+    job = Job(planner.folder, plan.recipe, order().encoder, 8192, threads=1)
+
+    def told(progress: Progress) -> None:
+        raise BrokenPipeError("nobody reads")
+
+    with pytest.raises(BrokenPipeError, match="nobody reads"):
+        make_in_processes([job], range(len(plan.shards)), told)
+
+
 def children_of(pid: int) -> list[int]:
     """Processes that encode: of those that python starts, the ones with a job."""
     import psutil

@@ -132,9 +132,11 @@ class _Crew:
             for pipe in wait([member.pipe for member in self.members]):
                 member = next(member for member in self.members if member.pipe is pipe)
                 try:
-                    self._answer(member, member.pipe.recv())
+                    message = member.pipe.recv()
                 except (EOFError, ConnectionError):
                     self._replace(member)
+                else:
+                    self._answer(member, message)
 
     def _answer(self, member: _Member, message: object) -> None:
         if isinstance(message, Exception):
@@ -143,11 +145,13 @@ class _Crew:
             if message.written is not None:
                 member.given.remove(message.written)
             self.told(message)
-        elif self.waiting:
-            member.given.append(self.waiting.popleft())
-            member.pipe.send(member.given[-1])
         else:
-            member.pipe.send(None)
+            number = self.waiting.popleft() if self.waiting else None
+            if number is not None:
+                member.given.append(number)
+            # Where it is gone, there is nothing more to receive of it either.
+            with suppress(ConnectionError):
+                member.pipe.send(number)
 
     def _replace(self, member: _Member) -> None:
         """A member that is gone: as it was told to, or else its shards wait again and another takes its place."""
