@@ -34,7 +34,7 @@ Status compute(const Rows& source, Index row_count, const Weight<Kind>& weight, 
     std::atomic<bool> failed{false};
     in_threads([&](const Member& member) {
         // A panel that is filled here is kept as long as there are groups to come, or else only what is taken at once.
-        const Index at_once = weight.steps_at_once(), kept = groups.count > 1 ? steps : at_once;
+        const Index at_once = weight.steps_at_once(tiles.count), kept = groups.count > 1 ? steps : at_once;
         const Buffer<Step> own = allocate<Step>(weight.is_in_panels() ? 1 : kept * kPanelColumns);
         const Buffer<Sums> sums = allocate<Sums>(kRowsAtOnce);
         if (!own || !sums) failed = true;

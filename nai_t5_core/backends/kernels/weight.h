@@ -25,8 +25,11 @@ struct Weight {
     }
     Index steps() const { return depth / Kind::kPerStep; }
     Index panel_steps() const { return (steps() + Kind::kTrailing) * kPanelColumns; }
-    // How many steps of a panel are multiplied before others: of pieces, what the fastest cache holds once it is filled.
-    Index steps_at_once() const { return is_in_panels() ? steps() : std::min(steps(), kAtOnce); }
+    // How many steps of a panel are multiplied before others. Of pieces it is what the fastest cache holds once it is
+    // filled, unless many tiles follow: to leave and take up their sums would take longer.
+    Index steps_at_once(Index tiles) const {
+        return is_in_panels() || tiles > kFewTiles ? steps() : std::min(steps(), kAtOnce);
+    }
     const Step* panel_at(Index panel) const { return panels_or_null + panel * panel_steps(); }
 
     // In panels, it is what comes a little later; otherwise the next panel's columns, of which the first tile brings in
@@ -59,6 +62,7 @@ struct Weight {
     }
 
   private:
+    static constexpr Index kFewTiles = 4;
     // Whole blocks of all formats, and of a tile the parts that are summed.
     static constexpr Index kAtOnce = 256 / Kind::kPerStep;
     static_assert(!Kind::kPart || kAtOnce % Kind::kPart == 0);
