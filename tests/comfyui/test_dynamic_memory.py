@@ -15,7 +15,9 @@ from comfy_nai_t5.choices import Settings
 from nai_t5_core.float16.guard import ScaleTightenedWarning, encode_guarded
 
 require_comfyui()
-control: Any = pytest.importorskip("comfy_aimdo.control", reason="this ComfyUI is older than dynamic memory")
+OLDER = "this ComfyUI is older than dynamic memory"
+pytest.importorskip("comfy.memory_management", reason=OLDER)
+control: Any = pytest.importorskip("comfy_aimdo.control", reason=OLDER)
 
 
 class Library:
