@@ -35,4 +35,7 @@ class Promised(Tensor):
         given = arguments[0]
         if operation in (torch.ops.aten.detach.default, torch.ops.aten._to_copy.default) and isinstance(given, cls):
             return cls(tuple(given.shape), given.dtype)
-        raise NotImplementedError(f"{operation} of a tensor that is yet to be read")
+        raise NotImplementedError(
+            f"{operation} of a tensor that is yet to be read: this ComfyUI looks into weights while it builds a model; "
+            "choose weights=unpack"
+        )

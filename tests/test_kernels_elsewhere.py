@@ -104,17 +104,12 @@ def called(instructions: InstructionSet, library: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_library_without_openmp(instructions: InstructionSet, tmp_path: Path) -> None:
-    built = tmp_path / WITHOUT_OPENMP.file_name(instructions.recipe)
-    WITHOUT_OPENMP.build(instructions.recipe, built)
-    assert called(instructions, built) == "right 1"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not ZIG.is_there, reason="the package ziglang is not installed")
-def test_a_compiler_from_the_package_index(instructions: InstructionSet, tmp_path: Path) -> None:
-    built = tmp_path / ZIG.file_name(instructions.recipe)
-    ZIG.build(instructions.recipe, built)
+@pytest.mark.parametrize("compiler", [WITHOUT_OPENMP, ZIG], ids=lambda compiler: compiler.name)
+def test_a_library_without_openmp(compiler: Compiler, instructions: InstructionSet, tmp_path: Path) -> None:
+    if not compiler.is_there:
+        pytest.skip(f"{compiler.name} is not installed")
+    built = tmp_path / compiler.file_name(instructions.recipe)
+    compiler.build(instructions.recipe, built)
     assert called(instructions, built) == "right 1"
 
 
