@@ -94,6 +94,8 @@ def encode_on_cuda(stack: T5EncoderStack) -> T5EncoderStack:
     Returns:
         The same stack.
     """
+    if stack.offload is not None:  # which chooses by itself
+        return stack
     by_kernels = isinstance(stack.runner, CudaRunner)
     if stack.device.type != "cuda" or refuses_for_good(stack) is not None:
         stack.runner = None if by_kernels else stack.runner

@@ -17,6 +17,7 @@ from nai_t5_core.model.encoder_block import EncoderBlock
 from nai_t5_core.model.fixed_weights import refuse_change
 from nai_t5_core.model.inputs import check_ids, dense_mask, for_every_query, moved
 from nai_t5_core.model.layers import FoldedRMSNorm, RMSNorm, residual_dtype, scaled
+from nai_t5_core.model.offloading import Offloading
 from nai_t5_core.model.packing import Packing, PaddingPolicy, bucket_for, pack_batch
 from nai_t5_core.model.turns import Turns
 
@@ -138,6 +139,7 @@ class T5EncoderStack(nn.Module):
         guard: what makes sure that results are finite, as :func:`nai_t5_core.float16.guard.guard` does; None, the
             default, returns results unchecked. It may be changed at any time.
         runner: what encodes in place of the modules, where it can.
+        offload: set where the weights rest elsewhere than where it computes.
         turns: threads may call it at once, and what changes it (a LoRA, the guard) waits for its turn.
         alterations: the changes of its weights that were told.
     """
@@ -145,6 +147,7 @@ class T5EncoderStack(nn.Module):
     encoder_class: type[Encoder] = Encoder
     guard: Guard | None = None
     runner: StackRunner | None = None
+    offload: Offloading | None = None
 
     def __init__(
         self,
@@ -182,12 +185,16 @@ class T5EncoderStack(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where it computes."""
         device: torch.device = self.shared.weight.device
-        return device
+        return (self.offload and self.offload.device) or device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> T5EncoderStack:
         refuse_change(self, fn)
-        super()._apply(fn, recurse)
+        if self.offload is not None:
+            self.offload.move(self, fn)
+        else:
+            super()._apply(fn, recurse)
         return self
 
     def forward(
@@ -295,6 +302,8 @@ class T5EncoderStack(nn.Module):
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         assert inputs is not None
         batch, length = self._check_inputs(inputs, is_ids=inputs_embeds is None)
+        if inputs_embeds is None and self.offload is not None and self.offload.device is not None:
+            inputs = inputs_embeds = self.embed(inputs)  # whose rows are gathered on the host
         device = self._device_for(inputs)
         inputs = moved(inputs, device)
         scale = logit_scale(self.config)
@@ -327,7 +336,8 @@ class T5EncoderStack(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Ids of any shape to embeddings [..., d_model] in the residual's precision."""
-        embeddings: Tensor = self.shared(input_ids).to(residual_dtype(self.dtype))
+        rows = self.shared(input_ids) if self.offload is None else self.offload.rows(self.shared, input_ids)
+        embeddings: Tensor = rows.to(residual_dtype(self.dtype))
         return scaled(embeddings, 1 / self.scales.embedding)
 
     def _check_inputs(self, inputs: Tensor, is_ids: bool) -> tuple[int, int]:

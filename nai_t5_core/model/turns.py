@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Condition, local
+from threading import Condition, RLock, local
 from typing import Any
 
 
@@ -85,3 +85,21 @@ class Turns:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Turns, ()
+
+
+class OneAtATime(Turns):
+    """As :class:`Turns`, but calls wait for each other as well: of a model that has room for one call's layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._alone = RLock()
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """While this is open the model stays as it is, and no other thread calls it."""
+        # In this order: who waits for a change does not keep the one who changes from calling.
+        with super().call(), self._alone:
+            yield
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OneAtATime, ()

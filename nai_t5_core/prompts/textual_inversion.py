@@ -77,7 +77,7 @@ def _rows(vectors: Tensor, stack: T5EncoderStack) -> Tensor:
             f"vectors of shape {list(vectors.shape)}; this model takes [vectors, {width}] or [{width}]: "
             "they were trained for another text encoder"
         )
-    rows = (vectors.reshape(-1, width).float() * stack.scales.embedding).to(stack.device, stack.dtype)
+    rows = (vectors.reshape(-1, width).float() * stack.scales.embedding).to(stack.shared.weight.device, stack.dtype)
     if not rows.isfinite().all():
         raise ValueError(f"the vectors hold values that are not finite in {stack.dtype}")
     return rows

@@ -18,6 +18,7 @@ from nai_t5_core.model.inputs import check_ids, moved
 from nai_t5_core.model.packing import Packing, PaddingPolicy, pack_batch
 
 if TYPE_CHECKING:
+    from nai_t5_core.backends.cuda.examined import ExaminedStack
     from nai_t5_core.backends.cuda.torch_products import Products
 
 ProductsChoice = Literal["auto", "torch", "torch-float32", "triton", "triton-overlapping"]
@@ -68,7 +69,7 @@ def encoder_beside(stack: T5EncoderStack, eager: bool, products: ProductsChoice)
         raise ValueError("products='triton-overlapping' needs a GPU of compute capability 9.0; take 'triton'")
     if not eager and stack.device.type != "cuda":
         raise ValueError(f"the model is on {stack.device}; CUDA graphs need CUDA, elsewhere give eager=True")
-    return CudaEncoder(stack, eager, _products(products, _capability(stack.device)))
+    return CudaEncoder(stack, eager, products_for(products, stack.device))
 
 
 class CudaEncoder:
@@ -81,7 +82,6 @@ class CudaEncoder:
 
     def __init__(self, stack: T5EncoderStack, eager: bool, products: Products) -> None:
         from nai_t5_core.backends.cuda.block import BiasTables
-        from nai_t5_core.backends.cuda.examined import ExaminedStack
         from nai_t5_core.backends.cuda.graphs import GraphRunner
 
         self.kept: T5EncoderStack | None = None
@@ -89,7 +89,12 @@ class CudaEncoder:
         self.graphs = None if eager else GraphRunner(stack.device)
         self._products = products
         self._biases = BiasTables(stack)
-        self._examined = ExaminedStack(stack, self._biases.tables)
+        self._examined = self._read()
+
+    def _read(self) -> ExaminedStack:
+        from nai_t5_core.backends.cuda.examined import ExaminedStack
+
+        return ExaminedStack(self.stack, self._biases.tables)
 
     @property
     def device(self) -> torch.device:
@@ -180,14 +185,12 @@ class CudaEncoder:
 
     def _examine(self) -> str | None:
         """Reads the stack again if it has changed; returns why the kernels cannot run it, None if they can."""
-        from nai_t5_core.backends.cuda.examined import ExaminedStack
-
         if reason := refuses_now():
             return reason
         if self._examined.is_unchanged:
             return None
         if (reason := self._refusal_of_the_changed()) is None:
-            self._examined = ExaminedStack(self.stack, self._biases.tables)
+            self._examined = self._read()
         return reason
 
     def _run(self, ids: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
@@ -232,11 +235,12 @@ def _packed_ids(packing: Packing, index: Tensor | None, input_ids: Tensor) -> Te
     return replace(packing, index=index).pack(input_ids)
 
 
-def _products(choice: ProductsChoice, capability: tuple[int, int]) -> Products:
+def products_for(choice: ProductsChoice, device: torch.device) -> Products:
+    """What a choice of products means on a device."""
     from nai_t5_core.backends.cuda.products import HOPPER, TritonProducts, configurations_for
     from nai_t5_core.backends.cuda.torch_products import TorchProducts, UnroundedTorchProducts
 
-    known = configurations_for(capability)
+    known = configurations_for(_capability(device))
     if choice.startswith("triton") or (choice == "auto" and known is HOPPER):
         return TritonProducts(known, overlaps=choice == "triton-overlapping")
     return UnroundedTorchProducts() if choice == "torch-float32" else TorchProducts()

@@ -25,7 +25,7 @@ class ExaminedStack:
         refuse(refuses_for_good(stack))
         # No reference to the stack is kept: the stack may hold this object.
         self._stack = weakref.proxy(stack)
-        self._blocks = CudaBlocks.of(stack, biases)
+        self.blocks = CudaBlocks.of(stack, biases)
         self._seen = Seen(list(stack.modules())[1:], [stack._modules])
         self._scales = stack.scales
 
@@ -36,7 +36,7 @@ class ExaminedStack:
 
     def encode(self, products: Products, ids: Tensor, documents: Documents, watch: Watch) -> Tensor:
         """Packed ids [tokens] to hidden states [tokens, d_model]; rows of no document have undefined values."""
-        return self._blocks(self._stack.embed(ids), documents, products, watch)
+        return self.blocks(self._stack.embed(ids), documents, products, watch)
 
 
 def refuse(reason: str | None) -> None:

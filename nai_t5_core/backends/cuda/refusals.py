@@ -76,9 +76,10 @@ def _obstacles(stack: T5EncoderStack) -> Iterator[str]:
     if d_kv < 16 or d_kv & (d_kv - 1):
         yield f"heads of size {d_kv}; allowed: powers of two from 16 on"
     yield from _device_obstacles(stack.device)
-    dtype, device = stack.dtype, stack.device
+    # Where layers are offloaded, weights rest elsewhere than where they are read.
+    devices = {stack.device, stack.shared.weight.device}
     for module in stack.modules():
-        yield from _module_obstacles(module, dtype, device)
+        yield from _module_obstacles(module, stack.dtype, devices)
 
 
 def _device_obstacles(device: torch.device) -> Iterator[str]:
@@ -90,7 +91,7 @@ def _device_obstacles(device: torch.device) -> Iterator[str]:
         yield f"the model is on {device}; allowed: cuda"
 
 
-def _module_obstacles(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
+def _module_obstacles(module: nn.Module, dtype: torch.dtype, devices: set[torch.device]) -> Iterator[str]:
     """Modules, hooks, replaced forwards and tensors of other software, which the kernels would ignore."""
     kind = type(module)
     if kind not in _KNOWN:
@@ -105,10 +106,10 @@ def _module_obstacles(module: nn.Module, dtype: torch.dtype, device: torch.devic
     if type(weight) is not nn.Parameter:
         yield f"a weight is a {type(weight).__name__}; allowed: plain parameters"
     needed = torch.float32 if kind is RMSNorm else dtype
-    if weight.dtype != needed or weight.device != device or not weight.is_contiguous():
+    if weight.dtype != needed or weight.device not in devices or not weight.is_contiguous():
         yield (
             f"the weight of a {kind.__name__} is in {weight.dtype} on {weight.device}, or not contiguous; "
-            f"needed: {needed} on {device}"
+            f"needed: {needed} on {' or '.join(map(str, devices))}"
         )
 
 

@@ -1,0 +1,111 @@
+"""The kernels for CUDA on layers that are brought one after the other.
+
+Every launch is made in every call: of an encode, launching takes a small part of what copying takes.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nai_t5_core.backends.cuda.documents import COLUMNS, document_table, query_block
+from nai_t5_core.backends.cuda.encoder import CudaEncoder, products_for
+from nai_t5_core.backends.cuda.refusals import refuses
+from nai_t5_core.backends.cuda.runner import CudaRunner
+from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.model.inputs import moved
+from nai_t5_core.model.packing import Packing
+
+if TYPE_CHECKING:
+    from nai_t5_core.backends.cuda.block import CudaBlock
+    from nai_t5_core.backends.cuda.examined import ExaminedStack
+    from nai_t5_core.backends.cuda.launches import Documents
+    from nai_t5_core.backends.cuda.torch_products import Products
+    from nai_t5_core.backends.offload.ring import HasRing
+
+
+class KernelsLayerByLayer(CudaRunner):
+    """As :class:`nai_t5_core.backends.cuda.runner.CudaRunner`, for a stack whose layers are offloaded."""
+
+    name = "kernels for CUDA, layer by layer"
+
+    def __init__(self, offload: HasRing) -> None:
+        super().__init__(eager=True)
+        self._offload = offload
+
+    def _encoder_of(self, stack: T5EncoderStack) -> CudaEncoder | None:
+        if self._encoder is None and refuses(stack) is None:
+            self._encoder = _EncoderLayerByLayer(stack, self._offload)
+        return self._encoder
+
+
+class _EncoderLayerByLayer(CudaEncoder):
+    def __init__(self, stack: T5EncoderStack, offload: HasRing) -> None:
+        self._offload = offload
+        super().__init__(stack, True, products_for("auto", stack.device))
+
+    def _read(self) -> ExaminedStack:
+        found = super()._read()
+        blocks = zip(found.blocks.blocks, self.stack.encoder.block, strict=True)
+        brought = tuple(_BroughtBlock(resting, n, block, self._offload) for n, (resting, block) in enumerate(blocks))
+        found.blocks = replace(found.blocks, blocks=cast("tuple[CudaBlock, ...]", brought))
+        return found
+
+    def _run(self, ids: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+        from nai_t5_core.backends.cuda.launches import Documents, Watch
+        from nai_t5_core.backends.cuda.torch_products import sums_in_float32
+
+        self._biases.refresh(self.stack)
+        block = query_block(packing.tokens)
+        table = document_table(packing.groups, block)
+        count = torch.tensor([packing.tokens], dtype=torch.int32)
+        given = moved(torch.cat([count, table.flatten()]), self.device)
+        finite = torch.ones(1, dtype=torch.int32, device=self.device)
+        with sums_in_float32():
+            documents = Documents(given[1:].view(-1, COLUMNS), block)
+            # The ids stay where they are, since their rows are gathered on the host.
+            return self._examined.encode(self._products, ids, documents, Watch(finite, given[:1])), finite
+
+
+@dataclass
+class _BroughtBlock:
+    """A :class:`nai_t5_core.backends.cuda.block.CudaBlock` whose weights come for its two calls, one after the other.
+
+    Attributes:
+        resting: with the weights where they rest.
+    """
+
+    resting: CudaBlock
+    index: int
+    block: nn.Module
+    offload: HasRing
+    _here: CudaBlock | None = None
+    _until: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def epsilon(self) -> float:
+        return self.resting.epsilon
+
+    @property
+    def feed_forward_factor(self) -> float:
+        return self.resting.feed_forward_factor
+
+    def add_attention(self, residual: Tensor, hidden: Tensor, documents: Documents, products: Products) -> Tensor:
+        self._until.close()  # of a call that was broken off
+        place = self._until.enter_context(self.offload.ring.layer(self.index, self.block))
+        rest: Any = self.resting
+        brought = {name: place(getattr(rest, name)) for name in ("qkv", "o", "wi", "wo")}
+        self._here = replace(self.resting, **brought)
+        return self._here.add_attention(residual, hidden, documents, products)
+
+    def feed_forward(self, hidden: Tensor, products: Products) -> Tensor:
+        assert self._here is not None
+        try:
+            return self._here.feed_forward(hidden, products)
+        finally:
+            self._here = None
+            self._until.close()

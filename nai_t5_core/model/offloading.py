@@ -1,0 +1,31 @@
+"""The interface of what has a stack's weights rest elsewhere than where it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Offloading(Protocol):
+    """Brings the weights of each layer for its work; they rest in the host's memory.
+
+    Attributes:
+        device: where the stack computes; None where its weights rest.
+    """
+
+    device: torch.device | None
+
+    def move(self, stack: Any, change: Callable[[Tensor], Tensor]) -> None:
+        """In place of a change of all parameters: they stay, and the stack computes elsewhere.
+
+        Raises:
+            ValueError: the change is no move.
+        """
+        ...
+
+    def rows(self, table: nn.Module, ids: Tensor) -> Tensor:
+        """The rows of the embedding table, where the stack computes: ids of any shape, on any device, to [..., d_model]."""
+        ...
