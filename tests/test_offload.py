@@ -15,6 +15,7 @@ import pytest
 import torch
 from checkpoints import encoder_part
 from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
+from hf_toys import assert_near
 from safetensors.torch import load_file, save_file
 from simulated_device import RaceError, SimulatedDevice, Stream
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from toy_loras import toy_lora
 from toy_quantised import READ, quantised, write_quantised
 
 from nai_t5_core.backends.choose import encode_on_cuda, prepack, why_not_prepack
-from nai_t5_core.backends.offload.offload import offload_layers
+from nai_t5_core.backends.offload.offload import CPU, Offload, offload_layers
 from nai_t5_core.backends.offload.ring import Ring
 from nai_t5_core.backends.offload.weights import weights_of
 from nai_t5_core.facts.config import T5Config
@@ -31,9 +32,14 @@ from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.packing import PADDING_POLICIES
+from nai_t5_core.prompts.cache.settings import settings_of
+from nai_t5_core.prompts.text_encoder import TextEncoder
+from nai_t5_core.prompts.textual_inversion import add_embeddings
+from nai_t5_core.weights.examine import examine
 from nai_t5_core.weights.load import load_encoder
 
 CONFIG = TOY_CONFIGS["v1.1"].encoder_only()
+EMBEDDED = examine(None).config.encoder_only()
 # What every kind can keep.
 WIDE = CONFIG.model_copy(update={"d_model": 256, "d_kv": 64, "d_ff": 256})
 MASK = padding_mask([0, 3, 11, 4], 11)
@@ -450,3 +456,75 @@ def test_the_automatic_choice_leaves_it_alone() -> None:
     stack = offloaded(resident(), SimulatedDevice())
     runner = stack.runner
     assert encode_on_cuda(stack).runner is runner
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What users call
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cpu"}, "the device is cpu; give device='cuda'"),
+        ({"device": "cuda", "dtype": "float32", "quantize": "int8"}, "leave one out|on the CPU"),
+        ({"device": "cuda", "compile": True}, "offload and compile exclude each other"),
+    ],
+)
+def test_arguments_that_exclude_each_other(options: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nai_t5_core.prompts.choices.resolve_device", torch.device)
+    with pytest.raises(ValueError, match=message):
+        TextEncoder.from_pretrained(offload=True, **options)
+
+
+def test_offloading_makes_no_other_key_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nai_t5_core.weights.chosen.resolve_device", torch.device)
+    here, there = (settings_of(None, "float16", "cuda", offload=offload) for offload in (False, True))
+    assert here.key([3, 9, 1]) == there.key([3, 9, 1])
+
+
+def simulated_cuda(monkeypatch: pytest.MonkeyPatch) -> list[SimulatedDevice]:
+    """Has ``"cuda"`` be a device that is simulated."""
+    made: list[SimulatedDevice] = []
+
+    def make(device: torch.device) -> SimulatedDevice:
+        made.append(SimulatedDevice())
+        return made[-1]
+
+    monkeypatch.setattr("nai_t5_core.prompts.choices.resolve_device", torch.device)
+    monkeypatch.setattr("nai_t5_core.prompts.loading.resolve_device", torch.device)
+    monkeypatch.setattr("nai_t5_core.weights.chosen.resolve_device", torch.device)
+
+    def move(self: Any, stack: Any, change: Any) -> None:
+        self.start(stack, make(CPU))
+
+    monkeypatch.setattr(Offload, "move", move)
+    return made
+
+
+@pytest.mark.parametrize("loras", [(), ((toy_lora(EMBEDDED), 0.5),)])
+def test_the_text_encoder(loras: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = TextEncoder.from_pretrained(dtype="float32", device="cpu", optimize=False, loras=loras)
+    made = simulated_cuda(monkeypatch)
+    encoder = TextEncoder.from_pretrained(dtype="float32", device="cuda", loras=loras, offload=True)
+    assert len(made) == 1 and encoder.report is not None and encoder.report.device.type == "cuda"
+    assert "offloaded layer by layer" in repr(encoder)
+    found = encoder.encode(["a cat", "two dogs"], "pixart-sigma").hidden_states
+    assert_near(found, expected.encode(["a cat", "two dogs"], "pixart-sigma").hidden_states)
+    add_embeddings(encoder, torch.ones(2, encoder.stack.config.d_model), "<new>")
+    add_embeddings(expected, torch.ones(2, encoder.stack.config.d_model), "<new>")
+    assert_near(encoder.encode(["a <new> cat"]).hidden_states, expected.encode(["a <new> cat"]).hidden_states)
+
+
+def test_a_prompt_that_is_kept_touches_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = simulated_cuda(monkeypatch)
+    monkeypatch.setattr("nai_t5_core.prompts.late.resolve_device", lambda device: CPU)
+    options: Any = {"dtype": "float32", "device": "cuda", "cache": tmp_path, "offload": True}
+    first = TextEncoder.from_pretrained(**options)
+    found = first.encode(["a cat"]).hidden_states
+    copies = len(made[0].copies)
+    assert torch.equal(first.encode(["a cat"]).hidden_states, found) and len(made[0].copies) == copies
+    LiveLoras(first).add(toy_lora(EMBEDDED), 0.5)
+    assert not torch.equal(first.encode(["a cat"]).hidden_states, found)
+    later = TextEncoder.from_pretrained(**options)
+    assert torch.equal(later.encode(["a cat"]).hidden_states, found) and not later.is_loaded

@@ -51,3 +51,12 @@ def missing_for_int8(device: torch.device, dtype: torch.dtype) -> str | None:
     if reason is None or better_than_kernels():
         return reason
     return (best(INT8_KERNELS).missing(device, dtype) or prepare_kernels()) and reason
+
+
+def refuse_both(quantize: Quantisation | None, offload: bool) -> None:
+    """Raises a ValueError where weights that are to be offloaded are to be in 8 bits for the CPU."""
+    if quantize is not None and offload:
+        raise ValueError(
+            f"quantize={quantize!r} computes on the CPU, and offload=True on a GPU; leave one out. A file in 8 bits "
+            "(GGUF Q8_0, float8, int8) is offloaded as it lies"
+        )

@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError("this needs diffusers; install it with: pip install 'comfy-nai-t5[diffusers]'") from error
 
-from nai_t5_core.backends.choices import Quantisation, refuse_quantising
+from nai_t5_core.backends.choices import Quantisation, refuse_both, refuse_quantising
 from nai_t5_core.backends.held import is_in_8_bits
 from nai_t5_core.diffusers.cached_drop_in import CachedT5EncoderModel, settings_of_model
 from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
@@ -93,6 +93,7 @@ def replace_text_encoder(
     scales: ScalesChoice = "auto",
     quantize: Quantisation | None = None,
     cache: bool | str | Path | Store = False,
+    offload: bool = False,
 ) -> DiffusionPipeline:
     """Puts our encoder in the place of every T5, mT5 and UMT5 of a pipeline, and returns the pipeline.
 
@@ -113,6 +114,9 @@ def replace_text_encoder(
         cache: keeps embeddings: True for the default folder, a folder, or a :class:`nai_t5_core.Store`. The weights are
             hashed for it each time. To start a pipeline without its T5, see
             :func:`nai_t5_core.diffusers.cached_drop_in.lazy_text_encoder`.
+        offload: the weights stay in the host's memory, and each layer comes to the device for its work, wherever the
+            pipeline is moved; see
+            :meth:`nai_t5_core.diffusers.drop_in.NAIT5EncoderModel.enable_layerwise_offload`.
 
     Raises:
         ValueError: the pipeline has no T5, is spread over devices, or offloads groups to disk; an argument has a value
@@ -130,6 +134,7 @@ def replace_text_encoder(
     theirs = {name: module for name, module in found.items() if not isinstance(module, NAIT5EncoderModel)}
     for module in theirs.values():
         refuse_quantised(module)
+    refuse_both(quantize, offload)
     if quantize is not None:
         refuse_quantising(quantize, torch.device("cpu"), torch.float32)
         _refuse_ours_before_8_bits(found)
@@ -144,7 +149,7 @@ def replace_text_encoder(
     def convert(old: nn.Module) -> NAIT5EncoderModel:
         settings = None if store is None else settings_of_model(old, layout, scales, quantize)
         kind = NAIT5EncoderModel if store is None else CachedT5EncoderModel
-        ours = kind.from_hf(old, dtype, layout, scales, quantize is None, quantize).train(old.training)
+        ours = kind.from_hf(old, dtype, layout, scales, quantize is None, quantize, offload).train(old.training)
         if isinstance(ours, CachedT5EncoderModel) and settings is not None and store is not None:
             ours.keep_in(store, settings)
         _REPLACED[ours] = old
@@ -156,6 +161,8 @@ def replace_text_encoder(
         ours.padding, ours.extra_pad = choice.padding, choice.extra_pad
         if store is not None:
             ours.use_store(store)
+        if offload:
+            ours.enable_layerwise_offload()
     return pipe
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from nai_t5_core.backends.auto_dtype import resolve_dtype
-from nai_t5_core.backends.choices import Quantisation, refuse_quantising
+from nai_t5_core.backends.choices import Quantisation, refuse_both, refuse_quantising
 from nai_t5_core.backends.choose import quantize_int8
+from nai_t5_core.backends.offload.offload import offload_layers
 from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel, PretrainedConfig
 from nai_t5_core.diffusers.drop_in_config import config_beside
 from nai_t5_core.diffusers.drop_in_folders import open_source
@@ -237,6 +238,7 @@ def lazy_text_encoder(
     layout: Layout = "fused",
     scales: ScalesChoice = "auto",
     quantize: Quantisation | None = None,
+    offload: bool = False,
     **others: Any,
 ) -> CachedT5EncoderModel:
     """A T5 for a pipeline's ``from_pretrained`` that is loaded at the first prompt whose embedding is not kept.
@@ -246,7 +248,7 @@ def lazy_text_encoder(
     other models, it is on the device as a whole while it encodes.
 
     Args:
-        source, dtype, subfolder, revision, variant, layout, scales, quantize, others: as for
+        source, dtype, subfolder, revision, variant, layout, scales, quantize, offload, others: as for
             :meth:`NAIT5EncoderModel.from_pretrained`.
         cache: True for the default folder, a folder, or a :class:`nai_t5_core.Store`.
 
@@ -254,6 +256,7 @@ def lazy_text_encoder(
         CheckpointError, ValueError, TypeError: as :meth:`NAIT5EncoderModel.from_pretrained`.
     """
     store = open_store(cache)
+    refuse_both(quantize, offload)
     hub, config_settings = loading_options(others, revision)
     cpu = torch.device("cpu")
     given = None if dtype == "auto" else resolve_dtype(dtype or torch.float32, cpu)
@@ -269,8 +272,10 @@ def lazy_text_encoder(
 
     def load(dtype: torch.dtype, device: torch.device) -> T5EncoderStack:
         refuse_changed(examination, files)
-        stack, _ = assemble(examination, dtype, device, layout, scales, CastingOps)
+        stack, _ = assemble(examination, dtype, cpu if offload else device, layout, scales, CastingOps)
         refuse_changed(examination, files)
+        if offload:
+            offload_layers(stack, device)
         return stack if quantize is None else quantize_int8(stack)
 
     model = CachedT5EncoderModel(config_beside(examination), load=load).to(computed_in)

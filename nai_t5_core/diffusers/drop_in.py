@@ -17,9 +17,11 @@ except ImportError as error:
     raise ImportError("this needs transformers; install it with: pip install 'comfy-nai-t5[transformers]'") from error
 
 from nai_t5_core.backends.auto_dtype import resolve_dtype
-from nai_t5_core.backends.choices import Quantisation, refuse_quantising
+from nai_t5_core.backends.choices import Quantisation, refuse_both, refuse_quantising
 from nai_t5_core.backends.choose import encode_on_cuda, quantize_int8, run_in_place
 from nai_t5_core.backends.held import is_in_8_bits
+from nai_t5_core.backends.offload.offload import offload_layers
+from nai_t5_core.diffusers.drop_in_adapters import RefusesAdaptersWhenFused
 from nai_t5_core.diffusers.drop_in_config import ENCODER_CLASSES, config_beside, own_config
 from nai_t5_core.diffusers.drop_in_folders import (
     open_source,
@@ -30,6 +32,7 @@ from nai_t5_core.diffusers.drop_in_folders import (
     write_originals,
 )
 from nai_t5_core.diffusers.drop_in_keywords import loading_options, refuse_for_saving
+from nai_t5_core.diffusers.drop_in_offload import OffloadsLayers
 from nai_t5_core.diffusers.drop_in_weights import encoder_from_model, give_back, refuse_8_bits, refuse_wrapped
 from nai_t5_core.diffusers.row_memory import RowMemory
 from nai_t5_core.facts.config import config_from_hf
@@ -49,7 +52,7 @@ SaveFormat = Literal["native", "transformers"]
 SAVE_FORMATS: tuple[SaveFormat, ...] = get_args(SaveFormat)
 
 
-class NAIT5EncoderModel(PreTrainedModel):
+class NAIT5EncoderModel(RefusesAdaptersWhenFused, OffloadsLayers, PreTrainedModel):
     """Call and outputs of transformers' T5EncoderModel and UMT5EncoderModel, computed by our encoder.
 
     >>> model = NAIT5EncoderModel.from_pretrained("google/t5-v1_1-xxl", dtype=torch.float16)
@@ -103,6 +106,7 @@ class NAIT5EncoderModel(PreTrainedModel):
         scales: ScalesChoice = "auto",
         release: bool = False,
         quantize: Quantisation | None = None,
+        offload: bool = False,
     ) -> NAIT5EncoderModel:
         """From a loaded transformers T5, mT5 or UMT5 (encoder or whole model), on its device, in evaluation mode.
 
@@ -117,14 +121,18 @@ class NAIT5EncoderModel(PreTrainedModel):
             quantize: ``"int8"`` computes the projections in 8 bits on the CPU, in float32 or bfloat16, see
                 :func:`nai_t5_core.backends.choose.quantize_int8`. Ours is then no more moved, cast, saved or given
                 back.
+            offload: see :meth:`enable_layerwise_offload`.
 
         Raises:
             CheckpointError: the model is no T5, has adapters or quantised weights, is offloaded, or exceeds float16.
             ValueError: a dtype that is no T5's, an unknown layout, scales for another number of layers, or an unknown
                 quantisation or one that is not possible here. The model is as it was then.
         """
+        refuse_both(quantize, offload)
         stack = encoder_from_model(model, dtype, layout, scales, quantize, release)
         source: Any = model
+        if offload:
+            offload_layers(stack)
         return cls(source.config, stack if quantize is None else quantize_int8(stack)).eval()
 
     def give_back(self, model: nn.Module, release: bool = False) -> None:
@@ -150,6 +158,7 @@ class NAIT5EncoderModel(PreTrainedModel):
         scales: ScalesChoice = "auto",
         quantize: Quantisation | None = None,
         unpack: bool = False,
+        offload: bool = False,
         **others: Any,
     ) -> NAIT5EncoderModel:
         """Loads a T5 encoder in evaluation mode from a hub id, a folder or a file.
@@ -165,6 +174,7 @@ class NAIT5EncoderModel(PreTrainedModel):
                 CPU where there is none.
             quantize: as for :meth:`from_hf`; the weights as they were are let go one by one.
             unpack: as for :func:`nai_t5_core.weights.load.load_encoder`: quantised weights else stay as they lie.
+            offload: see :meth:`enable_layerwise_offload`.
             others: ``output_hidden_states`` and ``return_dict`` are put into the config. What transformers takes
                 beyond that is accepted where it changes nothing here, and else refused by name, see
                 :mod:`nai_t5_core.diffusers.drop_in_keywords`.
@@ -176,6 +186,7 @@ class NAIT5EncoderModel(PreTrainedModel):
             TypeError: an unknown keyword.
         """
         hub, settings = loading_options(others, revision)
+        refuse_both(quantize, offload)
         device = resolve_device(single_device(device_map))
         wanted = torch_dtype if torch_dtype is not None else dtype
         given = None if wanted == "auto" else resolve_dtype(wanted or torch.float32, device)
@@ -183,7 +194,10 @@ class NAIT5EncoderModel(PreTrainedModel):
         examination = examine_checkpoint(open_source(pretrained_model_name_or_path, subfolder, hub, variant))
         model_dtype = given or resolve_dtype(main_dtype(examination), device)
         refuse_quantising(quantize, device, model_dtype)
-        stack, _ = assemble(examination, model_dtype, device, layout, scales, CastingOps, unpack=unpack)
+        where = torch.device("cpu") if offload else device
+        stack, _ = assemble(examination, model_dtype, where, layout, scales, CastingOps, unpack=unpack)
+        if offload:
+            offload_layers(stack, device)
         model = cls(config_beside(examination), stack if quantize is None else quantize_int8(stack))
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path or "")
         model.config.update(settings)
@@ -311,6 +325,9 @@ class NAIT5EncoderModel(PreTrainedModel):
 
     def _apply(self, fn: Any, recurse: bool = True) -> NAIT5EncoderModel:
         refuse_change(self, fn)
+        if self._holder and self.stack.offload is not None:
+            self.stack._apply(fn)
+            return self
         super()._apply(fn, recurse)
         for stack in self._holder:  # which may be on another device now
             encode_on_cuda(stack)
@@ -364,35 +381,12 @@ class NAIT5EncoderModel(PreTrainedModel):
         self.stack.config = self.stack.config.model_copy(update={"vocab_size": value.weight.shape[0]})
         self.config.vocab_size = value.weight.shape[0]
 
-    def add_adapter(self, *arguments: Any, **options: Any) -> None:
-        """As transformers', in the separate layout; in the fused one a ValueError says what takes a LoRA there."""
-        self._refuse_adapters()
-        super().add_adapter(*arguments, **options)
-
-    def load_adapter(self, *arguments: Any, **options: Any) -> Any:
-        """See :meth:`add_adapter`."""
-        self._refuse_adapters()
-        return super().load_adapter(*arguments, **options)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # With this attribute peft marks a model that it puts adapters into, by whichever of its functions.
-        if name == "peft_config":
-            self._refuse_adapters()
-        super().__setattr__(name, value)
-
-    def _refuse_adapters(self) -> None:
-        """In the fused layout those modules that keep their names are scaled, or read their input without the norm."""
-        if self.stack.layout == "fused":
-            raise ValueError(
-                "peft's adapters belong beside the original weights, and these are fused: add a file of them with "
-                "nai_t5_core.LiveLoras(model), or have layout='separate' for adapters that are trained"
-            )
-
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: weights are there when the model is made."""
 
     def extra_repr(self) -> str:
         runner, pad = self.stack.runner, self._extra_pad
         facts = [self.stack.config.kind, self.stack.layout, self.dtype, is_in_8_bits(self.stack) and "8 bits"]
+        facts += [self.stack.offload and "offloaded layer by layer"]
         facts += [runner and runner.name, f"padding={self._padding}", pad and f"extra_pad={pad}"]
         return ", ".join(str(fact) for fact in facts if fact)

@@ -213,6 +213,8 @@ def give_back(stack: T5EncoderStack, model: nn.Module, release: bool = False) ->
         ValueError: see :func:`refuse_giving_back`.
     """
     refuse_giving_back(stack, model)
+    if stack.offload is not None:
+        stack.to("cpu")  # where most of its weights are
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     copies = [name for name in dtypes if name.endswith("embed_tokens.weight")]
     state = dict(stack.state_dict())

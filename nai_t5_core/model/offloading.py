@@ -27,5 +27,5 @@ class Offloading(Protocol):
         ...
 
     def rows(self, table: nn.Module, ids: Tensor) -> Tensor:
-        """The rows of the embedding table, where the stack computes: ids of any shape, on any device, to [..., d_model]."""
+        """Rows of the embedding table, where the stack computes: ids of any shape and device to [..., d_model]."""
         ...

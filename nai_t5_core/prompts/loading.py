@@ -11,6 +11,7 @@ from nai_t5_core.backends.choose import encode_on_cuda, prepack, quantize_int8, 
 from nai_t5_core.backends.quantised.projections import stays_quantised
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.model.precision import resolve_device
 from nai_t5_core.prompts.choices import Choices
 from nai_t5_core.weights.examine import ModelSource
 from nai_t5_core.weights.load import LoadedEncoder, load
@@ -24,7 +25,7 @@ MERGING_ROUNDS = (
 def load_chosen(source: ModelSource, subfolder: str, how: Choices) -> LoadedEncoder:
     """The weights as they are in the file."""
     where = (how.dtype, how.device, how.layout)
-    loaded = load(source, *where, subfolder, how.scales, how.attention, how.unpacks)
+    loaded = load(source, *where, subfolder, how.scales, how.attention, how.unpacks, how.offload)
     if how.loras and loaded.examination.quantised:
         told = MERGING_ROUNDS.format(source=loaded.report.source, dtype=loaded.stack.dtype)
         warnings.warn(told, stacklevel=3)
@@ -37,6 +38,11 @@ def finish(stack: T5EncoderStack, how: Choices) -> T5EncoderStack:
     merged = Loras(stack)
     for number, (lora, strength) in enumerate(how.loras):
         merged.add(lora, strength, name=str(number))
+    if how.offload:
+        # Imported only here, as little else needs it.
+        from nai_t5_core.backends.offload.offload import offload_layers
+
+        return offload_layers(stack, resolve_device(how.device), how.optimize and how.attention == "auto")
     if how.quantize:
         quantize_int8(stack, how.products)
     elif how.compile:

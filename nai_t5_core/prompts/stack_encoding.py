@@ -41,7 +41,8 @@ class StackEncoding:
     def __repr__(self) -> str:
         stack = self.stack
         size = stack.config.size_name or f"d_model {stack.config.d_model}"
-        return f"{stack.config.kind}, {size}, {stack.dtype}, {stack.device}, attention={stack.describe_attention()}"
+        place = str(stack.device) if stack.offload is None else f"{stack.device}, offloaded layer by layer"
+        return f"{stack.config.kind}, {size}, {stack.dtype}, {place}, attention={stack.describe_attention()}"
 
 
 def _parts(mask: Tensor, pads: Pads) -> Iterator[slice]:

@@ -97,6 +97,7 @@ class TextEncoder:
         products: ProductsChoice = "auto",
         cache: bool | str | Path | Store = False,
         unpack: bool = False,
+        offload: bool = False,
     ) -> TextEncoder:
         """Loads weights and tokenizer; sources and arguments are those of :func:`nai_t5_core.load_encoder`.
 
@@ -121,14 +122,19 @@ class TextEncoder:
                 by their contents.
             unpack: make numbers of a quantised checkpoint's weights while it is loaded, which takes the memory of
                 ``dtype`` and makes encoding faster. Else they stay as they lie in the file.
+            offload: for a CUDA device with too little memory: the weights stay in the host's, and each layer comes for
+                its work, under that of the layer before; see :mod:`nai_t5_core.backends.offload`. The device holds two
+                layers at a time, and an encode takes as long as the bus takes for the weights.
 
         Raises:
             CheckpointError: the checkpoint or a LoRA is unusable, or there is no tokenizer.
+            MemoryError: with ``offload``, the system does not lock as much memory as the weights take.
             ValueError: an unknown choice, one that is not possible on this device, or a LoRA for another T5.
             FlexUnavailableError: ``compile`` without a compiler.
         """
         how = Choices(
-            dtype, device, layout, scales, optimize, quantize, compile, attention, tuple(loras), products, unpack
+            *(dtype, device, layout, scales, optimize, quantize, compile, attention, tuple(loras), products),
+            *(unpack, offload),
         )
         how.refuse_impossible()
         own = load_tokenizer(tokenizer) if tokenizer is not None else None

@@ -116,17 +116,24 @@ def load(
     scales: ScalesChoice = "auto",
     attention: AttentionChoice = "auto",
     unpack: bool = False,
+    offload: bool = False,
 ) -> LoadedEncoder:
-    """As :func:`load_encoder`, with the tokenizer found beside or inside the weights, and a report."""
+    """As :func:`load_encoder`, with the tokenizer found beside or inside the weights, and a report.
+
+    Args:
+        offload: leave the weights in the host's memory, from which they will be offloaded to the device.
+    """
     started = time.perf_counter()
     place, model_dtype = place_for(device, dtype, layout, attention)
     examination = examine(source, subfolder)
     if attention == "flex":
         attention = _flex_or_sdpa(place, model_dtype, examination.config.d_kv)
-    stack, recipes = assemble(examination, model_dtype, place, layout, scales, unpack=unpack)
+    where = torch.device("cpu") if offload else place
+    stack, recipes = assemble(examination, model_dtype, where, layout, scales, unpack=unpack)
     stack.attention = attention
     stack.guard = guard
-    return LoadedEncoder(_report(examination, stack, recipes, started), examination, stack)
+    report = replace(_report(examination, stack, recipes, started), device=place)
+    return LoadedEncoder(report, examination, stack)
 
 
 def assemble(

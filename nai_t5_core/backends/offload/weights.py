@@ -45,9 +45,9 @@ def refuse_hooked(block: nn.Module) -> None:
     for name, module in block.named_modules():
         if _has_other_forward(module) or any(weight.is_meta for weight in _own_weights(module)):
             raise ValueError(
-                f"the encoder brings its layers to the device itself, and other software has replaced the forward of "
-                f"{name or 'a layer'} or taken its weights away (accelerate's and diffusers' offloading do so): use one "
-                "of the two; remove those hooks, or move the encoder to the CPU before they are set up"
+                "the encoder brings its layers to the device itself, and other software has replaced the forward of "
+                f"{name or 'a layer'} or taken its weights away (accelerate's and diffusers' offloading do so): use "
+                "one of the two; remove those hooks, or move the encoder to the CPU before they are set up"
             )
 
 
