@@ -72,6 +72,8 @@ class NAIT5EncoderModel(RefusesAdaptersWhenFused, OffloadsLayers, PreTrainedMode
     config_class = T5Config
     _supports_sdpa = True
     _no_split_modules = ("EncoderBlock",)
+    # Diffusers' offloading in groups of blocks looks for blocks here, and takes a T5 as a whole otherwise.
+    _group_offload_block_modules = ("encoder",)
     _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012 - transformers looks for it on the class
 
     def __init__(self, config: PretrainedConfig, stack: T5EncoderStack | None = None) -> None:

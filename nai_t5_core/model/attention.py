@@ -126,6 +126,19 @@ class AttentionPlan(Protocol):
         ...
 
 
+class LateAttend:
+    """An attention function that is made when it is first called."""
+
+    def __init__(self, make: Callable[[], Attend]) -> None:
+        self._make = make
+        self._made: Attend | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._made is None:
+            self._made = self._make()
+        return self._made(q, k, v)
+
+
 @dataclass(frozen=True, eq=False)
 class DocumentAttention:
     """Every document of a packed row attends to its own keys: one SDPA call for each group of documents of one shape.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, unscaled
 from nai_t5_core.model.alterations import Alterations
-from nai_t5_core.model.attention import Attend, AttentionPlan, DenseAttention, distance_table, logit_scale
+from nai_t5_core.model.attention import Attend, AttentionPlan, DenseAttention, LateAttend, distance_table, logit_scale
 from nai_t5_core.model.attention_choice import ATTENTION_CHOICES, AttentionChoice, describe_attention, document_plan
+from nai_t5_core.model.block import is_watched
 from nai_t5_core.model.encoder_block import EncoderBlock
 from nai_t5_core.model.fixed_weights import refuse_change
 from nai_t5_core.model.inputs import check_ids, dense_mask, for_every_query, moved
@@ -70,8 +72,13 @@ class Encoder(nn.Module):
         attend: Attend | None = None
         for index, block in enumerate(self.block):
             if attend is None or self.bias_per_layer:
-                attend = plan.layer(self.bias_table(index, device).to(dtype))
+                make = partial(self._attend, plan, index, dtype, device)
+                # Who hooks into a block may bring its weights, and its table among them, when it is called.
+                attend = LateAttend(make) if is_watched((block,)) else make()
             yield block, attend
+
+    def _attend(self, plan: AttentionPlan, index: int, dtype: torch.dtype, device: torch.device) -> Attend:
+        return plan.layer(self.bias_table(index, device).to(dtype))
 
     def bias_table(self, index: int, device: torch.device | None = None) -> Tensor:
         """The bias by distance that a layer uses, its own or the first layer's: [heads, 2 · max_distance + 1].

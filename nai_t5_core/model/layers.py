@@ -102,7 +102,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=torch.float32))
 
     def forward(self, residual: Tensor) -> Tensor:
-        return F.rms_norm(residual, residual.shape[-1:], self.weight.to(residual.dtype), self.eps)
+        # Under offloading the weight may be elsewhere.
+        weight = self.weight.to(residual.device, residual.dtype)
+        return F.rms_norm(residual, residual.shape[-1:], weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps:g}"
