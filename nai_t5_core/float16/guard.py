@@ -91,9 +91,8 @@ def _tighten_first_fault(
     """Finds the first layer that gives something not finite and tightens its scales; returns what was done."""
     embeddings, plan, packing = stack.prepare(input_ids, *inputs, **options)
     if not is_finite(embeddings):
-        raise NotFiniteError(
-            _embedding_fault(embeddings, None if input_ids is None else packing.pack(input_ids.to(embeddings.device)))
-        )
+        ids = None if input_ids is None else packing.pack(input_ids.to(embeddings.device))
+        raise NotFiniteError(_embedding_fault(embeddings, ids))
     before = embeddings
     for index, after in enumerate(stack.encoder.residuals(embeddings, plan, stack.dtype)):
         if not is_finite(after):
