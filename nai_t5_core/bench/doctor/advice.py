@@ -65,6 +65,7 @@ def _placing(machine: dict[str, Any]) -> str:
         return f"A T5-XXL in 16 bits (9.5 GB) fits: {what} has {room / 1e9:.0f} GB to give."
     if not card and room > 1.2 * _XXL_BYTES_8_BIT:
         return f'A T5-XXL needs quantize="int8" (4.8 GB) here: {what} has {room / 1e9:.0f} GB to give.'
-    return f"{what} has {room / 1e9:.0f} GB to give, and a T5-XXL takes 9.5 in 16 bits: " + (
-        "run it on the CPU, or with a pipeline's offloading." if card else "use a smaller T5."
-    )
+    too_small = f"{what} has {room / 1e9:.0f} GB to give, and a T5-XXL takes 9.5 in 16 bits: "
+    if card:
+        return f"{too_small}load it with offload=True, which leaves its layers in the host's memory."
+    return f"{too_small}use a smaller T5."

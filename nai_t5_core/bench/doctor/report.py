@@ -90,6 +90,8 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
             yield _peer(step, found)
     if found := diagnosis.data("kernel-speed"):
         yield _kernels(found)
+    if found := diagnosis.data("offload"):
+        yield _offload(found)
     if flex := diagnosis.data("flex"):
         yield _flex(flex)
     for step, title in _COMPILED.items():
@@ -113,6 +115,18 @@ def _machine(machine: dict[str, Any]) -> Section:
         rows.insert(1, ("its memory", f"{_size(card['free_bytes'])} free of {_size(card['memory_bytes'])}"))
     rows += [(f"no {name}", reason) for name, reason in machine["missing"].items()]
     return Section("The machine", ("", "what there is"), tuple(rows))
+
+
+def _offload(found: dict[str, Any]) -> Section:
+    rows = [
+        (f"{tokens} tokens", f"{each['ms']:.1f} ms", f"{each['times the bus']:.2f}")
+        for tokens, each in found["times"].items()
+    ]
+    lines = (
+        f"The bus takes {found['bus_ms']:.1f} ms for {found['bytes'] / 1e9:.2f} GB; an encode is to take at most "
+        f"{found['target']} times as long. The card gives {found['device_bytes'] / 1e9:.2f} GB.",
+    )
+    return Section("Layers from the host's memory", ("batch", "an encode", "times the bus"), tuple(rows), lines)
 
 
 def _ceilings(ceilings: dict[str, Any]) -> Section:

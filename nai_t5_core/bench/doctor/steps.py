@@ -34,7 +34,7 @@ class Step:
 def all_steps() -> tuple[Step, ...]:
     """Every step, in order."""
     # Imported only here: these import torch.
-    from nai_t5_core.bench.doctor import ceilings, graphs, machine, numbers, own_kernels, peers, speed
+    from nai_t5_core.bench.doctor import ceilings, graphs, machine, numbers, offload, own_kernels, peers, speed
 
     return (
         Step("machine", "what the machine is", machine.describe, 60),
@@ -52,6 +52,7 @@ def all_steps() -> tuple[Step, ...]:
         ),
         Step("own-products", "the products of our kernels", own_kernels.time_products, 120, True, ("cuda",)),
         Step("products", "the bare products of a layer", speed.measure_products, 60, True, ("cuda",)),
+        Step("offload", "layers from the host's memory, beside the bus", offload.measure, 120, True, ("cuda",)),
         Step("transformers", "transformers beside ours", peers.time_transformers, 90, True),
         Step("nai-t5", "nai-t5 beside ours", peers.time_nai_t5, 60, True),
         Step("flex", "flex attention: right, and from where on faster", graphs.check_flex, 150, True, ("cuda",)),

@@ -1,0 +1,149 @@
+"""Offloaded layers on a CUDA device: run with ``pytest -m cuda -s``, which prints times beside the bus's."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import encoder_part
+from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
+from test_offload import CHANGES, WIDE
+from toy_quantised import READ, quantised, write_quantised
+
+from nai_t5_core.backends.choose import encode_on_cuda
+from nai_t5_core.backends.offload.host_memory import HostMemory
+from nai_t5_core.backends.offload.offload import offload_layers
+from nai_t5_core.backends.offload.weights import weights_of
+from nai_t5_core.bench.doctor.offload import time_offloaded
+from nai_t5_core.facts.config import named_config
+from nai_t5_core.float16.guard import guard
+from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.prompts.text_encoder import TextEncoder
+from nai_t5_core.weights.load import load_encoder
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
+]
+
+CONFIG = TOY_CONFIGS["v1.1"].encoder_only()
+MASK = padding_mask([0, 3, 11, 4], 11)
+IDS = torch.randint(0, 96, MASK.shape, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def stack_of(kind: str = "v1.1", dtype: torch.dtype = torch.float16) -> T5EncoderStack:
+    config = TOY_CONFIGS[kind].encoder_only()
+    stack = build_stack(config, random_state(config), dtype)
+    stack.guard = guard
+    return stack
+
+
+@pytest.mark.parametrize("kind", TOY_CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("by_kernels", [True, False])
+def test_the_numbers_are_those_of_a_resident_one(kind: str, dtype: torch.dtype, by_kernels: bool) -> None:
+    stack = stack_of(kind, dtype)
+    resident = copy.deepcopy(stack).cuda()
+    if by_kernels:
+        encode_on_cuda(resident)
+    offload_layers(stack, "cuda", by_kernels)
+    holes = MASK.clone()
+    holes[2, 3] = 0
+    for mask in (None, MASK, holes, MASK[:, None] * MASK[:, :, None]):
+        expected = resident(IDS, mask).double()
+        for _ in range(2):
+            difference = (stack(IDS, mask).double() - expected).norm() / expected.norm()
+            assert float(difference) < (5e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_quantised_ones(kind: str, tmp_path: Path) -> None:
+    file = write_quantised(tmp_path / "t5.safetensors", quantised(encoder_part(random_state(WIDE)), READ[kind][1]))
+    resident, stack = load_encoder(file, "float16", "cuda"), load_encoder(file, "float16", "cpu")
+    expected = resident(IDS, MASK)
+    offload_layers(stack, "cuda")
+    for _ in range(2):
+        assert torch.equal(stack(IDS, MASK), expected)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_seen_at_once(change: Any) -> None:
+    stack = offload_layers(stack_of(dtype=torch.float32), "cuda")
+    twin = stack_of(dtype=torch.float32).cuda()
+    stack(IDS, MASK)
+    for one in (stack, twin):
+        change(one)
+    expected = twin(IDS, MASK)
+    torch.testing.assert_close(stack(IDS, MASK), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_threads_on_streams_of_their_own() -> None:
+    stack = offload_layers(stack_of(), "cuda")
+    prompts = [IDS[:, : 3 + number] for number in range(8)]
+    expected = [stack(prompt) for prompt in prompts]
+
+    def encode(prompt: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            return stack(prompt).cpu()
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            found = list(pool.map(encode, prompts))
+            assert all(torch.equal(a, b.cpu()) for a, b in zip(found, expected, strict=True))
+
+
+def test_memory_is_two_layers_and_is_freed() -> None:
+    config = named_config("t5-v1_1-base").encoder_only()
+    stack = build_stack(config, random_state(config), torch.float16)
+    layer = max(sum(weight.nbytes for weight in weights_of(block)) for block in stack.encoder.block)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    offload_layers(stack, "cuda")
+    assert torch.cuda.memory_allocated() - before < 2.1 * layer + 2**20
+    stack(IDS)
+    torch.cuda.reset_peak_memory_stats()
+    stack(IDS)
+    assert torch.cuda.max_memory_allocated() - before < 3 * layer
+    assert all(weight.is_pinned() for block in stack.encoder.block for weight in weights_of(block))
+    stack.to("cpu")
+    assert torch.cuda.memory_allocated() - before < 2**20
+    gone = weakref.ref(stack)
+    del stack
+    gc.collect()
+    assert gone() is None
+
+
+def test_memory_that_cannot_be_locked_is_an_error_that_leaves_the_device_usable() -> None:
+    memory = HostMemory(1 << 20)
+    memory.lock(torch.device("cuda", torch.cuda.current_device()))
+    with pytest.raises(MemoryError, match="did not lock"):
+        memory.lock(torch.device("cuda", torch.cuda.current_device()))  # a second time
+    assert float(torch.ones(3, device="cuda").sum()) == 3
+
+
+def test_the_text_encoder() -> None:
+    exact = TextEncoder.from_pretrained(device="cpu", dtype="float64")
+    encoder = TextEncoder.from_pretrained(device="cuda", dtype="float16", offload=True)
+    assert "offloaded layer by layer" in repr(encoder) and "kernels for CUDA, layer by layer" in repr(encoder)
+    found = encoder.encode(["a red cat", ""], "pixart-sigma").hidden_states
+    expected = exact.encode(["a red cat", ""], "pixart-sigma").hidden_states
+    assert found.is_cuda and float((found.double().cpu() - expected).norm() / expected.norm()) < 5e-3
+
+
+def test_time_beside_the_bus() -> None:
+    """Of a T5-large with random weights; what a T5-XXL takes, ``nai-t5 doctor --full`` measures."""
+    found = time_offloaded(named_config("t5-v1_1-large").encoder_only(), torch.float16, torch.device("cuda"))
+    print(found)
+    assert found["times"]["64"]["times the bus"] < 1.3
