@@ -235,9 +235,7 @@ def test_advice_by_what_a_card_multiplies_fast(products: dict[str, Any], told: s
 def test_what_layers_from_the_host_take_is_told_beside_the_bus() -> None:
     times = {"64": {"ms": 190.0, "times the bus": 1.05}}
     found = {"times": times, "bytes": 9.26e9, "bus_ms": 181.0, "target": 1.15, "device_bytes": 0.9e9}
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(render(diagnosis_of("cuda", {**MACHINE, "card": CARD}, offload=found)))
-    text = console.export_text()
+    text = as_markdown(diagnosis_of("cuda", {**MACHINE, "card": CARD}, offload=found))
     assert "The bus takes 181.0 ms for 9.26 GB; an encode is to take at most 1.15 times as long." in text
     assert "190.0 ms" in text and "1.05" in text and "0.90 GB" in text
 
