@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -423,6 +424,14 @@ def test_what_is_packed_is_refused() -> None:
         pytest.skip("nothing prepacks here")
     with pytest.raises(ValueError, match="prepacked or quantised for the CPU"):
         offload_layers(prepack(stack))
+    assert stack.offload is None
+
+
+def test_what_is_compiled_is_refused() -> None:
+    stack = resident()
+    stack.runner = SimpleNamespace(name="flex, compiled")  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="computed as a whole"):
+        offload_layers(stack)
     assert stack.offload is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ class HostMemory(mmap.mmap):
     """Zeroed memory in pages of its own, which are locked on demand, and unlocked when it is freed."""
 
     _locked_for: torch.device | None = None
+    _address = 0
 
     def __new__(cls, nbytes: int) -> HostMemory:
         return super().__new__(cls, -1, nbytes, **_PRIVATE)
@@ -35,8 +37,9 @@ class HostMemory(mmap.mmap):
         Raises:
             MemoryError: the system does not lock as much; the message says what to do.
         """
+        address = self.tensor().data_ptr()
         with torch.cuda.device(device):
-            status = int(torch.cuda.cudart().cudaHostRegister(self.tensor().data_ptr(), len(self), _PORTABLE))
+            status = int(torch.cuda.cudart().cudaHostRegister(address, len(self), _PORTABLE))
             if status:
                 _clear_error(device)
         if status:
@@ -45,14 +48,14 @@ class HostMemory(mmap.mmap):
                 f"{status}), which an offloaded encoder needs for each layer: free memory, allow more (under WSL, "
                 "memory= in .wslconfig), or take a file in 8 or 4 bits, which needs a half or a quarter"
             )
-        self._locked_for = device
+        self._locked_for, self._address = device, address
 
     def __del__(self) -> None:
-        if self._locked_for is None:
+        if self._locked_for is None or sys.is_finalizing():
             return
         # A copy may still be under way, of which no event is left.
         torch.cuda.synchronize(self._locked_for)
-        torch.cuda.cudart().cudaHostUnregister(self.tensor().data_ptr())
+        torch.cuda.cudart().cudaHostUnregister(self._address)
 
 
 def _clear_error(device: torch.device) -> None:

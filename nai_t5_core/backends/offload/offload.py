@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
+from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.backends.offload.kernels import KernelsLayerByLayer
 from nai_t5_core.backends.offload.mover import CudaMover, Mover
 from nai_t5_core.backends.offload.ring import Ring, lock_weights
@@ -59,9 +60,16 @@ def offload_layers(
 
 def _refuse(stack: T5EncoderStack) -> None:
     fixed = next((each for each in stack.modules() if isinstance(each, FixedWeights) and not _can_move(each)), None)
-    if fixed is not None or getattr(stack.runner, "name", "").startswith("compiled"):
-        what = "compiled" if fixed is None else "prepacked or quantised for the CPU"
-        raise ValueError(f"the encoder is {what}, and its layers cannot be offloaded; load it anew without that")
+    if fixed is not None:
+        raise ValueError(
+            "the encoder is prepacked or quantised for the CPU, and its layers cannot be offloaded; load it anew "
+            "without that"
+        )
+    if stack.runner is not None and not isinstance(stack.runner, CudaRunner):
+        raise ValueError(
+            f"the encoder is computed as a whole ({stack.runner.name}), and its layers cannot be offloaded; load it "
+            "anew without that"
+        )
     for block in stack.encoder.block:
         refuse_hooked(block)
 
