@@ -74,7 +74,8 @@ class Encoder(nn.Module):
             if attend is None or self.bias_per_layer:
                 make = partial(self._attend, plan, index, dtype, device)
                 # Who hooks into a block may bring its weights, and its table among them, when it is called.
-                attend = LateAttend(make) if is_watched((block,)) else make()
+                is_late = not torch.compiler.is_compiling() and is_watched((block,))
+                attend = LateAttend(make) if is_late else make()
             yield block, attend
 
     def _attend(self, plan: AttentionPlan, index: int, dtype: torch.dtype, device: torch.device) -> Attend:
