@@ -14,6 +14,7 @@ import torch
 from checkpoints import encoder_part
 from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
 from test_offload import CHANGES, WIDE
+from toy_offloading import OFFLOADS
 from toy_quantised import READ, quantised, write_quantised
 
 from nai_t5_core.backends.choose import encode_on_cuda
@@ -147,3 +148,45 @@ def test_time_beside_the_bus() -> None:
     found = time_offloaded(named_config("t5-v1_1-large").encoder_only(), torch.float16, torch.device("cuda"))
     print(found)
     assert found["times"]["64"]["times the bus"] < 1.3
+
+
+@pytest.mark.parametrize("kind", ["v1.1", "umt5"])
+@pytest.mark.parametrize("layout", ["fused", "separate"])
+@pytest.mark.parametrize("groups", [{"offload_type": "leaf_level"}, {"offload_type": "block_level"}])
+@pytest.mark.parametrize("stream", [{}, {"use_stream": True}, {"use_stream": True, "record_stream": True}])
+def test_groups_of_diffusers(kind: str, layout: Any, groups: dict[str, Any], stream: dict[str, Any]) -> None:
+    """A weight that is read before its copy has ended would show in one of many calls."""
+    hooks = pytest.importorskip("diffusers.hooks")
+    from hf_toys import hf_model
+
+    from nai_t5_core.hf import NAIT5EncoderModel
+
+    config = TOY_CONFIGS[kind].model_copy(update={"num_layers": 8})
+    model = NAIT5EncoderModel.from_hf(hf_model(config, random_state(config)), layout=layout)
+    ids, mask = IDS.cuda(), MASK.cuda()
+    expected = copy.deepcopy(model).cuda()(ids, mask, output_hidden_states=True).hidden_states
+    more = {"num_blocks_per_group": 1} if groups["offload_type"] == "block_level" else {}
+    hooks.apply_group_offloading(model, torch.device("cuda"), torch.device("cpu"), **groups, **stream, **more)
+    for _ in range(20):
+        found = model(ids, mask, output_hidden_states=True).hidden_states
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+        found = model(ids, mask).last_hidden_state
+        torch.testing.assert_close(found, expected[-1], rtol=1e-4, atol=1e-4 * float(expected[-1].abs().max()))
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_pipelines_that_offload_beside_ours(offload: Any) -> None:
+    """All of them find an encoder at rest; moved as a whole, it computes on the card layer by layer."""
+    pytest.importorskip("diffusers")
+    from toy_pipelines import make
+
+    from nai_t5_core.diffusers.adapter import replace_text_encoder
+
+    toy = make("pixart-sigma")
+    expected = toy.run()
+    replace_text_encoder(toy.pipe, offload=True)
+    offload(toy.pipe, torch.device("cuda"))
+    for _ in range(2):
+        found = toy.run().cpu()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
