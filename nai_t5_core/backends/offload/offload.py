@@ -32,7 +32,8 @@ def offload_layers(
     """Has a stack's weights rest in the host's memory, wherever it is moved from now on.
 
     ``stack.to("cuda")`` then says where it computes: each layer is brought there for its work. On the CPU it computes
-    as ever. It cannot be cast or trained any more; LoRA, saving and copying see the weights where they rest.
+    as ever. It cannot be cast or trained any more; LoRA, saving and copying see the weights where they rest. Who writes
+    to a weight by other means waits for the device first, as the guard does in every call.
 
     Args:
         stack: in any layout and dtype, also with weights that stay quantised; not prepacked or compiled.
