@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,9 +97,8 @@ class _BroughtBlock:
     def add_attention(self, residual: Tensor, hidden: Tensor, documents: Documents, products: Products) -> Tensor:
         self._until.close()  # of a call that was broken off
         place = self._until.enter_context(self.offload.ring.layer(self.index, self.block))
-        rest: Any = self.resting
-        brought = {name: place(getattr(rest, name)) for name in ("qkv", "o", "wi", "wo")}
-        self._here = replace(self.resting, **brought)
+        rest = self.resting
+        self._here = replace(rest, qkv=place(rest.qkv), o=place(rest.o), wi=place(rest.wi), wo=place(rest.wo))
         return self._here.add_attention(residual, hidden, documents, products)
 
     def feed_forward(self, hidden: Tensor, products: Products) -> Tensor:

@@ -128,7 +128,7 @@ def _lie_together(weights: Sequence[Tensor], layout: Layout, index: int) -> bool
 def _bytes_from(weight: Tensor, nbytes: int) -> Tensor:
     storage = weight.untyped_storage()
     start = weight.data_ptr() - storage.data_ptr()
-    return torch.empty(0, dtype=torch.uint8).set_(storage, start, (nbytes,))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, start, (nbytes,), (1,))
 
 
 @torch.no_grad()
@@ -152,8 +152,7 @@ def lay_together(block: nn.Module, weights: Sequence[Tensor], memory: Tensor) ->
 def replace_parameters(module: nn.Module, place: Place) -> None:
     """Puts the module's own parameters elsewhere; those whom others know stay the same objects."""
     for name, weight in module._parameters.items():
-        there = weight if weight is None else place(weight)
-        if weight is None or there is weight:
+        if weight is None or (there := place(weight)) is weight:
             continue
         if weight.is_inference():  # which takes no other memory
             module._parameters[name] = nn.Parameter(there, requires_grad=False)
