@@ -34,6 +34,7 @@ from nai_t5_core.lora.loras import Loras
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.packing import PADDING_POLICIES
 from nai_t5_core.prompts.cache.settings import settings_of
+from nai_t5_core.prompts.cache.store import open_store
 from nai_t5_core.prompts.text_encoder import TextEncoder
 from nai_t5_core.prompts.textual_inversion import add_embeddings
 from nai_t5_core.weights.examine import examine
@@ -528,12 +529,14 @@ def test_the_text_encoder(loras: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_prompt_that_is_kept_touches_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made = simulated_cuda(monkeypatch)
     monkeypatch.setattr("nai_t5_core.prompts.late.resolve_device", lambda device: CPU)
-    options: Any = {"dtype": "float32", "device": "cuda", "cache": tmp_path, "offload": True}
-    first = TextEncoder.from_pretrained(**options)
+    options: Any = {"dtype": "float32", "device": "cuda", "offload": True}
+    store = open_store(tmp_path)
+    first = TextEncoder.from_pretrained(cache=store, **options)
     found = first.encode(["a cat"]).hidden_states
     copies = len(made[0].copies)
     assert torch.equal(first.encode(["a cat"]).hidden_states, found) and len(made[0].copies) == copies
     LiveLoras(first).add(toy_lora(EMBEDDED), 0.5)
     assert not torch.equal(first.encode(["a cat"]).hidden_states, found)
-    later = TextEncoder.from_pretrained(**options)
+    store.wait()
+    later = TextEncoder.from_pretrained(cache=tmp_path, **options)
     assert torch.equal(later.encode(["a cat"]).hidden_states, found) and not later.is_loaded
