@@ -214,7 +214,7 @@ def test_every_choice_was_thought_of() -> None:
     """Of a choice that is new, somebody has to say here whether a change of it makes another key, and test it."""
     tested_here = {"dtype", "layout", "scales", "quantize", "compile", "attention", "loras", "products"}
     tested_elsewhere = {"device": "test_forecast", "optimize": "test_forecast", "unpack": "test_cache_quantised"}
-    tested_elsewhere |= {"offload": "test_offload"}
+    tested_elsewhere |= {"offload": "test_offload_users"}
     assert {field.name for field in fields(Choices)} == tested_here | tested_elsewhere.keys()
 
 

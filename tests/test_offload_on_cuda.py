@@ -13,7 +13,8 @@ import pytest
 import torch
 from checkpoints import encoder_part
 from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
-from test_offload import CHANGES, WIDE
+from offload_toys import WIDE
+from test_offload import CHANGES
 from toy_offloading import OFFLOADS
 from toy_quantised import READ, quantised, write_quantised
 

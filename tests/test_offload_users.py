@@ -1,0 +1,95 @@
+"""What users call to have layers rest in the host's memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_toys import assert_near
+from offload_toys import EMBEDDED
+from simulated_device import SimulatedDevice
+from toy_loras import toy_lora
+
+from nai_t5_core.backends.offload.offload import CPU, Offload
+from nai_t5_core.lora.live import LiveLoras
+from nai_t5_core.prompts.cache.settings import settings_of
+from nai_t5_core.prompts.cache.store import open_store
+from nai_t5_core.prompts.text_encoder import TextEncoder
+from nai_t5_core.prompts.textual_inversion import add_embeddings
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cpu"}, "the device is cpu; give device='cuda'"),
+        ({"device": "cuda", "dtype": "float32", "quantize": "int8"}, "leave one out|on the CPU"),
+        ({"device": "cuda", "compile": True}, "offload and compile exclude each other"),
+    ],
+)
+def test_arguments_that_exclude_each_other(options: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nai_t5_core.prompts.choices.resolve_device", torch.device)
+    with pytest.raises(ValueError, match=message):
+        TextEncoder.from_pretrained(offload=True, **options)
+
+
+def test_offloading_makes_no_other_key_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nai_t5_core.weights.chosen.resolve_device", torch.device)
+    here, there = (settings_of(None, "float16", "cuda", offload=offload) for offload in (False, True))
+    assert here.key([3, 9, 1]) == there.key([3, 9, 1])
+
+
+def simulated_cuda(monkeypatch: pytest.MonkeyPatch) -> list[SimulatedDevice]:
+    """Has ``"cuda"`` be a device that is simulated."""
+    made: list[SimulatedDevice] = []
+
+    def make(device: torch.device) -> SimulatedDevice:
+        made.append(SimulatedDevice())
+        return made[-1]
+
+    monkeypatch.setattr("nai_t5_core.prompts.choices.resolve_device", torch.device)
+    monkeypatch.setattr("nai_t5_core.prompts.loading.resolve_device", torch.device)
+    monkeypatch.setattr("nai_t5_core.weights.chosen.resolve_device", torch.device)
+
+    def move(self: Any, stack: Any, change: Any) -> None:
+        self.start(stack, make(CPU))
+
+    monkeypatch.setattr(Offload, "move", move)
+    return made
+
+
+@pytest.mark.parametrize("loras", [(), ((toy_lora(EMBEDDED), 0.5),)])
+def test_the_text_encoder(loras: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = TextEncoder.from_pretrained(dtype="float32", device="cpu", optimize=False, loras=loras)
+    made = simulated_cuda(monkeypatch)
+    encoder = TextEncoder.from_pretrained(dtype="float32", device="cuda", loras=loras, offload=True)
+    assert len(made) == 1 and encoder.report is not None and encoder.report.device.type == "cuda"
+    assert "offloaded layer by layer" in repr(encoder)
+    found = encoder.encode(["a cat", "two dogs"], "pixart-sigma").hidden_states
+    assert_near(found, expected.encode(["a cat", "two dogs"], "pixart-sigma").hidden_states)
+    add_embeddings(encoder, torch.ones(2, encoder.stack.config.d_model), "<new>")
+    add_embeddings(expected, torch.ones(2, encoder.stack.config.d_model), "<new>")
+    assert_near(encoder.encode(["a <new> cat"]).hidden_states, expected.encode(["a <new> cat"]).hidden_states)
+
+
+def test_a_prompt_that_is_kept_touches_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = simulated_cuda(monkeypatch)
+    monkeypatch.setattr("nai_t5_core.prompts.late.resolve_device", lambda device: CPU)
+    options: Any = {"dtype": "float32", "device": "cuda", "offload": True}
+    store = open_store(tmp_path)
+    first = TextEncoder.from_pretrained(cache=store, **options)
+    found = first.encode(["a cat"]).hidden_states
+    copies = len(made[0].copies)
+    assert torch.equal(first.encode(["a cat"]).hidden_states, found) and len(made[0].copies) == copies
+    LiveLoras(first).add(toy_lora(EMBEDDED), 0.5)
+    assert not torch.equal(first.encode(["a cat"]).hidden_states, found)
+    store.wait()
+    later = TextEncoder.from_pretrained(cache=tmp_path, **options)
+    assert torch.equal(later.encode(["a cat"]).hidden_states, found) and not later.is_loaded
