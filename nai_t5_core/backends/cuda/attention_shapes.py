@@ -1,0 +1,48 @@
+"""How attention is divided among programs, by the length of a packed row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """A program of attention: it computes ``queries`` queries of a head, and reads ``keys`` keys in each step."""
+
+    queries: int
+    keys: int
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class AttentionShapes:
+    """The shapes by length: ``by_tokens`` has the longest packed row of each, in ascending order; then ``longer``."""
+
+    by_tokens: tuple[tuple[int, AttentionShape], ...]
+    longer: AttentionShape
+
+    def __call__(self, tokens: int) -> AttentionShape:
+        """The shape for a packed row of so many tokens."""
+        return next((shape for most, shape in self.by_tokens if tokens <= most), self.longer)
+
+
+# Few queries in short rows, so that all of the device has work. On an H200 both were fastest, or nearly, for 20 to 1300
+# tokens, with a kernel that had more to compute.
+USUAL = AttentionShapes(((128, AttentionShape(16, 64)),), AttentionShape(64, 32))
+
+# With those above this card's compiler spills registers; it has half of the lanes.
+RDNA3 = AttentionShapes(((128, AttentionShape(16, 32)),), AttentionShape(32, 32))
+
+
+def candidates(tokens: int) -> Iterator[AttentionShape]:
+    """The shapes to try for a row of so many tokens; none spills registers with heads of 64."""
+    yield AttentionShape(16, 64)
+    if tokens > 64:
+        yield AttentionShape(64, 32)
+        yield AttentionShape(64, 64)
+    if tokens > 128:
+        yield AttentionShape(128, 32, 8)
+        yield AttentionShape(128, 64, 8)
+        yield AttentionShape(128, 64, 8, 3)
