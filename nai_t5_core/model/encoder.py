@@ -383,9 +383,7 @@ class T5EncoderStack(nn.Module):
     def _describe_modules(self) -> str:
         blocks: Any = self.encoder.block
         by_kernels = sum(block.attends_by_itself(self.dtype) for block in blocks)
-        return describe_attention(
-            self.attention, self.device.type, by_kernels, len(blocks), self.flex_from_lengths
-        )
+        return describe_attention(self.attention, self.device.type, by_kernels, len(blocks), self.flex_from_lengths)
 
 
 def init_modules(stack: nn.Module, config: T5Config, generator: torch.Generator | None = None) -> None:

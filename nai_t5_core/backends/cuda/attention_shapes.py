@@ -32,15 +32,23 @@ class AttentionShapes:
 # tokens, with a kernel that had more to compute.
 USUAL = AttentionShapes(((128, AttentionShape(16, 64)),), AttentionShape(64, 32))
 
-# With those above this card's compiler spills registers; it has half of the lanes.
-RDNA3 = AttentionShapes(((128, AttentionShape(16, 32)),), AttentionShape(32, 32))
+# Larger ones spill registers on gfx1100.
+RDNA3 = AttentionShapes((), AttentionShape(16, 16))
 
 
-def candidates(tokens: int) -> Iterator[AttentionShape]:
+def candidates(tokens: int, architecture: str = "sm_90") -> Iterator[AttentionShape]:
     """The shapes to try for a row of so many tokens; none spills registers with heads of 64."""
+    if architecture.startswith("gfx11"):
+        yield AttentionShape(16, 16)
+        yield AttentionShape(32, 16)
+        yield AttentionShape(16, 32)
+        return
     yield AttentionShape(16, 64)
     if tokens > 64:
         yield AttentionShape(64, 32)
+    if architecture.startswith("gfx"):
+        return
+    if tokens > 64:
         yield AttentionShape(64, 64)
     if tokens > 128:
         yield AttentionShape(128, 32, 8)

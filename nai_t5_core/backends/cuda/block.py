@@ -20,7 +20,8 @@ from nai_t5_core.model.layers import FeedForward
 class CudaBlock:
     """A layer in the fused layout, as references to its block's weights.
 
-    ``bias`` is from :func:`nai_t5_core.backends.cuda.launches.attention_table`; the two factors undo the float16 scales of the out-projections.
+    ``bias`` is a table from :func:`nai_t5_core.backends.cuda.launches.attention_table`; the two factors undo the
+    float16 scales of the out-projections.
     """
 
     qkv: Tensor

@@ -47,6 +47,9 @@ TABLE: Mapping[str, Row] = {
 }
 _OTHER = Row("another card")
 
+# The size of the heads that attention is measured with.
+MEASURED_HEADS = 64
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -75,16 +78,15 @@ class Choice:
         """Which products round, in words, for the key of kept embeddings."""
         return self.row.products if self.measured is None else f"measured: {self.measured.rounding}"
 
-    @property
-    def attention(self) -> AttentionShapes:
-        if self.measured is None or not self.measured.attention:
+    def attention_for(self, d_kv: int) -> AttentionShapes:
+        """How attention over heads of this size is divided; measured with heads of 64, larger ones may not fit."""
+        if self.measured is None or not self.measured.attention or d_kv > MEASURED_HEADS:
             return self.row.attention
         shapes = {
             each.tokens: AttentionShape(each.queries, each.keys, each.warps, each.stages)
             for each in self.measured.attention
         }
-        *_, longest = (shapes[tokens] for tokens in sorted(shapes))
-        return AttentionShapes(tuple(sorted(shapes.items())), longest)
+        return AttentionShapes(tuple(sorted(shapes.items())), shapes[max(shapes)])
 
     @property
     def flex_from_lengths(self) -> int:

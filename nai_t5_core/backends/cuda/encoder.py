@@ -83,7 +83,7 @@ def encoder_beside(stack: T5EncoderStack, eager: bool, products: ProductsChoice,
         raise ValueError("products='triton-overlapping' needs an NVIDIA GPU of compute capability 9.0; take 'triton'")
     if not eager and stack.device.type != "cuda":
         raise ValueError(f"the model is on {stack.device}; CUDA graphs need CUDA, elsewhere give eager=True")
-    shapes = USUAL if card is None else choice_for(card).attention
+    shapes = USUAL if card is None else choice_for(card).attention_for(stack.config.d_kv)
     return CudaEncoder(stack, eager, _products(products, card), shapes, record_at)
 
 
@@ -259,13 +259,12 @@ def _packed_ids(packing: Packing, index: Tensor | None, input_ids: Tensor) -> Te
 
 
 def _products(choice: ProductsChoice, card: Card | None) -> Products:
-    from nai_t5_core.backends.cuda.chosen_products import products_of
-    from nai_t5_core.backends.cuda.products import TritonProducts, configurations_for
+    from nai_t5_core.backends.cuda.chosen_products import configurations_on, products_of
+    from nai_t5_core.backends.cuda.products import TritonProducts
     from nai_t5_core.backends.cuda.torch_products import TorchProducts, UnroundedTorchProducts
 
     if choice == "auto" and card is not None:
         return products_of(choice_for(card))
     if choice.startswith("triton"):
-        capability = (0, 0) if card is None else card.capability
-        return TritonProducts(configurations_for(capability), overlaps=choice == "triton-overlapping")
+        return TritonProducts(configurations_on(card), overlaps=choice == "triton-overlapping")
     return UnroundedTorchProducts() if choice == "torch-float32" else TorchProducts()

@@ -90,7 +90,7 @@ class _Recording:
             aside = torch.cuda.Stream(self.device)
             aside.wait_stream(before)
             with torch.cuda.stream(aside):
-                # A first run, since these cannot be recorded: Triton compiles, and cuBLAS chooses kernels and allocates.
+                # A first run: Triton compiles, and cuBLAS chooses kernels and allocates, which cannot be recorded.
                 self._run(encode)
             before.wait_stream(aside)
         graph, place = torch.cuda.CUDAGraph(), self.place

@@ -69,7 +69,9 @@ class MeasuredProduct(_Part):
     @model_validator(mode="after")
     def _says_all(self) -> MeasuredProduct:
         if (needed := _FIELDS.get(self.way)) is not None and self.configuration.keys() != needed:
-            raise ValueError(f"{self.way} needs {', '.join(sorted(needed))}; got {', '.join(sorted(self.configuration))}")
+            raise ValueError(
+                f"{self.way} needs {', '.join(sorted(needed))}; got {', '.join(sorted(self.configuration))}"
+            )
         return self
 
 

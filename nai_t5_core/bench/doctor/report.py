@@ -88,6 +88,10 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
     for step in ("transformers", "nai-t5"):
         if found := diagnosis.data(step):
             yield _peer(step, found)
+    if found := diagnosis.data("first-encode"):
+        yield _first_encode(found)
+    if found := diagnosis.data("choice"):
+        yield _choice(found)
     if found := diagnosis.data("kernel-speed"):
         yield _kernels(found)
     if flex := diagnosis.data("flex"):
@@ -109,8 +113,11 @@ def _machine(machine: dict[str, Any]) -> Section:
         ("compilers", ", ".join(machine["compilers"]) or "none"),
     ]
     if card:
-        rows.insert(0, ("card", f"{card['name']}, compute capability {card['capability']}, driver {card['driver']}"))
+        what = card.get("architecture") if card.get("hip") else f"compute capability {card['capability']}"
+        rows.insert(0, ("card", f"{card['name']}, {what}, driver {card['driver']}"))
         rows.insert(1, ("its memory", f"{_size(card['free_bytes'])} free of {_size(card['memory_bytes'])}"))
+    if card and "choice" in card:
+        rows.insert(2, ("products and attention", card["choice"]))
     rows += [(f"no {name}", reason) for name, reason in machine["missing"].items()]
     return Section("The machine", ("", "what there is"), tuple(rows))
 
@@ -172,6 +179,31 @@ def _peer(name: str, found: dict[str, Any]) -> Section:
                 (case, theirs, f"{times['ours']['ms']:.2f} ms", f"{times['ratio']:.2f}×", f"{times['differs']:.1e}")
             )
     return Section(f"{name} beside ours", ("tokens", name, "ours", "ratio", "largest difference"), tuple(rows))
+
+
+def _first_encode(found: dict[str, Any]) -> Section:
+    rows = [
+        (name, *(f"{times[each]:.2f} s" for each in ("import_seconds", "first_seconds", "second_seconds")))
+        for name, times in found["times"].items()
+    ]
+    return Section("A fresh process", ("", "imports", "first encode", "second"), tuple(rows))
+
+
+def _choice(found: dict[str, Any]) -> Section:
+    rows = []
+    for each in found["measured"]["products"]:
+        how = " ".join((each["way"], *(f"{name} {number}" for name, number in each["configuration"].items())))
+        times = f"{each['microseconds']:.1f} µs", f"{each['by_torch']:.1f} µs"
+        rows.append((f"{each['kind']} products, {each['rows']} rows", how, *times))
+    for each in found["measured"]["attention"]:
+        how = f"queries {each['queries']} keys {each['keys']} warps {each['warps']} stages {each['stages']}"
+        rows.append((f"attention, {each['tokens']} tokens", how, f"{each['microseconds']:.1f} µs", ""))
+    lines = [
+        f"layers at {rows} tokens: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
+        for rows, times in found["times"].items()
+    ]
+    title = "What is fastest on this card, in a layer of a T5-XXL"
+    return Section(title, ("what", "by", "time", "by torch"), tuple(rows), tuple(lines))
 
 
 def _flex(flex: dict[str, Any]) -> Section:

@@ -34,7 +34,17 @@ class Step:
 def all_steps() -> tuple[Step, ...]:
     """Every step, in order."""
     # Imported only here: these import torch.
-    from nai_t5_core.bench.doctor import ceilings, graphs, machine, numbers, own_kernels, peers, speed
+    from nai_t5_core.bench.doctor import (
+        ceilings,
+        choosing,
+        first_encode,
+        graphs,
+        machine,
+        numbers,
+        own_kernels,
+        peers,
+        speed,
+    )
 
     return (
         Step("machine", "what the machine is", machine.describe, 60),
@@ -48,9 +58,16 @@ def all_steps() -> tuple[Step, ...]:
         Step("batches", "our encoder with many prompts", speed.measure_batches, 60),
         Step("launches", "what one encode has the device do", speed.count_launches, 60, devices=("cuda",)),
         Step(
+            "first-encode",
+            "the first encode of a fresh process",
+            first_encode.time_first_encodes,
+            90,
+            devices=("cuda",),
+        ),
+        Step("choice", "what is fastest on this card", choosing.measure_choice, 150, devices=("cuda",)),
+        Step(
             "kernel-speed", "our kernels for CUDA, eager and in graphs", own_kernels.time_kernels, 90, True, ("cuda",)
         ),
-        Step("own-products", "the products of our kernels", own_kernels.time_products, 120, True, ("cuda",)),
         Step("products", "the bare products of a layer", speed.measure_products, 60, True, ("cuda",)),
         Step("transformers", "transformers beside ours", peers.time_transformers, 90, True),
         Step("nai-t5", "nai-t5 beside ours", peers.time_nai_t5, 60, True),
