@@ -248,7 +248,9 @@ def test_a_file_that_cannot_be_read_is_passed_over(caplog: pytest.LogCaptureFixt
 
 def test_files_of_two_cards_are_two() -> None:
     names = {measured_file(card).name for card in (H200, RTX, MI300, Card("NVIDIA H200", "sm_91"))}
-    assert len(names) == 4 and all(name.replace("-", "").replace(".json", "").replace("_", "").isalnum() for name in names)
+    assert len(names) == 4 and all(
+        name.replace("-", "").replace(".json", "").replace("_", "").isalnum() for name in names
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
