@@ -84,19 +84,20 @@ def all_of(card: Card, overlaps: bool) -> Iterator[dict[str, Any]]:
 
 def products(card: Card, overlaps: bool) -> Iterator[dict[str, Any]]:
     """Those of few rows, and where launches need not overlap those in tiles."""
-    for (kind, rows), configurations in configurations_on(card).items():
-        for configuration in configurations:
-            constants = {"block_rows": rows, **_product(kind, configuration)}
-            yield compiled(multiply, card, _types(kind), constants, configuration.warps, overlaps)
-    # On AMD's cards torch multiplies many rows.
-    for kind in () if overlaps or card.is_amd else KINDS:
-        for tile in tile_candidates(kind, card.capability == (9, 0)):
-            constants = {"block_rows": tile.block_rows, **_product(kind, tile)}
-            yield compiled(multiply_tiles, card, _types(kind), constants, tile.warps, overlaps)
+    for half in ("*fp16", "*bf16"):
+        for (kind, rows), configurations in configurations_on(card).items():
+            for configuration in configurations:
+                constants = {"block_rows": rows, **_product(kind, configuration)}
+                yield compiled(multiply, card, _types(kind, half), constants, configuration.warps, overlaps)
+        # On AMD's cards torch multiplies many rows.
+        for kind in () if overlaps or card.is_amd else KINDS:
+            for tile in tile_candidates(kind, card.capability == (9, 0)):
+                constants = {"block_rows": tile.block_rows, **_product(kind, tile)}
+                yield compiled(multiply_tiles, card, _types(kind, half), constants, tile.warps, overlaps)
 
 
-def _types(kind: Kind) -> dict[str, str]:
-    return {"x": "*fp16", "weight": "*fp16", "out": "*fp32" if kind == "summed" else "*fp16", "rows": "i32"}
+def _types(kind: Kind, half: str) -> dict[str, str]:
+    return {"x": half, "weight": half, "out": "*fp32" if kind == "summed" else half, "rows": "i32"}
 
 
 def _product(kind: Kind, configuration: Any) -> dict[str, Any]:

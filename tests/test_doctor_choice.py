@@ -246,3 +246,42 @@ def test_a_first_encode_that_is_late_is_wrong(seconds: float, wrong: int, monkey
 def test_an_unknown_way_is_kept_for_later_versions() -> None:
     each = MeasuredProduct(kind="gated", rows=64, weights="int8", way="later", microseconds=1, by_torch=2)
     assert MeasuredProduct.model_validate_json(each.model_dump_json()) == each
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is to be reached
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_to_be_reached_stands_beside_what_was_found() -> None:
+    ceilings = {"read_bytes_per_second": 1e12, "copy_bytes_per_second": 1e12, "products": {"float16": 1e14}}
+    work = {"flops": 1e11, "bytes": 2e9}
+    times = {length: {"ms": ms, "host_ms": 1.0, "work": work} for length, ms in (("64", 4.0), ("512", 8.0))}
+    speed = {"size": "t5-v1_1-xxl", "dtype": "float16", "by": "kernels", "times": times}
+    each = {"ms": 12.0, "host_ms": 1.0, "first_seconds": 20}
+    steps = {"peers-compiled": {"times": {"64": each, "512": each}}, "nai-t5-compiled": {"times": {"512": each}}}
+    text = as_markdown(examined(ceilings=ceilings, speed=speed, **steps))
+    for row in (
+        "| 64 tokens, float16 | ≤ 3.4 ms | 4.00 ms |",
+        "| 64 tokens, multiple of the least time | ≤ 1.2 | 2.00 |",
+        "| transformers compiled / ours, 64 tokens | ≥ 2.0 | 3.00 |",
+        "| transformers / ours, 64 tokens padded to 512 | ≥ 6 | not measured |",
+        "| nai-t5 by flex, compiled / ours, 512 tokens | ≥ 1.15 | 1.50 |",
+        "| first encode of a fresh process | ≤ 10 s | not measured |",
+    ):
+        assert row in text
+    chosen = as_markdown(examined(ceilings=ceilings, speed=speed, choice=finding(lengths={"64": 3.2})))
+    assert "| 64 tokens, float16 | ≤ 3.4 ms | 3.20 ms |" in chosen and "the timed model: 64 tokens 3.20 ms" in chosen
+    assert "To reach" not in as_markdown(examined(speed={**speed, "size": "t5-v1_1-large"}))
+
+
+def test_nai_t5_by_flex_computes_what_it_does_by_sdpa() -> None:
+    peers = pytest.importorskip("nai_t5_core.bench.peers")
+    pytest.importorskip("nai_t5", reason="nai-t5 is not installed")
+    config = TOY_CONFIGS["v1.1"].encoder_only()
+    state = peers.random_state(config)
+    ids = torch.arange(20)[None] % config.vocab_size
+    with torch.no_grad():
+        by_sdpa = peers.nai_t5_encoder(config, state, torch.float32)(ids)
+        by_flex = peers.nai_t5_encoder(config, state, torch.float32, flex_length=20)(ids)
+    torch.testing.assert_close(by_flex, by_sdpa, atol=1e-4, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Apple's GPUs, pretended: float16 with scales is computed by torch, and what Metal lacks is refused before any work."""
+"""Apple's GPUs, pretended: float16 with scales is computed by torch; what Metal lacks is refused before any work."""
 
 from __future__ import annotations
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from nai_t5_core.backends.cuda.attention_shapes import AttentionShapes
-from nai_t5_core.backends.cuda.card import card_of
+from nai_t5_core.backends.cuda.card import Card, card_of
 from nai_t5_core.backends.cuda.card_choice import MEASURED_HEADS, Choice, choice_for
-from nai_t5_core.backends.cuda.encoder import CudaEncoder, cuda_encoder
+from nai_t5_core.backends.cuda.encoder import CudaEncoder, Encoded, cuda_encoder
 from nai_t5_core.backends.cuda.measured_card import (
     TORCH,
     MeasuredAttention,
@@ -18,9 +20,11 @@ from nai_t5_core.backends.cuda.measured_card import (
     MeasuredProduct,
     versions,
 )
+from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.bench.clock import timed
 from nai_t5_core.bench.doctor.numbers import difference
 from nai_t5_core.bench.doctor.patient import Finding, Patient
+from nai_t5_core.bench.doctor.speed import LENGTHS
 from nai_t5_core.bench.parity import TOLERANCES
 from nai_t5_core.bench.peers import own_encoder, random_state
 from nai_t5_core.facts.config import named_config
@@ -46,9 +50,7 @@ def measure_choice(patient: Patient) -> Finding:
     # Imported only here: Triton is needed.
     from nai_t5_core.bench.doctor.card_times import times_of_attention, times_of_few_rows, times_of_tiles
 
-    card = card_of(patient.device)
-    assert card is not None
-    device = patient.device
+    card, device = _card(patient), patient.device
     # Our products are made for NVIDIA's cards.
     products = () if card.is_amd else fastest_products([*times_of_few_rows(device), *times_of_tiles(card, device)])
     attention = fastest_attention(times_of_attention(card, device))
@@ -64,6 +66,7 @@ def measure_choice(patient: Patient) -> Finding:
         "measured": measured.model_dump(mode="json"),
         "before": choice_for(card).origin,
         "times": together,
+        "lengths": _times_of_lengths(patient, measured),
         "wrong": wrong,
     }
 
@@ -114,9 +117,7 @@ def _times_together(
     from nai_t5_core.backends.cuda.chosen_products import measured_products
     from nai_t5_core.backends.cuda.torch_products import TorchProducts
 
-    card = card_of(patient.device)
-    assert card is not None
-    shapes = _shapes(Choice(card, choice_for(card).row), attention)
+    shapes = _shapes(choice_for(_card(patient)), attention)
     ways = {
         "before": cuda_encoder(stack, products="torch"),
         "torch": CudaEncoder(stack, False, TorchProducts(), shapes),
@@ -135,6 +136,30 @@ def _times_together(
                 "ms"
             ]  # type: ignore[misc]
     return times, wrong
+
+
+def _times_of_lengths(patient: Patient, measured: MeasuredCard) -> dict[str, float]:
+    """Milliseconds of the timed model in what was measured, with the check for NaN, as the step ``speed`` has them."""
+    from nai_t5_core.backends.cuda.chosen_products import measured_products
+
+    if patient.device.type != "cuda" or refuses_for_good(patient.stack) is not None:
+        return {}
+    shapes = _shapes(choice_for(_card(patient)), measured.attention)
+    encode = CudaEncoder(patient.stack, False, measured_products(measured.products), shapes).encode
+    return {
+        str(length): timed(partial(_finished, encode, patient.ids(1, length)), patient.device)["ms"]
+        for length in LENGTHS
+    }
+
+
+def _finished(encode: Callable[..., Encoded], ids: Tensor) -> None:
+    assert bool(encode(ids).finite), "the result is not finite"
+
+
+def _card(patient: Patient) -> Card:
+    card = card_of(patient.device)
+    assert card is not None
+    return card
 
 
 def _shapes(choice: Choice, attention: Sequence[MeasuredAttention]) -> AttentionShapes:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nai_t5_core.bench.doctor.advice import advice
 from nai_t5_core.bench.doctor.examination import Diagnosis
+from nai_t5_core.bench.doctor.goals import goals, least_ms
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,6 +21,7 @@ _COMPILED = {
     "compiled": "Ours, compiled",
     "compiled-512": "Ours, compiled for 512 tokens",
     "peers-compiled": "transformers, compiled",
+    "nai-t5-compiled": "nai-t5 by flex, compiled",
 }
 
 
@@ -99,6 +101,8 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
     for step, title in _COMPILED.items():
         if found := diagnosis.data(step):
             yield _compiled(title, found)
+    if reached := tuple(goals(diagnosis)):
+        yield Section("To reach on an H100", ("what", "goal", "found"), reached)
     yield Section("Advice", lines=tuple(advice(diagnosis)))
 
 
@@ -152,7 +156,7 @@ def _speed(diagnosis: Diagnosis) -> Section:
         if found := diagnosis.data(step):
             about = found
             for name, time in found["times"].items():
-                least = _least_ms(time["work"], ceilings, found["dtype"])
+                least = least_ms(time["work"], ceilings, found["dtype"])
                 what = f"{name} tokens" if step == "speed" else f"{name}, pads skipped"
                 share = f"{least:.2f} ms, {least / time['ms']:.0%}" if least else ""
                 host = () if on_cpu else (f"{time['host_ms']:.2f} ms",)
@@ -160,13 +164,6 @@ def _speed(diagnosis: Diagnosis) -> Section:
     title = f"Ours: {about['size']}, {about['dtype']}, by {about['by']}"
     head = ("batch", "time", *(() if on_cpu else ("of it the host's",)), "least by the ceilings, share")
     return Section(title, head, tuple(rows))
-
-
-def _least_ms(work: dict[str, int], ceilings: dict[str, Any], dtype: str) -> float | None:
-    rate = ceilings.get("products", {}).get(dtype)
-    if not isinstance(rate, float):
-        return None
-    return 1e3 * max(work["flops"] / rate, work["bytes"] / ceilings["read_bytes_per_second"])
 
 
 def _peer(name: str, found: dict[str, Any]) -> Section:
@@ -202,6 +199,8 @@ def _choice(found: dict[str, Any]) -> Section:
         f"layers at {rows} tokens: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
         for rows, times in found["times"].items()
     ]
+    if lengths := found.get("lengths"):
+        lines.append("the timed model: " + ", ".join(f"{tokens} tokens {ms:.2f} ms" for tokens, ms in lengths.items()))
     title = "What is fastest on this card, in a layer of a T5-XXL"
     return Section(title, ("what", "by", "time", "by torch"), tuple(rows), tuple(lines))
 

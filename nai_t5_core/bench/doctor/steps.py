@@ -71,8 +71,9 @@ def all_steps() -> tuple[Step, ...]:
         Step("products", "the bare products of a layer", speed.measure_products, 60, True, ("cuda",)),
         Step("transformers", "transformers beside ours", peers.time_transformers, 90, True),
         Step("nai-t5", "nai-t5 beside ours", peers.time_nai_t5, 60, True),
+        Step("peers-compiled", "transformers, compiled", peers.time_compiled_transformers, 150, True, ("cuda",)),
+        Step("nai-t5-compiled", "nai-t5 by flex, compiled", peers.time_compiled_nai_t5, 120, True, ("cuda",)),
         Step("flex", "flex attention: right, and from where on faster", graphs.check_flex, 150, True, ("cuda",)),
         Step("compiled", "ours, compiled with CUDA graphs", graphs.time_compiled_short, 150, True, ("cuda",)),
         Step("compiled-512", "the same, for 512 tokens", graphs.time_compiled_long, 150, True, ("cuda",)),
-        Step("peers-compiled", "transformers, compiled", peers.time_compiled_transformers, 150, True, ("cuda",)),
     )
