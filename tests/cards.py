@@ -27,6 +27,9 @@ CARDS = {
 }
 
 
+# Newer ones, that torch's compiler is not tried for here: B200, RTX 5090. Bytes of shared memory of a program.
+NEWER_CARDS = {100: 232448, 120: 101376}
+
 # AMD's, and the lanes of a warp: MI200, MI300, RX 7900.
 AMD_CARDS = {"gfx90a": (64, 65536), "gfx942": (64, 65536), "gfx1100": (32, 65536)}
 

@@ -36,8 +36,12 @@ USUAL = AttentionShapes(((128, AttentionShape(16, 64)),), AttentionShape(64, 32)
 RDNA3 = AttentionShapes((), AttentionShape(16, 16))
 
 
+# Cards whose programs may have more than 100 KB of shared memory.
+_LARGE = ("sm_80", "sm_90", "sm_100")
+
+
 def candidates(tokens: int, architecture: str = "sm_90") -> Iterator[AttentionShape]:
-    """The shapes to try for a row of so many tokens; none spills registers with heads of 64."""
+    """The shapes to try for a row of so many tokens; with heads of 64 none spills registers or lacks shared memory."""
     if architecture.startswith("gfx11"):
         yield AttentionShape(16, 16)
         yield AttentionShape(32, 16)
@@ -46,11 +50,10 @@ def candidates(tokens: int, architecture: str = "sm_90") -> Iterator[AttentionSh
     yield AttentionShape(16, 64)
     if tokens > 64:
         yield AttentionShape(64, 32)
-    if architecture.startswith("gfx"):
-        return
-    if tokens > 64:
+    if tokens > 64 and architecture in (*_LARGE, "sm_86", "sm_89"):
         yield AttentionShape(64, 64)
-    if tokens > 128:
+    if tokens > 128 and architecture.startswith("sm_"):
         yield AttentionShape(128, 32, 8)
         yield AttentionShape(128, 64, 8)
-        yield AttentionShape(128, 64, 8, 3)
+        if architecture in _LARGE:
+            yield AttentionShape(128, 64, 8, 3)
