@@ -84,7 +84,7 @@ def test_other_weights_are_recorded_anew(graphs: list[PretendedGraph]) -> None:
     assert len(graphs) == 2
 
 
-def test_a_recording_that_fails_is_tried_again(graphs: list[PretendedGraph]) -> None:
+def test_a_recording_that_fails_is_tried_again(graphs: list[PretendedGraph], monkeypatch: pytest.MonkeyPatch) -> None:
     runner, encoder = GraphRunner(CPU, shapes=SHAPES), Encoder()
     whole, failures = torch.cuda.graph, [True]
 
@@ -94,7 +94,7 @@ def test_a_recording_that_fails_is_tried_again(graphs: list[PretendedGraph]) -> 
             raise torch.cuda.OutOfMemoryError("no memory")
         return whole(*given, **options)
 
-    torch.cuda.graph = failing  # type: ignore[assignment, misc]
+    monkeypatch.setattr(torch.cuda, "graph", failing)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         encode(runner, encoder, 20)
     assert runner.sizes == ()

@@ -17,6 +17,7 @@ from toy_quantised import float8_by_rows, float8_in_blocks, float8_plain, int8_w
 from nai_t5_core.backends import mps
 from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.choose import encode_on_cuda, run_in_place
+from nai_t5_core.bench.doctor import numbers
 from nai_t5_core.facts.scales import LayerScales, StackScales
 from nai_t5_core.float16.guard import guard
 from nai_t5_core.model.encoder import LAYOUTS, Layout
@@ -98,6 +99,14 @@ def test_dtypes(dtype: str, macos: int, message: str | None, monkeypatch: pytest
     with pytest.raises(ValueError, match=message):
         resolve_dtype(dtype, MPS)
     assert mps.missing_on_mps(torch.device("cpu"), getattr(torch, dtype)) is None
+
+
+def test_the_doctor_asks_for_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for newer, expected in ((True, asked[:3]), (False, (torch.float32, torch.float16))):
+        monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *_, newer=newer: newer)
+        assert numbers._computed_on(MPS, *asked) == list(expected)
+    assert numbers._computed_on(torch.device("cpu"), *asked) == list(asked)
 
 
 @pytest.mark.parametrize(
