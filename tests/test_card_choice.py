@@ -217,6 +217,7 @@ BROKEN: dict[str, Any] = {
     "a number that is none": {"flex_from_lengths": "many"},
     "a product without its blocks": {"products": [{**PRODUCTS[0], "configuration": {}}]},
     "a block that no card has": {"products": [{**PRODUCTS[0], "configuration": {**FEW, "warps": 4096}}]},
+    "a product in uneven blocks": {"products": [{**PRODUCTS[0], "configuration": {**FEW, "block_columns": 48}}]},
     "attention in uneven blocks": {"attention": [{**ATTENTION[0], "queries": 48}]},
     "another card": {"card": "NVIDIA H100"},
     "another torch": {"torch": "1.0"},

@@ -19,6 +19,8 @@ from nai_t5_core.facts.paths import cache_folder
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+# What packages with Triton are called: for CUDA, for ROCm, and for Windows.
+_TRITONS = ("triton", "pytorch-triton-rocm", "triton-windows")
 # The weights that the tables of this version choose for; a file may have products of others, which are passed over.
 PLAIN_WEIGHTS = "16 bit"
 
@@ -115,7 +117,7 @@ def versions() -> dict[str, str]:
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*kernel*.py")))
     return {
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": _version_of_triton(),
         "kernels": hashlib.sha256(sources).hexdigest()[:12],
     }
 
@@ -160,8 +162,11 @@ def _pass_over(path: Path, reason: str) -> None:
     log.warning("the measurements in %s are passed over: %s; nai-t5 doctor measures anew", path, reason)
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+def _version_of_triton() -> str:
+    """Read without importing it, which takes a second."""
+    for package in _TRITONS:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "none"
