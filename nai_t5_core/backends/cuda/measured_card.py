@@ -74,6 +74,9 @@ class MeasuredProduct(_Part):
             raise ValueError(
                 f"{self.way} needs {', '.join(sorted(needed))}; got {', '.join(sorted(self.configuration))}"
             )
+        for name, number in self.configuration.items():
+            if name.startswith("block_") or name == "warps":
+                _power_of_two(number)
         return self
 
 
