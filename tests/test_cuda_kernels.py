@@ -126,6 +126,24 @@ def test_attention_without_keys_sees_no_logits() -> None:
     torch.testing.assert_close(found, qkv[:, 32:].float().mean(0).half().expand(5, 16), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_bias_is_read_beyond_its_table(shape: AttentionShape) -> None:
+    """What lies before and behind the table is not a number."""
+    bias = draw(1, 9)
+    table = attention_table(bias)
+    surrounded = torch.full((3, table.shape[1]), float("nan"), device=DEVICE)
+    surrounded[1] = table[0]
+    for rows, key_start, keys in ((1, 0, 1), (300, 0, 300), (300, 299, 1), (300, 0, 1), (299, 150, 149), (130, 3, 64)):
+        group = DocumentGroup(0, 1, rows, key_start, keys)
+        documents = Documents(document_table([group], shape.queries).to(DEVICE), shape)
+        qkv = draw(rows, 3 * 16, dtype=torch.float16)
+        found = attend(qkv, surrounded[1:2], documents, 1.0)
+        assert found.isfinite().all()
+        q, k, v = qkv.double().unflatten(-1, (3, 1, 16)).unbind(1)
+        exact = DocumentAttention([group], 1.0).layer(bias.double())(q, k, v).flatten(-2)
+        assert error(found, exact) < 2 * ONE_ROUNDING[torch.float16]
+
+
 def test_surplus_blocks_of_a_table_write_nothing() -> None:
     qkv, bias = draw(20, 3 * 16, dtype=torch.float16), attention_table(draw(1, 9))
     table = document_table([DocumentGroup(0, 1, 20, 0, 20)], 16)
