@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from nai_t5_core.backends.cuda.card import Card
 from nai_t5_core.backends.cuda.card_choice import choice_for
-from nai_t5_core.backends.cuda.measured_card import TORCH, MeasuredCard, MeasuredProduct, measured_file, versions
+from nai_t5_core.backends.cuda.measured_card import TORCH, MeasuredCard, MeasuredProduct, measured_file
 from nai_t5_core.backends.cuda.refusals import missing_triton
 from nai_t5_core.bench.doctor import Diagnosis, DoctorSettings, choosing, first_encode
 from nai_t5_core.bench.doctor.choosing import fastest_attention, fastest_products, without_slower_rows
@@ -108,13 +108,8 @@ def test_from_how_many_lengths_flex_is_faster(times: dict[str, Any], expected: i
 
 
 def finding(**others: Any) -> dict[str, Any]:
-    measured = MeasuredCard(
-        card=RTX.name,
-        architecture=RTX.architecture,
-        **versions(),
-        products=fastest_products(TIMES),
-        attention=fastest_attention([Time("attention", 512, "ours", 60, **SHAPE)]),  # type: ignore[list-item]
-    )
+    shapes: list[Any] = [Time("attention", 512, "ours", 60, **SHAPE)]
+    measured = MeasuredCard.of(RTX, fastest_products(TIMES), fastest_attention(shapes))
     times = {"16": {"before": 1.0, "torch": 0.9, "measured": 0.8}}
     return {"measured": measured.model_dump(mode="json"), "before": "an estimate", "times": times, **others}
 

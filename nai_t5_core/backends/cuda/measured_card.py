@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import logging
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +19,6 @@ from nai_t5_core.facts.paths import cache_folder
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
 # What packages with Triton are called: for CUDA, for ROCm, and for Windows.
 _TRITONS = ("triton", "pytorch-triton-rocm", "triton-windows")
 # The weights that the tables of this version choose for; a file may have products of others, which are passed over.
@@ -96,7 +96,7 @@ class MeasuredAttention(_Part):
 class MeasuredCard(_Part):
     """All that was measured, and with what. ``flex_from_lengths`` is None where it was not measured."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     card: str
     architecture: str
     torch: str
@@ -105,6 +105,21 @@ class MeasuredCard(_Part):
     products: tuple[MeasuredProduct, ...]
     attention: tuple[MeasuredAttention, ...]
     flex_from_lengths: int | None = Field(default=None, gt=0)
+
+    @classmethod
+    def of(
+        cls, card: Card, products: Sequence[MeasuredProduct], attention: Sequence[MeasuredAttention]
+    ) -> MeasuredCard:
+        """What was measured on a card now, with these versions."""
+        return cls(
+            card=card.name,
+            architecture=card.architecture,
+            torch=versions()["torch"],
+            triton=versions()["triton"],
+            kernels=versions()["kernels"],
+            products=tuple(products),
+            attention=tuple(attention),
+        )
 
     @property
     def rounding(self) -> str:

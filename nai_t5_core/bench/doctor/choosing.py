@@ -18,7 +18,6 @@ from nai_t5_core.backends.cuda.measured_card import (
     MeasuredAttention,
     MeasuredCard,
     MeasuredProduct,
-    versions,
 )
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.bench.clock import timed
@@ -59,9 +58,7 @@ def measure_choice(patient: Patient) -> Finding:
     stack = own_encoder(config, state, torch.float16)
     together, wrong = _times_together(patient, stack, products, attention)
     kept = without_slower_rows(products, together)
-    measured = MeasuredCard(
-        card=card.name, architecture=card.architecture, **versions(), products=kept, attention=attention
-    )
+    measured = MeasuredCard.of(card, kept, attention)
     return {
         "measured": measured.model_dump(mode="json"),
         "before": choice_for(card).origin,
@@ -132,9 +129,7 @@ def _times_together(
             error = difference(encode(ids).double(), expected)
             if not error <= 2 * TOLERANCES[torch.float16]:
                 wrong.append(f"{rows} tokens, {name}: off by {error:.2g}")
-            times.setdefault(str(rows), {})[name] = timed(lambda encode=encode, ids=ids: encode(ids), patient.device)[
-                "ms"
-            ]  # type: ignore[misc]
+            times.setdefault(str(rows), {})[name] = timed(partial(encode, ids), patient.device)["ms"]
     return times, wrong
 
 
@@ -163,13 +158,7 @@ def _card(patient: Patient) -> Card:
 
 
 def _shapes(choice: Choice, attention: Sequence[MeasuredAttention]) -> AttentionShapes:
-    measured = MeasuredCard(
-        card=choice.card.name,
-        architecture=choice.card.architecture,
-        **versions(),
-        products=(),
-        attention=tuple(attention),
-    )
+    measured = MeasuredCard.of(choice.card, (), attention)
     return Choice(choice.card, choice.row, measured).attention_for(MEASURED_HEADS)
 
 
