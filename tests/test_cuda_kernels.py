@@ -19,14 +19,14 @@ from nai_t5_core.model.packing import DocumentGroup
 if missing := missing_triton():
     pytest.skip(missing, allow_module_level=True)
 
-from nai_t5_core.backends.cuda.attention_shapes import RDNA3, AttentionShape, candidates
+from nai_t5_core.backends.cuda.attention_shapes import B200, RDNA3, AttentionShape, candidates
 from nai_t5_core.backends.cuda.launches import Documents, Watch, add_norm, attend, attention_table, gate
 from nai_t5_core.backends.cuda.products import ESTIMATED, HOPPER, Configuration, TritonProducts, product
 from nai_t5_core.backends.cuda.torch_products import sums_in_float32
 
 WIDTHS = (16, 100, 768, 2560)
 # Every shape that is tried or taken on some card.
-SHAPES = list(dict.fromkeys((*candidates(1024), *(shape for _, shape in RDNA3.by_tokens), RDNA3.longer)))
+SHAPES = list(dict.fromkeys((*candidates(1024), *candidates(1024, "gfx1100"), RDNA3.longer, B200.longer)))
 
 
 @pytest.fixture(autouse=True)

@@ -32,6 +32,9 @@ class AttentionShapes:
 # tokens, with a kernel that had more to compute.
 USUAL = AttentionShapes(((128, AttentionShape(16, 64)),), AttentionShape(64, 32))
 
+# With four warps and heads of 128 registers are spilled on sm_100.
+B200 = AttentionShapes(USUAL.by_tokens, AttentionShape(64, 32, 8))
+
 # Larger ones spill registers on gfx1100.
 RDNA3 = AttentionShapes((), AttentionShape(16, 16))
 

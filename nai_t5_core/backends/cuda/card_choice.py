@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from nai_t5_core.backends.cuda.attention_shapes import RDNA3, USUAL, AttentionShape, AttentionShapes
+from nai_t5_core.backends.cuda.attention_shapes import B200, RDNA3, USUAL, AttentionShape, AttentionShapes
 from nai_t5_core.backends.cuda.card import Card
 from nai_t5_core.backends.cuda.measured_card import MeasuredCard, read_measured
 from nai_t5_core.model.attention_choice import FLEX_FROM_LENGTHS
@@ -39,7 +39,7 @@ TABLE: Mapping[str, Row] = {
     "sm_86": Row("RTX 30"),
     "sm_89": Row("RTX 40, L40"),
     "sm_90": Row("H100, H200", measured_on="an H200", products="few rows"),
-    "sm_100": Row("B200"),
+    "sm_100": Row("B200", attention=B200),
     "sm_120": Row("RTX 50"),
     "gfx90a": Row("MI200"),
     "gfx942": Row("MI300"),
