@@ -27,6 +27,22 @@ CARDS = {
 }
 
 
+# Newer ones, that torch's compiler is not tried for here: B200, RTX 5090. Bytes of shared memory of a program.
+NEWER_CARDS = {100: 232448, 120: 101376}
+
+# AMD's, and the lanes of a warp: MI200, MI300, RX 7900.
+AMD_CARDS = {"gfx90a": (64, 65536), "gfx942": (64, 65536), "gfx1100": (32, 65536)}
+
+
+def amd_usage(assembly: str) -> dict[str, int]:
+    """As :func:`usage`, of a kernel for AMD's; ``STACK`` is the memory of each thread for what does not fit."""
+
+    def most(name: str) -> int:
+        return max(map(int, re.findall(rf"\.{name}:\s+(\d+)", assembly)))
+
+    return {"REG": most("vgpr_count"), "STACK": most("private_segment_fixed_size")}
+
+
 def usage(cubin: bytes) -> dict[str, int]:
     """Registers (``REG``) and bytes of stack (``STACK``) of a compiled kernel."""
     import triton

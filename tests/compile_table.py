@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cards import CARDS
+from cards import AMD_CARDS, CARDS, NEWER_CARDS
 
 SCRIPTS = ("compile_for_gpus.py", "compile_graphs_for_gpus.py")
 
 
-def compiled(script: str, capability: int) -> list[dict[str, Any]]:
+def compiled(script: str, capability: int | str) -> list[dict[str, Any]]:
     """What each kernel takes, in a process for itself, since a compiler believes in one card only.
 
     Raises:
@@ -39,17 +39,21 @@ def row_of(usage: dict[str, Any]) -> str:
 
 def table() -> str:
     """As Markdown: the largest number of registers, bytes of stack, and bytes of shared memory of each row."""
-    rows: dict[str, dict[int, list[dict[str, Any]]]] = {}
-    for capability in CARDS:
-        for script in SCRIPTS:
+    rows: dict[str, dict[int | str, list[dict[str, Any]]]] = {}
+    targets = (*CARDS, *NEWER_CARDS, *AMD_CARDS)
+    for capability in targets:
+        for script in SCRIPTS if capability in CARDS else SCRIPTS[:1]:
             for usage in compiled(script, capability):
                 rows.setdefault(row_of(usage), {}).setdefault(capability, []).append(usage)
-    lines = ["| | " + " | ".join(f"sm_{capability}" for capability in CARDS) + " |", "|---|" + "---|" * len(CARDS)]
+    names = [*(f"sm_{capability}" for capability in (*CARDS, *NEWER_CARDS)), *AMD_CARDS]
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for name, by_card in rows.items():
-        cells = (_cell(by_card.get(capability, [])) for capability in CARDS)
+        cells = (_cell(by_card.get(capability, [])) for capability in targets)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    limits = (f"{card.shared:,}" for card in CARDS.values())
-    return "\n".join([*lines, "| allowed | " + " | ".join(f"255, 0, {limit}" for limit in limits) + " |"])
+    shared_of_nvidia = (*(card.shared for card in CARDS.values()), *NEWER_CARDS.values())
+    limits = [f"255, 0, {shared:,}" for shared in shared_of_nvidia]
+    limits += [f"{512 if lanes == 64 else 256}, 0, {shared:,}" for lanes, shared in AMD_CARDS.values()]
+    return "\n".join([*lines, "| allowed | " + " | ".join(limits) + " |"])
 
 
 def _cell(usages: list[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ import torch
 from conftest import build_stack, random_state
 from torch import Tensor
 
+from nai_t5_core.backends.cuda.card import card_of
 from nai_t5_core.backends.cuda.encoder import PRODUCTS_CHOICES
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales
@@ -21,7 +22,8 @@ ONE_ROUNDING = {torch.float16: 3e-4, torch.bfloat16: 2.4e-3 if HAS_GPU else 4.8e
 DTYPES = tuple(ONE_ROUNDING)
 # The interpreter multiplies the bits of bfloat16 as if they were numbers.
 PRODUCT_DTYPES = DTYPES if HAS_GPU else (torch.float16,)
-CAN_OVERLAP = HAS_GPU and torch.cuda.get_device_capability() >= (9, 0)
+CARD = card_of(torch.device("cuda"))
+CAN_OVERLAP = CARD is not None and CARD.can_overlap
 # The products that can be computed here.
 HERE = [choice for choice in PRODUCTS_CHOICES if CAN_OVERLAP or choice != "triton-overlapping"]
 

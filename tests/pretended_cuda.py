@@ -45,7 +45,7 @@ class _Calls(TorchFunctionMode):
         if function is Tensor.pin_memory:
             self.device.pinned.append(args[0])
             return args[0]
-        if function is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "cuda":
+        if function is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == self.device.device.type:
             return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
         if not (args and isinstance(args[0], FakeTensor)):
             return function(*args, **kwargs)
@@ -116,8 +116,9 @@ class PretendedCuda(TorchDispatchMode):
             finite, or whether every text has ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CUDA) -> None:
         super().__init__()
+        self.device = device
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self._calls = _Calls(self)
         self.answers: Iterator[bool] = itertools.repeat(True)
@@ -137,7 +138,7 @@ class PretendedCuda(TorchDispatchMode):
         tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
         on_device = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
         target = kwargs.get("device")
-        goes_there = target is not None and torch.device(target).type == "cuda"
+        goes_there = target is not None and torch.device(target).type == self.device.type
         if not on_device and not goes_there:
             return operation(*args, **kwargs)
         # In inference mode operations that consist of others arrive whole.
@@ -178,7 +179,7 @@ class PretendedCuda(TorchDispatchMode):
         if into.type == "cpu":
             return torch.ones(source.shape, dtype=dtype)  # as of a mask that hides nothing
         with self.fakes:
-            return torch.empty_strided(source.shape, source.stride(), dtype=dtype, device=CUDA)
+            return torch.empty_strided(source.shape, source.stride(), dtype=dtype, device=self.device)
 
     def copied(self, into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         """``into``, without values: torch's own copy asks for a real device."""
@@ -218,6 +219,8 @@ class PretendedCuda(TorchDispatchMode):
                 for name, tensor in table.items():
                     if tensor is not None:
                         with self.fakes:
-                            moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=CUDA)
+                            moved = torch.empty_strided(
+                                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device
+                            )
                         table[name] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
         return model

@@ -41,8 +41,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_ours_is_what_text_encoder_runs(
     device: PretendedCuda, refusal: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (variants, choose):
-        monkeypatch.setattr(module, "refuses_for_good", lambda _: refusal)
+    monkeypatch.setattr(choose, "refuses_for_good", lambda _: refusal)
+    monkeypatch.setattr(CudaRunner, "refusal", lambda *_: refusal)
     stack: Any = device.put(build_stack(CONFIG, random_state(CONFIG), torch.float16))
     made = variants._own_variants(stack, variants.Wanted())
     assert list(made) == ([OWN] if refusal else [OWN, BY_TORCH])

@@ -19,11 +19,14 @@ from nai_t5_core.model.packing import DocumentGroup
 if missing := missing_triton():
     pytest.skip(missing, allow_module_level=True)
 
-from nai_t5_core.backends.cuda.launches import Documents, Watch, add_norm, attend, gate
+from nai_t5_core.backends.cuda.attention_shapes import B200, RDNA3, AttentionShape, candidates
+from nai_t5_core.backends.cuda.launches import Documents, Watch, add_norm, attend, attention_table, gate
 from nai_t5_core.backends.cuda.products import ESTIMATED, HOPPER, Configuration, TritonProducts, product
 from nai_t5_core.backends.cuda.torch_products import sums_in_float32
 
 WIDTHS = (16, 100, 768, 2560)
+# Every shape that is tried or taken on some card.
+SHAPES = list(dict.fromkeys((*candidates(1024), *candidates(1024, "gfx1100"), RDNA3.longer, B200.longer)))
 
 
 @pytest.fixture(autouse=True)
@@ -99,17 +102,18 @@ GROUPS = [
 
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize(("heads", "d_kv"), [(1, 64), (3, 16), (2, 128)])
-@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", PRODUCT_DTYPES)
 def test_documents_attend_to_their_own_keys(
-    groups: list[DocumentGroup], heads: int, d_kv: int, block: int, dtype: torch.dtype
+    groups: list[DocumentGroup], heads: int, d_kv: int, shape: AttentionShape, dtype: torch.dtype
 ) -> None:
     tokens, scale = groups[-1].stop, d_kv**-0.5
     qkv = draw(tokens, 3 * heads * d_kv, dtype=dtype)
-    table = draw(heads, 65, seed=1, dtype=dtype if block == 16 else torch.float32)
+    table = draw(heads, 65, seed=1, dtype=dtype if shape.queries == 16 else torch.float32)
     q, k, v = qkv.double().unflatten(-1, (3, heads, d_kv)).unbind(1)
     exact = DocumentAttention(groups, scale).layer(table.double())(q, k, v).flatten(-2)
-    found = attend(qkv, table, Documents(document_table(groups, block).to(DEVICE), block), scale)
+    documents = Documents(document_table(groups, shape.queries).to(DEVICE), shape)
+    found = attend(qkv, attention_table(table), documents, scale)
     assert found.dtype == dtype
     assert error(found, exact) < 2 * ONE_ROUNDING[dtype]
 
@@ -117,16 +121,35 @@ def test_documents_attend_to_their_own_keys(
 def test_attention_without_keys_sees_no_logits() -> None:
     qkv = draw(5, 3 * 16, dtype=torch.float16)
     qkv[:, :32] = float("inf")
-    found = attend(qkv, draw(1, 9), Documents(document_table([DocumentGroup(0, 1, 5, 0, 0)], 16).to(DEVICE), 16), 1.0)
+    documents = Documents(document_table([DocumentGroup(0, 1, 5, 0, 0)], 16).to(DEVICE), SHAPES[0])
+    found = attend(qkv, attention_table(draw(1, 9)), documents, 1.0)
     torch.testing.assert_close(found, qkv[:, 32:].float().mean(0).half().expand(5, 16), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_bias_is_read_beyond_its_table(shape: AttentionShape) -> None:
+    """What lies before and behind the table is not a number."""
+    bias = draw(1, 9)
+    table = attention_table(bias)
+    surrounded = torch.full((3, table.shape[1]), float("nan"), device=DEVICE)
+    surrounded[1] = table[0]
+    for rows, key_start, keys in ((1, 0, 1), (300, 0, 300), (300, 299, 1), (300, 0, 1), (299, 150, 149), (130, 3, 64)):
+        group = DocumentGroup(0, 1, rows, key_start, keys)
+        documents = Documents(document_table([group], shape.queries).to(DEVICE), shape)
+        qkv = draw(rows, 3 * 16, dtype=torch.float16)
+        found = attend(qkv, surrounded[1:2], documents, 1.0)
+        assert found.isfinite().all()
+        q, k, v = qkv.double().unflatten(-1, (3, 1, 16)).unbind(1)
+        exact = DocumentAttention([group], 1.0).layer(bias.double())(q, k, v).flatten(-2)
+        assert error(found, exact) < 2 * ONE_ROUNDING[torch.float16]
+
+
 def test_surplus_blocks_of_a_table_write_nothing() -> None:
-    qkv, bias = draw(20, 3 * 16, dtype=torch.float16), draw(1, 9)
+    qkv, bias = draw(20, 3 * 16, dtype=torch.float16), attention_table(draw(1, 9))
     table = document_table([DocumentGroup(0, 1, 20, 0, 20)], 16)
     padded = F.pad(table, (0, 0, 0, 3)).to(DEVICE)
-    expected = attend(qkv, bias, Documents(table.to(DEVICE), 16), 1.0)
-    assert torch.equal(attend(qkv, bias, Documents(padded, 16), 1.0), expected)
+    expected = attend(qkv, bias, Documents(table.to(DEVICE), SHAPES[0]), 1.0)
+    assert torch.equal(attend(qkv, bias, Documents(padded, SHAPES[0]), 1.0), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

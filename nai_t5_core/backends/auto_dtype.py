@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from nai_t5_core.backends.kernels.build import better_than_kernels, prepare_kernels
+from nai_t5_core.backends.mps import missing_on_mps
 from nai_t5_core.model.precision import DTYPES
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, has_decoder: b
         has_decoder: whether it is for a whole T5, whose decoder needs oneDNN for keys, values and the head.
 
     Raises:
-        ValueError: a name or dtype that a T5 cannot run in.
+        ValueError: a name or dtype that a T5 cannot run in, or not on this device.
     """
     if dtype == "auto":
         if device.type in ("cuda", "mps"):
@@ -36,6 +37,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, has_decoder: b
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+    if reason := missing_on_mps(device, DTYPES[name]):
+        raise ValueError(f"dtype {name!r} cannot be used on {device}: {reason}")
     return DTYPES[name]
 
 

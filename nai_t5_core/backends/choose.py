@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from nai_t5_core.backends.choices import ProductsChoice, missing_for_int8, refuse_products
+from nai_t5_core.backends.cuda.card import card_of
+from nai_t5_core.backends.cuda.card_choice import choice_for
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.backends.kernels.build import better_than_kernels, missing_for, prepare_kernels, why_not_kernels
@@ -97,6 +99,8 @@ def encode_on_cuda(stack: T5EncoderStack) -> T5EncoderStack:
     if stack.offload is not None:  # which chooses by itself
         return stack
     by_kernels = isinstance(stack.runner, CudaRunner)
+    if (card := card_of(stack.device)) is not None:
+        stack.flex_from_lengths = choice_for(card).flex_from_lengths
     if stack.device.type != "cuda" or refuses_for_good(stack) is not None:
         stack.runner = None if by_kernels else stack.runner
     elif stack.runner is None:

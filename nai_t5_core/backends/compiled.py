@@ -73,6 +73,10 @@ class CompiledRunner:
         """See :class:`nai_t5_core.model.encoder.StackRunner`."""
         return None
 
+    def describe(self, stack: T5EncoderStack) -> str:
+        """Its name."""
+        return self.name
+
     def __getstate__(self) -> dict[str, Any]:
         return {"buckets": self.buckets, "options": self._options}
 

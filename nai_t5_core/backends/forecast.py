@@ -7,12 +7,14 @@ from collections.abc import Mapping
 import torch
 
 from nai_t5_core.backends.choices import ProductsChoice, Quantisation
+from nai_t5_core.backends.cuda.card import card_of
+from nai_t5_core.backends.cuda.card_choice import choice_for
 from nai_t5_core.backends.kernels.build import best_set, better_than_kernels
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, best, refuses_mathematics
 from nai_t5_core.backends.products import ONEDNN
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, unscaled
-from nai_t5_core.model.attention_choice import AttentionChoice
+from nai_t5_core.model.attention_choice import FLEX_FROM_LENGTHS, AttentionChoice
 from nai_t5_core.model.encoder import Layout
 from nai_t5_core.model.encoder_block import EncoderBlock
 from nai_t5_core.model.layers import NoInit
@@ -41,8 +43,21 @@ def forecast(
     if compile:
         words = f"{words}, compiled" if compile is True else f"{words}, compiled for {compile}"
     elif device.type == "cuda" and optimize and attention == "auto":
-        words = f"{words}, kernels where they can"
+        words = f"{words}, {_on_cuda(device)}"
     return words if attention == "auto" else f"{words}, attention {attention}"
+
+
+def _on_cuda(device: torch.device) -> str:
+    """The kernels, with what decides which products they round, and from where on torch's attention is flex."""
+    card = card_of(device)
+    if card is None:
+        return "kernels where they can"
+    choice = choice_for(card)
+    if choice.unproven:
+        return "torch"
+    lengths = choice.flex_from_lengths
+    flex = "" if lengths == FLEX_FROM_LENGTHS else f", flex from {lengths} lengths"
+    return f"kernels where they can, products {choice.rounding}{flex}"
 
 
 def blocks_of(config: T5Config, dtype: torch.dtype, layout: Layout, scales: StackScales | None) -> list[EncoderBlock]:

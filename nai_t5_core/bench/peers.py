@@ -241,11 +241,14 @@ def exact_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-def nai_t5_encoder(config: T5Config, state: State, dtype: torch.dtype) -> nn.Module:
+def nai_t5_encoder(config: T5Config, state: State, dtype: torch.dtype, flex_length: int | None = None) -> nn.Module:
     """The encoder of the nai-t5 package with SDPA attention and fused norms, as its README recommends and measures.
 
     Weights go through that package's own conversion, and through its norm fusion in float32. It keeps norms and
     residual in float32; everything else is in ``dtype``.
+
+    Args:
+        flex_length: attention by flex, for rows of this length; to be compiled.
 
     Raises:
         ValueError: nai-t5 or einops is not installed, or nai-t5 does not support the config or dtype: no float64, ReLU
@@ -253,17 +256,19 @@ def nai_t5_encoder(config: T5Config, state: State, dtype: torch.dtype) -> nn.Mod
     """
     refuse_for_nai_t5(config, dtype)
     encoder, hf, fusing = (require(f"nai_t5.{part}") for part in ("t5_encoder", "t5_hf", "fuse_norm_scales"))
-    based = nai_t5_config(config, dtype)
+    based = nai_t5_config(config, dtype, "SDPA" if flex_length is None else "Flex")
     with torch.device("meta"):
         model: nn.Module = encoder.T5EncoderStack(based)
     model.load_state_dict(dict(_nai_t5_tensors(hf, based, state, model.state_dict())), assign=True)
     model.eval().requires_grad_(False)
     fusing.fuse_norm_scales_enc(model, fuse_via_f32=True)
+    if flex_length is not None:
+        model.bind_score_mods(flex_length)  # type: ignore[operator]
     return model
 
 
-def nai_t5_config(config: T5Config, dtype: torch.dtype) -> Any:
-    """nai-t5's config object."""
+def nai_t5_config(config: T5Config, dtype: torch.dtype, attention: str = "SDPA") -> Any:
+    """nai-t5's config object; ``attention`` is its name for it."""
     common = require("nai_t5.t5_common")
     return common.T5Config(
         vocab_size=config.vocab_size,
@@ -279,7 +284,7 @@ def nai_t5_config(config: T5Config, dtype: torch.dtype) -> Any:
         linear_weight_dtype=dtype,
         ffn_type=common.T5FFNType.GEGLU if config.gated else common.T5FFNType.ReLU,
         gelu_approx=common.GELUApprox.Tanh,
-        attn_impl=common.T5AttnImpl.SDPA,
+        attn_impl=common.T5AttnImpl[attention],
         relative_attention_num_buckets=config.relative_attention_num_buckets,
         relative_attention_max_distance=config.relative_attention_max_distance,
         scale_qk=config.scale_qk,

@@ -28,22 +28,29 @@ def doctor(
     picture: Annotated[Path | None, typer.Option(help="Also write the report as a picture, an SVG file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Examine this machine: what can run, whether it computes right, how fast, and which settings suit it."""
+    """Examine this machine: what can run, whether it computes right, how fast, and which settings suit it.
+
+    On a card it also keeps, in the user's cache, which products and attention are fastest there; encoders use it.
+    """
     from nai_t5_core.bench.doctor import DoctorSettings, examine_machine
+    from nai_t5_core.bench.doctor.kept_choice import write_choice
     from nai_t5_core.bench.doctor.report import as_markdown, as_svg, render
     from nai_t5_core.weights.whole_files import write_whole
 
     settings = DoctorSettings(device, size, full, budget, tuple(only.split(",")) if only else (), results)
     with err.status("looking") as status:
         diagnosis = examine_machine(settings, status.update)
+    kept = write_choice(diagnosis)
     if markdown is not None:
         write_whole(markdown, as_markdown(diagnosis))
     if picture is not None:
         write_whole(picture, as_svg(diagnosis))
     if as_json:
-        print_json(diagnosis.to_dict())
+        print_json({**diagnosis.to_dict(), "kept": kept})
     else:
         out.print(render(diagnosis))
+        if kept:
+            say(kept)
         for written in filter(None, (markdown, picture)):
             say(f"wrote {written}")
     if not diagnosis.passed:

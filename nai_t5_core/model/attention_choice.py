@@ -33,19 +33,28 @@ class FlexUnavailableError(RuntimeError):
     """Flex attention was asked for, and this installation cannot compile it."""
 
 
-def choose_attention(device_type: str, lengths: int, dtype: torch.dtype) -> Literal["flex", "sdpa"]:
+def choose_attention(
+    device_type: str, lengths: int, dtype: torch.dtype, flex_from_lengths: int = FLEX_FROM_LENGTHS
+) -> Literal["flex", "sdpa"]:
     """Which attention ``"auto"`` means for a batch.
 
     Args:
         device_type: ``"cuda"``, ``"cpu"`` and so on. Flex is chosen on CUDA alone: on the CPU it has no work to skip,
             since SDPA computes each document by itself as well, and it must first be compiled.
         lengths: how many different document lengths the batch has.
+        flex_from_lengths: from how many on flex is faster on this card.
     """
-    is_faster = device_type == "cuda" and lengths >= FLEX_FROM_LENGTHS and dtype in AUTOMATIC_FLEX_DTYPES
+    is_faster = device_type == "cuda" and lengths >= flex_from_lengths and dtype in AUTOMATIC_FLEX_DTYPES
     return "flex" if is_faster else "sdpa"
 
 
-def describe_attention(attention: AttentionChoice, device_type: str, by_kernels: int = 0, blocks: int = 1) -> str:
+def describe_attention(
+    attention: AttentionChoice,
+    device_type: str,
+    by_kernels: int = 0,
+    blocks: int = 1,
+    flex_from_lengths: int = FLEX_FROM_LENGTHS,
+) -> str:
     """The choice in words, and which attention ``"auto"`` takes: ``"auto: sdpa"``, or on the CPU ``"auto: kernels"``.
 
     Args:
@@ -57,7 +66,7 @@ def describe_attention(attention: AttentionChoice, device_type: str, by_kernels:
         return "auto: kernels" if by_kernels == blocks else f"auto: kernels, and sdpa in {blocks - by_kernels} blocks"
     if device_type != "cuda":
         return "auto: sdpa"
-    return f"auto: sdpa, and flex for batches of {FLEX_FROM_LENGTHS} lengths and more"
+    return f"auto: sdpa, and flex for batches of {flex_from_lengths} lengths and more"
 
 
 def document_plan(
@@ -69,6 +78,7 @@ def document_plan(
     d_kv: int,
     kernel_options: Mapping[str, Any] | None = None,
     bucket: int | None = None,
+    flex_from_lengths: int = FLEX_FROM_LENGTHS,
 ) -> AttentionPlan:
     """The attention plan of a packed batch.
 
@@ -80,7 +90,7 @@ def document_plan(
         ValueError: flex was asked for and does not support the device, the dtype or the size of the heads.
         FlexUnavailableError: flex was asked for and cannot be compiled here.
     """
-    if bucket is not None or _takes_flex(attention, packing, device, dtype, d_kv):
+    if bucket is not None or _takes_flex(attention, packing, device, dtype, d_kv, flex_from_lengths):
         # Imported only here: the import is slow in some versions of torch.
         from nai_t5_core.model.flex import FlexAttention
 
@@ -89,14 +99,19 @@ def document_plan(
 
 
 def _takes_flex(
-    attention: AttentionChoice, packing: Packing, device: torch.device, dtype: torch.dtype, d_kv: int
+    attention: AttentionChoice,
+    packing: Packing,
+    device: torch.device,
+    dtype: torch.dtype,
+    d_kv: int,
+    flex_from_lengths: int,
 ) -> bool:
     if attention == "sdpa":
         return False
     if attention == "auto":
         return (
             not torch_is_needed()
-            and choose_attention(device.type, len(packing.groups), dtype) == "flex"
+            and choose_attention(device.type, len(packing.groups), dtype, flex_from_lengths) == "flex"
             and unsupported_by_flex(device, dtype, d_kv) is None
             and missing_for_flex(device) is None
         )

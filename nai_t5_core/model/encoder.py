@@ -13,7 +13,13 @@ from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, unscaled
 from nai_t5_core.model.alterations import Alterations
 from nai_t5_core.model.attention import Attend, AttentionPlan, DenseAttention, LateAttend, distance_table, logit_scale
-from nai_t5_core.model.attention_choice import ATTENTION_CHOICES, AttentionChoice, describe_attention, document_plan
+from nai_t5_core.model.attention_choice import (
+    ATTENTION_CHOICES,
+    FLEX_FROM_LENGTHS,
+    AttentionChoice,
+    describe_attention,
+    document_plan,
+)
 from nai_t5_core.model.block import is_watched
 from nai_t5_core.model.encoder_block import EncoderBlock
 from nai_t5_core.model.fixed_weights import refuse_change
@@ -123,6 +129,10 @@ class StackRunner(Protocol):
         """Why the modules encode in inference in place of this runner, as a sentence; None where the runner does."""
         ...
 
+    def describe(self, stack: T5EncoderStack) -> str:
+        """What it computes by, in words; its name, or more."""
+        ...
+
 
 class T5EncoderStack(nn.Module):
     """A T5 encoder with its embedding; the padding policy is chosen by the call.
@@ -148,6 +158,7 @@ class T5EncoderStack(nn.Module):
             default, returns results unchecked. It may be changed at any time.
         runner: what encodes in place of the modules, where it can.
         offload: set where the weights rest elsewhere than where it computes.
+        flex_from_lengths: from how many lengths of documents in a batch on ``attention="auto"`` takes flex on CUDA.
         turns: threads may call it at once, and what changes it (a LoRA, the guard) waits for its turn.
         alterations: the changes of its weights that were told.
     """
@@ -156,6 +167,7 @@ class T5EncoderStack(nn.Module):
     guard: Guard | None = None
     runner: StackRunner | None = None
     offload: Offloading | None = None
+    flex_from_lengths: int = FLEX_FROM_LENGTHS
 
     def __init__(
         self,
@@ -323,7 +335,15 @@ class T5EncoderStack(nn.Module):
             packing = pack_batch(mask, batch, length, padding, extra_pad, device)
             bucket = None if buckets is None else bucket_for(packing.tokens, buckets)
             plan = document_plan(
-                self.attention, packing, scale, device, self.dtype, self.config.d_kv, self.kernel_options, bucket
+                self.attention,
+                packing,
+                scale,
+                device,
+                self.dtype,
+                self.config.d_kv,
+                self.kernel_options,
+                bucket,
+                self.flex_from_lengths,
             )
         else:
             if self.attention == "flex":
@@ -373,7 +393,7 @@ class T5EncoderStack(nn.Module):
     def describe_attention(self) -> str:
         """How attention is computed in inference, in words: ``"auto: sdpa"``, ``"flex, compiled"``."""
         if self.runner is not None and (reason := self.runner.refusal(self)) is None:
-            return f"auto: {self.runner.name}"
+            return f"auto: {self.runner.describe(self)}"
         if self.runner is not None:
             return f"{self._describe_modules()} (not the {self.runner.name}: {reason})"
         return self._describe_modules()
@@ -381,7 +401,7 @@ class T5EncoderStack(nn.Module):
     def _describe_modules(self) -> str:
         blocks: Any = self.encoder.block
         by_kernels = sum(block.attends_by_itself(self.dtype) for block in blocks)
-        return describe_attention(self.attention, self.device.type, by_kernels, len(blocks))
+        return describe_attention(self.attention, self.device.type, by_kernels, len(blocks), self.flex_from_lengths)
 
 
 def init_modules(stack: nn.Module, config: T5Config, generator: torch.Generator | None = None) -> None:

@@ -51,6 +51,8 @@ class Choices:
             raise ValueError("quantize and compile exclude each other; leave one out")
         where = resolve_device(self.device)
         self._refuse_offloading(where)
+        if self.compile and where.type not in ("cpu", "cuda"):
+            raise ValueError(f"compile={self.compile!r} is for cpu and cuda, and the device is {where}; leave it out")
         refuse_products(self.products, where, bool(self.compile) or not (self.optimize or self.quantize))
         refuse_quantising(self.quantize, where, resolve_dtype(self.dtype, where))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nai_t5_core.backends.mps import kept_off_mps
 from nai_t5_core.backends.quantised.kernels import runner_of_quantised
 from nai_t5_core.backends.quantised.kinds import WEIGHT, Plain, QuantisedWeight
 from nai_t5_core.backends.quantised.projections import QuantisedEmbedding, QuantisedForm, QuantisedLinear
@@ -31,6 +32,21 @@ def that_stay(recipes: list[Recipe], examination: Examination) -> list[Recipe]:
         if _CAN_STAY.fullmatch(recipe.target.removesuffix(".weight"))
         and any(part in examination.quantised for part in recipe.parts)
     ]
+
+
+def refuse_to_keep(recipes: list[Recipe], examination: Examination, device: torch.device) -> None:
+    """Raises a CheckpointError if weights that are to stay quantised cannot lie on a device.
+
+    Nothing is read: dtypes are in the file's header.
+    """
+    tensors = examination.checkpoint.tensors
+    stored = (
+        examination.quantised[part] for recipe in recipes for part in recipe.parts if part in examination.quantised
+    )
+    # What is packed by other programs lies as bytes.
+    infos = (tensors[name] for each in stored for name in each.parts.values())
+    if reason := kept_off_mps(device, (info.dtype for info in infos if not info.packing)):
+        raise CheckpointError(f"{examination.checkpoint.source} cannot be loaded on {device}: {reason}")
 
 
 def refuse_scales(examination: Examination, names: Iterable[str]) -> None:

@@ -30,7 +30,7 @@ from nai_t5_core.weights.chosen import ScalesChoice, given_or_stored, place_for,
 from nai_t5_core.weights.examine import Examination, ModelSource, decoder_faults, examine, find_tokenizer, settle_head
 from nai_t5_core.weights.formats import CheckpointError
 from nai_t5_core.weights.fuse import Recipe, fused_recipes, originals, separate_recipes
-from nai_t5_core.weights.held_weights import held_modules, refuse_scales, that_stay
+from nai_t5_core.weights.held_weights import held_modules, refuse_scales, refuse_to_keep, that_stay
 from nai_t5_core.weights.held_weights import place as put_in_place
 from nai_t5_core.weights.keymaps import KeyMap
 from nai_t5_core.weights.load_report import LoadReport
@@ -163,6 +163,7 @@ def assemble(
     recipes, read = _recipes(examination, config, layout, chosen)
     refuse_scales(examination, originals(recipes))
     staying = [] if unpack else that_stay(recipes, examination)
+    refuse_to_keep(staying, examination, device)
     held = held_modules(staying, examination, dtype, device)
     made = [recipe for recipe in recipes if recipe not in staying]
     absent = stack.load_state_dict(_tensors(made, read, dtype, device, release), strict=False, assign=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.cuda.launches import Documents, Watch, add_norm, attend
+from nai_t5_core.backends.cuda.launches import MARGIN, Documents, Watch, add_norm, attend, attention_table
 from nai_t5_core.backends.cuda.torch_products import Products
 from nai_t5_core.facts.config import Activation
 from nai_t5_core.model.attention import logit_scale
@@ -20,7 +20,8 @@ from nai_t5_core.model.layers import FeedForward
 class CudaBlock:
     """A layer in the fused layout, as references to its block's weights.
 
-    ``bias`` is [heads, distances]; the two factors undo the float16 scales of the out-projections.
+    ``bias`` is a table from :func:`nai_t5_core.backends.cuda.launches.attention_table`; the two factors undo the
+    float16 scales of the out-projections.
     """
 
     qkv: Tensor
@@ -112,7 +113,7 @@ class BiasTables:
     def __init__(self, stack: T5EncoderStack) -> None:
         config = stack.config
         count = config.num_layers if config.bias_per_layer else 1
-        distances = 2 * config.relative_attention_max_distance + 1
+        distances = 2 * (config.relative_attention_max_distance + MARGIN) + 1
         # Outside inference mode: an inference tensor could only be refreshed under inference mode.
         with torch.inference_mode(False):
             self.tables = torch.empty(count, config.num_heads, distances, device=stack.device)
@@ -128,7 +129,7 @@ class BiasTables:
                 return
             self._made_from = made_from
         for index in self._layers:
-            self.tables[index].copy_(stack.encoder.bias_table(index))
+            self.tables[index].copy_(attention_table(stack.encoder.bias_table(index)))
 
     @property
     def _layers(self) -> range:

@@ -12,16 +12,6 @@ from nai_t5_core.model.packing import DocumentGroup
 COLUMNS = 5
 
 
-def query_block(tokens: int) -> int:
-    """Queries per program of the attention kernel: few in short rows, so that all of the device has work."""
-    return 16 if tokens <= 128 else 64
-
-
-def key_block(query_block: int) -> int:
-    """Keys per step of the attention kernel. On an H200 both sizes are fastest, or nearly, for 20 to 1300 tokens."""
-    return 64 if query_block == 16 else 32
-
-
 def has_holes(groups: Sequence[DocumentGroup]) -> bool:
     """Whether a document's keys are not consecutive rows, which the table cannot describe."""
     return any(group.positions is not None for group in groups)

@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.cuda.documents import document_table, has_holes, query_block
+from nai_t5_core.backends.cuda.attention_shapes import USUAL, AttentionShapes
+from nai_t5_core.backends.cuda.card import card_of
+from nai_t5_core.backends.cuda.card_choice import choice_for
+from nai_t5_core.backends.cuda.documents import document_table, has_holes
 from nai_t5_core.backends.cuda.refusals import refuses_for_good, refuses_now
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.inputs import check_ids, moved
 from nai_t5_core.model.packing import Packing, PaddingPolicy, pack_batch
 
 if TYPE_CHECKING:
+    from nai_t5_core.backends.cuda.card import Card
     from nai_t5_core.backends.cuda.examined import ExaminedStack
     from nai_t5_core.backends.cuda.torch_products import Products
 
@@ -36,7 +40,9 @@ class Encoded:
     finite: Tensor
 
 
-def cuda_encoder(stack: T5EncoderStack, eager: bool = False, products: ProductsChoice = "auto") -> CudaEncoder:
+def cuda_encoder(
+    stack: T5EncoderStack, eager: bool = False, products: ProductsChoice = "auto", record_at: int = 1
+) -> CudaEncoder:
     """An encoder that computes what ``stack`` does, from the same weights, in fewer launches.
 
     Args:
@@ -46,18 +52,22 @@ def cuda_encoder(stack: T5EncoderStack, eager: bool = False, products: ProductsC
         products: ``"torch"``; ``"torch-float32"``, whose outputs are not rounded before they are added to the residual;
             ``"triton"``, which multiplies few rows by our own kernel where it was measured, or is estimated, to be
             faster; ``"triton-overlapping"``, whose launches overlap as well, for compute capability 9.0 and later; or
-            ``"auto"``: ``"triton"`` on capability 9.0, where it was measured, else ``"torch"``.
+            ``"auto"``: what ``nai-t5 doctor`` measured on this card, else a table, see
+            :mod:`nai_t5_core.backends.cuda.card_choice`.
+        record_at: the call of a size at which its graph is recorded. By default it is the first, which takes some
+            hundredths of a second longer; with 2, sizes that are met once are launched kernel by kernel.
 
     Raises:
         ValueError: the kernels cannot run this stack, see :func:`nai_t5_core.backends.cuda.refusals.refuses`; unknown
-            products, or a torch before 2.8 with ``"torch-float32"``; graphs on the CPU.
+            products, or a torch before 2.8 with ``"torch-float32"``; ``"auto"`` on a card of AMD's on which nothing was
+            measured; graphs on the CPU; ``record_at`` below 1.
     """
-    encoder = encoder_beside(stack, eager, products)
+    encoder = encoder_beside(stack, eager, products, record_at)
     encoder.kept = stack
     return encoder
 
 
-def encoder_beside(stack: T5EncoderStack, eager: bool, products: ProductsChoice) -> CudaEncoder:
+def encoder_beside(stack: T5EncoderStack, eager: bool, products: ProductsChoice, record_at: int = 1) -> CudaEncoder:
     """:func:`cuda_encoder` for a stack that holds the result, which keeps no reference back: a cycle is freed late."""
     if products not in PRODUCTS_CHOICES:
         raise ValueError(f"unknown products {products!r}; allowed: {', '.join(PRODUCTS_CHOICES)}")
@@ -65,11 +75,23 @@ def encoder_beside(stack: T5EncoderStack, eager: bool, products: ProductsChoice)
         raise ValueError(f"products='torch-float32' needs torch 2.8, this is {torch.__version__}; take 'torch'")
     if reason := refuses_for_good(stack):
         raise ValueError(f"the kernels for CUDA cannot run this encoder: {reason}; call the encoder itself")
-    if products == "triton-overlapping" and _capability(stack.device) < (9, 0):
-        raise ValueError("products='triton-overlapping' needs a GPU of compute capability 9.0; take 'triton'")
+    if record_at < 1:
+        raise ValueError(f"record_at={record_at}; allowed: from 1 on, the first call of a size")
+    card = card_of(stack.device)
+    if products == "auto" and (reason := unproven_on(stack.device)):
+        raise ValueError(f"the kernels for CUDA are not taken here: {reason}")
+    if products == "triton-overlapping" and not (card and card.can_overlap):
+        raise ValueError("products='triton-overlapping' needs an NVIDIA GPU of compute capability 9.0; take 'triton'")
     if not eager and stack.device.type != "cuda":
         raise ValueError(f"the model is on {stack.device}; CUDA graphs need CUDA, elsewhere give eager=True")
-    return CudaEncoder(stack, eager, products_for(products, stack.device))
+    shapes = shapes_for(card, stack.config.d_kv)
+    return CudaEncoder(stack, eager, products_for(products, card), shapes, record_at)
+
+
+def unproven_on(device: torch.device) -> str | None:
+    """See :attr:`nai_t5_core.backends.cuda.card_choice.Choice.unproven`."""
+    card = card_of(device)
+    return None if card is None else choice_for(card).unproven
 
 
 class CudaEncoder:
@@ -80,13 +102,21 @@ class CudaEncoder:
         graphs: the CUDA graphs; None if every kernel is launched in every call.
     """
 
-    def __init__(self, stack: T5EncoderStack, eager: bool, products: Products) -> None:
+    def __init__(
+        self,
+        stack: T5EncoderStack,
+        eager: bool,
+        products: Products,
+        shapes: AttentionShapes = USUAL,
+        record_at: int = 1,
+    ) -> None:
         from nai_t5_core.backends.cuda.block import BiasTables
         from nai_t5_core.backends.cuda.graphs import GraphRunner
 
         self.kept: T5EncoderStack | None = None
         self._stack = weakref.ref(stack)
-        self.graphs = None if eager else GraphRunner(stack.device)
+        self.graphs = None if eager else GraphRunner(stack.device, shapes=shapes, record_at=record_at)
+        self._shapes = shapes
         self._products = products
         self._biases = BiasTables(stack)
         self._examined = self._read()
@@ -201,15 +231,15 @@ class CudaEncoder:
         self._biases.refresh(self.stack)
         encode = partial(self._examined.encode, self._products)
         bucket = self.graphs.bucket(packing.tokens) if self.graphs else None
-        block = query_block(bucket or packing.tokens)
-        table = document_table(packing.groups, block)
+        shape = self._shapes(bucket or packing.tokens)
+        table = document_table(packing.groups, shape.queries)
         with sums_in_float32():
             if self.graphs and bucket:
                 return self.graphs.run(encode, self._examined, bucket, ids, table)
             device = self.stack.device
             count = moved(torch.tensor([packing.tokens], dtype=torch.int32), device)
             finite = torch.ones_like(count)
-            documents = Documents(moved(table, device), block)
+            documents = Documents(moved(table, device), shape)
             return encode(moved(ids, device), documents, Watch(finite, count)), finite
 
     def _by_stack(
@@ -224,10 +254,6 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
 def _packed_ids(packing: Packing, index: Tensor | None, input_ids: Tensor) -> Tensor:
     """Packed ids [tokens], on the device of ``input_ids``; ``index`` is the packing's index on the CPU."""
     if input_ids.is_cuda:
@@ -235,12 +261,19 @@ def _packed_ids(packing: Packing, index: Tensor | None, input_ids: Tensor) -> Te
     return replace(packing, index=index).pack(input_ids)
 
 
-def products_for(choice: ProductsChoice, device: torch.device) -> Products:
-    """What a choice of products means on a device."""
-    from nai_t5_core.backends.cuda.products import HOPPER, TritonProducts, configurations_for
+def shapes_for(card: Card | None, d_kv: int) -> AttentionShapes:
+    """How attention over heads of this size is divided on a card; None is a device that is none."""
+    return USUAL if card is None else choice_for(card).attention_for(d_kv)
+
+
+def products_for(choice: ProductsChoice, card: Card | None) -> Products:
+    """What a choice of products means on a card; None is a device that is none."""
+    from nai_t5_core.backends.cuda.chosen_products import configurations_on, products_of
+    from nai_t5_core.backends.cuda.products import TritonProducts
     from nai_t5_core.backends.cuda.torch_products import TorchProducts, UnroundedTorchProducts
 
-    known = configurations_for(_capability(device))
-    if choice.startswith("triton") or (choice == "auto" and known is HOPPER):
-        return TritonProducts(known, overlaps=choice == "triton-overlapping")
+    if choice == "auto" and card is not None:
+        return products_of(choice_for(card))
+    if choice.startswith("triton"):
+        return TritonProducts(configurations_on(card), overlaps=choice == "triton-overlapping")
     return UnroundedTorchProducts() if choice == "torch-float32" else TorchProducts()

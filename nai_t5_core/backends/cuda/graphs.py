@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nai_t5_core.backends.cuda.documents import COLUMNS, query_block
+from nai_t5_core.backends.cuda.attention_shapes import USUAL, AttentionShape, AttentionShapes
+from nai_t5_core.backends.cuda.documents import COLUMNS
 from nai_t5_core.backends.cuda.launches import Documents, Watch
 
 # Tokens of a packed row. Up to a few hundred, reading the weights takes the most time, so that padding costs little;
@@ -29,9 +30,11 @@ class GraphSize:
     blocks: int
 
     @classmethod
-    def holding(cls, tokens: int, blocks: int) -> GraphSize:
-        """Room for twice as many blocks as one document of all tokens would have, doubled until ``blocks`` fit."""
-        room = 2 * -(-tokens // query_block(tokens))
+    def holding(cls, tokens: int, blocks: int, queries: int) -> GraphSize:
+        """Room for twice as many blocks of ``queries`` as one document of all tokens would have, doubled until
+        ``blocks`` fit.
+        """
+        room = 2 * -(-tokens // queries)
         while room < blocks:
             room *= 2
         return cls(tokens, room)
@@ -40,12 +43,12 @@ class GraphSize:
 class _Inputs:
     """What a recording reads: the number of tokens, the document table and the ids, in this order in one tensor."""
 
-    def __init__(self, size: GraphSize, device: torch.device) -> None:
+    def __init__(self, size: GraphSize, shape: AttentionShape, device: torch.device) -> None:
         self.size = size
         self._table_end = 1 + size.blocks * COLUMNS
         self.all = torch.zeros(self._table_end + size.tokens, dtype=torch.int32, device=device)
         self.count = self.all[:1]
-        self.documents = Documents(self.all[1 : self._table_end].view(-1, COLUMNS), query_block(size.tokens))
+        self.documents = Documents(self.all[1 : self._table_end].view(-1, COLUMNS), shape)
         self.ids = self.all[self._table_end :]
 
     def fill(self, ids: Tensor, table: Tensor) -> None:
@@ -70,21 +73,35 @@ class _Place:
 
 
 class _Recording:
-    """The CUDA graph of one size, with its inputs and outputs."""
+    """The CUDA graph of one size, with its inputs and outputs; recorded at a call of its size, the first or a later."""
 
-    def __init__(self, size: GraphSize, encode: Encode, device: torch.device, place: _Place) -> None:
-        self.inputs = _Inputs(size, device)
+    def __init__(self, inputs: _Inputs, device: torch.device, place: _Place) -> None:
+        self.inputs, self.device, self.place = inputs, device, place
         self.finite = torch.ones(1, dtype=torch.int32, device=device)
-        before = torch.cuda.current_stream(device)
-        aside = torch.cuda.Stream(device)
-        aside.wait_stream(before)
-        with torch.cuda.stream(aside):
-            # A first run, since these cannot be recorded: Triton compiles, and cuBLAS chooses kernels and allocates.
-            self._run(encode)
-        before.wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, place.pool, place.stream, capture_error_mode="thread_local"):
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def record(self, encode: Encode) -> None:
+        """Records the graph, unless that was done."""
+        if self.graph is not None:
+            return
+        if not self.calls:
+            before = torch.cuda.current_stream(self.device)
+            aside = torch.cuda.Stream(self.device)
+            aside.wait_stream(before)
+            with torch.cuda.stream(aside):
+                # A first run: Triton compiles, and cuBLAS chooses kernels and allocates, which cannot be recorded.
+                self._run(encode)
+            before.wait_stream(aside)
+        graph, place = torch.cuda.CUDAGraph(), self.place
+        with torch.cuda.graph(graph, place.pool, place.stream, capture_error_mode="thread_local"):
             self.hidden = self._run(encode)
+        self.graph = graph
+
+    def launch(self, encode: Encode, ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """As a call, by launching every kernel: the same numbers as from the graph, which is not needed."""
+        self.inputs.fill(ids, table)
+        return self._run(encode)[: len(ids)], self.finite.clone()
 
     def _run(self, encode: Encode) -> Tensor:
         self.finite.fill_(1)
@@ -92,6 +109,7 @@ class _Recording:
 
     def __call__(self, ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states [tokens, d_model] and ``finite`` [1]: copies, since the next call overwrites the originals."""
+        assert self.graph is not None
         self.inputs.fill(ids, table)
         self.graph.replay()
         return self.hidden[: len(ids)].clone(), self.finite.clone()
@@ -101,11 +119,23 @@ class GraphRunner:
     """Runs packed rows of up to the largest bucket from CUDA graphs that share one memory pool.
 
     A call from another stream or thread waits for the one before it.
+
+    Args:
+        shapes: how attention is divided among programs.
+        record_at: the call of a size at which its graph is recorded; in those before, every kernel is launched.
     """
 
-    def __init__(self, device: torch.device, buckets: tuple[int, ...] = GRAPH_BUCKETS) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        buckets: tuple[int, ...] = GRAPH_BUCKETS,
+        shapes: AttentionShapes = USUAL,
+        record_at: int = 1,
+    ) -> None:
         self.device = device
         self.buckets = buckets
+        self.shapes = shapes
+        self.record_at = record_at
         self._recordings: dict[GraphSize, _Recording] = {}
         self._recorded_from: object = None
         self._place: _Place | None = None
@@ -115,7 +145,7 @@ class GraphRunner:
     @property
     def sizes(self) -> tuple[GraphSize, ...]:
         """The sizes that have been recorded."""
-        return tuple(self._recordings)
+        return tuple(size for size, recording in self._recordings.items() if recording.graph is not None)
 
     def bucket(self, tokens: int) -> int | None:
         """The smallest bucket that holds a packed row of ``tokens`` tokens; None for a row longer than the largest."""
@@ -125,13 +155,14 @@ class GraphRunner:
         """Hidden states [tokens, d_model], and int32 [1], 1 where they are finite.
 
         Args:
-            encode: the function that is recorded; it is called only at the first use of a size.
+            encode: the function that is recorded; it is called only until the graph of a size is recorded.
             source: the object that ``encode`` reads weights from. If it is another than before, all is recorded anew.
             bucket: the result of :meth:`bucket`.
             ids: [tokens] integers, on the CPU or the device.
             table: of documents, [blocks, 5] on the CPU, for blocks of the bucket's size.
         """
-        size = GraphSize.holding(bucket, len(table))
+        shape = self.shapes(bucket)
+        size = GraphSize.holding(bucket, len(table), shape.queries)
         with self._lock:
             if source is not self._recorded_from:
                 self._forget()
@@ -139,18 +170,28 @@ class GraphRunner:
             stream = torch.cuda.current_stream(self.device)
             if self._done is not None:
                 stream.wait_event(self._done)
-            if size not in self._recordings:
-                self._recordings[size] = self._record(size, encode)
-            result = self._recordings[size](ids, table)
+            result = self._result(self._recording(size, shape), encode, ids, table)
             self._done = stream.record_event()
             return result
 
-    def _record(self, size: GraphSize, encode: Encode) -> _Recording:
+    def _recording(self, size: GraphSize, shape: AttentionShape) -> _Recording:
         if self._place is None:
             self._place = _Place(self.device)
-        # Outside inference mode: inference tensors could only be filled under inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            return _Recording(size, encode, self.device, self._place)
+        if size not in self._recordings:
+            # Outside inference mode: inference tensors could only be filled under inference mode.
+            with torch.inference_mode(False):
+                self._recordings[size] = _Recording(_Inputs(size, shape, self.device), self.device, self._place)
+        return self._recordings[size]
+
+    def _result(self, recording: _Recording, encode: Encode, ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        if recording.calls + 1 < self.record_at:
+            result = recording.launch(encode, ids, table)
+        else:
+            with torch.inference_mode(False), torch.no_grad():
+                recording.record(encode)
+            result = recording(ids, table)
+        recording.calls += 1
+        return result
 
     def _forget(self) -> None:
         """Frees all recordings and their memory, after the device has finished with them."""

@@ -34,6 +34,7 @@ def attend(
     heads: tl.constexpr,
     d_kv: tl.constexpr,
     reach: tl.constexpr,
+    margin: tl.constexpr,
     query_block: tl.constexpr,
     key_block: tl.constexpr,
     overlaps: tl.constexpr,
@@ -50,7 +51,7 @@ def attend(
     first_query = tl.load(document + 2)
     key_start = tl.load(document + 3)
     keys = tl.load(document + 4)
-    # Without keys, attention is even over all rows of the document.
+    # Without keys, attention is even over all rows of the document: logits of zeros, whatever is in the rows.
     is_even = keys == 0
     key_start = tl.where(is_even, 0, key_start)
     keys = tl.where(is_even, rows, keys)
@@ -60,8 +61,8 @@ def attend(
     queries = first_query + tl.arange(0, query_block)
     in_document = (queries < rows)[:, None]
     base = qkv + start * stride + head * d_kv
-    q = tl.load(base + queries[:, None] * stride + depth[None, :], mask=in_document, other=0.0)
-    biases = table + head * (2 * reach + 1) + reach
+    q = tl.load(base + queries[:, None] * stride + depth[None, :], mask=in_document & ~is_even, other=0.0)
+    biases = table + head * (2 * reach + 2 * margin + 1) + reach + margin
     key_rows = base + heads * d_kv + key_start * stride
     relative = queries - key_start
 
@@ -69,26 +70,24 @@ def attend(
     total = tl.zeros((query_block,), tl.float32)
     values = tl.zeros((query_block, d_kv), tl.float32)
     # Keys farther than ``reach`` from every query of the block share one bias before it and one behind it; only the
-    # keys between need a bias by distance.
+    # keys between need a bias by distance, and none of theirs is farther than ``reach`` + ``margin``.
     nearest = first_query - key_start
     far_before = tl.minimum(tl.maximum(nearest - reach + 1, 0) // key_block * key_block, keys)
     far_behind = tl.cdiv(tl.maximum(nearest + query_block - 1 + reach, 0), key_block) * key_block
+    far_before = tl.where(is_even, keys, far_before)
     far_behind = tl.maximum(tl.minimum(far_behind, keys), far_before)
-    before, behind = tl.load(biases - reach).to(tl.float32), tl.load(biases + reach).to(tl.float32)
+    before, behind = tl.load(biases - reach), tl.load(biases + reach)
+    before = tl.where(is_even, 0.0, before)
     for first in tl.range(0, far_before, key_block):
-        k, v, is_key = keys_and_values(key_rows, first, keys, heads * d_kv, stride, depth, key_block)
-        logits = tl.where(is_even, 0.0, tl.dot(q, k) * scale + before)
-        largest, total, values = taken_in(logits, v, is_key, largest, total, values)
+        k, v, is_key = keys_and_values(key_rows, first, keys, heads * d_kv, stride, depth, key_block, is_even)
+        largest, total, values = taken_in(tl.dot(q, k) * scale + before, v, is_key, largest, total, values)
     for first in tl.range(far_before, far_behind, key_block):
-        k, v, is_key = keys_and_values(key_rows, first, keys, heads * d_kv, stride, depth, key_block)
-        distances = (first + tl.arange(0, key_block))[None, :] - relative[:, None]
-        bias = tl.load(biases + tl.minimum(tl.maximum(distances, -reach), reach)).to(tl.float32)
-        logits = tl.where(is_even, 0.0, tl.dot(q, k) * scale + bias)
-        largest, total, values = taken_in(logits, v, is_key, largest, total, values)
+        k, v, is_key = keys_and_values(key_rows, first, keys, heads * d_kv, stride, depth, key_block, False)
+        bias = tl.load(biases + ((first + tl.arange(0, key_block))[None, :] - relative[:, None]))
+        largest, total, values = taken_in(tl.dot(q, k) * scale + bias, v, is_key, largest, total, values)
     for first in tl.range(far_behind, keys, key_block):
-        k, v, is_key = keys_and_values(key_rows, first, keys, heads * d_kv, stride, depth, key_block)
-        logits = tl.where(is_even, 0.0, tl.dot(q, k) * scale + behind)
-        largest, total, values = taken_in(logits, v, is_key, largest, total, values)
+        k, v, is_key = keys_and_values(key_rows, first, keys, heads * d_kv, stride, depth, key_block, False)
+        largest, total, values = taken_in(tl.dot(q, k) * scale + behind, v, is_key, largest, total, values)
 
     places_out = out + (start + queries)[:, None] * (heads * d_kv) + head * d_kv + depth[None, :]
     tl.store(places_out, (values / total[:, None]).to(out.dtype.element_ty), mask=in_document)
@@ -103,12 +102,16 @@ def keys_and_values(
     stride: tl.constexpr,
     depth: tl.tensor,
     key_block: tl.constexpr,
+    is_even: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """A block of keys [d_kv, key_block], its values [key_block, d_kv], and which of the key_block places have a key."""
+    """A block of keys [d_kv, key_block], its values [key_block, d_kv], and which of the key_block places have a key.
+
+    Where attention ``is_even`` the keys are zeros.
+    """
     places = first + tl.arange(0, key_block)
     is_key = places < keys
     here = key_rows + places * stride
-    k = tl.load(here[None, :] + depth[:, None], mask=is_key[None, :], other=0.0)
+    k = tl.load(here[None, :] + depth[:, None], mask=(is_key & (not is_even))[None, :], other=0.0)
     v = tl.load(here[:, None] + width + depth[None, :], mask=is_key[:, None], other=0.0)
     return k, v, is_key
 
@@ -122,11 +125,14 @@ def taken_in(
     total: tl.tensor,
     values: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Updates the running softmax by a block of keys: largest logit, sum of weights, weighted sum of values."""
+    """Updates the running softmax by a block of keys: largest logit, sum of weights, weighted sum of values.
+
+    Logits are those of powers of two.
+    """
     logits = tl.where(is_key[None, :], logits, -float("inf"))
     new_largest = tl.maximum(largest, tl.max(logits, 1))
-    weights = tl.exp(logits - new_largest[:, None])
-    fade = tl.exp(largest - new_largest)
+    weights = tl.exp2(logits - new_largest[:, None])
+    fade = tl.exp2(largest - new_largest)
     values = tl.dot(weights.to(v.dtype), v, values * fade[:, None])
     return new_largest, total * fade + tl.sum(weights, 1), values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,21 +10,25 @@ import triton
 from torch import Tensor
 
 from nai_t5_core.backends.cuda import kernels
-from nai_t5_core.backends.cuda.documents import key_block
+from nai_t5_core.backends.cuda.attention_shapes import AttentionShape
 from nai_t5_core.facts.config import Activation
 
 _GATE_BLOCK = 1024
+
+# Distances beyond the bias's reach that a table has room for: as many as a program's queries and one step's keys.
+MARGIN = 256
+_LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
 class Documents:
     """The table of documents, [blocks, 5] int32, from :func:`nai_t5_core.backends.cuda.documents.document_table`.
 
-    ``query_block`` is the number of queries that a row of the table stands for. The table is on the queries' device.
+    A row of the table stands for as many queries as a program of this ``shape`` has. The table is on their device.
     """
 
     table: Tensor
-    query_block: int
+    shape: AttentionShape
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,26 @@ class Watch:
     count: Tensor
 
 
-def attend(qkv: Tensor, bias: Tensor, documents: Documents, scale: float, overlaps: bool = False) -> Tensor:
+def attention_table(bias: Tensor) -> Tensor:
+    """The bias by distance as :func:`attend` reads it.
+
+    Args:
+        bias: [heads, 2 · reach + 1] in any float dtype.
+
+    Returns:
+        [heads, 2 · (reach + MARGIN) + 1] float32: multiplied by log2(e), and with the outermost numbers repeated, so
+        that the kernel need not clamp distances.
+    """
+    before, behind = (bias[:, end, None].expand(-1, MARGIN) for end in (0, -1))
+    return torch.cat((before, bias, behind), 1).float() * _LOG2_E
+
+
+def attend(qkv: Tensor, table: Tensor, documents: Documents, scale: float, overlaps: bool = False) -> Tensor:
     """Self-attention of every document.
 
     Args:
         qkv: [tokens, 3 · heads · d_kv], queries, keys and values side by side; d_kv a power of two from 16 on.
-        bias: [heads, 2 · reach + 1] by distance, contiguous, in any float dtype.
+        table: the bias, from :func:`attention_table`, contiguous.
         scale: of q · k.
         overlaps: whether this launch overlaps with those before and after it, see
             :class:`nai_t5_core.backends.cuda.torch_products.Products`.
@@ -51,23 +70,24 @@ def attend(qkv: Tensor, bias: Tensor, documents: Documents, scale: float, overla
     Returns:
         [tokens, heads · d_kv] like ``qkv``; rows that belong to no document are not written.
     """
-    heads, distances = bias.shape
+    heads, distances = table.shape
     tokens, inner = qkv.shape[0], qkv.shape[1] // 3
     out = qkv.new_empty(tokens, inner)
-    grid = (heads, len(documents.table))
-    kernels.attend[grid](
+    shape = documents.shape
+    kernels.attend[heads, len(documents.table)](
         qkv,
-        bias,
+        table,
         documents.table,
         out,
-        scale,
+        scale * _LOG2_E,
         heads=heads,
         d_kv=inner // heads,
-        reach=distances // 2,
-        query_block=documents.query_block,
-        key_block=key_block(documents.query_block),
-        num_warps=4,
-        num_stages=2,
+        reach=distances // 2 - MARGIN,
+        margin=MARGIN,
+        query_block=shape.queries,
+        key_block=shape.keys,
+        num_warps=shape.warps,
+        num_stages=shape.stages,
         **overlapping(overlaps),
     )
     return out

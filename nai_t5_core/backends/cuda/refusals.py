@@ -9,6 +9,7 @@ from itertools import chain
 import torch
 from torch import nn
 
+from nai_t5_core.backends.cuda.card import COMPILED_FOR_AMD, card_of
 from nai_t5_core.model.attention import FusedSelfAttention, SelfAttentionLayer
 from nai_t5_core.model.block import is_watched, torch_is_needed
 from nai_t5_core.model.encoder import Encoder, T5EncoderStack
@@ -24,7 +25,7 @@ from nai_t5_core.model.layers import (
 )
 
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16)
-LEAST_CAPABILITY = (8, 0)
+LEAST_CAPABILITY = (8, 0)  # of NVIDIA's
 
 # Exactly these classes: subclasses do more (adapters, quantisation, offloading).
 _KNOWN = {
@@ -84,9 +85,12 @@ def _obstacles(stack: T5EncoderStack) -> Iterator[str]:
 
 def _device_obstacles(device: torch.device) -> Iterator[str]:
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if torch.version.cuda and capability < LEAST_CAPABILITY:
-            yield f"the GPU has compute capability {capability}; at least {LEAST_CAPABILITY} is needed"
+        card = card_of(device)
+        if card is not None and card.is_amd and card.architecture not in COMPILED_FOR_AMD:
+            allowed = ", ".join(COMPILED_FOR_AMD)
+            yield f"the GPU is a {card.name}, {card.architecture}; of AMD's they were compiled for {allowed}"
+        if card is not None and not card.is_amd and card.capability < LEAST_CAPABILITY:
+            yield f"the GPU has compute capability {card.capability}; at least {LEAST_CAPABILITY} is needed"
     elif device.type != "cpu" or not is_interpreted():
         yield f"the model is on {device}; allowed: cuda"
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.cuda.encoder import CudaEncoder, ProductsChoice, encoder_beside
+from nai_t5_core.backends.cuda.card import card_of
+from nai_t5_core.backends.cuda.card_choice import choice_for
+from nai_t5_core.backends.cuda.encoder import CudaEncoder, ProductsChoice, encoder_beside, unproven_on
 from nai_t5_core.backends.cuda.refusals import refuses
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.packing import PaddingPolicy
@@ -20,13 +22,13 @@ class CudaRunner:
     to another device, a new encoder is made.
 
     Args:
-        eager, products: see :func:`nai_t5_core.backends.cuda.encoder.cuda_encoder`.
+        eager, products, record_at: see :func:`nai_t5_core.backends.cuda.encoder.cuda_encoder`.
     """
 
     name = "kernels for CUDA"
 
-    def __init__(self, eager: bool = False, products: ProductsChoice = "auto") -> None:
-        self.eager, self.products = eager, products
+    def __init__(self, eager: bool = False, products: ProductsChoice = "auto", record_at: int = 1) -> None:
+        self.eager, self.products, self.record_at = eager, products, record_at
         self._encoder: CudaEncoder | None = None
 
     def __call__(
@@ -51,13 +53,20 @@ class CudaRunner:
     @torch.no_grad()
     def refusal(self, stack: T5EncoderStack) -> str | None:
         """See :class:`nai_t5_core.model.encoder.StackRunner`."""
-        return refuses(stack)
+        return refuses(stack) or (unproven_on(stack.device) if self.products == "auto" else None)
+
+    def describe(self, stack: T5EncoderStack) -> str:
+        """With where the choice of products and attention comes from."""
+        card = card_of(stack.device)
+        if card is None or self.products != "auto":
+            return self.name
+        return f"{self.name}, {choice_for(card).origin}"
 
     def _encoder_of(self, stack: T5EncoderStack) -> CudaEncoder | None:
         if self._encoder is None or self._encoder.device != stack.device:
             self._encoder = None
-            if refuses(stack) is None:
-                self._encoder = encoder_beside(stack, self.eager, self.products)
+            if self.refusal(stack) is None:
+                self._encoder = encoder_beside(stack, self.eager, self.products, self.record_at)
         return self._encoder
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.backends.cuda.documents import COLUMNS, document_table, query_block
-from nai_t5_core.backends.cuda.encoder import CudaEncoder, products_for
-from nai_t5_core.backends.cuda.refusals import refuses
+from nai_t5_core.backends.cuda.card import card_of
+from nai_t5_core.backends.cuda.documents import COLUMNS, document_table
+from nai_t5_core.backends.cuda.encoder import CudaEncoder, products_for, shapes_for
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.inputs import moved
@@ -38,7 +38,7 @@ class KernelsLayerByLayer(CudaRunner):
         self._offload = offload
 
     def _encoder_of(self, stack: T5EncoderStack) -> CudaEncoder | None:
-        if self._encoder is None and refuses(stack) is None:
+        if self._encoder is None and self.refusal(stack) is None:
             self._encoder = _EncoderLayerByLayer(stack, self._offload)
         return self._encoder
 
@@ -46,7 +46,8 @@ class KernelsLayerByLayer(CudaRunner):
 class _EncoderLayerByLayer(CudaEncoder):
     def __init__(self, stack: T5EncoderStack, offload: HasRing) -> None:
         self._offload = offload
-        super().__init__(stack, True, products_for("auto", stack.device))
+        card = card_of(stack.device)
+        super().__init__(stack, True, products_for("auto", card), shapes_for(card, stack.config.d_kv))
 
     def _read(self) -> ExaminedStack:
         found = super()._read()
@@ -60,13 +61,13 @@ class _EncoderLayerByLayer(CudaEncoder):
         from nai_t5_core.backends.cuda.torch_products import sums_in_float32
 
         self._biases.refresh(self.stack)
-        block = query_block(packing.tokens)
-        table = document_table(packing.groups, block)
+        shape = self._shapes(packing.tokens)
+        table = document_table(packing.groups, shape.queries)
         count = torch.tensor([packing.tokens], dtype=torch.int32)
         given = moved(torch.cat([count, table.flatten()]), self.device)
         finite = torch.ones(1, dtype=torch.int32, device=self.device)
         with sums_in_float32():
-            documents = Documents(given[1:].view(-1, COLUMNS), block)
+            documents = Documents(given[1:].view(-1, COLUMNS), shape)
             # The ids stay where they are, since their rows are gathered on the host.
             return self._examined.encode(self._products, ids, documents, Watch(finite, given[:1])), finite
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from nai_t5_core.backends.choices import missing_for_int8
+from nai_t5_core.backends.cuda.card import card_of
+from nai_t5_core.backends.cuda.card_choice import choice_for
 from nai_t5_core.backends.kernels.build import missing_for_kernels
 from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.model.attention_choice import missing_for_flex
@@ -114,9 +116,13 @@ def _card(device: torch.device) -> dict[str, Any] | None:
         return None
     properties = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)
+    known = card_of(device)
+    assert known is not None
     return {
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
+        "architecture": known.architecture,
+        "choice": choice_for(known).origin,
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": total,
         "free_bytes": free,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_int8, why_not_prepack
+from nai_t5_core.backends.mps import missing_on_mps
 from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.bench.parity import TOLERANCE_INT8, TOLERANCES
 from nai_t5_core.bench.peers import own_encoder, own_t5, random_state
@@ -142,8 +143,7 @@ def _forms(
     config: T5Config, state: dict[str, Tensor], device: torch.device
 ) -> Iterator[tuple[str, T5EncoderStack, float]]:
     """Name, model and tolerance of every layout and backend of ours that runs here."""
-    dtypes = [torch.float32, torch.bfloat16, torch.float16] + ([torch.float64] if device.type != "mps" else [])
-    for dtype in dtypes:
+    for dtype in _computed_on(device, torch.float32, torch.bfloat16, torch.float16, torch.float64):
         name = str(dtype).removeprefix("torch.")
         for layout in LAYOUTS:
             stack = own_encoder(config, state, dtype, layout)
@@ -155,6 +155,10 @@ def _forms(
             yield f"{name}, prepacked", prepack(own_encoder(config, state, dtype)), TOLERANCES[dtype]
         if why_not_int8(own_encoder(config, state, dtype)) is None:
             yield f"{name}, int8", quantize_int8(own_encoder(config, state, dtype)), TOLERANCE_INT8
+
+
+def _computed_on(device: torch.device, *dtypes: torch.dtype) -> list[torch.dtype]:
+    return [dtype for dtype in dtypes if missing_on_mps(device, dtype) is None]
 
 
 def _placed(stack: T5EncoderStack, device: torch.device, attention: AttentionChoice) -> T5EncoderStack:
@@ -192,7 +196,7 @@ def check_generation(patient: Patient) -> Finding:
                 wrong.append(f"{kind}, float32, {beams} beams: other tokens than on the CPU")
         labels = ids[:, :11]
         exact = own_t5(config, state, torch.float64)(ids, mask, labels=labels)[0].detach()
-        for dtype in (torch.bfloat16, torch.float16):
+        for dtype in _computed_on(patient.device, torch.bfloat16, torch.float16):
             model = own_t5(config, state, dtype).to(patient.device)
             with torch.no_grad():
                 logits = model(*(x.to(patient.device) for x in (ids, mask)), labels=labels.to(patient.device))[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nai_t5_core.backends.cuda.card import card_of
 from nai_t5_core.backends.cuda.encoder import ProductsChoice, cuda_encoder
 from nai_t5_core.bench.clock import timed
 from nai_t5_core.bench.doctor.numbers import SMALL_CONFIGS, difference, questions
@@ -21,8 +22,9 @@ _PRODUCTS: tuple[ProductsChoice, ...] = ("torch", "torch-float32", "triton", "tr
 
 
 def _possible(device: torch.device) -> tuple[ProductsChoice, ...]:
-    """The choices of products that a card can run; overlapping launches need compute capability 9.0."""
-    return _PRODUCTS if torch.cuda.get_device_capability(device) >= (9, 0) else _PRODUCTS[:-1]
+    """The choices of products that a card can run."""
+    card = card_of(device)
+    return _PRODUCTS if card is not None and card.can_overlap else _PRODUCTS[:-1]
 
 
 @torch.no_grad()
@@ -71,18 +73,6 @@ def time_kernels(patient: Patient) -> Finding:
             expected = patient.stack(ids, mask, padding="skip").double()
             times[name][variant]["differs"] = difference(encode(ids, mask, "skip").double(), expected)
     return {"times": times}
-
-
-def time_products(patient: Patient) -> Finding:
-    """Times the products of a T5-XXL's layer by torch and by our kernel; gives the fastest three configurations."""
-    from nai_t5_core.backends.cuda.product_times import time_products
-
-    found: dict[str, Any] = {}
-    for each in time_products(device=patient.device):
-        those = found.setdefault(f"{each.shape.name}, {each.rows} rows", [])
-        if isinstance(each.how, str) or sum("Configuration" in line for line in those) < 3:
-            those.append(str(each))
-    return {"times": found}
 
 
 def _finished(encode: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> None:

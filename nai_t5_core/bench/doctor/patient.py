@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.choose import prepack, why_not_prepack
-from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.bench.doctor.settings import DoctorSettings
 from nai_t5_core.bench.peers import State, own_encoder, random_state
@@ -68,13 +67,13 @@ class Patient:
 
     @property
     def _takes_kernels_for_cuda(self) -> bool:
-        return self.device.type == "cuda" and refuses_for_good(self.stack) is None
+        return self.device.type == "cuda" and CudaRunner().refusal(self.stack) is None
 
     @property
     def encoded_by(self) -> str:
         """What ``encode`` runs, in words."""
         if self._takes_kernels_for_cuda:
-            return "our kernels for CUDA, in graphs"
+            return f"our {CudaRunner().describe(self.stack)}, in graphs"
         blocks: Any = self.stack.encoder.block
         by = "torch" if blocks[0].runner is None else blocks[0].runner.name
         if blocks[0].attends_by_itself(self.dtype):

@@ -14,6 +14,7 @@ from nai_t5_core.bench.clock import timed
 from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.bench.doctor.speed import PADDED_TO, padded
 from nai_t5_core.bench.peer_list import Peer, build_peer
+from nai_t5_core.bench.peers import nai_t5_encoder
 
 # Prompt lengths of one batch and the length that they are padded to; None: no padding.
 _CASES: dict[str, tuple[tuple[int, ...], int | None]] = {
@@ -53,6 +54,24 @@ def time_compiled_transformers(patient: Patient) -> Finding:
         call = partial(compiled, peer.model, ids, None)
         found[str(length)] = {**timed(call, patient.device, warm_ups=3), "first_seconds": round(first, 1)}
     return {"version": peer.version, "times": found}
+
+
+@torch.no_grad()
+def time_compiled_nai_t5(patient: Patient) -> Finding:
+    """nai-t5 with flex attention under torch.compile with CUDA graphs, at 512 tokens."""
+    length = 512
+    model = nai_t5_encoder(patient.config, patient.state, patient.dtype, flex_length=length).to(patient.device)
+    compiled = torch.compile(model, mode="reduce-overhead", dynamic=False)
+    ids = patient.ids(1, length).to(patient.device)
+    started = time.perf_counter()
+    theirs = compiled(ids).clone()
+    first = time.perf_counter() - started
+    times = {
+        **timed(partial(compiled, ids), patient.device, warm_ups=3),
+        "first_seconds": round(first, 1),
+        "differs": _difference(theirs, patient.stack(ids), None),
+    }
+    return {"times": {str(length): times}}
 
 
 def _beside_ours(patient: Patient, name: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nai_t5_core.bench.doctor.advice import advice
 from nai_t5_core.bench.doctor.examination import Diagnosis
+from nai_t5_core.bench.doctor.goals import goals, least_ms
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,6 +21,7 @@ _COMPILED = {
     "compiled": "Ours, compiled",
     "compiled-512": "Ours, compiled for 512 tokens",
     "peers-compiled": "transformers, compiled",
+    "nai-t5-compiled": "nai-t5 by flex, compiled",
 }
 
 
@@ -88,6 +90,10 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
     for step in ("transformers", "nai-t5"):
         if found := diagnosis.data(step):
             yield _peer(step, found)
+    if found := diagnosis.data("first-encode"):
+        yield _first_encode(found)
+    if found := diagnosis.data("choice"):
+        yield _choice(found)
     if found := diagnosis.data("kernel-speed"):
         yield _kernels(found)
     if found := diagnosis.data("offload"):
@@ -97,6 +103,8 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
     for step, title in _COMPILED.items():
         if found := diagnosis.data(step):
             yield _compiled(title, found)
+    if reached := tuple(goals(diagnosis)):
+        yield Section("To reach on an H100", ("what", "goal", "found"), reached)
     yield Section("Advice", lines=tuple(advice(diagnosis)))
 
 
@@ -111,8 +119,11 @@ def _machine(machine: dict[str, Any]) -> Section:
         ("compilers", ", ".join(machine["compilers"]) or "none"),
     ]
     if card:
-        rows.insert(0, ("card", f"{card['name']}, compute capability {card['capability']}, driver {card['driver']}"))
+        what = card.get("architecture") if card.get("hip") else f"compute capability {card['capability']}"
+        rows.insert(0, ("card", f"{card['name']}, {what}, driver {card['driver']}"))
         rows.insert(1, ("its memory", f"{_size(card['free_bytes'])} free of {_size(card['memory_bytes'])}"))
+    if card and "choice" in card:
+        rows.insert(2, ("products and attention", card["choice"]))
     rows += [(f"no {name}", reason) for name, reason in machine["missing"].items()]
     return Section("The machine", ("", "what there is"), tuple(rows))
 
@@ -159,7 +170,7 @@ def _speed(diagnosis: Diagnosis) -> Section:
         if found := diagnosis.data(step):
             about = found
             for name, time in found["times"].items():
-                least = _least_ms(time["work"], ceilings, found["dtype"])
+                least = least_ms(time["work"], ceilings, found["dtype"])
                 what = f"{name} tokens" if step == "speed" else f"{name}, pads skipped"
                 share = f"{least:.2f} ms, {least / time['ms']:.0%}" if least else ""
                 host = () if on_cpu else (f"{time['host_ms']:.2f} ms",)
@@ -167,13 +178,6 @@ def _speed(diagnosis: Diagnosis) -> Section:
     title = f"Ours: {about['size']}, {about['dtype']}, by {about['by']}"
     head = ("batch", "time", *(() if on_cpu else ("of it the host's",)), "least by the ceilings, share")
     return Section(title, head, tuple(rows))
-
-
-def _least_ms(work: dict[str, int], ceilings: dict[str, Any], dtype: str) -> float | None:
-    rate = ceilings.get("products", {}).get(dtype)
-    if not isinstance(rate, float):
-        return None
-    return 1e3 * max(work["flops"] / rate, work["bytes"] / ceilings["read_bytes_per_second"])
 
 
 def _peer(name: str, found: dict[str, Any]) -> Section:
@@ -186,6 +190,33 @@ def _peer(name: str, found: dict[str, Any]) -> Section:
                 (case, theirs, f"{times['ours']['ms']:.2f} ms", f"{times['ratio']:.2f}×", f"{times['differs']:.1e}")
             )
     return Section(f"{name} beside ours", ("tokens", name, "ours", "ratio", "largest difference"), tuple(rows))
+
+
+def _first_encode(found: dict[str, Any]) -> Section:
+    rows = [
+        (name, *(f"{times[each]:.2f} s" for each in ("import_seconds", "first_seconds", "second_seconds")))
+        for name, times in found["times"].items()
+    ]
+    return Section("A fresh process", ("", "imports", "first encode", "second"), tuple(rows))
+
+
+def _choice(found: dict[str, Any]) -> Section:
+    rows = []
+    for each in found["measured"]["products"]:
+        how = " ".join((each["way"], *(f"{name} {number}" for name, number in each["configuration"].items())))
+        times = f"{each['microseconds']:.1f} µs", f"{each['by_torch']:.1f} µs"
+        rows.append((f"{each['kind']} products, {each['rows']} rows", how, *times))
+    for each in found["measured"]["attention"]:
+        how = f"queries {each['queries']} keys {each['keys']} warps {each['warps']} stages {each['stages']}"
+        rows.append((f"attention, {each['tokens']} tokens", how, f"{each['microseconds']:.1f} µs", ""))
+    lines = [
+        f"layers at {rows} tokens: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
+        for rows, times in found["times"].items()
+    ]
+    if lengths := found.get("lengths"):
+        lines.append("the timed model: " + ", ".join(f"{tokens} tokens {ms:.2f} ms" for tokens, ms in lengths.items()))
+    title = "What is fastest on this card, in a layer of a T5-XXL"
+    return Section(title, ("what", "by", "time", "by torch"), tuple(rows), tuple(lines))
 
 
 def _flex(flex: dict[str, Any]) -> Section:

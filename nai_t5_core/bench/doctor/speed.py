@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.bench.clock import device_seconds, synchronize, timed
 from nai_t5_core.bench.doctor.patient import Finding, Patient, encoding_by
@@ -73,7 +72,7 @@ def count_launches(patient: Patient) -> Finding:
     }
     cases |= {name: padded(patient, lengths) for name, lengths in BATCHES.items()}
     encoders: dict[str, Callable[..., Tensor]] = {"torch": partial(encode_guarded, patient.stack)}
-    if refuses_for_good(patient.stack) is None:
+    if CudaRunner().refusal(patient.stack) is None:
         for name, eager in (("kernels", True), ("graphs", False)):
             encoders[name] = encoding_by(CudaRunner(eager), patient.stack)
     return {

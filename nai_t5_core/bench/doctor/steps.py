@@ -34,7 +34,18 @@ class Step:
 def all_steps() -> tuple[Step, ...]:
     """Every step, in order."""
     # Imported only here: these import torch.
-    from nai_t5_core.bench.doctor import ceilings, graphs, machine, numbers, offload, own_kernels, peers, speed
+    from nai_t5_core.bench.doctor import (
+        ceilings,
+        choosing,
+        first_encode,
+        graphs,
+        machine,
+        numbers,
+        offload,
+        own_kernels,
+        peers,
+        speed,
+    )
 
     return (
         Step("machine", "what the machine is", machine.describe, 60),
@@ -48,15 +59,23 @@ def all_steps() -> tuple[Step, ...]:
         Step("batches", "our encoder with many prompts", speed.measure_batches, 60),
         Step("launches", "what one encode has the device do", speed.count_launches, 60, devices=("cuda",)),
         Step(
+            "first-encode",
+            "the first encode of a fresh process",
+            first_encode.time_first_encodes,
+            90,
+            devices=("cuda",),
+        ),
+        Step("choice", "what is fastest on this card", choosing.measure_choice, 150, devices=("cuda",)),
+        Step(
             "kernel-speed", "our kernels for CUDA, eager and in graphs", own_kernels.time_kernels, 90, True, ("cuda",)
         ),
-        Step("own-products", "the products of our kernels", own_kernels.time_products, 120, True, ("cuda",)),
         Step("products", "the bare products of a layer", speed.measure_products, 60, True, ("cuda",)),
         Step("offload", "layers from the host's memory, beside the bus", offload.measure, 120, True, ("cuda",)),
         Step("transformers", "transformers beside ours", peers.time_transformers, 90, True),
         Step("nai-t5", "nai-t5 beside ours", peers.time_nai_t5, 60, True),
+        Step("peers-compiled", "transformers, compiled", peers.time_compiled_transformers, 150, True, ("cuda",)),
+        Step("nai-t5-compiled", "nai-t5 by flex, compiled", peers.time_compiled_nai_t5, 120, True, ("cuda",)),
         Step("flex", "flex attention: right, and from where on faster", graphs.check_flex, 150, True, ("cuda",)),
         Step("compiled", "ours, compiled with CUDA graphs", graphs.time_compiled_short, 150, True, ("cuda",)),
         Step("compiled-512", "the same, for 512 tokens", graphs.time_compiled_long, 150, True, ("cuda",)),
-        Step("peers-compiled", "transformers, compiled", peers.time_compiled_transformers, 150, True, ("cuda",)),
     )

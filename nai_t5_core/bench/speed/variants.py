@@ -13,7 +13,7 @@ from torch import Tensor
 from nai_t5_core.backends.choices import ProductsChoice
 from nai_t5_core.backends.choose import encode_on_cuda, prepack, quantize_int8, run_in_place, why_not_prepack
 from nai_t5_core.backends.compiled import compile_stack
-from nai_t5_core.backends.cuda.refusals import refuses_for_good
+from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.backends.kernels.build import nearest_set, why_not_kernels
 from nai_t5_core.backends.kernels.runners import KERNELS
 from nai_t5_core.backends.kernels.sets import InstructionSet, named
@@ -130,7 +130,7 @@ def _own_variants(stack: T5EncoderStack, wanted: Wanted) -> dict[str, Optimize]:
     products = wanted.products
     in_place = partial(run_in_place, products=products if products in KERNELS else "auto")
     variants: dict[str, Optimize] = {OWN: in_place}
-    if stack.device.type == "cuda" and refuses_for_good(stack) is None:
+    if stack.device.type == "cuda" and CudaRunner().refusal(stack) is None:
         variants = {OWN: encode_on_cuda, BY_TORCH: in_place}
     if products != "auto" or why_not_prepack(stack) is None:
         variants = {OWN: partial(prepack, products=products), NOT_PREPACKED: in_place}

@@ -1,0 +1,52 @@
+"""The products that a choice means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from nai_t5_core.backends.cuda.amd_products import AMD
+from nai_t5_core.backends.cuda.card import Card
+from nai_t5_core.backends.cuda.card_choice import Choice
+from nai_t5_core.backends.cuda.measured_card import FEW_ROWS, PLAIN_WEIGHTS, TILES, MeasuredProduct
+from nai_t5_core.backends.cuda.products import (
+    ESTIMATED,
+    Configuration,
+    Configurations,
+    TritonProducts,
+    configurations_for,
+)
+from nai_t5_core.backends.cuda.tiles import Tile, TiledProducts, Tiles
+from nai_t5_core.backends.cuda.torch_products import Products, TorchProducts
+
+
+def products_of(choice: Choice) -> Products:
+    """What ``products="auto"`` takes."""
+    if choice.measured is not None:
+        return measured_products(choice.measured.products)
+    by_kernel = choice.row.products == FEW_ROWS
+    return TritonProducts(configurations_on(choice.card)) if by_kernel else TorchProducts()
+
+
+def configurations_on(card: Card | None) -> Configurations:
+    """The configurations of our kernel for few rows on a card; None stands for the interpreter."""
+    if card is not None and card.is_amd:
+        return AMD
+    return configurations_for((0, 0) if card is None else card.capability)
+
+
+def measured_products(measured: Iterable[MeasuredProduct]) -> TiledProducts:
+    """Every product in the way that was measured to be the fastest, and by torch where nothing was.
+
+    A configuration that does not fit a model's sizes is followed by those that are estimates.
+    """
+    few: Configurations = dict.fromkeys(ESTIMATED, ())
+    tiles: Tiles = {}
+    known = [each for each in measured if each.weights == PLAIN_WEIGHTS]
+    for kind, rows in ESTIMATED:
+        for each in known:
+            if (each.kind, each.rows, each.way) == (kind, rows, FEW_ROWS):
+                few[kind, rows] = (Configuration(**each.configuration), *ESTIMATED[kind, rows])
+    for each in known:
+        if each.way == TILES:
+            tiles[each.kind, each.rows] = Tile(**each.configuration)  # type: ignore[index]
+    return TiledProducts(few, tiles)

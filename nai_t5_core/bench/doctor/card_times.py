@@ -1,0 +1,159 @@
+"""How long each way takes on a card to compute the products and the attention of a layer of a T5-XXL."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import torch
+import triton
+from torch import Tensor
+
+from nai_t5_core.backends.cuda.attention_shapes import AttentionShape, candidates
+from nai_t5_core.backends.cuda.card import Card
+from nai_t5_core.backends.cuda.card_choice import MEASURED_HEADS
+from nai_t5_core.backends.cuda.documents import document_table
+from nai_t5_core.backends.cuda.launches import Documents, attend, attention_table
+from nai_t5_core.backends.cuda.measured_card import FEW_ROWS, TILES, TORCH
+from nai_t5_core.backends.cuda.product_times import XXL_SHAPES, ProductShape, time_products
+from nai_t5_core.backends.cuda.products import Kind
+from nai_t5_core.backends.cuda.tile_kernel import multiply_tiles
+from nai_t5_core.backends.cuda.tiles import TILED_ROWS, Tile, tile_arguments, tile_candidates, tiled
+from nai_t5_core.backends.cuda.torch_products import TorchProducts, sums_in_float32
+from nai_t5_core.bench.clock import device_seconds, synchronize
+from nai_t5_core.facts.config import Activation
+from nai_t5_core.model.packing import DocumentGroup
+
+FEW = (16, 32, 64, 128)
+ATTENTION_TOKENS = (64, 128, 256, 512, 1024)
+_HEADS, _REACH = 64, 128
+_ACTIVATION: Activation = "gelu_new"
+_COPIES = 4
+# Tokens of a short prompt.
+_SHORT = 32
+
+
+@dataclass(frozen=True)
+class WayTime:
+    """The time of one way; ``kind`` is that of a product, or ``"attention"``, and ``rows`` its rows or tokens."""
+
+    kind: str
+    rows: int
+    way: str
+    microseconds: float
+    configuration: dict[str, int] = field(default_factory=dict)
+
+
+def by_kind(times: Iterator[tuple[ProductShape, int, str, dict[str, int], float]]) -> list[WayTime]:
+    """The times of one way summed over the products of a kind; a way that one of them lacks is left out."""
+    sums: dict[tuple[str, int, str, tuple[tuple[str, int], ...]], list[float]] = defaultdict(list)
+    for shape, rows, way, configuration, microseconds in times:
+        sums[shape.kind, rows, way, tuple(configuration.items())].append(microseconds)
+    products = {kind: sum(shape.kind == kind for shape in XXL_SHAPES) for kind in ("plain", "gated", "summed")}
+    return [
+        WayTime(kind, rows, way, sum(found), dict(configuration))
+        for (kind, rows, way, configuration), found in sums.items()
+        if len(found) == products[kind]
+    ]
+
+
+def times_of_few_rows(device: torch.device) -> list[WayTime]:
+    """Products of up to 128 rows by torch and by our kernel for few rows."""
+
+    def times() -> Iterator[tuple[ProductShape, int, str, dict[str, int], float]]:
+        for each in time_products(rows=FEW, device=device):
+            if each.how == TORCH:
+                yield each.shape, each.rows, TORCH, {}, each.microseconds
+            elif not isinstance(each.how, str):
+                yield each.shape, each.rows, FEW_ROWS, asdict(each.how), each.microseconds
+
+    return by_kind(times())
+
+
+@torch.no_grad()
+def times_of_tiles(card: Card, device: torch.device) -> list[WayTime]:
+    """Products of more rows by torch and in tiles; all kernels are compiled before, in parallel."""
+    with torch.cuda.device(device), sums_in_float32():
+        return by_kind(_times_of_tiles(card, device))
+
+
+def _times_of_tiles(card: Card, device: torch.device) -> Iterator[tuple[ProductShape, int, str, dict[str, int], float]]:
+    for shape in XXL_SHAPES:
+        columns = shape.columns * (2 if shape.kind == "gated" else 1)
+        weights = [_drawn(columns, shape.depth, device) * shape.depth**-0.5 for _ in range(_COPIES)]
+        tiles = list(tile_candidates(shape.kind, card.capability == (9, 0)))
+        _compile(shape, tiles, weights[0])
+        for rows in TILED_ROWS:
+            x = _drawn(rows, shape.depth, device)
+            yield shape, rows, TORCH, {}, _microseconds(partial(_by_torch, shape.kind, x), weights, device)
+            for tile in tiles:
+                if tile.fits(shape.columns, shape.depth):
+                    call = partial(_by_tiles, shape.kind, x, tile)
+                    yield shape, rows, TILES, asdict(tile), _microseconds(call, weights, device)
+
+
+def _compile(shape: ProductShape, tiles: list[Tile], weight: Tensor) -> None:
+    x = weight.new_empty(TILED_ROWS[0], shape.depth)
+    dtype = torch.float32 if shape.kind == "summed" else x.dtype
+    epilogue = (_ACTIVATION, True) if shape.kind == "gated" else (None, False)
+    with triton.AsyncCompileMode(ThreadPoolExecutor()):
+        for tile in tiles:
+            out = x.new_empty(tile.parts, len(x), shape.columns, dtype=dtype)
+            tensors, constants = tile_arguments(x, weight, out, tile, *epilogue)
+            multiply_tiles.warmup(*tensors, grid=(1,), **constants)
+
+
+def _by_torch(kind: Kind, x: Tensor, weight: Tensor) -> Tensor:
+    products = TorchProducts()
+    return products.activated(x, weight, _ACTIVATION, True) if kind == "gated" else products.plain(x, weight)
+
+
+def _by_tiles(kind: Kind, x: Tensor, tile: Tile, weight: Tensor) -> Tensor:
+    if kind == "gated":
+        return tiled(x, weight, tile, x.dtype, _ACTIVATION, True)
+    return tiled(x, weight, tile, torch.float32 if kind == "summed" else x.dtype)
+
+
+@torch.no_grad()
+def times_of_attention(card: Card, device: torch.device) -> list[WayTime]:
+    """Attention in every shape that is tried: the geometric mean of the times for one document and for many."""
+    found = []
+    table = attention_table(torch.randn(_HEADS, 2 * _REACH + 1, device=device))
+    with torch.cuda.device(device):
+        for tokens in ATTENTION_TOKENS:
+            rows = [_drawn(tokens, 3 * _HEADS * MEASURED_HEADS, device) for _ in range(_COPIES)]
+            for shape in candidates(tokens, card.architecture):
+                tables = (_documents(tokens, each, shape, device) for each in (tokens, _SHORT))
+                times = [_microseconds(partial(_attend, table, documents), rows, device) for documents in tables]
+                found.append(WayTime("attention", tokens, "ours", math.prod(times) ** 0.5, asdict(shape)))
+    return found
+
+
+def _documents(tokens: int, length: int, shape: AttentionShape, device: torch.device) -> Documents:
+    """As many documents of one length as a row has room for."""
+    count = tokens // length
+    group = DocumentGroup(0, count, length, 0, length)
+    return Documents(document_table([group], shape.queries).to(device), shape)
+
+
+def _attend(table: Tensor, documents: Documents, qkv: Tensor) -> Tensor:
+    return attend(qkv, table, documents, 1.0)
+
+
+def _drawn(rows: int, columns: int, device: torch.device) -> Tensor:
+    return torch.randn(rows, columns, device=device, dtype=torch.float16)
+
+
+def _microseconds(call: Callable[[Tensor], Tensor], inputs: list[Tensor], device: torch.device) -> float:
+    """Of one call, from replays of a CUDA graph with a call for each of the inputs."""
+    call(inputs[0])
+    synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for each in inputs:
+            call(each)
+    return device_seconds(lambda _: graph.replay(), device, 10) / len(inputs) * 1e6

@@ -1,0 +1,55 @@
+"""Keeps what was measured on a card in the file that an automatic choice reads."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from nai_t5_core.backends.cuda.card import Card
+from nai_t5_core.backends.cuda.measured_card import MeasuredCard, measured_file
+from nai_t5_core.bench.doctor.examination import Diagnosis
+from nai_t5_core.weights.whole_files import write_whole
+
+# In place of a number of lengths from which flex is faster, where it never is.
+NEVER = 1 << 30
+
+
+def flex_from_lengths(times: dict[str, Any]) -> int | None:
+    """From how many lengths in a batch on flex is faster than SDPA, by the times of the step ``flex``.
+
+    Between two numbers of lengths that were timed it is the mean in ratio; None where nothing was timed.
+    """
+    lengths = {name: int(name.split()[0]) for name in times if name.endswith("prompts")}
+    slower, faster = 1, None
+    for name, count in sorted(lengths.items(), key=lambda item: item[1]):
+        if times[name]["flex"]["ms"] >= times[name]["sdpa"]["ms"]:
+            slower, faster = count, None
+        elif faster is None:
+            faster = count
+    if not lengths:
+        return None
+    return NEVER if faster is None else max(2, round((slower * faster) ** 0.5))
+
+
+def write_choice(diagnosis: Diagnosis) -> str | None:
+    """Writes what was measured, where all results of the kernels were right; what was done, as a sentence.
+
+    None where nothing was measured.
+    """
+    if not (found := diagnosis.data("choice")):
+        return None
+    steps = {name: diagnosis.outcomes.get(name, {}).get("status", "not run") for name in ("kernels", "choice")}
+    if any(status != "ok" for status in steps.values()):
+        told = ", ".join(f"{name}: {status}" for name, status in steps.items())
+        return f"What is fastest on this card was not kept, since the results have to be right first ({told})."
+    flex = diagnosis.data("flex")
+    measured = MeasuredCard.model_validate_json(json.dumps(found["measured"]))
+    if flex and not flex.get("wrong"):
+        measured = measured.model_copy(update={"flex_from_lengths": flex_from_lengths(flex["times"])})
+    path = measured_file(Card(measured.card, measured.architecture))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, measured.model_dump_json(indent=1) + "\n")
+    except OSError as error:
+        return f"What is fastest on this card could not be kept in {path}: {error.strerror or error}."
+    return f"What is fastest on this card is kept in {path}; encoders that are loaded from now on use it."

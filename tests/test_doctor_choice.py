@@ -1,0 +1,282 @@
+"""What the doctor measures on a card, with times that are given: what is chosen, kept and told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TOY_CONFIGS
+from test_doctor import CARD, MACHINE, diagnosis_of
+from typer.testing import CliRunner
+
+from nai_t5_core.backends.cuda.card import Card
+from nai_t5_core.backends.cuda.card_choice import choice_for
+from nai_t5_core.backends.cuda.measured_card import TORCH, MeasuredCard, MeasuredProduct, measured_file
+from nai_t5_core.backends.cuda.refusals import missing_triton
+from nai_t5_core.bench.doctor import Diagnosis, DoctorSettings, choosing, first_encode
+from nai_t5_core.bench.doctor.choosing import fastest_attention, fastest_products, without_slower_rows
+from nai_t5_core.bench.doctor.kept_choice import NEVER, flex_from_lengths, write_choice
+from nai_t5_core.bench.doctor.patient import Patient
+from nai_t5_core.bench.doctor.report import as_markdown
+from nai_t5_core.bench.doctor.steps import all_steps
+from nai_t5_core.cli import app
+
+RTX = Card("NVIDIA GeForce RTX 4090", "sm_89")
+TILE = {"block_rows": 32, "block_columns": 16, "block_depth": 16, "parts": 1, "stages": 2, "warps": 4}
+FEW = {"block_columns": 16, "block_depth": 16, "parts": 1, "stages": 2, "warps": 4}
+SHAPE = {"queries": 64, "keys": 32, "warps": 4, "stages": 2}
+
+
+class Time:
+    """As a WayTime, whose module needs Triton."""
+
+    def __init__(self, kind: str, rows: int, way: str, microseconds: float, **configuration: int) -> None:
+        self.kind, self.rows, self.way, self.microseconds = kind, rows, way, microseconds
+        self.configuration = configuration
+
+
+TIMES: list[Any] = [
+    Time("gated", 16, "torch", 50),
+    Time("gated", 16, "few rows", 40, **FEW),
+    Time("gated", 16, "few rows", 44, **{**FEW, "stages": 3}),
+    Time("plain", 16, "torch", 50),
+    Time("plain", 16, "few rows", 49.5, **FEW),
+    Time("gated", 256, "torch", 100),
+    Time("gated", 256, "tiles", 80, **TILE),
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    choice_for.cache_clear()
+    yield
+    choice_for.cache_clear()
+
+
+def ways(products: Any) -> dict[tuple[str, int], str]:
+    return {(each.kind, each.rows): each.way for each in products}
+
+
+def test_the_fastest_way_is_chosen_where_it_is_faster_than_noise() -> None:
+    found = fastest_products(TIMES)
+    assert ways(found) == {("gated", 16): "few rows", ("plain", 16): TORCH, ("gated", 256): "tiles"}
+    assert found[0].configuration == FEW and (found[0].microseconds, found[0].by_torch) == (40, 50)
+
+
+def test_what_makes_no_whole_layer_faster_is_left_to_torch() -> None:
+    together = {"16": {"torch": 1.0, "measured": 1.0}, "256": {"torch": 1.0, "measured": 0.9}}
+    kept = without_slower_rows(fastest_products(TIMES), together)
+    assert ways(kept) == {("gated", 16): TORCH, ("plain", 16): TORCH, ("gated", 256): "tiles"}
+    assert kept[0].microseconds == 50 and kept[0].configuration == {}
+
+
+def test_the_fastest_shape_of_attention_for_every_length() -> None:
+    small = {**SHAPE, "queries": 16}
+    times: list[Any] = [
+        Time("attention", 64, "ours", 4, **small),
+        Time("attention", 64, "ours", 3, **SHAPE),
+        Time("attention", 512, "ours", 60, **small),
+    ]
+    assert [(each.tokens, each.queries) for each in fastest_attention(times)] == [(64, 64), (512, 16)]
+
+
+def flex_times(**faster: bool) -> dict[str, Any]:
+    """By the number of prompts: whether flex is faster."""
+    named = {name[1:]: yes for name, yes in faster.items()}
+    return {f"{count} prompts": {"flex": {"ms": 1 if yes else 3}, "sdpa": {"ms": 2}} for count, yes in named.items()}
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        (flex_times(_2=False, _8=False, _32=True), 16),
+        (flex_times(_2=False, _8=True, _32=True), 4),
+        (flex_times(_2=True, _8=True, _32=True), 2),
+        (flex_times(_2=True, _8=False, _32=True), 16),
+        (flex_times(_2=False, _8=False, _32=False), NEVER),
+        ({"64": {"flex": {"ms": 1}, "sdpa": {"ms": 2}}}, None),
+    ],
+)
+def test_from_how_many_lengths_flex_is_faster(times: dict[str, Any], expected: int | None) -> None:
+    assert flex_from_lengths(times) == expected
+
+
+def finding(**others: Any) -> dict[str, Any]:
+    shapes: list[Any] = [Time("attention", 512, "ours", 60, **SHAPE)]
+    measured = MeasuredCard.of(RTX, fastest_products(TIMES), fastest_attention(shapes))
+    times = {"16": {"before": 1.0, "torch": 0.9, "measured": 0.8}}
+    return {"measured": measured.model_dump(mode="json"), "before": "an estimate", "times": times, **others}
+
+
+def examined(**steps: dict[str, Any]) -> Diagnosis:
+    return diagnosis_of("cuda", {**MACHINE, "card": {**CARD, "choice": "an estimate"}}, **steps)
+
+
+def test_what_is_measured_is_kept_and_read_again() -> None:
+    flex = {"times": flex_times(_2=False, _8=True), "wrong": []}
+    told = write_choice(examined(kernels={"checked": 9, "wrong": []}, choice=finding(), flex=flex))
+    assert str(measured_file(RTX)) in str(told)
+    choice = choice_for(RTX)
+    assert choice.measured is not None and choice.flex_from_lengths == 4
+    assert ways(choice.measured.products)["gated", 256] == "tiles"
+    assert [path.name for path in measured_file(RTX).parent.iterdir()] == [measured_file(RTX).name]
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ({"choice": finding()}, "kernels: not run"),
+        ({"kernels": {"wrong": ["off by 1"]}, "choice": finding()}, "kernels: wrong, choice: ok"),
+        ({"kernels": {"wrong": []}, "choice": finding(wrong=["off by 1"])}, "kernels: ok, choice: wrong"),
+    ],
+)
+def test_nothing_is_kept_of_kernels_that_are_not_right(steps: dict[str, Any], message: str) -> None:
+    told = write_choice(examined(**steps))
+    assert message in str(told) and not measured_file(RTX).exists()
+
+
+def test_nothing_is_said_where_nothing_was_measured() -> None:
+    assert write_choice(examined(kernels={"wrong": []})) is None
+
+
+def test_a_folder_that_cannot_be_written_is_told() -> None:
+    measured_file(RTX).parent.parent.mkdir(parents=True, exist_ok=True)
+    measured_file(RTX).parent.write_text("a file")
+    told = write_choice(examined(kernels={"wrong": []}, choice=finding()))
+    assert "could not be kept" in str(told)
+
+
+def test_the_report_and_the_command_tell_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"import_seconds": 3.0, "first_seconds": 1.5, "second_seconds": 0.004}
+    fresh = {"times": {"a later one": times}, "seconds": 4.5, "wrong": []}
+    diagnosis = examined(kernels={"checked": 9, "wrong": []}, choice=finding(), **{"first-encode": fresh})
+    text = as_markdown(diagnosis)
+    assert "| products and attention | an estimate |" in text
+    assert "| gated products, 256 rows | tiles block_rows 32" in text and "| 80.0 µs | 100.0 µs |" in text
+    assert "layers at 16 tokens: before 1.00 ms, torch 0.90 ms, measured 0.80 ms" in text
+    assert "| a later one | 3.00 s | 1.50 s | 0.00 s |" in text
+    monkeypatch.setattr("nai_t5_core.bench.doctor.examine_machine", lambda *_: diagnosis)
+    found = CliRunner().invoke(app, ["doctor", "--json"])
+    assert found.exit_code == 0, found.output
+    assert str(measured_file(RTX)) in json.loads(found.stdout)["kept"]
+
+
+def test_the_plan_of_a_card_fits() -> None:
+    """Each step has a deadline, and the whole a budget; what is measured for a choice comes before comparisons."""
+    steps = {step.name: step for step in all_steps() if "cuda" in step.devices}
+    assert all(step.deadline <= 150 for step in steps.values())
+    names = list(steps)
+    assert names.index("kernels") < names.index("choice") < names.index("transformers") < names.index("compiled")
+    assert not steps["choice"].only_full and not steps["first-encode"].only_full
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The steps themselves
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))
+def test_layers_are_computed_in_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, launch by launch, with times that are given: results are right, and what is kept is valid."""
+    from nai_t5_core.backends.cuda.refusals import is_interpreted
+    from nai_t5_core.bench.doctor import card_times
+
+    if not is_interpreted():
+        pytest.skip("Triton's interpreter is off (TRITON_INTERPRET=1)")
+    config = TOY_CONFIGS["v1.1"]
+    shapes = [Time("attention", tokens, "ours", 1.0, **SHAPE) for tokens in (16, 256)]
+    for name, found in {"few_rows": TIMES[:5], "tiles": TIMES[5:], "attention": shapes}.items():
+        monkeypatch.setattr(card_times, f"times_of_{name}", lambda *_, found=found: found)
+    used = []
+    eager = choosing.CudaEncoder
+
+    def encoder(stack: Any, _: bool, products: Any, taken: Any) -> Any:
+        used.append((products, taken))
+        return eager(stack, True, products, taken)
+
+    monkeypatch.setattr(choosing, "CudaEncoder", encoder)
+    monkeypatch.setattr(choosing, "cuda_encoder", partial(choosing.cuda_encoder, eager=True))
+    monkeypatch.setattr(choosing, "card_of", lambda _: RTX)
+    monkeypatch.setattr(choosing, "named_config", lambda _: config)
+    monkeypatch.setattr(choosing, "_LAYERS", 2)
+    monkeypatch.setattr(choosing, "_ROWS", (16, 140))
+    milliseconds = iter((3.0, 2.0, 1.0, 3.0, 2.0, 4.0))
+
+    def timed(call: Any, device: torch.device) -> dict[str, float]:
+        call()
+        return {"ms": next(milliseconds)}
+
+    monkeypatch.setattr(choosing, "timed", timed)
+    found = choosing.measure_choice(Patient(DoctorSettings(device="cpu")))
+    assert found["wrong"] == [] and found["before"].startswith("an estimate")
+    measured = MeasuredCard.model_validate_json(json.dumps(found["measured"]))
+    assert found["times"]["140"] == {"before": 3.0, "torch": 2.0, "measured": 4.0}
+    assert ways(measured.products)["gated", 16] == "few rows"
+    assert used[1][0].tiles.keys() == {("gated", 256)} and used[1][1](16).queries == 64
+
+
+def test_the_first_encode_of_a_process() -> None:
+    times = first_encode.in_a_fresh_process("t5-v1_1-small", "cpu", 1)
+    assert times["import_seconds"] > 0 and times["first_seconds"] > 0 and times["second_seconds"] > 0
+    with pytest.raises(RuntimeError, match="t5-gigantic"):
+        first_encode.in_a_fresh_process("t5-gigantic", "cpu", 1)
+
+
+@pytest.mark.parametrize(("seconds", "wrong"), [(2.0, 0), (9.0, 1)])
+def test_a_first_encode_that_is_late_is_wrong(seconds: float, wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"import_seconds": 3.0, "first_seconds": seconds, "second_seconds": 0.01}
+    asked = []
+    monkeypatch.setattr(first_encode, "in_a_fresh_process", lambda *given: asked.append(given) or times)
+    found = first_encode.time_first_encodes(Patient(DoctorSettings(device="cpu")))
+    assert found["seconds"] == 3 + seconds and len(found["wrong"]) == wrong
+    assert [record_at for *_, record_at in asked] == [1, 1, 2]
+
+
+def test_an_unknown_way_is_kept_for_later_versions() -> None:
+    each = MeasuredProduct(kind="gated", rows=64, weights="int8", way="later", microseconds=1, by_torch=2)
+    assert MeasuredProduct.model_validate_json(each.model_dump_json()) == each
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is to be reached
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_to_be_reached_stands_beside_what_was_found() -> None:
+    ceilings = {"read_bytes_per_second": 1e12, "copy_bytes_per_second": 1e12, "products": {"float16": 1e14}}
+    work = {"flops": 1e11, "bytes": 2e9}
+    times = {length: {"ms": ms, "host_ms": 1.0, "work": work} for length, ms in (("64", 4.0), ("512", 8.0))}
+    speed = {"size": "t5-v1_1-xxl", "dtype": "float16", "by": "kernels", "times": times}
+    each = {"ms": 12.0, "host_ms": 1.0, "first_seconds": 20}
+    steps = {"peers-compiled": {"times": {"64": each, "512": each}}, "nai-t5-compiled": {"times": {"512": each}}}
+    text = as_markdown(examined(ceilings=ceilings, speed=speed, **steps))
+    for row in (
+        "| 64 tokens, float16 | ≤ 3.4 ms | 4.00 ms |",
+        "| 64 tokens, multiple of the least time | ≤ 1.2 | 2.00 |",
+        "| transformers compiled / ours, 64 tokens | ≥ 2.0 | 3.00 |",
+        "| transformers / ours, 64 tokens padded to 512 | ≥ 6 | not measured |",
+        "| nai-t5 by flex, compiled / ours, 512 tokens | ≥ 1.15 | 1.50 |",
+        "| first encode of a fresh process | ≤ 10 s | not measured |",
+    ):
+        assert row in text
+    chosen = as_markdown(examined(ceilings=ceilings, speed=speed, choice=finding(lengths={"64": 3.2})))
+    assert "| 64 tokens, float16 | ≤ 3.4 ms | 3.20 ms |" in chosen and "the timed model: 64 tokens 3.20 ms" in chosen
+    assert "To reach" not in as_markdown(examined(speed={**speed, "size": "t5-v1_1-large"}))
+
+
+def test_nai_t5_by_flex_computes_what_it_does_by_sdpa() -> None:
+    peers = pytest.importorskip("nai_t5_core.bench.peers")
+    pytest.importorskip("nai_t5", reason="nai-t5 is not installed")
+    config = TOY_CONFIGS["v1.1"].encoder_only()
+    state = peers.random_state(config)
+    ids = torch.arange(20)[None] % config.vocab_size
+    with torch.no_grad():
+        by_sdpa = peers.nai_t5_encoder(config, state, torch.float32)(ids)
+        by_flex = peers.nai_t5_encoder(config, state, torch.float32, flex_length=20)(ids)
+    torch.testing.assert_close(by_flex, by_sdpa, atol=1e-4, rtol=1e-4)
