@@ -91,7 +91,8 @@ def _tighten_first_fault(
     """Finds the first layer that gives something not finite and tightens its scales; returns what was done."""
     embeddings, plan, packing = stack.prepare(input_ids, *inputs, **options)
     if not is_finite(embeddings):
-        raise NotFiniteError(_embedding_fault(embeddings, None if input_ids is None else packing.pack(input_ids)))
+        ids = None if input_ids is None else packing.pack(input_ids.to(embeddings.device))
+        raise NotFiniteError(_embedding_fault(embeddings, ids))
     before = embeddings
     for index, after in enumerate(stack.encoder.residuals(embeddings, plan, stack.dtype)):
         if not is_finite(after):
@@ -107,7 +108,7 @@ def _embedding_fault(embeddings: Tensor, ids: Tensor | None) -> str:
     if ids is None:
         return "inputs_embeds holds values that are not finite"
     is_faulty = ~embeddings.isfinite().all(dim=-1)
-    rows = sorted(set(ids[is_faulty.to(ids.device)].tolist()))
+    rows = sorted(set(ids.to("cpu")[is_faulty.to("cpu")].tolist()))
     named = ", ".join(map(str, rows[:8])) + (", …" if rows[8:] else "")
     return f"shared.weight holds values that are not finite, in rows of tokens that the text has: {named}"
 
