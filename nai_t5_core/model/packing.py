@@ -78,10 +78,13 @@ class Packing:
 
     def pack_onto(self, device: torch.device, padded: Tensor) -> tuple[Tensor, Packing]:
         """[batch, length, …] to [tokens, …] on a device, and this packing there; ids and places go in one copy."""
+        places = self._places()
+        if not places:
+            return self.pack(moved(padded, device)), self
         if padded.is_floating_point() or padded.device == device:
-            packing = self._with_places(moved_together(self._places(), device))
+            packing = self._with_places(moved_together(places, device))
             return packing.pack(moved(padded, device)), packing
-        row, *places = moved_together([self.pack(padded), *self._places()], device)
+        row, *places = moved_together([self.pack(padded), *places], device)
         return row, self._with_places(places)
 
     def _places(self) -> list[Tensor]:
