@@ -59,6 +59,8 @@ class _Calls(TorchFunctionMode):
             return torch.ops.aten.index_put_(part, places, torch.as_tensor(args[2]))
         if function is Tensor.copy_:
             return self.device.copied(*args, **kwargs)
+        if function is Tensor.__invert__:
+            return torch.ops.aten.bitwise_not(args[0])
         if function is Tensor.contiguous and not args[0].is_contiguous():
             return torch.ops.aten.clone(args[0], memory_format=torch.contiguous_format)
         if function is F.rms_norm:
@@ -112,8 +114,8 @@ class PretendedCuda(TorchDispatchMode):
         waits: of the host for the device, by what it waits for.
         pinned: tensors of the host whose copies need not be waited for.
         float32_products: products of float32 matrices.
-        answers: what the device says, in turn, when the host asks whether something is true: whether a result is
-            finite, or whether every text has ended.
+        answers: what the device says, in turn, for each bool that the host reads: whether a result is finite, whether
+            every text has ended, or whether a mask shows a token.
     """
 
     def __init__(self, device: torch.device = CUDA) -> None:
@@ -177,7 +179,8 @@ class PretendedCuda(TorchDispatchMode):
             return args[0]
         dtype = kwargs.get("dtype") or source.dtype
         if into.type == "cpu":
-            return torch.ones(source.shape, dtype=dtype)  # as of a mask that hides nothing
+            values = torch.ones(source.shape, dtype=dtype)  # as of a mask that hides nothing
+            return values.apply_(lambda _: next(self.answers)) if dtype == torch.bool else values
         with self.fakes:
             return torch.empty_strided(source.shape, source.stride(), dtype=dtype, device=self.device)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 pytest.importorskip("transformers", reason="transformers makes the models of the drop-in class")
 
 from nai_t5_core.bench.peers import own_t5
-from nai_t5_core.float16.guard import guard
+from nai_t5_core.float16.guard import NotFiniteError, guard
 from nai_t5_core.hf import NAIT5EncoderModel
 from nai_t5_core.model.encoder import Layout
 from nai_t5_core.model.packing import PaddingPolicy
@@ -41,13 +41,13 @@ def holes() -> Tensor:
     return mask
 
 
-# The mask, the policy, the groups of documents of one shape, and the copies to the device.
-CASES: dict[str, tuple[Tensor | None, PaddingPolicy, int, int]] = {
-    "one prompt": (None, "exact", 1, 1),
-    "pads that are masked": (padding_mask([20], LENGTH), "exact", 1, 1),
-    "pads that are skipped": (padding_mask([20], LENGTH), "skip", 1, 2),
-    "eight alike": (padding_mask([60] * 8, LENGTH), "skip", 1, 2),
-    "five lengths": (padding_mask([5, 9, 60, 30, 31], LENGTH), "skip", 5, 2),
+# The mask, the policy, and the groups of documents of one shape.
+CASES: dict[str, tuple[Tensor | None, PaddingPolicy, int]] = {
+    "one prompt": (None, "exact", 1),
+    "pads that are masked": (padding_mask([20], LENGTH), "exact", 1),
+    "pads that are skipped": (padding_mask([20], LENGTH), "skip", 1),
+    "eight alike": (padding_mask([60] * 8, LENGTH), "skip", 1),
+    "five lengths": (padding_mask([5, 9, 60, 30, 31], LENGTH), "skip", 5),
 }
 
 
@@ -73,18 +73,28 @@ def encode(device: PretendedCuda, layers: int, layout: Layout, mask: Tensor | No
 @pytest.mark.parametrize("layout", LAUNCHES)
 @pytest.mark.parametrize("case", CASES)
 def test_an_encode(device: PretendedCuda, case: str, layout: Layout) -> None:
-    mask, padding, groups, copies = CASES[case]
+    mask, padding, groups = CASES[case]
     few, many = (encode(device, layers, layout, mask, padding) for layers in (1, 3))
     # Another group is another call of attention; their results are joined.
     assert (many - few) / 2 <= LAUNCHES[layout] + (groups if groups > 1 else 0)
-    assert dict(device.copies) == {("cpu", "cuda"): copies}
+    assert dict(device.copies) == {("cpu", "cuda"): 1}
     assert dict(device.waits) == {"_local_scalar_dense": 1}, "the host waits for what is not the check of the result"
     assert device.float32_products == 0
 
 
-def test_masks_with_holes_are_not_waited_for(device: PretendedCuda) -> None:
-    encode(device, 1, "fused", holes(), "skip")
+@pytest.mark.parametrize("padding", ["exact", "skip"])
+def test_masks_with_holes_go_in_the_one_copy(device: PretendedCuda, padding: PaddingPolicy) -> None:
+    encode(device, 1, "fused", holes(), padding)
     assert dict(device.waits) == {"_local_scalar_dense": 1}
+    assert dict(device.copies) == {("cpu", "cuda"): 1}
+
+
+def test_a_row_that_is_not_finite_is_named(device: PretendedCuda) -> None:
+    """Ids are on the CPU, and where they lie in the packed row is told on the device."""
+    # Neither the result, nor when it is made again, nor the embeddings; then that of each row.
+    device.answers = itertools.chain([False] * 3, itertools.repeat(True))
+    with pytest.raises(NotFiniteError, match="in rows of tokens that the text has: 1"):
+        encode(device, 1, "fused", padding_mask([20], LENGTH), "skip")
 
 
 def test_the_drop_in_class(device: PretendedCuda) -> None:
@@ -105,7 +115,7 @@ def test_the_drop_in_class(device: PretendedCuda) -> None:
     assert (launches[1] - launches[0]) / 2 <= LAUNCHES["fused"]
 
 
-def generate(device: PretendedCuda, layers: int, tokens: int) -> int:
+def generate(device: PretendedCuda, layers: int, tokens: int, **options: Any) -> int:
     """The launches of the second generation for two prompts."""
     config = TOY_CONFIGS["v1.1"].model_copy(update={"num_decoder_layers": layers})
     model: Any = device.put(own_t5(config, random_state(config), torch.float16))
@@ -113,18 +123,31 @@ def generate(device: PretendedCuda, layers: int, tokens: int) -> int:
         device.reset()
         # After each token: are the logits finite, has every text ended?
         device.answers = itertools.cycle((True, False))
-        texts = model.generate(torch.ones(2, LENGTH, dtype=torch.long), max_new_tokens=tokens)
-        assert texts.shape == (2, tokens)
+        texts = model.generate(torch.ones(2, LENGTH, dtype=torch.long), max_new_tokens=tokens, **options)
+        assert texts.shape[0] == 2
     return device.launches.total()
 
 
 def test_generation(device: PretendedCuda) -> None:
     launches = {(layers, tokens): generate(device, layers, tokens) for layers in (1, 3) for tokens in (3, 5)}
-    assert dict(device.waits) == {"_local_scalar_dense": 2 * 5 - 1}
-    assert dict(device.copies) == {("cpu", "cuda"): 1}
+    # Whether logits are finite and every text has ended is read together.
+    assert dict(device.copies) == {("cpu", "cuda"): 1, ("cuda", "cpu"): 5}
+    assert dict(device.waits) == {"copy": 5}
     assert device.float32_products == 0
     two_layers = {tokens: launches[3, tokens] - launches[1, tokens] for tokens in (3, 5)}
     assert (two_layers[5] - two_layers[3]) / 4 <= DECODER_LAUNCHES
+
+
+@pytest.mark.parametrize("mask_on", ["cpu", "cuda"])
+def test_the_mask_of_prompts_is_read_once(device: PretendedCuda, mask_on: str) -> None:
+    model: Any = device.put(own_t5(TOY_CONFIGS["v1.1"], random_state(TOY_CONFIGS["v1.1"]), torch.float16))
+    mask = torch.ones(2, LENGTH, dtype=torch.long, device=mask_on)
+    device.reset()
+    model.read(torch.ones(2, LENGTH, dtype=torch.long), mask)
+    reads = 1 if mask_on == "cuda" else 0
+    assert dict(device.waits) == ({"copy": 1} if reads else {})
+    # Ids with where they lie, and the mask that cross-attention reads.
+    assert device.copies["cpu", "cuda"] == 2 and device.copies["cuda", "cpu"] == reads
 
 
 def test_tensors_of_two_devices_are_an_error(device: PretendedCuda) -> None:

@@ -82,7 +82,7 @@ def test_a_step_that_does_not_come_back_is_told_and_the_next_one_runs() -> None:
 
 def test_steps_that_do_not_fit_are_left_out_and_everything_is_written_down(tmp_path: Path) -> None:
     results = tmp_path / "found.jsonl"
-    settings = DoctorSettings(device="cpu", budget=0.0, only=("machine", "masks"), results=results)
+    settings = DoctorSettings(device="cpu", budget=0.5, only=("machine", "masks"), results=results)
     diagnosis = examine_machine(settings)
     assert [outcome["status"] for outcome in diagnosis.outcomes.values()] == ["left out", "left out"]
     assert [json.loads(line)["step"] for line in results.read_text().splitlines()] == ["machine", "masks"]
@@ -95,6 +95,9 @@ def test_steps_that_do_not_fit_are_left_out_and_everything_is_written_down(tmp_p
         (DoctorSettings(device="cpu", only=("dreams",)), r"unknown steps \['dreams'\]; allowed: machine, ceilings"),
         (DoctorSettings(device="cpu", size="t5-gigantic"), "t5-gigantic"),
         (DoctorSettings(device="warp"), "device 'warp' cannot be used here"),
+        (DoctorSettings(device="cpu", only=("machine", "kernels")), "the step kernels is for cuda, and this is cpu"),
+        (DoctorSettings(device="cpu", budget=0.0), "budget=0; a number of seconds above 0 is needed"),
+        (DoctorSettings(device="cpu", budget=float("nan")), "budget=nan; a number of seconds above 0 is needed"),
     ],
 )
 def test_what_cannot_be_examined_is_refused(settings: DoctorSettings, message: str) -> None:
@@ -320,6 +323,31 @@ def test_the_command(tmp_path: Path) -> None:
     assert "**Advice**" in markdown.read_text()
     svg = picture.read_text()
     assert svg.startswith("<svg") and "Advice" in svg and "url(http" not in svg
+
+
+@pytest.mark.parametrize("option", ["--results", "--markdown", "--picture"])
+@pytest.mark.parametrize(("name", "told"), [("", "is a folder; name a file"), ("none/found", "there is no folder")])
+def test_files_that_cannot_be_written_are_refused_before_work(
+    option: str, name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nai_t5_core.bench.doctor.examine_machine", lambda *_: pytest.fail("work began"))
+    done = CliRunner().invoke(app, ["doctor", option, str(tmp_path / name)])
+    assert isinstance(done.exception, OSError) and told in str(done.exception)
+
+
+def test_the_report_is_told_though_its_file_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("nai_t5_core.bench.doctor.examine_machine", lambda *_: diagnosis_of("cpu", MACHINE))
+    monkeypatch.setattr("nai_t5_core.weights.whole_files.write_whole", full)
+    done = CliRunner().invoke(app, ["doctor", "--markdown", str(tmp_path / "found.md")])
+    assert isinstance(done.exception, OSError) and "\nAdvice\n" in done.stdout
+
+
+@pytest.mark.parametrize("outcomes", [{}, {"machine": {"title": "", "status": "left out", "seconds": 0.0}}])
+def test_no_advice_where_the_machine_was_not_looked_at(outcomes: dict[str, Any]) -> None:
+    assert "None without the step machine, which did not run." in as_markdown(Diagnosis(outcomes, "cpu"))
 
 
 def test_the_command_ends_with_status_1_if_a_number_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

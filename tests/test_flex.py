@@ -267,7 +267,8 @@ def test_the_plan_lies_on_the_device(pattern: str) -> None:
     """Holes are told by tensors on the device: a mixture would be an error on meta, which has no numbers to copy."""
     mask = masks()[pattern].bool()
     batch, length = mask.shape
-    plan = FlexAttention.over(pack_batch(mask, batch, length, device=torch.device("meta")).groups, 1.0, "meta")
+    _, packing = pack_batch(mask, batch, length).pack_onto(torch.device("meta"), torch.ones(batch, length).long())
+    plan = FlexAttention.over(packing.groups, 1.0, "meta")
     assert {tensor.device.type for tensor in (plan.rows, *plan.blocks)} == {"meta"}
 
 

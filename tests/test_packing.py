@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import padding_mask
@@ -39,6 +41,24 @@ def test_unpack_puts_every_row_back(rows: list[list[bool]]) -> None:
         back = packing.unpack(packing.pack(values))
         kept = mask if padding in ("skip", "trim") else torch.ones_like(mask)
         assert torch.equal(back, (values * kept[..., None])[:, : packing.output_length])
+
+
+@given(rows=masks, dtype=st.sampled_from([torch.int32, torch.int64, torch.float32]))
+def test_what_goes_to_a_device_arrives_there(rows: list[list[bool]], dtype: torch.dtype) -> None:
+    """In one copy, of which each tensor is a part; with a number the CPU counts as another device."""
+    mask, device = torch.tensor(rows), torch.device("cpu", 0)
+    values = torch.arange(1, mask.numel() + 1, dtype=dtype).reshape(mask.shape)
+    for padding in PADDING_POLICIES:
+        packing = pack_batch(mask, *mask.shape, padding)
+        row, there = packing.pack_onto(device, values)
+        assert torch.equal(row.to(dtype), packing.pack(values))
+        assert (there.index is None) == (packing.index is None) and len(there.groups) == len(packing.groups)
+        assert there.index is None or torch.equal(there.index, packing.index)
+        for group, original in zip(there.groups, packing.groups, strict=True):
+            if original.key_rows is not None:
+                assert torch.equal(group.key_rows, original.key_rows)
+                assert torch.equal(group.positions, original.positions)
+            assert replace(group, key_rows=None, positions=None) == replace(original, key_rows=None, positions=None)
 
 
 @given(rows=masks)

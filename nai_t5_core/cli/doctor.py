@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -38,20 +39,31 @@ def doctor(
     from nai_t5_core.weights.whole_files import write_whole
 
     settings = DoctorSettings(device, size, full, budget, tuple(only.split(",")) if only else (), results)
+    for path in filter(None, (results, markdown, picture)):
+        _refuse_unwritable(path)
     with err.status("looking") as status:
         diagnosis = examine_machine(settings, status.update)
     kept = write_choice(diagnosis)
-    if markdown is not None:
-        write_whole(markdown, as_markdown(diagnosis))
-    if picture is not None:
-        write_whole(picture, as_svg(diagnosis))
     if as_json:
         print_json({**diagnosis.to_dict(), "kept": kept})
     else:
         out.print(render(diagnosis))
         if kept:
             say(kept)
-        for written in filter(None, (markdown, picture)):
-            say(f"wrote {written}")
+    # Told before it is written: a disk that has become full takes no report away.
+    for path, form in ((markdown, as_markdown), (picture, as_svg)):
+        if path is not None:
+            write_whole(path, form(diagnosis))
+            say(f"wrote {path}", err)
     if not diagnosis.passed:
         raise typer.Exit(1)
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """An OSError now rather than after minutes of work."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into; make it, or name another")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent} may not be written into; name another folder")

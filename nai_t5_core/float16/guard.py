@@ -108,7 +108,7 @@ def _embedding_fault(embeddings: Tensor, ids: Tensor | None) -> str:
     if ids is None:
         return "inputs_embeds holds values that are not finite"
     is_faulty = ~embeddings.isfinite().all(dim=-1)
-    rows = sorted(set(ids[is_faulty.to(ids.device)].tolist()))
+    rows = sorted(set(ids.to("cpu")[is_faulty.to("cpu")].tolist()))
     named = ", ".join(map(str, rows[:8])) + (", …" if rows[8:] else "")
     return f"shared.weight holds values that are not finite, in rows of tokens that the text has: {named}"
 

@@ -51,7 +51,8 @@ def beam_search(decoding: Decoding, options: GenerationOptions) -> BeamResult:
     logits = decoding.begin(options.start)
     for length in range(len(options.start), options.total_length):
         parents, tokens = search.extend(logits, length)
-        if length + 1 == options.total_length or search.is_over():
+        (is_over,) = decoding.ask(search.is_over())
+        if is_over or length + 1 == options.total_length:
             break
         decoding.reorder(parents)
         logits = decoding.step(tokens)
@@ -134,10 +135,10 @@ class _Search:
         worst_finished = torch.where(self.is_finished, worst, _HOPELESS)
         self.is_open = self.is_open & (best_running > worst_finished).any(dim=1, keepdim=True)
 
-    def is_over(self) -> bool:
-        """Whether the search has ended for every prompt."""
-        is_full = self.options.early_stopping is True and bool(self.is_finished.all())
-        return is_full or not bool(self.is_open.any())
+    def is_over(self) -> Tensor:
+        """Whether the search has ended for every prompt: bool []."""
+        are_closed = self.is_open.logical_not().all()
+        return are_closed | self.is_finished.all() if self.options.early_stopping is True else are_closed
 
     def result(self) -> BeamResult:
         wanted, first = self.options.num_return_sequences, len(self.options.start)

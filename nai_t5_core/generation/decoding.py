@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nai_t5_core.model.attention import BIAS_ALIGNMENT, logit_scale
 from nai_t5_core.model.decoder_attention import CrossMemory, DecoderCache, bias_line
-from nai_t5_core.model.precision import is_finite
+from nai_t5_core.model.precision import all_finite
 from nai_t5_core.model.t5 import T5Model
 
 
@@ -59,6 +59,8 @@ class Decoding:
         self._without_gradients = torch.no_grad if is_spread else torch.inference_mode
         tables = model.decoder.bias_tables(model.dtype)
         self._lines = [bias_line(table, cache.length) for table in tables]
+        # Of the logits that were not asked about yet: bool tensors [] on the device.
+        self._are_finite: list[Tensor] = []
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -68,20 +70,32 @@ class Decoding:
     def step(self, tokens: Tensor) -> Tensor:
         """Appends a token to every text: ids [prompts, beams] to the next token's logits [prompts, beams, vocab_size].
 
-        Logits are float32 whatever the compute dtype, and inference tensors unless the model is sharded.
+        Logits are float32 whatever the compute dtype, and inference tensors unless the model is sharded. Whether they
+        are finite is not known before :meth:`ask`, since to look waits for the device.
 
         Raises:
             ValueError: the cache is full.
-            NotFiniteLogitsError: a logit is not finite.
         """
         with self._without_gradients():
             logits = self._compute(tokens).float()
-        if not is_finite(logits):
+            self._are_finite.append(all_finite(logits))
+        return logits
+
+    def ask(self, *questions: Tensor) -> list[bool]:
+        """What bool tensors [] on the device say; they come in one copy, for which the host waits once.
+
+        Raises:
+            NotFiniteLogitsError: a logit of the steps since the last call is not finite.
+        """
+        count, self._are_finite = len(self._are_finite), [*self._are_finite, *questions]
+        answers: list[bool] = torch.stack(self._are_finite).to("cpu").tolist()
+        self._are_finite = []
+        if not all(answers[:count]):
             raise NotFiniteLogitsError(
                 f"the decoder gives values that are not finite in {self.model.dtype}: the weights are damaged, or "
                 "exceed its range; use bfloat16 or float32, give scales, or call generate_guarded"
             )
-        return logits
+        return answers[count:]
 
     def begin(self, tokens: Sequence[int]) -> Tensor:
         """Gives every text the same beginning, and returns the next token's logits as :meth:`step` does."""

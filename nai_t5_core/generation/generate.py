@@ -79,12 +79,15 @@ def _stream(decoding: Decoding, options: GenerationOptions, generator: torch.Gen
     is_finished = torch.zeros(prompts * width, dtype=torch.bool, device=device)
     logits = decoding.begin(options.start)
     for length in range(len(options.start), options.total_length):
+        if options.do_sample:
+            decoding.ask()  # a draw from what is not finite would be an error of torch's
         scores = options.apply_rules(logits.flatten(0, 1), history[:, :length])
         tokens = _choose(scores, options, generator).masked_fill(is_finished, options.pad_token)
         history[:, length] = tokens
         is_finished = is_finished | (tokens == options.end_token)
+        (have_ended,) = decoding.ask(is_finished.all())
         yield tokens
-        if length + 1 == options.total_length or bool(is_finished.all()):
+        if have_ended or length + 1 == options.total_length:
             return
         logits = decoding.step(tokens.unflatten(0, (prompts, width)))
 

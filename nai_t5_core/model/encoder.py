@@ -325,14 +325,13 @@ class T5EncoderStack(nn.Module):
         if inputs_embeds is None and self.offload is not None and self.offload.device is not None:
             inputs = inputs_embeds = self.embed(inputs)  # whose rows are gathered on the host
         device = self._device_for(inputs)
-        inputs = moved(inputs, device)
         scale = logit_scale(self.config)
         plan: AttentionPlan
         if padding == "exact" and attention_mask is not None and torch.compiler.is_compiling():
             attention_mask = for_every_query(attention_mask, batch, length)
         if attention_mask is None or attention_mask.ndim == 2:
             mask = None if attention_mask is None else attention_mask != 0
-            packing = pack_batch(mask, batch, length, padding, extra_pad, device)
+            packed, packing = pack_batch(mask, batch, length, padding, extra_pad).pack_onto(device, inputs)
             bucket = None if buckets is None else bucket_for(packing.tokens, buckets)
             plan = document_plan(
                 self.attention,
@@ -352,9 +351,8 @@ class T5EncoderStack(nn.Module):
                     "others need attention='sdpa' or 'auto'"
                 )
             mask = dense_mask(attention_mask, batch, self.config.num_heads, length)
-            packing = pack_batch(None, batch, length)
+            packed, packing = pack_batch(None, batch, length).pack_onto(device, inputs)
             plan = DenseAttention(moved(mask, device), scale)
-        packed = packing.pack(inputs)
         return (packed if inputs_embeds is not None else self.embed(packed)), plan, packing
 
     def _device_for(self, inputs: Tensor) -> torch.device:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,15 @@ def moved(values: Tensor, device: torch.device) -> Tensor:
     if values.device.type == "cpu" and device.type == "cuda" and is_plain:
         values = values.pin_memory()
     return values.to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def moved_together(values: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of whole numbers, of any shapes, on a device: those that are not there go in one copy."""
+    if len(values) < 2 or all(tensor.device == device for tensor in values):
+        return [moved(tensor, device) for tensor in values]
+    joined = moved(torch.cat([tensor.flatten() for tensor in values]), device)
+    parts = joined.split([tensor.numel() for tensor in values])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, values, strict=True)]
 
 
 def for_every_query(mask: Tensor, batch: int, length: int) -> Tensor:

@@ -6,8 +6,8 @@ prompt is a "document". The encoder computes only that row; attention is restric
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -15,9 +15,7 @@ from torch import Tensor
 
 from nai_t5_core.facts.given_numbers import whole_number
 from nai_t5_core.facts.padding import LONGEST_ROW, PADDING_POLICIES, PaddingPolicy
-from nai_t5_core.model.inputs import moved
-
-CPU = torch.device("cpu")
+from nai_t5_core.model.inputs import moved, moved_together
 
 # Token counts that a compiled encoder computes: a packed row is padded to the next. Each is at most double the last.
 TOKEN_BUCKETS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -78,6 +76,34 @@ class Packing:
         flat = padded.flatten(0, 1)
         return flat if self.index is None else flat.index_select(0, self.index)
 
+    def pack_onto(self, device: torch.device, padded: Tensor) -> tuple[Tensor, Packing]:
+        """[batch, length, …] to [tokens, …] on a device, and this packing there; ids and places go in one copy."""
+        places = self._places()
+        if not places:
+            return self.pack(moved(padded, device)), self
+        if padded.is_floating_point() or padded.device == device:
+            packing = self._with_places(moved_together(places, device))
+            return packing.pack(moved(padded, device)), packing
+        row, *places = moved_together([self.pack(padded), *places], device)
+        return row, self._with_places(places)
+
+    def _places(self) -> list[Tensor]:
+        """Every tensor of this packing."""
+        tensors = [self.index]
+        for group in self.groups:
+            tensors += [group.key_rows, group.positions]
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def _with_places(self, places: Iterable[Tensor]) -> Packing:
+        """With other tensors in the places of its own, in the order of :meth:`_places`."""
+        others = iter(places)
+        index = None if self.index is None else next(others)
+        groups = tuple(
+            group if group.key_rows is None else replace(group, key_rows=next(others), positions=next(others))
+            for group in self.groups
+        )
+        return replace(self, index=index, groups=groups)
+
     def unpack(self, row: Tensor) -> Tensor:
         """[tokens, …] to [batch, output_length, …]; rows that were never computed are zeros."""
         if self.index is None:
@@ -124,7 +150,6 @@ def pack_batch(
     length: int,
     padding: PaddingPolicy = "exact",
     extra_pad: int = 0,
-    device: torch.device = CPU,
 ) -> Packing:
     """Decides which positions of a padded batch are computed, and in which order.
 
@@ -133,7 +158,8 @@ def pack_batch(
         padding: ``attend`` treats pad tokens as real, ``exact`` computes pad rows but hides their keys, ``skip`` never
             computes a pad row (zeros in the result), ``trim`` is ``skip`` with the result cut to the longest prompt.
         extra_pad: with ``skip`` and ``trim``, that many pad positions after the last real token are computed as well.
-        device: where ``index`` and the other tensors are put.
+
+    The tensors of the result are on the CPU; :meth:`Packing.pack_onto` takes them to the device that computes.
 
     Raises:
         ValueError: unknown policy, negative ``extra_pad``, or a mask of another shape.
@@ -149,15 +175,15 @@ def pack_batch(
 
     documents = list(_documents(mask.cpu(), padding, extra_pad))
     if padding == "exact":
-        return Packing(batch, length, length, tuple(_groups(documents, device)), index=None)
+        return Packing(batch, length, length, tuple(_groups(documents)), index=None)
 
     longest = max((int(document.queries[-1]) + 1 for document in documents), default=0)
     # Documents of one length side by side are one attention call.
     documents.sort(key=lambda document: document.shape)
     places = [document.queries + document.prompt * length for document in documents]
-    index = moved(torch.cat(places), device) if places else torch.zeros(0, dtype=torch.long, device=device)
+    index = torch.cat(places) if places else torch.zeros(0, dtype=torch.long)
     output_length = longest if padding == "trim" else length
-    return Packing(batch, length, output_length, tuple(_groups(documents, device)), index)
+    return Packing(batch, length, output_length, tuple(_groups(documents)), index)
 
 
 def _documents(mask: Tensor, padding: PaddingPolicy, extra_pad: int) -> Iterator[_Document]:
@@ -172,13 +198,13 @@ def _documents(mask: Tensor, padding: PaddingPolicy, extra_pad: int) -> Iterator
             yield _Document(prompt, torch.cat([real, everything[end : end + extra_pad]]), real)
 
 
-def _groups(documents: list[_Document], device: torch.device) -> Iterator[DocumentGroup]:
+def _groups(documents: list[_Document]) -> Iterator[DocumentGroup]:
     """Joins neighbouring documents of one shape; a document with holes in its mask is a group by itself."""
     start = 0
     for is_contiguous, neighbours in groupby(documents, key=lambda document: document.is_contiguous):
         if not is_contiguous:
             for document in neighbours:
-                group = _group_with_holes(document, start, device)
+                group = _group_with_holes(document, start)
                 yield group
                 start = group.stop
             continue
@@ -188,13 +214,13 @@ def _groups(documents: list[_Document], device: torch.device) -> Iterator[Docume
             start = group.stop
 
 
-def _group_with_holes(document: _Document, start: int, device: torch.device) -> DocumentGroup:
+def _group_with_holes(document: _Document, start: int) -> DocumentGroup:
     return DocumentGroup(
         start=start,
         count=1,
         queries=len(document.queries),
         key_start=0,
         keys=len(document.keys),
-        key_rows=moved(torch.isin(document.queries, document.keys).nonzero().squeeze(1), device),
-        positions=moved(document.queries, device),
+        key_rows=torch.isin(document.queries, document.keys).nonzero().squeeze(1),
+        positions=document.queries,
     )

@@ -27,7 +27,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         try:
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError, TypeError) as error:
-            reason = str(error).splitlines()[0]
+            # Its first sentence; some go on for a page.
+            reason = str(error).splitlines()[0].partition(". ")[0]
             raise ValueError(f"device {str(device)!r} cannot be used here ({reason}); try 'auto' or 'cpu'") from error
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -50,7 +51,12 @@ def advice_beyond(dtype: torch.dtype) -> str:
 
 def is_finite(values: Tensor) -> bool:
     """Whether a tensor has neither NaN nor infinity; allocates nothing of its size, and waits for its device."""
-    return values.numel() == 0 or bool(torch.stack(values.detach().aminmax()).isfinite().all())
+    return values.numel() == 0 or bool(all_finite(values))
+
+
+def all_finite(values: Tensor) -> Tensor:
+    """The same of a tensor that is not empty, as a bool tensor [] on its device, which is not waited for."""
+    return torch.stack(values.detach().aminmax()).isfinite().all()
 
 
 def largest_absolute(weight: Tensor) -> float:

@@ -16,7 +16,7 @@ from nai_t5_core.model.decoder import Decoder
 from nai_t5_core.model.decoder_attention import CachedAttention, CausalAttention, CrossMemory, DecoderCache
 from nai_t5_core.model.encoder import Layout, T5EncoderStack, init_modules
 from nai_t5_core.model.fixed_weights import refuse_change
-from nai_t5_core.model.inputs import check_ids
+from nai_t5_core.model.inputs import check_ids, moved
 from nai_t5_core.model.layers import residual_dtype, scaled
 from nai_t5_core.model.packing import PaddingPolicy
 from nai_t5_core.model.turns import Turns
@@ -194,14 +194,15 @@ class T5Model(nn.Module):
             raise ValueError(
                 f"the mask has shape {list(attention_mask.shape)}, the ids {list(input_ids.shape)}; they must be equal"
             )
-        mask = None if attention_mask is None else (attention_mask != 0).to(self.device)
+        # On the CPU, where it is looked at: a mask on the device is waited for once.
+        mask = None if attention_mask is None else (attention_mask != 0).cpu()
         padding: PaddingPolicy = "skip" if keep_length else "trim"
         if mask is not None and not bool(mask.any(dim=1).all()):
             # Cross-attention reads a fully masked prompt evenly over all its pad rows, so these have to be computed.
             padding = "exact"
         embeddings, plan, packing = self.encoder_stack.prepare(input_ids, mask, padding=padding)
         states = self.encoder(embeddings, plan, self.dtype)
-        mask = None if mask is None else mask[:, : packing.output_length]
+        mask = None if mask is None else moved(mask[:, : packing.output_length], states.device)
         return self.decoder.read(states, packing, mask, logit_scale(self.config))
 
     def decode(self, decoder_input_ids: Tensor, memory: CrossMemory) -> Tensor:

@@ -45,15 +45,21 @@ def examine_machine(settings: DoctorSettings, progress: Callable[[str], None] | 
     """Runs the steps; one that fails, hangs or crashes is reported, and the others run.
 
     Raises:
-        ValueError: an unknown step or device.
+        ValueError: an unknown step, size or device, steps that are for other devices, or no time.
+        OSError: the results cannot be written.
     """
     from nai_t5_core.bench.doctor.patient import Patient
 
     tell = progress or (lambda _: None)
-    patient = Patient(settings)  # refuses what cannot be examined, before any work
+    # What cannot be examined is refused before any work.
+    if not settings.budget > 0:
+        raise ValueError(f"budget={settings.budget:g}; a number of seconds above 0 is needed")
+    patient = Patient(settings)
     if settings.size is not None:
         _ = patient.config
     steps = _chosen(settings, patient.device.type)
+    if settings.results is not None:
+        settings.results.open("a").close()
     outcomes: dict[str, dict[str, Any]] = {}
     ends_at = time.monotonic() + settings.budget
     process = StepProcess(settings)
@@ -76,8 +82,11 @@ def _chosen(settings: DoctorSettings, device_type: str) -> list[Step]:
     steps = {step.name: step for step in all_steps()}
     if unknown := set(settings.only) - set(steps):
         raise ValueError(f"unknown steps {sorted(unknown)}; allowed: {', '.join(steps)}")
+    for name in settings.only:
+        if device_type not in steps[name].devices:
+            raise ValueError(f"the step {name} is for {' and '.join(steps[name].devices)}, and this is {device_type}")
     if settings.only:
-        return [step for name, step in steps.items() if name in settings.only and device_type in step.devices]
+        return [step for name, step in steps.items() if name in settings.only]
     return [step for step in steps.values() if device_type in step.devices and (settings.full or not step.only_full)]
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 _MOST_FAULTS = 12  # of one step, in words
 _PICTURE_COLUMNS = 120
 
+_LEFT_OUT = {"status": "left out"}
+_NO_ADVICE = "None without the step machine, which did not run."
+
 # Steps that time compiled encoders, and the titles of their tables.
 _COMPILED = {
     "compiled": "Ours, compiled",
@@ -105,7 +108,8 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
             yield _compiled(title, found)
     if reached := tuple(goals(diagnosis)):
         yield Section("To reach on an H100", ("what", "goal", "found"), reached)
-    yield Section("Advice", lines=tuple(advice(diagnosis)))
+    was_described = diagnosis.outcomes.get("machine", _LEFT_OUT)["status"] != "left out"
+    yield Section("Advice", lines=tuple(advice(diagnosis)) if was_described else (_NO_ADVICE,))
 
 
 def _machine(machine: dict[str, Any]) -> Section:
