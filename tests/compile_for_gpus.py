@@ -55,12 +55,13 @@ def all_of(capability: int, overlaps: bool) -> Iterator[dict[str, Any]]:
         for delta, parts in (("*fp32", 0), (half, 1), ("*fp32", 8)):
             for width, block in ((4096, 4096), (2560, 4096), (768, 1024)):
                 types = {"residual": "*fp32", "delta": delta, "weight": "*fp32", "out": half, "finite": "*i32"}
-                types |= {"count": "*i32", "epsilon": "fp32", "inv_scale": "fp32"}
+                types |= {"count": "*i32", "epsilon": "fp32", "inv_scale": "fp32", "out_scale": "fp32"}
                 constants = {"width": width, "block": block, "parts": parts, "has_weight": True, "watches": True}
                 yield compiled(kernels.add_norm, capability, types, constants, norm_warps(block), overlaps)
         for activation in ("relu", "gelu", "gelu_new", "silu"):
             constants = {"width": 10240, "activation": activation, "is_gated": activation != "relu", "block": 1024}
-            yield compiled(kernels.gate, capability, {"joined": half, "out": half}, constants, 4, overlaps)
+            types = {"joined": half, "out": half, "factor": "fp32"}
+            yield compiled(kernels.gate, capability, types, constants, 4, overlaps)
     for (kind, rows), configurations in configurations_for(divmod(capability, 10)).items():
         for configuration in configurations:
             types = {"x": "*fp16", "weight": "*fp16", "out": "*fp32" if kind == "summed" else "*fp16", "rows": "i32"}
