@@ -232,9 +232,9 @@ def norms_of(block: Any) -> list[Any]:
 
 
 def norm_weights(block: Any) -> tuple[Tensor, Tensor]:
-    """Those of :func:`norms_of`."""
-    before_attention, before_dense = norms_of(block)
-    return before_attention.weight.detach(), before_dense.weight.detach()
+    """Those of :func:`norms_of`; of float8, which not every card reads, in float32."""
+    attention, dense = (norm.weight.detach() for norm in norms_of(block))
+    return (attention, dense) if attention.dtype.itemsize > 1 else (attention.float(), dense.float())
 
 
 def has_plain_norms(block: Any, device: torch.device) -> bool:

@@ -136,7 +136,7 @@ class PagedLibrary(Library):
 
     def _take(self, found: Range, page: int) -> None:
         found.are_there[page] = False
-        found.memory[page * PAGE : (page + 1) * PAGE] = 255
+        ctypes.memset(found.memory.data_ptr() + page * PAGE, 255, PAGE)
 
 
 class FileParameter(nn.Parameter):
