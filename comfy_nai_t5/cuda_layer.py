@@ -38,21 +38,29 @@ class LayerProducts(Protocol):
         ...
 
 
-class CallDocuments:
-    """The documents of a call on the device, for all layers: made by the first, in one copy."""
+class OfTheCall:
+    """What the layers of a call share on the device, made by the first that needs it."""
 
     def __init__(self) -> None:
         self._plan: DocumentAttention | None = None
         self._documents: Documents | None = None
+        self._layer: DocumentLayer | None = None
+        self._table: Tensor | None = None
 
-    def of(self, plan: DocumentAttention, tokens: int, device: torch.device) -> Documents | None:
-        """None where a prompt's mask has holes, which the kernel cannot describe."""
+    def documents(self, plan: DocumentAttention, tokens: int, device: torch.device) -> Documents | None:
+        """The prompts as a table, in one copy; None where a mask has holes, which the kernel cannot describe."""
         if plan is not self._plan:
             block = query_block(tokens)
             self._plan, self._documents = plan, None
             if not has_holes(plan.groups):
                 self._documents = Documents(moved(document_table(plan.groups, block), device), block)
         return self._documents
+
+    def table(self, layer: DocumentLayer) -> Tensor:
+        """The bias by distance, [heads, distances], contiguous."""
+        if layer is not self._layer or self._table is None:
+            self._layer, self._table = layer, layer.table.contiguous()
+        return self._table
 
 
 class CudaLayer:
@@ -61,14 +69,14 @@ class CudaLayer:
     Args:
         norms: the weights before attention and before the feed-forward, [d_model] in any float dtype.
         products: on ComfyUI's modules or on their weights.
-        documents: shared by the layers of a call.
+        shared: by the layers of a call.
     """
 
     name = "kernels for CUDA between ComfyUI's products"
     lending: Lending | None = None
 
-    def __init__(self, norms: tuple[Tensor, Tensor], products: LayerProducts, documents: CallDocuments) -> None:
-        self.norms, self.products, self.documents = norms, products, documents
+    def __init__(self, norms: tuple[Tensor, Tensor], products: LayerProducts, shared: OfTheCall) -> None:
+        self.norms, self.products, self.shared = norms, products, shared
 
     def __call__(self, block: Block, residual: Tensor, by_torch: Attend, dtype: torch.dtype) -> Tensor:
         if not len(residual):
@@ -93,11 +101,11 @@ class CudaLayer:
         """[tokens, 3 · inner] to [tokens, inner]."""
         documents = None
         if isinstance(by_torch, DocumentLayer):
-            documents = self.documents.of(by_torch.plan, len(qkv), qkv.device)
+            documents = self.shared.documents(by_torch.plan, len(qkv), qkv.device)
         if documents is None or not isinstance(by_torch, DocumentLayer):
             q, k, v = qkv.unflatten(-1, (3, module.heads, module.d_kv)).unbind(-3)
             return by_torch(q, k, v).flatten(-2)
-        return attend(qkv, by_torch.table.contiguous(), documents, by_torch.plan.scale)
+        return attend(qkv, self.shared.table(by_torch), documents, by_torch.plan.scale)
 
     def attends(self, block: Block, dtype: torch.dtype) -> bool:
         return True

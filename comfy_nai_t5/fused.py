@@ -247,7 +247,7 @@ def is_plain_table(embedding: Any, device: torch.device) -> bool:
     plain, own = comfy.ops.disable_weight_init.Embedding, type(embedding)
     does_no_more = own.forward is plain.forward and own.forward_comfy_cast_weights is plain.forward_comfy_cast_weights
     weight = embedding.weight
-    is_here = type(weight) is nn.Parameter and weight.device == device and weight.dtype.itemsize > 1
+    is_here = isinstance(weight, nn.Parameter) and weight.device == device and weight.dtype.itemsize > 1
     return does_no_more and is_here and not embedding.weight_function and not _has_hooks(embedding)
 
 

@@ -351,9 +351,9 @@ def describe_layout(reasons: Counter[str], layers: int, joined: str) -> str:
 
 def _cuda_layers() -> Callable[[tuple[Tensor, Tensor], Any], BlockRunner]:
     """Makes runners of a call's layers; imported where there is Triton."""
-    from comfy_nai_t5.cuda_layer import CallDocuments, CudaLayer
+    from comfy_nai_t5.cuda_layer import CudaLayer, OfTheCall
 
-    return partial(CudaLayer, documents=CallDocuments())
+    return partial(CudaLayer, shared=OfTheCall())
 
 
 def _take_modules(stack: nn.Module, t5: nn.Module) -> None:

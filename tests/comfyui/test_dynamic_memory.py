@@ -285,7 +285,7 @@ def test_float16_beyond_its_range(library: PagedLibrary, way: str, tmp_path: Pat
 
 def test_weights_that_cannot_lie_side_by_side(library: PagedLibrary, tmp_path: Path) -> None:
     """Weights of no whole kilobytes would have something between them."""
-    config = V1_1.model_copy(update={"d_model": 96, "d_kv": 20, "d_ff": 184, "num_layers": 2})
+    config = V1_1.model_copy(update={"d_model": 100, "d_kv": 20, "d_ff": 180, "num_layers": 2})
     pair = Pair(tmp_path, "pixart", Settings("float32"), config=config)
     pair.compare()
     told = t5_of(pair.ours).stack.told
