@@ -14,6 +14,7 @@ from comfy_nai_t5.choices import Settings
 from comfy_nai_t5.clip_cache import ClipCache, store_for, weights_in_memory
 from comfy_nai_t5.encode import embedding_widths, refuse_endless
 from comfy_nai_t5.idle_hooks import tell_of_idle_hooks
+from comfy_nai_t5.pages import lay_side_by_side
 from comfy_nai_t5.quantised import stays_quantised, unpacked_state
 from comfy_nai_t5.stack import SharedStack
 from comfy_nai_t5.telling import out_of_memory, warn
@@ -161,8 +162,11 @@ class T5Clip(comfy.sd.CLIP):
     def load_model(self, *arguments: Any, **options: Any) -> Any:
         """Has the weights where they are needed, before every encode."""
         self._fill()
-        for owner in t5_models(self.cond_stage_model).values():
-            owner.transformer.stack.is_hooked = bool(self.patcher.hook_patches)
+        stacks = [owner.transformer.stack for owner in t5_models(self.cond_stage_model).values()]
+        for stack in stacks:
+            stack.is_hooked = bool(self.patcher.hook_patches)
+        if is_streamed(self):
+            lay_side_by_side(self.patcher, [group for stack in stacks for group in stack.groups_to_be_joined])
         return super().load_model(*arguments, **options)
 
     def tokenize(self, text: str, *arguments: Any, **options: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comfy_nai_t5.pages import can_lie_side_by_side, lie_side_by_side
 from comfy_nai_t5.quantised import Quantised
 from nai_t5_core.backends.kernels.block import KernelBlock
 from nai_t5_core.backends.kernels.build import better_than_kernels
@@ -25,8 +26,8 @@ from nai_t5_core.model.attention import Attend
 from nai_t5_core.model.block import Block, Lending
 from nai_t5_core.model.layers import ACTIVATIONS, GatedFeedForward, add_sublayer, gated, scaled
 
-# Why a layer is not joined while ComfyUI brings its weights in as they are used.
-STREAMED = "ComfyUI streams its weights (dynamic memory)"
+# Why a layer is not joined while ComfyUI brings its weights in as they are used, and where it would do so.
+APART = "its weights cannot lie side by side in ComfyUI's dynamic memory"
 # Why a layer is not joined whose weights are those of a quantised file.
 QUANTISED = "its weights stay quantised"
 
@@ -59,6 +60,11 @@ class FusedWeights:
     wo: Tensor
 
     @property
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """Those before attention and before the feed-forward."""
+        return self.attention_norm, self.dense_norm
+
+    @property
     def products(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Those of qkv, o, wi and wo."""
         return self.qkv, self.o, self.wi, self.wo
@@ -81,6 +87,12 @@ class FusedProducts:
     def o(self, attended: Tensor) -> Tensor:
         return F.linear(attended, self.weights.o)
 
+    def wi(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weights.wi)
+
+    def wo(self, inner: Tensor) -> Tensor:
+        return F.linear(inner, self.weights.wo)
+
     def feed_forward(self, hidden: Tensor, dense: Any) -> Tensor:
         wi = self.weights.wi
         if not isinstance(dense, GatedFeedForward):
@@ -92,7 +104,7 @@ class FusedProducts:
             # Only up is scaled, and before its product, which might overflow: so these two are taken apart.
             gate_rows, up_rows = wi.chunk(2)
             inner = gated(F.linear(hidden, gate_rows), F.linear(hidden * dense.scale, up_rows), dense.activation)
-        return F.linear(inner, self.weights.wo)
+        return self.wo(inner)
 
 
 class JoinedKernels:
@@ -102,8 +114,7 @@ class JoinedKernels:
     lending: Lending | None = None
 
     def __init__(self, weights: FusedWeights, kernels: KernelBlock) -> None:
-        self.norms = (weights.attention_norm, weights.dense_norm)
-        self.kernels = kernels
+        self.norms, self.kernels = weights.norms, kernels
 
     def __call__(self, block: Block, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
         return self.kernels(residual, attend, *(norm.detach().to(residual.dtype) for norm in self.norms))
@@ -118,15 +129,16 @@ class JoinedProducts:
     name = "joined"
     lending: Lending | None = None
 
-    def __init__(self, weights: FusedWeights, products: Products) -> None:
-        self.weights, self.products = weights, products
+    def __init__(self, norms: tuple[Tensor, Tensor], products: Products) -> None:
+        self.norms, self.products = norms, products
 
     def __call__(self, block: Block, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
         attention: Any = block.layer[0]
         dense: Any = block.layer[-1]
-        hidden = _norm(residual, self.weights.attention_norm, attention.layer_norm, dtype)
+        attention_norm, dense_norm = self.norms
+        hidden = _norm(residual, attention_norm, attention.layer_norm, dtype)
         residual = add_sublayer(residual, self._attention(attention.SelfAttention, hidden, attend), attention.out_scale)
-        hidden = _norm(residual, self.weights.dense_norm, dense.layer_norm, dtype)
+        hidden = _norm(residual, dense_norm, dense.layer_norm, dtype)
         return add_sublayer(residual, self.products.feed_forward(hidden, dense.DenseReluDense), dense.out_scale)
 
     def _attention(self, module: Any, hidden: Tensor, attend: Attend) -> Tensor:
@@ -176,23 +188,73 @@ def refuses(
     ``dtype`` is what it computes in, and ``others`` the dtypes of weights that are cast for it without ado. ``device``
     is where it is to run; None where that is not to be considered, since the weights are not there yet.
     """
-    norms = [layer.layer_norm for layer in (block.layer[0], block.layer[-1])]
-    linears = projections(block)
-    if any(map(_has_hooks, (*norms, *linears))):
-        return "other software has hooked into its modules"
+    norms, linears = norms_of(block), projections(block)
+    if reason := _not_called_as_they_are(block):
+        return reason
     for linear in linears:
-        if reason := _not_plain(linear):
-            return reason
+        if type(linear.weight) is not nn.Parameter or linear.weight.is_meta or not linear.weight.is_contiguous():
+            return "its weights are no plain tensors"
     for module in (*norms, *linears):
         if device is not None and module.weight.device != device:
             return f"its weights come from {module.weight.device} to {device} at every call"
     for linear in linears:
         if linear.weight.dtype != dtype and linear.weight.dtype not in others:
             return f"its weights are kept in {_short(linear.weight.dtype)} and cast to {_short(dtype)} at every call"
-    for group in (linears[:3], linears[4:-1]):
+    for group in groups(block):
         if len({linear.weight.dtype for linear in group}) > 1:
             return "weights to be joined are of different dtypes"
     return None
+
+
+def is_streamed(block: Any) -> bool:
+    """Whether weights of a layer have places in newer ComfyUI's dynamic memory, which brings them in as it likes."""
+    return any("_v" in vars(linear) for linear in projections(block))
+
+
+def refuses_streamed(block: Any, device: torch.device | None = None) -> str | None:
+    """As :func:`refuses`, of a layer in ComfyUI's dynamic memory; without a ``device``, of one that will be there."""
+    if reason := _not_called_as_they_are(block):
+        return reason
+    are_joined = can_lie_side_by_side if device is None else lie_side_by_side
+    if not all(map(are_joined, groups(block))):
+        return APART
+    for norm in norms_of(block):
+        if device is not None and norm.weight.device != device:
+            return f"its weights come from {norm.weight.device} to {device} at every call"
+    if device is not None and any(linear.weight.device == device for group in groups(block) for linear in group):
+        return f"ComfyUI's dynamic memory is not for {device}"
+    return None
+
+
+def norms_of(block: Any) -> list[Any]:
+    """The norms before attention and before the feed-forward."""
+    return [block.layer[0].layer_norm, block.layer[-1].layer_norm]
+
+
+def norm_weights(block: Any) -> tuple[Tensor, Tensor]:
+    """Those of :func:`norms_of`; of float8, which not every card reads, in float32."""
+    attention, dense = (norm.weight.detach() for norm in norms_of(block))
+    return (attention, dense) if attention.dtype.itemsize > 1 else (attention.float(), dense.float())
+
+
+def has_plain_norms(block: Any, device: torch.device) -> bool:
+    """Whether the norms are no more than their weights, which lie on the device."""
+    return not any(_has_hooks(norm) or norm.weight.device != device for norm in norms_of(block))
+
+
+def is_plain_table(embedding: Any, device: torch.device) -> bool:
+    """Whether an embedding's rows are what lies in its weight on the device."""
+    plain, own = comfy.ops.disable_weight_init.Embedding, type(embedding)
+    does_no_more = own.forward is plain.forward and own.forward_comfy_cast_weights is plain.forward_comfy_cast_weights
+    weight = embedding.weight
+    is_here = isinstance(weight, nn.Parameter) and weight.device == device and weight.dtype.itemsize > 1
+    return does_no_more and is_here and not embedding.weight_function and not _has_hooks(embedding)
+
+
+def groups(block: Any) -> list[list[Any]]:
+    """The modules whose products can be one: q, k and v, and gate and up where there are two."""
+    q, k, v, _, *inner, _ = projections(block)
+    return [[q, k, v], inner] if len(inner) > 1 else [[q, k, v]]
 
 
 def projections(block: Any) -> list[Any]:
@@ -200,6 +262,13 @@ def projections(block: Any) -> list[Any]:
     attention, dense = block.layer[0].SelfAttention, block.layer[-1].DenseReluDense
     inner = (dense.wi_0, dense.wi_1) if isinstance(dense, GatedFeedForward) else (dense.wi,)
     return [attention.q, attention.k, attention.v, attention.o, *inner, dense.wo]
+
+
+def _not_called_as_they_are(block: Any) -> str | None:
+    """Why the modules of a layer do more than they are known to do; None if they do no more."""
+    if any(map(_has_hooks, (*norms_of(block), *projections(block)))):
+        return "other software has hooked into its modules"
+    return next((reason for linear in projections(block) if (reason := _not_plain(linear))), None)
 
 
 def _not_plain(linear: Any) -> str | None:
@@ -211,12 +280,8 @@ def _not_plain(linear: Any) -> str | None:
         return f"its weights are in modules of another kind ({own.__name__})"
     if own.forward_comfy_cast_weights is not plain.forward_comfy_cast_weights:
         return "ComfyUI makes numbers of its quantised weights at every call"
-    if hasattr(linear, "_v"):
-        return STREAMED
     if linear.weight_function:
         return "its weights are patched at every call (partial loading)"
-    if type(linear.weight) is not nn.Parameter or linear.weight.is_meta or not linear.weight.is_contiguous():
-        return "its weights are no plain tensors"
     return None
 
 

@@ -37,7 +37,7 @@ class Int8Products(Kept):
         self.o, self.wi, self.wo = (Int8Product(Int8Weight.of(weight)) for weight in weights.products[1:])
 
     def runner(self, weights: FusedWeights) -> JoinedProducts:
-        return JoinedProducts(weights, self)
+        return JoinedProducts(weights.norms, self)
 
     def feed_forward(self, hidden: Tensor, dense: Any) -> Tensor:
         inner = self.wi(hidden)

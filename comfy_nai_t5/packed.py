@@ -65,7 +65,7 @@ class KeptProducts(Kept):
         self.inner = [OneDNNProduct(part) for part in cast.wi.chunk(2 if isinstance(dense, GatedFeedForward) else 1)]
 
     def runner(self, weights: FusedWeights) -> JoinedProducts:
-        return JoinedProducts(weights, self)
+        return JoinedProducts(weights.norms, self)
 
     def feed_forward(self, hidden: Tensor, dense: Any) -> Tensor:
         return feed_forward(hidden, self.inner, self.wo, dense.activation, dense.scale)

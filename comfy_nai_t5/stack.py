@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,19 +18,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comfy_nai_t5.fused import (
-    STREAMED,
     FusedProducts,
     FusedWeights,
     JoinedKernels,
     JoinedProducts,
     fuse,
+    groups,
+    has_plain_norms,
+    is_plain_table,
+    is_streamed,
     kernels_on,
+    norm_weights,
     refuses,
+    refuses_streamed,
     takes_kernels,
 )
+from comfy_nai_t5.grouped import ModuleProducts, StreamedProducts
 from comfy_nai_t5.int8 import Int8Kernels, Int8Products
 from comfy_nai_t5.packed import Kept, KeptKernels, KeptProducts
 from nai_t5_core.backends.compiled import compile_stack
+from nai_t5_core.backends.cuda.encoder import unproven_on
+from nai_t5_core.backends.cuda.refusals import obstacles_of
 from nai_t5_core.backends.kernels.build import prepare_kernels
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, best, refuses_mathematics
 from nai_t5_core.backends.kernels.weights import WEIGHT_FORMATS
@@ -36,7 +46,7 @@ from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, published_scales
 from nai_t5_core.model.attention import distance_table
 from nai_t5_core.model.attention_choice import AttentionChoice
-from nai_t5_core.model.block import Block, torch_is_needed
+from nai_t5_core.model.block import Block, BlockRunner, torch_is_needed
 from nai_t5_core.model.encoder import Encoder, StackRunner, T5EncoderStack
 from nai_t5_core.model.layers import NoInit
 
@@ -79,20 +89,28 @@ def config_of(t5: Any) -> T5Config:
     )
 
 
+def refuses_cuda_layers(device: torch.device, dtype: torch.dtype, d_kv: int) -> str | None:
+    """Why layers are not computed by the kernels for CUDA, as a sentence; None if they are."""
+    if device.type != "cuda":
+        return f"the model is on {device}; allowed: cuda"
+    return next(obstacles_of(device, dtype, d_kv), None) or unproven_on(device)
+
+
 class SharedEncoder(Encoder):
     """The blocks, where a bias table is asked of its module, which may be patched, quantised or on another device.
 
     Attributes:
         device: where the next call computes.
-        tables: the bias tables of the running call while every layer is joined, when no module is called any more.
+        tables: the bias tables of the running call while every layer is joined, when no norm is called any more.
     """
 
     device: torch.device = torch.device("cpu")
-    tables: list[Tensor] | None = None
+    tables: Sequence[Tensor] | None = None
 
     def __init__(self, *arguments: Any, **factory: Any) -> None:
         super().__init__(*arguments, **factory)
         self.kept: dict[Block, Kept] = {}
+        self.streamed: dict[Block, StreamedProducts] = {}
 
     def bias_table(self, index: int, device: torch.device | None = None) -> Tensor:
         if self.tables is not None:
@@ -109,18 +127,26 @@ class SharedEncoder(Encoder):
         weight = norm.weight.to(residual)
         return F.rms_norm(residual, residual.shape[-1:], weight, norm.variance_epsilon).to(dtype)
 
-    def join(self, dtype: torch.dtype, kind: type[Kept] | None, by_kernels: bool) -> Counter[str]:
+    def join(self, dtype: torch.dtype, kind: type[Kept] | None, by_kernels: bool, by_cuda: bool) -> Counter[str]:
         """Joins the products of every layer where that changes nothing; returns why other layers are as they are.
 
-        Those of a ``kind`` are kept for later calls, as long as the layer's weights stay the same.
+        Those of a ``kind`` are kept for later calls, as long as the layer's weights stay the same. With ``by_cuda`` the
+        kernels for CUDA compute what is between products, of layers that are not joined as well.
         """
         reasons: Counter[str] = Counter()
         others = dtypes_cast(kind is not None, by_kernels)
+        finished = _cuda_layers() if by_cuda else JoinedProducts
         block: Any
         for block in self.block:
-            reason = refuses(block, dtype, others, self.device)
+            is_paged = is_streamed(block)
+            reason = refuses_streamed(block, self.device) if is_paged else refuses(block, dtype, others, self.device)
             if reason:
                 reasons[reason] += 1
+                if by_cuda and has_plain_norms(block, self.device):
+                    block.runner = finished(norm_weights(block), ModuleProducts(block))
+                continue
+            if is_paged:
+                block.runner = finished(norm_weights(block), self._streamed_products(block))
                 continue
             weights = fuse(block)
             if kind is not None:
@@ -128,11 +154,27 @@ class SharedEncoder(Encoder):
             elif by_kernels:
                 block.runner = JoinedKernels(weights, kernels_on(block, weights.products, dtype))
             else:
-                block.runner = JoinedProducts(weights, FusedProducts(weights))
+                block.runner = finished(weights.norms, FusedProducts(weights))
         if not reasons:
-            count = len(self.block) if self.bias_per_layer else 1
-            self.tables = [self.bias_table(index) for index in range(count)]
+            self.tables = self._tables()
         return reasons
+
+    def _streamed_products(self, block: Block) -> StreamedProducts:
+        """Those of before, where the layer's weights have their places still."""
+        products = self.streamed.get(block)
+        if products is None or not products.are_of(block, self.device):
+            self.streamed[block] = products = StreamedProducts(block, self.device)
+        return products
+
+    def _tables(self) -> Sequence[Tensor]:
+        """The bias tables of all layers that have one, at once where nothing is to be done to their weights."""
+        count = len(self.block) if self.bias_per_layer else 1
+        blocks: Any = self.block
+        embeddings = [blocks[index].layer[0].SelfAttention.relative_attention_bias for index in range(count)]
+        if count == 1 or not all(is_plain_table(embedding, self.device) for embedding in embeddings):
+            return [self.bias_table(index) for index in range(count)]
+        weights = torch.cat([embedding.weight for embedding in embeddings], dim=1).float()
+        return distance_table(weights, self.max_distance).contiguous().chunk(count)
 
     def _keep(self, block: Block, weights: FusedWeights, kind: type[Kept], dtype: torch.dtype) -> Kept:
         """What is kept of a layer, made anew where it is of another kind or of other weights."""
@@ -222,6 +264,19 @@ class SharedStack(T5EncoderStack):
             refuses_mathematics(block) is None for block in blocks
         )
 
+    @property
+    def groups_to_be_joined(self) -> list[list[Any]]:
+        """The modules of each group whose weights are to lie side by side in ComfyUI's dynamic memory."""
+        if self.wish == "separate":
+            return []
+        return [group for block in self.encoder.block if refuses_streamed(block) is None for group in groups(block)]
+
+    @property
+    def takes_cuda_layers(self) -> bool:
+        """Whether what is between products is computed by the kernels for CUDA."""
+        is_free = not self.compiled and self.wish != "separate"
+        return is_free and refuses_cuda_layers(self.device, self.dtype, self.config.d_kv) is None
+
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         """See :class:`T5EncoderStack`.
 
@@ -235,15 +290,18 @@ class SharedStack(T5EncoderStack):
             try:
                 by_kernels = self.takes_kernels and not torch_is_needed() and prepare_kernels() is None
                 kind = KEPT[self.wish][0 if by_kernels else 1] if self.is_kept else None
-                reasons = self.encoder.join(self.dtype, kind, by_kernels)
-                self._tell(reasons)
-                self._compile_if(self.compiled and not reasons)
-                return super().forward(*inputs, **options)
+                by_cuda = self.takes_cuda_layers and not torch_is_needed()
+                reasons = self.encoder.join(self.dtype, kind, by_kernels, by_cuda)
+                streamed = any(map(is_streamed, self.encoder.block))
+                self._tell(reasons, streamed)
+                self._compile_if(self.compiled and not reasons and not streamed)
+                with torch.cuda.device(self.device) if by_cuda and self.device.type == "cuda" else nullcontext():
+                    return super().forward(*inputs, **options)
             finally:
                 self.encoder.release()
 
-    def _tell(self, reasons: Counter[str]) -> None:
-        text = self._described(reasons)
+    def _tell(self, reasons: Counter[str], streamed: bool) -> None:
+        text = self._described(reasons, streamed)
         if text != self.told:
             log.info("T5 (NAI): %s", text)
         self.told = text
@@ -254,25 +312,33 @@ class SharedStack(T5EncoderStack):
             self._compiled_runner = compile_stack(self).runner
         self.runner = self._compiled_runner if wanted else None
 
-    def expected_layout(self, is_streamed: bool = False) -> str:
-        """What the layout will be, as far as it can be known before the weights are on their device."""
+    def expected_layout(self, streamed: bool = False) -> str:
+        """What the layout will be, as far as it can be known before the weights are on their device.
+
+        ``streamed`` is whether they will be in ComfyUI's dynamic memory.
+        """
         if self.wish == "separate":
             return "separate layout, as chosen"
         blocks: Any = self.encoder.block
-        if is_streamed:
-            return self._described(Counter({STREAMED: len(blocks)}))
         others = dtypes_cast(self.is_kept, self.takes_kernels)
-        return self._described(Counter(reason for block in blocks if (reason := refuses(block, self.dtype, others))))
+        found = [refuses_streamed(block) if streamed else refuses(block, self.dtype, others) for block in blocks]
+        return self._described(Counter(filter(None, found)), streamed)
 
-    def _described(self, reasons: Counter[str]) -> str:
+    def _described(self, reasons: Counter[str], streamed: bool) -> str:
         """The layout in words; an error where the fused one was asked for and a layer cannot be joined."""
         if reasons and self.wish == "fused":
             raise ValueError(f"the T5 cannot run in the fused layout: {next(iter(reasons))}; choose the layout auto")
         joined = f"{self.wish if self.is_kept else 'fused'} layout"
-        if self.takes_kernels:
+        if streamed:
+            joined += " in ComfyUI's dynamic memory"
+        elif self.takes_kernels:
             joined += f" with {self._kernels.instructions.title} kernels"
         text = describe_layout(reasons, len(self.encoder.block), joined)
-        return f"{text}; not compiled, which needs every layer joined" if self.compiled and reasons else text
+        if self.takes_cuda_layers:
+            text += "; norms, gates and attention by kernels for CUDA"
+        if not self.compiled or not (reasons or streamed):
+            return text
+        return f"{text}; not compiled, which needs every layer joined, and its weights to stay where they are"
 
 
 def describe_layout(reasons: Counter[str], layers: int, joined: str) -> str:
@@ -282,6 +348,13 @@ def describe_layout(reasons: Counter[str], layers: int, joined: str) -> str:
     why = "; ".join(reasons)
     apart = reasons.total()
     return f"separate layout: {why}" if apart == layers else f"{joined} but for {apart} of {layers} layers: {why}"
+
+
+def _cuda_layers() -> Callable[[tuple[Tensor, Tensor], Any], BlockRunner]:
+    """Makes runners of a call's layers; imported where there is Triton."""
+    from comfy_nai_t5.cuda_layer import CudaLayer, OfTheCall
+
+    return partial(CudaLayer, shared=OfTheCall())
 
 
 def _take_modules(stack: nn.Module, t5: nn.Module) -> None:

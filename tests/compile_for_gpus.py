@@ -73,12 +73,12 @@ def all_of(card: Card, overlaps: bool) -> Iterator[dict[str, Any]]:
         for delta, parts in (("*fp32", 0), (half, 1), ("*fp32", 8)):
             for width, block in ((4096, 4096), (2560, 4096), (768, 1024)):
                 types = {"residual": "*fp32", "delta": delta, "weight": "*fp32", "out": half, "finite": "*i32"}
-                types |= {"count": "*i32", "epsilon": "fp32", "inv_scale": "fp32"}
+                types |= {"count": "*i32", "epsilon": "fp32", "inv_scale": "fp32", "out_scale": "fp32"}
                 constants = {"width": width, "block": block, "parts": parts, "has_weight": True, "watches": True}
                 yield compiled(kernels.add_norm, card, types, constants, norm_warps(block), overlaps)
         for activation in ("relu", "gelu", "gelu_new", "silu"):
             constants = {"width": 10240, "activation": activation, "is_gated": activation != "relu", "block": 1024}
-            yield compiled(kernels.gate, card, {"joined": half, "out": half}, constants, 4, overlaps)
+            yield compiled(kernels.gate, card, {"joined": half, "out": half, "factor": "fp32"}, constants, 4, overlaps)
     yield from products(card, overlaps)
 
 

@@ -60,6 +60,18 @@ def test_the_sum_is_in_float32_and_its_norm_is_rounded_once(
         assert error(out, normed) < ONE_ROUNDING[dtype]
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_with_a_weight_of_any_dtype_is_scaled_before_it_is_rounded(
+    weight_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    residual, weight = draw(3, 100) * 7, (draw(100, seed=2).abs() + 0.5).to(weight_dtype)
+    exact = F.rms_norm(residual.double(), (100,), weight.double(), 1e-6)
+    for scale in (1.0, 2.0**-3):
+        out = add_norm(residual.clone(), None, 1.0, 1e-6, dtype, weight, out_scale=scale)
+        assert error(out, exact * scale) < ONE_ROUNDING[dtype]
+
+
 @pytest.mark.parametrize("fault", [float("nan"), float("inf"), -float("inf")])
 def test_rows_that_are_not_finite_are_noted_among_those_that_count(fault: float) -> None:
     for faulty, expected in ((1, 0), (2, 0), (3, 1)):
@@ -69,6 +81,15 @@ def test_rows_that_are_not_finite_are_noted_among_those_that_count(fault: float)
         watch = Watch(finite, torch.tensor([3], dtype=torch.int32, device=DEVICE))
         add_norm(residual, None, 1.0, 1e-6, torch.float16, watch=watch)
         assert int(finite) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_factor_is_the_gates_alone(dtype: torch.dtype) -> None:
+    joined = draw(3, 200, dtype=dtype)
+    gates, ups = joined.double().chunk(2, -1)
+    exact = F.gelu(4 * gates, approximate="tanh") * ups
+    assert error(gate(joined, "gelu_new", True, factor=4.0), exact) < ONE_ROUNDING[dtype]
+    assert error(gate(joined, "relu", False, factor=0.5), F.relu(joined.double()) / 2) < ONE_ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))

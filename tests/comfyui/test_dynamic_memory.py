@@ -1,62 +1,317 @@
-"""Newer ComfyUI's dynamic memory, its default on NVIDIA, as far as a CPU can run it: with its C library replaced."""
+"""Newer ComfyUI's dynamic memory, its default on NVIDIA, on a CPU: see ``dynamic_memory.py``.
+
+The kernels for CUDA run in Triton's interpreter, where that is chosen: ``TRITON_INTERPRET=1``.
+"""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comfy_toys import V1_1, conditioning, require_comfyui, stock, toy_file
-from pretended_cuda import CUDA, PretendedCuda
+from checkpoints import write_file
+from comfy_toys import PILE, UMT5, V1_0, V1_1, conditioning, error, stock, toy_family, toy_file, toy_lora, toy_state
+from dynamic_memory import (
+    CARD,
+    PAGE,
+    Library,
+    PagedLibrary,
+    as_of_files,
+    replace_library,
+    require_dynamic_memory,
+    use_dynamic_memory,
+)
 
 from comfy_nai_t5.choices import Settings
-from nai_t5_core.float16.guard import ScaleTightenedWarning, encode_guarded
+from nai_t5_core.facts.config import T5Config
+from nai_t5_core.float16.guard import ScaleTightenedWarning
 
-require_comfyui()
-OLDER = "this ComfyUI is older than dynamic memory"
-pytest.importorskip("comfy.memory_management", reason=OLDER)
-control: Any = pytest.importorskip("comfy_aimdo.control", reason=OLDER)
+require_dynamic_memory()
 
-
-class Library:
-    """Answers every call of the C library, and notes what is freed."""
-
-    def __init__(self) -> None:
-        self.freed: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        def function(*arguments: Any) -> int:
-            if name.endswith("_free"):
-                self.freed.append(name)
-            return 0 if name.endswith("_free") else 4096
-
-        return function
+# So large that ComfyUI brings the weights in as they are used, and so small that this takes no time.
+_LARGER = {"d_model": 128, "d_kv": 32, "d_ff": 192, "num_layers": 2}
+FAMILIES = {
+    "pixart": V1_1.model_copy(update=_LARGER),
+    "mochi": V1_1.model_copy(update=_LARGER),
+    "cosmos": V1_0.model_copy(update=_LARGER),
+    "stable_audio": V1_0.model_copy(update=_LARGER),
+    "wan": UMT5.model_copy(update=_LARGER),
+    "auraflow": PILE.model_copy(update=_LARGER),
+}
+TEXT = "a (cat:1.2) on a mat"
+JOINED = "fused layout in ComfyUI's dynamic memory"
+# Of float16 and of float32 activations.
+TOLERANCES = {"float32": 1e-5, "float16": 2e-3}
+ATTENTION, DENSE = "encoder.block.{}.layer.0.SelfAttention.{}", "encoder.block.{}.layer.1.DenseReluDense.{}"
+EVERYWHERE = (
+    *(ATTENTION.format(1, name) for name in "qkvo"),
+    *(DENSE.format(0, name) for name in ("wi_0", "wi_1", "wo")),
+    ATTENTION.format(0, "k"),
+)
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> Library:
-    from comfy_aimdo import host_buffer, model_vbar
-
-    found = Library()
-    for module in (control, host_buffer, model_vbar):
-        monkeypatch.setattr(module, "lib", found)
-    monkeypatch.setattr(control, "get_devctx", lambda device: 7)
+def library(monkeypatch: pytest.MonkeyPatch) -> PagedLibrary:
+    """Dynamic memory, empty and with room for all."""
+    found = PagedLibrary()
+    use_dynamic_memory(monkeypatch, found)
     return found
 
 
-def ours_of(theirs: Any, dtype: str, **settings: Any) -> Any:
+@pytest.fixture(params=["torch", "kernels"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What computes between the products; the kernels compute in float16 alone."""
+    if request.param == "kernels":
+        refusals = pytest.importorskip("nai_t5_core.backends.cuda.refusals")
+        if refusals.missing_triton() or not refusals.is_interpreted():
+            pytest.skip("the kernels run here in Triton's interpreter: pip install triton, and set TRITON_INTERPRET=1")
+        monkeypatch.setattr("comfy_nai_t5.stack.refuses_cuda_layers", lambda *_: None)
+    return str(request.param)
+
+
+@pytest.fixture(params=["float32", "float16"])
+def settings(request: pytest.FixtureRequest, way: str) -> Settings:
+    """Where it is an error if a layer is not joined."""
+    if way == "kernels" and request.param == "float32":
+        pytest.skip("the kernels for CUDA compute in half precision")
+    return Settings(request.param, layout="fused")
+
+
+class Pair:
+    """A file in dynamic memory, by ComfyUI's modules and by ours, and what ComfyUI makes of it without that memory."""
+
+    def __init__(
+        self,
+        folder: Path,
+        family: str,
+        settings: Settings,
+        dtype: torch.dtype = torch.float32,
+        config: T5Config | None = None,
+    ) -> None:
+        from comfy_nai_t5.checkpoint import read_checkpoint
+        from comfy_nai_t5.loaders import stock_clip
+
+        state = toy_state(config or FAMILIES[family])
+        state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
+        path = write_file(folder / "toy.safetensors", state)
+        options: dict[str, Any] = {"load_device": CARD, "offload_device": torch.device("cpu")}
+        self.plain = stock_clip(read_checkpoint(path), toy_family(family), disable_dynamic=True)
+        self.theirs = stock_clip(read_checkpoint(path), toy_family(family), **options)
+        as_of_files(self.theirs.cond_stage_model)
+        self.ours = ours_of(self.theirs, settings)
+        self.tolerance = TOLERANCES[settings.dtype]
+
+    @property
+    def t5(self) -> Any:
+        return t5_of(self.theirs)
+
+    def compare(self, change: Callable[[Any], Any] = lambda clip: clip) -> torch.Tensor:
+        """Ours against stock, both changed alike; returns what stock makes."""
+        expected = conditioning(change(self.plain), TEXT)["cond"]
+        changed = change(self.ours)
+        for _ in range(3):  # weights are brought in, are found to be side by side, and are known to be
+            assert error(conditioning(changed, TEXT)["cond"], expected) < self.tolerance
+        return expected
+
+
+def ours_of(theirs: Any, settings: Settings) -> Any:
     from comfy_nai_t5.clip import with_our_t5
 
-    return with_our_t5(theirs, Settings(dtype, **settings))
+    return with_our_t5(theirs, settings)
 
 
-def test_the_guard_frees_nothing_that_is_in_use(library: Library, tmp_path: Path) -> None:
+def t5_of(clip: Any) -> Any:
+    from comfy_nai_t5.clip import t5_models
+
+    (owner,) = t5_models(clip.cond_stage_model).values()
+    return owner.transformer
+
+
+def with_lora(clip: Any, lora: dict[str, torch.Tensor], strength: float) -> Any:
+    import comfy.sd
+
+    return comfy.sd.load_lora_for_models(None, clip, lora, 0, strength)[1]
+
+
+def slot_of(clip: Any) -> str:
+    from comfy_nai_t5.clip import t5_models
+
+    (slot,) = t5_models(clip.cond_stage_model)
+    return slot
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, settings: Settings, library: PagedLibrary, tmp_path: Path) -> None:
+    from comfy_nai_t5.clip import describe
+
+    pair = Pair(tmp_path, family, settings)
+    pair.compare()
+    assert JOINED in describe(pair.ours)
+    assert t5_of(pair.ours).stack.told.startswith(JOINED)
+    assert library.pinned == 0
+
+
+@pytest.mark.parametrize("family", ["pixart", "cosmos"])
+def test_a_layer_asks_for_pages_four_times(family: str, library: PagedLibrary, tmp_path: Path) -> None:
+    """For q, k and v, for o, for gate and up or the only one, and for wo."""
+    pair = Pair(tmp_path, family, Settings("float32", layout="fused"))
+    pair.compare()
+    library.faults.clear()
+    conditioning(pair.ours, TEXT)
+    del library.faults[pair.t5.shared.weight.nbytes]
+    assert library.faults.total() == 4 * FAMILIES[family].num_layers
+
+
+def test_no_more_memory_than_stock_takes(library: PagedLibrary, tmp_path: Path) -> None:
+    settings = Settings("float32", layout="fused")
+    pair = Pair(tmp_path, "pixart", settings)
+    conditioning(pair.theirs, TEXT)
+    by_stock = library.there
+    pair.compare()
+    assert library.there == by_stock
+    assert pair.theirs.patcher.loaded_size() == pair.ours.patcher.loaded_size()
+    assert len(library.ranges) == 1
+
+
+@pytest.mark.parametrize("keys", [EVERYWHERE, *((key,) for key in EVERYWHERE[:6])], ids=lambda keys: keys[-1])
+def test_lora(keys: tuple[str, ...], settings: Settings, library: PagedLibrary, tmp_path: Path) -> None:
+    pair = Pair(tmp_path, "pixart", settings)
+    lora = toy_lora(pair.t5, keys, slot_of(pair.theirs))
+    before = pair.compare()
+    changed = pair.compare(lambda clip: with_lora(clip, lora, 0.8))
+    assert error(changed, before) > 1e-3
+    # In other strengths, and without it again, from the same weights.
+    pair.compare(lambda clip: with_lora(clip, lora, -0.5))
+    pair.compare()
+
+
+def test_lora_on_a_float16_file(library: PagedLibrary, way: str, tmp_path: Path) -> None:
+    """ComfyUI rounds what it keeps in pages to the file's dtype."""
+    pair = Pair(tmp_path, "pixart", Settings("float16", layout="fused"), torch.float16)
+    lora = toy_lora(pair.t5, EVERYWHERE, slot_of(pair.theirs))
+    pair.tolerance = 5e-3
+    pair.compare(lambda clip: with_lora(clip, lora, 0.8))
+
+
+def test_a_float8_file(library: PagedLibrary, settings: Settings, tmp_path: Path) -> None:
+    """Without scales: pages hold what the file holds, and weights are cast together, for one product."""
+    config = V1_1.model_copy(update={"d_model": 256, "d_kv": 32, "d_ff": 256, "num_layers": 2})
+    pair = Pair(tmp_path, "pixart", settings, torch.float8_e4m3fn, config)
+    pair.compare()
+    assert t5_of(pair.ours).stack.told.startswith(JOINED)
+    weights = sum(module.weight.nbytes for module in pair.t5.modules() if "_v" in vars(module))
+    assert library.there <= -(-weights // PAGE)
+    lora = toy_lora(pair.t5, EVERYWHERE, slot_of(pair.theirs))
+    conditioning(with_lora(pair.ours, lora, 0.8), TEXT)
+    assert library.there <= -(-weights // PAGE)
+
+
+def test_weights_that_are_taken_back_come_again(library: PagedLibrary, settings: Settings, tmp_path: Path) -> None:
+    pair = Pair(tmp_path, "pixart", settings)
+    pair.compare()
+    for share in (0.3, 0.9, 1):
+        pair.ours.patcher.partially_unload(None, int(share * library.there * PAGE))
+        pair.compare()
+    pair.ours.patcher.detach()
+    assert library.there == 0
+    pair.compare()
+
+
+@pytest.mark.parametrize("share", [0.15, 0.5, 0.98])
+def test_less_room_than_the_weights_need(
+    share: float, settings: Settings, library: PagedLibrary, tmp_path: Path
+) -> None:
+    pair = Pair(tmp_path, "pixart", settings)
+    pair.compare()
+    most = int(library.there * share)
+    pair.ours.patcher.partially_unload(None, library.there * PAGE)
+    library.most = most
+    pair.compare()
+    assert 0 < library.there <= most
+    assert library.pinned == 0
+
+
+def test_stock_and_ours_in_turn(library: PagedLibrary, settings: Settings, tmp_path: Path) -> None:
+    """They share modules: what one has brought in serves the other, and where it lies changes but once."""
+    pair = Pair(tmp_path, "pixart", settings)
+    expected = conditioning(pair.theirs, TEXT)["cond"]
+    pair.compare()
+    places = [module._v for module in pair.t5.modules() if "_v" in vars(module)]
+    for _ in range(2):
+        assert error(conditioning(pair.theirs, TEXT)["cond"], expected) < 1e-6
+        pair.compare()
+    assert [module._v for module in pair.t5.modules() if "_v" in vars(module)] == places
+    assert places[0][0].offset <= sum(size for *_, size in places) + 1024
+
+
+def test_modules_with_hooks_are_called(library: PagedLibrary, tmp_path: Path) -> None:
+    pair = Pair(tmp_path, "pixart", Settings("float32"))
+    pair.compare()
+    seen: list[int] = []
+    hook = pair.t5.encoder.block[1].layer[0].SelfAttention.k.register_forward_hook(lambda *_: seen.append(1))
+    pair.compare()
+    assert len(seen) == 3
+    told = t5_of(pair.ours).stack.told
+    assert told == f"{JOINED} but for 1 of 2 layers: other software has hooked into its modules"
+    hook.remove()
+    pair.compare()
+    assert t5_of(pair.ours).stack.told == JOINED
+
+
+def test_separate_is_what_it_was(library: PagedLibrary, tmp_path: Path) -> None:
+    pair = Pair(tmp_path, "pixart", Settings("float32", layout="separate"))
+    pair.compare()
+    library.faults.clear()
+    conditioning(pair.ours, TEXT)
+    del library.faults[pair.t5.shared.weight.nbytes]
+    assert library.faults.total() == 7 * 2
+
+
+def test_float16_beyond_its_range(library: PagedLibrary, way: str, tmp_path: Path) -> None:
+    """Scales are tightened once; they act on what goes into products, and so the weights stay where they lie."""
+    pair = Pair(tmp_path, "pixart", Settings("float16", layout="fused"))
+    for clip in (pair.plain, pair.theirs):
+        t5_of(clip).encoder.block[1].layer[1].DenseReluDense.wo.weight.data.mul_(1e5)
+    with pytest.warns(ScaleTightenedWarning):
+        pair.compare()
+    pair.compare()
+    assert t5_of(pair.ours).stack.scales.layers[1].feed_forward_out < 1
+    assert library.pinned == 0
+    assert "vbar_free" not in library.freed
+
+
+def test_weights_that_cannot_lie_side_by_side(library: PagedLibrary, tmp_path: Path) -> None:
+    """Weights of no whole kilobytes would have something between them."""
+    config = V1_1.model_copy(update={"d_model": 100, "d_kv": 20, "d_ff": 180, "num_layers": 2})
+    pair = Pair(tmp_path, "pixart", Settings("float32"), config=config)
+    pair.compare()
+    told = t5_of(pair.ours).stack.told
+    assert told == "separate layout: its weights cannot lie side by side in ComfyUI's dynamic memory"
+    with pytest.raises(ValueError, match=r"cannot run in the fused layout.*dynamic memory"):
+        conditioning(ours_of(pair.theirs, Settings("float32", layout="fused")), TEXT)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_layout_is_told(compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from comfy_nai_t5.clip import describe
+
+    theirs = stock(toy_file(tmp_path, FAMILIES["mochi"]), "mochi")
+    ours = ours_of(theirs, Settings("float32", compile=compiled))
+    monkeypatch.setattr(ours.patcher, "is_dynamic", lambda: True, raising=False)
+    reason = "; not compiled, which needs every layer joined, and its weights to stay where they are"
+    assert describe(ours).endswith(JOINED + (reason if compiled else ""))
+
+
+def test_the_guard_frees_nothing_that_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copying a module would copy its handles of memory, which is freed with the copy."""
     from comfy_aimdo.host_buffer import HostBuffer
     from comfy_aimdo.model_vbar import ModelVBAR
 
+    library = Library()
+    replace_library(monkeypatch, library)
     theirs = stock(toy_file(tmp_path, V1_1), "mochi")
     memory = ModelVBAR(1 << 30, 0)
     pinned = {"weights": (HostBuffer(0, 0, 0), [], [-1], [0], [0], {})}
@@ -65,7 +320,7 @@ def test_the_guard_frees_nothing_that_is_in_use(library: Library, tmp_path: Path
             module._v, module._pin_state = memory.alloc(4096), pinned
     dense = theirs.cond_stage_model.t5xxl.transformer.encoder.block[1].layer[1].DenseReluDense
     dense.wo.weight.data.mul_(1e5)
-    ours = ours_of(theirs, "float16")
+    ours = ours_of(theirs, Settings("float16"))
     with pytest.warns(ScaleTightenedWarning):
         assert conditioning(ours, "a cat")["cond"].isfinite().all()
     gc.collect()
@@ -73,60 +328,3 @@ def test_the_guard_frees_nothing_that_is_in_use(library: Library, tmp_path: Path
     del ours, theirs, module, dense, memory, pinned
     gc.collect()
     assert "vbar_free" in library.freed, "what is in use no longer has to be freed"
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_that_layers_are_not_joined_is_told(compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from comfy_nai_t5.clip import describe
-
-    ours = ours_of(stock(toy_file(tmp_path, V1_1), "mochi"), "float32", compile=compiled)
-    monkeypatch.setattr(ours.patcher, "is_dynamic", lambda: True, raising=False)
-    told = "separate layout: ComfyUI streams its weights (dynamic memory)"
-    assert describe(ours).endswith(told + ("; not compiled, which needs every layer joined" if compiled else ""))
-
-
-# Seven products, two norms, which are ComfyUI's modules, of seven operations and a cast after it, attention, two sums,
-# and three for the gated activation.
-LAUNCHES_PER_LAYER = 29
-
-
-def put_into_dynamic_memory(stack: Any, device: PretendedCuda) -> None:
-    """Weights as ComfyUI holds them: on the CPU, with pages on the card; norms, not streamed, on the card."""
-    for module in list(stack.modules()):
-        weight = module._parameters.get("weight")
-        if weight is None:
-            continue
-        if not hasattr(module, "comfy_cast_weights"):
-            device.put(module)
-            continue
-        with device.fakes:
-            module._v_weight = torch.empty(weight.shape, dtype=torch.float16, device=CUDA)
-        module._v_bias, module._v, module._v_signature = None, 7, 7
-    stack.device = CUDA
-
-
-def test_what_an_encode_asks_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With all pages on the card nothing is copied but the ids, and nothing is waited for but the check."""
-    from comfy_aimdo import model_vbar
-
-    freed: list[int] = []
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    monkeypatch.setattr(model_vbar, "vbar_fault", lambda memory: memory)
-    monkeypatch.setattr(model_vbar, "vbar_signature_compare", lambda one, other: one == other)
-    monkeypatch.setattr(model_vbar, "vbar_unpin", freed.append)
-    launches = []
-    for layers in (1, 3):
-        config = V1_1.model_copy(update={"num_layers": layers})
-        ours = ours_of(stock(toy_file(tmp_path / str(layers), config), "mochi"), "float16")
-        stack = ours.cond_stage_model.t5xxl.transformer.stack
-        with torch.no_grad(), PretendedCuda() as device:
-            put_into_dynamic_memory(stack, device)
-            for _ in range(2):
-                device.reset()
-                encode_guarded(stack, torch.ones(1, 64, dtype=torch.long))
-        launches.append(device.launches.total())
-        assert dict(device.copies) == {("cpu", "cuda"): 1}
-        assert dict(device.waits) == {"_local_scalar_dense": 1}
-        assert device.float32_products == 0
-    assert (launches[1] - launches[0]) / 2 <= LAUNCHES_PER_LAYER
-    assert freed, "no page was taken from dynamic memory"

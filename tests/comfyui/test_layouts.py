@@ -190,22 +190,6 @@ def test_replaced_calls_are_made(tmp_path: Path) -> None:
     assert_equal_conditioning(conditioning(clip, "a cat"), plain, 1e-9)
 
 
-def test_streamed_modules_are_called(tmp_path: Path) -> None:
-    """Newer ComfyUI marks the modules whose weights it brings in itself."""
-    theirs = stock(toy_file(tmp_path, V1_1), "mochi")
-    expected = conditioning(theirs, "a cat")
-    clip = ours_of(theirs)
-    for module in t5_of(theirs).modules():
-        if isinstance(module, torch.nn.Linear):
-            module._v = None
-    from comfy_nai_t5.fused import refuses
-
-    assert "dynamic memory" in str(refuses(t5_of(clip).encoder.block[0], torch.float32, ()))
-    for module in t5_of(theirs).modules():
-        vars(module).pop("_v", None)
-    assert_equal_conditioning(conditioning(clip, "a cat"), expected)
-
-
 @pytest.mark.parametrize("weights", ["file", "float8_e4m3fn"])
 def test_weights_in_another_dtype_are_cast_at_every_call(
     weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

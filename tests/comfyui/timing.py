@@ -2,9 +2,11 @@
 
     COMFYUI_PATH=… PYTHONPATH=.:tests python tests/comfyui/timing.py modules
     COMFYUI_PATH=… PYTHONPATH=.:tests python tests/comfyui/timing.py server
+    COMFYUI_PATH=… PYTHONPATH=.:tests python tests/comfyui/timing.py card
 
 ``modules``: what CLIP Text Encode computes, at T5-large size, both in one process and in turn. ``server``: whole nodes
 in a running server, with files of the sizes that Stable Audio and ACE-Step have; needs websocket-client.
+``card``: both in newer ComfyUI's dynamic memory, on an NVIDIA card and in turn.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from timing_card import time_on_card
 from timing_modules import CASES, time_case
 from timing_server import SIZES, WAYS, time_way
 
@@ -43,6 +46,13 @@ def server(options: argparse.Namespace) -> None:
             print(f"| {SIZES[size].title}, {way} | {result.cells()} |", flush=True)
 
 
+def card(options: argparse.Namespace) -> None:
+    print("| prompt | | time | times faster | difference | on the card | |\n|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for line in time_on_card(named_config(options.size).encoder_only(), Path(folder), options.rounds):
+            print(line, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -56,6 +66,10 @@ def main() -> None:
             one.add_argument("--layout", default="auto", help="of ours: auto, packed or int8")
             one.add_argument("--file", default="float16", choices=("float16", "float8_e4m3fn"), help="its dtype")
             one.add_argument("--size", default="t5-v1_1-large", help="width, depth and heads")
+    one = commands.add_parser("card")
+    one.set_defaults(command=card)
+    one.add_argument("--rounds", type=int, default=20, help="that count, for each prompt")
+    one.add_argument("--size", default="t5-v1_1-xl", help="of the T5")
     options = parser.parse_args()
     if "COMFYUI_PATH" not in os.environ:
         parser.error("COMFYUI_PATH is not set: give a ComfyUI checkout")

@@ -147,6 +147,7 @@ def add_norm(
     count: tl.tensor,
     epsilon: tl.tensor,
     inv_scale: tl.tensor,
+    out_scale: tl.tensor,
     width: tl.constexpr,
     block: tl.constexpr,
     parts: tl.constexpr,
@@ -171,8 +172,8 @@ def add_norm(
         tl.store(here, x, mask=inside)
     normed = x * tl.rsqrt(tl.sum(x * x) / width + epsilon)
     if has_weight:
-        normed *= tl.load(weight + columns, mask=inside, other=0.0)
-    rounded = normed.to(out.dtype.element_ty)
+        normed *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    rounded = (normed * out_scale).to(out.dtype.element_ty)
     tl.store(out + row * width + columns, rounded, mask=inside)
     if watches:
         # The comparison is false for NaN as well.
@@ -201,19 +202,20 @@ def activated(x: tl.tensor, activation: tl.constexpr) -> tl.tensor:
 def gate(
     joined: tl.tensor,
     out: tl.tensor,
+    factor: tl.tensor,
     width: tl.constexpr,
     activation: tl.constexpr,
     is_gated: tl.constexpr,
     block: tl.constexpr,
     overlaps: tl.constexpr,
 ) -> None:
-    """A run of one row: act(gate) · up, or act alone."""
+    """A run of one row: act(factor · gate) · up, or act alone."""
     wait_for_inputs(overlaps)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < width
     here = joined + row * (2 * width if is_gated else width) + columns
-    result = activated(tl.load(here, mask=inside, other=0.0).to(tl.float32), activation)
+    result = activated(tl.load(here, mask=inside, other=0.0).to(tl.float32) * factor, activation)
     if is_gated:
         result *= tl.load(here + width, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * width + columns, result.to(out.dtype.element_ty), mask=inside)

@@ -102,14 +102,15 @@ def add_norm(
     weight: Tensor | None = None,
     watch: Watch | None = None,
     overlaps: bool = False,
+    out_scale: float = 1.0,
 ) -> Tensor:
-    """residual += inv_scale · Σ delta, then x / sqrt(mean(x²) + eps) · weight.
+    """residual += inv_scale · Σ delta, then x / sqrt(mean(x²) + eps) · weight · out_scale.
 
     Args:
         residual: [tokens, d_model] float32, changed in place.
         delta: [tokens, d_model], or partial sums [parts, tokens, d_model], in any float dtype; None adds nothing.
         dtype: of the result.
-        weight: [d_model] float32, or None for ones.
+        weight: [d_model] in any float dtype, or None for ones.
 
     Returns:
         [tokens, d_model] in ``dtype``.
@@ -127,6 +128,7 @@ def add_norm(
         residual if watch is None else watch.count,
         epsilon,
         inv_scale,
+        out_scale,
         width=width,
         block=block,
         parts=0 if delta is None else 1 if delta.ndim == 2 else len(delta),
@@ -148,12 +150,15 @@ def norm_warps(block: int) -> int:
     return min(max(block // 256, 4), 16)
 
 
-def gate(joined: Tensor, activation: Activation, is_gated: bool, overlaps: bool = False) -> Tensor:
-    """act(gate) · up of [tokens, 2 · d_ff], gate first, or act of [tokens, d_ff]: [tokens, d_ff] in the same dtype."""
+def gate(joined: Tensor, activation: Activation, is_gated: bool, overlaps: bool = False, factor: float = 1.0) -> Tensor:
+    """act(factor · gate) · up of [tokens, 2 · d_ff], gate first, or act(factor · x) of [tokens, d_ff].
+
+    The result is [tokens, d_ff] in the same dtype.
+    """
     rows, width = joined.shape[0], joined.shape[1] // (2 if is_gated else 1)
     out = joined.new_empty(rows, width)
     block = min(_GATE_BLOCK, triton.next_power_of_2(width))
     grid = (rows, triton.cdiv(width, block))
     constants = {"width": width, "activation": activation, "is_gated": is_gated, "block": block, "num_warps": 4}
-    kernels.gate[grid](joined, out, **constants, **overlapping(overlaps))
+    kernels.gate[grid](joined, out, factor, **constants, **overlapping(overlaps))
     return out

@@ -66,21 +66,25 @@ def _momentary() -> Iterator[str]:
 
 def _obstacles(stack: T5EncoderStack) -> Iterator[str]:
     """Why the kernels cannot run a stack. Later checks assume that the earlier ones found nothing."""
-    if missing := missing_triton():
-        yield missing
     if stack.layout != "fused":
         yield f"the model has the {stack.layout} layout; allowed: fused"
-    if stack.dtype not in COMPUTE_DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTE_DTYPES)
-        yield f"the model is in {stack.dtype}; allowed: {allowed}"
-    d_kv = stack.config.d_kv
-    if d_kv < 16 or d_kv & (d_kv - 1):
-        yield f"heads of size {d_kv}; allowed: powers of two from 16 on"
-    yield from _device_obstacles(stack.device)
+    yield from obstacles_of(stack.device, stack.dtype, stack.config.d_kv)
     # Where layers are offloaded, weights rest elsewhere than where they are read.
     devices = {stack.device, stack.shared.weight.device}
     for module in stack.modules():
         yield from _module_obstacles(module, stack.dtype, devices)
+
+
+def obstacles_of(device: torch.device, dtype: torch.dtype, d_kv: int) -> Iterator[str]:
+    """Why the kernels cannot compute layers in a dtype, with heads of a size, on a device."""
+    if missing := missing_triton():
+        yield missing
+    if dtype not in COMPUTE_DTYPES:
+        allowed = ", ".join(str(each).removeprefix("torch.") for each in COMPUTE_DTYPES)
+        yield f"the model is in {dtype}; allowed: {allowed}"
+    if d_kv < 16 or d_kv & (d_kv - 1):
+        yield f"heads of size {d_kv}; allowed: powers of two from 16 on"
+    yield from _device_obstacles(device)
 
 
 def _device_obstacles(device: torch.device) -> Iterator[str]:
