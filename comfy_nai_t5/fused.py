@@ -48,13 +48,19 @@ class Products(Protocol):
 
 
 @dataclass(frozen=True)
-class FusedWeights:
-    """One layer's weights in the compute dtype: qkv [3 · inner, d_model], gate and up (or ReLU's only one) in wi."""
+class Norms:
+    """The weights of a layer's norms."""
 
     attention_norm: Tensor
+    dense_norm: Tensor
+
+
+@dataclass(frozen=True)
+class FusedWeights(Norms):
+    """One layer's weights in the compute dtype: qkv [3 · inner, d_model], gate and up (or ReLU's only one) in wi."""
+
     qkv: Tensor
     o: Tensor
-    dense_norm: Tensor
     wi: Tensor
     wo: Tensor
 
@@ -101,8 +107,8 @@ class JoinedKernels:
     name = "joined, by the kernels"
     lending: Lending | None = None
 
-    def __init__(self, weights: FusedWeights, kernels: KernelBlock) -> None:
-        self.norms = (weights.attention_norm, weights.dense_norm)
+    def __init__(self, norms: Norms, kernels: KernelBlock) -> None:
+        self.norms = (norms.attention_norm, norms.dense_norm)
         self.kernels = kernels
 
     def __call__(self, block: Block, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
@@ -181,7 +187,7 @@ def refuses(
     if any(map(_has_hooks, (*norms, *linears))):
         return "other software has hooked into its modules"
     for linear in linears:
-        if reason := _not_plain(linear):
+        if reason := not_plain(linear):
             return reason
     for module in (*norms, *linears):
         if device is not None and module.weight.device != device:
@@ -202,7 +208,7 @@ def projections(block: Any) -> list[Any]:
     return [attention.q, attention.k, attention.v, attention.o, *inner, dense.wo]
 
 
-def _not_plain(linear: Any) -> str | None:
+def not_plain(linear: Any) -> str | None:
     """Why a module's call is more than a product with the weight that lies there; None if it is no more."""
     if isinstance(linear, Quantised):
         return QUANTISED

@@ -28,9 +28,11 @@ from comfy_nai_t5.fused import (
 )
 from comfy_nai_t5.int8 import Int8Kernels, Int8Products
 from comfy_nai_t5.packed import Kept, KeptKernels, KeptProducts
+from comfy_nai_t5.quantised_layers import QuantisedLayer, has_quantised, refuses_bytes
 from nai_t5_core.backends.compiled import compile_stack
 from nai_t5_core.backends.kernels.build import prepare_kernels
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, best, refuses_mathematics
+from nai_t5_core.backends.kernels.sets import InstructionSet
 from nai_t5_core.backends.kernels.weights import WEIGHT_FORMATS
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, published_scales
@@ -93,6 +95,7 @@ class SharedEncoder(Encoder):
     def __init__(self, *arguments: Any, **factory: Any) -> None:
         super().__init__(*arguments, **factory)
         self.kept: dict[Block, Kept] = {}
+        self.quantised: dict[Block, QuantisedLayer] = {}
 
     def bias_table(self, index: int, device: torch.device | None = None) -> Tensor:
         if self.tables is not None:
@@ -109,30 +112,49 @@ class SharedEncoder(Encoder):
         weight = norm.weight.to(residual)
         return F.rms_norm(residual, residual.shape[-1:], weight, norm.variance_epsilon).to(dtype)
 
-    def join(self, dtype: torch.dtype, kind: type[Kept] | None, by_kernels: bool) -> Counter[str]:
+    def join(self, dtype: torch.dtype, kind: type[Kept] | None, by: InstructionSet | None) -> Counter[str]:
         """Joins the products of every layer where that changes nothing; returns why other layers are as they are.
 
-        Those of a ``kind`` are kept for later calls, as long as the layer's weights stay the same.
+        Those of a ``kind`` are kept for later calls, as long as the layer's weights stay the same. Without kernels,
+        ``by`` is None.
         """
         reasons: Counter[str] = Counter()
-        others = dtypes_cast(kind is not None, by_kernels)
+        quantised: dict[Block, QuantisedLayer] = {}
         block: Any
         for block in self.block:
-            reason = refuses(block, dtype, others, self.device)
-            if reason:
+            if reason := self.refuses(block, dtype, kind is not None, by is not None, self.device):
                 reasons[reason] += 1
+                continue
+            if by is not None and has_quantised(block):
+                quantised[block] = self._told_of(block, dtype, by)
+                block.runner = quantised[block].runner(block)
                 continue
             weights = fuse(block)
             if kind is not None:
                 block.runner = self._keep(block, weights, kind, dtype).runner(weights)
-            elif by_kernels:
+            elif by is not None:
                 block.runner = JoinedKernels(weights, kernels_on(block, weights.products, dtype))
             else:
                 block.runner = JoinedProducts(weights, FusedProducts(weights))
+        self.quantised = quantised
         if not reasons:
             count = len(self.block) if self.bias_per_layer else 1
             self.tables = [self.bias_table(index) for index in range(count)]
         return reasons
+
+    @staticmethod
+    def refuses(
+        block: Any, dtype: torch.dtype, is_kept: bool, by_kernels: bool, device: torch.device | None = None
+    ) -> str | None:
+        """Why a layer cannot be joined at this moment; see :func:`comfy_nai_t5.fused.refuses`."""
+        if by_kernels and has_quantised(block):
+            return refuses_bytes(block, device)
+        return refuses(block, dtype, dtypes_cast(is_kept, by_kernels), device)
+
+    def _told_of(self, block: Block, dtype: torch.dtype, by: InstructionSet) -> QuantisedLayer:
+        """What the kernels are told of a layer, once for as long as its weights are the same."""
+        told = self.quantised.get(block)
+        return told if told is not None and told.is_made_of(block, dtype) else QuantisedLayer(block, dtype, by)
 
     def _keep(self, block: Block, weights: FusedWeights, kind: type[Kept], dtype: torch.dtype) -> Kept:
         """What is kept of a layer, made anew where it is of another kind or of other weights."""
@@ -235,7 +257,8 @@ class SharedStack(T5EncoderStack):
             try:
                 by_kernels = self.takes_kernels and not torch_is_needed() and prepare_kernels() is None
                 kind = KEPT[self.wish][0 if by_kernels else 1] if self.is_kept else None
-                reasons = self.encoder.join(self.dtype, kind, by_kernels)
+                by = self._kernels.instructions if by_kernels else None
+                reasons = self.encoder.join(self.dtype, kind, by)
                 self._tell(reasons)
                 self._compile_if(self.compiled and not reasons)
                 return super().forward(*inputs, **options)
@@ -261,8 +284,8 @@ class SharedStack(T5EncoderStack):
         blocks: Any = self.encoder.block
         if is_streamed:
             return self._described(Counter({STREAMED: len(blocks)}))
-        others = dtypes_cast(self.is_kept, self.takes_kernels)
-        return self._described(Counter(reason for block in blocks if (reason := refuses(block, self.dtype, others))))
+        how = (self.dtype, self.is_kept, self.takes_kernels)
+        return self._described(Counter(reason for block in blocks if (reason := self.encoder.refuses(block, *how))))
 
     def _described(self, reasons: Counter[str]) -> str:
         """The layout in words; an error where the fused one was asked for and a layer cannot be joined."""
@@ -271,6 +294,8 @@ class SharedStack(T5EncoderStack):
         joined = f"{self.wish if self.is_kept else 'fused'} layout"
         if self.takes_kernels:
             joined += f" with {self._kernels.instructions.title} kernels"
+            blocks: Any = self.encoder.block
+            joined += ", quantised weights" if any(map(has_quantised, blocks)) else ""
         text = describe_layout(reasons, len(self.encoder.block), joined)
         return f"{text}; not compiled, which needs every layer joined" if self.compiled and reasons else text
 

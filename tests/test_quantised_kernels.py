@@ -22,11 +22,12 @@ from nai_t5_core.backends.kernels.calls import add_product, counted, normed_prod
 from nai_t5_core.backends.kernels.pieces import BLOCK_FORMATS, WeightPiece
 from nai_t5_core.backends.kernels.sets import SETS, InstructionSet
 from nai_t5_core.backends.kernels.weights import KernelWeight
+from nai_t5_core.backends.quantised.forms import QuantisedForm
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.kernels import runner_of_quantised
 from nai_t5_core.backends.quantised.kinds import WEIGHT, Plain, QuantisedWeight
 from nai_t5_core.backends.quantised.pieces import is_read, piece_of
-from nai_t5_core.backends.quantised.projections import QuantisedForm, QuantisedLinear
+from nai_t5_core.backends.quantised.projections import QuantisedLinear
 from nai_t5_core.backends.quantised.scaled import MXFP8, NVFP4, SCALE, Scaled, tiled_shape
 from nai_t5_core.prompts.cache.settings import settings_of
 

@@ -106,6 +106,30 @@ def add_product(x: Tensor, weight: KernelWeight, residual: Tensor) -> None:
         _refuse(kernels(weight.instructions).t5_added_product(*arguments))
 
 
+def product(x: Tensor, weight: KernelWeight) -> Tensor:
+    """x · weightᵀ: [tokens, depth] to [tokens, columns], both in the weight's ``dtype``, rounded once.
+
+    Raises:
+        ValueError: a tensor of another shape or dtype, or a weight that is gated, or in int8 and not in panels.
+        MemoryError: there is no memory for the activations.
+    """
+    tokens, _ = sizes(x)
+    weight.check_form()
+    if weight.is_gated:
+        raise ValueError("a product by itself is that of a weight without a gate; this one is gated")
+    out = torch.empty(tokens, weight.columns, dtype=weight.dtype)
+    arguments = (
+        address(x, weight.dtype, tokens, weight.depth),
+        tokens,
+        ctypes.byref(weight.matrix()),
+        address(out, weight.dtype, tokens, weight.columns),
+    )
+    _count(2 * tokens * weight.columns * weight.depth)
+    if tokens:
+        _refuse(kernels(weight.instructions).t5_product(*arguments))
+    return out
+
+
 def attention(
     projected: Tensor,
     heads: int,
