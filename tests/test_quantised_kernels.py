@@ -326,5 +326,5 @@ def test_what_computes_is_in_the_key(tmp_path: Path) -> None:
     file = tmp_path / "Q8_0" / "t5.gguf"
     assert "kernels" not in settings_of(file, "float64", "cpu").backend
     assert settings_of(file, "float32", "cpu").backend == f"cpu, quantised weights, auto, {best_title()} kernels " + (
-        "where they read them"
+        "for all that they read"
     )
