@@ -65,7 +65,10 @@ class QuantisedForm:
 
     @property
     def state(self) -> tuple[object, ...]:
-        """Differs once any of its numbers may do so, as long as this object is kept."""
+        """Differs once any of its numbers may do so, as long as this object is kept.
+
+        Of tensors of inference mode that are changed in place it knows nothing.
+        """
         parts = (
             (id(part), part.data_ptr(), 0 if part.is_inference() else part._version)
             for part in self.weight.parts.values()
