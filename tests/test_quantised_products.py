@@ -158,6 +158,19 @@ def test_what_float16_cannot_hold_is_infinite(instructions: InstructionSet, dtyp
 
 
 @needs_kernels
+def test_defaults_of_torch_change_nothing() -> None:
+    """Neither the device of new tensors nor their dtype, whose numbers C++ would misread."""
+    x, expected = draw(3, DEPTH), linear_of(q8_0(scale=0.5))(draw(3, DEPTH))
+    with torch.device("meta"):
+        assert_same_bits(linear_of(q8_0(scale=0.5))(x), expected)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_same_bits(linear_of(q8_0(scale=0.5))(x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@needs_kernels
 def test_threads_share_a_projection() -> None:
     linear, x = linear_of(q8_0()), draw(64, DEPTH)
     expected = linear(x)

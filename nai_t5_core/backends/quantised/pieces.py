@@ -50,5 +50,7 @@ def _scales(weight: QuantisedWeight) -> Tensor | None:
 def _factors(form: QuantisedForm) -> Tensor | None:
     """One for each column [columns] float32."""
     if form.columns is None:
-        return None if form.scale == 1 else torch.full((form.in_features,), form.scale)
+        return (
+            None if form.scale == 1 else torch.full((form.in_features,), form.scale, dtype=torch.float32, device="cpu")
+        )
     return form.columns.float() * form.scale
