@@ -182,6 +182,6 @@ def operations_are_watched() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_tracing()  # type: ignore[attr-defined]
+        or torch._C._is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
