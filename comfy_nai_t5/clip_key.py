@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from comfy_nai_t5.quantised import stays_quantised
+from nai_t5_core.backends.kernels.build import set_to_use
 from nai_t5_core.prompts.cache.contents import tensor_contents
 from nai_t5_core.prompts.cache.key import NUMERICS, Key
 
@@ -51,11 +52,19 @@ def _computing(owner: Any) -> list[Any]:
     """How a T5 of ours computes now, and what its owner makes of that."""
     stack = owner.transformer.stack
     scales = None if stack.scales.is_one else stack.scales.to_json()
-    # A file may have plain layers beside quantised ones, and those are computed by the kernels.
-    products = [stack.takes_kernels, *(["quantised"] if stays_quantised(owner.transformer) else [])]
+    # A file may have plain layers beside quantised ones.
+    products = [stack.takes_kernels, *([_quantised_by(stack)] if stays_quantised(owner.transformer) else [])]
     how = [str(stack.dtype), stack.wish, stack.attention, stack.compiled, *products, stack.device.type]
     masks = [owner.zero_out_masked, owner.return_attention_masks, owner.enable_attention_masks]
     return [*how, owner.transformer.padding, scales, *masks, _plain(owner.special_tokens)]
+
+
+def _quantised_by(stack: Any) -> str:
+    """What computes the products of quantised weights that it can read, whether or not it computes whole layers."""
+    instructions = set_to_use() if stack.device.type == "cpu" else None
+    if instructions is None or stack.dtype not in instructions.stored:
+        return "quantised"
+    return f"quantised, {instructions.title} kernels"
 
 
 @cache

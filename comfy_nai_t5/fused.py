@@ -50,19 +50,16 @@ class Products(Protocol):
 
 @dataclass(frozen=True)
 class FusedWeights:
-    """One layer's weights in the compute dtype: qkv [3 · inner, d_model], gate and up (or ReLU's only one) in wi."""
+    """One layer's weights in the compute dtype: qkv [3 · inner, d_model], gate and up (or ReLU's only one) in wi.
 
-    attention_norm: Tensor
+    The norms are those before attention and before the feed-forward.
+    """
+
+    norms: tuple[Tensor, Tensor]
     qkv: Tensor
     o: Tensor
-    dense_norm: Tensor
     wi: Tensor
     wo: Tensor
-
-    @property
-    def norms(self) -> tuple[Tensor, Tensor]:
-        """Those before attention and before the feed-forward."""
-        return self.attention_norm, self.dense_norm
 
     @property
     def products(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,8 +110,8 @@ class JoinedKernels:
     name = "joined, by the kernels"
     lending: Lending | None = None
 
-    def __init__(self, weights: FusedWeights, kernels: KernelBlock) -> None:
-        self.norms, self.kernels = weights.norms, kernels
+    def __init__(self, norms: tuple[Tensor, Tensor], kernels: KernelBlock) -> None:
+        self.norms, self.kernels = norms, kernels
 
     def __call__(self, block: Block, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
         return self.kernels(residual, attend, *(norm.detach().to(residual.dtype) for norm in self.norms))
@@ -157,10 +154,9 @@ def fuse(block: Any) -> FusedWeights:
     """The weights of a layer, joined, for which there must be no :func:`refuses`."""
     q, k, v, o, *inner, wo = projections(block)
     return FusedWeights(
-        attention_norm=block.layer[0].layer_norm.weight,
+        norms=(block.layer[0].layer_norm.weight, block.layer[-1].layer_norm.weight),
         qkv=_joined([q, k, v]),
         o=o.weight,
-        dense_norm=block.layer[-1].layer_norm.weight,
         wi=_joined(inner),
         wo=wo.weight,
     )
@@ -192,8 +188,8 @@ def refuses(
     if reason := _not_called_as_they_are(block):
         return reason
     for linear in linears:
-        if type(linear.weight) is not nn.Parameter or linear.weight.is_meta or not linear.weight.is_contiguous():
-            return "its weights are no plain tensors"
+        if reason := no_plain_tensor(linear):
+            return reason
     for module in (*norms, *linears):
         if device is not None and module.weight.device != device:
             return f"its weights come from {module.weight.device} to {device} at every call"
@@ -268,10 +264,10 @@ def _not_called_as_they_are(block: Any) -> str | None:
     """Why the modules of a layer do more than they are known to do; None if they do no more."""
     if any(map(_has_hooks, (*norms_of(block), *projections(block)))):
         return "other software has hooked into its modules"
-    return next((reason for linear in projections(block) if (reason := _not_plain(linear))), None)
+    return next((reason for linear in projections(block) if (reason := not_plain(linear))), None)
 
 
-def _not_plain(linear: Any) -> str | None:
+def not_plain(linear: Any) -> str | None:
     """Why a module's call is more than a product with the weight that lies there; None if it is no more."""
     if isinstance(linear, Quantised):
         return QUANTISED
@@ -283,6 +279,12 @@ def _not_plain(linear: Any) -> str | None:
     if linear.weight_function:
         return "its weights are patched at every call (partial loading)"
     return None
+
+
+def no_plain_tensor(linear: Any) -> str | None:
+    """Why a module's weight cannot be read as it lies; None if it can."""
+    is_plain = type(linear.weight) is nn.Parameter and not linear.weight.is_meta and linear.weight.is_contiguous()
+    return None if is_plain else "its weights are no plain tensors"
 
 
 def _short(dtype: torch.dtype) -> str:

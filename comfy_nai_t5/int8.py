@@ -23,7 +23,7 @@ class Int8Kernels(Kept):
         self.kernels = kernels_on(block, values, dtype, scales).in_panels()
 
     def runner(self, weights: FusedWeights) -> JoinedKernels:
-        return JoinedKernels(weights, self.kernels)
+        return JoinedKernels(weights.norms, self.kernels)
 
 
 class Int8Products(Kept):

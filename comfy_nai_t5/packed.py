@@ -51,7 +51,7 @@ class KeptKernels(Kept):
         if self._called:
             self.kernels = self.kernels.in_panels()
         self._called = True
-        return JoinedKernels(weights, self.kernels)
+        return JoinedKernels(weights.norms, self.kernels)
 
 
 class KeptProducts(Kept):

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nai_t5_core.backends.quantised.forms import QuantisedForm
 from nai_t5_core.backends.quantised.kinds import QuantisedWeight
-from nai_t5_core.backends.quantised.projections import QuantisedForm
+from nai_t5_core.backends.quantised.single import KernelProduct
 from nai_t5_core.model.precision import is_finite
 
 # Changes numbers [rows, columns] in float32, perhaps in place.
@@ -50,6 +51,11 @@ class Quantised(comfy.ops.CastWeightBiasOp, nn.Module):
         return QuantisedWeight(self.kind, self.numbers_shape, {name: getattr(self, name) for name in self.part_names})
 
     @property
+    def form(self) -> QuantisedForm:
+        """The rows as the file has them."""
+        return QuantisedForm(self.quantised)
+
+    @property
     def changes(self) -> list[Change]:
         """All changes of the numbers, in their order."""
         return [*self.weight_function, *self.hooked]
@@ -77,17 +83,26 @@ class Quantised(comfy.ops.CastWeightBiasOp, nn.Module):
 
 
 class QuantisedLinear(Quantised, nn.Linear):
-    """A projection: of a few rows at a time numbers are made; of all, where they are changed."""
+    """A projection: our CPU kernels read the bytes, or of a few rows at a time numbers are made; of all, where they are
+    changed.
+    """
 
     def __init__(self, weight: QuantisedWeight) -> None:
         super().__init__(weight)
         self.out_features, self.in_features = weight.shape
+        self.product = KernelProduct()
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, in_features] to […, out_features], on the device of ``x``."""
         if self.changes or (x.requires_grad and torch.is_grad_enabled()):
             return F.linear(x, self.numbers(x.device).to(x.dtype))
-        return QuantisedForm(self.quantised)(x)
+        form = self.form
+        product = self.product(x, (form,))
+        return form(x) if product is None else product
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantised:
+        self.product.forget()
+        return super()._apply(fn, recurse)
 
 
 class QuantisedEmbedding(Quantised, nn.Embedding):

@@ -36,11 +36,13 @@ from comfy_nai_t5.fused import (
 from comfy_nai_t5.grouped import ModuleProducts, StreamedProducts
 from comfy_nai_t5.int8 import Int8Kernels, Int8Products
 from comfy_nai_t5.packed import Kept, KeptKernels, KeptProducts
+from comfy_nai_t5.quantised_layers import QuantisedLayer, has_quantised, refuses_bytes
 from nai_t5_core.backends.compiled import compile_stack
 from nai_t5_core.backends.cuda.encoder import unproven_on
 from nai_t5_core.backends.cuda.refusals import obstacles_of
 from nai_t5_core.backends.kernels.build import prepare_kernels
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, best, refuses_mathematics
+from nai_t5_core.backends.kernels.sets import InstructionSet
 from nai_t5_core.backends.kernels.weights import WEIGHT_FORMATS
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, published_scales
@@ -111,6 +113,7 @@ class SharedEncoder(Encoder):
         super().__init__(*arguments, **factory)
         self.kept: dict[Block, Kept] = {}
         self.streamed: dict[Block, StreamedProducts] = {}
+        self.quantised: dict[Block, QuantisedLayer] = {}
 
     def bias_table(self, index: int, device: torch.device | None = None) -> Tensor:
         if self.tables is not None:
@@ -127,34 +130,40 @@ class SharedEncoder(Encoder):
         weight = norm.weight.to(residual)
         return F.rms_norm(residual, residual.shape[-1:], weight, norm.variance_epsilon).to(dtype)
 
-    def join(self, dtype: torch.dtype, kind: type[Kept] | None, by_kernels: bool, by_cuda: bool) -> Counter[str]:
+    def join(
+        self, dtype: torch.dtype, kind: type[Kept] | None, by: InstructionSet | None, by_cuda: bool
+    ) -> Counter[str]:
         """Joins the products of every layer where that changes nothing; returns why other layers are as they are.
 
-        Those of a ``kind`` are kept for later calls, as long as the layer's weights stay the same. With ``by_cuda`` the
-        kernels for CUDA compute what is between products, of layers that are not joined as well.
+        Those of a ``kind`` are kept for later calls, as long as the layer's weights stay the same. Without kernels for
+        the CPU, ``by`` is None. With ``by_cuda`` the kernels for CUDA compute what is between products, of layers that
+        are not joined as well.
         """
         reasons: Counter[str] = Counter()
-        others = dtypes_cast(kind is not None, by_kernels)
+        quantised: dict[Block, QuantisedLayer] = {}
         finished = _cuda_layers() if by_cuda else JoinedProducts
         block: Any
         for block in self.block:
-            is_paged = is_streamed(block)
-            reason = refuses_streamed(block, self.device) if is_paged else refuses(block, dtype, others, self.device)
-            if reason:
+            if reason := self.refuses(block, dtype, kind is not None, by is not None, self.device):
                 reasons[reason] += 1
                 if by_cuda and has_plain_norms(block, self.device):
                     block.runner = finished(norm_weights(block), ModuleProducts(block))
                 continue
-            if is_paged:
+            if is_streamed(block):
                 block.runner = finished(norm_weights(block), self._streamed_products(block))
+                continue
+            if by is not None and has_quantised(block):
+                quantised[block] = self._told_of(block, dtype, by)
+                block.runner = quantised[block].runner(block)
                 continue
             weights = fuse(block)
             if kind is not None:
                 block.runner = self._keep(block, weights, kind, dtype).runner(weights)
-            elif by_kernels:
-                block.runner = JoinedKernels(weights, kernels_on(block, weights.products, dtype))
+            elif by is not None:
+                block.runner = JoinedKernels(weights.norms, kernels_on(block, weights.products, dtype))
             else:
                 block.runner = finished(weights.norms, FusedProducts(weights))
+        self.quantised = quantised
         if not reasons:
             self.tables = self._tables()
         return reasons
@@ -175,6 +184,22 @@ class SharedEncoder(Encoder):
             return [self.bias_table(index) for index in range(count)]
         weights = torch.cat([embedding.weight for embedding in embeddings], dim=1).float()
         return distance_table(weights, self.max_distance).contiguous().chunk(count)
+
+    @staticmethod
+    def refuses(
+        block: Any, dtype: torch.dtype, is_kept: bool, by_kernels: bool, device: torch.device | None = None
+    ) -> str | None:
+        """Why a layer cannot be joined at this moment; see :func:`comfy_nai_t5.fused.refuses`."""
+        if is_streamed(block):
+            return refuses_streamed(block, device)
+        if by_kernels and has_quantised(block):
+            return refuses_bytes(block, device)
+        return refuses(block, dtype, dtypes_cast(is_kept, by_kernels), device)
+
+    def _told_of(self, block: Block, dtype: torch.dtype, by: InstructionSet) -> QuantisedLayer:
+        """What the kernels are told of a layer, once for as long as its weights are the same."""
+        told = self.quantised.get(block)
+        return told if told is not None and told.is_made_of(block, dtype) else QuantisedLayer(block, dtype, by)
 
     def _keep(self, block: Block, weights: FusedWeights, kind: type[Kept], dtype: torch.dtype) -> Kept:
         """What is kept of a layer, made anew where it is of another kind or of other weights."""
@@ -290,8 +315,9 @@ class SharedStack(T5EncoderStack):
             try:
                 by_kernels = self.takes_kernels and not torch_is_needed() and prepare_kernels() is None
                 kind = KEPT[self.wish][0 if by_kernels else 1] if self.is_kept else None
+                by = self._kernels.instructions if by_kernels else None
                 by_cuda = self.takes_cuda_layers and not torch_is_needed()
-                reasons = self.encoder.join(self.dtype, kind, by_kernels, by_cuda)
+                reasons = self.encoder.join(self.dtype, kind, by, by_cuda)
                 streamed = any(map(is_streamed, self.encoder.block))
                 self._tell(reasons, streamed)
                 self._compile_if(self.compiled and not reasons and not streamed)
@@ -320,8 +346,8 @@ class SharedStack(T5EncoderStack):
         if self.wish == "separate":
             return "separate layout, as chosen"
         blocks: Any = self.encoder.block
-        others = dtypes_cast(self.is_kept, self.takes_kernels)
-        found = [refuses_streamed(block) if streamed else refuses(block, self.dtype, others) for block in blocks]
+        how = (self.dtype, self.is_kept, self.takes_kernels)
+        found = [refuses_streamed(block) if streamed else self.encoder.refuses(block, *how) for block in blocks]
         return self._described(Counter(filter(None, found)), streamed)
 
     def _described(self, reasons: Counter[str], streamed: bool) -> str:
@@ -333,6 +359,8 @@ class SharedStack(T5EncoderStack):
             joined += " in ComfyUI's dynamic memory"
         elif self.takes_kernels:
             joined += f" with {self._kernels.instructions.title} kernels"
+            blocks: Any = self.encoder.block
+            joined += ", quantised weights" if any(map(has_quantised, blocks)) else ""
         text = describe_layout(reasons, len(self.encoder.block), joined)
         if self.takes_cuda_layers:
             text += "; norms, gates and attention by kernels for CUDA"

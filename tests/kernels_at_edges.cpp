@@ -263,6 +263,19 @@ void call_added_product() {
     expect(status == 0 && are_finite(residual, 4), "an added product is not finite");
 }
 
+void call_product() {
+    const int kind = draw_kind();
+    const long rows = draw_size(150), depth = draw_depth(300, is_int8(kind) ? 4 : 2), columns = draw_size(200);
+    const Weight weight(kind, columns, depth, false);
+    const Bytes x(rows * depth * number_bytes(kind)), out(rows * columns * number_bytes(kind)), other(out.size());
+    fill_numbers(x, kind);
+    for (const Bytes* place : {&out, &other}) {
+        const int status = t5_product(x.data(), rows, place == &out ? &weight.packed : &weight.any(), place->data());
+        expect(status == 0 && are_finite(*place, number_bytes(kind)), "a product by itself is not finite");
+    }
+    expect(!std::memcmp(out.data(), other.data(), out.size()), "a product by itself depends on where its weight lies");
+}
+
 // Documents that take all rows, and a table.
 struct Attended {
     std::vector<int64_t> numbers;
@@ -345,8 +358,8 @@ int main(int count, char** words) {
     in_pages = std::string(words[3]) == "pages";
     in_float32_alone = std::string(words[4]) == "float32";
     missing = count > 5 ? 2 : 0;
-    void (*const functions[])() = {call_normed_product, call_added_product, call_attention, call_attention_in_vain,
-                                   call_block};
+    void (*const functions[])() = {call_normed_product, call_added_product, call_product, call_attention,
+                                   call_attention_in_vain, call_block};
     for (long call = 0; call < calls; call++) functions[call % std::size(functions)]();
     std::printf("%ld calls\n", calls);
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_int8, why_not_prepack
 from nai_t5_core.backends.kernels import calls
-from nai_t5_core.backends.kernels.calls import add_product, attention, encode_block, normed_product
+from nai_t5_core.backends.kernels.calls import add_product, attention, encode_block, normed_product, product
 from nai_t5_core.backends.kernels.pieces import WeightPiece
 from nai_t5_core.backends.kernels.weights import KernelWeight
 from nai_t5_core.model.encoder import LAYOUTS, Layout
@@ -45,6 +45,7 @@ ARGUMENTS: dict[Callable[..., Any], dict[str, Any]] = {
         "weight": weight(6, WIDTH),
         "residual": torch.zeros(TOKENS, 6),
     },
+    product: {"x": torch.zeros(TOKENS, WIDTH), "weight": weight(6, WIDTH)},
     attention: {
         "projected": torch.zeros(TOKENS, 3 * HEADS * SIZE),
         "heads": HEADS,

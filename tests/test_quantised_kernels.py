@@ -22,11 +22,12 @@ from nai_t5_core.backends.kernels.calls import add_product, counted, normed_prod
 from nai_t5_core.backends.kernels.pieces import BLOCK_FORMATS, WeightPiece
 from nai_t5_core.backends.kernels.sets import SETS, InstructionSet
 from nai_t5_core.backends.kernels.weights import KernelWeight
+from nai_t5_core.backends.quantised.forms import QuantisedForm
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.kernels import runner_of_quantised
 from nai_t5_core.backends.quantised.kinds import WEIGHT, Plain, QuantisedWeight
 from nai_t5_core.backends.quantised.pieces import is_read, piece_of
-from nai_t5_core.backends.quantised.projections import QuantisedForm, QuantisedLinear
+from nai_t5_core.backends.quantised.projections import QuantisedLinear
 from nai_t5_core.backends.quantised.scaled import MXFP8, NVFP4, SCALE, Scaled, tiled_shape
 from nai_t5_core.prompts.cache.settings import settings_of
 
@@ -325,5 +326,5 @@ def test_what_computes_is_in_the_key(tmp_path: Path) -> None:
     file = tmp_path / "Q8_0" / "t5.gguf"
     assert "kernels" not in settings_of(file, "float64", "cpu").backend
     assert settings_of(file, "float32", "cpu").backend == f"cpu, quantised weights, auto, {best_title()} kernels " + (
-        "where they read them"
+        "for all that they read"
     )

@@ -8,9 +8,10 @@ import pytest
 import torch
 from pretended_cuda import CUDA, PretendedCuda
 
+from nai_t5_core.backends.quantised.forms import QuantisedForm
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.kinds import WEIGHT, QuantisedWeight
-from nai_t5_core.backends.quantised.projections import QuantisedEmbedding, QuantisedForm
+from nai_t5_core.backends.quantised.projections import QuantisedEmbedding
 
 ROWS, COLUMNS = 50, 64
 IDS = torch.tensor([[3, 49, 0], [51, 3, 7]])

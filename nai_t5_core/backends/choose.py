@@ -18,7 +18,7 @@ from nai_t5_core.backends.kernels.build import better_than_kernels, missing_for,
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, KernelsInPlace, best
 from nai_t5_core.backends.kernels.sets import named
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
-from nai_t5_core.backends.quantised.kernels import QuantisedKernels, refuses
+from nai_t5_core.backends.quantised.kernels import refuses, runner_of_quantised
 from nai_t5_core.backends.quantised.projections import stays_quantised
 from nai_t5_core.model.attention_choice import FLEX_FROM_LENGTHS
 from nai_t5_core.model.block import Backend
@@ -83,7 +83,7 @@ def run_quantised(stack: T5EncoderStack, products: ProductsChoice) -> T5EncoderS
     if obstacle:
         raise ValueError(f"products={products!r} is not possible: {obstacle}; leave products at 'auto'")
     for block in blocks:
-        block.runner = QuantisedKernels(instructions)
+        block.runner = runner_of_quantised(block, instructions)
     return stack
 
 

@@ -178,5 +178,10 @@ def torch_is_needed() -> bool:
 
 
 def operations_are_watched() -> bool:
-    """Whether a compiler traces operations, or a dispatch mode of torch counts or changes them."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether torch has to see operations: it traces or transforms them, or a dispatch mode counts or changes them."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from nai_t5_core.backends.mps import kept_off_mps
+from nai_t5_core.backends.quantised.forms import QuantisedForm
 from nai_t5_core.backends.quantised.kernels import runner_of_quantised
 from nai_t5_core.backends.quantised.kinds import WEIGHT, Plain, QuantisedWeight
-from nai_t5_core.backends.quantised.projections import QuantisedEmbedding, QuantisedForm, QuantisedLinear
+from nai_t5_core.backends.quantised.projections import QuantisedEmbedding, QuantisedLinear
 from nai_t5_core.model.block import Block
 from nai_t5_core.model.layers import residual_dtype
 from nai_t5_core.weights.examine import Examination

@@ -10,6 +10,7 @@ import torch
 from checkpoints import write_file
 from comfy_toys import (
     FUSED,
+    KERNELS,
     assert_equal_conditioning,
     conditioning,
     error,
@@ -25,6 +26,7 @@ from toy_gguf import write_gguf
 from toy_quantised import READ, quantised, write_quantised
 
 from comfy_nai_t5.choices import Settings
+from nai_t5_core.backends.quantised.pieces import is_read
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.weights.load import load_encoder
 
@@ -87,6 +89,15 @@ def stock_of(folder: Path, path: Path) -> Any:
     return stock(write_file(folder / "unpacked.safetensors", unpacked(folder, path)), "mochi")
 
 
+def told_of(kind: Any) -> str:
+    """What the layout of a file is called all of whose projections are of a kind."""
+    if not KERNELS:
+        return "separate layout: its weights stay quantised"
+    if is_read(kind):
+        return f"{FUSED}, quantised weights"
+    return f"separate layout: its weights stay quantised, in a kind that the kernels do not read ({kind.name})"
+
+
 @torch.no_grad()
 def by_library(path: Path, clip: Any, dtype: str = "float32") -> Tensor:
     pairs = clip.tokenize("a photo of a cat")["t5xxl"][0]
@@ -110,7 +121,7 @@ def test_values_are_those_of_the_library(kind: str, tmp_path: Path, monkeypatch:
         module = held.get(name.removesuffix(".weight"))
         if module is not None:
             assert torch.equal(module.numbers(torch.device("cpu")), tensor)
-    assert "separate layout: its weights stay quantised" in describe(clip)
+    assert describe(clip).endswith(told_of(next(iter(held.values())).kind)), describe(clip)
     mine = conditioning(clip, "a photo of a cat")["cond"]
     assert error(mine, by_library(path, clip)) < 1e-5
     half = load(path, monkeypatch, Settings("bfloat16"))
@@ -131,7 +142,7 @@ def test_unpacked_where_that_is_chosen(kind: str, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("layout", "told"),
     [
-        ("fused", "cannot run in the fused layout: its weights stay quantised; choose the layout auto"),
+        ("fused", "cannot run in the fused layout: its weights stay quantised.*; choose the layout auto"),
         ("packed", "the packed layout .*, which stay quantised as they are in this file: choose the layout auto"),
         ("int8", "the int8 layout .*, which stay quantised as they are in this file: choose the layout auto"),
     ],
@@ -139,7 +150,8 @@ def test_unpacked_where_that_is_chosen(kind: str, tmp_path: Path, monkeypatch: p
 def test_layouts_that_are_refused(layout: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from comfy_nai_t5.clip import describe
 
-    path = write_kind(tmp_path, "Q8_0")
+    # Of a kind that the kernels read, they compute the fused layout.
+    path = write_kind(tmp_path, "NVFP4")
     with pytest.raises(ValueError, match=told):
         describe(load(path, monkeypatch, Settings("float32", layout=layout)))
 
@@ -153,7 +165,8 @@ def test_a_plain_layer_beside_quantised_ones(tmp_path: Path, monkeypatch: pytest
     clip, theirs = load(path, monkeypatch), stock_of(tmp_path, path)
     held = [name for name, _ in quantised_modules(t5_of(clip))]
     assert len(held) == 7 and all(name.startswith("encoder.block.1.") for name in held)
-    assert describe(clip).endswith(f"{FUSED} but for 1 of 2 layers: its weights stay quantised"), describe(clip)
+    others = ", quantised weights" if KERNELS else " but for 1 of 2 layers: its weights stay quantised"
+    assert describe(clip).endswith(f"{FUSED}{others}"), describe(clip)
     assert 0.95 * path.stat().st_size < clip.patcher.model_size() <= path.stat().st_size
     assert_equal_conditioning(conditioning(clip, PROMPT), conditioning(theirs, PROMPT))
     assert clip.load_model().loaded_size() == clip.patcher.model_size() <= path.stat().st_size

@@ -81,3 +81,20 @@ def test_kernels_are_in_the_key_beside_quantised_layers(tmp_path: Path, monkeypa
     monkeypatch.setattr("comfy_nai_t5.fused.better_than_kernels", lambda: "this test")
     assert not torch.equal(conditioning(clip, PROMPT)["cond"], by_kernels)
     assert key_of_tokens(clip) != key
+
+
+@pytest.mark.skipif(not KERNELS, reason="this processor has no kernels")
+def test_what_multiplies_by_quantised_weights_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Projections by themselves, too, in whatever layout."""
+    from comfy_nai_t5.quantised import QuantisedLinear
+
+    clip = load(write_kind(tmp_path, "Q8_0"), monkeypatch, Settings("float32", layout="separate"))
+    by_kernels, key = conditioning(clip, PROMPT)["cond"], key_of_tokens(clip)
+    for place in ("comfy_nai_t5.clip_key", "nai_t5_core.backends.quantised.single"):
+        monkeypatch.setattr(f"{place}.set_to_use", lambda named=None: None)
+    for module in t5_of(clip).modules():
+        if isinstance(module, QuantisedLinear):
+            module.product.forget()
+    by_torch = conditioning(clip, PROMPT)["cond"]
+    assert not torch.equal(by_torch, by_kernels) and error(by_torch, by_kernels) < 1e-5
+    assert key_of_tokens(clip) != key

@@ -34,6 +34,17 @@ def best_set() -> InstructionSet | None:
     return next((instructions for instructions in CHOSEN if missing_for(instructions) is None), None)
 
 
+def set_to_use(named: InstructionSet | None = None) -> InstructionSet | None:
+    """What computes, as far as is known before it is built; None: nothing can, or something is better.
+
+    Args:
+        named: the set that was asked for; None: the best that this processor has, unless oneDNN has something better.
+    """
+    if named is not None:
+        return named if missing_for(named) is None else None
+    return None if better_than_kernels() else best_set()
+
+
 def missing_for_kernels() -> str | None:
     """What this machine lacks for the kernels of any set, as a sentence; None if nothing is known of."""
     return None if best_set() is not None else missing_for(nearest_set())

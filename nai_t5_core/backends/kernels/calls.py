@@ -68,7 +68,7 @@ def normed_product(
     """
     tokens, width = sizes(residual)[0], weight.columns // (2 if weight.is_gated else 1)
     weight.check_form()
-    out = torch.empty(tokens, width, dtype=weight.dtype)
+    out = torch.empty(tokens, width, dtype=weight.dtype, device="cpu")
     arguments = (
         address(residual, torch.float32, tokens, weight.depth),
         tokens,
@@ -106,6 +106,30 @@ def add_product(x: Tensor, weight: KernelWeight, residual: Tensor) -> None:
         _refuse(kernels(weight.instructions).t5_added_product(*arguments))
 
 
+def product(x: Tensor, weight: KernelWeight) -> Tensor:
+    """x · weightᵀ: [tokens, depth] to [tokens, columns], both in the weight's ``dtype``, rounded once.
+
+    Raises:
+        ValueError: a tensor of another shape or dtype, or a weight that is gated, or in int8 and not in panels.
+        MemoryError: there is no memory for the activations.
+    """
+    tokens, _ = sizes(x)
+    weight.check_form()
+    if weight.is_gated:
+        raise ValueError("a product by itself is that of a weight without a gate; this one is gated")
+    out = torch.empty(tokens, weight.columns, dtype=weight.dtype, device="cpu")
+    arguments = (
+        address(x, weight.dtype, tokens, weight.depth),
+        tokens,
+        ctypes.byref(weight.matrix()),
+        address(out, weight.dtype, tokens, weight.columns),
+    )
+    _count(2 * tokens * weight.columns * weight.depth)
+    if tokens:
+        _refuse(kernels(weight.instructions).t5_product(*arguments))
+    return out
+
+
 def attention(
     projected: Tensor,
     heads: int,
@@ -135,7 +159,7 @@ def attention(
     instructions = or_best(instructions)
     allowed = tuple(dict.fromkeys(instructions.stored.values()))
     dtype = projected.dtype if projected.dtype in allowed else allowed[0]
-    out = torch.empty(tokens, width // 3, dtype=dtype)
+    out = torch.empty(tokens, width // 3, dtype=dtype, device="cpu")
     arguments = (
         address(projected, dtype, tokens, width),
         tokens,
@@ -185,8 +209,8 @@ def encode_block(
     qkv, o, _, wo = weights
     dtype, width, wide_columns = qkv.dtype, wo.columns, max(qkv.columns, wo.depth)
     numbers = (heads, epsilon, _activation_number(activation))
-    wide = torch.empty(tokens, wide_columns, dtype=dtype)
-    attended = torch.empty(tokens, o.depth, dtype=dtype)
+    wide = torch.empty(tokens, wide_columns, dtype=dtype, device="cpu")
+    attended = torch.empty(tokens, o.depth, dtype=dtype, device="cpu")
     arguments = (
         ctypes.byref(BlockWeights(*(weight.matrix() for weight in weights), *numbers)),
         address(residual, torch.float32, tokens, width),

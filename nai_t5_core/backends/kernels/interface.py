@@ -68,6 +68,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "t5_from_panels": (None, [_POINTER, _POINTER]),
     "t5_normed_product": (_INT, [_POINTER, _INDEX, _POINTER, _FLOAT, _POINTER, _INT, _POINTER]),
     "t5_added_product": (_INT, [_POINTER, _INDEX, _POINTER, _POINTER]),
+    "t5_product": (_INT, [_POINTER, _INDEX, _POINTER, _POINTER]),
     "t5_attention": (_INT, [_POINTER, _INDEX, _INDEX, _INDEX, _POINTER, _INT, _POINTER]),
     "t5_block": (_INT, [_POINTER, _POINTER, _INDEX, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
     "t5_multiply_in_registers": (_INDEX, [_INT, _INDEX]),

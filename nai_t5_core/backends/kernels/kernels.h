@@ -82,6 +82,9 @@ int t5_normed_product(const float* residual, Index rows, const float* norm_weigh
 // residual += x · weightᵀ, in float32.
 int t5_added_product(const void* x, Index rows, const Matrix* weight, float* residual);
 
+// x · weightᵀ of a weight that is not gated, rounded once to what x is in.
+int t5_product(const void* x, Index rows, const Matrix* weight, void* out);
+
 // softmax(q · kᵀ · scale + bias) · v for every document and head. The documents are one behind the other, and are all of
 // the rows; else nothing is computed. `table` is the bias by distance, [heads,
 // 2 · table_reach + 1]; `projected` is [tokens, 3 · heads · size], the result [tokens, heads · size], both in float32

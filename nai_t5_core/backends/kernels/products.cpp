@@ -77,9 +77,8 @@ Status compute(const Rows& source, Index row_count, const Weight<Kind>& weight, 
     return failed ? kOutOfMemory : kOk;
 }
 
-template <class Kind, Activation activation>
-Status normed_product(const NormedRows<Kind>& source, Index rows, const Weight<Kind>& weight,
-                      typename Kind::Number* out) {
+template <class Kind, Activation activation, class Rows>
+Status stored_product(const Rows& source, Index rows, const Weight<Kind>& weight, typename Kind::Number* out) {
     const Index width = weight.is_gated ? weight.columns / 2 : weight.columns;
     const auto expect_nothing = [](Index, Index) {};
     if (weight.is_gated)
@@ -101,10 +100,10 @@ Status normed_product(const NormedRows<Kind>& source, Index rows, const Weight<K
                       void* out) {
     auto* numbers = static_cast<typename Kind::Number*>(out);
     switch (activation) {
-        case kRelu: return normed_product<Kind, kRelu>(source, rows, weight, numbers);
-        case kGeluTanh: return normed_product<Kind, kGeluTanh>(source, rows, weight, numbers);
-        case kSilu: return normed_product<Kind, kSilu>(source, rows, weight, numbers);
-        default: return normed_product<Kind, kNone>(source, rows, weight, numbers);
+        case kRelu: return stored_product<Kind, kRelu>(source, rows, weight, numbers);
+        case kGeluTanh: return stored_product<Kind, kGeluTanh>(source, rows, weight, numbers);
+        case kSilu: return stored_product<Kind, kSilu>(source, rows, weight, numbers);
+        default: return stored_product<Kind, kNone>(source, rows, weight, numbers);
     }
 }
 
@@ -128,6 +127,13 @@ Status added_product(const void* x, Index rows, const Weight<Kind>& weight, floa
         add_to(place, first_lanes(columns - column), left);
         add_to(place + kLanes, first_lanes(columns - column - kLanes), right);
     });
+}
+
+template <class Kind>
+Status product(const void* x, Index rows, const Weight<Kind>& weight, void* out) {
+    using Number = typename Kind::Number;
+    const PlainRows<Kind> source{static_cast<const Number*>(x), weight.depth};
+    return stored_product<Kind, kNone>(source, rows, weight, static_cast<Number*>(out));
 }
 
 template <class Kind>
@@ -183,4 +189,8 @@ int t5_normed_product(const float* residual, Index rows, const float* norm_weigh
 int t5_added_product(const void* x, Index rows, const Matrix* weight, float* residual) {
     return with_kind(weight->kind,
                      [=](auto kind) { return added_product(x, rows, Weight<decltype(kind)>(*weight), residual); });
+}
+
+int t5_product(const void* x, Index rows, const Matrix* weight, void* out) {
+    return with_kind(weight->kind, [=](auto kind) { return product(x, rows, Weight<decltype(kind)>(*weight), out); });
 }

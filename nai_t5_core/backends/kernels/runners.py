@@ -13,10 +13,10 @@ from nai_t5_core.backends.int8_weight import Int8Weight
 from nai_t5_core.backends.kernels.block import BlockOfKernels, KernelBlock, KernelDecoderBlock
 from nai_t5_core.backends.kernels.build import (
     best_set,
-    better_than_kernels,
     missing_for,
     nearest_set,
     prepare_kernels,
+    set_to_use,
 )
 from nai_t5_core.backends.kernels.calls import ACTIVATION_NUMBERS
 from nai_t5_core.backends.kernels.sets import SETS, InstructionSet
@@ -59,16 +59,10 @@ class KernelsInPlace:
 
     @property
     def name(self) -> str:
-        if (instructions := self._instructions()) is None:
+        if (instructions := set_to_use(self._named)) is None:
             return "kernels"
         kernels = None if self._looked is None else self._looked[2]
         return f"{instructions.title} kernels{'' if kernels is None else kernels.widening}"
-
-    def _instructions(self) -> InstructionSet | None:
-        """What computes now, as far as is known before it is built; None: nothing can, or something is better."""
-        if self._named is not None:
-            return self._named if missing_for(self._named) is None else None
-        return None if better_than_kernels() else best_set()
 
     def __call__(self, block: Block, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor | None:
         if torch_is_needed() or not residual.is_cpu:
@@ -77,7 +71,7 @@ class KernelsInPlace:
         return None if kernels is None else kernels(residual, attend)
 
     def attends(self, block: Block, dtype: torch.dtype) -> bool:
-        instructions = self._instructions()
+        instructions = set_to_use(self._named)
         return instructions is not None and refuses_in_place(block, dtype, instructions) is None
 
     def _kernels(self, block: Block, dtype: torch.dtype) -> KernelBlock | None:
@@ -87,7 +81,7 @@ class KernelsInPlace:
                 return kernels
         kernels = None
         if self.attends(block, dtype) and prepare_kernels(self._named) is None:
-            kernels = _kernels_in_place(block, dtype, self._instructions())
+            kernels = _kernels_in_place(block, dtype, set_to_use(self._named))
         self._looked = (dtype, Seen(list(block.modules())[1:]), kernels)
         return kernels
 

@@ -114,7 +114,7 @@ class KernelWeight:
             return self
         matrix = self.matrix()
         steps = self._panel_steps
-        panels = torch.empty(steps, dtype=torch.int32)
+        panels = torch.empty(steps, dtype=torch.int32, device="cpu")
         kernels(self.instructions).t5_to_panels(ctypes.byref(matrix), address(panels, torch.int32, steps))
         return replace(self, pieces=(), panels=panels, stays_in_place=True)
 
@@ -122,7 +122,7 @@ class KernelWeight:
         """[columns, depth]; in ``kept`` where it is in panels, or more than numbers of a dtype."""
         if not self.is_in_panels and len(self.pieces) == 1 and (self.pieces[0].is_plain or self.scales is not None):
             return self.pieces[0].values
-        weight = torch.empty(self.columns, self.depth, dtype=self.kept)
+        weight = torch.empty(self.columns, self.depth, dtype=self.kept, device="cpu")
         place = address(weight, self.kept, self.columns, self.depth)
         packed = self.in_panels()  # must stay until they are read
         kernels(self.instructions).t5_from_panels(ctypes.byref(packed.matrix()), place)

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable
 import torch
 
 from nai_t5_core.backends.choices import ProductsChoice
-from nai_t5_core.backends.forecast import blocks_of, in_place
-from nai_t5_core.backends.kernels.runners import KERNELS, best, refuses_mathematics
-from nai_t5_core.backends.quantised.kernels import instructions_for
+from nai_t5_core.backends.forecast import in_place
+from nai_t5_core.backends.kernels.build import set_to_use
+from nai_t5_core.backends.kernels.runners import KERNELS, best
 from nai_t5_core.backends.quantised.kinds import Kind
 from nai_t5_core.backends.quantised.pieces import is_read
 from nai_t5_core.facts.config import T5Config
@@ -41,10 +41,9 @@ def forecast_quantised(
     if plain != "torch":
         words = f"{words}, beside {plain}"
     given = None if products == "auto" else (KERNELS[products] if products in KERNELS else best(KERNELS)).instructions
-    instructions = instructions_for(given)
-    is_any_read = any(of_layer and all(map(is_read, of_layer)) for of_layer in kinds)
+    instructions = set_to_use(given)
+    is_any_read = any(is_read(kind) for of_layer in kinds for kind in of_layer)
     if instructions is None or dtype not in instructions.stored or not is_any_read:
         return words
-    if all(map(refuses_mathematics, blocks_of(config, dtype, layout, scales))):
-        return words
-    return f"{words}, {instructions.title} kernels where they read them"
+    # A block that they cannot compute as a whole still has its products by them.
+    return f"{words}, {instructions.title} kernels for all that they read"

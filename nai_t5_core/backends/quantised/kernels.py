@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nai_t5_core.backends.held import ByModules
 from nai_t5_core.backends.kernels.block import KernelBlock
-from nai_t5_core.backends.kernels.build import best_set, better_than_kernels, missing_for, prepare_kernels
+from nai_t5_core.backends.kernels.build import prepare_kernels, set_to_use
 from nai_t5_core.backends.kernels.pieces import WeightPiece
 from nai_t5_core.backends.kernels.runners import (
     kernel_block,
@@ -21,8 +21,9 @@ from nai_t5_core.backends.kernels.runners import (
 )
 from nai_t5_core.backends.kernels.sets import InstructionSet
 from nai_t5_core.backends.kernels.weights import KernelWeight
-from nai_t5_core.backends.quantised.pieces import is_read, piece_of
-from nai_t5_core.backends.quantised.projections import QuantisedForm, QuantisedLinear
+from nai_t5_core.backends.quantised.forms import QuantisedForm
+from nai_t5_core.backends.quantised.pieces import is_here, is_read, piece_of
+from nai_t5_core.backends.quantised.projections import QuantisedLinear
 from nai_t5_core.model.attention import Attend
 from nai_t5_core.model.block import Block, BlockRunner, Lending, Seen, is_watched, operations_are_watched
 from nai_t5_core.model.decoder import DecoderBlock
@@ -65,7 +66,7 @@ class QuantisedKernels:
 
     @property
     def name(self) -> str:
-        instructions, looked = instructions_for(self._named), self._looked
+        instructions, looked = set_to_use(self._named), self._looked
         if instructions is None or (looked is not None and looked.kernels is None and looked.is_same):
             return BY_QUANTISED_WEIGHTS
         widening = "" if looked is None or looked.kernels is None else looked.kernels.widening
@@ -78,14 +79,14 @@ class QuantisedKernels:
         return None if kernels is None else kernels(residual, attend, *norm_weights(block))
 
     def attends(self, block: Block, dtype: torch.dtype) -> bool:
-        instructions = instructions_for(self._named)
+        instructions = set_to_use(self._named)
         return instructions is not None and refuses(block, dtype, instructions) is None
 
     def _kernels(self, block: Block, dtype: torch.dtype) -> KernelBlock | None:
         if self._looked is None or self._looked.dtype != dtype or not self._looked.is_same:
             kernels = None
             if self.attends(block, dtype) and prepare_kernels(self._named) is None:
-                kernels = _kernels_of(block, dtype, instructions_for(self._named))
+                kernels = _kernels_of(block, dtype, set_to_use(self._named))
             modules = list(block.modules())[1:]
             forms = [(module, module.forms) for module in modules if isinstance(module, QuantisedLinear)]
             self._looked = _Looked(dtype, Seen(modules), forms, kernels)
@@ -95,15 +96,14 @@ class QuantisedKernels:
         return {"_named": self._named, "_looked": None}
 
 
-def instructions_for(named: InstructionSet | None) -> InstructionSet | None:
-    """What computes, as far as is known before it is built; None: nothing can, or something is better."""
-    if named is not None:
-        return named if missing_for(named) is None else None
-    return None if better_than_kernels() else best_set()
-
-
 def runner_of_quantised(block: Block, instructions: InstructionSet | None = None) -> BlockRunner:
-    """What computes a block that has quantised weights: the kernels where they read its kinds, else its modules."""
+    """What computes a block that has quantised weights: the kernels where they read its kinds, else its modules.
+
+    Where the modules do, the kernels compute the products of the projections whose kinds they read.
+    """
+    for module in block.modules():
+        if isinstance(module, QuantisedLinear):
+            module.product.use(instructions)
     kinds = dict.fromkeys(form.weight.kind.name for form in _forms(block) if not is_read(form.weight.kind))
     if isinstance(block, DecoderBlock):
         return ByModules(BY_QUANTISED_WEIGHTS)
@@ -130,7 +130,7 @@ def _refuses_projection(linear: Any, dtype: torch.dtype) -> str | None:
         unread = next((form.weight.kind.name for form in linear.forms if not is_read(form.weight.kind)), None)
         if unread is not None:
             return f"the kernels do not read {unread}"
-        if not all(map(_is_here, linear.forms)):
+        if not all(map(is_here, linear.forms)):
             return "a quantised weight is not on the CPU"
     elif type(linear) in PLAIN_LINEARS:
         weight = linear.weight
@@ -142,10 +142,6 @@ def _refuses_projection(linear: Any, dtype: torch.dtype) -> str | None:
     if linear.in_features % 2:
         return f"a projection has {linear.in_features} inputs; the kernels need an even number"
     return None
-
-
-def _is_here(form: QuantisedForm) -> bool:
-    return form.weight.device.type == "cpu" and all(part.is_contiguous() for part in form.weight.parts.values())
 
 
 def _kernels_of(block: Block, dtype: torch.dtype, instructions: InstructionSet | None) -> KernelBlock:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from nai_t5_core.backends.kernels.pieces import BLOCK_FORMATS, WEIGHT_FORMATS, WeightPiece
 from nai_t5_core.backends.quantised.blocks import BlockKind
+from nai_t5_core.backends.quantised.forms import QuantisedForm
 from nai_t5_core.backends.quantised.kinds import WEIGHT, Kind, Plain, QuantisedWeight
-from nai_t5_core.backends.quantised.projections import QuantisedForm
 from nai_t5_core.backends.quantised.scaled import SCALE, Scaled
 
 _SCALED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -22,6 +22,11 @@ def is_read(kind: Kind) -> bool:
         has_unit = kind.unit != 1 and kind.dtype != torch.int8
         return kind.dtype in _SCALED and kind.block is None and not kind.turned and not has_unit
     return isinstance(kind, Plain) and kind.dtype in WEIGHT_FORMATS
+
+
+def is_here(form: QuantisedForm) -> bool:
+    """Whether its bytes lie where the kernels can read them."""
+    return form.weight.device.type == "cpu" and all(part.is_contiguous() for part in form.weight.parts.values())
 
 
 def piece_of(form: QuantisedForm) -> WeightPiece:
@@ -45,5 +50,7 @@ def _scales(weight: QuantisedWeight) -> Tensor | None:
 def _factors(form: QuantisedForm) -> Tensor | None:
     """One for each column [columns] float32."""
     if form.columns is None:
-        return None if form.scale == 1 else torch.full((form.in_features,), form.scale)
+        return (
+            None if form.scale == 1 else torch.full((form.in_features,), form.scale, dtype=torch.float32, device="cpu")
+        )
     return form.columns.float() * form.scale

@@ -1,13 +1,14 @@
 """Projections and tables whose weights stay quantised, as they lie in their file.
 
-A projection makes numbers of a few rows at a time and multiplies by them; a table, of the rows that are asked for. So
-memory holds the bytes of the file and little beside them, whatever the kind.
+Our CPU kernels read the bytes of a projection. Of a kind that they do not read, or elsewhere, numbers are made of a few
+rows at a time and multiplied by; of a table, of the rows that are asked for. So memory holds the bytes of the file and
+little beside them, whatever the kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,84 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nai_t5_core.backends.held import HeldLinear
-from nai_t5_core.backends.quantised.kinds import QuantisedWeight, Rows
+from nai_t5_core.backends.quantised.forms import QuantisedForm
+from nai_t5_core.backends.quantised.single import KernelProduct
 from nai_t5_core.model.fixed_weights import FixedWeights
 from nai_t5_core.model.layers import residual_dtype
-
-
-@dataclass(frozen=True)
-class QuantisedForm:
-    """Rows of a projection: a quantised weight, times what is multiplied into the weight where it is unpacked.
-
-    So a projection is to the bit what it would be of the unpacked weight.
-
-    Attributes:
-        weight: [out_features, in_features].
-        columns: the weight of the norm before it [in_features] float32, which a fused model has in its projections.
-        scale: the power of two that keeps float16 in range.
-    """
-
-    weight: QuantisedWeight
-    columns: Tensor | None = None
-    scale: float = 1.0
-    in_8_bits = False
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
-
-    def rows(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """Some rows [rows, in_features]; the product is taken in float32 and rounded once."""
-        values = self.weight.rows(rows)
-        precision = residual_dtype(dtype)
-        if self.columns is not None:
-            values = values.to(precision).mul_((self.columns * self.scale).to(values.device, precision))
-        elif self.scale != 1:
-            values = values.to(precision).mul_(self.scale)
-        return values.to(dtype)
-
-    def plain(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight [out_features, in_features]."""
-        out = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
-        for rows in self.weight.slices():
-            out[rows] = self.rows(rows, dtype)
-        return out
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[…, in_features] to […, out_features] in the same dtype, on the device of ``x``."""
-        here = self.to(x.device)
-        out = x.new_empty(*x.shape[:-1], self.out_features)
-        for rows in here.weight.slices():
-            out[..., rows] = F.linear(x, here.rows(rows, x.dtype))
-        return out
-
-    def lies(self) -> Tensor:
-        """[out_features, in_features] float32."""
-        return self.plain(torch.float32)
-
-    def to(self, device: torch.device) -> QuantisedForm:
-        """On another device."""
-        return self if device == self.weight.device else self._with(self.weight.to(device))
-
-    def moved(self, move: Callable[[Tensor], Tensor]) -> QuantisedForm:
-        """With its bytes moved; what is multiplied into them goes along and keeps its dtype."""
-        return self._with(self.weight.moved(move))
-
-    def _with(self, weight: QuantisedWeight) -> QuantisedForm:
-        return replace(self, weight=weight, columns=None if self.columns is None else self.columns.to(weight.device))
-
-    def __str__(self) -> str:
-        return self.weight.kind.name
 
 
 class QuantisedLinear(HeldLinear):
     """A projection whose weight stays quantised. It may be moved, and computes in the dtype of its input.
 
     Where it is called on another device than its weight's, the bytes are copied for the call.
+
+    Attributes:
+        product: what computes it where the kernels can.
     """
 
     forms: tuple[QuantisedForm, ...]
@@ -104,11 +40,14 @@ class QuantisedLinear(HeldLinear):
         # A buffer, since it is moved and cast with the model.
         tells = torch.empty((), dtype=dtype, device=forms[0].weight.device)
         self.register_buffer("tells", tells, persistent=False)
+        self.product = KernelProduct()
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, in_features] to […, out_features]; gradients of ``x`` are recorded."""
         if self._torch_is_needed(x):
             return F.linear(x, self._joined(x.dtype).to(x.device))
+        if (product := self.product(x, self.forms)) is not None:
+            return product
         products = [form(x) for form in self.forms]
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
@@ -138,6 +77,7 @@ class QuantisedLinear(HeldLinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
         super()._apply(fn, recurse)
         self.forms = tuple(form.moved(fn) for form in self.forms)
+        self.product.forget()
         return self
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from nai_t5_core.backends.held import as_it_lies
 from nai_t5_core.backends.products import projections
+from nai_t5_core.backends.quantised.forms import QuantisedForm
 from nai_t5_core.backends.quantised.kernels import BY_QUANTISED_WEIGHTS, runner_of_quantised
 from nai_t5_core.backends.quantised.kinds import QuantisedWeight
-from nai_t5_core.backends.quantised.projections import QuantisedForm, QuantisedLinear
+from nai_t5_core.backends.quantised.projections import QuantisedLinear
 from nai_t5_core.model.block import Block
 from nai_t5_core.model.layers import FusedGatedFeedForward
 
