@@ -82,7 +82,8 @@ def test_loads_take_turns_and_files_are_deleted(monkeypatch: pytest.MonkeyPatch)
 
     def made_up(code: str, arguments: dict[str, Any]) -> dict[str, Any]:
         source = Path(arguments["source"])
-        assert sorted(path.name for path in source.parent.iterdir()) == sorted({f"{PLAIN}.safetensors", source.name})
+        there = {path.name for path in source.parent.iterdir()}
+        assert {f"{PLAIN}.safetensors", source.name} <= there and len(there) <= 2
         size = source.stat().st_size
         if "forget_the_highest" in code:
             return {"after_load": size // 10, "loading": size, "encoding": 2 * size, "own": 5}
@@ -92,7 +93,7 @@ def test_loads_take_turns_and_files_are_deleted(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(kinds_loading, "run_child", made_up)
     monkeypatch.setattr(kinds_loading, "_is_told", lambda: True)
     rows = measure_kind_loading(CONFIG, repeats=2, kinds=["Q8_0", "NF4"])
-    assert loads == [PLAIN, PLAIN, *(PLAIN, "Q8_0") * 2, *(PLAIN, "NF4") * 2]
+    assert loads == [*(PLAIN, "Q8_0") * 2, *(PLAIN, "NF4") * 2]
     assert [row.kind for row in rows] == [PLAIN, "Q8_0", "NF4"]
     assert [row.ratio.median for row in rows] == [1.0, 0.5, 0.5]
     assert [row.seconds.median for row in rows] == [4.0, 2.0, 2.0]

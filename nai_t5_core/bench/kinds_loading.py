@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -156,18 +155,25 @@ def measure_kind_loading(
     ids = torch.randint(3, config.vocab_size, (32,), generator=torch.Generator().manual_seed(0))
     common = {"threads": threads, "ids": ids.tolist(), "dtype": str(dtype).removeprefix("torch."), "prompts": _PROMPTS}
     common |= {"clear": _CLEAR}
-    rows = []
+    rows, plain_loads = [], list[_Load]()
     with tempfile.TemporaryDirectory(prefix="nai-t5-bench-") as name:
         folder = Path(name)
         progress(f"writing the file in {PLAIN}")
         plain = {**common, "products": products, "source": str(write_kind(PLAIN, folder, config))}
-        rows.append(_measured(PLAIN, plain, plain, repeats, progress))
         for kind in chosen:
             progress(f"{kind}: writing the file")
             path = write_kind(kind, folder, config)
             arguments = {**common, "products": _products(path, products), "source": str(path)}
-            rows.append(_measured(kind, arguments, plain, repeats, progress))
+            pairs = []
+            for number in range(repeats):
+                progress(f"{kind}: load {number + 1} of {repeats}")
+                pairs.append((_load(plain), _load(arguments)))
+            plain_loads += [other for other, _ in pairs]
+            progress(f"{kind}: memory")
+            rows.append(_row(kind, arguments, pairs))
             path.unlink()
+        progress(f"{PLAIN}: memory")
+        rows.insert(0, _row(PLAIN, plain, [(load, load) for load in plain_loads]))
     return rows
 
 
@@ -176,22 +182,29 @@ def _products(path: Path, named: ProductsChoice) -> ProductsChoice:
     return named if all(is_read(stored.kind) for stored in examine(path).quantised.values()) else "auto"
 
 
-def _measured(
-    kind: str, arguments: dict[str, Any], plain: dict[str, Any], repeats: int, progress: Callable[[str], None]
-) -> KindLoad:
-    taken: dict[str, list[float]] = {PLAIN: [], kind: []}
-    by = ""
-    for number in range(repeats):
-        progress(f"{kind}: load {number + 1} of {repeats}")
-        for name, given in {PLAIN: plain, kind: arguments}.items():
-            found = run_child(START + _OWN + _TIMED, given)
-            by = found["by"]
-            taken[name].append(found["load"] + found["first"])
-    pairs = [mine / other for mine, other in zip(taken[kind], taken[PLAIN], strict=True)]
-    ratio = Spread(statistics.median(pairs), min(pairs), max(pairs))
-    progress(f"{kind}: memory")
-    memory = _memory(arguments) if _is_told() else None
-    return KindLoad(kind, Path(arguments["source"]).stat().st_size, Spread.of(taken[kind]), ratio, memory, by)
+class _Load(NamedTuple):
+    """A load up to the first embedding, and what computed it."""
+
+    seconds: float
+    by: str
+
+
+def _load(arguments: dict[str, Any]) -> _Load:
+    found = run_child(START + _OWN + _TIMED, arguments)
+    return _Load(found["load"] + found["first"], found["by"])
+
+
+def _row(kind: str, arguments: dict[str, Any], pairs: Sequence[tuple[_Load, _Load]]) -> KindLoad:
+    """Of loads in pairs with those of the file in bfloat16, which come first."""
+    ratios = [mine.seconds / other.seconds for other, mine in pairs]
+    return KindLoad(
+        kind,
+        file=Path(arguments["source"]).stat().st_size,
+        seconds=Spread.of([mine.seconds for _, mine in pairs]),
+        ratio=Spread.of(ratios),
+        memory=_memory(arguments) if _is_told() else None,
+        by=pairs[0][1].by,
+    )
 
 
 def _is_told() -> bool:
