@@ -106,8 +106,9 @@ def measure_kinds(
             KindRow(
                 name or str(dtype).removeprefix("torch."),
                 _bits(stacks[-1], dtype),
-                *errors,
-                tuple(tokens),
+                errors=errors[0],
+                errors_with_outliers=errors[1],
+                tokens=tuple(tokens),
                 milliseconds=tuple(found[-1] for found in times),
                 ratios=tuple(found[-1] / found[0] for found in times),
                 by="torch" if runner is None else runner.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +21,8 @@ from nai_t5_core.weights.examine import examine
 
 # A process may hold this many times its file.
 MEMORY_FACTOR = 1.05
-# Tokens of the prompts that are encoded where memory is looked at. The second call of a model that is not quantised
-# puts its weights in panels.
-_PROMPTS = (32, 32, 512)
+# Tokens of the prompts that are encoded where memory is looked at.
+_PROMPTS = (32, 512)
 _CLEAR = "/proc/self/clear_refs"
 
 _OWN = """
@@ -65,13 +64,15 @@ before, own_before = memory("VmRSS"), memory("RssAnon")
 forget_the_highest()
 model = load()
 after_load, loading = memory("VmRSS"), memory("VmHWM")
-forget_the_highest()
+encoding = []
 with torch.no_grad():
     for count in arguments["prompts"]:
-        encoded = model(ids[:, torch.arange(count) % ids.shape[1]])
+        forget_the_highest()
+        for _ in range(2):  # the second call of a model that is not quantised puts its weights in panels
+            encoded = model(ids[:, torch.arange(count) % ids.shape[1]])
         assert bool(encoded.isfinite().all()), "a drawn weight is not finite"
-found = {"after_load": after_load, "loading": loading, "encoding": memory("VmHWM")}
-found = {name: nbytes - before for name, nbytes in found.items()}
+        encoding.append(memory("VmHWM") - before)
+found = {"after_load": after_load - before, "loading": loading - before, "encoding": encoding}
 print(json.dumps({**found, "own": memory("RssAnon") - own_before}), flush=True)
 """
 
@@ -83,13 +84,13 @@ class KindMemory:
     Attributes:
         after_load: when the model is loaded.
         loading: at most until then.
-        encoding: at most in encodes of 32 and 512 tokens.
-        own: of these, in the end, what is not mapped from a file.
+        encoding: at most in encodes of 32 tokens, and then of 512.
+        own: in the end, what is not mapped from a file.
     """
 
     after_load: int
     loading: int
-    encoding: int
+    encoding: tuple[int, int]
     own: int
 
 
@@ -117,7 +118,7 @@ class KindLoad:
         """Whether the memory after the load and in encodes is within the limit; None where it is not known."""
         if self.memory is None:
             return None
-        return max(self.memory.after_load, self.memory.encoding) <= MEMORY_FACTOR * self.file
+        return max(self.memory.after_load, *self.memory.encoding) <= MEMORY_FACTOR * self.file
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"holds": self.holds}
@@ -218,13 +219,17 @@ def _is_told() -> bool:
 
 def _memory(arguments: dict[str, Any]) -> KindMemory:
     found = run_child(START + _OWN + _WEIGHED, arguments)
-    return KindMemory(*(found[field.name] for field in fields(KindMemory)))
+    short, long = found["encoding"]
+    return KindMemory(found["after_load"], found["loading"], (short, long), found["own"])
 
 
 def loading_table(rows: Sequence[KindLoad]) -> tuple[Table, list[str]]:
     """Medians, memory as multiples of the file, and what computes which kinds."""
-    headings = ("kind", "file", "to the first embedding", f"÷ {PLAIN}'s", "memory after the load", "while loading")
-    headings += ("in encodes", "of it not mapped", f"≤ {MEMORY_FACTOR}")
+    headings = (
+        *("kind", "file", "to the first embedding", f"÷ {PLAIN}'s", "memory after the load", "while loading"),
+        *(f"encoding {count} tokens" for count in _PROMPTS),
+        *("of it not mapped", f"≤ {MEMORY_FACTOR}"),
+    )
     cells = [
         (
             row.kind,
@@ -242,7 +247,7 @@ def loading_table(rows: Sequence[KindLoad]) -> tuple[Table, list[str]]:
 
 def _of_memory(row: KindLoad) -> tuple[str, ...]:
     if row.memory is None:
-        return ("",) * len(fields(KindMemory)) + ("",)
+        return ("",) * (len(_PROMPTS) + 4)
     found = row.memory
-    parts = (f"{each / row.file:.2f}" for each in (found.after_load, found.loading, found.encoding, found.own))
+    parts = (f"{each / row.file:.2f}" for each in (found.after_load, found.loading, *found.encoding, found.own))
     return (*parts, "yes" if row.holds else "NO")
