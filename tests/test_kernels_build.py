@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,6 +151,20 @@ def test_a_folder_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
         f"prepack(load_encoder(None, 'float32', 'cpu'), {BEST.name!r})"
     )
     assert f"products={BEST.name!r} is not possible: {told}" in python(named, tmp_path, COPIES).stderr
+
+
+@needs_kernels
+def test_instructions_that_the_system_refuses_leave_it_to_the_next_set(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As containers and old kernels do with tiles: it is told with the remedy, and the next best set computes."""
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: SimpleNamespace(t5_is_permitted=lambda: False))
+    monkeypatch.setattr(build, "library", build.library.__wrapped__)
+    monkeypatch.setattr(build, "_failures", {})
+    told = f"the system does not let this process use {BEST.title}: it needs Linux 5.16 or newer, and a container that"
+    obstacle = build._prepare(BEST)
+    assert obstacle is not None and told in obstacle and told in caplog.text
+    assert missing_for(BEST) == obstacle and best_set() not in (BEST, None)
 
 
 def test_the_command_says_which_sets_can_be_built(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
