@@ -23,6 +23,7 @@ from nai_t5_core.weights.examine import examine
 MEMORY_FACTOR = 1.05
 # Tokens of the prompts that are encoded where memory is looked at.
 _PROMPTS = (32, 512)
+_READ_AT_ONCE = 1 << 24
 _CLEAR = "/proc/self/clear_refs"
 
 _OWN = """
@@ -135,8 +136,8 @@ def measure_kind_loading(
 ) -> list[KindLoad]:
     """Writes a file of each kind to a temporary folder, loads it in fresh processes on the CPU, and deletes it.
 
-    Weights are drawn: of a kind, load and memory depend on its layout alone. Files have just been written and are in
-    the system's cache. Before every load of a file, the same encoder's in bfloat16 is loaded.
+    Weights are drawn: of a kind, load and memory depend on its layout alone. Before every load of a file, the same
+    encoder's in bfloat16 is loaded. Each is read before, so that it is in the system's cache.
 
     Args:
         dtype: what is computed in.
@@ -191,8 +192,16 @@ class _Load(NamedTuple):
 
 
 def _load(arguments: dict[str, Any]) -> _Load:
+    _read_through(Path(arguments["source"]))
     found = run_child(START + _OWN + _TIMED, arguments)
     return _Load(found["load"] + found["first"], found["by"])
+
+
+def _read_through(path: Path) -> None:
+    """The system may have taken a file out of its cache meanwhile, and the disk is not to be measured."""
+    with path.open("rb", buffering=0) as file:
+        while file.read(_READ_AT_ONCE):
+            pass
 
 
 def _row(kind: str, arguments: dict[str, Any], pairs: Sequence[tuple[_Load, _Load]]) -> KindLoad:
