@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import TOY_CONFIGS
 
+import nai_t5_core
+from nai_t5_core.bench.children import START, run_child
 from nai_t5_core.bench.parity_report import OWN
 from nai_t5_core.bench.peers import random_state
 from nai_t5_core.bench.speed import loading, markdown, run_bench
@@ -27,18 +29,29 @@ def contenders(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 def test_children_load_and_embed(contenders: list[Any]) -> None:
     """One real process of each sort."""
     converted, from_folder = contenders[0], next(item for item in contenders if "folder" in item.name)
-    timed = loading._run_child(loading._START + converted.code + loading._TIMED, converted.arguments)
+    timed = run_child(START + converted.code + loading._TIMED, converted.arguments)
     assert set(timed) == {"total", "imports", "load", "first"}
     assert timed["total"] > timed["imports"] + timed["load"] + timed["first"] > 0
     if HAS_PROC:
-        weighed = loading._run_child(loading._START + from_folder.code + loading._WEIGHED, from_folder.arguments)
+        weighed = run_child(START + from_folder.code + loading._WEIGHED, from_folder.arguments)
         assert weighed["first"]["anonymous"] >= weighed["load"]["anonymous"]
         assert weighed["first"]["peak"] >= weighed["load"]["peak"]
 
 
+def test_children_run_the_code_that_started_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is installed, and wherever they are started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    code = 'import nai_t5_core; print(json.dumps({"file": nai_t5_core.__file__, "path": sys.path}))'
+    found = run_child(START + code, {"threads": 1, "ids": []})
+    assert found["file"] == nai_t5_core.__file__
+    # Its rooms have names that libraries have, too.
+    assert str(Path(nai_t5_core.__file__).parent) not in found["path"]
+
+
 def test_a_child_that_fails_is_quoted() -> None:
     with pytest.raises(RuntimeError, match="no such weights"):
-        loading._run_child("raise SystemExit('no such weights')", {})
+        run_child("raise SystemExit('no such weights')", {})
 
 
 def test_whole_loading_report(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +64,7 @@ def test_whole_loading_report(monkeypatch: pytest.MonkeyPatch) -> None:
         phases = {"imports": 1.0, "load": 0.5, "first": 0.25} if "def load" in code else {}
         return {"total": 4.0 if "import transformers" in code else 2.0, **phases}
 
-    monkeypatch.setattr(loading, "_run_child", made_up)
+    monkeypatch.setattr(loading, "run_child", made_up)
     report = run_bench(V1_1, "float32", device="cpu", repeats=3, cases=())
     found = report.loading
     assert found is not None

@@ -241,7 +241,7 @@ def test_the_table_by_the_command(run: Run, tmp_path: Path) -> None:  # noqa: F8
     assert run("bench-kinds", "t5-v1_1-small", *options, "--markdown", file).status == 0
     table, _, computed = file.read_text().partition("\n\n")
     assert table.count("\n") == 3 and "(1.00)" in table
-    assert rows[0]["ratios"] == [1.0, 1.0]
+    assert rows[0]["tokens"] == [32, 128, 512] and rows[0]["ratios"] == [1.0, 1.0, 1.0]
     assert all(row["by"] in computed and row["kind"] in computed for row in rows)
 
 

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import TOY_CONFIGS, build_stack, every_set, needs_kernels, padding_mask, random_state
+from test_cli import Run, run  # noqa: F401 - a fixture
 from torch import nn
 
 from nai_t5_core.backends.choose import (
@@ -110,7 +112,11 @@ def test_building_is_told(tmp_path: Path) -> None:
     ("compiler", "reason"),
     [
         (None, NO_COMPILER),
-        (FAILS, "g++ could not compile the kernels: tiles.h:1: error: no such instruction"),
+        (
+            FAILS,
+            "g++ could not compile the kernels: tiles.h:1: error: no such instruction (install g++ 11 or newer, or the "
+            "package ziglang)",
+        ),
     ],
 )
 def test_where_they_cannot_be_built_torch_computes_and_says_so(
@@ -130,6 +136,42 @@ def test_where_they_cannot_be_built_torch_computes_and_says_so(
         "prepack(load_encoder(None, 'float32', 'cpu'), 'kernels')"
     )
     assert f"products='kernels' is not possible: {reason}; use" in python(named, tmp_path, compiler).stderr
+
+
+@pytest.mark.skipif(bool(why_not_kernels()), reason=f"no automatic choice takes the kernels here: {why_not_kernels()}")
+def test_a_folder_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
+    """It is in the way of every set, unless that is built already."""
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    told = f"the folder {tmp_path / 'cache' / 'comfy-nai-t5'} cannot be written (Not a directory): make it writable, or"
+    done = python(WITHOUT_GRADIENTS + ENCODES, tmp_path, COPIES)
+    assert done.stdout.splitlines()[-1] == "True auto: sdpa"
+    assert done.stderr.count("the T5 goes without its kernels") == done.stderr.count(told) == 1, done.stderr
+    named = (
+        "from nai_t5_core import load_encoder; from nai_t5_core.backends.choose import prepack; "
+        f"prepack(load_encoder(None, 'float32', 'cpu'), {BEST.name!r})"
+    )
+    assert f"products={BEST.name!r} is not possible: {told}" in python(named, tmp_path, COPIES).stderr
+
+
+@needs_kernels
+def test_instructions_that_the_system_refuses_leave_it_to_the_next_set(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As containers and old kernels do with tiles: it is told with the remedy, and the next best set computes."""
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: SimpleNamespace(t5_is_permitted=lambda: False))
+    monkeypatch.setattr(build, "library", build.library.__wrapped__)
+    monkeypatch.setattr(build, "_failures", {})
+    told = f"the system does not let this process use {BEST.title}: it needs Linux 5.16 or newer, and a container that"
+    obstacle = build._prepare(BEST)
+    assert obstacle is not None and told in obstacle and told in caplog.text
+    assert missing_for(BEST) == obstacle and best_set() not in (BEST, None)
+
+
+def test_the_command_says_which_sets_can_be_built(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(build, "missing_for", lambda one: None if one in (AVX512, AVX2) else "this processor has none")
+    refused = run("kernels", "build", "--products", "amx")
+    assert refused.status == 2
+    assert "cannot be built here: this processor has none; --products avx512 or avx2 can" in refused.stderr
 
 
 @pytest.mark.slow

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.choose import prepack, why_not_prepack
+from nai_t5_core.backends.choices import ProductsChoice
+from nai_t5_core.backends.choose import prepack, run_quantised, why_not_prepack
 from nai_t5_core.backends.quantised.four_bits import LARGEST, TABLE, FourBits
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.kinds import WEIGHT, QuantisedWeight
 from nai_t5_core.backends.quantised.packing import pack
-from nai_t5_core.backends.quantised.projections import QuantisedLinear
+from nai_t5_core.backends.quantised.pieces import is_read
+from nai_t5_core.backends.quantised.projections import QuantisedForm, QuantisedLinear
 from nai_t5_core.backends.quantised.runner import QuantisedBackend
 from nai_t5_core.backends.quantised.scaled import SCALE, Scaled
 from nai_t5_core.bench.peers import random_state
@@ -42,7 +44,7 @@ class KindRow:
 
     ``errors_with_outliers`` are those of a model that has large channels, as trained ones have. ``milliseconds`` are of
     an encode of as many tokens as ``tokens`` says, and ``ratios`` these times by those of the prepacked model without
-    any kind. ``by`` is what computes it.
+    any kind, which took turns with it. ``by`` is what computes it.
     """
 
     kind: str
@@ -62,18 +64,24 @@ class KindRow:
 def measure_kinds(
     config: T5Config,
     dtype: torch.dtype = torch.bfloat16,
-    tokens: Sequence[int] = (32, 512),
+    tokens: Sequence[int] = (32, 128, 512),
     repeats: int = 3,
     kinds: Sequence[str] | None = None,
+    products: ProductsChoice = "auto",
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[KindRow]:
     """Measures an encoder of random weights on the CPU, in every kind that can be packed here.
 
     Errors are of float32 products, so that nothing but the kind rounds; times are of products in ``dtype``. The first
-    row is the model without any kind, in ``dtype``, prepacked where that is possible.
+    row is the model without any kind, in ``dtype``, prepacked where that is possible; every kind is timed in turn with
+    it.
+
+    Args:
+        products: see :func:`nai_t5_core.backends.choose.prepack`; kinds that the kernels do not read are computed by
+            torch whatever is named.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, or products that are not possible here.
     """
     packings = {name: packing for name, packing in _packings() if kinds is None or name in kinds}
     if kinds is not None and (unknown := set(kinds) - set(packings)):
@@ -81,6 +89,7 @@ def measure_kinds(
     states = [random_state(config, outliers=outliers) for outliers in (False, True)]
     ids = torch.randint(3, config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     exact = [_stack(config, state, torch.float32)(ids) for state in states]
+    plain = _computed(_stack(config, states[0], dtype), products)
     rows: list[KindRow] = []
     for name, packing in [("", None), *packings.items()]:
         progress(name or str(dtype))
@@ -88,17 +97,23 @@ def measure_kinds(
         for state, meant in zip(states, exact, strict=True):
             stack = _stack(config, state, torch.float32 if packing else dtype, packing)
             errors.append(_errors(stack(ids), meant))
-        stack = _stack(config, states[0], dtype, packing)
-        bits = _bits(stack, dtype)
-        if packing is None and why_not_prepack(stack) is None:
-            prepack(stack)
-        times = tuple(_milliseconds(stack, config, count, repeats) for count in tokens)
-        plain = rows[0].milliseconds if rows else times
-        ratios = tuple(time / meant for time, meant in zip(times, plain, strict=True))
-        runner: Any = stack.encoder.block[0].runner
-        label = name or str(dtype).removeprefix("torch.")
-        by = "torch" if runner is None else runner.name
-        rows.append(KindRow(label, bits, errors[0], errors[1], tuple(tokens), times, ratios, by))
+        stacks = [plain]
+        if packing is not None:
+            stacks.append(_computed(_stack(config, states[0], dtype, packing), products))
+        times = [_milliseconds(stacks, config, count, repeats) for count in tokens]
+        runner: Any = stacks[-1].encoder.block[0].runner
+        rows.append(
+            KindRow(
+                name or str(dtype).removeprefix("torch."),
+                _bits(stacks[-1], dtype),
+                errors=errors[0],
+                errors_with_outliers=errors[1],
+                tokens=tuple(tokens),
+                milliseconds=tuple(found[-1] for found in times),
+                ratios=tuple(found[-1] / found[0] for found in times),
+                by="torch" if runner is None else runner.name,
+            )
+        )
     return rows
 
 
@@ -144,24 +159,38 @@ def _errors(found: Tensor, meant: Tensor) -> tuple[float, ...]:
     return tuple(float(errors[place]) for place in [*places, -1])
 
 
-def _milliseconds(stack: T5EncoderStack, config: T5Config, count: int, repeats: int) -> float:
+def _computed(stack: T5EncoderStack, products: ProductsChoice) -> T5EncoderStack:
+    """The same stack, computed by ``products`` where its weights can be."""
+    forms = _forms(stack)
+    if forms and all(is_read(form.weight.kind) for form in forms):
+        run_quantised(stack, products)
+    elif not forms and (products != "auto" or why_not_prepack(stack) is None):
+        prepack(stack, products)
+    return stack
+
+
+def _milliseconds(stacks: Sequence[T5EncoderStack], config: T5Config, count: int, repeats: int) -> list[float]:
+    """Medians of stacks that take turns."""
     ids = torch.randint(3, config.vocab_size, (1, count))
-    for _ in range(2):  # the second call puts prepacked weights in panels
-        stack(ids)
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        stack(ids)
-        times.append(time.perf_counter() - began)
-    return 1e3 * statistics.median(times)
+    taken: list[list[float]] = [[] for _ in stacks]
+    for number in range(repeats + 2):  # the second call puts prepacked weights in panels
+        for stack, times in zip(stacks, taken, strict=True):
+            began = time.perf_counter()
+            stack(ids)
+            times += [time.perf_counter() - began] if number > 1 else []
+    return [1e3 * statistics.median(times) for times in taken]
 
 
 def _bits(stack: T5EncoderStack, dtype: torch.dtype) -> float:
     """Of a weight of a projection."""
-    held = [form.weight for part in stack.modules() if isinstance(part, QuantisedLinear) for form in part.forms]
+    held = [form.weight for form in _forms(stack)]
     if not held:
         return 8.0 * dtype.itemsize
     return 8 * sum(weight.nbytes for weight in held) / sum(weight.shape[0] * weight.shape[1] for weight in held)
+
+
+def _forms(stack: T5EncoderStack) -> list[QuantisedForm]:
+    return [form for part in stack.modules() if isinstance(part, QuantisedLinear) for form in part.forms]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nai_t5_core.bench.llama_cpp_peer import LlamaCppEncoder, write_gguf
+from nai_t5_core.bench.gguf_files import write_gguf
+from nai_t5_core.bench.llama_cpp_peer import LlamaCppEncoder
 from nai_t5_core.bench.peers import random_state
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.weights.load import load_encoder
@@ -51,7 +52,7 @@ def measure_against_llama_cpp(
     """Milliseconds of one prompt, medians; both encoders in this process, in turn, with torch's number of threads.
 
     Args:
-        kinds: by ggml's names, see :func:`nai_t5_core.bench.llama_cpp_peer.write_gguf`.
+        kinds: by ggml's names, see :func:`nai_t5_core.bench.gguf_files.write_gguf`.
         dtype: what ours computes in.
 
     Raises:

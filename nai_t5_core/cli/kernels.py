@@ -39,7 +39,9 @@ def build(
         raise ValueError(f"--products {products!r}; allowed: {', '.join(names)}")
     instructions = nearest_set() if products is None else named(products)
     if missing := missing_for(instructions):
-        raise ValueError(f"the kernels for {instructions.title} cannot be built here: {missing}")
+        possible = [other.name for other in SETS if missing_for(other) is None]
+        instead = f"; --products {' or '.join(possible)} can" if possible else ""
+        raise ValueError(f"the kernels for {instructions.title} cannot be built here: {missing}{instead}")
     file, started = built_file(instructions), time.perf_counter()
     was_there = file.exists()
     import torch  # noqa: F401 - the kernels use the threads that it has loaded

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from nai_t5_core.cli.options import Dtype, DtypeOption, Json
+from nai_t5_core.cli.options import Dtype, DtypeOption, Json, Products, ProductsOption
 from nai_t5_core.cli.terminal import out, print_json, say, status
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import RenderableType
+
+    from nai_t5_core.backends.choices import ProductsChoice
+    from nai_t5_core.facts.config import T5Config
 
 
 def bench_kinds(
@@ -22,53 +30,114 @@ def bench_kinds(
         str,
         typer.Option(help="llama-cpp-python: time llama.cpp's encoder beside ours instead, on the same GGUF files."),
     ] = "",
+    products: ProductsOption = Products.auto,
+    load: Annotated[
+        bool,
+        typer.Option(
+            "--load",
+            help="Load time and memory of each kind's file instead, each in fresh processes; files go to TMPDIR.",
+        ),
+    ] = False,
     write: Annotated[Path | None, typer.Option("--markdown", help="Also write the table as Markdown.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file with size against accuracy.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare kinds of quantised weights: bits, quantiles of the error with and without outliers, and times."""
-    import torch
-    from rich.markdown import Markdown
-
-    from nai_t5_core.backends.auto_dtype import resolve_dtype
-    from nai_t5_core.bench.kinds import markdown, measure_kinds
-    from nai_t5_core.bench.kinds_against import markdown_against, measure_against_llama_cpp
-    from nai_t5_core.bench.kinds_plot import plot as draw
-    from nai_t5_core.bench.llama_cpp_peer import LLAMA_CPP
+    from nai_t5_core.bench.speed.machine import threads_set
     from nai_t5_core.facts.config import named_config
     from nai_t5_core.weights.whole_files import write_whole
 
-    if against not in ("", LLAMA_CPP):
-        raise ValueError(f"--against {against}: kinds are compared with {LLAMA_CPP} alone")
-    if against and plot is not None:
-        raise ValueError("--plot draws size and accuracy, which --against does not measure; leave one of them out")
-
+    if load and against:
+        raise ValueError("--load and --against are two measurements; leave one of them out")
+    if plot is not None and (load or against):
+        other = "--load" if load else "--against"
+        raise ValueError(f"--plot draws size and accuracy, which {other} does not measure; leave one of them out")
     config = named_config(size).encoder_only()
     if layers is not None:
         config = config.model_copy(update={"num_layers": layers})
-    chosen = resolve_dtype(dtype.value, torch.device("cpu"))
     wanted = kinds.split(",") if kinds else None
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        with status("measuring") as tell:
-            if against:
-                compared = measure_against_llama_cpp(
-                    config, wanted or ("BF16", "F16", "Q8_0", "Q4_K"), chosen, repeats=repeats, progress=tell
-                )
-                table, found = markdown_against(compared), [row.to_dict() for row in compared]
-            else:
-                rows = measure_kinds(config, chosen, repeats=repeats, kinds=wanted, progress=tell)
-                table, found = markdown(rows), [row.to_dict() for row in rows]
-                if plot is not None:
-                    draw(rows, size, plot)
-    finally:
-        torch.set_num_threads(before)
+    with status("measuring") as tell, threads_set(threads):
+        settings = _Settings(config, dtype.value, wanted, repeats, products.value, threads, tell)
+        if load:
+            shown, table, rows = _loading(settings)
+        elif against:
+            shown, table, rows = _beside(against, settings)
+        else:
+            shown, table, rows = _costs(settings, size, plot)
     if write is not None:
         write_whole(write, table)
     if as_json:
-        print_json({"size": size, "rows": found})
+        print_json({"size": size, "rows": rows})
         return
-    out.print(Markdown(table))
+    out.print(shown)
     for path in filter(None, (write, plot)):
         say(f"wrote {path}")
+
+
+class _Settings(NamedTuple):
+    config: T5Config
+    dtype: str
+    kinds: list[str] | None
+    repeats: int
+    products: ProductsChoice
+    threads: int | None
+    tell: Callable[[str], None]
+
+    def chosen_dtype(self) -> torch.dtype:
+        from nai_t5_core.backends.auto_dtype import resolve_dtype
+        from nai_t5_core.model.precision import resolve_device
+
+        return resolve_dtype(self.dtype, resolve_device("cpu"))
+
+
+# A table for a terminal and in Markdown, and its rows.
+_Found = tuple["RenderableType", str, list[dict[str, Any]]]
+
+
+def _costs(settings: _Settings, size: str, picture: Path | None) -> _Found:
+    from rich.markdown import Markdown
+
+    from nai_t5_core.bench.kinds import markdown, measure_kinds
+    from nai_t5_core.bench.kinds_plot import plot
+
+    config, _, kinds, repeats, products, _, tell = settings
+    rows = measure_kinds(
+        config, settings.chosen_dtype(), repeats=repeats, kinds=kinds, products=products, progress=tell
+    )
+    if picture is not None:
+        plot(rows, size, picture)
+    table = markdown(rows)
+    return Markdown(table), table, [row.to_dict() for row in rows]
+
+
+def _beside(peer: str, settings: _Settings) -> _Found:
+    from rich.markdown import Markdown
+
+    from nai_t5_core.bench.kinds_against import markdown_against, measure_against_llama_cpp
+    from nai_t5_core.bench.llama_cpp_peer import LLAMA_CPP
+
+    if peer != LLAMA_CPP:
+        raise ValueError(f"--against {peer}: kinds are compared with {LLAMA_CPP} alone")
+    if settings.products != "auto":
+        raise ValueError("--products is not for --against, where ours computes as it is loaded; leave it out")
+    config, _, kinds, repeats, _, _, tell = settings
+    chosen = kinds or ["BF16", "F16", "Q8_0", "Q4_K"]
+    rows = measure_against_llama_cpp(config, chosen, settings.chosen_dtype(), repeats=repeats, progress=tell)
+    table = markdown_against(rows)
+    return Markdown(table), table, [row.to_dict() for row in rows]
+
+
+def _loading(settings: _Settings) -> _Found:
+    from nai_t5_core.bench.kinds_loading import loading_table, measure_kind_loading
+    from nai_t5_core.bench.speed.tables import as_markdown, for_terminal
+
+    config, _, kinds, repeats, products, threads, tell = settings
+    dtype = settings.chosen_dtype()
+    rows = measure_kind_loading(config, dtype, repeats, kinds, threads, products, tell)
+    table, notes = loading_table(rows)
+    headline = f"{len(rows)} files, computed in {str(dtype).removeprefix('torch.')}, {repeats} loads each in turn"
+    return (
+        for_terminal(headline, [table], notes),
+        as_markdown(headline, [table], notes),
+        [row.to_dict() for row in rows],
+    )

@@ -153,6 +153,7 @@ def bench(
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads on the CPU.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Fewer layers than the size has.")] = None,
     repeats: Annotated[int, typer.Option(help="Rounds that count.")] = 7,
     cases: Annotated[
         str | None,
@@ -194,6 +195,7 @@ def bench(
             int8=int8,
             onednn=onednn,
             products=products.value,
+            layers=layers,
         )
     if markdown is not None:
         write_whole(markdown, timing.markdown(report))

@@ -27,7 +27,7 @@ from comfy_toys import conditioning, require_comfyui
 from memory import resident
 from torch import Tensor
 
-from nai_t5_core.bench.llama_cpp_peer import write_gguf
+from nai_t5_core.bench.gguf_files import write_gguf
 from nai_t5_core.bench.peers import random_state
 from nai_t5_core.facts.config import T5Config, named_config
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from nai_t5_core.backends.kernels.compilers import NO_COMPILER, Compiler, compilers, places, there
-from nai_t5_core.backends.kernels.sets import AVX2, AVX512, CHOSEN, InstructionSet
+from nai_t5_core.backends.kernels.sets import AVX2, AVX512, CHOSEN, SETS, InstructionSet
 from nai_t5_core.facts.paths import cache_folder
 
 log = logging.getLogger(__name__)
@@ -131,11 +131,20 @@ def _prepare(instructions: InstructionSet) -> str | None:
         return lasting
     try:
         library(instructions)
+    except _FolderError as error:
+        # It fails for all that is not built yet, which is told once.
+        log.warning("the T5 goes without its kernels: %s", error)
+        _failures.update({each.name: str(error) for each in SETS if not built_file(each).exists()})
+        return str(error)
     except (RuntimeError, OSError) as error:
         log.warning("the T5 goes without its kernels for %s: %s", instructions.title, error)
         _failures[instructions.name] = str(error)
         return str(error)
     return None
+
+
+class _FolderError(RuntimeError):
+    """What is compiled cannot be written anywhere."""
 
 
 def built_file(instructions: InstructionSet) -> Path:
@@ -154,8 +163,9 @@ def library(instructions: InstructionSet) -> ctypes.CDLL:
     What is there and does not load, such as a wheel's for a newer system, is passed over, as is a compiler that fails.
 
     Raises:
-        RuntimeError: there is no compiler, or all failed; or the system refuses the instructions to this process.
-        OSError: the cache's folder cannot be written, or what was compiled does not load.
+        RuntimeError: there is no compiler, or all failed; the cache's folder cannot be written; or the system refuses
+            the instructions to this process.
+        OSError: what was compiled does not load.
     """
     failure: Exception = RuntimeError(NO_COMPILER)
     for found in there(instructions.recipe, cache_folder()):
@@ -177,7 +187,10 @@ def _load(instructions: InstructionSet, built: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(built))
     if not loaded.t5_is_permitted():
         title = instructions.title
-        raise RuntimeError(f"the system does not let this process use {title} (a container, or an old kernel)")
+        raise RuntimeError(
+            f"the system does not let this process use {title}: it needs Linux 5.16 or newer, "
+            "and a container that permits arch_prctl"
+        )
     return loaded
 
 
@@ -185,5 +198,11 @@ def _built_by(by: Compiler, instructions: InstructionSet) -> Path:
     target = cache_folder() / by.file_name(instructions.recipe)
     title = instructions.title
     log.warning("compiling the T5's kernels for %s into %s: once, and it takes some seconds", title, target)
-    by.build(instructions.recipe, target)
+    try:
+        by.build(instructions.recipe, target)
+    except OSError as error:
+        raise _FolderError(
+            f"the folder {target.parent} cannot be written ({error.strerror or error}): make it writable, or set "
+            "XDG_CACHE_HOME to a folder that is"
+        ) from error
     return target

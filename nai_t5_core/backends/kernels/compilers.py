@@ -21,6 +21,11 @@ BROUGHT = FOLDER / "brought"
 _FLAGS = ("-O3", "-std=c++17", "-fvisibility=hidden")
 _ON_LINUX = ("-fPIC", "-pthread")
 
+_TO_INSTALL = "the package ziglang" if sys.platform == "win32" else "g++, or the package ziglang"
+# The first g++ that knows all of the instructions.
+_NEW_ENOUGH = _TO_INSTALL.replace("g++", "g++ 11 or newer")
+NO_COMPILER = f"there is no C++ compiler to build them with (install {_TO_INSTALL})"
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -131,10 +136,15 @@ class Compiler:
         return ("-target", "x86_64-windows-gnu") if self.for_windows else _ON_LINUX
 
     def _run(self, command: list[str]) -> None:
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            raise RuntimeError(f"{self.name} cannot be started: {error.strerror} (install {_NEW_ENOUGH})") from error
         if done.returncode:
             complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:500])
-            raise RuntimeError(f"{self.name} could not compile the kernels: {complaint}")
+            raise RuntimeError(
+                f"{self.name} could not compile the kernels: {complaint.strip()} (install {_NEW_ENOUGH})"
+            )
 
 
 GXX = Compiler("g++", ("g++",), ("-fopenmp",))
@@ -143,9 +153,6 @@ ZIG = Compiler("ziglang", _ZIG)
 ZIG_FOR_WINDOWS = Compiler("ziglang", _ZIG, for_windows=True)
 # Those that make kernels for this system, the best first.
 COMPILERS = (ZIG_FOR_WINDOWS,) if sys.platform == "win32" else (GXX, ZIG)
-
-_TO_INSTALL = "the package ziglang" if sys.platform == "win32" else "g++, or the package ziglang"
-NO_COMPILER = f"there is no C++ compiler to build them with (install {_TO_INSTALL})"
 
 
 def compilers() -> list[Compiler]:

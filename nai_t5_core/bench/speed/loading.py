@@ -9,12 +9,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +19,7 @@ from typing import Any
 import torch
 
 from nai_t5_core.backends.choose import why_not_prepack
+from nai_t5_core.bench.children import START, run_child
 from nai_t5_core.bench.peers import State
 from nai_t5_core.bench.speed.results import ColdStart, LoadingReport, LoadMemory, Spread
 from nai_t5_core.facts.config import T5Config, config_to_hf
@@ -42,20 +39,6 @@ _METHODS = {
     False: "ru_maxrss, which cannot be reset here, minus the resident size before the load: a peak below that of the "
     "imports does not show",
 }
-
-# The folder that the child was started in must not decide which modules it imports.
-_START = """
-import json, sys, time
-started = time.perf_counter()
-arguments = json.loads(sys.argv[1])
-sys.path = [path for path in sys.path if path]
-if arguments["package"] not in sys.path:
-    sys.path.insert(0, arguments["package"])
-import torch
-if arguments["threads"]:
-    torch.set_num_threads(arguments["threads"])
-ids = torch.tensor([arguments["ids"]], dtype=torch.long)
-"""
 
 _DONE = """
 print("{}", flush=True)
@@ -175,12 +158,12 @@ def measure_loading(
         for number in range(repeats + 1):
             tell(f"cold starts, round {number} of {repeats}")
             for item in [alone, *(item for item in contenders if item.is_timed)]:
-                measured = _run_child(_START + item.code + (_TIMED if item.code else _DONE), item.arguments)
+                measured = run_child(START + item.code + (_TIMED if item.code else _DONE), item.arguments)
                 starts.setdefault(item.name, []).append(measured)
         for number in range(_MEMORY_RUNS if Path("/proc/self/statm").exists() else 0):
             tell(f"memory, round {number + 1} of {_MEMORY_RUNS}")
             for item in contenders:
-                weighed.setdefault(item.name, []).append(_run_child(_START + item.code + _WEIGHED, item.arguments))
+                weighed.setdefault(item.name, []).append(run_child(START + item.code + _WEIGHED, item.arguments))
     return _report(config, dtype, {name: runs[1:] for name, runs in starts.items()}, weighed)
 
 
@@ -214,23 +197,6 @@ def _write_hf_folder(folder: Path, config: T5Config, state: State, dtype: torch.
     tensors = ((name, tensor.to(dtype)) for name, tensor in state.items())
     write_safetensors(folder / "model.safetensors", layout, tensors, {"format": "pt"})
     return folder
-
-
-def _run_child(code: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What the child printed, with ``total``: seconds from its start to that line."""
-    arguments = {**arguments, "package": str(Path(__file__).resolve().parents[2])}
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, json.dumps(arguments)]
-    with tempfile.TemporaryFile("w+") as complaints:
-        started = time.perf_counter()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True, env=env) as child:
-            assert child.stdout is not None
-            line = child.stdout.readline()
-            seconds = time.perf_counter() - started
-        if child.returncode != 0 or not line:
-            complaints.seek(0)
-            raise RuntimeError(f"a benchmark process failed ({child.returncode}): {complaints.read()[-2000:]}")
-    return {"total": seconds, **json.loads(line)}
 
 
 def _report(

@@ -39,6 +39,7 @@ def run_bench(
     int8: bool = False,
     onednn: bool = False,
     products: ProductsChoice = "auto",
+    layers: int | None = None,
 ) -> BenchReport:
     """Times our encoder and its peers on random weights of a published size.
 
@@ -62,12 +63,16 @@ def run_bench(
         products: what computes ours, see :func:`nai_t5_core.backends.choose.prepack`; with weights in 16 bits on AVX2
             the peers are in float32, in which ours are computed. They are not limited to that instruction set: torch
             and oneDNN are by the variables ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA.
+        layers: fewer layers than the size has; ratios are nearly those of all of them.
 
     Raises:
         ValueError: unknown size, dtype, device or peer, fewer than one repeat, or no compiler for ``compiled``.
     """
     tell = progress or (lambda _: None)
     config = (named_config(size) if isinstance(size, str) else size).encoder_only()
+    name = size if isinstance(size, str) else config.size_name or f"d_model {config.d_model}"
+    if layers is not None:
+        config, name = config.model_copy(update={"num_layers": layers}), f"{name} with {layers} layers"
     place = resolve_device(device)
     model_dtype = resolve_dtype(dtype, place)
     if unknown := set(peers) - set(PEERS):
@@ -86,7 +91,7 @@ def run_bench(
             on_cpu = {name: tensor.cpu() for name, tensor in state.items()}
             loading = measure_loading(config, on_cpu, model_dtype, threads, repeats, tell)
     return BenchReport(
-        size=size if isinstance(size, str) else config.size_name or f"d_model {config.d_model}",
+        size=name,
         dtype=str(model_dtype).removeprefix("torch."),
         device=f"{device_name(place)}{measured.by}",
         threads=used_threads,
