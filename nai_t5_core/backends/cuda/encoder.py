@@ -20,7 +20,7 @@ from nai_t5_core.model.packing import Packing, PaddingPolicy, pack_batch
 if TYPE_CHECKING:
     from nai_t5_core.backends.cuda.torch_products import Products
 
-ProductsChoice = Literal["auto", "torch", "torch-float32", "triton", "triton-overlapping"]
+ProductsChoice = Literal["auto", "torch", "torch-float32", "triton", "triton-overlapping", "8-bit"]
 PRODUCTS_CHOICES: tuple[ProductsChoice, ...] = get_args(ProductsChoice)
 
 
@@ -233,10 +233,21 @@ def _packed_ids(packing: Packing, index: Tensor | None, input_ids: Tensor) -> Te
 
 
 def _products(choice: ProductsChoice, capability: tuple[int, int]) -> Products:
+    from nai_t5_core.backends.cuda.byte_products import ESTIMATED_FOR_BYTES, ByteProducts
+    from nai_t5_core.backends.cuda.eight_bit_products import EightBitProducts
+
+    by_torch = choice.startswith("torch")
+    kind = EightBitProducts if choice == "8-bit" else ByteProducts
+    converts_float8 = capability >= (8, 9)
+    return kind(_half_products(choice, capability), None if by_torch else ESTIMATED_FOR_BYTES, converts_float8)
+
+
+def _half_products(choice: ProductsChoice, capability: tuple[int, int]) -> Products:
+    """What computes products with weights in 16 bits."""
     from nai_t5_core.backends.cuda.products import HOPPER, TritonProducts, configurations_for
     from nai_t5_core.backends.cuda.torch_products import TorchProducts, UnroundedTorchProducts
 
     known = configurations_for(capability)
-    if choice.startswith("triton") or (choice == "auto" and known is HOPPER):
+    if choice.startswith("triton") or (choice in ("auto", "8-bit") and known is HOPPER):
         return TritonProducts(known, overlaps=choice == "triton-overlapping")
     return UnroundedTorchProducts() if choice == "torch-float32" else TorchProducts()

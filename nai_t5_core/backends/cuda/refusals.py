@@ -9,6 +9,8 @@ from itertools import chain
 import torch
 from torch import nn
 
+from nai_t5_core.backends.cuda.byte_weight import refuses_projection
+from nai_t5_core.backends.quantised.projections import QuantisedEmbedding, QuantisedLinear
 from nai_t5_core.model.attention import FusedSelfAttention, SelfAttentionLayer
 from nai_t5_core.model.block import is_watched, torch_is_needed
 from nai_t5_core.model.encoder import Encoder, T5EncoderStack
@@ -30,7 +32,7 @@ LEAST_CAPABILITY = (8, 0)
 _KNOWN = {
     *(*PLAIN_LINEARS, nn.Embedding, NoInit.Embedding, nn.ModuleList),
     *(T5EncoderStack, Encoder, EncoderBlock, SelfAttentionLayer, FeedForwardLayer, FoldedRMSNorm, RMSNorm),
-    *(FusedSelfAttention, FusedGatedFeedForward, FeedForward),
+    *(FusedSelfAttention, FusedGatedFeedForward, FeedForward, QuantisedLinear, QuantisedEmbedding),
 }
 
 
@@ -39,6 +41,15 @@ def missing_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (torch for CUDA brings it along on Linux; elsewhere install it by itself)"
     return None
+
+
+def missing_for_8_bits(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no encoder in this dtype can be computed from weights in 8 bits on a card, as a sentence; None if it can."""
+    if missing := missing_triton():
+        return missing
+    if dtype not in COMPUTE_DTYPES:
+        return f"8 bits on CUDA are for {_allowed_dtypes()}, the model is in {dtype}"
+    return next(_device_obstacles(device), None)
 
 
 def refuses(stack: T5EncoderStack) -> str | None:
@@ -70,8 +81,7 @@ def _obstacles(stack: T5EncoderStack) -> Iterator[str]:
     if stack.layout != "fused":
         yield f"the model has the {stack.layout} layout; allowed: fused"
     if stack.dtype not in COMPUTE_DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTE_DTYPES)
-        yield f"the model is in {stack.dtype}; allowed: {allowed}"
+        yield f"the model is in {stack.dtype}; allowed: {_allowed_dtypes()}"
     d_kv = stack.config.d_kv
     if d_kv < 16 or d_kv & (d_kv - 1):
         yield f"heads of size {d_kv}; allowed: powers of two from 16 on"
@@ -79,6 +89,10 @@ def _obstacles(stack: T5EncoderStack) -> Iterator[str]:
     dtype, device = stack.dtype, stack.device
     for module in stack.modules():
         yield from _module_obstacles(module, dtype, device)
+
+
+def _allowed_dtypes() -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTE_DTYPES)
 
 
 def _device_obstacles(device: torch.device) -> Iterator[str]:
@@ -99,6 +113,8 @@ def _module_obstacles(module: nn.Module, dtype: torch.dtype, device: torch.devic
         yield f"a {kind.__name__} of the model has hooks, or another forward"
     if module.__dict__.get("scale", 1) != 1:
         yield f"a {kind.__name__} is scaled from outside of its weights"
+    if isinstance(module, QuantisedLinear | QuantisedEmbedding):
+        yield from _quantised_obstacles(module, device)
     weight = module._parameters.get("weight")
     if weight is None:
         return
@@ -110,6 +126,14 @@ def _module_obstacles(module: nn.Module, dtype: torch.dtype, device: torch.devic
             f"the weight of a {kind.__name__} is in {weight.dtype} on {weight.device}, or not contiguous; "
             f"needed: {needed} on {device}"
         )
+
+
+def _quantised_obstacles(module: QuantisedLinear | QuantisedEmbedding, device: torch.device) -> Iterator[str]:
+    forms = module.forms if isinstance(module, QuantisedLinear) else (module.form,)
+    if any(form.weight.device != device for form in forms):
+        yield f"a quantised weight is on {forms[0].weight.device}; needed: {device}"
+    if isinstance(module, QuantisedLinear) and (reason := refuses_projection(module)):
+        yield reason
 
 
 def is_interpreted() -> bool:

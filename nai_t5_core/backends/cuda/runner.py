@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,12 +22,12 @@ class CudaRunner:
 
     Args:
         eager, products: see :func:`nai_t5_core.backends.cuda.encoder.cuda_encoder`.
+        kinds: those of quantised weights that the kernels read, by name, to tell users.
     """
 
-    name = "kernels for CUDA"
-
-    def __init__(self, eager: bool = False, products: ProductsChoice = "auto") -> None:
+    def __init__(self, eager: bool = False, products: ProductsChoice = "auto", kinds: Sequence[str] = ()) -> None:
         self.eager, self.products = eager, products
+        self.name = "kernels for CUDA" + (f", {' and '.join(kinds)} weights" if kinds else "")
         self._encoder: CudaEncoder | None = None
 
     def __call__(
