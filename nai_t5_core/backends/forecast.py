@@ -38,6 +38,8 @@ def forecast(
     words = device.type
     if device.type == "cpu":
         words = f"cpu, {_on_cpu(config, dtype, layout, scales, optimize, quantize, compile, products)}"
+    elif device.type == "cuda" and quantize:
+        words = f"{words}, int8 weights"
     if compile:
         words = f"{words}, compiled" if compile is True else f"{words}, compiled for {compile}"
     elif device.type == "cuda" and optimize and attention == "auto":

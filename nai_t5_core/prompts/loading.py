@@ -11,6 +11,7 @@ from nai_t5_core.backends.choose import encode_on_cuda, prepack, quantize_int8, 
 from nai_t5_core.backends.quantised.projections import stays_quantised
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.model.precision import resolve_device
 from nai_t5_core.prompts.choices import Choices
 from nai_t5_core.weights.examine import ModelSource
 from nai_t5_core.weights.load import LoadedEncoder, load
@@ -24,7 +25,9 @@ MERGING_ROUNDS = (
 def load_chosen(source: ModelSource, subfolder: str, how: Choices) -> LoadedEncoder:
     """The weights as they are in the file."""
     where = (how.dtype, how.device, how.layout)
-    loaded = load(source, *where, subfolder, how.scales, how.attention, how.unpacks)
+    # Quantised on a GPU, weights go there one by one: it never has all of them as they were.
+    on_the_way = bool(how.quantize) and resolve_device(how.device).type == "cuda"
+    loaded = load(source, *where, subfolder, how.scales, how.attention, how.unpacks, on_the_way)
     if how.loras and loaded.examination.quantised:
         told = MERGING_ROUNDS.format(source=loaded.report.source, dtype=loaded.stack.dtype)
         warnings.warn(told, stacklevel=3)
@@ -38,7 +41,7 @@ def finish(stack: T5EncoderStack, how: Choices) -> T5EncoderStack:
     for number, (lora, strength) in enumerate(how.loras):
         merged.add(lora, strength, name=str(number))
     if how.quantize:
-        quantize_int8(stack, how.products)
+        quantize_int8(stack, how.products, resolve_device(how.device))
     elif how.compile:
         # Imported only here: torch's compiler takes a second to import.
         from nai_t5_core.backends.compiled import compile_stack

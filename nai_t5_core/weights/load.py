@@ -116,14 +116,20 @@ def load(
     scales: ScalesChoice = "auto",
     attention: AttentionChoice = "auto",
     unpack: bool = False,
+    on_the_way: bool = False,
 ) -> LoadedEncoder:
-    """As :func:`load_encoder`, with the tokenizer found beside or inside the weights, and a report."""
+    """As :func:`load_encoder`, with the tokenizer found beside or inside the weights, and a report.
+
+    Args:
+        on_the_way: leave the weights in the host's memory, for one who brings them to the device one by one.
+    """
     started = time.perf_counter()
     place, model_dtype = place_for(device, dtype, layout, attention)
     examination = examine(source, subfolder)
     if attention == "flex":
         attention = _flex_or_sdpa(place, model_dtype, examination.config.d_kv)
-    stack, recipes = assemble(examination, model_dtype, place, layout, scales, unpack=unpack)
+    now = torch.device("cpu") if on_the_way else place
+    stack, recipes = assemble(examination, model_dtype, now, layout, scales, unpack=unpack)
     stack.attention = attention
     stack.guard = guard
     return LoadedEncoder(_report(examination, stack, recipes, started), examination, stack)

@@ -22,6 +22,11 @@ class Bytes:
     scales: Tensor
     dtype: torch.dtype
 
+    @property
+    def raw(self) -> Tensor:
+        """The values as kernels write them: int8, or float8 as bytes."""
+        return self.values if self.values.dtype == torch.int8 else self.values.view(torch.uint8)
+
     def __len__(self) -> int:
         return len(self.values)
 

@@ -57,7 +57,7 @@ class CudaBlock:
 
     @cached_property
     def weights_in_bytes(self) -> torch.dtype | None:
-        """The dtype of all four weights, where it is one of 8 bits and nothing but scales of columns multiplies them."""
+        """The dtype of all four weights, where it is one of 8 bits, with no scales but those of columns."""
         found = {
             weight.row_scaled_dtype if isinstance(weight, ByteWeight) else None
             for weight in (self.qkv, self.o, self.wi, self.wo)
@@ -129,7 +129,7 @@ class CudaBlocks:
 
 
 def norm_of(weight: Weight) -> Tensor | None:
-    """What the inputs of a product are multiplied by before: [in_features] float32; None where that is in the weight."""
+    """What a product's inputs are multiplied by before: [in_features] float32; None where that is in the weight."""
     return weight.norm if isinstance(weight, ByteWeight) else None
 
 

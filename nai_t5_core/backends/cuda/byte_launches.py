@@ -20,7 +20,7 @@ def rounded_rows(x: Tensor, dtype: torch.dtype, compute_dtype: torch.dtype) -> B
     out = empty_bytes(rows, width, dtype, compute_dtype, x.device)
     block = triton.next_power_of_2(width)
     constants = {"width": width, "block": block, "num_warps": norm_warps(block)}
-    byte_kernels.round_rows[(rows,)](x, out.values, out.scales, **constants)
+    byte_kernels.round_rows[(rows,)](x, out.raw, out.scales, **constants)
     return out
 
 
@@ -46,5 +46,5 @@ def gated_in_bytes(
     out = empty_bytes(rows, width, dtype, compute_dtype, values.device)
     constants = {"width": width, "activation": activation, "is_gated": is_gated, "has_scales": has_scales}
     constants["block"] = min(_BLOCK, triton.next_power_of_2(width))
-    byte_kernels.gate_in_bytes[(rows,)](values, *scales, out.values, out.scales, **constants, num_warps=4)
+    byte_kernels.gate_in_bytes[(rows,)](values, *scales, out.raw, out.scales, **constants, num_warps=4)
     return out

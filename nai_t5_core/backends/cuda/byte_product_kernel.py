@@ -27,16 +27,17 @@ def numbers(packed: tl.tensor, kind: tl.constexpr, dtype: tl.constexpr) -> tl.te
     larger by 8 there.
     """
     if kind == "int8":
-        return packed.to(dtype)
+        found = packed.to(dtype)
     elif kind == "float8_e5m2":
-        return (packed.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(dtype)
+        found = (packed.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(dtype)
     elif kind == "float8_e4m3":
-        return packed.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(dtype)
+        found = packed.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(dtype)
     else:
         tl.static_assert(kind == "float8_e4m3, by bits", "unknown kind")
         word = packed.to(tl.uint16)
         half = ((word & 0x80) << 8) | ((word & 0x7F) << 7)
-        return (half.to(tl.float16, bitcast=True) * 256.0).to(dtype)
+        found = (half.to(tl.float16, bitcast=True) * 256.0).to(dtype)
+    return found
 
 
 @triton.jit

@@ -174,8 +174,8 @@ def kind_of(weight: ByteWeight, converts_float8: bool) -> str:
 def column_runs(weight: ByteWeight) -> Iterator[slice]:
     """Runs of columns of nearly one size, each of no more numbers than are unpacked at a time."""
     columns, depth = weight.shape
-    runs = max(1, -(-columns * depth // _MOST_UNPACKED))
-    step = max(1, -(-columns // runs))
+    runs = -(-columns // max(1, _MOST_UNPACKED // depth))
+    step = -(-columns // runs)
     for first in range(0, columns, step):
         yield slice(first, min(first + step, columns))
 

@@ -82,6 +82,11 @@ class JoinedForm(QuantisedForm):
         columns = None if self.columns is None else self.columns.to(weight.device)
         return QuantisedForm(_as_in_file(weight), columns, self.scale, self.in_8_bits)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copied and pickled as in its file: every view of a tensor is pickled with all of the tensor.
+        own = _as_in_file(replace(self.weight, parts={name: part.clone() for name, part in self.weight.parts.items()}))
+        return QuantisedForm, (own, self.columns, self.scale, self.in_8_bits)
+
 
 def is_read(kind: Kind) -> bool:
     """Whether the kernels for CUDA read weights of a kind."""

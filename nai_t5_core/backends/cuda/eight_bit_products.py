@@ -22,13 +22,17 @@ LEAST_ROWS = 256
 
 
 class EightBitProducts(ByteProducts):
-    """As :class:`ByteProducts`, but from 256 rows on both sides of a layer's products are in 8 bits, where its weights
+    """As :class:`ByteProducts`, but from ``least_rows`` on both sides of a layer's products are in 8 bits, where its weights
     have no scales but those of columns: int8 everywhere, float8_e4m3 where the card ``converts_float8``.
     """
 
+    def __init__(self, *how: Any, least_rows: int = LEAST_ROWS) -> None:
+        super().__init__(*how)
+        self.least_rows = least_rows
+
     def input_bytes(self, weights: torch.dtype | None, rows: int) -> torch.dtype | None:
         is_possible = weights == torch.int8 or (weights == torch.float8_e4m3fn and self.converts_float8)
-        return weights if is_possible and rows >= LEAST_ROWS else None
+        return weights if is_possible and rows >= self.least_rows else None
 
     def plain(self, x: Any, weight: Weight) -> Tensor:
         if not isinstance(x, Bytes):
@@ -52,6 +56,6 @@ def _multiplied(x: Bytes, weight: Any) -> Tensor | Sums:
     if not x.values.is_cuda:
         # torch multiplies float8 with scales of rows on CUDA only.
         exact = torch.mm(x.values.float(), weight.values.float().t())
-        return (exact * x.scales[:, None] * weight.scales).bfloat16()
+        return (exact * x.scales[:, None] * weight.scales).to(x.dtype)
     scales = (x.scales[:, None], weight.scales[None, :])
     return torch._scaled_mm(x.values, weight.values.t(), *scales, out_dtype=torch.bfloat16)

@@ -144,7 +144,7 @@ def _add_norm(
         residual,
         residual if addend is None else addend,
         residual if weight is None else weight,
-        out.values if isinstance(out, Bytes) else out,
+        out.raw if isinstance(out, Bytes) else out,
         residual if watch is None else watch.finite,
         residual if watch is None else watch.count,
         residual if sums is None else sums.row_scales,
