@@ -84,7 +84,7 @@ def quantised_stack(
     state = random_state(config)
     for recipe in fused_recipes(config, stack.scales):
         path = recipe.target.removesuffix(".weight")
-        if not path.rpartition(".")[2] in ("qkv", "o", "wi", "wo"):
+        if path.rpartition(".")[2] not in ("qkv", "o", "wi", "wo"):
             continue
         columns = None if recipe.norm is None else state[recipe.norm]
         forms = [

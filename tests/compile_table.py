@@ -13,7 +13,7 @@ from typing import Any
 
 from cards import CARDS
 
-SCRIPTS = ("compile_for_gpus.py", "compile_graphs_for_gpus.py")
+SCRIPTS = ("compile_for_gpus.py", "compile_bytes_for_gpus.py", "compile_graphs_for_gpus.py")
 
 
 def compiled(script: str, capability: int) -> list[dict[str, Any]]:

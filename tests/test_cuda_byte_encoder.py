@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from byte_toys import CONFIGS, KINDS, exact_of_quantised, linear_of, quantised_stack
-from conftest import padding_mask
+from conftest import build_stack, padding_mask, random_state
 from cuda_toys import DEVICE, HERE, ONE_ROUNDING, PRODUCT_DTYPES, draw, error, exact_of, stack_of
 from torch import Tensor
 
+from nai_t5_core.backends.choose import quantize_int8, why_not_int8
 from nai_t5_core.backends.cuda.encoder import cuda_encoder
+from nai_t5_core.backends.cuda.int8 import quantise_block
 from nai_t5_core.backends.cuda.refusals import missing_triton, refuses
 from nai_t5_core.backends.cuda.runner import CudaRunner
+from nai_t5_core.bench.parity import difference
 from nai_t5_core.facts.scales import LayerScales, StackScales
 
 if missing := missing_triton():
@@ -101,6 +104,31 @@ def test_both_sides_in_8_bits(kind: str, config: str) -> None:
     rounded, plain = eight_bits(stack)(ROWS), cuda_encoder(stack, eager=True)(ROWS)
     assert error(plain, exact) < 0.005 < error(rounded, exact) < COSTS[kind], "activations are not in 8 bits"
     assert torch.equal(eight_bits(stack)(ROWS[:, :19]), cuda_encoder(stack, eager=True)(ROWS[:, :19]))
+
+
+@pytest.mark.parametrize("has_outliers", [False, True])
+def test_8_bits_lose_no_more_than_the_int8_of_the_cpu(has_outliers: bool) -> None:
+    """By the quantiles that ``nai-t5 parity`` prints, with both sides in 8 bits, and less with weights alone."""
+    config = CONFIGS["v1.1"].encoder_only()
+    state = random_state(config)
+    if has_outliers:
+        for name in state:
+            if "layer_norm" in name and "final" not in name:
+                state[name][::17] *= 20
+    on_cpu: Any = build_stack(config, state)
+    if reason := why_not_int8(on_cpu):
+        pytest.skip(reason)
+    exact = build_stack(config, state, torch.float64)(ROWS)[0]
+    theirs = difference("int8", "float32", quantize_int8(on_cpu)(ROWS)[0], exact)
+    ours: Any = build_stack(config, state, torch.float16)
+    for block in ours.encoder.block:
+        quantise_block(block, torch.float16, torch.device(DEVICE))
+    ours = ours.to(DEVICE)
+    both = difference("int8", "float16", eight_bits(ours)(ROWS)[0].float().cpu(), exact)
+    weights = difference("int8", "float16", cuda_encoder(ours, eager=True)(ROWS)[0].float().cpu(), exact)
+    for quantile, found in theirs.quantiles.items():
+        assert both.quantiles[quantile] < 1.15 * found
+        assert weights.quantiles[quantile] < found
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "e5m2", "float8 by row", None])

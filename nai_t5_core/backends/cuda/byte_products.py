@@ -17,8 +17,9 @@ from nai_t5_core.backends.cuda.products import MOST_ROWS, Configuration, Configu
 from nai_t5_core.backends.cuda.torch_products import Products
 from nai_t5_core.facts.config import Activation
 
-# Numbers that are unpacked at a time: at most 84 MB, which the next projection takes over.
-_MOST_UNPACKED = 40 << 20
+# Numbers that are unpacked at a time: at most 42 MB, in memory that the next ones take over. So a T5-XXL stays below
+# 5 GB, and a product of 4096 columns still fills a card.
+_MOST_UNPACKED = 20 << 20
 _KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3", torch.float8_e5m2: "float8_e5m2"}
 
 # For sizes that no other configuration fits; blocks of scales need 32 numbers.

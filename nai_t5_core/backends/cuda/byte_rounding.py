@@ -20,7 +20,7 @@ def scale_of(largest: tl.tensor, faults: tl.tensor, dtype: tl.constexpr) -> tl.t
 def in_bytes(values: tl.tensor, scale: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """Numbers divided by their scale: in int8, as the int8 products for the CPU round, or in uint8, as float8_e4m3."""
     numbers = tl.where(scale == scale, values / scale, 0.0)
-    if dtype == tl.int8:
+    if dtype == tl.int8:  # noqa: SIM108  # Triton compiles one branch only
         rounded = tl.floor(numbers + 0.5).to(tl.int8)
     else:
         rounded = in_float8(numbers)

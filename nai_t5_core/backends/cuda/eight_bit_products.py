@@ -22,8 +22,8 @@ LEAST_ROWS = 256
 
 
 class EightBitProducts(ByteProducts):
-    """As :class:`ByteProducts`, but from ``least_rows`` on both sides of a layer's products are in 8 bits, where its weights
-    have no scales but those of columns: int8 everywhere, float8_e4m3 where the card ``converts_float8``.
+    """As :class:`ByteProducts`, but from ``least_rows`` on both sides of a layer's products are in 8 bits, where its
+    weights have no scales but those of columns: int8 everywhere, float8_e4m3 where the card ``converts_float8``.
     """
 
     def __init__(self, *how: Any, least_rows: int = LEAST_ROWS) -> None:
@@ -37,19 +37,19 @@ class EightBitProducts(ByteProducts):
     def plain(self, x: Any, weight: Weight) -> Tensor:
         if not isinstance(x, Bytes):
             return super().plain(x, weight)
-        out = _multiplied(x, weight)
+        out = multiplied(x, weight)
         return as_numbers(out, x.dtype) if isinstance(out, Sums) else out
 
     def activated(self, x: Any, weight: Weight, activation: Activation, is_gated: bool) -> Tensor | Bytes:
         if not isinstance(x, Bytes):
             return super().activated(x, weight, activation, is_gated)
-        return gated_in_bytes(_multiplied(x, weight), activation, is_gated, x.values.dtype, x.dtype)
+        return gated_in_bytes(multiplied(x, weight), activation, is_gated, x.values.dtype, x.dtype)
 
     def summed(self, x: Any, weight: Weight) -> Tensor | Sums:
-        return _multiplied(x, weight) if isinstance(x, Bytes) else super().summed(x, weight)
+        return multiplied(x, weight) if isinstance(x, Bytes) else super().summed(x, weight)
 
 
-def _multiplied(x: Bytes, weight: Any) -> Tensor | Sums:
+def multiplied(x: Bytes, weight: Any) -> Tensor | Sums:
     """[tokens, columns]: sums of int8, or of float8 numbers in bfloat16, the only dtype that torch gives them in."""
     if x.values.dtype == torch.int8:
         return Sums(torch._int_mm(x.values, weight.values.t()), x.scales, weight.scales)

@@ -34,7 +34,7 @@ class Step:
 def all_steps() -> tuple[Step, ...]:
     """Every step, in order."""
     # Imported only here: these import torch.
-    from nai_t5_core.bench.doctor import ceilings, graphs, machine, numbers, own_kernels, peers, speed
+    from nai_t5_core.bench.doctor import ceilings, eight_bits, graphs, machine, numbers, own_kernels, peers, speed
 
     return (
         Step("machine", "what the machine is", machine.describe, 60),
@@ -43,6 +43,7 @@ def all_steps() -> tuple[Step, ...]:
         Step("masks", "masks that begin or end at odd places", numbers.check_masks, 60),
         Step("generation", "generation against float32 on the CPU", numbers.check_generation, 60),
         Step("kernels", "our kernels for CUDA against float64", own_kernels.check, 120, devices=("cuda",)),
+        Step("8-bits", "weights in 8 bits by our kernels for CUDA", eight_bits.check, 120, devices=("cuda",)),
         Step("sums", "float16 sums of many products", numbers.check_sums, 30, devices=("cuda",)),
         Step("speed", "our encoder at typical lengths", speed.measure_lengths, 120),
         Step("batches", "our encoder with many prompts", speed.measure_batches, 60),
@@ -50,7 +51,9 @@ def all_steps() -> tuple[Step, ...]:
         Step(
             "kernel-speed", "our kernels for CUDA, eager and in graphs", own_kernels.time_kernels, 90, True, ("cuda",)
         ),
+        Step("8-bit-speed", "weights in 8 bits, in graphs", eight_bits.time_eight_bits, 90, True, ("cuda",)),
         Step("own-products", "the products of our kernels", own_kernels.time_products, 120, True, ("cuda",)),
+        Step("8-bit-products", "the same from weights in 8 bits", own_kernels.time_byte_products, 150, True, ("cuda",)),
         Step("products", "the bare products of a layer", speed.measure_products, 60, True, ("cuda",)),
         Step("transformers", "transformers beside ours", peers.time_transformers, 90, True),
         Step("nai-t5", "nai-t5 beside ours", peers.time_nai_t5, 60, True),
