@@ -18,7 +18,10 @@ from nai_t5_core.backends.choose import encode_on_cuda
 from nai_t5_core.backends.cuda.encoder import cuda_encoder
 from nai_t5_core.backends.cuda.refusals import missing_triton
 from nai_t5_core.backends.cuda.runner import CudaRunner
-from nai_t5_core.backends.quantised.projections import QuantisedLinear
+from nai_t5_core.backends.quantised.ggml import GGML_KINDS
+from nai_t5_core.backends.quantised.kinds import QuantisedWeight
+from nai_t5_core.backends.quantised.projections import QuantisedEmbedding, QuantisedForm, QuantisedLinear
+from nai_t5_core.backends.quantised.scaled import Scaled
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.layers import NoInit
@@ -173,3 +176,24 @@ def test_a_t5_xxl_fits_into_5_gigabytes() -> None:
     assert plain + held + unpacked + activations < 5.0e9
     # While it is quantised: the table of embeddings is not there yet, and some rows of a projection are, in float32.
     assert held + int8._AT_A_TIME * (2 + 3 * 4) < 5.0e9
+
+
+@pytest.mark.parametrize("kind", [*GGML_KINDS, "float8_e4m3fn", "float8_e5m2", "int8"])
+def test_rows_of_a_quantised_table_are_made_on_the_device(device: PretendedCuda, kind: str) -> None:
+    """Constants are there after the first call: CUDA graphs cannot have copies from the host, nor waits."""
+    if kind in GGML_KINDS:
+        described = GGML_KINDS[kind]
+        size = (50, 512 // described.block * described.size)
+        weight = QuantisedWeight(described, (50, 512), {"weight": torch.zeros(size, dtype=torch.uint8)})
+    else:
+        dtype = getattr(torch, kind)
+        parts = {"weight": torch.zeros(50, 512).to(dtype), "weight_scale": torch.ones(50)}
+        weight = QuantisedWeight(Scaled(kind, dtype), (50, 512), parts)
+    table = QuantisedEmbedding(QuantisedForm(weight), torch.float16)
+    device.put(table)
+    table.form = table.form.to(CUDA)
+    ids = torch.ones(5, dtype=torch.int32, device="cuda")
+    table(ids)
+    device.reset()
+    assert table(ids).shape == (5, 512)
+    assert not device.copies and not device.waits
