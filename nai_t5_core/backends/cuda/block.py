@@ -45,7 +45,7 @@ class CudaBlock:
         attention, feed_forward = block.layer
         attends, dense = attention.SelfAttention, feed_forward.DenseReluDense
         return cls(
-            *map(weight_of, (attends.qkv, attends.o, dense.wi, dense.wo)),
+            *(weight_of(attends.qkv), weight_of(attends.o), weight_of(dense.wi), weight_of(dense.wo)),
             bias,
             1 / attention.out_scale,
             1 / feed_forward.out_scale,

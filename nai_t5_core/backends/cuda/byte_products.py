@@ -88,8 +88,17 @@ class ByteProducts:
         known = self.configurations[kind, block_rows(len(x))]
         return next((each for each in known if fits(each, weight, columns)), None)
 
-    def _product(self, x: Tensor, weight: ByteWeight, *how: Any) -> Tensor:
-        return byte_product(x, weight, *how, overlaps=self.overlaps, converts_float8=self.converts_float8)
+    def _product(
+        self,
+        x: Tensor,
+        weight: ByteWeight,
+        configuration: Configuration,
+        dtype: torch.dtype,
+        activation: Activation | None = None,
+        is_gated: bool = False,
+    ) -> Tensor:
+        how = (configuration, dtype, activation, is_gated, self.overlaps, self.converts_float8)
+        return byte_product(x, weight, *how)
 
     def _by_torch(self, x: Tensor, weight: ByteWeight) -> Tensor:
         """[tokens, columns] in the dtype of x, of so many columns at a time that little is unpacked at once."""

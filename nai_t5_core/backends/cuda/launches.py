@@ -114,7 +114,8 @@ def add_norm_in_form(
     """As :func:`add_norm`; the result is in 8 bits of the dtype ``in_bytes``, unless that is None."""
     if in_bytes is None:
         return add_norm(residual, delta, inv_scale, epsilon, dtype, weight, overlaps=overlaps)
-    out = empty_bytes(*residual.shape, in_bytes, dtype, residual.device)
+    rows, width = residual.shape
+    out = empty_bytes(rows, width, in_bytes, dtype, residual.device)
     _add_norm(residual, delta, inv_scale, epsilon, out, weight, None, overlaps)
     return out
 
