@@ -90,6 +90,9 @@ def test_which_rows_are_in_8_bits() -> None:
     assert [products.input_bytes(torch.int8, rows) for rows in (255, 256)] == [None, torch.int8]
     assert products.input_bytes(None, 256) is None and products.input_bytes(torch.float8_e5m2, 256) is None
     assert products.input_bytes(torch.float8_e4m3fn, 256) is None, "this card multiplies no float8"
+    for kind, shape, expected in (("int8", (48, 64), torch.int8), ("int8", (40, 64), None), ("Q8_0", (48, 64), None)):
+        weight: Any = weight_of(linear_of(kind, shape))
+        assert weight.row_scaled_dtype == expected
 
 
 # What rounding activations costs, as the differences' norm relative to the result's.

@@ -54,8 +54,12 @@ class ByteWeight:
 
     @property
     def row_scaled_dtype(self) -> torch.dtype | None:
-        """The dtype of the numbers where nothing but a scale of each column multiplies them; else None."""
-        return self.values.dtype if self.block_scales is None else None
+        """The dtype of the numbers where torch multiplies bytes by them; else None.
+
+        For that nothing but a scale of each column multiplies them, and sizes are multiples of 16.
+        """
+        is_possible = self.block_scales is None and not any(size % 16 for size in self.shape)
+        return self.values.dtype if is_possible else None
 
 
 # A weight as the kernels read it.
