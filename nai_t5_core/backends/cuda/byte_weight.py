@@ -132,6 +132,7 @@ def weight_of(linear: Any) -> Weight:
     return ByteWeight(form.joined, scales.contiguous(), form.block_scales, norm)
 
 
+@torch.inference_mode(False)
 def lay_out(linear: QuantisedLinear) -> None:
     """Puts the bytes of a projection into one tensor, with scales of blocks apart. What was laid out stays."""
     if all(isinstance(form, JoinedForm) for form in linear.forms):
