@@ -94,7 +94,7 @@ class CudaLayer:
             attended.mul_(attention.SelfAttention.scale)
         delta, factor, epsilon = products.o(attended), 1 / attention.out_scale, dense.layer_norm.variance_epsilon
         # The scale is for up, and ReLU hands it on; the gate's is divided out before the activation.
-        hidden = add_norm(residual, delta, factor, epsilon, dtype, dense_norm, out_scale=inner.scale)
+        hidden = add_norm(residual, delta, factor, epsilon, dtype, dense_norm, factor=inner.scale)
         is_gated = isinstance(inner, GatedFeedForward)
         factor = 1 / inner.scale if is_gated else 1.0
         active = gate(products.wi(hidden), inner.activation, is_gated, factor=factor)

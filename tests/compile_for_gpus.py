@@ -42,7 +42,7 @@ def compiled(
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in types if types[name].startswith("*")}
-    constants = constants | {"overlaps": overlaps}
+    constants = constants | ({"overlaps": overlaps} if "overlaps" in names else {})
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values, attributes)
     options = {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if overlaps else {})
@@ -73,8 +73,10 @@ def all_of(card: Card, overlaps: bool) -> Iterator[dict[str, Any]]:
         for delta, parts in (("*fp32", 0), (half, 1), ("*fp32", 8)):
             for width, block in ((4096, 4096), (2560, 4096), (768, 1024)):
                 types = {"residual": "*fp32", "delta": delta, "weight": "*fp32", "out": half, "finite": "*i32"}
-                types |= {"count": "*i32", "epsilon": "fp32", "inv_scale": "fp32", "out_scale": "fp32"}
+                types |= {"count": "*i32", "epsilon": "fp32", "inv_scale": "fp32", "factor": "fp32"}
+                types |= {"row_scales": "*fp32", "column_scales": "*fp32", "out_scales": "*fp32"}
                 constants = {"width": width, "block": block, "parts": parts, "has_weight": True, "watches": True}
+                constants |= {"has_scales": False, "gives_bytes": False}
                 yield compiled(kernels.add_norm, card, types, constants, norm_warps(block), overlaps)
         for activation in ("relu", "gelu", "gelu_new", "silu"):
             constants = {"width": 10240, "activation": activation, "is_gated": activation != "relu", "block": 1024}

@@ -13,7 +13,7 @@ from typing import Any
 
 from cards import AMD_CARDS, CARDS, NEWER_CARDS
 
-SCRIPTS = ("compile_for_gpus.py", "compile_graphs_for_gpus.py")
+SCRIPTS = ("compile_for_gpus.py", "compile_bytes_for_gpus.py", "compile_graphs_for_gpus.py")
 
 
 def compiled(script: str, capability: int | str) -> list[dict[str, Any]]:

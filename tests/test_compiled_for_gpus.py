@@ -43,6 +43,14 @@ def test_our_kernels(capability: int | str) -> None:
     assert beyond(usages, capability) == []
 
 
+@pytest.mark.parametrize("capability", CARDS)
+def test_our_kernels_for_8_bits(capability: int) -> None:
+    usages = compiled("compile_bytes_for_gpus.py", capability)
+    between = {"round_rows", "number_sums", "gate_in_bytes", "add_norm"}
+    assert {usage["kernel"] for usage in usages} == {"multiply_bytes", "unpack_bytes", *between}
+    assert beyond(usages, capability) == []
+
+
 @for_cuda
 @pytest.mark.parametrize("capability", CARDS)
 def test_flex_and_compiled_encoders(capability: int) -> None:

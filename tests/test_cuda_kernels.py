@@ -68,7 +68,7 @@ def test_a_norm_with_a_weight_of_any_dtype_is_scaled_before_it_is_rounded(
     residual, weight = draw(3, 100) * 7, (draw(100, seed=2).abs() + 0.5).to(weight_dtype)
     exact = F.rms_norm(residual.double(), (100,), weight.double(), 1e-6)
     for scale in (1.0, 2.0**-3):
-        out = add_norm(residual.clone(), None, 1.0, 1e-6, dtype, weight, out_scale=scale)
+        out = add_norm(residual.clone(), None, 1.0, 1e-6, dtype, weight, factor=scale)
         assert error(out, exact * scale) < ONE_ROUNDING[dtype]
 
 

@@ -15,6 +15,8 @@ from conftest import TOY_CONFIGS, random_state, write_hf_folder
 from nai_t5_core.backends.choose import why_not_int8
 from nai_t5_core.backends.forecast import forecast
 from nai_t5_core.backends.kernels.runners import KernelsInPlace
+from nai_t5_core.backends.quantised.forecast import forecast_quantised
+from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import LayerScales, unscaled
 from nai_t5_core.prompts.text_encoder import TextEncoder
@@ -75,6 +77,23 @@ def test_words_differ_where_another_computes() -> None:
         forecast(config, cuda, torch.float16),
         forecast(config, cuda, torch.float16, optimize=False),
         forecast(config, cuda, torch.float16, compile=True),
+        forecast(config, cuda, torch.float16, quantize="int8"),
+        forecast(config, cuda, torch.float16, quantize="int8", optimize=False),
         forecast(config, torch.device("mps"), torch.float16),
     }
-    assert len(told) == 8
+    assert len(told) == 10
+
+
+def test_words_differ_where_quantised_weights_are_read_by_kernels() -> None:
+    config = TOY_CONFIGS["v1.1"].encoder_only()
+    read, unread = [[GGML_KINDS["Q8_0"]]] * 3, [[GGML_KINDS["Q8_0"]], [GGML_KINDS["Q4_K"]], []]
+    told = [
+        forecast_quantised(config, torch.device("cuda"), torch.float16, kinds, **how)
+        for kinds, how in ((read, {}), (unread, {}), (read, {"optimize": False}), (read, {"attention": "sdpa"}))
+    ]
+    assert told == [
+        "cuda, quantised weights, auto, kernels where they can",
+        "cuda, quantised weights, auto",
+        "cuda, quantised weights, auto",
+        "cuda, quantised weights, sdpa",
+    ]

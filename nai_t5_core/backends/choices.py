@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
+from nai_t5_core.backends.cuda.refusals import missing_for_8_bits
 from nai_t5_core.backends.kernels.build import better_than_kernels, prepare_kernels
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, best
 from nai_t5_core.backends.products import INT8_ONEDNN
@@ -47,6 +48,8 @@ def refuse_quantising(quantize: str | None, device: torch.device, dtype: torch.d
 
 def missing_for_int8(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no encoder in this dtype can be computed in 8 bits on this device, as a sentence; None if it can."""
+    if device.type == "cuda":
+        return missing_for_8_bits(device, dtype)
     reason = INT8_ONEDNN.missing(device, dtype)
     if reason is None or better_than_kernels():
         return reason

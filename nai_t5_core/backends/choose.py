@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
+
 from nai_t5_core.backends.choices import ProductsChoice, missing_for_int8, refuse_products
+from nai_t5_core.backends.cuda.byte_weight import kinds_of, lay_out
 from nai_t5_core.backends.cuda.card import card_of
 from nai_t5_core.backends.cuda.card_choice import choice_for
+from nai_t5_core.backends.cuda.int8 import quantise_block
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.backends.kernels.build import better_than_kernels, missing_for, prepare_kernels, why_not_kernels
@@ -19,7 +23,7 @@ from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsB
 from nai_t5_core.backends.kernels.sets import named
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
 from nai_t5_core.backends.quantised.kernels import refuses, runner_of_quantised
-from nai_t5_core.backends.quantised.projections import stays_quantised
+from nai_t5_core.backends.quantised.projections import QuantisedLinear, stays_quantised
 from nai_t5_core.model.attention_choice import FLEX_FROM_LENGTHS
 from nai_t5_core.model.block import Backend
 from nai_t5_core.model.encoder import T5EncoderStack
@@ -104,7 +108,10 @@ def encode_on_cuda(stack: T5EncoderStack) -> T5EncoderStack:
     if stack.device.type != "cuda" or refuses_for_good(stack) is not None:
         stack.runner = None if by_kernels else stack.runner
     elif stack.runner is None:
-        stack.runner = CudaRunner()
+        for module in stack.modules():
+            if isinstance(module, QuantisedLinear):
+                lay_out(module)
+        stack.runner = CudaRunner(kinds=kinds_of(stack))
     return stack
 
 
@@ -161,29 +168,39 @@ def why_not_int8(model: T5EncoderStack | T5Model) -> str | None:
     """Why this model cannot be computed in 8 bits on this machine, as a sentence; None if it can."""
     if isinstance(model, T5Model):
         return INT8_ONEDNN.missing(model.device, model.dtype)
+    if model.device.type == "cuda":
+        return missing_for_int8(model.device, model.dtype)
     reason = INT8_ONEDNN.missing(model.device, model.dtype)
     obstacle = None if reason is None else _obstacle(model, best(INT8_KERNELS))
     return (obstacle and reason) or missing_for_int8(model.device, model.dtype)
 
 
-def quantize_int8(model: Model, products: ProductsChoice = "auto") -> Model:
+def quantize_int8(model: Model, products: ProductsChoice = "auto", device: torch.device | None = None) -> Model:
     """Weights and activations in 8 bits on the CPU: about twice the speed of bfloat16's products, for some accuracy.
 
     Weights are quantised once with a scale per output channel, activations in every call with a scale per token; sums
     are exact in int32. Embeddings, norms, attention and the residual stay as they are; the output head of a whole T5 is
     quantised too. ``nai-t5 parity --int8`` prints the loss of accuracy. Each original weight is freed after its copy.
 
+    On CUDA an encoder's weights become 8 bits in the same way, which halves its memory, and activations stay in the
+    model's dtype, see :mod:`nai_t5_core.backends.cuda`; it may still be moved.
+
     Args:
         products: see :func:`prepack`.
+        device: where the model is to be, by default where it is. An encoder on the CPU goes to CUDA weight by weight,
+            so that the card never has more than the weights in 8 bits and a part of one as it was.
 
     Returns:
-        The same model, changed. It can no longer be moved, cast or trained.
+        The same model, changed. It can no longer be trained, or on the CPU moved or cast.
 
     Raises:
-        ValueError: the model is not on the CPU or not in float32 or bfloat16, or this processor has no fast products
-            of bytes (AVX512-VNNI or AMX for a decoder and for oneDNN, AVX2 for an encoder by our kernels); or what was
-            asked for cannot compute it.
+        ValueError: on the CPU, the model is not in float32 or bfloat16, or this processor has no fast products of bytes
+            (AVX512-VNNI or AMX for a decoder and for oneDNN, AVX2 for an encoder by our kernels); on CUDA, it is not in
+            float16 or bfloat16, or has a decoder; or what was asked for cannot compute it.
     """
+    place = model.device if device is None else device
+    if place.type == "cuda":
+        return _quantize_on_cuda(model, products, place)
     kernels = _kernels_for(model, products, INT8_KERNELS)
     if kernels is None or isinstance(model, T5Model):
         _refuse_int8_without_onednn(model)
@@ -191,6 +208,18 @@ def quantize_int8(model: Model, products: ProductsChoice = "auto") -> Model:
     if isinstance(model, T5Model):
         model.lm_head = INT8_ONEDNN.held(model.lm_head, model.dtype)
     return model
+
+
+def _quantize_on_cuda(model: Model, products: ProductsChoice, device: torch.device) -> Model:
+    refuse_products(products, device)
+    if isinstance(model, T5Model):
+        raise ValueError("8 bits on CUDA are for encoders; a T5 with its decoder stays in float16 or bfloat16 there")
+    if reason := missing_for_int8(device, model.dtype):
+        raise ValueError(f"cannot quantise a model in {model.dtype} on {device} to int8: {reason}")
+    block: Any
+    for block in model.encoder.block:
+        quantise_block(block, model.dtype, device)
+    return model.to(device)
 
 
 def _refuse_int8_without_onednn(model: T5EncoderStack | T5Model) -> None:

@@ -40,14 +40,16 @@ def forecast(
     words = device.type
     if device.type == "cpu":
         words = f"cpu, {_on_cpu(config, dtype, layout, scales, optimize, quantize, compile, products)}"
+    elif device.type == "cuda" and quantize:
+        words = f"{words}, int8 weights"
     if compile:
         words = f"{words}, compiled" if compile is True else f"{words}, compiled for {compile}"
     elif device.type == "cuda" and optimize and attention == "auto":
-        words = f"{words}, {_on_cuda(device)}"
+        words = f"{words}, {on_cuda(device)}"
     return words if attention == "auto" else f"{words}, attention {attention}"
 
 
-def _on_cuda(device: torch.device) -> str:
+def on_cuda(device: torch.device) -> str:
     """The kernels, with what decides which products they round, and from where on torch's attention is flex."""
     card = card_of(device)
     if card is None:

@@ -24,7 +24,7 @@ from nai_t5_core.model.layers import (
 
 # Projections of a sublayer that do not read its norm's output, but an inner result or the encoder's hidden states.
 _AFTER_NO_NORM = {"EncDecAttention": ("o", "wo", "k", "v", "kv")}
-_AFTER_THE_SUBLAYER = ("o", "wo")
+AFTER_THE_SUBLAYER = ("o", "wo")
 # Projections whose result goes into attention.
 _ATTENTION_INPUTS = ("q", "k", "v", "kv", "qkv")
 
@@ -123,7 +123,7 @@ class Int8Backend:
         for layer in block.layer:
             norm = layer.layer_norm.folded_weight if isinstance(layer.layer_norm, FoldedRMSNorm) else None
             for sublayer_name, sublayer in layer.named_children():
-                after_no_norm = _AFTER_NO_NORM.get(sublayer_name, _AFTER_THE_SUBLAYER)
+                after_no_norm = _AFTER_NO_NORM.get(sublayer_name, AFTER_THE_SUBLAYER)
                 for owner, attribute, name in projections(sublayer):
                     weight = as_it_lies(getattr(owner, attribute))
                     held = self._held(name, weight, None if name in after_no_norm else norm, dtype)

@@ -51,7 +51,7 @@ def encode(
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     attention: Annotated[Attention, typer.Option(help="How attention is computed.")] = Attention.auto,
-    int8: Annotated[bool, typer.Option("--int8", help="Compute the projections in 8 bits (CPU).")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Compute the projections in 8 bits.")] = False,
     products: ProductsOption = Products.auto,
     compile_it: Annotated[bool, typer.Option("--compile", help="Compile the encoder; see warm-up.")] = False,
     subfolder: Subfolder = "",

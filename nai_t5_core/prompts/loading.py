@@ -25,7 +25,9 @@ MERGING_ROUNDS = (
 def load_chosen(source: ModelSource, subfolder: str, how: Choices) -> LoadedEncoder:
     """The weights as they are in the file."""
     where = (how.dtype, how.device, how.layout)
-    loaded = load(source, *where, subfolder, how.scales, how.attention, how.unpacks, how.offload)
+    # Offloaded layers stay on the host; those to be quantised go to a GPU one by one: it never has all as they were.
+    by_way_of_host = how.offload or (bool(how.quantize) and resolve_device(how.device).type == "cuda")
+    loaded = load(source, *where, subfolder, how.scales, how.attention, how.unpacks, by_way_of_host)
     if how.loras and loaded.examination.quantised:
         told = MERGING_ROUNDS.format(source=loaded.report.source, dtype=loaded.stack.dtype)
         warnings.warn(told, stacklevel=3)
@@ -44,7 +46,7 @@ def finish(stack: T5EncoderStack, how: Choices) -> T5EncoderStack:
 
         return offload_layers(stack, resolve_device(how.device), how.optimize and how.attention == "auto")
     if how.quantize:
-        quantize_int8(stack, how.products)
+        quantize_int8(stack, how.products, resolve_device(how.device))
     elif how.compile:
         # Imported only here: torch's compiler takes a second to import.
         from nai_t5_core.backends.compiled import compile_stack

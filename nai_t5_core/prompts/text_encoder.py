@@ -107,7 +107,7 @@ class TextEncoder:
             optimize: prepack the weights where that makes this device faster. The model can then not be moved or
                 trained. On CUDA in half precision our own kernels encode, from CUDA graphs, see
                 :mod:`nai_t5_core.backends.cuda`; these leave the model's weights as they are.
-            quantize: ``"int8"`` computes the projections in 8 bits, see
+            quantize: ``"int8"`` computes the projections in 8 bits, or on CUDA from weights in 8 bits, see
                 :func:`nai_t5_core.backends.choose.quantize_int8`.
             compile: True, or a mode of torch.compile, compiles the encoder, see
                 :func:`nai_t5_core.backends.compiled.compile_stack`; the weights are then not prepacked.

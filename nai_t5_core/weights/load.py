@@ -116,19 +116,19 @@ def load(
     scales: ScalesChoice = "auto",
     attention: AttentionChoice = "auto",
     unpack: bool = False,
-    offload: bool = False,
+    by_way_of_host: bool = False,
 ) -> LoadedEncoder:
     """As :func:`load_encoder`, with the tokenizer found beside or inside the weights, and a report.
 
     Args:
-        offload: leave the weights in the host's memory, from which they will be offloaded to the device.
+        by_way_of_host: leave the weights in the host's memory, for one who brings them to the device layer by layer.
     """
     started = time.perf_counter()
     place, model_dtype = place_for(device, dtype, layout, attention)
     examination = examine(source, subfolder)
     if attention == "flex":
         attention = _flex_or_sdpa(place, model_dtype, examination.config.d_kv)
-    where = torch.device("cpu") if offload else place
+    where = torch.device("cpu") if by_way_of_host else place
     stack, recipes = assemble(examination, model_dtype, where, layout, scales, unpack=unpack)
     stack.attention = attention
     stack.guard = guard

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.cuda.launches import MARGIN, Documents, Watch, add_norm, attend, attention_table
+from nai_t5_core.backends.cuda.activations import Activations, Bytes, Sums
+from nai_t5_core.backends.cuda.byte_launches import rounded_rows
+from nai_t5_core.backends.cuda.byte_weight import ByteWeight, Weight, weight_of
+from nai_t5_core.backends.cuda.launches import (
+    MARGIN,
+    Documents,
+    Watch,
+    add_norm,
+    add_norm_in_form,
+    attend,
+    attention_table,
+)
 from nai_t5_core.backends.cuda.torch_products import Products
 from nai_t5_core.facts.config import Activation
 from nai_t5_core.model.attention import logit_scale
@@ -24,10 +36,10 @@ class CudaBlock:
     float16 scales of the out-projections.
     """
 
-    qkv: Tensor
-    o: Tensor
-    wi: Tensor
-    wo: Tensor
+    qkv: Weight
+    o: Weight
+    wi: Weight
+    wo: Weight
     bias: Tensor
     attention_factor: float
     feed_forward_factor: float
@@ -42,7 +54,7 @@ class CudaBlock:
         attention, feed_forward = block.layer
         attends, dense = attention.SelfAttention, feed_forward.DenseReluDense
         return cls(
-            *(attends.qkv.weight, attends.o.weight, dense.wi.weight, dense.wo.weight),
+            *(weight_of(attends.qkv), weight_of(attends.o), weight_of(dense.wi), weight_of(dense.wo)),
             bias,
             1 / attention.out_scale,
             1 / feed_forward.out_scale,
@@ -52,14 +64,35 @@ class CudaBlock:
             attention.layer_norm.eps,
         )
 
-    def add_attention(self, residual: Tensor, hidden: Tensor, documents: Documents, products: Products) -> Tensor:
+    @cached_property
+    def weights_in_bytes(self) -> torch.dtype | None:
+        """The dtype of all four weights, where it is one of 8 bits, with no scales but those of columns."""
+        found = {
+            weight.row_scaled_dtype if isinstance(weight, ByteWeight) else None
+            for weight in (self.qkv, self.o, self.wi, self.wo)
+        }
+        return found.pop() if len(found) == 1 else None
+
+    def normed(
+        self, residual: Tensor, delta: Tensor | Sums | None, factor: float, dtype: torch.dtype, products: Products
+    ) -> Activations:
+        """Adds what the layer before gives to the residual, in place, and returns this layer's normed input."""
+        in_bytes = products.input_bytes(self.weights_in_bytes, len(residual))
+        form = (dtype, in_bytes, norm_of(self.qkv), products.overlaps)
+        return add_norm_in_form(residual, delta, factor, self.epsilon, *form)
+
+    def add_attention(
+        self, residual: Tensor, hidden: Activations, documents: Documents, products: Products
+    ) -> Activations:
         """Adds the attention's output to the residual in place; takes its normed input, returns the feed-forward's."""
         attended = attend(products.plain(hidden, self.qkv), self.bias, documents, self.logit_scale, products.overlaps)
-        delta = products.summed(attended, self.o)
-        factor = self.attention_factor
-        return add_norm(residual, delta, factor, self.epsilon, hidden.dtype, overlaps=products.overlaps)
+        in_bytes = hidden.values.dtype if isinstance(hidden, Bytes) else None
+        given = attended if in_bytes is None else rounded_rows(attended, in_bytes, hidden.dtype)
+        delta = products.summed(given, self.o)
+        form = (hidden.dtype, in_bytes, norm_of(self.wi), products.overlaps)
+        return add_norm_in_form(residual, delta, self.attention_factor, self.epsilon, *form)
 
-    def feed_forward(self, hidden: Tensor, products: Products) -> Tensor:
+    def feed_forward(self, hidden: Activations, products: Products) -> Tensor | Sums:
         """The feed-forward's output, before it is multiplied by ``feed_forward_factor``."""
         return products.summed(products.activated(hidden, self.wi, self.activation, self.is_gated), self.wo)
 
@@ -92,19 +125,21 @@ class CudaBlocks:
 
         Rows that belong to no document have undefined values in the result.
         """
-        overlaps = products.overlaps
-        hidden = add_norm(residual, None, 1.0, self.blocks[0].epsilon, self.dtype, overlaps=overlaps)
+        hidden = self.blocks[0].normed(residual, None, 1.0, self.dtype, products)
         for block, following in zip(self.blocks, (*self.blocks[1:], None), strict=True):
             hidden = block.add_attention(residual, hidden, documents, products)
             delta = block.feed_forward(hidden, products)
             factor = block.feed_forward_factor
             if following is not None:
                 # The sum of this layer and the norm of the next in one launch.
-                hidden = add_norm(residual, delta, factor, following.epsilon, self.dtype, overlaps=overlaps)
-            else:
-                final = (self.final_epsilon, self.dtype, self.final_weight, watch)
-                hidden = add_norm(residual, delta, factor, *final, overlaps)
-        return hidden
+                hidden = following.normed(residual, delta, factor, self.dtype, products)
+        final = (self.final_epsilon, self.dtype, self.final_weight, watch)
+        return add_norm(residual, delta, factor, *final, products.overlaps)
+
+
+def norm_of(weight: Weight) -> Tensor | None:
+    """What a product's inputs are multiplied by before: [in_features] float32; None where that is in the weight."""
+    return weight.norm if isinstance(weight, ByteWeight) else None
 
 
 class BiasTables:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from nai_t5_core.backends.cuda.examined import ExaminedStack
     from nai_t5_core.backends.cuda.torch_products import Products
 
-ProductsChoice = Literal["auto", "torch", "torch-float32", "triton", "triton-overlapping"]
+ProductsChoice = Literal["auto", "torch", "torch-float32", "triton", "triton-overlapping", "8-bit"]
 PRODUCTS_CHOICES: tuple[ProductsChoice, ...] = get_args(ProductsChoice)
 
 
@@ -268,11 +268,22 @@ def shapes_for(card: Card | None, d_kv: int) -> AttentionShapes:
 
 def products_for(choice: ProductsChoice, card: Card | None) -> Products:
     """What a choice of products means on a card; None is a device that is none."""
+    from nai_t5_core.backends.cuda.byte_products import ESTIMATED_FOR_BYTES, ByteProducts
+    from nai_t5_core.backends.cuda.eight_bit_products import EightBitProducts
+
+    by_torch = choice.startswith("torch")
+    kind = EightBitProducts if choice == "8-bit" else ByteProducts
+    converts_float8 = card is not None and card.capability >= (8, 9)
+    return kind(_half_products(choice, card), None if by_torch else ESTIMATED_FOR_BYTES, converts_float8)
+
+
+def _half_products(choice: ProductsChoice, card: Card | None) -> Products:
+    """What computes products with weights in 16 bits."""
     from nai_t5_core.backends.cuda.chosen_products import configurations_on, products_of
     from nai_t5_core.backends.cuda.products import TritonProducts
     from nai_t5_core.backends.cuda.torch_products import TorchProducts, UnroundedTorchProducts
 
-    if choice == "auto" and card is not None:
+    if choice in ("auto", "8-bit") and card is not None:
         return products_of(choice_for(card))
     if choice.startswith("triton"):
         return TritonProducts(configurations_on(card), overlaps=choice == "triton-overlapping")

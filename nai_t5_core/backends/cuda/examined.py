@@ -10,6 +10,7 @@ from nai_t5_core.backends.cuda.block import CudaBlocks
 from nai_t5_core.backends.cuda.launches import Documents, Watch
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.torch_products import Products
+from nai_t5_core.backends.quantised.projections import QuantisedLinear
 from nai_t5_core.model.block import Seen
 from nai_t5_core.model.encoder import T5EncoderStack
 
@@ -26,13 +27,17 @@ class ExaminedStack:
         # No reference to the stack is kept: the stack may hold this object.
         self._stack = weakref.proxy(stack)
         self.blocks = CudaBlocks.of(stack, biases)
-        self._seen = Seen(list(stack.modules())[1:], [stack._modules])
+        modules = list(stack.modules())[1:]
+        self._seen = Seen(modules, [stack._modules])
+        # Moving a projection, or another scale, gives it other forms.
+        self._forms = [(module, module.forms) for module in modules if isinstance(module, QuantisedLinear)]
         self._scales = stack.scales
 
     @property
     def is_unchanged(self) -> bool:
         """Whether modules, weights, the weights' addresses and the scales are as they were; values may differ."""
-        return self._stack.scales == self._scales and self._seen.is_same
+        is_same = all(linear.forms is forms for linear, forms in self._forms)
+        return is_same and self._stack.scales == self._scales and self._seen.is_same
 
     def encode(self, products: Products, ids: Tensor, documents: Documents, watch: Watch) -> Tensor:
         """Packed ids [tokens] to hidden states [tokens, d_model]; rows of no document have undefined values."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nai_t5_core.backends.cuda.byte_rounding import faults_in, in_bytes, scale_of
+
 # Numbers in a row of the document table, see nai_t5_core.backends.cuda.documents.document_table.
 DOCUMENT_COLUMNS = tl.constexpr(5)
 
@@ -145,17 +147,22 @@ def add_norm(
     out: tl.tensor,
     finite: tl.tensor,
     count: tl.tensor,
+    row_scales: tl.tensor,
+    column_scales: tl.tensor,
+    out_scales: tl.tensor,
     epsilon: tl.tensor,
     inv_scale: tl.tensor,
-    out_scale: tl.tensor,
+    factor: tl.tensor,
     width: tl.constexpr,
     block: tl.constexpr,
     parts: tl.constexpr,
     has_weight: tl.constexpr,
     watches: tl.constexpr,
+    has_scales: tl.constexpr,
+    gives_bytes: tl.constexpr,
     overlaps: tl.constexpr,
 ) -> None:
-    """One row: the sum with the residual, in place, and its norm."""
+    """One row: the sum with the residual, in place, and its norm, which is rounded to a dtype or to bytes."""
     wait_for_inputs(overlaps)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
@@ -168,18 +175,25 @@ def add_norm(
         for _ in tl.static_range(parts):
             added += tl.load(addend, mask=inside, other=0.0).to(tl.float32)
             addend += tl.num_programs(0).to(tl.int64) * width
+        if has_scales:
+            added *= tl.load(row_scales + row) * tl.load(column_scales + columns, mask=inside, other=0.0)
         x += added * inv_scale
         tl.store(here, x, mask=inside)
     normed = x * tl.rsqrt(tl.sum(x * x) / width + epsilon)
     if has_weight:
         normed *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    rounded = (normed * out_scale).to(out.dtype.element_ty)
-    tl.store(out + row * width + columns, rounded, mask=inside)
-    if watches:
-        # The comparison is false for NaN as well.
-        is_fine = tl.abs(rounded.to(tl.float32)) < float("inf")
-        faults = tl.sum(tl.where(is_fine, 0, 1))
-        tl.store(finite, 0, mask=(faults > 0) & (row < tl.load(count)))
+    normed *= factor
+    places = out + row * width + columns
+    if gives_bytes:
+        scale = scale_of(tl.max(tl.abs(normed)), faults_in(normed), out.dtype.element_ty)
+        tl.store(places, in_bytes(normed, scale, out.dtype.element_ty), mask=inside)
+        tl.store(out_scales + row, scale)
+    else:
+        rounded = normed.to(out.dtype.element_ty)
+        tl.store(places, rounded, mask=inside)
+        if watches:
+            faults = faults_in(rounded.to(tl.float32))
+            tl.store(finite, 0, mask=(faults > 0) & (row < tl.load(count)))
 
 
 @triton.jit

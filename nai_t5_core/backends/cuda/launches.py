@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from nai_t5_core.backends.cuda import kernels
+from nai_t5_core.backends.cuda.activations import Activations, Bytes, Sums
 from nai_t5_core.backends.cuda.attention_shapes import AttentionShape
 from nai_t5_core.facts.config import Activation
 
@@ -95,49 +96,96 @@ def attend(qkv: Tensor, table: Tensor, documents: Documents, scale: float, overl
 
 def add_norm(
     residual: Tensor,
-    delta: Tensor | None,
+    delta: Tensor | Sums | None,
     inv_scale: float,
     epsilon: float,
     dtype: torch.dtype,
     weight: Tensor | None = None,
     watch: Watch | None = None,
     overlaps: bool = False,
-    out_scale: float = 1.0,
+    factor: float = 1.0,
 ) -> Tensor:
-    """residual += inv_scale · Σ delta, then x / sqrt(mean(x²) + eps) · weight · out_scale.
+    """residual += inv_scale · Σ delta, then x / sqrt(mean(x²) + eps) · weight · factor.
 
     Args:
         residual: [tokens, d_model] float32, changed in place.
-        delta: [tokens, d_model], or partial sums [parts, tokens, d_model], in any float dtype; None adds nothing.
+        delta: [tokens, d_model], or partial sums [parts, tokens, d_model], in any float dtype; or sums of products of
+            bytes; None adds nothing.
         dtype: of the result.
         weight: [d_model] in any float dtype, or None for ones.
 
     Returns:
         [tokens, d_model] in ``dtype``.
     """
-    rows, width = residual.shape
     out = torch.empty_like(residual, dtype=dtype)
+    _add_norm(residual, delta, inv_scale, epsilon, out, weight, watch, overlaps, factor)
+    return out
+
+
+def add_norm_in_form(
+    residual: Tensor,
+    delta: Tensor | Sums | None,
+    inv_scale: float,
+    epsilon: float,
+    dtype: torch.dtype,
+    in_bytes: torch.dtype | None,
+    weight: Tensor | None,
+    overlaps: bool = False,
+) -> Activations:
+    """As :func:`add_norm`; the result is in 8 bits of the dtype ``in_bytes``, unless that is None."""
+    if in_bytes is None:
+        return add_norm(residual, delta, inv_scale, epsilon, dtype, weight, overlaps=overlaps)
+    rows, width = residual.shape
+    out = empty_bytes(rows, width, in_bytes, dtype, residual.device)
+    _add_norm(residual, delta, inv_scale, epsilon, out, weight, None, overlaps)
+    return out
+
+
+def empty_bytes(rows: int, width: int, dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device) -> Bytes:
+    """Room for activations in 8 bits."""
+    values = torch.empty(rows, width, dtype=dtype, device=device)
+    return Bytes(values, torch.empty(rows, dtype=torch.float32, device=device), compute_dtype)
+
+
+def _add_norm(
+    residual: Tensor,
+    delta: Tensor | Sums | None,
+    inv_scale: float,
+    epsilon: float,
+    out: Activations,
+    weight: Tensor | None,
+    watch: Watch | None,
+    overlaps: bool,
+    factor: float = 1.0,
+) -> None:
+    rows, width = residual.shape
+    sums = delta if isinstance(delta, Sums) else None
+    addend = delta.values if isinstance(delta, Sums) else delta
     block = triton.next_power_of_2(width)
     # For an absent tensor another is passed; the kernel is compiled without the code that would read it.
     kernels.add_norm[(rows,)](
         residual,
-        residual if delta is None else delta,
+        residual if addend is None else addend,
         residual if weight is None else weight,
-        out,
+        out.raw if isinstance(out, Bytes) else out,
         residual if watch is None else watch.finite,
         residual if watch is None else watch.count,
+        residual if sums is None else sums.row_scales,
+        residual if sums is None else sums.column_scales,
+        out.scales if isinstance(out, Bytes) else residual,
         epsilon,
         inv_scale,
-        out_scale,
+        factor,
         width=width,
         block=block,
-        parts=0 if delta is None else 1 if delta.ndim == 2 else len(delta),
+        parts=0 if addend is None else 1 if addend.ndim == 2 else len(addend),
         has_weight=weight is not None,
         watches=watch is not None,
+        has_scales=sums is not None,
+        gives_bytes=isinstance(out, Bytes),
         num_warps=norm_warps(block),
         **overlapping(overlaps),
     )
-    return out
 
 
 def overlapping(overlaps: bool) -> dict[str, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -112,8 +113,13 @@ def time_products(
 
 def _weights(shape: ProductShape, dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
     size = (shape.columns * (2 if shape.kind == "gated" else 1), shape.depth)
-    copies = 1 + _BYTES_OF_WEIGHTS // (size[0] * size[1] * dtype.itemsize)
-    return [torch.randn(size, device=device, dtype=dtype) * shape.depth**-0.5 for _ in range(copies)]
+    copies = range(copies_of(size[0] * size[1] * dtype.itemsize))
+    return [torch.randn(size, device=device, dtype=dtype) * shape.depth**-0.5 for _ in copies]
+
+
+def copies_of(nbytes: int) -> int:
+    """How many weights of so many bytes are needed so that none is in a cache when it is its turn again."""
+    return 1 + _BYTES_OF_WEIGHTS // nbytes
 
 
 def _compile(shape: ProductShape, counts: Sequence[int], weight: Tensor, overlaps: bool) -> None:
@@ -123,7 +129,7 @@ def _compile(shape: ProductShape, counts: Sequence[int], weight: Tensor, overlap
             for configuration in candidates(shape, count):
                 dtype = torch.float32 if shape.kind == "summed" else x.dtype
                 out = x.new_empty(configuration.parts, count, shape.columns, dtype=dtype)
-                tensors, constants = arguments(x, weight, out, configuration, *_epilogue(shape), overlaps)
+                tensors, constants = arguments(x, weight, out, configuration, *epilogue(shape), overlaps)
                 multiply.warmup(*tensors, grid=(1,), **constants)
 
 
@@ -137,7 +143,7 @@ def _times(shape: ProductShape, rows: int, weights: Sequence[Tensor], overlaps: 
             # This card has less shared memory.
             continue
         found = (out.sum(0, dtype=torch.float32) if out.ndim == 3 else out.float()) - expected
-        seconds = _seconds(multiplied, x, weights)
+        seconds = seconds_of(multiplied, x, weights)
         moved = weights[0].nbytes + x.nbytes + out.nbytes
         error = float(found.norm() / expected.norm())
         yield ProductTime(shape, rows, how, seconds * 1e6, moved / seconds / 1e9, error)
@@ -161,12 +167,12 @@ def _gated_by_torch(x: Tensor, weight: Tensor) -> Tensor:
 def _by_kernel(shape: ProductShape, configuration: Configuration, overlaps: bool) -> Way:
     def multiplied(x: Tensor, weight: Tensor) -> Tensor:
         dtype = torch.float32 if shape.kind == "summed" else x.dtype
-        return product(x, weight, configuration, dtype, *_epilogue(shape), overlaps)
+        return product(x, weight, configuration, dtype, *epilogue(shape), overlaps)
 
     return multiplied
 
 
-def _epilogue(shape: ProductShape) -> tuple[Activation | None, bool]:
+def epilogue(shape: ProductShape) -> tuple[Activation | None, bool]:
     return (_ACTIVATION, True) if shape.kind == "gated" else (None, False)
 
 
@@ -178,7 +184,7 @@ def _expected(shape: ProductShape, x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.gelu(gate, approximate="tanh") * up
 
 
-def _seconds(multiplied: Way, x: Tensor, weights: Sequence[Tensor]) -> float:
+def seconds_of(multiplied: Callable[[Tensor, Any], Any], x: Tensor, weights: Sequence[Any]) -> float:
     """Seconds of one product: the mean over a CUDA graph of products with each weight, without the cost of Python."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

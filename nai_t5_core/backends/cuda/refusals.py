@@ -9,7 +9,9 @@ from itertools import chain
 import torch
 from torch import nn
 
+from nai_t5_core.backends.cuda.byte_weight import refuses_projection
 from nai_t5_core.backends.cuda.card import COMPILED_FOR_AMD, card_of
+from nai_t5_core.backends.quantised.projections import QuantisedEmbedding, QuantisedLinear
 from nai_t5_core.model.attention import FusedSelfAttention, SelfAttentionLayer
 from nai_t5_core.model.block import is_watched, torch_is_needed
 from nai_t5_core.model.encoder import Encoder, T5EncoderStack
@@ -26,12 +28,13 @@ from nai_t5_core.model.layers import (
 
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16)
 LEAST_CAPABILITY = (8, 0)  # of NVIDIA's
+BYTES_NOT_FOR_AMD = "the kernels for weights in 8 bits were compiled for NVIDIA's cards only"
 
 # Exactly these classes: subclasses do more (adapters, quantisation, offloading).
 _KNOWN = {
     *(*PLAIN_LINEARS, nn.Embedding, NoInit.Embedding, nn.ModuleList),
     *(T5EncoderStack, Encoder, EncoderBlock, SelfAttentionLayer, FeedForwardLayer, FoldedRMSNorm, RMSNorm),
-    *(FusedSelfAttention, FusedGatedFeedForward, FeedForward),
+    *(FusedSelfAttention, FusedGatedFeedForward, FeedForward, QuantisedLinear, QuantisedEmbedding),
 }
 
 
@@ -40,6 +43,15 @@ def missing_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (torch for CUDA brings it along on Linux; elsewhere install it by itself)"
     return None
+
+
+def missing_for_8_bits(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no encoder in this dtype can be computed from weights in 8 bits on a card, as a sentence; None if it can."""
+    if missing := missing_triton():
+        return missing
+    if dtype not in COMPUTE_DTYPES:
+        return f"8 bits on CUDA are for {_allowed_dtypes()}, the model is in {dtype}"
+    return next(_device_obstacles(device), None) or (BYTES_NOT_FOR_AMD if _is_amd(device) else None)
 
 
 def refuses(stack: T5EncoderStack) -> str | None:
@@ -80,11 +92,19 @@ def obstacles_of(device: torch.device, dtype: torch.dtype, d_kv: int) -> Iterato
     if missing := missing_triton():
         yield missing
     if dtype not in COMPUTE_DTYPES:
-        allowed = ", ".join(str(each).removeprefix("torch.") for each in COMPUTE_DTYPES)
-        yield f"the model is in {dtype}; allowed: {allowed}"
+        yield f"the model is in {dtype}; allowed: {_allowed_dtypes()}"
     if d_kv < 16 or d_kv & (d_kv - 1):
         yield f"heads of size {d_kv}; allowed: powers of two from 16 on"
     yield from _device_obstacles(device)
+
+
+def _allowed_dtypes() -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTE_DTYPES)
+
+
+def _is_amd(device: torch.device) -> bool:
+    card = card_of(device)
+    return card is not None and card.is_amd
 
 
 def _device_obstacles(device: torch.device) -> Iterator[str]:
@@ -108,6 +128,8 @@ def _module_obstacles(module: nn.Module, dtype: torch.dtype, devices: set[torch.
         yield f"a {kind.__name__} of the model has hooks, or another forward"
     if module.__dict__.get("scale", 1) != 1:
         yield f"a {kind.__name__} is scaled from outside of its weights"
+    if isinstance(module, QuantisedLinear | QuantisedEmbedding):
+        yield from _quantised_obstacles(module, devices)
     weight = module._parameters.get("weight")
     if weight is None:
         return
@@ -119,6 +141,16 @@ def _module_obstacles(module: nn.Module, dtype: torch.dtype, devices: set[torch.
             f"the weight of a {kind.__name__} is in {weight.dtype} on {weight.device}, or not contiguous; "
             f"needed: {needed} on {' or '.join(map(str, devices))}"
         )
+
+
+def _quantised_obstacles(module: QuantisedLinear | QuantisedEmbedding, devices: set[torch.device]) -> Iterator[str]:
+    if any(map(_is_amd, devices)):
+        yield BYTES_NOT_FOR_AMD
+    forms = module.forms if isinstance(module, QuantisedLinear) else (module.form,)
+    if any(form.weight.device not in devices for form in forms):
+        yield f"a quantised weight is on {forms[0].weight.device}; needed: {' or '.join(map(str, devices))}"
+    if isinstance(module, QuantisedLinear) and (reason := refuses_projection(module)):
+        yield reason
 
 
 def is_interpreted() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,12 +24,18 @@ class CudaRunner:
 
     Args:
         eager, products, record_at: see :func:`nai_t5_core.backends.cuda.encoder.cuda_encoder`.
+        kinds: those of quantised weights that the kernels read, by name, to tell users.
     """
 
-    name = "kernels for CUDA"
-
-    def __init__(self, eager: bool = False, products: ProductsChoice = "auto", record_at: int = 1) -> None:
+    def __init__(
+        self,
+        eager: bool = False,
+        products: ProductsChoice = "auto",
+        record_at: int = 1,
+        kinds: Sequence[str] = (),
+    ) -> None:
         self.eager, self.products, self.record_at = eager, products, record_at
+        self.name = "kernels for CUDA" + (f", {' and '.join(kinds)} weights" if kinds else "")
         self._encoder: CudaEncoder | None = None
 
     def __call__(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.cuda.activations import Bytes, Sums
 from nai_t5_core.backends.cuda.launches import gate
 from nai_t5_core.facts.config import Activation
 
@@ -23,21 +24,32 @@ _ROUNDED_SUMS = (
 class Products(Protocol):
     """How products are computed; x is [tokens, in_features], a weight [out_features, in_features] in the dtype of x.
 
+    Some take weights in 8 bits as well (:class:`nai_t5_core.backends.cuda.byte_weight.ByteWeight`), and x in 8 bits
+    where :meth:`input_bytes` says so.
+
     If ``overlaps`` is set, launches of products and of the kernels between them overlap: each starts when all programs
     of the launch before it are running, and waits for their end in the kernel (programmatic dependent launch).
     """
 
     overlaps: bool
 
-    def plain(self, x: Tensor, weight: Tensor) -> Tensor:
+    def input_bytes(self, weights: torch.dtype | None, rows: int) -> torch.dtype | None:
+        """The dtype of 8 bits that a layer's activations of so many rows are to be in; None: the compute dtype.
+
+        Args:
+            weights: the dtype of all weights of the layer, if nothing but scales of columns multiplies them; else None.
+        """
+        ...
+
+    def plain(self, x: Any, weight: Any) -> Tensor:
         """x · weightᵀ, [tokens, out_features] in the dtype of x."""
         ...
 
-    def activated(self, x: Tensor, weight: Tensor, activation: Activation, is_gated: bool) -> Tensor:
-        """act(x · weightᵀ), or act(gate) · up where the weight has gate above up: [tokens, d_ff]."""
+    def activated(self, x: Any, weight: Any, activation: Activation, is_gated: bool) -> Tensor | Bytes:
+        """act(x · weightᵀ), or act(gate) · up where the weight has gate above up: [tokens, d_ff], in bytes as x is."""
         ...
 
-    def summed(self, x: Tensor, weight: Tensor) -> Tensor:
+    def summed(self, x: Any, weight: Any) -> Tensor | Sums:
         """x · weightᵀ, to add in float32: [tokens, out_features], or partial sums [parts, tokens, out_features]."""
         ...
 
@@ -46,6 +58,9 @@ class TorchProducts:
     """Products by torch, each rounded to the compute dtype."""
 
     overlaps = False
+
+    def input_bytes(self, weights: torch.dtype | None, rows: int) -> torch.dtype | None:
+        return None
 
     def plain(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch.mm(x, weight.t())

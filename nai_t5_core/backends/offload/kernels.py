@@ -16,11 +16,13 @@ from nai_t5_core.backends.cuda.card import card_of
 from nai_t5_core.backends.cuda.documents import COLUMNS, document_table
 from nai_t5_core.backends.cuda.encoder import CudaEncoder, products_for, shapes_for
 from nai_t5_core.backends.cuda.runner import CudaRunner
+from nai_t5_core.backends.quantised.projections import QuantisedLinear
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.inputs import moved
 from nai_t5_core.model.packing import Packing
 
 if TYPE_CHECKING:
+    from nai_t5_core.backends.cuda.activations import Activations, Sums
     from nai_t5_core.backends.cuda.block import CudaBlock
     from nai_t5_core.backends.cuda.examined import ExaminedStack
     from nai_t5_core.backends.cuda.launches import Documents
@@ -31,11 +33,17 @@ if TYPE_CHECKING:
 class KernelsLayerByLayer(CudaRunner):
     """As :class:`nai_t5_core.backends.cuda.runner.CudaRunner`, for a stack whose layers are offloaded."""
 
-    name = "kernels for CUDA, layer by layer"
-
     def __init__(self, offload: HasRing) -> None:
         super().__init__(eager=True)
+        self.name = "kernels for CUDA, layer by layer"
         self._offload = offload
+
+    @torch.no_grad()
+    def refusal(self, stack: T5EncoderStack) -> str | None:
+        """As of a resident stack; quantised layers are torch's, which unpacks them when they have come."""
+        if any(isinstance(module, QuantisedLinear) for module in stack.modules()):
+            return "its layers are quantised and offloaded"
+        return super().refusal(stack)
 
     def _encoder_of(self, stack: T5EncoderStack) -> CudaEncoder | None:
         if self._encoder is None and self.refusal(stack) is None:
@@ -95,14 +103,21 @@ class _BroughtBlock:
     def feed_forward_factor(self) -> float:
         return self.resting.feed_forward_factor
 
-    def add_attention(self, residual: Tensor, hidden: Tensor, documents: Documents, products: Products) -> Tensor:
+    def normed(
+        self, residual: Tensor, delta: Tensor | Sums | None, factor: float, dtype: torch.dtype, products: Products
+    ) -> Activations:
+        return self.resting.normed(residual, delta, factor, dtype, products)
+
+    def add_attention(
+        self, residual: Tensor, hidden: Activations, documents: Documents, products: Products
+    ) -> Activations:
         self._until.close()  # of a call that was broken off
         place = self._until.enter_context(self.offload.ring.layer(self.index, self.block))
         rest = self.resting
         self._here = replace(rest, qkv=place(rest.qkv), o=place(rest.o), wi=place(rest.wi), wo=place(rest.wo))
         return self._here.add_attention(residual, hidden, documents, products)
 
-    def feed_forward(self, hidden: Tensor, products: Products) -> Tensor:
+    def feed_forward(self, hidden: Activations, products: Products) -> Tensor | Sums:
         assert self._here is not None
         try:
             return self._here.feed_forward(hidden, products)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.quantised.kinds import WEIGHT, Layout, Parts, Rows, looked_up, wrong_part
+from nai_t5_core.backends.quantised.kinds import WEIGHT, Layout, Parts, Rows, looked_up, there, wrong_part
 
 # Blocks of bytes [blocks, size] to numbers [blocks, block] float32.
 Unpack = Callable[[Tensor], Tensor]
@@ -67,7 +67,7 @@ def nibbles(packed: Tensor, width: int) -> Tensor:
 
 def fifth_bits(packed: Tensor) -> Tensor:
     """32 bits from 4 bytes, each at its place as a fifth bit: [blocks, 4] to [blocks, 32], 0 or 16."""
-    return ((packed[:, :, None] >> _EACH_BIT.to(packed.device)) & 1).reshape(len(packed), -1) << 4
+    return ((packed[:, :, None] >> there(_EACH_BIT, packed.device)) & 1).reshape(len(packed), -1) << 4
 
 
 _EACH_BIT = torch.arange(8, dtype=torch.uint8)
@@ -77,4 +77,4 @@ _UNEVEN = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38,
 
 def uneven(indices: Tensor) -> Tensor:
     """The values of 4-bit indices, float32."""
-    return looked_up(_UNEVEN, indices)
+    return looked_up(there(_UNEVEN, indices.device), indices)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from itertools import chain
 
 import torch
 
 from nai_t5_core.backends.choices import ProductsChoice
-from nai_t5_core.backends.forecast import in_place
+from nai_t5_core.backends.cuda.byte_weight import is_read as cuda_reads
+from nai_t5_core.backends.forecast import in_place, on_cuda
 from nai_t5_core.backends.kernels.build import set_to_use
 from nai_t5_core.backends.kernels.runners import KERNELS, best
 from nai_t5_core.backends.quantised.kinds import Kind
@@ -25,6 +27,7 @@ def forecast_quantised(
     kinds: Iterable[Collection[Kind]],
     layout: Layout = "fused",
     scales: StackScales | None = None,
+    optimize: bool = True,
     attention: AttentionChoice = "auto",
     products: ProductsChoice = "auto",
 ) -> str:
@@ -34,9 +37,11 @@ def forecast_quantised(
         kinds: those of the projections of each layer; a layer may have none, and is computed as others are then.
     """
     words = f"{device.type}, quantised weights, {attention}"
+    kinds = [list(of_layer) for of_layer in kinds]
+    if device.type == "cuda" and optimize and attention == "auto" and all(cuda_reads(kind) for kind in chain(*kinds)):
+        return f"{words}, {on_cuda(device)}"
     if device.type != "cpu":
         return words
-    kinds = [list(of_layer) for of_layer in kinds]
     plain = "torch" if all(kinds) else in_place(config, dtype, layout, scales)
     if plain != "torch":
         words = f"{words}, beside {plain}"

@@ -23,12 +23,13 @@ class QuantisedForm:
         weight: [out_features, in_features].
         columns: the weight of the norm before it [in_features] float32, which a fused model has in its projections.
         scale: the power of two that keeps float16 in range.
+        in_8_bits: whether it was quantised here, and is no longer the weight that was given.
     """
 
     weight: QuantisedWeight
     columns: Tensor | None = None
     scale: float = 1.0
-    in_8_bits = False
+    in_8_bits: bool = False
 
     @property
     def out_features(self) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.backends.quantised.blocks import BlockKind, half, nibbles, uneven
+from nai_t5_core.backends.quantised.kinds import there
 
 _BLOCK = 256
 _PAIRS = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
@@ -15,12 +16,12 @@ _BITS = torch.arange(8, dtype=torch.uint8)
 def _pairs(packed: Tensor, width: int) -> Tensor:
     """2 bits each: of every ``width`` bytes the lowest two bits, then the next two, …: [blocks, bytes] to 4 times."""
     groups = packed.reshape(len(packed), -1, 1, width)
-    return ((groups >> _PAIRS.to(packed.device)[:, None]) & 3).reshape(len(packed), -1)
+    return ((groups >> there(_PAIRS, packed.device)[:, None]) & 3).reshape(len(packed), -1)
 
 
 def _bits(packed: Tensor) -> Tensor:
     """One bit each: of all 32 bytes the lowest bit, then the next, …: [blocks, 32] to [blocks, 256]."""
-    return ((packed[:, None, :] >> _BITS.to(packed.device)[:, None]) & 1).reshape(len(packed), -1)
+    return ((packed[:, None, :] >> there(_BITS, packed.device)[:, None]) & 1).reshape(len(packed), -1)
 
 
 def _scaled(values: Tensor, scale: Tensor, minimum: Tensor | None = None) -> Tensor:
@@ -76,7 +77,7 @@ def _iq4_xs(blocks: Tensor) -> Tensor:
     """Scales of 6 bits from −32 on: the upper two bits of all 8 in two bytes, the lower four in four."""
     lower = blocks[:, 4:8]
     lower = torch.stack((lower & 15, lower >> 4), dim=2).reshape(len(blocks), -1)
-    upper = ((blocks[:, 2:4, None] >> _PAIRS.to(blocks.device)) & 3).reshape(len(blocks), -1)
+    upper = ((blocks[:, 2:4, None] >> there(_PAIRS, blocks.device)) & 3).reshape(len(blocks), -1)
     scales = (lower | (upper << 4)).view(torch.int8) - 32
     return _scaled(uneven(nibbles(blocks[:, 8:], 16)), half(blocks, 0) * scales)
 

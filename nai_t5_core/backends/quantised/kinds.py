@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -125,6 +126,13 @@ class Plain:
     def unpack(self, parts: Parts, rows: Rows) -> Tensor:
         # A run of rows would be a view of the model's own weight.
         return parts[WEIGHT][rows].to(torch.float32, copy=True)
+
+
+@lru_cache
+@torch.inference_mode(False)
+def there(constant: Tensor, device: torch.device) -> Tensor:
+    """A constant on a device, copied once: a copy has the host wait for the device, and CUDA graphs cannot have it."""
+    return constant.to(device)
 
 
 def looked_up(table: Tensor, places: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.quantised.kinds import WEIGHT, Layout, Parts, Rows, looked_up, wrong_part
+from nai_t5_core.backends.quantised.kinds import WEIGHT, Layout, Parts, Rows, looked_up, there, wrong_part
 
 SCALE = "weight_scale"
 SCALE_2 = "weight_scale_2"
@@ -133,7 +133,7 @@ class NVFP4:
 
     def unpack(self, parts: Parts, rows: Rows) -> Tensor:
         packed = parts[WEIGHT][rows]
-        values = looked_up(_E2M1, torch.stack((packed >> 4, packed & 15), dim=2))
+        values = looked_up(there(_E2M1, packed.device), torch.stack((packed >> 4, packed & 15), dim=2))
         count = packed.shape[1] * 2 // self.block
         scale = untiled(parts[SCALE].view(torch.uint8), rows, count).view(torch.float8_e4m3fn).float()
         scale = parts[SCALE_2].float().reshape(()) * scale
@@ -149,7 +149,7 @@ def _floats(values: Tensor) -> Tensor:
     """Numbers of one byte in float32."""
     if values.dtype not in FLOAT8:
         return values.float()
-    return looked_up(_table(values.dtype), values.view(torch.uint8))
+    return looked_up(there(_table(values.dtype), values.device), values.view(torch.uint8))
 
 
 @lru_cache

@@ -98,7 +98,9 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
     if found := diagnosis.data("choice"):
         yield _choice(found)
     if found := diagnosis.data("kernel-speed"):
-        yield _kernels(found)
+        yield _kernels("Our kernels for CUDA", found)
+    if found := diagnosis.data("8-bit-speed"):
+        yield _kernels("Weights in 8 bits by our kernels for CUDA", found)
     if found := diagnosis.data("offload"):
         yield _offload(found)
     if flex := diagnosis.data("flex"):
@@ -230,10 +232,11 @@ def _flex(flex: dict[str, Any]) -> Section:
     return Section("Attention", ("tokens", *ways), tuple(rows))
 
 
-def _kernels(found: dict[str, Any]) -> Section:
+def _kernels(title: str, found: dict[str, Any]) -> Section:
     variants = list(next(iter(found["times"].values())))
     rows = [(name, *(f"{times[each]['ms']:.2f} ms" for each in variants)) for name, times in found["times"].items()]
-    return Section("Our kernels for CUDA", ("tokens", *variants), tuple(rows))
+    lines = tuple(f"{name}: {_size(count)} of weights" for name, count in found.get("bytes", {}).items())
+    return Section(title, ("tokens", *variants), tuple(rows), lines)
 
 
 def _compiled(title: str, found: dict[str, Any]) -> Section:

@@ -37,6 +37,7 @@ def all_steps() -> tuple[Step, ...]:
     from nai_t5_core.bench.doctor import (
         ceilings,
         choosing,
+        eight_bits,
         first_encode,
         graphs,
         machine,
@@ -54,6 +55,7 @@ def all_steps() -> tuple[Step, ...]:
         Step("masks", "masks that begin or end at odd places", numbers.check_masks, 60),
         Step("generation", "generation against float32 on the CPU", numbers.check_generation, 60),
         Step("kernels", "our kernels for CUDA against float64", own_kernels.check, 120, devices=("cuda",)),
+        Step("8-bits", "weights in 8 bits by our kernels for CUDA", eight_bits.check, 120, devices=("cuda",)),
         Step("sums", "float16 sums of many products", numbers.check_sums, 30, devices=("cuda",)),
         Step("speed", "our encoder at typical lengths", speed.measure_lengths, 120),
         Step("batches", "our encoder with many prompts", speed.measure_batches, 60),
@@ -69,6 +71,8 @@ def all_steps() -> tuple[Step, ...]:
         Step(
             "kernel-speed", "our kernels for CUDA, eager and in graphs", own_kernels.time_kernels, 90, True, ("cuda",)
         ),
+        Step("8-bit-speed", "weights in 8 bits, in graphs", eight_bits.time_eight_bits, 90, True, ("cuda",)),
+        Step("8-bit-products", "the same from weights in 8 bits", own_kernels.time_byte_products, 150, True, ("cuda",)),
         Step("products", "the bare products of a layer", speed.measure_products, 60, True, ("cuda",)),
         Step("offload", "layers from the host's memory, beside the bus", offload.measure, 120, True, ("cuda",)),
         Step("transformers", "transformers beside ours", peers.time_transformers, 90, True),

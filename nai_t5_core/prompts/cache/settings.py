@@ -77,6 +77,7 @@ def settings_for(examination: Examination, how: Choices, weights: str | None = N
                 _kinds_of_layers(examination),
                 layout=how.layout,
                 scales=told,
+                optimize=how.optimize,
                 attention=attention,
                 products=how.products,
             )

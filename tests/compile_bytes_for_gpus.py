@@ -1,0 +1,104 @@
+"""Compiles the kernels for weights in 8 bits for GPUs that are not here, as compile_for_gpus.py does the others.
+
+python tests/compile_bytes_for_gpus.py 90 [80 …]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from compile_for_gpus import compiled
+
+from nai_t5_core.backends.cuda import byte_kernels, kernels
+from nai_t5_core.backends.cuda.byte_product_kernel import multiply_bytes, unpack_bytes
+from nai_t5_core.backends.cuda.byte_products import ESTIMATED_FOR_BYTES
+from nai_t5_core.backends.cuda.launches import norm_warps
+from nai_t5_core.backends.cuda.products import Configuration, Kind
+
+
+def products(capability: int, overlaps: bool) -> Iterator[dict[str, Any]]:
+    """Every configuration for int8 and Q8_0; the first of each size for float8, and for all of them in bfloat16."""
+    float8 = "float8_e4m3" if capability >= 89 else "float8_e4m3, by bits"
+    wholes, blocks = ("int8", float8, "float8_e5m2"), ("int8",)
+    for (kind, rows), configurations in ESTIMATED_FOR_BYTES.items():
+        for number, configuration in enumerate(configurations):
+            for half in ("*fp16", "*bf16") if number == 0 else ("*fp16",):
+                for has_blocks in (False, True):
+                    if has_blocks and configuration.block_depth % 32:
+                        continue
+                    for read in (blocks if has_blocks else wholes) if number == 0 else ("int8",):
+                        how = (kind, rows, configuration, read, has_blocks, half)
+                        yield product(capability, overlaps, *how)
+
+
+def product(
+    capability: int,
+    overlaps: bool,
+    kind: Kind,
+    rows: int,
+    configuration: Configuration,
+    read: str,
+    has_blocks: bool,
+    half: str,
+) -> dict[str, Any]:
+    types = {"x": half, "weight": "*i8" if read == "int8" else "*u8", "scales": "*fp32", "rows": "i32"}
+    types |= {"block_scales": "*fp16" if has_blocks else "*fp32", "out": "*fp32" if kind == "summed" else half}
+    constants = {
+        "columns": 4096,
+        "depth": 10240,
+        "block_rows": rows,
+        "block_columns": configuration.block_columns,
+        "block_depth": configuration.block_depth,
+        "parts": configuration.parts,
+        "kind": read,
+        "has_blocks": has_blocks,
+        "activation": "gelu_new" if kind == "gated" else "none",
+        "is_gated": kind == "gated",
+        "stages": configuration.stages,
+    }
+    return compiled(multiply_bytes, capability, types, constants, configuration.warps, overlaps)
+
+
+def others(capability: int, half: str) -> Iterator[dict[str, Any]]:
+    """What unpacks, and what lies between products in 8 bits."""
+    float8 = "float8_e4m3" if capability >= 89 else "float8_e4m3, by bits"
+    for read, has_blocks in (("int8", False), ("int8", True), (float8, False), ("float8_e5m2", False)):
+        types = {"weight": "*i8" if read == "int8" else "*u8", "scales": "*fp32", "out": half}
+        types |= {"block_scales": "*fp16" if has_blocks else "*fp32"}
+        types |= {"columns": "i32", "all_columns": "i32", "depth": "i32"}
+        constants: dict[str, Any] = {"kind": read, "has_blocks": has_blocks, "block_columns": 8, "block_depth": 256}
+        yield compiled(unpack_bytes, capability, types, constants, 4)
+    for out in ("*i8", "*u8"):
+        types = {"x": half, "out": out, "scales": "*fp32"}
+        for width, block in ((4096, 4096), (6144, 8192)):
+            sizes = {"width": width, "block": block}
+            yield compiled(byte_kernels.round_rows, capability, types, sizes, norm_warps(block))
+        has_scales = out == "*i8"
+        types = {"joined": "*i32" if has_scales else "*bf16", "out": out, "scales": "*fp32"}
+        types |= {"row_scales": "*fp32", "column_scales": "*fp32"}
+        for activation in ("relu", "gelu", "gelu_new", "silu"):
+            constants = {"width": 10240, "activation": activation, "is_gated": activation != "relu", "block": 1024}
+            yield compiled(byte_kernels.gate_in_bytes, capability, types, constants | {"has_scales": has_scales}, 4)
+        for delta, parts in (("*fp32", 0), ("*i32" if has_scales else "*bf16", 1)):
+            types = {"residual": "*fp32", "delta": delta, "weight": "*fp32", "out": out, "finite": "*i32"}
+            types |= {"count": "*i32", "epsilon": "fp32", "inv_scale": "fp32"}
+            types |= {"row_scales": "*fp32", "column_scales": "*fp32", "out_scales": "*fp32"}
+            constants = {"width": 4096, "block": 4096, "parts": parts, "has_weight": True, "watches": False}
+            constants |= {"has_scales": has_scales and parts == 1, "gives_bytes": True}
+            yield compiled(kernels.add_norm, capability, types, constants, norm_warps(4096))
+    types = {"sums": "*i32", "row_scales": "*fp32", "column_scales": "*fp32", "out": half}
+    yield compiled(byte_kernels.number_sums, capability, types, {"width": 12288, "block": 1024}, 4)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        capability = int(argument)
+        for overlaps in (False, True) if capability >= 90 else (False,):
+            for found in products(capability, overlaps):
+                print(json.dumps({"capability": capability, **found}), flush=True)
+        for half in ("*fp16", "*bf16"):
+            for found in others(capability, half):
+                print(json.dumps({"capability": capability, **found}), flush=True)

@@ -1,0 +1,271 @@
+"""Small encoders with weights in 8 bits, by the kernels for CUDA: as exact as their bytes, laid out and moved."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from byte_toys import CONFIGS, KINDS, exact_of_quantised, linear_of, quantised_stack
+from conftest import build_stack, padding_mask, random_state
+from cuda_toys import DEVICE, HERE, ONE_ROUNDING, PRODUCT_DTYPES, draw, error, exact_of, stack_of
+from torch import Tensor
+
+from nai_t5_core.backends.choose import quantize_int8, why_not_int8
+from nai_t5_core.backends.cuda.encoder import cuda_encoder
+from nai_t5_core.backends.cuda.int8 import quantise_block
+from nai_t5_core.backends.cuda.refusals import missing_triton, refuses
+from nai_t5_core.backends.cuda.runner import CudaRunner
+from nai_t5_core.bench.parity import difference
+from nai_t5_core.facts.scales import LayerScales, StackScales
+
+if missing := missing_triton():
+    pytest.skip(missing, allow_module_level=True)
+
+from nai_t5_core.backends.cuda.byte_products import ESTIMATED_FOR_BYTES
+from nai_t5_core.backends.cuda.byte_weight import ByteWeight, lay_out, weight_of
+from nai_t5_core.backends.cuda.eight_bit_products import EightBitProducts
+from nai_t5_core.backends.cuda.torch_products import TorchProducts
+
+STACKS = ("int8 by us", *KINDS)
+IDS = torch.randint(0, 96, (4, 11), generator=torch.Generator().manual_seed(5))
+MASK = padding_mask([0, 11, 11, 4], 11)
+LONG = torch.randint(0, 96, (1, 140), generator=torch.Generator().manual_seed(6))
+ROWS = torch.randint(0, 96, (1, 24), generator=torch.Generator().manual_seed(7))
+SCALES = StackScales((LayerScales(1, 0.5, 0.25), LayerScales(0.5, 0.25, 1), LayerScales(0.125, 0.5, 0.5)), 0.5)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def unpacked_error(kind: str, exact: Any, dtype: torch.dtype, ids: Tensor, mask: Tensor | None, **how: Any) -> float:
+    """What an encoder of the same numbers in the compute dtype is off by, which rounds weights as well."""
+    return error(copy.deepcopy(exact).to(dtype)(ids, mask, **how), exact(ids, mask, **how))
+
+
+@pytest.mark.parametrize("kind", STACKS)
+@pytest.mark.parametrize("config", ["v1.0", "v1.1", "umt5"])
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES)
+def test_an_encoder_is_as_exact_as_its_unpacked_weights(kind: str, config: str, dtype: torch.dtype) -> None:
+    stack = quantised_stack(kind, CONFIGS[config], dtype)
+    exact = exact_of_quantised(stack)
+    found = cuda_encoder(stack, eager=True).encode(IDS, MASK, "skip")
+    assert int(found.finite) == 1
+    expected = exact(IDS, MASK, padding="skip")
+    assert error(found.hidden, expected) < 1.3 * unpacked_error(kind, exact, dtype, IDS, MASK, padding="skip")
+
+
+@pytest.mark.parametrize(("kind", "products"), [*(("Q8_0", products) for products in HERE), ("int8 by us", "auto")])
+def test_scaled_encoders_by_every_choice_of_products(kind: str, products: Any) -> None:
+    stack = quantised_stack(kind, scales=SCALES)
+    exact = exact_of_quantised(stack)
+    found = cuda_encoder(stack, eager=True, products=products)(IDS, MASK, "trim", 2)
+    how: dict[str, Any] = {"padding": "trim", "extra_pad": 2}
+    assert error(found, exact(IDS, MASK, **how)) < 1.3 * unpacked_error(kind, exact, torch.float16, IDS, MASK, **how)
+
+
+@pytest.mark.parametrize("kind", ["int8 by us", "float8 by row", "Q8_0"])
+def test_a_long_row_is_computed_from_unpacked_weights(kind: str) -> None:
+    stack = quantised_stack(kind)
+    exact = exact_of_quantised(stack)
+    found = cuda_encoder(stack, eager=True)(LONG)
+    assert error(found, exact(LONG)) < 1.3 * unpacked_error(kind, exact, torch.float16, LONG, None)
+
+
+def eight_bits(stack: Any, converts_float8: bool = True, least_rows: int = 20) -> Any:
+    """With fewer rows than in practice, which the interpreter takes long for."""
+    encoder = cuda_encoder(stack, eager=True, products="8-bit")
+    how = (TorchProducts(), ESTIMATED_FOR_BYTES, converts_float8)
+    encoder._products = EightBitProducts(*how, least_rows=least_rows)
+    return encoder
+
+
+def test_which_rows_are_in_8_bits() -> None:
+    products: Any = cuda_encoder(quantised_stack("int8"), eager=True, products="8-bit")._products
+    assert [products.input_bytes(torch.int8, rows) for rows in (255, 256)] == [None, torch.int8]
+    assert products.input_bytes(None, 256) is None and products.input_bytes(torch.float8_e5m2, 256) is None
+    assert products.input_bytes(torch.float8_e4m3fn, 256) is None, "this card multiplies no float8"
+    for kind, shape, expected in (("int8", (48, 64), torch.int8), ("int8", (40, 64), None), ("Q8_0", (48, 64), None)):
+        weight: Any = weight_of(linear_of(kind, shape))
+        assert weight.row_scaled_dtype == expected
+
+
+# What rounding activations costs, as the differences' norm relative to the result's.
+COSTS = {"int8 by us": 0.02, "int8": 0.03, "float8 by row": 0.2, "float8": 0.2}
+
+
+@pytest.mark.parametrize("kind", COSTS)
+@pytest.mark.parametrize("config", ["v1.0", "v1.1"])
+def test_both_sides_in_8_bits(kind: str, config: str) -> None:
+    stack = quantised_stack(kind, CONFIGS[config], scales=SCALES if config == "v1.1" else None)
+    exact = exact_of_quantised(stack)(ROWS)
+    rounded, plain = eight_bits(stack)(ROWS), cuda_encoder(stack, eager=True)(ROWS)
+    assert error(plain, exact) < 0.005 < error(rounded, exact) < COSTS[kind], "activations are not in 8 bits"
+    assert torch.equal(eight_bits(stack)(ROWS[:, :19]), cuda_encoder(stack, eager=True)(ROWS[:, :19]))
+
+
+@pytest.mark.parametrize("has_outliers", [False, True])
+def test_8_bits_lose_no_more_than_the_int8_of_the_cpu(has_outliers: bool) -> None:
+    """By the quantiles that ``nai-t5 parity`` prints, with both sides in 8 bits, and less with weights alone."""
+    config = CONFIGS["v1.1"].encoder_only()
+    state = random_state(config)
+    if has_outliers:
+        for name in state:
+            if "layer_norm" in name and "final" not in name:
+                state[name][::17] *= 20
+    on_cpu: Any = build_stack(config, state)
+    if reason := why_not_int8(on_cpu):
+        pytest.skip(reason)
+    exact = build_stack(config, state, torch.float64)(ROWS)[0]
+    theirs = difference("int8", "float32", quantize_int8(on_cpu)(ROWS)[0], exact)
+    ours: Any = build_stack(config, state, torch.float16)
+    for block in ours.encoder.block:
+        quantise_block(block, torch.float16, torch.device(DEVICE))
+    ours = ours.to(DEVICE)
+    both = difference("int8", "float16", eight_bits(ours)(ROWS)[0].float().cpu(), exact)
+    weights = difference("int8", "float16", cuda_encoder(ours, eager=True)(ROWS)[0].float().cpu(), exact)
+    for quantile, found in theirs.quantiles.items():
+        assert both.quantiles[quantile] < 1.15 * found
+        assert weights.quantiles[quantile] < found
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "e5m2", "float8 by row", None])
+def test_what_has_no_products_in_8_bits_is_computed_as_ever(kind: str | None) -> None:
+    """Blocks of scales, e5m2, float8 on a card that does not multiply it, and weights in 16 bits."""
+    stack = stack_of(CONFIGS["v1.1"]) if kind is None else quantised_stack(kind)
+    assert torch.equal(eight_bits(stack, converts_float8=False)(ROWS), cuda_encoder(stack, eager=True)(ROWS))
+
+
+def test_a_layer_of_several_kinds_is_computed_in_16_bits() -> None:
+    stack, other = quantised_stack("int8"), quantised_stack("Q8_0")
+    stack.encoder.block[1].layer[1].DenseReluDense.wo = other.encoder.block[1].layer[1].DenseReluDense.wo
+    exact = exact_of_quantised(stack)(ROWS)
+    assert 0.005 < error(eight_bits(stack)(ROWS), exact) < COSTS["int8"]
+    assert error(cuda_encoder(stack, eager=True)(ROWS), exact) < 0.005
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How projections are laid out
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_laying_out_changes_no_number_and_the_way_back_no_bit(kind: str) -> None:
+    linear = linear_of(kind, (48, 64), (80, 64), norm=True)
+    before, numbers, size = linear.forms, linear.plain(), sum(form.weight.nbytes for form in linear.forms)
+    lay_out(linear)
+    laid_out = linear.forms
+    assert torch.equal(linear.plain(), numbers)
+    assert address(laid_out[0].joined) == address(laid_out[1].weight.parts["weight"])
+    assert sum(form.weight.nbytes for form in laid_out) == size
+    lay_out(linear)
+    assert linear.forms is laid_out
+    for form, original in zip(laid_out, before, strict=True):
+        back = form._with(form.weight)
+        assert back.weight.kind == original.weight.kind and back.scale == original.scale
+        assert back.weight.parts.keys() == original.weight.parts.keys()
+        for name, part in original.weight.parts.items():
+            assert torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (back.weight.parts[name], part)))
+
+
+def test_what_was_laid_out_is_kept_once() -> None:
+    """No tensor of a projection as it was in its file is left."""
+    linear = linear_of("Q8_0", (48, 64), (80, 64))
+    weight: Any = weight_of(linear)
+    tensors = [part for form in linear.forms for part in form.weight.parts.values()]
+    assert len(set(map(address, (*tensors, weight.values, weight.block_scales)))) == 2
+
+
+@pytest.mark.parametrize("kind", ["int8", "Q8_0", "float8"])
+def test_copies_pickles_and_casts_are_laid_out_again(kind: str) -> None:
+    linear = linear_of(kind, (48, 64), (80, 64), norm=True)
+    x = draw(5, 64, dtype=torch.float16)
+    lay_out(linear)
+    expected = linear(x)
+    torch.save(linear, pickled := io.BytesIO())
+    assert pickled.tell() < 1.2 * sum(form.weight.nbytes for form in linear.forms) + 8192
+    pickled.seek(0)
+    loaded = torch.load(pickled, weights_only=False)
+    for other in (copy.deepcopy(linear), loaded, copy.deepcopy(linear).bfloat16().half()):
+        assert torch.equal(other(x), expected)
+        lay_out(other)
+        assert all(address(form.joined) == address(form.weight.parts["weight"]) for form in other.forms)
+
+
+def test_a_norm_of_large_weights_stays_in_float16() -> None:
+    """Up to the root of 64 times the weight of a norm: 8 · 30000 exceeds float16."""
+    linear = linear_of("int8", (48, 64), norm=True)
+    form = linear.forms[0]
+    linear.forms = (type(form)(form.weight, form.columns * 3e4, form.scale),)
+    exact = linear.forms[0].lies().double()
+    weight: Any = weight_of(linear)
+    assert float(weight.norm.max()) * 8 <= 2**15
+    assert error(weight.values.double() * weight.scales.double()[:, None] * weight.norm.double(), exact) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused, and what is seen
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_changed_scales_and_replaced_projections_are_seen() -> None:
+    stack: Any = quantised_stack("int8 by us")
+    encoder = cuda_encoder(stack, eager=True)
+    encoder(IDS, MASK)
+    stack.encoder.block[0].layer[1].DenseReluDense.wi.multiply_rows(3.0, 0)
+    other: Any = quantised_stack("Q8_0")
+    stack.encoder.block[1].layer[0].SelfAttention.o = other.encoder.block[1].layer[0].SelfAttention.o
+    exact = exact_of_quantised(stack)
+    assert error(encoder(IDS, MASK), exact(IDS, MASK)) < 1.3 * unpacked_error("", exact, torch.float16, IDS, MASK)
+
+
+def test_kinds_that_are_not_read_are_named() -> None:
+    from nai_t5_core.backends.quantised.packing import pack
+    from nai_t5_core.backends.quantised.projections import QuantisedForm, QuantisedLinear
+
+    stack: Any = quantised_stack("int8")
+    dense = stack.encoder.block[1].layer[1].DenseReluDense
+    with torch.no_grad():
+        forms = [QuantisedForm(pack(torch.randn(64, 256), "q4_k")).to(torch.device(DEVICE))]
+    dense.wo = QuantisedLinear(forms, torch.float16)
+    assert refuses(stack) == "a projection is of kind Q4_K, which is unpacked in every call"
+    kinds = linear_of("int8", (48, 64)).forms + linear_of("Q8_0", (80, 64)).forms
+    dense.wo = QuantisedLinear(kinds, torch.float16)
+    assert refuses(stack) == "a projection is of several kinds: int8, Q8_0"
+
+
+@pytest.mark.parametrize(("kind", "words"), [("int8 by us", "int8"), ("Q8_0", "Q8_0"), ("float8", "float8_e4m3fn")])
+def test_who_computes_is_told(kind: str, words: str) -> None:
+    stack = quantised_stack(kind)
+    stack.runner = CudaRunner(eager=True, kinds=[words])
+    assert stack.describe_attention() == f"auto: kernels for CUDA, {words} weights"
+    found = stack(IDS, MASK)
+    assert torch.equal(found, cuda_encoder(stack, eager=True)(IDS, MASK))
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_without_the_kernels_the_modules_compute_from_the_same_bytes(kind: str) -> None:
+    stack: Any = quantised_stack(kind)
+    cuda_encoder(stack, eager=True)(IDS, MASK)
+    exact = exact_of_quantised(stack)
+    for block in stack.encoder.block:
+        block.runner = None
+    assert error(stack(IDS, MASK), exact(IDS, MASK)) < 1.3 * unpacked_error(kind, exact, torch.float16, IDS, MASK)
+
+
+def test_weights_of_other_kinds_are_as_they_were() -> None:
+    stack: Any = stack_of(CONFIGS["v1.1"])
+    linear = stack.encoder.block[0].layer[0].SelfAttention.o
+    assert weight_of(linear) is linear.weight
+    assert not isinstance(weight_of(linear), ByteWeight)
+    exact = exact_of(CONFIGS["v1.1"])(IDS)
+    assert error(cuda_encoder(stack, eager=True)(IDS), exact) < 5 * ONE_ROUNDING[torch.float16]
