@@ -114,10 +114,15 @@ class JoinedKernels:
         self.norms, self.kernels = norms, kernels
 
     def __call__(self, block: Block, residual: Tensor, attend: Attend, dtype: torch.dtype) -> Tensor:
-        return self.kernels(residual, attend, *(norm.detach().to(residual.dtype) for norm in self.norms))
+        return self.kernels(residual, attend, *(_aligned(norm.detach().to(residual.dtype)) for norm in self.norms))
 
     def attends(self, block: Block, dtype: torch.dtype) -> bool:
         return True
+
+
+def _aligned(norm: Tensor) -> Tensor:
+    """A norm's weight that begins where a number may; in a file that is mapped, it may begin within one."""
+    return norm.clone() if norm.data_ptr() % norm.dtype.itemsize else norm
 
 
 class JoinedProducts:

@@ -18,10 +18,12 @@ from nai_t5_core.backends.kernels.build import missing_for, prepare_kernels
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend
 from nai_t5_core.backends.kernels.sets import AVX2_VNNI, SETS, InstructionSet
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
-from nai_t5_core.backends.quantised.kernels import BY_QUANTISED_WEIGHTS, QuantisedKernels
+from nai_t5_core.backends.quantised.kernels import BY_QUANTISED_WEIGHTS, QuantisedKernels, runner_of_quantised
 from nai_t5_core.backends.quantised.kinds import QuantisedWeight
 from nai_t5_core.backends.quantised.packing import pack, unpacked
+from nai_t5_core.backends.quantised.projections import QuantisedLinear
 from nai_t5_core.backends.quantised.runner import QuantisedBackend
+from nai_t5_core.backends.quantised.single import KernelProduct
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 
 CONFIG = TOY_CONFIGS["v1.1"].encoder_only()
@@ -40,6 +42,7 @@ class BackendCase:
         is_fixed: whether they are then for the CPU and one dtype.
         rounding: of its numbers against those of the same dtype by torch, relative to the largest.
         attends: whether attention is its own.
+        multiplies: whether its products are the kernels'.
         widens: whether it computes in float32 from weights in 16 bits, for which float16 has no range to leave.
     """
 
@@ -50,6 +53,7 @@ class BackendCase:
     is_fixed: bool = True
     in_8_bits: bool = False
     attends: bool = False
+    multiplies: bool = False
     widens: bool = False
     dtypes: tuple[torch.dtype, ...] = FLOATS
 
@@ -79,7 +83,7 @@ def _cases_of(instructions: InstructionSet) -> dict[str, BackendCase]:
     """In place, in panels, and in 8 bits."""
     title, name = f"{instructions.title} kernels", instructions.name
     choice: Any = name
-    own = {"attends": True, "widens": torch.float16 in instructions.stored}
+    own = {"attends": True, "multiplies": True, "widens": torch.float16 in instructions.stored}
     return {
         f"{name} in place": BackendCase(
             title,
@@ -103,15 +107,31 @@ def _cases_of(instructions: InstructionSet) -> dict[str, BackendCase]:
 Packing = Callable[[Tensor], QuantisedWeight]
 
 
-def by(packing: Packing, instructions: InstructionSet | None = None) -> Callable[[T5EncoderStack], T5EncoderStack]:
-    """Keeps the weights of projections quantised; computed by the kernels for this set, or else by torch."""
+class ByTorch(KernelProduct):
+    """Leaves every product to torch."""
+
+    def __call__(self, *_: Any) -> None:
+        return None
+
+
+def by(
+    packing: Packing, instructions: InstructionSet | None = None, in_blocks: bool = True
+) -> Callable[[T5EncoderStack], T5EncoderStack]:
+    """Keeps the weights of projections quantised; computed by the kernels for this set, or else by torch.
+
+    Not ``in_blocks``, the kernels compute products and nothing more.
+    """
 
     def bind(stack: T5EncoderStack) -> T5EncoderStack:
         block: Any
         for block in stack.encoder.block:
             QuantisedBackend(packing).bind(block, stack.dtype)
-            by_torch = ByModules(BY_QUANTISED_WEIGHTS)
-            block.runner = by_torch if instructions is None else QuantisedKernels(instructions)
+            runner_of_quantised(block, instructions)
+            is_whole = instructions is not None and in_blocks
+            block.runner = QuantisedKernels(instructions) if is_whole else ByModules(BY_QUANTISED_WEIGHTS)
+            for part in block.modules():
+                if isinstance(part, QuantisedLinear) and instructions is None:
+                    part.product = ByTorch()
         return stack
 
     return bind
@@ -120,18 +140,21 @@ def by(packing: Packing, instructions: InstructionSet | None = None) -> Callable
 def _quantised_cases_of(instructions: InstructionSet) -> dict[str, BackendCase]:
     """Weights as they are, and in blocks of a GGUF file, read by the kernels."""
     title, name = f"{instructions.title} kernels, {BY_QUANTISED_WEIGHTS}", instructions.name
-    return {
-        f"{label} {name}": BackendCase(
+    cases = {}
+    for label, packing in (("quantised, without loss", unpacked), ("quantised", partial(pack, kind="int8"))):
+        own = {"is_fixed": False, "in_8_bits": packing is not unpacked, "multiplies": True}
+        missing = _missing(KERNELS[name])
+        cases[f"{label} {name}"] = BackendCase(
             title,
             by(packing, instructions),
-            _missing(KERNELS[name]),
-            is_fixed=False,
+            missing,
             attends=True,
-            in_8_bits=packing is not unpacked,
             widens=torch.float16 in instructions.stored,
+            **own,
         )
-        for label, packing in (("quantised, without loss", unpacked), ("quantised", partial(pack, kind="int8")))
-    }
+        one_by_one = by(packing, instructions, in_blocks=False)
+        cases[f"{label} {name}, one by one"] = BackendCase(BY_QUANTISED_WEIGHTS, one_by_one, missing, **own)
+    return cases
 
 
 CASES = {

@@ -68,7 +68,7 @@ def test_it_computes_the_encoder_and_says_so(case: BackendCase, layout: Layout, 
     assert stack.describe_attention() == ("auto: kernels" if case.attends else "auto: sdpa")
     with counted() as by_kernels:
         last_of(stack, 1)
-    assert (by_kernels.flops > 0) == case.attends
+    assert (by_kernels.flops > 0) == case.multiplies
     assert any(isinstance(module, nn.Linear) for module in stack.modules()) != case.holds_weights
 
 

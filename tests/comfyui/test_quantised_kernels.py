@@ -201,3 +201,17 @@ def test_as_in_the_library(kind: str, tmp_path: Path, monkeypatch: pytest.Monkey
             each(None, torch.ones(2, 30), inputs_embeds=inputs.to(torch.bfloat16)) for each in (stack, theirs)
         )
     assert torch.equal(found, meant)
+
+
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_norms_may_begin_anywhere(shift: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do in a file that is mapped, behind bytes."""
+    clip = load(write_kind(tmp_path, "int8"), monkeypatch, Settings("bfloat16"))
+    plain = conditioning(clip, PROMPT)["cond"]
+    for block in t5_of(clip).encoder.block:
+        for layer in block.layer:
+            content = bytearray(shift) + bytearray(layer.layer_norm.weight.detach().float().numpy().tobytes())
+            norm = torch.frombuffer(content, dtype=torch.uint8)[shift:].numpy().view("float32")
+            layer.layer_norm.weight = torch.nn.Parameter(torch.from_numpy(norm), requires_grad=False)
+            assert layer.layer_norm.weight.data_ptr() % 4
+    assert torch.equal(conditioning(clip, PROMPT)["cond"], plain)
