@@ -127,10 +127,10 @@ def _stream_as_in_the_file(clip: Any) -> None:
     Of a float8 file that would be float32. Norms are cast when they are loaded, and not in every call.
     """
     for owner in t5_models(clip.cond_stage_model).values():
-        module: Any
         for module in owner.transformer.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                module.weight_comfy_model_dtype = module.weight.dtype
+                streamed: Any = module
+                streamed.weight_comfy_model_dtype = module.weight.dtype
 
 
 def _keep_quantised(clip: Any, checkpoint: ServerCheckpoint) -> None:

@@ -39,8 +39,8 @@ def doctor(
     from nai_t5_core.weights.whole_files import write_whole
 
     settings = DoctorSettings(device, size, full, budget, tuple(only.split(",")) if only else (), results)
-    for path in filter(None, (results, markdown, picture)):
-        _refuse_unwritable(path)
+    for written in filter(None, (results, markdown, picture)):
+        _refuse_unwritable(written)
     with err.status("looking") as status:
         diagnosis = examine_machine(settings, status.update)
     kept = write_choice(diagnosis)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from nai_t5_core.model.inputs import check_ids, dense_mask, for_every_query, mov
 from nai_t5_core.model.layers import FoldedRMSNorm, RMSNorm, residual_dtype, scaled
 from nai_t5_core.model.offloading import Offloading
 from nai_t5_core.model.packing import Packing, PaddingPolicy, bucket_for, pack_batch
+from nai_t5_core.model.stack_runner import StackRunner
 from nai_t5_core.model.turns import Turns
 
 Layout = Literal["fused", "separate"]
@@ -102,36 +103,6 @@ class Encoder(nn.Module):
         """The final norm: residual to hidden states in ``dtype``."""
         hidden: Tensor = self.final_layer_norm(residual)
         return hidden.to(dtype)
-
-
-class StackRunner(Protocol):
-    """What encodes a batch in place of a stack's modules. The stack holds it; it keeps no reference to the stack."""
-
-    name: str
-
-    def __call__(
-        self,
-        stack: T5EncoderStack,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        *,
-        inputs_embeds: Tensor | None,
-        padding: PaddingPolicy,
-        extra_pad: int,
-    ) -> Tensor | None:
-        """As the stack's own call; None where the stack's modules have to encode.
-
-        If the stack has a guard, the result is finite.
-        """
-        ...
-
-    def refusal(self, stack: T5EncoderStack) -> str | None:
-        """Why the modules encode in inference in place of this runner, as a sentence; None where the runner does."""
-        ...
-
-    def describe(self, stack: T5EncoderStack) -> str:
-        """What it computes by, in words; its name, or more."""
-        ...
 
 
 class T5EncoderStack(nn.Module):

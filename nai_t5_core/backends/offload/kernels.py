@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +113,8 @@ class _BroughtBlock:
     ) -> Activations:
         self._until.close()  # of a call that was broken off
         place = self._until.enter_context(self.offload.ring.layer(self.index, self.block))
-        rest = self.resting
+        # Weights in 8 bits are refused for offloaded layers.
+        rest: Any = self.resting
         self._here = replace(rest, qkv=place(rest.qkv), o=place(rest.o), wi=place(rest.wi), wo=place(rest.wo))
         return self._here.add_attention(residual, hidden, documents, products)
 

@@ -16,8 +16,9 @@ from nai_t5_core.bench.doctor.settings import DoctorSettings
 from nai_t5_core.bench.peers import State, own_encoder, random_state
 from nai_t5_core.facts.config import T5Config, named_config
 from nai_t5_core.float16.guard import encode_guarded
-from nai_t5_core.model.encoder import StackRunner, T5EncoderStack
+from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.precision import resolve_device
+from nai_t5_core.model.stack_runner import StackRunner
 
 # What a step found, as plain values. Under "wrong" it lists, in words, the numbers that are not what they must be.
 Finding = dict[str, Any]
