@@ -11,10 +11,11 @@ import triton
 from torch import Tensor
 
 from nai_t5_core.backends.cuda.activations import Sums
+from nai_t5_core.backends.cuda.byte_kinds import BLOCK
 from nai_t5_core.backends.cuda.byte_launches import rounded_rows
 from nai_t5_core.backends.cuda.byte_product_kernel import multiply_bytes
 from nai_t5_core.backends.cuda.byte_products import ByteProducts, byte_arguments, byte_product, fits, unpacked
-from nai_t5_core.backends.cuda.byte_weight import BLOCK, ByteWeight
+from nai_t5_core.backends.cuda.byte_weight import ByteWeight
 from nai_t5_core.backends.cuda.eight_bit_products import LEAST_ROWS, multiplied
 from nai_t5_core.backends.cuda.product_times import (
     XXL_SHAPES,

@@ -10,8 +10,9 @@ import triton
 from torch import Tensor
 
 from nai_t5_core.backends.cuda.activations import Bytes, Sums
+from nai_t5_core.backends.cuda.byte_kinds import BLOCK
 from nai_t5_core.backends.cuda.byte_product_kernel import multiply_bytes, unpack_bytes
-from nai_t5_core.backends.cuda.byte_weight import BLOCK, ByteWeight, Weight
+from nai_t5_core.backends.cuda.byte_weight import ByteWeight, Weight
 from nai_t5_core.backends.cuda.launches import gate, overlapping
 from nai_t5_core.backends.cuda.products import MOST_ROWS, Configuration, Configurations, Kind, block_rows
 from nai_t5_core.backends.cuda.torch_products import Products

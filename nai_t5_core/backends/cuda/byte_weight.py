@@ -16,17 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nai_t5_core.backends.cuda.byte_kinds import APART, BLOCK, Q8_0, is_read
 from nai_t5_core.backends.quantised.blocks import BlockKind
-from nai_t5_core.backends.quantised.ggml import GGML_KINDS
-from nai_t5_core.backends.quantised.kinds import WEIGHT, Kind, QuantisedWeight
+from nai_t5_core.backends.quantised.kinds import WEIGHT, QuantisedWeight
 from nai_t5_core.backends.quantised.projections import QuantisedForm, QuantisedLinear
 from nai_t5_core.backends.quantised.scaled import SCALE, Scaled
 
-BLOCK = 32
-Q8_0 = GGML_KINDS["Q8_0"]
-# Q8_0 with numbers and scales apart.
-APART = Scaled("Q8_0", torch.int8, block=(1, BLOCK))
-READ_DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 # The largest input that float16 is asked to hold after a norm's weight was multiplied into it.
 _LARGEST_INPUT = 2.0**15
 
@@ -36,7 +31,7 @@ class ByteWeight:
     """A weight [columns, depth] in 8 bits; where it joins gate and up, one above the other.
 
     Attributes:
-        values: [columns, depth] in a dtype of :data:`READ_DTYPES`, contiguous.
+        values: [columns, depth] in a dtype of :data:`nai_t5_core.backends.cuda.byte_kinds.READ_DTYPES`, contiguous.
         scales: [columns] float32: what the sum of a column is multiplied by.
         block_scales: [depth / 32, columns] float16, the scales of each 32 numbers of a column, or None.
         norm: [depth] float32, what inputs are multiplied by before, or None for ones.
@@ -90,13 +85,6 @@ class JoinedForm(QuantisedForm):
         # Copied and pickled as in its file: every view of a tensor is pickled with all of the tensor.
         own = _as_in_file(replace(self.weight, parts={name: part.clone() for name, part in self.weight.parts.items()}))
         return QuantisedForm, (own, self.columns, self.scale, self.in_8_bits)
-
-
-def is_read(kind: Kind) -> bool:
-    """Whether the kernels for CUDA read weights of a kind."""
-    if isinstance(kind, Scaled) and kind != APART:
-        return kind.dtype in READ_DTYPES and kind.block is None and not kind.turned
-    return kind in (Q8_0, APART)
 
 
 def refuses_projection(linear: QuantisedLinear) -> str | None:

@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 
 from nai_t5_core.backends.choices import ProductsChoice
-from nai_t5_core.backends.cuda.byte_weight import is_read as cuda_reads
+from nai_t5_core.backends.cuda.byte_kinds import is_read as cuda_reads
 from nai_t5_core.backends.forecast import in_place, on_cuda
 from nai_t5_core.backends.kernels.build import set_to_use
 from nai_t5_core.backends.kernels.runners import KERNELS, best
