@@ -74,8 +74,7 @@ def run_quantised(stack: T5EncoderStack, products: ProductsChoice) -> T5EncoderS
         The same stack.
 
     Raises:
-        ValueError: unknown products, or these kernels cannot compute this model; oneDNN cannot compute it at all; or its
-            layers are offloaded.
+        ValueError: unknown products, oneDNN, or kernels that cannot compute this model; or its layers are offloaded.
     """
     refuse_offloaded(stack, "given other products")
     refuse_products(products, stack.device)

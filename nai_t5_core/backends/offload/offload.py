@@ -53,8 +53,8 @@ def offload_layers(
     device = None if device is None else torch.device(device)
     if device is not None and device.type not in _COMPUTING:
         raise ValueError(
-            f"the encoder is to be offloaded to {device}; its layers come from the host's memory to CUDA alone, or stay "
-            "on the CPU"
+            f"the encoder is to be offloaded to {device}; its layers come from the host's memory to CUDA "
+            "alone, or stay on the CPU"
         )
     if stack.offload is None:
         _refuse(stack)
