@@ -128,7 +128,7 @@ class NAIT5EncoderModel(RefusesAdaptersWhenFused, OffloadsLayers, PreTrainedMode
                 model is left without values; :meth:`give_back` fills it again.
             quantize: ``"int8"`` computes the projections in 8 bits on the CPU, in float32 or bfloat16, see
                 :func:`nai_t5_core.backends.choose.quantize_int8`. Ours is then no more moved, cast, saved or given
-                back.
+                back. On a GPU it is refused.
             offload: see :meth:`enable_layerwise_offload`.
 
         Raises:
