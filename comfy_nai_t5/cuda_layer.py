@@ -112,3 +112,6 @@ class CudaLayer:
 
     def attends(self, block: Block, dtype: torch.dtype) -> bool:
         return True
+
+    def forget(self) -> None:
+        """Nothing: it is made for one call."""

@@ -119,6 +119,9 @@ class JoinedKernels:
     def attends(self, block: Block, dtype: torch.dtype) -> bool:
         return True
 
+    def forget(self) -> None:
+        """Nothing: it is made for one call."""
+
 
 def _aligned(norm: Tensor) -> Tensor:
     """A norm's weight that begins where a number may; in a file that is mapped, it may begin within one."""
@@ -149,6 +152,9 @@ class JoinedProducts:
 
     def attends(self, block: Block, dtype: torch.dtype) -> bool:
         return False
+
+    def forget(self) -> None:
+        """Nothing: it is made for one call."""
 
 
 def _norm(residual: Tensor, weight: Tensor, norm: Any, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ from nai_t5_core.backends.kernels.build import why_not_kernels
 from nai_t5_core.backends.kernels.sets import InstructionSet
 from nai_t5_core.bench.parity import random_batch
 from nai_t5_core.bench.parity_report import OWN
+from nai_t5_core.bench.peers import random_state as draw_weights
 from nai_t5_core.bench.roofline import encoder_flops
 from nai_t5_core.bench.speed import CASES, cases_named, markdown, plot, render, run_bench, timing, variants
 from nai_t5_core.bench.speed.cases import Case
@@ -29,6 +30,7 @@ from nai_t5_core.bench.speed.memory import peak_bytes
 from nai_t5_core.bench.speed.results import BenchReport, Spread
 from nai_t5_core.bench.speed.variants import COMPILED, INT8, NOT_PREPACKED, Built
 from nai_t5_core.cli import app
+from nai_t5_core.facts.config import T5Config
 from nai_t5_core.model.encoder import T5EncoderStack
 
 V1_1 = TOY_CONFIGS["v1.1"].encoder_only()
@@ -230,6 +232,27 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         run_bench("t5-v1_1-smal")
     with pytest.raises(ValueError, match="is no checkout of ComfyUI"):
         small_bench(comfyui=tmp_path)
+
+
+def test_fewer_layers_are_those_that_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def noted(config: T5Config, *how: Any, **others: Any) -> Any:
+        drawn.append(config.num_layers)
+        return draw_weights(config, *how, **others)
+
+    monkeypatch.setattr("nai_t5_core.bench.speed.run.random_state", noted)
+    for layers in (None, 1):
+        found = small_bench(layers=layers, peers=(), cases=SMALL_CASES[:1], repeats=1)
+        assert found.size.endswith("with 1 layers") == (layers == 1)
+        assert found.cases[0].timings
+    assert drawn == [V1_1.num_layers, 1]
+
+
+@pytest.mark.parametrize("layers", [0, -1, V1_1.num_layers + 1])
+def test_layers_that_there_are_not(layers: int) -> None:
+    with pytest.raises(ValueError, match=f"layers={layers}; allowed: from 1 to the {V1_1.num_layers} that"):
+        small_bench(layers=layers)
 
 
 def test_cases_have_names() -> None:

@@ -218,6 +218,8 @@ BROKEN: dict[str, Any] = {
     "a product without its blocks": {"products": [{**PRODUCTS[0], "configuration": {}}]},
     "a block that no card has": {"products": [{**PRODUCTS[0], "configuration": {**FEW, "warps": 4096}}]},
     "a product in uneven blocks": {"products": [{**PRODUCTS[0], "configuration": {**FEW, "block_columns": 48}}]},
+    "blocks that no product has": {"products": [{**PRODUCTS[0], "configuration": {**FEW, "block_columns": 8}}]},
+    "parts that nothing adds up": {"products": [{**PRODUCTS[0], "configuration": {**FEW, "parts": 2}}]},
     "attention in uneven blocks": {"attention": [{**ATTENTION[0], "queries": 48}]},
     "another card": {"card": "NVIDIA H100"},
     "another torch": {"torch": "1.0"},

@@ -194,6 +194,11 @@ def test_inspect_and_encode_tell_which_attention(run: Run) -> None:
     assert refused.status != 0 and "float64; allowed: float32, bfloat16, float16" in " ".join(refused.stderr.split())
 
 
+def test_offloading_is_for_cuda(run: Run) -> None:
+    refused = run("encode", "a cat", "--device", "cpu", "--offload")
+    assert refused.status != 0 and "the device is cpu; give device='cuda'" in " ".join(refused.stderr.split())
+
+
 def test_inspect_shards(run: Run, tmp_path: Path) -> None:
     folder = write_shards(write_hf_folder(tmp_path, V1_1, {}), random_state(V1_1)).parent
     (folder / "model.safetensors").unlink()

@@ -267,14 +267,19 @@ def test_a_processor_without_products_of_bytes(make_ours: str, monkeypatch: pyte
     ("told", "message"),
     [
         ({"quantize": "int4"}, "quantize='int4'; allowed: None, 'int8'"),
+        (
+            {"quantize": "int8", "device_map": "cuda", "dtype": torch.bfloat16},
+            "for models of diffusers on the CPU, and",
+        ),
         ({"quantize": "int8", "device_map": "meta"}, "8 bits are for float32 and bfloat16 on the CPU"),
         ({"quantize": "int8", "dtype": torch.float16}, "8 bits are for float32 and bfloat16 on the CPU"),
         ({"load_in_8bit": True}, "load_in_8bit=True is not done by from_pretrained: .* quantize='int8' for 8 bits"),
     ],
 )
 def test_loading_refuses_before_the_checkpoint_is_looked_for(
-    told: dict[str, Any], message: str, tmp_path: Path
+    told: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("nai_t5_core.diffusers.drop_in.resolve_device", torch.device)
     with pytest.raises(ValueError, match=message):
         NAIT5EncoderModel.from_pretrained(tmp_path / "nothing", **told)
 

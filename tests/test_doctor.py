@@ -209,8 +209,14 @@ def diagnosis_of(device: str, machine: dict[str, Any], **steps: dict[str, Any]) 
         (
             "cuda",
             {**MACHINE, "card": {**CARD, "free_bytes": 8e9}},
+            'needs quantize="int8" (4.8 GB) here: A card has 8 GB',
+        ),
+        (
+            "cuda",
+            {**MACHINE, "card": {**CARD, "free_bytes": 8e9}, "missing": {"int8": "it is AMD's"}},
             "load it with offload=True",
         ),
+        ("cuda", {**MACHINE, "card": {**CARD, "free_bytes": 4e9}}, "load it with offload=True"),
         ("cpu", MACHINE, "fits: memory has 64 GB to give"),
         ("cpu", {**MACHINE, "free_bytes": 8e9}, 'needs quantize="int8"'),
         ("cpu", {**MACHINE, "free_bytes": 4e9}, "use a smaller T5"),
@@ -243,10 +249,11 @@ def test_what_layers_from_the_host_take_is_told_beside_the_bus() -> None:
     assert "190.0 ms" in text and "1.05" in text and "0.90 GB" in text
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("reason", [None, "this processor has no fast products of bytes"])
-def test_advice_on_8_bits_needs_no_other_step(reason: str | None) -> None:
+def test_advice_on_8_bits_needs_no_other_step(reason: str | None, device: str) -> None:
     missing = {} if reason is None else {"int8": reason}
-    line = advice(diagnosis_of("cpu", {**MACHINE, "missing": missing}))[1]
+    line = advice(diagnosis_of(device, {**MACHINE, "card": CARD if device == "cuda" else None, "missing": missing}))[1]
     assert line.startswith('quantize="int8"') if reason is None else line.endswith(f"{reason}.")
 
 

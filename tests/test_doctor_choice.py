@@ -221,6 +221,27 @@ def test_layers_are_computed_in_what_was_measured(monkeypatch: pytest.MonkeyPatc
     assert used[1][0].tiles.keys() == {("gated", 256)} and used[1][1](16).queries == 64
 
 
+@pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))
+def test_tiles_that_a_card_has_no_room_for_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one of them would end the step, and nothing would be measured."""
+    from triton.runtime.errors import OutOfResources
+
+    from nai_t5_core.backends.cuda.product_times import ProductShape
+    from nai_t5_core.bench.doctor import card_times
+
+    def timed(call: Any, *_: Any) -> float:
+        if call.func is card_times._by_tiles and call.args[2].block_columns == 256:
+            raise OutOfResources(147_456, 101_376, "shared memory")
+        return 5.0
+
+    monkeypatch.setattr(card_times, "XXL_SHAPES", (ProductShape("o", "summed", 256, 128),))
+    monkeypatch.setattr(card_times, "_compile", lambda *_: None)
+    monkeypatch.setattr(card_times, "_microseconds", timed)
+    found = list(card_times._times_of_tiles(RTX, torch.device("cpu")))
+    assert {way for _, _, way, *_ in found} == {"torch", "tiles"}
+    assert {how["block_columns"] for *_, how, _ in found if how} == {128}
+
+
 def test_the_first_encode_of_a_process() -> None:
     times = first_encode.in_a_fresh_process("t5-v1_1-small", "cpu", 1)
     assert times["import_seconds"] > 0 and times["first_seconds"] > 0 and times["second_seconds"] > 0

@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,8 @@ from torch import nn
 from toy_loras import toy_lora
 from toy_quantised import READ, quantised, write_quantised
 
-from nai_t5_core.backends.choose import encode_on_cuda, prepack, why_not_prepack
+from nai_t5_core.backends.choose import encode_on_cuda, prepack, quantize_int8, run_quantised, why_not_prepack
+from nai_t5_core.backends.compiled import compile_stack
 from nai_t5_core.backends.offload.offload import offload_layers
 from nai_t5_core.backends.offload.weights import weights_of
 from nai_t5_core.float16.guard import ScaleTightenedWarning, guard
@@ -30,6 +32,7 @@ from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.model.encoder import Layout
 from nai_t5_core.model.packing import PADDING_POLICIES
+from nai_t5_core.model.turns import Turns
 from nai_t5_core.weights.load import load_encoder
 
 
@@ -244,6 +247,27 @@ def test_what_is_compiled_is_refused() -> None:
     with pytest.raises(ValueError, match="computed as a whole"):
         offload_layers(stack)
     assert stack.offload is None
+
+
+@pytest.mark.parametrize("change", [prepack, quantize_int8, compile_stack, partial(run_quantised, products="kernels")])
+def test_nothing_else_computes_its_blocks(change: Any) -> None:
+    """Else the blocks would no longer be brought, and the encoder would still say that it is offloaded."""
+    stack, device = resident(), SimulatedDevice()
+    expected = stack(IDS)
+    for made in (offload_layers(stack), offloaded(stack, device)):
+        runners = [block.runner for block in made.encoder.block]
+        with pytest.raises(ValueError, match="layers are offloaded, and it cannot be"):
+            change(made)
+        assert [block.runner for block in made.encoder.block] == runners
+        assert torch.equal(made(IDS), expected)
+
+
+@pytest.mark.parametrize("device", ["meta", "mps"])
+def test_a_device_that_is_none_of_these_is_refused_before_anything_changes(device: str) -> None:
+    stack = resident()
+    with pytest.raises(ValueError, match=f"offloaded to {device}"):
+        offload_layers(stack, device)
+    assert stack.offload is None and type(stack.turns) is Turns
 
 
 def test_memory_that_is_not_locked_leaves_it_where_it_is() -> None:

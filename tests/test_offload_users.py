@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import encoder_part
+from conftest import random_state
 from hf_toys import assert_near
-from offload_toys import EMBEDDED
+from offload_toys import EMBEDDED, WIDE
 from simulated_device import SimulatedDevice
 from toy_loras import toy_lora
+from toy_quantised import READ, quantised, write_quantised
 
 from nai_t5_core.backends.offload.offload import CPU, Offload
 from nai_t5_core.lora.live import LiveLoras
@@ -30,7 +33,7 @@ def _no_gradients() -> Any:
     ("options", "message"),
     [
         ({"device": "cpu"}, "the device is cpu; give device='cuda'"),
-        ({"device": "cuda", "dtype": "float32", "quantize": "int8"}, "leave one out|on the CPU"),
+        ({"device": "cuda", "dtype": "float32", "quantize": "int8"}, "offload=True exclude each other; leave one out"),
         ({"device": "cuda", "compile": True}, "offload and compile exclude each other"),
     ],
 )
@@ -44,6 +47,17 @@ def test_offloading_makes_no_other_key_of_a_prompt(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("nai_t5_core.weights.chosen.resolve_device", torch.device)
     here, there = (settings_of(None, "float16", "cuda", offload=offload) for offload in (False, True))
     assert here.key([3, 9, 1]) == there.key([3, 9, 1])
+
+
+def test_quantised_weights_that_are_offloaded_are_computed_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torch, which unpacks them; resident ones are read by the kernels as they lie, and round elsewhere."""
+    monkeypatch.setattr("nai_t5_core.weights.chosen.resolve_device", torch.device)
+    state = quantised(encoder_part(random_state(WIDE)), READ["int8"][1])
+    path = write_quantised(tmp_path / "t5.safetensors", state)
+    keys = {offload: settings_of(path, "float16", "cuda", offload=offload).key([3]) for offload in (False, True)}
+    assert keys[False] != keys[True]
 
 
 def simulated_cuda(monkeypatch: pytest.MonkeyPatch) -> list[SimulatedDevice]:

@@ -205,6 +205,16 @@ def test_what_the_kernels_do_not_know_is_torchs() -> None:
         assert error(found, given.double() @ plain(linear.forms, given.dtype).double().T) < 2e-3
 
 
+@needs_kernels
+def test_what_is_multiplied_into_a_weight_may_change() -> None:
+    columns, x = torch.ones(DEPTH), draw(5, DEPTH)
+    linear = linear_of(q8_0(columns=columns))
+    before = linear(x)
+    columns.mul_(2)
+    with by(kernels=True):
+        assert torch.equal(linear(x), before * 2)
+
+
 class Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

@@ -57,9 +57,9 @@ def missing_for_int8(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def refuse_both(quantize: Quantisation | None, offload: bool) -> None:
-    """Raises a ValueError where weights that are to be offloaded are to be in 8 bits for the CPU."""
+    """Raises a ValueError where weights that are to be offloaded are to be quantised as well."""
     if quantize is not None and offload:
         raise ValueError(
-            f"quantize={quantize!r} computes on the CPU, and offload=True on a GPU; leave one out. A file in 8 bits "
-            "(GGUF Q8_0, float8, int8) is offloaded as it lies"
+            f"quantize={quantize!r} and offload=True exclude each other; leave one out. A file in 8 bits (GGUF Q8_0, "
+            "float8, int8) is offloaded as it lies"
         )

@@ -27,6 +27,7 @@ from nai_t5_core.backends.quantised.projections import QuantisedLinear, stays_qu
 from nai_t5_core.model.attention_choice import FLEX_FROM_LENGTHS
 from nai_t5_core.model.block import Backend
 from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.model.offloading import refuse_offloaded
 from nai_t5_core.model.t5 import T5Model
 
 Model = TypeVar("Model", bound=T5EncoderStack | T5Model)
@@ -73,8 +74,9 @@ def run_quantised(stack: T5EncoderStack, products: ProductsChoice) -> T5EncoderS
         The same stack.
 
     Raises:
-        ValueError: unknown products, or these kernels cannot compute this model; oneDNN cannot compute it at all.
+        ValueError: unknown products, oneDNN, or kernels that cannot compute this model; or its layers are offloaded.
     """
+    refuse_offloaded(stack, "given other products")
     refuse_products(products, stack.device)
     blocks: Any = stack.encoder.block
     if products == "auto":
@@ -145,9 +147,10 @@ def prepack(model: Model, products: ProductsChoice = "auto") -> Model:
 
     Raises:
         ValueError: the model is not on the CPU, in a dtype that neither the kernels nor oneDNN compute on this
-            processor (a decoder needs oneDNN), or stays as it lies in a quantised file; or what was asked for cannot
-            compute it.
+            processor (a decoder needs oneDNN), stays as it lies in a quantised file, or has its layers offloaded; or
+            what was asked for cannot compute it.
     """
+    refuse_offloaded(model, "prepacked")
     if stays_quantised(model):
         raise ValueError(f"cannot prepack this model: {_QUANTISED}")
     kernels = _kernels_for(model, products, KERNELS)
@@ -196,8 +199,9 @@ def quantize_int8(model: Model, products: ProductsChoice = "auto", device: torch
     Raises:
         ValueError: on the CPU, the model is not in float32 or bfloat16, or this processor has no fast products of bytes
             (AVX512-VNNI or AMX for a decoder and for oneDNN, AVX2 for an encoder by our kernels); on CUDA, it is not in
-            float16 or bfloat16, or has a decoder; or what was asked for cannot compute it.
+            float16 or bfloat16, or has a decoder; its layers are offloaded; or what was asked for cannot compute it.
     """
+    refuse_offloaded(model, "quantised")
     place = model.device if device is None else device
     if place.type == "cuda":
         return _quantize_on_cuda(model, products, place)

@@ -15,6 +15,7 @@ from nai_t5_core.model.attention_choice import FlexUnavailableError, missing_for
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.fixed_weights import has_fixed_weights
 from nai_t5_core.model.flex import BLOCK
+from nai_t5_core.model.offloading import refuse_offloaded
 from nai_t5_core.model.packing import TOKEN_BUCKETS, PaddingPolicy, bucket_for
 from nai_t5_core.model.precision import is_finite
 from nai_t5_core.model.t5 import T5Model
@@ -109,12 +110,14 @@ def compile_stack(
         The same stack, changed.
 
     Raises:
-        ValueError: invalid buckets, or a model that is prepacked, quantised or not supported by flex attention.
+        ValueError: invalid buckets, or a model that is prepacked, quantised, offloaded or not supported by flex
+            attention.
         FlexUnavailableError: there is no compiler.
     """
     sizes = tuple(buckets)
     if not sizes or any(size < 1 or size % BLOCK for size in sizes) or list(sizes) != sorted(set(sizes)):
         raise ValueError(f"buckets={sizes}; they must be rising multiples of {BLOCK}, and at least one")
+    refuse_offloaded(stack, "compiled")
     refuse_unsupported(stack.device, stack.dtype, stack.config.d_kv)
     _refuse_prepacked(stack)
     if missing := missing_for_flex(stack.device):

@@ -131,6 +131,9 @@ class ByModules:
     def attends(self, block: Block, dtype: torch.dtype) -> bool:
         return False
 
+    def forget(self) -> None:
+        """Nothing: it has found out nothing."""
+
 
 def is_in_8_bits(model: nn.Module) -> bool:
     """Whether a model has a weight in 8 bits, from which the original weight cannot be had again."""

@@ -52,6 +52,9 @@ class OneDNNRunner:
     def attends(self, block: Block, dtype: torch.dtype) -> bool:
         return False
 
+    def forget(self) -> None:
+        self._seen = None
+
     def _serves(self, block: Block, residual: Tensor) -> bool:
         last: Any = block.layer[-1]
         if torch.compiler.is_compiling():

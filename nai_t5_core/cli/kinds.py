@@ -52,9 +52,7 @@ def bench_kinds(
     if plot is not None and (load or against):
         other = "--load" if load else "--against"
         raise ValueError(f"--plot draws size and accuracy, which {other} does not measure; leave one of them out")
-    config = named_config(size).encoder_only()
-    if layers is not None:
-        config = config.model_copy(update={"num_layers": layers})
+    config = named_config(size).encoder_only().with_layers(layers)
     wanted = kinds.split(",") if kinds else None
     with status("measuring") as tell, threads_set(threads):
         settings = _Settings(config, dtype.value, wanted, repeats, products.value, threads, tell)

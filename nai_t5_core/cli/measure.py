@@ -74,10 +74,7 @@ def parity(
         raise ValueError("--original goes with a model, and with its encoder alone: without --random and --decoder")
     if random is not None:
         config = named_config(random) if decoder else named_config(random).encoder_only()
-        if layers:
-            config = config.model_copy(
-                update={"num_layers": layers, "num_decoder_layers": min(layers, config.num_decoder_layers)}
-            )
+        config = config.with_layers(layers)
         state, chosen = random_state(config, outliers=outliers), read_scales(scales) if scales else None
         if scales and decoder:
             chosen_for_decoder = read_decoder_scales(scales)

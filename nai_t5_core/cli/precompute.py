@@ -72,7 +72,7 @@ def run(
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     attention: Annotated[Attention, typer.Option(help="How attention is computed.")] = Attention.auto,
-    int8: Annotated[bool, typer.Option("--int8", help="Compute the projections in 8 bits.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Have the projections' weights in 8 bits.")] = False,
     products: ProductsOption = Products.auto,
     unpack: Unpack = False,
     compile_it: Annotated[bool, typer.Option("--compile", help="Compile the encoder; see warm-up.")] = False,

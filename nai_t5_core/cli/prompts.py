@@ -51,7 +51,10 @@ def encode(
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     attention: Annotated[Attention, typer.Option(help="How attention is computed.")] = Attention.auto,
-    int8: Annotated[bool, typer.Option("--int8", help="Compute the projections in 8 bits.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Have the projections' weights in 8 bits.")] = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Leave the layers in the host's memory: for a GPU with too little.")
+    ] = False,
     products: ProductsOption = Products.auto,
     compile_it: Annotated[bool, typer.Option("--compile", help="Compile the encoder; see warm-up.")] = False,
     subfolder: Subfolder = "",
@@ -87,6 +90,7 @@ def encode(
             products=products.value,
             cache=store or False,
             unpack=unpack,
+            offload=offload,
         )
     policy: PaddingPolicy | None = padding.value if padding else None
     with working(f"encoding {len(texts)} prompts"):

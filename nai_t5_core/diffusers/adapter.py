@@ -147,7 +147,7 @@ def replace_text_encoder(
         check_model(old, dtype, layout, scales, quantize)
 
     def convert(old: nn.Module) -> NAIT5EncoderModel:
-        settings = None if store is None else settings_of_model(old, layout, scales, quantize)
+        settings = None if store is None else settings_of_model(old, layout, scales, quantize, offload)
         kind = NAIT5EncoderModel if store is None else CachedT5EncoderModel
         ours = kind.from_hf(old, dtype, layout, scales, quantize is None, quantize, offload).train(old.training)
         if isinstance(ours, CachedT5EncoderModel) and settings is not None and store is not None:

@@ -23,7 +23,7 @@ from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel, PretrainedConfig
 from nai_t5_core.diffusers.drop_in_config import config_beside
 from nai_t5_core.diffusers.drop_in_folders import open_source
 from nai_t5_core.diffusers.drop_in_keywords import loading_options
-from nai_t5_core.diffusers.drop_in_weights import examine_model
+from nai_t5_core.diffusers.drop_in_weights import examine_model, refuse_to_quantise
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.layers import CastingOps
 from nai_t5_core.prompts.cache.batch import through_cache
@@ -265,12 +265,13 @@ def lazy_text_encoder(
     examination.refuse_faults()
     computed_in = given or resolve_dtype(main_dtype(examination), cpu)
     refuse_quantising(quantize, cpu, computed_in)
-    settings_at = partial(_settings_at, examination, layout, scales, quantize)
+    settings_at = partial(_settings_at, examination, layout, scales, quantize, offload)
     # Before the hash, which is of these files or of none.
     files = identities(examination)
     settings_at(computed_in, cpu)
 
     def load(dtype: torch.dtype, device: torch.device) -> T5EncoderStack:
+        refuse_to_quantise(quantize, device, dtype)
         refuse_changed(examination, files)
         stack, _ = assemble(examination, dtype, cpu if offload else device, layout, scales, CastingOps)
         refuse_changed(examination, files)
@@ -290,6 +291,7 @@ def _settings_at(
     layout: Layout,
     scales: ScalesChoice,
     quantize: Quantisation | None,
+    offload: bool,
     dtype: torch.dtype,
     device: torch.device,
     weights: str | None = None,
@@ -297,12 +299,12 @@ def _settings_at(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SlowDtypeWarning)  # of the dtype that a pipeline has chosen
         # On CUDA the class encodes by the kernels.
-        how = Choices(dtype, device, layout, scales, optimize=device.type == "cuda", quantize=quantize)
+        how = Choices(dtype, device, layout, scales, device.type == "cuda", quantize, offload=offload)
         return settings_for(examination, how, weights)
 
 
 def settings_of_model(
-    model: nn.Module, layout: Layout, scales: ScalesChoice, quantize: Quantisation | None
+    model: nn.Module, layout: Layout, scales: ScalesChoice, quantize: Quantisation | None, offload: bool = False
 ) -> SettingsAt:
     """The settings, by dtype and device, of an encoder that is made of a transformers model in memory.
 
@@ -311,7 +313,7 @@ def settings_of_model(
     examination = examine_model(model)
     weights = contents_by_reading(examination)
     examination.checkpoint.read_only_by(_is_gone)
-    return partial(_settings_at, examination, layout, scales, quantize, weights=weights)
+    return partial(_settings_at, examination, layout, scales, quantize, offload, weights=weights)
 
 
 def _is_gone(name: str) -> Tensor:

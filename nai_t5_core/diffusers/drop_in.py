@@ -17,7 +17,7 @@ except ImportError as error:
     raise ImportError("this needs transformers; install it with: pip install 'comfy-nai-t5[transformers]'") from error
 
 from nai_t5_core.backends.auto_dtype import resolve_dtype
-from nai_t5_core.backends.choices import Quantisation, refuse_both, refuse_quantising
+from nai_t5_core.backends.choices import Quantisation, refuse_both
 from nai_t5_core.backends.choose import encode_on_cuda, quantize_int8, run_in_place
 from nai_t5_core.backends.held import is_in_8_bits
 from nai_t5_core.backends.offload.offload import offload_layers
@@ -33,7 +33,13 @@ from nai_t5_core.diffusers.drop_in_folders import (
 )
 from nai_t5_core.diffusers.drop_in_keywords import loading_options, refuse_for_saving
 from nai_t5_core.diffusers.drop_in_offload import OffloadsLayers
-from nai_t5_core.diffusers.drop_in_weights import encoder_from_model, give_back, refuse_8_bits, refuse_wrapped
+from nai_t5_core.diffusers.drop_in_weights import (
+    encoder_from_model,
+    give_back,
+    refuse_8_bits,
+    refuse_to_quantise,
+    refuse_wrapped,
+)
 from nai_t5_core.diffusers.row_memory import RowMemory
 from nai_t5_core.facts.config import config_from_hf
 from nai_t5_core.facts.padding import PaddingPolicy
@@ -122,7 +128,7 @@ class NAIT5EncoderModel(RefusesAdaptersWhenFused, OffloadsLayers, PreTrainedMode
                 model is left without values; :meth:`give_back` fills it again.
             quantize: ``"int8"`` computes the projections in 8 bits on the CPU, in float32 or bfloat16, see
                 :func:`nai_t5_core.backends.choose.quantize_int8`. Ours is then no more moved, cast, saved or given
-                back.
+                back. On a GPU it is refused.
             offload: see :meth:`enable_layerwise_offload`.
 
         Raises:
@@ -192,10 +198,10 @@ class NAIT5EncoderModel(RefusesAdaptersWhenFused, OffloadsLayers, PreTrainedMode
         device = resolve_device(single_device(device_map))
         wanted = torch_dtype if torch_dtype is not None else dtype
         given = None if wanted == "auto" else resolve_dtype(wanted or torch.float32, device)
-        refuse_quantising(quantize, device, given or torch.float32)  # before anything is fetched
+        refuse_to_quantise(quantize, device, given or torch.float32)  # before anything is fetched
         examination = examine_checkpoint(open_source(pretrained_model_name_or_path, subfolder, hub, variant))
         model_dtype = given or resolve_dtype(main_dtype(examination), device)
-        refuse_quantising(quantize, device, model_dtype)
+        refuse_to_quantise(quantize, device, model_dtype)
         where = torch.device("cpu") if offload else device
         stack, _ = assemble(examination, model_dtype, where, layout, scales, CastingOps, unpack=unpack)
         if offload:

@@ -126,6 +126,20 @@ def examine_model(model: nn.Module) -> Examination:
     return examine_checkpoint(loaded)
 
 
+def refuse_to_quantise(quantize: Quantisation | None, device: torch.device, dtype: torch.dtype) -> None:
+    """As :func:`nai_t5_core.backends.choices.refuse_quantising`, and on every GPU of CUDA's.
+
+    One that is quantised there could be moved to the CPU, and would then compute otherwise than one that is quantised
+    on the CPU, under the same key of kept embeddings.
+    """
+    if quantize == "int8" and device.type == "cuda":
+        raise ValueError(
+            f"quantize={quantize!r} is for models of diffusers on the CPU, and this one is to be on {device}: give a "
+            "file in 8 bits (nai-t5 convert … --quantize int8, or GGUF Q8_0), whose weights stay so, or leave it out"
+        )
+    refuse_quantising(quantize, device, dtype)
+
+
 def check_model(
     model: nn.Module,
     dtype: torch.dtype | str | None,
@@ -148,7 +162,7 @@ def check_model(
     if wanted is None:
         raise ValueError(f"a T5 cannot compute in {dtype or source.dtype}; give dtype, one of {', '.join(DTYPES)}")
     examination = examine_model(model)
-    refuse_quantising(quantize, model.get_parameter("shared.weight").device, wanted)
+    refuse_to_quantise(quantize, model.get_parameter("shared.weight").device, wanted)
     refuse_before_assembly(examination, wanted, layout, scales)
     return examination, wanted
 

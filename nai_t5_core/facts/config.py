@@ -126,6 +126,20 @@ class T5Config(BaseModel):
     def encoder_only(self) -> T5Config:
         return self.model_copy(update={"num_decoder_layers": 0})
 
+    def with_layers(self, layers: int | None) -> T5Config:
+        """With fewer layers, in the decoder as well if it has more; None leaves all.
+
+        Raises:
+            ValueError: fewer than one, or more than there are.
+        """
+        if layers is None:
+            return self
+        if not 1 <= layers <= self.num_layers:
+            raise ValueError(f"layers={layers}; allowed: from 1 to the {self.num_layers} that this size has")
+        return self.model_copy(
+            update={"num_layers": layers, "num_decoder_layers": min(layers, self.num_decoder_layers)}
+        )
+
 
 def _dimensions(config: T5Config) -> tuple[int | bool, ...]:
     return (

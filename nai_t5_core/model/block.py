@@ -7,7 +7,7 @@ operations. This file has the checks for that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import methodcaller
 from typing import Any, Protocol
@@ -36,6 +36,10 @@ class BlockRunner(Protocol):
 
     def attends(self, block: Block, dtype: torch.dtype) -> bool:
         """Whether the runner computes attention, too, in inference. Nothing is built or computed to find out."""
+        ...
+
+    def forget(self) -> None:
+        """Lets go of what was found out about the block's weights, which were moved or cast."""
         ...
 
 
@@ -87,6 +91,12 @@ class Block(nn.Module):
 
     layer: nn.ModuleList
     runner: BlockRunner | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
+        super()._apply(fn, recurse)
+        if self.runner is not None:
+            self.runner.forget()
+        return self
 
     def forward(self, residual: Tensor, *attends_and_dtype: Any) -> Tensor:
         """[…, d_model] residual to residual, changed in place in inference.

@@ -9,6 +9,18 @@ import torch
 from torch import Tensor, nn
 
 
+def refuse_offloaded(model: nn.Module, what: str) -> None:
+    """Raises a ValueError for an encoder whose layers are offloaded, whose blocks nothing else may compute.
+
+    Args:
+        what: was to be done to it, as a participle.
+    """
+    if getattr(model, "offload", None) is not None:
+        raise ValueError(
+            f"the encoder's layers are offloaded, and it cannot be {what}: load it anew without offload=True"
+        )
+
+
 class Offloading(Protocol):
     """Brings the weights of each layer for its work; they rest in the host's memory.
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from nai_t5_core.model.packing import PaddingPolicy
 
-if TYPE_CHECKING:
-    from nai_t5_core.model.encoder import T5EncoderStack
-
 
 class StackRunner(Protocol):
-    """What encodes a batch in place of a stack's modules. The stack holds it; it keeps no reference to the stack."""
+    """What encodes a batch in place of the modules of a :class:`nai_t5_core.model.encoder.T5EncoderStack`.
+
+    The stack holds it; it keeps no reference to the stack.
+    """
 
     name: str
 
     def __call__(
         self,
-        stack: T5EncoderStack,
+        stack: Any,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         *,
@@ -33,10 +33,10 @@ class StackRunner(Protocol):
         """
         ...
 
-    def refusal(self, stack: T5EncoderStack) -> str | None:
+    def refusal(self, stack: Any) -> str | None:
         """Why the modules encode in inference in place of this runner, as a sentence; None where the runner does."""
         ...
 
-    def describe(self, stack: T5EncoderStack) -> str:
+    def describe(self, stack: Any) -> str:
         """What it computes by, in words; its name, or more."""
         ...

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choices:
-    """See :meth:`nai_t5_core.TextEncoder.from_pretrained`. Each but ``offload`` may change an embedding."""
+    """See :meth:`nai_t5_core.TextEncoder.from_pretrained`. Each may change an embedding; ``offload`` only
+    where weights stay quantised.
+    """
 
     dtype: str | torch.dtype = "auto"
     device: str | torch.device = "auto"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from nai_t5_core.backends.cuda.activations import Sums
 from nai_t5_core.backends.cuda.byte_kinds import BLOCK
@@ -111,7 +112,11 @@ def _times(
     x = torch.randn(rows, shape.depth, device=weights[0].values.device, dtype=dtype)
     expected = _expected(shape, x, weights[0], converts)
     for how, multiply in _ways(shape, rows, weights[0], dtype, converts):
-        out: Any = multiply(x, weights[0])
+        try:
+            out: Any = multiply(x, weights[0])
+        except OutOfResources:
+            # This card has less shared memory.
+            continue
         seconds = seconds_of(multiply, x, weights)
         if isinstance(out, Sums):
             out = out.values * out.row_scales[:, None] * out.column_scales

@@ -34,6 +34,8 @@ _FIELDS = {
     TILES: {"block_rows", "block_columns", "block_depth", "parts", "stages", "warps"},
 }
 _MOST = 256
+# What Triton's products of tiles are at least.
+_LEAST_BLOCK = 16
 
 
 def _power_of_two(number: int) -> int:
@@ -77,6 +79,11 @@ class MeasuredProduct(_Part):
         for name, number in self.configuration.items():
             if name.startswith("block_") or name == "warps":
                 _power_of_two(number)
+            if name.startswith("block_") and number < _LEAST_BLOCK:
+                raise ValueError(f"{name} is {number}; at least {_LEAST_BLOCK} is needed")
+        parts = self.configuration.get("parts", 1)
+        if needed is not None and parts > 1 and self.kind != "summed":
+            raise ValueError(f"{parts} parts of a {self.kind} product; only summed ones are added up later")
         return self
 
 

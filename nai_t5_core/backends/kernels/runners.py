@@ -85,6 +85,9 @@ class KernelsInPlace:
         self._looked = (dtype, Seen(list(block.modules())[1:]), kernels)
         return kernels
 
+    def forget(self) -> None:
+        self._looked = None
+
     def __getstate__(self) -> dict[str, Any]:
         return {"_named": self._named, "_looked": None}
 
@@ -211,6 +214,9 @@ class KernelsOnPanels:
 
     def attends(self, block: Block, dtype: torch.dtype) -> bool:
         return not isinstance(block, DecoderBlock)
+
+    def forget(self) -> None:
+        self._seen = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_seen": None}

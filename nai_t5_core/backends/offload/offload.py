@@ -24,6 +24,8 @@ from nai_t5_core.model.layers import FoldedRMSNorm
 from nai_t5_core.model.turns import OneAtATime
 
 CPU = torch.device("cpu")
+# Where a stack that is offloaded may compute.
+_COMPUTING = ("cpu", "cuda")
 
 
 def offload_layers(
@@ -48,6 +50,12 @@ def offload_layers(
             other software's offloading.
         MemoryError: the system does not lock as much memory as its weights take.
     """
+    device = None if device is None else torch.device(device)
+    if device is not None and device.type not in _COMPUTING:
+        raise ValueError(
+            f"the encoder is to be offloaded to {device}; its layers come from the host's memory to CUDA "
+            "alone, or stay on the CPU"
+        )
     if stack.offload is None:
         _refuse(stack)
         device = device or stack.device
@@ -118,7 +126,7 @@ class Offload:
             MemoryError: the system does not lock as much memory as the weights take. The stack is where it was.
         """
         then = change(torch.empty(0, dtype=stack.dtype))
-        if then.dtype != stack.dtype or then.device.type not in ("cpu", "cuda"):
+        if then.dtype != stack.dtype or then.device.type not in _COMPUTING:
             raise ValueError(
                 f"the encoder's layers are offloaded from the host's memory in {stack.dtype}, and it cannot be moved "
                 f"or cast to {then.dtype} on {then.device}; load it anew in that dtype, or without offload=True"
@@ -205,6 +213,10 @@ class OffloadedBlock:
 
     def attends(self, block: Block, dtype: torch.dtype) -> bool:
         return self.offload.device is None and self.resting is not None and self.resting.attends(block, dtype)
+
+    def forget(self) -> None:
+        if self.resting is not None:
+            self.resting.forget()
 
 
 def refuse_gradients(block: nn.Module, residual: Tensor) -> None:

@@ -70,11 +70,9 @@ class QuantisedForm:
 
         Of tensors of inference mode that are changed in place it knows nothing.
         """
-        parts = (
-            (id(part), part.data_ptr(), 0 if part.is_inference() else part._version)
-            for part in self.weight.parts.values()
-        )
-        return self.weight.kind, self.weight.shape, self.scale, id(self.columns), *parts
+        tensors = [*self.weight.parts.values(), *(() if self.columns is None else (self.columns,))]
+        states = ((id(each), each.data_ptr(), 0 if each.is_inference() else each._version) for each in tensors)
+        return self.weight.kind, self.weight.shape, self.scale, *states
 
     def lies(self) -> Tensor:
         """[out_features, in_features] float32."""

@@ -92,6 +92,9 @@ class QuantisedKernels:
             self._looked = _Looked(dtype, Seen(modules), forms, kernels)
         return self._looked.kernels
 
+    def forget(self) -> None:
+        self._looked = None
+
     def __getstate__(self) -> dict[str, Any]:
         return {"_named": self._named, "_looked": None}
 

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from nai_t5_core.backends.cuda.attention_shapes import AttentionShape, candidates
 from nai_t5_core.backends.cuda.card import Card
@@ -92,8 +93,12 @@ def _times_of_tiles(card: Card, device: torch.device) -> Iterator[tuple[ProductS
             yield shape, rows, TORCH, {}, _microseconds(partial(_by_torch, shape.kind, x), weights, device)
             for tile in tiles:
                 if tile.fits(shape.columns, shape.depth):
-                    call = partial(_by_tiles, shape.kind, x, tile)
-                    yield shape, rows, TILES, asdict(tile), _microseconds(call, weights, device)
+                    try:
+                        time = _microseconds(partial(_by_tiles, shape.kind, x, tile), weights, device)
+                    except OutOfResources:
+                        # This card has less shared memory.
+                        continue
+                    yield shape, rows, TILES, asdict(tile), time
 
 
 def _compile(shape: ProductShape, tiles: list[Tile], weight: Tensor) -> None:

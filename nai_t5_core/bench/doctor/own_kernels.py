@@ -76,7 +76,9 @@ def time_kernels(patient: Patient) -> Finding:
 
 
 def time_byte_products(patient: Patient) -> Finding:
-    """As :func:`time_products`, from weights in 8 bits, and for more rows; "8 bits on both sides" stays in any case."""
+    """Times the products of a T5-XXL's layer from weights in 8 bits by torch and by our kernel; gives the fastest three
+    configurations of it, and every other way.
+    """
     from nai_t5_core.backends.cuda.byte_product_times import time_byte_products
 
     found: dict[str, Any] = {}

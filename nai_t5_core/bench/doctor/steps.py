@@ -72,7 +72,7 @@ def all_steps() -> tuple[Step, ...]:
             "kernel-speed", "our kernels for CUDA, eager and in graphs", own_kernels.time_kernels, 90, True, ("cuda",)
         ),
         Step("8-bit-speed", "weights in 8 bits, in graphs", eight_bits.time_eight_bits, 90, True, ("cuda",)),
-        Step("8-bit-products", "the same from weights in 8 bits", own_kernels.time_byte_products, 150, True, ("cuda",)),
+        Step("8-bit-products", "products from weights in 8 bits", own_kernels.time_byte_products, 150, True, ("cuda",)),
         Step("products", "the bare products of a layer", speed.measure_products, 60, True, ("cuda",)),
         Step("offload", "layers from the host's memory, beside the bus", offload.measure, 120, True, ("cuda",)),
         Step("transformers", "transformers beside ours", peers.time_transformers, 90, True),

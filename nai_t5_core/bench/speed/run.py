@@ -66,13 +66,14 @@ def run_bench(
         layers: fewer layers than the size has; ratios are nearly those of all of them.
 
     Raises:
-        ValueError: unknown size, dtype, device or peer, fewer than one repeat, or no compiler for ``compiled``.
+        ValueError: unknown size, dtype, device or peer, fewer than one repeat, layers that the size does not have, or
+            no compiler for ``compiled``.
     """
     tell = progress or (lambda _: None)
     config = (named_config(size) if isinstance(size, str) else size).encoder_only()
     name = size if isinstance(size, str) else config.size_name or f"d_model {config.d_model}"
     if layers is not None:
-        config, name = config.model_copy(update={"num_layers": layers}), f"{name} with {layers} layers"
+        config, name = config.with_layers(layers), f"{name} with {layers} layers"
     place = resolve_device(device)
     model_dtype = resolve_dtype(dtype, place)
     if unknown := set(peers) - set(PEERS):

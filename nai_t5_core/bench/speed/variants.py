@@ -137,10 +137,15 @@ def _own_variants(stack: T5EncoderStack, wanted: Wanted) -> dict[str, Optimize]:
         if wanted.onednn:
             variants[BY_ONEDNN] = partial(prepack, products="onednn")
     if wanted.int8:
-        variants[INT8] = partial(quantize_int8, products=products)
+        variants[INT8] = partial(_in_8_bits, products=products)
     if wanted.compiled:
         variants[OWN_COMPILED] = compile_stack
     return variants
+
+
+def _in_8_bits(stack: T5EncoderStack, products: ProductsChoice) -> T5EncoderStack:
+    """As :class:`nai_t5_core.TextEncoder` has it: on CUDA the kernels read the weights."""
+    return encode_on_cuda(quantize_int8(stack, products))
 
 
 def _instructions(stack: T5EncoderStack, wanted: Wanted) -> InstructionSet | None:

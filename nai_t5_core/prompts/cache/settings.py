@@ -77,7 +77,8 @@ def settings_for(examination: Examination, how: Choices, weights: str | None = N
                 _kinds_of_layers(examination),
                 layout=how.layout,
                 scales=told,
-                optimize=how.optimize,
+                # Quantised layers that are offloaded are torch's, which unpacks them on the device.
+                optimize=how.optimize and not how.offload,
                 attention=attention,
                 products=how.products,
             )
