@@ -38,8 +38,8 @@ from comfy_nai_t5.int8 import Int8Kernels, Int8Products
 from comfy_nai_t5.packed import Kept, KeptKernels, KeptProducts
 from comfy_nai_t5.quantised_layers import QuantisedLayer, has_quantised, refuses_bytes
 from nai_t5_core.backends.compiled import compile_stack
+from nai_t5_core.backends.cuda.device_refusals import obstacles_of
 from nai_t5_core.backends.cuda.encoder import unproven_on
-from nai_t5_core.backends.cuda.refusals import obstacles_of
 from nai_t5_core.backends.kernels.build import prepare_kernels
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, best, refuses_mathematics
 from nai_t5_core.backends.kernels.sets import InstructionSet

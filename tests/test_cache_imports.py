@@ -16,7 +16,8 @@ FOR_A_MISS = {
 }
 FOR_OTHERS = {
     *("nai_t5_core.lora.files", "nai_t5_core.weights.gguf_files", "nai_t5_core.weights.pytorch_files"),
-    *("nai_t5_core.facts.families", "nai_t5_core.backends.cuda", "nai_t5_core.generation", "nai_t5_core.training"),
+    *("nai_t5_core.facts.families", "nai_t5_core.generation", "nai_t5_core.training"),
+    *("nai_t5_core.backends.cuda.encoder", "nai_t5_core.backends.cuda.refusals", "nai_t5_core.backends.cuda.kernels"),
     *("transformers", "diffusers", "gguf", "torch._inductor", "torch._dynamo"),
 }
 READ = "from nai_t5_core import TextEncoder; TextEncoder.from_pretrained(cache={folder!r}).encode(['a cat'])"

@@ -48,8 +48,8 @@ def quantised_encoder(tmp_path: Path) -> EncoderChoice:
 
 
 def test_every_choice_of_loading_is_one_of_a_set() -> None:
-    """The layout and whether weights are prepacked are for who goes on to change the model; offloaded layers, for who has
-    a diffusion model beside the encoder.
+    """The layout and whether weights are prepacked are for who goes on to change the model; offloaded layers, for who
+    has a diffusion model beside the encoder.
     """
     assert {field.name for field in fields(Choices)} - {field.name for field in fields(EncoderChoice)} == {
         *("layout", "optimize", "offload")

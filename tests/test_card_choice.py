@@ -19,8 +19,9 @@ from nai_t5_core.backends.cuda import card_choice, measured_card
 from nai_t5_core.backends.cuda.attention_shapes import USUAL, AttentionShape
 from nai_t5_core.backends.cuda.card import COMPILED_FOR_AMD, Card, card_of
 from nai_t5_core.backends.cuda.card_choice import TABLE, Choice, choice_for
+from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.backends.cuda.measured_card import MeasuredCard, measured_file, read_measured, versions
-from nai_t5_core.backends.cuda.refusals import missing_triton, refuses_for_good
+from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.backends.forecast import forecast
 from nai_t5_core.model.attention_choice import FLEX_FROM_LENGTHS
@@ -113,7 +114,7 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch) -> Any:
     config = TOY_CONFIGS["v1.1"].encoder_only()
     stack = build_stack(config, random_state(config), torch.float16)
     monkeypatch.setattr(type(stack), "device", property(lambda self: CUDA))
-    monkeypatch.setattr("nai_t5_core.backends.cuda.refusals.missing_triton", lambda: None)
+    monkeypatch.setattr("nai_t5_core.backends.cuda.device_refusals.missing_triton", lambda: None)
     monkeypatch.setattr("nai_t5_core.backends.cuda.refusals._module_obstacles", lambda *_: iter(()))
     return stack
 

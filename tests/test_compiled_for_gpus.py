@@ -10,7 +10,7 @@ import torch
 from cards import AMD_CARDS, CARDS, NEWER_CARDS
 from compile_table import compiled
 
-from nai_t5_core.backends.cuda.refusals import missing_triton
+from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.model.attention_choice import AUTOMATIC_FLEX_DTYPES, choose_attention
 
 pytestmark = [

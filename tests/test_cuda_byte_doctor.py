@@ -8,7 +8,7 @@ import pytest
 import torch
 from cuda_toys import DEVICE, ONE_ROUNDING, draw, error
 
-from nai_t5_core.backends.cuda.refusals import missing_triton
+from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.bench.doctor.numbers import SMALL_CONFIGS
 from nai_t5_core.bench.peers import own_encoder, random_state
 

@@ -14,9 +14,10 @@ from cuda_toys import DEVICE, HERE, ONE_ROUNDING, PRODUCT_DTYPES, draw, error, e
 from torch import Tensor
 
 from nai_t5_core.backends.choose import quantize_int8, why_not_int8
+from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.backends.cuda.encoder import cuda_encoder
 from nai_t5_core.backends.cuda.int8 import quantise_block
-from nai_t5_core.backends.cuda.refusals import missing_triton, refuses
+from nai_t5_core.backends.cuda.refusals import refuses
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.bench.parity import difference
 from nai_t5_core.facts.scales import LayerScales, StackScales

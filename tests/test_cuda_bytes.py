@@ -10,7 +10,7 @@ import torch
 from byte_toys import KINDS, exact_weight, linear_of
 from cuda_toys import DEVICE, HAS_GPU, ONE_ROUNDING, PRODUCT_DTYPES, draw, error
 
-from nai_t5_core.backends.cuda.refusals import missing_triton
+from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.facts.config import Activation
 from nai_t5_core.model.layers import ACTIVATIONS
 

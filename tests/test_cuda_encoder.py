@@ -16,8 +16,9 @@ from cuda_toys import CAN_OVERLAP, DEVICE, DTYPES, HAS_GPU, HERE, ONE_ROUNDING, 
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.backends.cuda.encoder import cuda_encoder
-from nai_t5_core.backends.cuda.refusals import missing_triton, refuses
+from nai_t5_core.backends.cuda.refusals import refuses
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.facts.scales import LayerScales, StackScales
 from nai_t5_core.float16.guard import NotFiniteError, guard, rescale

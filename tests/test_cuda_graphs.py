@@ -9,7 +9,7 @@ import torch
 from pretended_graphs import PretendedGraph, pretend_graphs
 from torch import Tensor
 
-from nai_t5_core.backends.cuda.refusals import missing_triton
+from nai_t5_core.backends.cuda.device_refusals import missing_triton
 
 if missing := missing_triton():
     pytest.skip(missing, allow_module_level=True)

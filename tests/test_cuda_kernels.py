@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from cuda_toys import DEVICE, DTYPES, ONE_ROUNDING, PRODUCT_DTYPES, draw, error
 
+from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.backends.cuda.documents import document_table
-from nai_t5_core.backends.cuda.refusals import missing_triton
 from nai_t5_core.facts.config import Activation
 from nai_t5_core.model.attention import DocumentAttention
 from nai_t5_core.model.layers import ACTIVATIONS

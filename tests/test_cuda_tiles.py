@@ -8,7 +8,7 @@ import pytest
 import torch
 from cuda_toys import DEVICE, ONE_ROUNDING, PRODUCT_DTYPES, draw, error
 
-from nai_t5_core.backends.cuda.refusals import missing_triton
+from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.facts.config import Activation
 from nai_t5_core.model.layers import ACTIVATIONS
 

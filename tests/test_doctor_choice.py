@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from nai_t5_core.backends.cuda.card import Card
 from nai_t5_core.backends.cuda.card_choice import choice_for
+from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.backends.cuda.measured_card import TORCH, MeasuredCard, MeasuredProduct, measured_file
-from nai_t5_core.backends.cuda.refusals import missing_triton
 from nai_t5_core.bench.doctor import Diagnosis, DoctorSettings, choosing, first_encode
 from nai_t5_core.bench.doctor.choosing import fastest_attention, fastest_products, without_slower_rows
 from nai_t5_core.bench.doctor.kept_choice import NEVER, flex_from_lengths, write_choice
@@ -184,7 +184,7 @@ def test_the_plan_of_a_card_fits() -> None:
 @pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))
 def test_layers_are_computed_in_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, launch by launch, with times that are given: results are right, and what is kept is valid."""
-    from nai_t5_core.backends.cuda.refusals import is_interpreted
+    from nai_t5_core.backends.cuda.device_refusals import is_interpreted
     from nai_t5_core.bench.doctor import card_times
 
     if not is_interpreted():

@@ -12,8 +12,8 @@ from simulated_device import SimulatedDevice
 from test_cuda_encoder import CHANGES, IDS, KINDS, MASK, SCALES
 from toy_loras import toy_lora
 
+from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.backends.cuda.encoder import cuda_encoder
-from nai_t5_core.backends.cuda.refusals import missing_triton
 from nai_t5_core.backends.offload.offload import offload_layers
 from nai_t5_core.float16.guard import guard
 from nai_t5_core.lora.live import LiveLoras

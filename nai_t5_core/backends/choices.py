@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
-from nai_t5_core.backends.cuda.refusals import missing_for_8_bits
+from nai_t5_core.backends.cuda.device_refusals import missing_for_8_bits
 from nai_t5_core.backends.kernels.build import better_than_kernels, prepare_kernels
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, best
 from nai_t5_core.backends.products import INT8_ONEDNN

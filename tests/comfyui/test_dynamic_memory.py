@@ -65,7 +65,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> PagedLibrary:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What computes between the products; the kernels compute in float16 alone."""
     if request.param == "kernels":
-        refusals = pytest.importorskip("nai_t5_core.backends.cuda.refusals")
+        refusals = pytest.importorskip("nai_t5_core.backends.cuda.device_refusals")
         if refusals.missing_triton() or not refusals.is_interpreted():
             pytest.skip("the kernels run here in Triton's interpreter: pip install triton, and set TRITON_INTERPRET=1")
         monkeypatch.setattr("comfy_nai_t5.stack.refuses_cuda_layers", lambda *_: None)

@@ -1,4 +1,4 @@
-"""Which kinds of quantised weights the kernels for CUDA read. Little is imported: a hit of the cache asks for it, too."""
+"""Which kinds of quantised weights the kernels for CUDA read. A hit of the cache asks for it, so little is imported."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from itertools import chain
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from nai_t5_core.backends.cuda.byte_weight import refuses_projection
-from nai_t5_core.backends.cuda.card import COMPILED_FOR_AMD, card_of
+from nai_t5_core.backends.cuda.device_refusals import BYTES_NOT_FOR_AMD, is_amd, obstacles_of
 from nai_t5_core.backends.quantised.projections import QuantisedEmbedding, QuantisedLinear
 from nai_t5_core.model.attention import FusedSelfAttention, SelfAttentionLayer
 from nai_t5_core.model.block import is_watched, torch_is_needed
@@ -26,32 +25,12 @@ from nai_t5_core.model.layers import (
     RMSNorm,
 )
 
-COMPUTE_DTYPES = (torch.float16, torch.bfloat16)
-LEAST_CAPABILITY = (8, 0)  # of NVIDIA's
-BYTES_NOT_FOR_AMD = "the kernels for weights in 8 bits were compiled for NVIDIA's cards only"
-
 # Exactly these classes: subclasses do more (adapters, quantisation, offloading).
 _KNOWN = {
     *(*PLAIN_LINEARS, nn.Embedding, NoInit.Embedding, nn.ModuleList),
     *(T5EncoderStack, Encoder, EncoderBlock, SelfAttentionLayer, FeedForwardLayer, FoldedRMSNorm, RMSNorm),
     *(FusedSelfAttention, FusedGatedFeedForward, FeedForward, QuantisedLinear, QuantisedEmbedding),
 }
-
-
-def missing_triton() -> str | None:
-    """What this installation lacks, as a sentence; None if nothing."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (torch for CUDA brings it along on Linux; elsewhere install it by itself)"
-    return None
-
-
-def missing_for_8_bits(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no encoder in this dtype can be computed from weights in 8 bits on a card, as a sentence; None if it can."""
-    if missing := missing_triton():
-        return missing
-    if dtype not in COMPUTE_DTYPES:
-        return f"8 bits on CUDA are for {_allowed_dtypes()}, the model is in {dtype}"
-    return next(_device_obstacles(device), None) or (BYTES_NOT_FOR_AMD if _is_amd(device) else None)
 
 
 def refuses(stack: T5EncoderStack) -> str | None:
@@ -87,38 +66,6 @@ def _obstacles(stack: T5EncoderStack) -> Iterator[str]:
         yield from _module_obstacles(module, stack.dtype, devices)
 
 
-def obstacles_of(device: torch.device, dtype: torch.dtype, d_kv: int) -> Iterator[str]:
-    """Why the kernels cannot compute layers in a dtype, with heads of a size, on a device."""
-    if missing := missing_triton():
-        yield missing
-    if dtype not in COMPUTE_DTYPES:
-        yield f"the model is in {dtype}; allowed: {_allowed_dtypes()}"
-    if d_kv < 16 or d_kv & (d_kv - 1):
-        yield f"heads of size {d_kv}; allowed: powers of two from 16 on"
-    yield from _device_obstacles(device)
-
-
-def _allowed_dtypes() -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTE_DTYPES)
-
-
-def _is_amd(device: torch.device) -> bool:
-    card = card_of(device)
-    return card is not None and card.is_amd
-
-
-def _device_obstacles(device: torch.device) -> Iterator[str]:
-    if device.type == "cuda":
-        card = card_of(device)
-        if card is not None and card.is_amd and card.architecture not in COMPILED_FOR_AMD:
-            allowed = ", ".join(COMPILED_FOR_AMD)
-            yield f"the GPU is a {card.name}, {card.architecture}; of AMD's they were compiled for {allowed}"
-        if card is not None and not card.is_amd and card.capability < LEAST_CAPABILITY:
-            yield f"the GPU has compute capability {card.capability}; at least {LEAST_CAPABILITY} is needed"
-    elif device.type != "cpu" or not is_interpreted():
-        yield f"the model is on {device}; allowed: cuda"
-
-
 def _module_obstacles(module: nn.Module, dtype: torch.dtype, devices: set[torch.device]) -> Iterator[str]:
     """Modules, hooks, replaced forwards and tensors of other software, which the kernels would ignore."""
     kind = type(module)
@@ -144,19 +91,10 @@ def _module_obstacles(module: nn.Module, dtype: torch.dtype, devices: set[torch.
 
 
 def _quantised_obstacles(module: QuantisedLinear | QuantisedEmbedding, devices: set[torch.device]) -> Iterator[str]:
-    if any(map(_is_amd, devices)):
+    if any(map(is_amd, devices)):
         yield BYTES_NOT_FOR_AMD
     forms = module.forms if isinstance(module, QuantisedLinear) else (module.form,)
     if any(form.weight.device not in devices for form in forms):
         yield f"a quantised weight is on {forms[0].weight.device}; needed: {' or '.join(map(str, devices))}"
     if isinstance(module, QuantisedLinear) and (reason := refuses_projection(module)):
         yield reason
-
-
-def is_interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, on the CPU."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from nai_t5_core.backends.cuda import kernels
-
-    return isinstance(kernels.attend, InterpretedFunction)

@@ -1,0 +1,71 @@
+"""Whether the kernels for CUDA can run on a device, whatever the model. A hit of the cache asks for it, too."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+
+from nai_t5_core.backends.cuda.card import COMPILED_FOR_AMD, card_of
+
+COMPUTE_DTYPES = (torch.float16, torch.bfloat16)
+LEAST_CAPABILITY = (8, 0)  # of NVIDIA's
+BYTES_NOT_FOR_AMD = "the kernels for weights in 8 bits were compiled for NVIDIA's cards only"
+
+
+def missing_triton() -> str | None:
+    """What this installation lacks, as a sentence; None if nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (torch for CUDA brings it along on Linux; elsewhere install it by itself)"
+    return None
+
+
+def missing_for_8_bits(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no encoder in this dtype can be computed from weights in 8 bits on a card, as a sentence; None if it can."""
+    if missing := missing_triton():
+        return missing
+    if dtype not in COMPUTE_DTYPES:
+        return f"8 bits on CUDA are for {_allowed_dtypes()}, the model is in {dtype}"
+    return next(_device_obstacles(device), None) or (BYTES_NOT_FOR_AMD if is_amd(device) else None)
+
+
+def obstacles_of(device: torch.device, dtype: torch.dtype, d_kv: int) -> Iterator[str]:
+    """Why the kernels cannot compute layers in a dtype, with heads of a size, on a device."""
+    if missing := missing_triton():
+        yield missing
+    if dtype not in COMPUTE_DTYPES:
+        yield f"the model is in {dtype}; allowed: {_allowed_dtypes()}"
+    if d_kv < 16 or d_kv & (d_kv - 1):
+        yield f"heads of size {d_kv}; allowed: powers of two from 16 on"
+    yield from _device_obstacles(device)
+
+
+def _allowed_dtypes() -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTE_DTYPES)
+
+
+def is_amd(device: torch.device) -> bool:
+    card = card_of(device)
+    return card is not None and card.is_amd
+
+
+def _device_obstacles(device: torch.device) -> Iterator[str]:
+    if device.type == "cuda":
+        card = card_of(device)
+        if card is not None and card.is_amd and card.architecture not in COMPILED_FOR_AMD:
+            allowed = ", ".join(COMPILED_FOR_AMD)
+            yield f"the GPU is a {card.name}, {card.architecture}; of AMD's they were compiled for {allowed}"
+        if card is not None and not card.is_amd and card.capability < LEAST_CAPABILITY:
+            yield f"the GPU has compute capability {card.capability}; at least {LEAST_CAPABILITY} is needed"
+    elif device.type != "cpu" or not is_interpreted():
+        yield f"the model is on {device}; allowed: cuda"
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from nai_t5_core.backends.cuda import kernels
+
+    return isinstance(kernels.attend, InterpretedFunction)
