@@ -139,7 +139,7 @@ class MeasuredCard(_Part):
 @cache
 def versions() -> dict[str, str]:
     """What a measurement depends on beside the card: versions, and what our kernels are, by their sources."""
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*kernel*.py")))
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return {
         "torch": torch.__version__,
         "triton": _version_of_triton(),
