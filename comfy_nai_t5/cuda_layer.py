@@ -5,6 +5,7 @@ By ComfyUI's own norm alone, the square, the mean, the root, two products and th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +49,18 @@ class OfTheCall:
         self._documents: Documents | None = None
         self._layer: DocumentLayer | None = None
         self._table: Tensor | None = None
+        self._tables: dict[Block, Tensor] = {}
+
+    def runner(self, norms: tuple[Tensor, Tensor], products: LayerProducts) -> CudaLayer:
+        """What runs a layer; see :class:`CudaLayer`."""
+        return CudaLayer(norms, products, self)
+
+    def take_biases(self, blocks: Sequence[Block], biases: Tensor) -> None:
+        """Makes all tables at once, of biases by distance that stand one above the other: [layers · heads, distances].
+
+        Without this call each is made of what the layer attends by.
+        """
+        self._tables = dict(zip(blocks, attention_table(biases).chunk(len(blocks)), strict=True))
 
     def documents(self, plan: DocumentAttention, qkv: Tensor, d_kv: int) -> Documents | None:
         """The prompts as a table, in one copy; None where a mask has holes, which the kernel cannot describe."""
@@ -59,8 +72,10 @@ class OfTheCall:
                 self._documents = Documents(moved(table, qkv.device), shape)
         return self._documents
 
-    def table(self, layer: DocumentLayer) -> Tensor:
-        """The bias by distance, as the kernel reads it."""
+    def table(self, block: Block, layer: DocumentLayer) -> Tensor:
+        """The bias by distance of a layer, as the kernel reads it."""
+        if block in self._tables:
+            return self._tables[block]
         if layer is not self._layer or self._table is None:
             self._layer, self._table = layer, attention_table(layer.table)
         return self._table
@@ -89,7 +104,7 @@ class CudaLayer:
         inner, products = dense.DenseReluDense, self.products
         attention_norm, dense_norm = self.norms
         hidden = add_norm(residual, None, 1.0, attention.layer_norm.variance_epsilon, dtype, attention_norm)
-        attended = self._attended(products.qkv(hidden), attention.SelfAttention, by_torch)
+        attended = self._attended(block, products.qkv(hidden), by_torch)
         if attention.SelfAttention.scale != 1:
             attended.mul_(attention.SelfAttention.scale)
         delta, factor, epsilon = products.o(attended), 1 / attention.out_scale, dense.layer_norm.variance_epsilon
@@ -100,15 +115,15 @@ class CudaLayer:
         active = gate(products.wi(hidden), inner.activation, is_gated, factor=factor)
         return add_sublayer(residual, products.wo(active), dense.out_scale)
 
-    def _attended(self, qkv: Tensor, module: Any, by_torch: Attend) -> Tensor:
+    def _attended(self, block: Any, qkv: Tensor, by_torch: Attend) -> Tensor:
         """[tokens, 3 · inner] to [tokens, inner]."""
-        documents = None
+        module, documents = block.layer[0].SelfAttention, None
         if isinstance(by_torch, DocumentLayer):
             documents = self.shared.documents(by_torch.plan, qkv, module.d_kv)
         if documents is None or not isinstance(by_torch, DocumentLayer):
             q, k, v = qkv.unflatten(-1, (3, module.heads, module.d_kv)).unbind(-3)
             return by_torch(q, k, v).flatten(-2)
-        return attend(qkv, self.shared.table(by_torch), documents, by_torch.plan.scale)
+        return attend(qkv, self.shared.table(block, by_torch), documents, by_torch.plan.scale)
 
     def attends(self, block: Block, dtype: torch.dtype) -> bool:
         return True

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, published_scales
 from nai_t5_core.model.attention import distance_table
 from nai_t5_core.model.attention_choice import AttentionChoice
-from nai_t5_core.model.block import Block, BlockRunner, torch_is_needed
+from nai_t5_core.model.block import Block, torch_is_needed
 from nai_t5_core.model.encoder import Encoder, StackRunner, T5EncoderStack
 from nai_t5_core.model.layers import NoInit
 
@@ -141,7 +140,8 @@ class SharedEncoder(Encoder):
         """
         reasons: Counter[str] = Counter()
         quantised: dict[Block, QuantisedLayer] = {}
-        finished = _cuda_layers() if by_cuda else JoinedProducts
+        shared = _shared_on_cuda() if by_cuda else None
+        finished = JoinedProducts if shared is None else shared.runner
         block: Any
         for block in self.block:
             if reason := self.refuses(block, dtype, kind is not None, by is not None, self.device):
@@ -165,7 +165,7 @@ class SharedEncoder(Encoder):
                 block.runner = finished(weights.norms, FusedProducts(weights))
         self.quantised = quantised
         if not reasons:
-            self.tables = self._tables()
+            self.tables = self._tables(dtype, shared)
         return reasons
 
     def _streamed_products(self, block: Block) -> StreamedProducts:
@@ -175,15 +175,22 @@ class SharedEncoder(Encoder):
             self.streamed[block] = products = StreamedProducts(block, self.device)
         return products
 
-    def _tables(self) -> Sequence[Tensor]:
-        """The bias tables of all layers that have one, at once where nothing is to be done to their weights."""
+    def _tables(self, dtype: torch.dtype, shared: Any) -> Sequence[Tensor]:
+        """The bias tables of all layers that have one, at once where nothing is to be done to their weights.
+
+        Then ``shared``, what layers on CUDA share unless it is None, is told of all as well.
+        """
         count = len(self.block) if self.bias_per_layer else 1
         blocks: Any = self.block
         embeddings = [blocks[index].layer[0].SelfAttention.relative_attention_bias for index in range(count)]
         if count == 1 or not all(is_plain_table(embedding, self.device) for embedding in embeddings):
             return [self.bias_table(index) for index in range(count)]
         weights = torch.cat([embedding.weight for embedding in embeddings], dim=1).float()
-        return distance_table(weights, self.max_distance).contiguous().chunk(count)
+        biases = distance_table(weights, self.max_distance).contiguous()
+        if shared is not None:
+            shared.take_biases(blocks, biases)
+            biases = biases.to(dtype)
+        return biases.chunk(count)
 
     @staticmethod
     def refuses(
@@ -378,11 +385,11 @@ def describe_layout(reasons: Counter[str], layers: int, joined: str) -> str:
     return f"separate layout: {why}" if apart == layers else f"{joined} but for {apart} of {layers} layers: {why}"
 
 
-def _cuda_layers() -> Callable[[tuple[Tensor, Tensor], Any], BlockRunner]:
-    """Makes runners of a call's layers; imported where there is Triton."""
-    from comfy_nai_t5.cuda_layer import CudaLayer, OfTheCall
+def _shared_on_cuda() -> Any:
+    """What the layers of a call share that the kernels for CUDA compute; imported where there is Triton."""
+    from comfy_nai_t5.cuda_layer import OfTheCall
 
-    return partial(CudaLayer, shared=OfTheCall())
+    return OfTheCall()
 
 
 def _take_modules(stack: nn.Module, t5: nn.Module) -> None:
