@@ -15,13 +15,14 @@ from compile_for_gpus import compiled
 from nai_t5_core.backends.cuda import byte_kernels, kernels
 from nai_t5_core.backends.cuda.byte_product_kernel import multiply_bytes, unpack_bytes
 from nai_t5_core.backends.cuda.byte_products import ESTIMATED_FOR_BYTES
+from nai_t5_core.backends.cuda.card import Card
 from nai_t5_core.backends.cuda.launches import norm_warps
 from nai_t5_core.backends.cuda.products import Configuration, Kind
 
 
-def products(capability: int, overlaps: bool) -> Iterator[dict[str, Any]]:
+def products(card: Card, overlaps: bool) -> Iterator[dict[str, Any]]:
     """Every configuration for int8 and Q8_0; the first of each size for float8, and for all of them in bfloat16."""
-    float8 = "float8_e4m3" if capability >= 89 else "float8_e4m3, by bits"
+    float8 = "float8_e4m3" if card.capability >= (8, 9) else "float8_e4m3, by bits"
     wholes, blocks = ("int8", float8, "float8_e5m2"), ("int8",)
     for (kind, rows), configurations in ESTIMATED_FOR_BYTES.items():
         for number, configuration in enumerate(configurations):
@@ -31,11 +32,11 @@ def products(capability: int, overlaps: bool) -> Iterator[dict[str, Any]]:
                         continue
                     for read in (blocks if has_blocks else wholes) if number == 0 else ("int8",):
                         how = (kind, rows, configuration, read, has_blocks, half)
-                        yield product(capability, overlaps, *how)
+                        yield product(card, overlaps, *how)
 
 
 def product(
-    capability: int,
+    card: Card,
     overlaps: bool,
     kind: Kind,
     rows: int,
@@ -59,46 +60,47 @@ def product(
         "is_gated": kind == "gated",
         "stages": configuration.stages,
     }
-    return compiled(multiply_bytes, capability, types, constants, configuration.warps, overlaps)
+    return compiled(multiply_bytes, card, types, constants, configuration.warps, overlaps)
 
 
-def others(capability: int, half: str) -> Iterator[dict[str, Any]]:
+def others(card: Card, half: str) -> Iterator[dict[str, Any]]:
     """What unpacks, and what lies between products in 8 bits."""
-    float8 = "float8_e4m3" if capability >= 89 else "float8_e4m3, by bits"
+    float8 = "float8_e4m3" if card.capability >= (8, 9) else "float8_e4m3, by bits"
     for read, has_blocks in (("int8", False), ("int8", True), (float8, False), ("float8_e5m2", False)):
         types = {"weight": "*i8" if read == "int8" else "*u8", "scales": "*fp32", "out": half}
         types |= {"block_scales": "*fp16" if has_blocks else "*fp32"}
         types |= {"columns": "i32", "all_columns": "i32", "depth": "i32"}
         constants: dict[str, Any] = {"kind": read, "has_blocks": has_blocks, "block_columns": 8, "block_depth": 256}
-        yield compiled(unpack_bytes, capability, types, constants, 4)
+        yield compiled(unpack_bytes, card, types, constants, 4, overlaps=False)
     for out in ("*i8", "*u8"):
         types = {"x": half, "out": out, "scales": "*fp32"}
         for width, block in ((4096, 4096), (6144, 8192)):
             sizes = {"width": width, "block": block}
-            yield compiled(byte_kernels.round_rows, capability, types, sizes, norm_warps(block))
+            yield compiled(byte_kernels.round_rows, card, types, sizes, norm_warps(block), overlaps=False)
         has_scales = out == "*i8"
         types = {"joined": "*i32" if has_scales else "*bf16", "out": out, "scales": "*fp32"}
         types |= {"row_scales": "*fp32", "column_scales": "*fp32"}
         for activation in ("relu", "gelu", "gelu_new", "silu"):
             constants = {"width": 10240, "activation": activation, "is_gated": activation != "relu", "block": 1024}
-            yield compiled(byte_kernels.gate_in_bytes, capability, types, constants | {"has_scales": has_scales}, 4)
+            constants |= {"has_scales": has_scales}
+            yield compiled(byte_kernels.gate_in_bytes, card, types, constants, 4, overlaps=False)
         for delta, parts in (("*fp32", 0), ("*i32" if has_scales else "*bf16", 1)):
             types = {"residual": "*fp32", "delta": delta, "weight": "*fp32", "out": out, "finite": "*i32"}
-            types |= {"count": "*i32", "epsilon": "fp32", "inv_scale": "fp32"}
+            types |= {"count": "*i32", "epsilon": "fp32", "inv_scale": "fp32", "factor": "fp32"}
             types |= {"row_scales": "*fp32", "column_scales": "*fp32", "out_scales": "*fp32"}
             constants = {"width": 4096, "block": 4096, "parts": parts, "has_weight": True, "watches": False}
             constants |= {"has_scales": has_scales and parts == 1, "gives_bytes": True}
-            yield compiled(kernels.add_norm, capability, types, constants, norm_warps(4096))
+            yield compiled(kernels.add_norm, card, types, constants, norm_warps(4096), overlaps=False)
     types = {"sums": "*i32", "row_scales": "*fp32", "column_scales": "*fp32", "out": half}
-    yield compiled(byte_kernels.number_sums, capability, types, {"width": 12288, "block": 1024}, 4)
+    yield compiled(byte_kernels.number_sums, card, types, {"width": 12288, "block": 1024}, 4, overlaps=False)
 
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        capability = int(argument)
-        for overlaps in (False, True) if capability >= 90 else (False,):
-            for found in products(capability, overlaps):
-                print(json.dumps({"capability": capability, **found}), flush=True)
+        card = Card("a card", f"sm_{argument}")
+        for overlaps in (False, True) if card.can_overlap else (False,):
+            for found in products(card, overlaps):
+                print(json.dumps({"capability": argument, **found}), flush=True)
         for half in ("*fp16", "*bf16"):
-            for found in others(capability, half):
-                print(json.dumps({"capability": capability, **found}), flush=True)
+            for found in others(card, half):
+                print(json.dumps({"capability": argument, **found}), flush=True)

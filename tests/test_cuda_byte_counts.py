@@ -15,7 +15,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nai_t5_core.backends.choose import encode_on_cuda
+<<<<<<< HEAD
 from nai_t5_core.backends.cuda.device_refusals import missing_triton
+=======
+from nai_t5_core.backends.cuda.card import Card
+>>>>>>> work-g
 from nai_t5_core.backends.cuda.encoder import cuda_encoder
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
@@ -82,7 +86,7 @@ class Counted:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedCuda]:
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(encoder, "card_of", lambda _: Card("a card that converts float8", "sm_90"))
     monkeypatch.setattr(encoder, "_current", lambda _: nullcontext())
     # Its parameters are no plain ones.
     monkeypatch.setattr(refusals, "_module_obstacles", lambda *_: iter(()))
