@@ -15,11 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nai_t5_core.backends.choose import encode_on_cuda
-<<<<<<< HEAD
-from nai_t5_core.backends.cuda.device_refusals import missing_triton
-=======
 from nai_t5_core.backends.cuda.card import Card
->>>>>>> work-g
+from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.backends.cuda.encoder import cuda_encoder
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
