@@ -53,7 +53,8 @@ def _computing(owner: Any) -> list[Any]:
     stack = owner.transformer.stack
     scales = None if stack.scales.is_one else stack.scales.to_json()
     # A file may have plain layers beside quantised ones.
-    products = [stack.takes_kernels, *([_quantised_by(stack)] if stays_quantised(owner.transformer) else [])]
+    products = [stack.takes_kernels, stack.takes_cuda_layers]
+    products += [_quantised_by(stack)] if stays_quantised(owner.transformer) else []
     how = [str(stack.dtype), stack.wish, stack.attention, stack.compiled, *products, stack.device.type]
     masks = [owner.zero_out_masked, owner.return_attention_masks, owner.enable_attention_masks]
     return [*how, owner.transformer.padding, scales, *masks, _plain(owner.special_tokens)]

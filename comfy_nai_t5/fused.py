@@ -165,7 +165,7 @@ def fuse(block: Any) -> FusedWeights:
     """The weights of a layer, joined, for which there must be no :func:`refuses`."""
     q, k, v, o, *inner, wo = projections(block)
     return FusedWeights(
-        norms=(block.layer[0].layer_norm.weight, block.layer[-1].layer_norm.weight),
+        norms=norm_weights(block),
         qkv=_joined([q, k, v]),
         o=o.weight,
         wi=_joined(inner),

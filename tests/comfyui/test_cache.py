@@ -154,6 +154,28 @@ def test_every_change_misses_and_comes_back(path: Path, store: Store, loads: lis
 
 
 @pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize(
+    ("asked", "answers"),
+    [("takes_kernels", (True, False)), ("refuses_cuda_layers", (None, "not in this test"))],
+    ids=["kernels for the CPU", "kernels for CUDA"],
+)
+def test_what_computes_is_in_the_key(
+    asked: str, answers: tuple[Any, Any], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels and torch round at other places."""
+    from comfy_nai_t5.clip import t5_models
+    from comfy_nai_t5.clip_key import key_of
+
+    clip = plain(path)
+    tokens, models = clip.tokenize("a cat on a sofa"), t5_models(clip.cond_stage_model)
+    found = []
+    for answer in (*answers, answers[0]):
+        monkeypatch.setattr(f"comfy_nai_t5.stack.{asked}", lambda *_, answer=answer: answer)
+        found.append(key_of(clip, "a file", models, tokens, True))
+    assert found[0] == found[2] != found[1]
+
+
+@pytest.mark.usefixtures("any_size")
 def test_files_and_settings_do_not_mix(path: Path, tmp_path: Path, store: Store) -> None:
     other = toy_file(tmp_path, V1_1, seed=1)
     cases = [

@@ -60,6 +60,19 @@ def test_all_layouts_give_what_stock_gives(family: str, tmp_path: Path) -> None:
         assert_equal_conditioning(conditioning(ours_of(theirs, layout), "a (photo:1.3) of a cat"), expected)
 
 
+def test_norms_in_float8_are_read_as_float32(tmp_path: Path) -> None:
+    """Not every card reads float8; a joined layer's norms go to its kernels as they are given."""
+    from comfy_nai_t5.fused import fuse
+
+    block = t5_of(ours_of(stock(toy_file(tmp_path, V1_1), "mochi"))).encoder.block[0]
+    norms = [block.layer[index].layer_norm for index in (0, -1)]
+    for norm in norms:
+        norm.weight = torch.nn.Parameter(norm.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    for found, norm in zip(fuse(block).norms, norms, strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, norm.weight.float())
+
+
 def test_joined_weights_are_in_memory_once(tmp_path: Path) -> None:
     theirs = stock(toy_file(tmp_path, V1_1), "mochi")
     before = {name: tensor.clone() for name, tensor in theirs.cond_stage_model.state_dict().items()}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoints import embedded_taken_apart, spiece_model, write_file
 from comfy_server import ROOT, WORKFLOWS, Server, from_editor, node
-from comfy_toys import error
+from comfy_toys import FUSED, KERNELS, error
 from conftest import random_state
 
 from nai_t5_core import TextEncoder
@@ -189,7 +189,8 @@ def test_a_gguf_file(server: Server) -> None:
     choices = server.get("/object_info/NAILoadT5")["NAILoadT5"]["input"]["required"]["t5_name"]
     assert "umt5-Q8_0.gguf" in json.dumps(choices)
     outputs = server.succeed(count(name="umt5-Q8_0.gguf", family="t5"))
-    assert "its weights stay quantised" in json.dumps(outputs)
+    layout = f"{FUSED}, quantised weights" if KERNELS else "its weights stay quantised"
+    assert layout in json.dumps(outputs)
 
 
 def test_files_that_are_no_t5(server: Server) -> None:
