@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from byte_toys import quantised_stack
 from conftest import TOY_CONFIGS, build_stack, random_state
 
 from nai_t5_core.backends.choose import encode_on_cuda
@@ -19,7 +20,7 @@ from nai_t5_core.backends.cuda import card_choice, measured_card
 from nai_t5_core.backends.cuda.attention_shapes import USUAL, AttentionShape
 from nai_t5_core.backends.cuda.card import COMPILED_FOR_AMD, Card, card_of
 from nai_t5_core.backends.cuda.card_choice import TABLE, Choice, choice_for
-from nai_t5_core.backends.cuda.device_refusals import missing_triton
+from nai_t5_core.backends.cuda.device_refusals import missing_for_8_bits, missing_triton
 from nai_t5_core.backends.cuda.measured_card import MeasuredCard, measured_file, read_measured, versions
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.runner import CudaRunner
@@ -150,6 +151,24 @@ def test_cards_of_amd_are_left_to_torch_until_the_doctor_has_tried_them(monkeypa
     choice_for.cache_clear()
     assert stack.describe_attention() == "auto: kernels for CUDA, as measured on this card"
     assert forecast(stack.config, CUDA, torch.float16).startswith("cuda, kernels where they can, products measured")
+
+
+@pytest.mark.parametrize(
+    ("card", "capability", "reason"),
+    [
+        (H200, (9, 0), None),
+        (MI300, (9, 4), "the kernels for weights in 8 bits were compiled for NVIDIA's cards only"),
+    ],
+)
+def test_weights_in_8_bits_are_for_cards_of_nvidia(
+    card: Card, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = quantised_stack("int8").cpu()
+    monkeypatch.setattr(type(stack), "device", property(lambda self: CUDA))
+    monkeypatch.setattr("nai_t5_core.backends.cuda.device_refusals.missing_triton", lambda: None)
+    pretend(monkeypatch, card.name, capability, card.architecture if card.is_amd else None)
+    assert refuses_for_good(stack) == reason
+    assert missing_for_8_bits(CUDA, torch.float16) == reason
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from byte_toys import quantised_stack
 from conftest import TOY_CONFIGS
 from cuda_toys import HAS_GPU, stack_of
 from simulated_device import SimulatedDevice
@@ -14,6 +15,7 @@ from toy_loras import toy_lora
 
 from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.backends.cuda.encoder import cuda_encoder
+from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.offload.offload import offload_layers
 from nai_t5_core.float16.guard import guard
 from nai_t5_core.lora.live import LiveLoras
@@ -81,6 +83,18 @@ def test_live_loras_are_computed_by_the_modules_and_the_kernels_come_back() -> N
     assert not torch.equal(stack(IDS, MASK), before) and "LiveLinear" in stack.describe_attention()
     loras.clear()
     assert torch.equal(stack(IDS, MASK), before) and stack.describe_attention() == BY_KERNELS
+
+
+@pytest.mark.parametrize("kind", ["int8", "Q8_0"])
+def test_quantised_layers_are_left_to_torch(kind: str) -> None:
+    stack = quantised_stack(kind)
+    expected = stack(IDS, MASK)
+    assert refuses_for_good(stack) is None, "else it would be left to torch for another reason"
+    offload: Any = offload_layers(stack).offload
+    offload.start(stack, SimulatedDevice())
+    words = "not the kernels for CUDA, layer by layer: its layers are quantised and offloaded"
+    assert words in stack.describe_attention()
+    assert torch.equal(stack(IDS, MASK), expected)
 
 
 def test_an_encode_that_breaks_off_leaves_the_order_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
