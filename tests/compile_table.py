@@ -42,7 +42,7 @@ def table() -> str:
     rows: dict[str, dict[int | str, list[dict[str, Any]]]] = {}
     targets = (*CARDS, *NEWER_CARDS, *AMD_CARDS)
     for capability in targets:
-        for script in SCRIPTS if capability in CARDS else SCRIPTS[:1]:
+        for script in _scripts_for(capability):
             for usage in compiled(script, capability):
                 rows.setdefault(row_of(usage), {}).setdefault(capability, []).append(usage)
     names = [*(f"sm_{capability}" for capability in (*CARDS, *NEWER_CARDS)), *AMD_CARDS]
@@ -54,6 +54,13 @@ def table() -> str:
     limits = [f"255, 0, {shared:,}" for shared in shared_of_nvidia]
     limits += [f"{512 if lanes == 64 else 256}, 0, {shared:,}" for lanes, shared in AMD_CARDS.values()]
     return "\n".join([*lines, "| allowed | " + " | ".join(limits) + " |"])
+
+
+def _scripts_for(capability: int | str) -> tuple[str, ...]:
+    """All of them, for cards that each script knows; the kernels for 8 bits are for NVIDIA's alone."""
+    if capability in CARDS:
+        return SCRIPTS
+    return SCRIPTS[:2] if capability in NEWER_CARDS else SCRIPTS[:1]
 
 
 def _cell(usages: list[dict[str, Any]]) -> str:

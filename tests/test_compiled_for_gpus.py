@@ -43,7 +43,7 @@ def test_our_kernels(capability: int | str) -> None:
     assert beyond(usages, capability) == []
 
 
-@pytest.mark.parametrize("capability", CARDS)
+@pytest.mark.parametrize("capability", [*CARDS, *NEWER_CARDS])
 def test_our_kernels_for_8_bits(capability: int) -> None:
     usages = compiled("compile_bytes_for_gpus.py", capability)
     between = {"round_rows", "number_sums", "gate_in_bytes", "add_norm"}
