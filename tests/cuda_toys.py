@@ -7,6 +7,7 @@ from conftest import build_stack, random_state
 from torch import Tensor
 
 from nai_t5_core.backends.cuda.card import card_of
+from nai_t5_core.backends.cuda.device_refusals import missing_to_overlap
 from nai_t5_core.backends.cuda.encoder import PRODUCTS_CHOICES
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales
@@ -23,7 +24,7 @@ DTYPES = tuple(ONE_ROUNDING)
 # The interpreter multiplies the bits of bfloat16 as if they were numbers.
 PRODUCT_DTYPES = DTYPES if HAS_GPU else (torch.float16,)
 CARD = card_of(torch.device("cuda"))
-CAN_OVERLAP = CARD is not None and CARD.can_overlap
+CAN_OVERLAP = CARD is not None and CARD.can_overlap and not missing_to_overlap()
 # The products that can be computed here.
 HERE = [choice for choice in PRODUCTS_CHOICES if CAN_OVERLAP or choice != "triton-overlapping"]
 

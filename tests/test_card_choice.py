@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,6 +119,45 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("nai_t5_core.backends.cuda.device_refusals.missing_triton", lambda: None)
     monkeypatch.setattr("nai_t5_core.backends.cuda.refusals._module_obstacles", lambda *_: iter(()))
     return stack
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ((), "Triton is not installed"),
+        (("__init__.py", "language/extra/cuda/utils.py"), r"older than 3\.4 .*: install torch 2\.8 or later"),
+        (("__init__.py", "language/extra/cuda/gdc.py"), None),
+    ],
+)
+def test_a_triton_that_cannot_compile_the_kernels_is_told(
+    files: tuple[str, ...], message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of it is imported: a folder that only holds files of these names is found as the installed one is."""
+    for file in files:
+        place = tmp_path / "triton" / file
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    missing = missing_triton()
+    assert missing is None if message is None else missing and re.search(message, missing)
+
+
+@pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))
+def test_launches_do_not_overlap_where_triton_cannot_compile_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.language.extra import cuda
+
+    from nai_t5_core.backends.cuda.encoder import cuda_encoder
+    from nai_t5_core.bench.doctor.own_kernels import _possible
+
+    stack = on_a_card(monkeypatch)
+    pretend(monkeypatch, "a card", (9, 0), None)
+    monkeypatch.setattr(cuda, "gdc_wait", lambda _semantic=None: None)
+    assert "triton-overlapping" in _possible(CUDA)
+    monkeypatch.setattr(cuda, "gdc_wait", lambda _builder=None: None)  # as in Triton 3.4
+    assert "triton-overlapping" not in _possible(CUDA)
+    with pytest.raises(ValueError, match=r"'triton-overlapping' cannot be compiled here: it needs Triton 3\.5"):
+        cuda_encoder(stack, products="triton-overlapping")
 
 
 @pytest.mark.parametrize(

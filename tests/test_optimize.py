@@ -59,6 +59,9 @@ def test_originals_are_kept_for_one_call_and_then_let_go() -> None:
     assert not any(original() for original in originals)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.6", reason=f"the compiler of torch {torch.__version__} makes a graph for each object"
+)
 @torch.no_grad()
 def test_one_graph_computes_the_products_of_many_modules() -> None:
     weights = [torch.randn(48, 32), torch.randn(48, 32)]

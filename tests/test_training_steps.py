@@ -103,14 +103,15 @@ def test_bfloat16_beside_float32_weights(folder: Path) -> None:
 
 
 def test_flex_attention_cannot_train_on_a_cpu(folder: Path) -> None:
-    """torch says so itself; the day it does not, this choice can go."""
+    """torch says so itself from 2.6 on; the day it does not, this choice can go."""
     from torch.nn.attention.flex_attention import flex_attention
 
     with pytest.raises(ValueError, match="flex attention has no backward on the CPU; use attention 'auto' or 'sdpa'"):
         run_of(config_in(folder, attention="flex"))
     q = torch.zeros(1, 1, 128, 16, requires_grad=True)
-    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
-        flex_attention(q, q, q)
+    if torch.__version__ >= "2.6":
+        with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+            flex_attention(q, q, q)
     assert run_of(config_in(folder, attention="sdpa")).advance().loss == run_of(config_in(folder)).advance().loss
 
 

@@ -48,7 +48,7 @@ from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.fixed_weights import refuse_change
 from nai_t5_core.model.layers import CastingOps
 from nai_t5_core.model.packing import check_policy
-from nai_t5_core.model.precision import DTYPES, resolve_device, within_range
+from nai_t5_core.model.precision import COMPUTED_IN, resolve_device, within_range
 from nai_t5_core.weights.chosen import ScalesChoice
 from nai_t5_core.weights.convert import main_dtype
 from nai_t5_core.weights.examine import examine_checkpoint
@@ -312,7 +312,7 @@ class NAIT5EncoderModel(RefusesAdaptersWhenFused, OffloadsLayers, PreTrainedMode
 
     def _checked_stack(self) -> T5EncoderStack:
         """The embedding table tells what is computed in; layerwise casting puts a dtype there that nothing can be."""
-        if self.stack.dtype not in DTYPES.values():
+        if self.stack.dtype not in COMPUTED_IN:
             raise ValueError(
                 f"the embedding table is stored in {self.stack.dtype}, and tells no dtype to compute in: give "
                 "skip_modules_classes=(torch.nn.Embedding,) to apply_layerwise_casting, and load the model again"

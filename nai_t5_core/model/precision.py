@@ -13,6 +13,8 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# The compiler of torch 2.5 looks through a tuple, and not through the values of a dictionary.
+COMPUTED_IN = tuple(DTYPES.values())
 # Rows of a weight that are checked at a time.
 _ROWS = 1024
 

@@ -198,7 +198,8 @@ def _calibrate_decoder(
 
 def _rows(table: Tensor, ids: Tensor) -> Tensor:
     """Embeddings of ids in float32: [..., d_model]. Rows that nothing uses may be anything."""
-    rows = table[ids].float()
+    # torch 2.5 takes no rows of tensors in float8, but rows of their bytes.
+    rows = (table.view(torch.uint8)[ids].view(table.dtype) if table.itemsize == 1 else table[ids]).float()
     if not is_finite(rows):
         odd = sorted(set(ids[~rows.isfinite().all(-1)].tolist()))
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tarfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,8 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _unpickle(path: Path) -> Any:
+    if form := _form_with_code(path):
+        raise _HoldsCodeError(form)
     # weights_only: a pickle may otherwise run code. mmap works for the zip form, which is all files since 2020.
     if path.suffix != ".safetensors":
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -54,7 +57,26 @@ def _unpickle(path: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
+class _HoldsCodeError(ValueError):
+    """The file is of a form that torch before 2.6 reads by running what stands in it, whatever it is told."""
+
+
+def _form_with_code(path: Path) -> str | None:
+    """TorchScript beside its constants, or the archive of torch's first years; None if it is neither."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            members = {name.partition("/")[2] for name in archive.namelist()}
+        return "it is a TorchScript archive" if "constants.pkl" in members else None
+    try:
+        with tarfile.open(path, "r:"):
+            return "it is a tar archive, as torch wrote them in its first years"
+    except tarfile.TarError:
+        return None
+
+
 def _fault(path: Path, error: Exception) -> str:
+    if isinstance(error, _HoldsCodeError):
+        return f"cannot be read without running code ({error}); {_REMEDY}"
     reason = _COLOURS.sub("", str(error)) or type(error).__name__
     classes = _classes(path, reason)
     quantiser = next((name for start, name in _QUANTISERS.items() if any(c.startswith(start) for c in classes)), None)
@@ -74,7 +96,10 @@ def _fault(path: Path, error: Exception) -> str:
 
 
 def _classes(path: Path, reason: str) -> list[str]:
-    """Classes that stand in a pickle and are no tensors; of the form before 2020, the first that torch met."""
+    """Classes that stand in a pickle and are no tensors; the first that torch met where it tells no more.
+
+    That is of the form before 2020, and of any form by torch before 2.6.
+    """
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         return sorted(found, key=lambda name: (name.startswith("torch."), name))

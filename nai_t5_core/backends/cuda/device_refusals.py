@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -11,14 +13,36 @@ from nai_t5_core.backends.cuda.card import COMPILED_FOR_AMD, card_of
 
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16)
 LEAST_CAPABILITY = (8, 0)  # of NVIDIA's
+# What the kernels call to overlap launches is here from Triton 3.4 on; older ones do not even compile those that do not
+# overlap, whatever the card.
+_WAITS_FOR_LAUNCHES = Path("language", "extra", "cuda", "gdc.py")
 BYTES_NOT_FOR_AMD = "the kernels for weights in 8 bits were compiled for NVIDIA's cards only"
 
 
 def missing_triton() -> str | None:
-    """What this installation lacks, as a sentence; None if nothing."""
-    if importlib.util.find_spec("triton") is None:
+    """What this installation lacks, as a sentence; None if nothing.
+
+    Files are looked for, since importing Triton takes longer than reading a kept embedding.
+    """
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:
         return "Triton is not installed (torch for CUDA brings it along on Linux; elsewhere install it by itself)"
+    if not Path(found.origin).parent.joinpath(_WAITS_FOR_LAUNCHES).exists():
+        return (
+            "the Triton here is older than 3.4 and cannot compile the kernels: install torch 2.8 or later, which "
+            "brings a newer one"
+        )
     return None
+
+
+def missing_to_overlap() -> str | None:
+    """What the installed Triton lacks to let launches overlap, as a sentence; None if nothing."""
+    from triton.language.extra import cuda
+
+    # What Triton 3.4 has of it takes an argument that its own compiler no longer gives.
+    if "_semantic" in inspect.signature(cuda.gdc_wait).parameters:
+        return None
+    return "it needs Triton 3.5 or later, which torch 2.9 brings along"
 
 
 def missing_for_8_bits(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from nai_t5_core.backends.cuda.attention_shapes import USUAL, AttentionShapes
 from nai_t5_core.backends.cuda.card import card_of
 from nai_t5_core.backends.cuda.card_choice import choice_for
+from nai_t5_core.backends.cuda.device_refusals import missing_to_overlap
 from nai_t5_core.backends.cuda.documents import document_table, has_holes
 from nai_t5_core.backends.cuda.refusals import refuses_for_good, refuses_now
 from nai_t5_core.model.encoder import T5EncoderStack
@@ -59,8 +60,9 @@ def cuda_encoder(
 
     Raises:
         ValueError: the kernels cannot run this stack, see :func:`nai_t5_core.backends.cuda.refusals.refuses`; unknown
-            products, or a torch before 2.8 with ``"torch-float32"``; ``"auto"`` on a card of AMD's on which nothing was
-            measured; graphs on the CPU; ``record_at`` below 1.
+            products, a torch before 2.8 with ``"torch-float32"``, or a Triton before 3.5 with
+            ``"triton-overlapping"``; ``"auto"`` on a card of AMD's on which nothing was measured; graphs on the CPU;
+            ``record_at`` below 1.
     """
     encoder = encoder_beside(stack, eager, products, record_at)
     encoder.kept = stack
@@ -80,8 +82,13 @@ def encoder_beside(stack: T5EncoderStack, eager: bool, products: ProductsChoice,
     card = card_of(stack.device)
     if products == "auto" and (reason := unproven_on(stack.device)):
         raise ValueError(f"the kernels for CUDA are not taken here: {reason}")
-    if products == "triton-overlapping" and not (card and card.can_overlap):
-        raise ValueError("products='triton-overlapping' needs an NVIDIA GPU of compute capability 9.0; take 'triton'")
+    if products == "triton-overlapping":
+        if not (card and card.can_overlap):
+            raise ValueError(
+                "products='triton-overlapping' needs an NVIDIA GPU of compute capability 9.0; take 'triton'"
+            )
+        if missing := missing_to_overlap():
+            raise ValueError(f"products='triton-overlapping' cannot be compiled here: {missing}; take 'triton'")
     if not eager and stack.device.type != "cuda":
         raise ValueError(f"the model is on {stack.device}; CUDA graphs need CUDA, elsewhere give eager=True")
     shapes = shapes_for(card, stack.config.d_kv)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nai_t5_core.backends.cuda.card import card_of
+from nai_t5_core.backends.cuda.device_refusals import missing_to_overlap
 from nai_t5_core.backends.cuda.encoder import ProductsChoice, cuda_encoder
 from nai_t5_core.bench.clock import timed
 from nai_t5_core.bench.doctor.numbers import SMALL_CONFIGS, difference, questions
@@ -24,7 +25,7 @@ _PRODUCTS: tuple[ProductsChoice, ...] = ("torch", "torch-float32", "triton", "tr
 def _possible(device: torch.device) -> tuple[ProductsChoice, ...]:
     """The choices of products that a card can run."""
     card = card_of(device)
-    return _PRODUCTS if card is not None and card.can_overlap else _PRODUCTS[:-1]
+    return _PRODUCTS if card is not None and card.can_overlap and not missing_to_overlap() else _PRODUCTS[:-1]
 
 
 @torch.no_grad()
