@@ -62,9 +62,10 @@ def test_the_command_looks_for_no_garbage_while_it_imports(tmp_path: Path) -> No
     )
     command = COMMAND.format(arguments=["encode", "a cat", "--cache-dir", str(tmp_path), "--json"])
     found = []
-    for code in (command, f"import torch; {command}"):
+    # Python 3.12 puts some of its own objects aside before any program begins.
+    for code in (command, f"import torch; {command}", ""):
         ran = subprocess.run([sys.executable, "-c", f"{code}\n{told}"], check=True, capture_output=True, text=True)
         found.append(ran.stdout.splitlines()[-1].split())
-    (few, *after), (many, *as_ever) = found
+    (few, *after), (many, *as_ever), (_, *at_first) = found
     assert int(few) < int(many) / 2
-    assert (after[0], as_ever) == ("True", ["True", "0"]) and int(after[1]) > 100_000
+    assert (after[0], as_ever) == ("True", at_first) and int(after[1]) > 100_000

@@ -27,8 +27,9 @@ def made(kind: str, folder: Path) -> T5EncoderStack:
 
 
 def alive() -> set[int]:
-    """Where the tensors of the CPU lie that are not small."""
-    tensors = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor) and each.device.type == "cpu")
+    """Where the tensors of the CPU lie that are not small. Those of a compiler that pretends lie nowhere."""
+    found = (each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter))
+    tensors = (each for each in found if each.device.type == "cpu")
     return {tensor.data_ptr() for tensor in tensors if tensor.layout is torch.strided and tensor.nbytes >= 1 << 14}
 
 
