@@ -229,10 +229,8 @@ void compare(const Tested& as, Index rows, bool in_panels) {
 }  // namespace
 
 int main() {
-    if (!t5_is_permitted()) {
-        std::printf("the system does not permit these instructions\n");
-        return 2;
-    }
+    // Without it a system ends a process at its first tile. Emulated tiles need none, and are not refused.
+    t5_is_permitted();
 #ifdef WITH_BFLOAT16
     const std::vector<Tested> kinds = {
         {"bfloat16", 0, kBfloat16, true, 3e-2}, {"float32", 1, kFloat32, false, 3e-6},
