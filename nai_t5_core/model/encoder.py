@@ -81,7 +81,9 @@ class Encoder(nn.Module):
             if attend is None or self.bias_per_layer:
                 make = partial(self._attend, plan, index, dtype, device)
                 # Who hooks into a block may bring its weights, and its table among them, when it is called.
-                is_late = not torch.compiler.is_compiling() and is_watched((block,))
+                # With gradients it is made here: checkpointing may run the block's forward twice.
+                is_free = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+                is_late = is_free and is_watched((block,))
                 attend = LateAttend(make) if is_late else make()
             yield block, attend
 
