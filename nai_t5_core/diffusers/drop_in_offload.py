@@ -19,10 +19,10 @@ else:
 class OffloadsLayers(Base):
     """A model of transformers that may have its weights elsewhere than where it computes."""
 
-    @property
-    def stack(self) -> T5EncoderStack:
-        """The encoder that does the work."""
-        raise NotImplementedError
+    if TYPE_CHECKING:
+        # The drop-in class has it.
+        @property
+        def stack(self) -> T5EncoderStack: ...
 
     @property
     def device(self) -> torch.device:

@@ -13,8 +13,8 @@ from nai_t5_core.backends.cuda.activations import Bytes, Sums
 from nai_t5_core.backends.cuda.byte_kinds import BLOCK
 from nai_t5_core.backends.cuda.byte_product_kernel import multiply_bytes, unpack_bytes
 from nai_t5_core.backends.cuda.byte_weight import ByteWeight, Weight
-from nai_t5_core.backends.cuda.launches import gate, overlapping
-from nai_t5_core.backends.cuda.products import MOST_ROWS, Configuration, Configurations, Kind, block_rows
+from nai_t5_core.backends.cuda.launches import gate
+from nai_t5_core.backends.cuda.products import MOST_ROWS, Configuration, Configurations, Kind, block_rows, constants_of
 from nai_t5_core.backends.cuda.torch_products import Products
 from nai_t5_core.facts.config import Activation
 
@@ -158,21 +158,8 @@ def byte_arguments(
     converts_float8: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The kernel's arguments for a :func:`byte_product`: those of the call, and the constants it is compiled for."""
-    constants = {
-        "columns": out.shape[2],
-        "depth": x.shape[1],
-        "block_rows": block_rows(len(x)),
-        "block_columns": configuration.block_columns,
-        "block_depth": configuration.block_depth,
-        "parts": configuration.parts,
-        "kind": kind_of(weight, converts_float8),
-        "has_blocks": weight.block_scales is not None,
-        "activation": activation or "none",
-        "is_gated": is_gated,
-        "stages": configuration.stages,
-        "num_warps": configuration.warps,
-        **overlapping(overlaps),
-    }
+    constants = constants_of(x, out, configuration, block_rows(len(x)), activation, is_gated, overlaps)
+    constants |= {"kind": kind_of(weight, converts_float8), "has_blocks": weight.block_scales is not None}
     return (x, *_bytes_and_scales(weight), out, len(x)), constants
 
 

@@ -10,10 +10,10 @@ from nai_t5_core.backends.cuda.card_choice import Choice
 from nai_t5_core.backends.cuda.measured_card import FEW_ROWS, PLAIN_WEIGHTS, TILES, MeasuredProduct
 from nai_t5_core.backends.cuda.products import (
     ESTIMATED,
+    HOPPER,
     Configuration,
     Configurations,
     TritonProducts,
-    configurations_for,
 )
 from nai_t5_core.backends.cuda.tiles import Tile, TiledProducts, Tiles
 from nai_t5_core.backends.cuda.torch_products import Products, TorchProducts
@@ -31,7 +31,7 @@ def configurations_on(card: Card | None) -> Configurations:
     """The configurations of our kernel for few rows on a card; None stands for the interpreter."""
     if card is not None and card.is_amd:
         return AMD
-    return configurations_for((0, 0) if card is None else card.capability)
+    return HOPPER if card is not None and card.capability == (9, 0) else ESTIMATED
 
 
 def measured_products(measured: Iterable[MeasuredProduct]) -> TiledProducts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -67,11 +67,6 @@ HOPPER: Configurations = {
     ("gated", 128): (),
     ("summed", 128): (),
 }
-
-
-def configurations_for(capability: tuple[int, int]) -> Configurations:
-    """The configurations for GPUs of a compute capability."""
-    return HOPPER if capability == (9, 0) else ESTIMATED
 
 
 def block_rows(rows: int) -> int:
@@ -164,17 +159,42 @@ def arguments(
     overlaps: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The kernel's arguments for a :func:`product`: those of the call, and the constants that it is compiled for."""
-    constants = {
+    constants = constants_of(x, out, configuration, block_rows(len(x)), activation, is_gated, overlaps)
+    return (x, weight, out, len(x)), constants
+
+
+class Blocks(Protocol):
+    """How a product is divided among programs, save for its rows."""
+
+    @property
+    def block_columns(self) -> int: ...
+    @property
+    def block_depth(self) -> int: ...
+    @property
+    def parts(self) -> int: ...
+    @property
+    def stages(self) -> int: ...
+    @property
+    def warps(self) -> int: ...
+
+
+def constants_of(
+    x: Tensor, out: Tensor, blocks: Blocks, rows: int, activation: Activation | None, is_gated: bool, overlaps: bool
+) -> dict[str, Any]:
+    """What every kernel for products is compiled for: of x [rows, depth] and out [parts, rows, columns].
+
+    ``rows`` is how many a program computes.
+    """
+    return {
         "columns": out.shape[2],
         "depth": x.shape[1],
-        "block_rows": block_rows(len(x)),
-        "block_columns": configuration.block_columns,
-        "block_depth": configuration.block_depth,
-        "parts": configuration.parts,
+        "block_rows": rows,
+        "block_columns": blocks.block_columns,
+        "block_depth": blocks.block_depth,
+        "parts": blocks.parts,
         "activation": activation or "none",
         "is_gated": is_gated,
-        "stages": configuration.stages,
-        "num_warps": configuration.warps,
+        "stages": blocks.stages,
+        "num_warps": blocks.warps,
         **overlapping(overlaps),
     }
-    return (x, weight, out, len(x)), constants

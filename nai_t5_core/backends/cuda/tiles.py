@@ -10,8 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nai_t5_core.backends.cuda.launches import overlapping
-from nai_t5_core.backends.cuda.products import MOST_ROWS, Configurations, Kind, TritonProducts
+from nai_t5_core.backends.cuda.products import MOST_ROWS, Configurations, Kind, TritonProducts, constants_of
 from nai_t5_core.backends.cuda.tile_kernel import multiply_tiles
 from nai_t5_core.facts.config import Activation
 
@@ -111,19 +110,7 @@ def tile_arguments(
     x: Tensor, weight: Tensor, out: Tensor, tile: Tile, activation: Activation | None, is_gated: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The kernel's arguments for :func:`tiled`: those of the call, and the constants that it is compiled for."""
-    constants = {
-        "columns": out.shape[2],
-        "depth": x.shape[1],
-        "block_rows": tile.block_rows,
-        "block_columns": tile.block_columns,
-        "block_depth": tile.block_depth,
-        "parts": tile.parts,
-        "activation": activation or "none",
-        "is_gated": is_gated,
-        "stages": tile.stages,
-        "num_warps": tile.warps,
-        **overlapping(False),
-    }
+    constants = constants_of(x, out, tile, tile.block_rows, activation, is_gated, overlaps=False)
     return (x, weight, out, len(x)), constants
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from nai_t5_core.backends.cuda.attention_shapes import AttentionShapes
 from nai_t5_core.backends.cuda.card import Card, card_of
 from nai_t5_core.backends.cuda.card_choice import MEASURED_HEADS, Choice, choice_for
-from nai_t5_core.backends.cuda.encoder import CudaEncoder, Encoded, cuda_encoder
+from nai_t5_core.backends.cuda.encoder import CudaEncoder, cuda_encoder
 from nai_t5_core.backends.cuda.measured_card import (
     TORCH,
     MeasuredAttention,
@@ -22,6 +21,7 @@ from nai_t5_core.backends.cuda.measured_card import (
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.bench.clock import timed
 from nai_t5_core.bench.doctor.numbers import difference
+from nai_t5_core.bench.doctor.own_kernels import finished
 from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.bench.doctor.speed import LENGTHS
 from nai_t5_core.bench.parity import TOLERANCES
@@ -140,15 +140,11 @@ def _times_of_lengths(patient: Patient, measured: MeasuredCard) -> dict[str, flo
     if patient.device.type != "cuda" or refuses_for_good(patient.stack) is not None:
         return {}
     shapes = _shapes(choice_for(_card(patient)), measured.attention)
-    encode = CudaEncoder(patient.stack, False, measured_products(measured.products), shapes).encode
+    encoder = CudaEncoder(patient.stack, False, measured_products(measured.products), shapes)
     return {
-        str(length): timed(partial(_finished, encode, patient.ids(1, length)), patient.device)["ms"]
+        str(length): timed(partial(finished, encoder, patient.ids(1, length)), patient.device)["ms"]
         for length in LENGTHS
     }
-
-
-def _finished(encode: Callable[..., Encoded], ids: Tensor) -> None:
-    assert bool(encode(ids).finite), "the result is not finite"
 
 
 def _card(patient: Patient) -> Card:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nai_t5_core.backends.choose import quantize_int8
 from nai_t5_core.backends.cuda.encoder import ProductsChoice, cuda_encoder
@@ -16,6 +15,7 @@ from nai_t5_core.backends.quantised.packing import PackedKind, pack
 from nai_t5_core.backends.quantised.runner import QuantisedBackend
 from nai_t5_core.bench.clock import timed
 from nai_t5_core.bench.doctor.numbers import SMALL_CONFIGS, difference, questions
+from nai_t5_core.bench.doctor.own_kernels import finished
 from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.bench.parity import TOLERANCES
 from nai_t5_core.bench.peers import own_encoder, random_state
@@ -109,7 +109,7 @@ def _time(
     for choice in choices:
         encode = cuda_encoder(stack, products=choice)
         for length in LENGTHS:
-            call = partial(_finished, encode, patient.ids(1, length))
+            call = partial(finished, encode, patient.ids(1, length))
             times.setdefault(str(length), {})[f"{kind}, {choice}"] = timed(call, patient.device)
 
 
@@ -121,7 +121,3 @@ def _held(stack: T5EncoderStack) -> int:
             tensors += [part for form in module.forms for part in form.weight.parts.values()]  # type: ignore[attr-defined]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
-
-
-def _finished(encode: Any, ids: Tensor) -> None:
-    assert bool(encode.encode(ids).finite), "the result is not finite"

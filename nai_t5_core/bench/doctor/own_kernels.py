@@ -10,7 +10,7 @@ import torch
 
 from nai_t5_core.backends.cuda.card import card_of
 from nai_t5_core.backends.cuda.device_refusals import missing_to_overlap
-from nai_t5_core.backends.cuda.encoder import ProductsChoice, cuda_encoder
+from nai_t5_core.backends.cuda.encoder import CudaEncoder, ProductsChoice, cuda_encoder
 from nai_t5_core.bench.clock import timed
 from nai_t5_core.bench.doctor.numbers import SMALL_CONFIGS, difference, questions
 from nai_t5_core.bench.doctor.patient import Finding, Patient
@@ -69,7 +69,7 @@ def time_kernels(patient: Patient) -> Finding:
             started = time.perf_counter()
             encode(ids, mask, "skip")
             first = time.perf_counter() - started
-            call = partial(_finished, encode, ids, mask)
+            call = partial(finished, encode, ids, mask)
             times.setdefault(name, {})[variant] = {**timed(call, patient.device), "first_seconds": round(first, 2)}
             expected = patient.stack(ids, mask, padding="skip").double()
             times[name][variant]["differs"] = difference(encode(ids, mask, "skip").double(), expected)
@@ -91,5 +91,6 @@ def time_byte_products(patient: Patient) -> Finding:
     return {"times": found}
 
 
-def _finished(encode: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-    assert bool(encode.encode(ids, mask, "skip").finite), "the result is not finite"
+def finished(encoder: CudaEncoder, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+    """Encodes ids [batch, length] without pads, and waits for the result."""
+    assert bool(encoder.encode(ids, mask, "skip").finite), "the result is not finite"
