@@ -97,6 +97,9 @@ class SimulatedDevice(TorchDispatchMode):
         self._locked[memory.data_ptr()] = memory
         return memory
 
+    def unlock(self, memory: Tensor) -> None:
+        del self._locked[memory.data_ptr()]
+
     def is_locked(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self._locked
 

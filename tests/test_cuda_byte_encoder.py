@@ -14,11 +14,13 @@ from cuda_toys import DEVICE, HERE, ONE_ROUNDING, PRODUCT_DTYPES, draw, error, e
 from torch import Tensor
 
 from nai_t5_core.backends.choose import quantize_int8, why_not_int8
+from nai_t5_core.backends.cuda import int8
 from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.backends.cuda.encoder import cuda_encoder
-from nai_t5_core.backends.cuda.int8 import quantise_block
+from nai_t5_core.backends.cuda.int8 import quantise_block, quantise_stack
 from nai_t5_core.backends.cuda.refusals import refuses
 from nai_t5_core.backends.cuda.runner import CudaRunner
+from nai_t5_core.backends.quantised.projections import QuantisedLinear
 from nai_t5_core.bench.parity import difference
 from nai_t5_core.facts.scales import LayerScales, StackScales
 
@@ -200,6 +202,52 @@ def test_copies_pickles_and_casts_are_laid_out_again(kind: str) -> None:
         assert torch.equal(other(x), expected)
         lay_out(other)
         assert all(address(form.joined) == address(form.weight.parts["weight"]) for form in other.forms)
+
+
+class OutOfRoomError(RuntimeError):
+    pass
+
+
+def failing_at(number: int, call: Any) -> Any:
+    calls = iter(range(1000))
+
+    def failing(*given: Any) -> Any:
+        if next(calls) == number:
+            raise OutOfRoomError
+        return call(*given)
+
+    return failing
+
+
+@pytest.mark.parametrize("fault", ["a projection", "the rest"])
+def test_what_cannot_be_quantised_on_another_device_is_what_it_was(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack: Any = stack_of(CONFIGS["v1.1"], device="cpu")
+    expected, modules = stack(IDS, MASK), list(stack.modules())
+    runners = [block.runner for block in stack.encoder.block]
+    with monkeypatch.context() as patch, pytest.raises(OutOfRoomError):
+        if fault == "a projection":
+            patch.setattr(int8, "_held", failing_at(5, int8._held))
+        else:
+            patch.setattr(torch.nn.Embedding, "_apply", failing_at(0, torch.nn.Embedding._apply))
+        quantise_stack(stack, torch.device("meta"))
+    assert all(a is b for a, b in zip(stack.modules(), modules, strict=True))
+    assert [block.runner for block in stack.encoder.block] == runners
+    assert torch.equal(stack(IDS, MASK), expected)
+
+
+def test_what_cannot_be_quantised_where_it_is_computes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no room for all weights in 16 and in 8 bits."""
+    stack: Any = stack_of(CONFIGS["v1.1"])
+    exact = exact_of(CONFIGS["v1.1"])(IDS)
+    with monkeypatch.context() as patch, pytest.raises(OutOfRoomError):
+        patch.setattr(int8, "_held", failing_at(5, int8._held))
+        quantise_stack(stack, stack.device)
+    assert sum(isinstance(module, QuantisedLinear) for module in stack.modules()) == 5
+    for found in (stack(IDS), cuda_encoder(stack, eager=True)(IDS)):
+        assert error(found, exact) < 0.02
+    quantise_stack(stack, stack.device)
+    assert sum(isinstance(module, QuantisedLinear) for module in stack.modules()) == 12
+    assert error(cuda_encoder(stack, eager=True)(IDS), exact) < 0.03
 
 
 def test_a_norm_of_large_weights_stays_in_float16() -> None:

@@ -243,10 +243,13 @@ def test_advice_by_what_a_card_multiplies_fast(products: dict[str, Any], told: s
 
 def test_what_layers_from_the_host_take_is_told_beside_the_bus() -> None:
     times = {"64": {"ms": 190.0, "times the bus": 1.05}}
-    found = {"times": times, "bytes": 9.26e9, "bus_ms": 181.0, "target": 1.15, "device_bytes": 0.9e9}
+    half = {"times": times, "bytes": 9.26e9, "bus_ms": 181.0, "device_bytes": 0.9e9}
+    int8 = {**half, "bytes": 4.64e9}
+    found = {"kinds": {"float16": half, "int8": int8}, "target": 1.15}
     text = as_markdown(diagnosis_of("cuda", {**MACHINE, "card": CARD}, offload=found))
-    assert "The bus takes 181.0 ms for 9.26 GB; an encode is to take at most 1.15 times as long." in text
-    assert "190.0 ms" in text and "1.05" in text and "0.90 GB" in text
+    assert "In float16 the bus takes 181.0 ms for 9.26 GB, and the card gives 0.90 GB." in text
+    assert "for 4.64 GB" in text and "An encode is to take at most 1.15 times as long as the bus." in text
+    assert "64 tokens, float16" in text and "64 tokens, int8" in text and "190.0 ms" in text and "1.05" in text
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -25,8 +25,8 @@ from toy_quantised import READ, quantised, write_quantised
 
 from nai_t5_core.backends.choose import encode_on_cuda, prepack, quantize_int8, run_quantised, why_not_prepack
 from nai_t5_core.backends.compiled import compile_stack
-from nai_t5_core.backends.offload.offload import offload_layers
-from nai_t5_core.backends.offload.weights import weights_of
+from nai_t5_core.backends.offload.offload import Offload, offload_layers
+from nai_t5_core.backends.offload.weights import replace_parameters, weights_of
 from nai_t5_core.float16.guard import ScaleTightenedWarning, guard
 from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.lora.loras import Loras
@@ -279,6 +279,67 @@ def test_memory_that_is_not_locked_leaves_it_where_it_is() -> None:
         offload.start(stack, device)  # type: ignore[attr-defined]
     assert offload.device is None and stack.device.type == "cpu" and device.buffers == []
     assert torch.equal(stack(IDS), expected)
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("fault", ["lock", "place", "rest"])
+def test_what_fails_midway_leaves_nothing_locked(
+    fault: str, kind: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stack = resident()
+    if kind is not None:
+        state = quantised(encoder_part(random_state(WIDE)), READ[kind][1])
+        stack = load_encoder(write_quantised(tmp_path / "t5.safetensors", state), "float32", "cpu")
+    expected, device = stack(IDS), SimulatedDevice()
+    offload: Any = offload_layers(stack).offload
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError("no more")
+
+    with monkeypatch.context() as patch:
+        if fault == "lock":
+            device.room = largest_layer(stack) * 2
+        elif fault == "place":
+            patch.setattr(device, "buffer", fail)
+        else:
+            # The last norm is what is moved last.
+            patch.setattr("nai_t5_core.backends.offload.offload.replace_parameters", failing_once(replace_parameters))
+        with pytest.raises(MemoryError, match="no "):
+            offload.start(stack, device)
+    assert offload.device is None and stack.device.type == "cpu" and stack.runner is None
+    assert device._locked == {} and torch.equal(stack(IDS), expected)
+    with pytest.raises(AssertionError):
+        _ = offload.ring
+    device.room = None
+    offload.start(stack, device)
+    with device:
+        assert torch.equal(stack(IDS), expected)
+    assert all(device.is_locked(weight) for block in stack.encoder.block for weight in weights_of(block))
+
+
+def failing_once(call: Any) -> Any:
+    calls = iter(range(1000))
+
+    def failing(*given: Any) -> None:
+        if next(calls) == 9:
+            raise MemoryError("no more")
+        call(*given)
+
+    return failing
+
+
+def test_an_encoder_that_cannot_be_offloaded_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = resident()
+    stack.requires_grad_(True)
+    stack.shared.requires_grad_(False)
+    expected, runners, turns = stack(IDS), [block.runner for block in stack.encoder.block], stack.turns
+    makes = partial(SimulatedDevice, room=largest_layer(stack) * 2)
+    monkeypatch.setattr(Offload, "move", lambda self, stack, change: self.start(stack, makes()))
+    with pytest.raises(MemoryError, match="no room"):
+        offload_layers(stack)
+    assert stack.offload is None and stack.turns is turns and torch.equal(stack(IDS), expected)
+    assert [block.runner for block in stack.encoder.block] == runners
+    assert [name for name, weight in stack.named_parameters() if not weight.requires_grad] == ["shared.weight"]
 
 
 def test_two_ways_to_offload_exclude_each_other() -> None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from byte_toys import quantised_stack
+from byte_toys import CONFIGS, quantised_stack
+from byte_toys import KINDS as BYTE_KINDS
 from conftest import TOY_CONFIGS
 from cuda_toys import HAS_GPU, stack_of
-from simulated_device import SimulatedDevice
+from simulated_device import RaceError, SimulatedDevice
 from test_cuda_encoder import CHANGES, IDS, KINDS, MASK, SCALES
 from toy_loras import toy_lora
 
 from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.backends.cuda.encoder import cuda_encoder
-from nai_t5_core.backends.cuda.refusals import refuses_for_good
+from nai_t5_core.backends.cuda.int8 import quantise_at_rest, quantise_stack
 from nai_t5_core.backends.offload.offload import offload_layers
+from nai_t5_core.backends.offload.weights import weights_of
+from nai_t5_core.backends.quantised.packing import pack
+from nai_t5_core.backends.quantised.projections import QuantisedForm, QuantisedLinear
 from nai_t5_core.float16.guard import guard
 from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.model.encoder import T5EncoderStack
@@ -26,6 +33,8 @@ if missing := missing_triton():
     pytest.skip(missing, allow_module_level=True)
 if HAS_GPU:
     pytest.skip("test_offload_on_cuda.py has the real device", allow_module_level=True)
+
+from nai_t5_core.backends.cuda.byte_weight import JoinedForm
 
 BY_KERNELS = "auto: kernels for CUDA, layer by layer"
 
@@ -85,16 +94,163 @@ def test_live_loras_are_computed_by_the_modules_and_the_kernels_come_back() -> N
     assert torch.equal(stack(IDS, MASK), before) and stack.describe_attention() == BY_KERNELS
 
 
-@pytest.mark.parametrize("kind", ["int8", "Q8_0"])
-def test_quantised_layers_are_left_to_torch(kind: str) -> None:
-    stack = quantised_stack(kind)
-    expected = stack(IDS, MASK)
-    assert refuses_for_good(stack) is None, "else it would be left to torch for another reason"
-    offload: Any = offload_layers(stack).offload
-    offload.start(stack, SimulatedDevice())
-    words = "not the kernels for CUDA, layer by layer: its layers are quantised and offloaded"
-    assert words in stack.describe_attention()
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in 8 bits
+# ---------------------------------------------------------------------------------------------------------------------
+
+LONG = torch.randint(0, 96, (1, 140), generator=torch.Generator().manual_seed(6))
+
+
+BYTE_CASES = [(kind, "v1.1", torch.float16) for kind in ("int8 by us", *BYTE_KINDS)]
+BYTE_CASES += [(kind, "umt5", torch.bfloat16) for kind in ("int8 by us", "Q8_0", "float8")]
+
+
+@pytest.mark.parametrize(("kind", "config", "dtype"), BYTE_CASES)
+def test_bytes_are_computed_as_those_of_a_resident_one(kind: str, config: str, dtype: torch.dtype) -> None:
+    scales = SCALES if dtype == torch.float16 else None
+    expected = cuda_encoder(quantised_stack(kind, CONFIGS[config], dtype, scales), eager=True)(IDS, MASK, "skip")
+    stack, device = quantised_stack(kind, CONFIGS[config], dtype, scales), SimulatedDevice()
+    kept = bytes_of(stack)
+    offloaded(stack, device)
+    for _ in range(2):
+        device.copies.clear()
+        assert torch.equal(stack(IDS, MASK, padding="skip"), expected)
+    layers = stack.config.num_layers
+    assert [len(pieces) for pieces in device.copies] == [1] * layers
+    # As many bytes as are in the file, and nothing beside them but to begin at a multiple of 256.
+    assert kept <= sum(map(sum, device.copies)) < kept + 256 * 20 * layers
+    assert bytes_of(stack) == kept
+    assert sum(memory.nbytes for memory in device._locked.values()) < kept + 256 * 20 * layers
+
+
+@pytest.mark.parametrize("kind", ["int8 by us", "Q8_0", "float8 by row"])
+def test_long_rows_are_unpacked_where_the_bytes_have_come(kind: str) -> None:
+    expected = cuda_encoder(quantised_stack(kind), eager=True)(LONG)
+    assert torch.equal(offloaded(quantised_stack(kind), SimulatedDevice())(LONG), expected)
+
+
+def bytes_of(stack: Any) -> int:
+    return sum(tensor.nbytes for block in stack.encoder.block for tensor in weights_of(block))
+
+
+class Reading:
+    """Products that tell a device which of its memory they read, as torch's operations do by themselves."""
+
+    def __init__(self, products: Any, device: SimulatedDevice) -> None:
+        self.products, self.device, self.read = products, device, 0
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.products, name)
+        return partial(self._by, found) if name in ("plain", "activated", "summed") else found
+
+    def _by(self, product: Any, x: Any, weight: Any, *others: Any) -> Any:
+        for tensor in (weight.values, weight.block_scales):
+            if tensor is not None:
+                assert self.device._is_here(tensor), "read where it rests"
+                work = self.device.work
+                self.device._accessed(tensor, work, work.run(tensor.nbytes), is_write=False)
+                self.read += 1
+        return product(x, weight, *others)
+
+
+class WithoutWaiting(SimulatedDevice):
+    def wait(self, event: Any, memory: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("faulty", [False, True])
+@pytest.mark.parametrize("kind", ["int8 by us", "Q8_0"])
+def test_bytes_are_read_after_they_have_come_and_before_others_come(kind: str, faulty: bool) -> None:
+    device = WithoutWaiting() if faulty else SimulatedDevice()
+    stack: Any = offloaded(quantised_stack(kind), device)
+    encoder = stack.runner._encoder_of(stack)
+    products = encoder._products = Reading(encoder._products, device)
+    with pytest.raises(RaceError) if faulty else nullcontext():
+        for _ in range(2):
+            stack(IDS, MASK)
+    assert faulty or products.read == 2 * stack.config.num_layers * 4 * (2 if kind == "Q8_0" else 1)
+
+
+def requantised(stack: Any) -> None:
+    other: Any = quantised_stack("Q8_0")
+    stack.encoder.block[1].layer[0].SelfAttention.o = other.encoder.block[1].layer[0].SelfAttention.o
+
+
+def scaled(stack: Any) -> None:
+    stack.encoder.block[0].layer[1].DenseReluDense.wi.multiply_rows(3.0, 0)
+
+
+def exchanged(stack: Any) -> None:
+    """A projection that is not quantised beside those that are."""
+    plain: Any = stack_of(CONFIGS["v1.1"])
+    stack.encoder.block[2].layer[1].DenseReluDense.wo = plain.encoder.block[0].layer[1].DenseReluDense.wo
+
+
+@pytest.mark.parametrize("change", [requantised, scaled, exchanged])
+def test_changed_bytes_are_seen(change: Any) -> None:
+    stack, twin, device = quantised_stack("int8 by us"), quantised_stack("int8 by us"), SimulatedDevice()
+    offloaded(stack, device)
+    before = stack(IDS, MASK)
+    for one in (stack, twin):
+        change(one)
+    found = stack(IDS, MASK)
+    assert not torch.equal(found, before) and torch.equal(found, cuda_encoder(twin, eager=True)(IDS, MASK))
+    assert stack.describe_attention() == BY_KERNELS
+    assert all(device.is_locked(tensor) for block in stack.encoder.block for tensor in weights_of(block))
+
+
+def test_a_live_lora_is_computed_from_the_same_bytes() -> None:
+    stack = offloaded(quantised_stack("Q8_0"), SimulatedDevice())
+    before, loras = stack(IDS, MASK), LiveLoras(stack)
+    loras.add(toy_lora(CONFIGS["v1.1"].encoder_only()), 0.5)
+    assert "LiveLinear" in stack.describe_attention()
+    twin = quantised_stack("Q8_0")
+    LiveLoras(twin).add(toy_lora(CONFIGS["v1.1"].encoder_only()), 0.5)
+    assert torch.equal(stack(IDS, MASK), twin(IDS, MASK))
+    loras.clear()
+    assert torch.equal(stack(IDS, MASK), before)
+
+
+@pytest.mark.parametrize("kind", ["int8 by us", "Q8_0", "float8"])
+def test_bytes_go_back_to_the_cpu_and_are_copied_as_in_their_file(kind: str) -> None:
+    resident, stack, device = quantised_stack(kind), quantised_stack(kind), SimulatedDevice()
+    expected = resident(IDS, MASK)
+    offload: Any = offloaded(stack, device).offload
+    there = stack(IDS, MASK)
+    offload.rest(stack)
     assert torch.equal(stack(IDS, MASK), expected)
+    assert repr(stack) == repr(resident).replace(resident.describe_attention(), stack.describe_attention())
+    offload.start(stack, device)
+    assert torch.equal(stack(IDS, MASK), there)
+    other = copy.deepcopy(stack)
+    for module, own in zip(other.modules(), resident.modules(), strict=True):
+        if isinstance(module, QuantisedLinear):
+            assert [form.weight.kind for form in module.forms] == [form.weight.kind for form in own.forms]
+            assert torch.equal(module.plain(), own.plain())
+
+
+def test_kinds_that_the_kernels_do_not_read_are_torchs_and_that_is_told() -> None:
+    stack: Any = quantised_stack("int8", CONFIGS["v1.1"].model_copy(update={"d_ff": 256}))
+    columns = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    form = QuantisedForm(pack(columns, "q4_k"))
+    stack.encoder.block[1].layer[1].DenseReluDense.wo = QuantisedLinear([form], torch.float16)
+    expected, device = stack(IDS, MASK), SimulatedDevice()
+    offload: Any = offload_layers(stack).offload
+    offload.start(stack, device)
+    words = "not the kernels for CUDA, layer by layer: a projection is of kind Q4_K, which is unpacked in every call"
+    assert words in stack.describe_attention()
+    with device:
+        assert torch.equal(stack(IDS, MASK), expected)
+    assert not any(isinstance(form, JoinedForm) for each in stack.modules() for form in getattr(each, "forms", ()))
+
+
+def test_int8_is_made_layer_by_layer_and_comes_layer_by_layer() -> None:
+    resident, stack, device = stack_of(CONFIGS["v1.1"]), stack_of(CONFIGS["v1.1"], device="cpu"), SimulatedDevice()
+    quantise_stack(resident, torch.device("cpu"))
+    quantise_at_rest(stack, torch.device("cpu"))
+    offloaded(stack, device)
+    assert torch.equal(stack(IDS, MASK), cuda_encoder(resident, eager=True)(IDS, MASK))
+    assert [len(pieces) for pieces in device.copies] == [1] * (stack.config.num_layers + 2)
 
 
 def test_an_encode_that_breaks_off_leaves_the_order_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

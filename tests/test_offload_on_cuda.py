@@ -19,7 +19,10 @@ from toy_offloading import OFFLOADS
 from toy_quantised import READ, quantised, write_quantised
 
 from nai_t5_core.backends.choose import encode_on_cuda
+from nai_t5_core.backends.cuda.encoder import cuda_encoder
+from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.offload.host_memory import HostMemory
+from nai_t5_core.backends.offload.mover import CudaMover
 from nai_t5_core.backends.offload.offload import offload_layers
 from nai_t5_core.backends.offload.weights import weights_of
 from nai_t5_core.bench.doctor.offload import time_offloaded
@@ -74,8 +77,11 @@ def test_the_numbers_are_those_of_a_resident_one(kind: str, dtype: torch.dtype, 
 def test_quantised_ones(kind: str, tmp_path: Path) -> None:
     file = write_quantised(tmp_path / "t5.safetensors", quantised(encoder_part(random_state(WIDE)), READ[kind][1]))
     resident, stack = load_encoder(file, "float16", "cuda"), load_encoder(file, "float16", "cpu")
-    expected = resident(IDS, MASK)
+    by_kernels = refuses_for_good(resident) is None
+    # The same kernels, launched one by one as well.
+    expected = (cuda_encoder(resident, eager=True) if by_kernels else resident)(IDS, MASK)
     offload_layers(stack, "cuda")
+    assert stack.runner is not None and (stack.runner.refusal(stack) is None) == by_kernels
     for _ in range(2):
         assert torch.equal(stack(IDS, MASK), expected)
 
@@ -127,6 +133,23 @@ def test_memory_is_two_layers_and_is_freed() -> None:
     assert gone() is None
 
 
+def test_int8_of_a_model_in_the_hosts_memory() -> None:
+    encoder = TextEncoder.from_pretrained(device="cuda", dtype="float16", offload=True, quantize="int8")
+    resident = TextEncoder.from_pretrained(device="cuda", dtype="float16", quantize="int8")
+    assert "kernels for CUDA, layer by layer" in repr(encoder)
+    expected = cuda_encoder(resident.stack, eager=True)(IDS, MASK)
+    assert torch.equal(encoder.stack(IDS, MASK), expected)
+
+
+def test_memory_that_is_given_back_is_locked_no_more() -> None:
+    mover = CudaMover(torch.device("cuda"))
+    memory = mover.locked(1 << 20)
+    memory.fill_(3)
+    assert memory.is_pinned()
+    mover.unlock(memory)
+    assert not memory.is_pinned() and int(memory.sum()) == 3 << 20
+
+
 def test_memory_that_cannot_be_locked_is_an_error_that_leaves_the_device_usable() -> None:
     memory = HostMemory(1 << 20)
     memory.lock(torch.device("cuda", torch.cuda.current_device()))
@@ -144,9 +167,11 @@ def test_the_text_encoder() -> None:
     assert found.is_cuda and float((found.double().cpu() - expected).norm() / expected.norm()) < 5e-3
 
 
-def test_time_beside_the_bus() -> None:
+@pytest.mark.parametrize("in_8_bits", [False, True])
+def test_time_beside_the_bus(in_8_bits: bool) -> None:
     """Of a T5-large with random weights; what a T5-XXL takes, ``nai-t5 doctor --full`` measures."""
-    found = time_offloaded(named_config("t5-v1_1-large").encoder_only(), torch.float16, torch.device("cuda"))
+    config = named_config("t5-v1_1-large").encoder_only()
+    found = time_offloaded(config, torch.float16, torch.device("cuda"), in_8_bits)
     print(found)
     assert found["times"]["64"]["times the bus"] < 1.3
 

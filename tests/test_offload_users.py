@@ -15,7 +15,9 @@ from simulated_device import SimulatedDevice
 from toy_loras import toy_lora
 from toy_quantised import READ, quantised, write_quantised
 
+from nai_t5_core.backends.cuda.int8 import quantise_block
 from nai_t5_core.backends.offload.offload import CPU, Offload
+from nai_t5_core.backends.quantised.projections import QuantisedLinear
 from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.prompts.cache.settings import settings_of
 from nai_t5_core.prompts.cache.store import open_store
@@ -33,7 +35,10 @@ def _no_gradients() -> Any:
     ("options", "message"),
     [
         ({"device": "cpu"}, "the device is cpu; give device='cuda'"),
-        ({"device": "cuda", "dtype": "float32", "quantize": "int8"}, "offload=True exclude each other; leave one out"),
+        (
+            {"device": "cuda", "dtype": "float32", "quantize": "int8"},
+            "cannot quantise a model in torch.float32 on cuda",
+        ),
         ({"device": "cuda", "compile": True}, "offload and compile exclude each other"),
     ],
 )
@@ -49,15 +54,15 @@ def test_offloading_makes_no_other_key_of_a_prompt(monkeypatch: pytest.MonkeyPat
     assert here.key([3, 9, 1]) == there.key([3, 9, 1])
 
 
-def test_quantised_weights_that_are_offloaded_are_computed_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By torch, which unpacks them; resident ones are read by the kernels as they lie, and round elsewhere."""
+@pytest.mark.parametrize("kind", ["int8", "q4_k", None])
+def test_nor_does_offloading_bytes(kind: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels read them wherever they read those of a resident one; of the other kinds both are torch's."""
     monkeypatch.setattr("nai_t5_core.weights.chosen.resolve_device", torch.device)
-    state = quantised(encoder_part(random_state(WIDE)), READ["int8"][1])
-    path = write_quantised(tmp_path / "t5.safetensors", state)
-    keys = {offload: settings_of(path, "float16", "cuda", offload=offload).key([3]) for offload in (False, True)}
-    assert keys[False] != keys[True]
+    state = encoder_part(random_state(WIDE))
+    path = write_quantised(tmp_path / "t5.safetensors", state if kind is None else quantised(state, READ[kind][1]))
+    options: Any = {"quantize": "int8"} if kind is None else {}
+    here, there = (settings_of(path, "float16", "cuda", offload=offload, **options) for offload in (False, True))
+    assert here.key([3]) == there.key([3])
 
 
 def simulated_cuda(monkeypatch: pytest.MonkeyPatch) -> list[SimulatedDevice]:
@@ -77,6 +82,30 @@ def simulated_cuda(monkeypatch: pytest.MonkeyPatch) -> list[SimulatedDevice]:
 
     monkeypatch.setattr(Offload, "move", move)
     return made
+
+
+def test_the_text_encoder_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = TextEncoder.from_pretrained(dtype="float32", device="cpu", optimize=False)
+    made, quantised_on = simulated_cuda(monkeypatch), list[torch.device]()
+
+    def quantise(block: Any, dtype: torch.dtype, device: torch.device) -> None:
+        quantised_on.append(device)
+        quantise_block(block, dtype, CPU)
+
+    monkeypatch.setattr("nai_t5_core.backends.cuda.int8.quantise_block", quantise)
+    monkeypatch.setattr("nai_t5_core.prompts.choices.refuse_quantising", lambda *_: None)
+    encoder = TextEncoder.from_pretrained(dtype="bfloat16", device="cuda", offload=True, quantize="int8")
+    assert quantised_on == [torch.device("cuda")] * exact.stack.config.num_layers
+    assert "offloaded layer by layer" in repr(encoder)
+    found = encoder.encode(["a cat"], "pixart-sigma").hidden_states.double()
+    expected = exact.encode(["a cat"], "pixart-sigma").hidden_states.double()
+    assert 0 < float((found - expected).norm() / expected.norm()) < 0.05
+    plain = sum(2 * form.out_features * form.in_features for form in forms_of(encoder.stack))
+    assert 0 < sum(memory.nbytes for memory in made[0]._locked.values()) < plain * 0.6
+
+
+def forms_of(stack: Any) -> list[Any]:
+    return [form for module in stack.modules() if isinstance(module, QuantisedLinear) for form in module.forms]
 
 
 @pytest.mark.parametrize("loras", [(), ((toy_lora(EMBEDDED), 0.5),)])

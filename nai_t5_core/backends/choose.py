@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import torch
 
 from nai_t5_core.backends.choices import ProductsChoice, missing_for_int8, refuse_products
-from nai_t5_core.backends.cuda.byte_weight import kinds_of, lay_out
+from nai_t5_core.backends.cuda.byte_weight import kinds_of, lay_out_all
 from nai_t5_core.backends.cuda.card import card_of
 from nai_t5_core.backends.cuda.card_choice import choice_for
-from nai_t5_core.backends.cuda.int8 import quantise_block
+from nai_t5_core.backends.cuda.int8 import quantise_stack
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.backends.kernels.build import better_than_kernels, missing_for, prepare_kernels, why_not_kernels
@@ -23,7 +23,7 @@ from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsB
 from nai_t5_core.backends.kernels.sets import named
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
 from nai_t5_core.backends.quantised.kernels import refuses, runner_of_quantised
-from nai_t5_core.backends.quantised.projections import QuantisedLinear, stays_quantised
+from nai_t5_core.backends.quantised.projections import stays_quantised
 from nai_t5_core.model.attention_choice import FLEX_FROM_LENGTHS
 from nai_t5_core.model.block import Backend
 from nai_t5_core.model.encoder import T5EncoderStack
@@ -110,9 +110,7 @@ def encode_on_cuda(stack: T5EncoderStack) -> T5EncoderStack:
     if stack.device.type != "cuda" or refuses_for_good(stack) is not None:
         stack.runner = None if by_kernels else stack.runner
     elif stack.runner is None:
-        for module in stack.modules():
-            if isinstance(module, QuantisedLinear):
-                lay_out(module)
+        lay_out_all(stack)
         stack.runner = CudaRunner(kinds=kinds_of(stack))
     return stack
 
@@ -191,7 +189,8 @@ def quantize_int8(model: Model, products: ProductsChoice = "auto", device: torch
     Args:
         products: see :func:`prepack`.
         device: where the model is to be, by default where it is. An encoder on the CPU goes to CUDA weight by weight,
-            so that the card never has more than the weights in 8 bits and a part of one as it was.
+            so that the card never has more than the weights in 8 bits and a part of one as it was; if it has too
+            little room, the encoder stays what it is.
 
     Returns:
         The same model, changed. It can no longer be trained, or on the CPU moved or cast.
@@ -220,10 +219,8 @@ def _quantize_on_cuda(model: Model, products: ProductsChoice, device: torch.devi
         raise ValueError("8 bits on CUDA are for encoders; a T5 with its decoder stays in float16 or bfloat16 there")
     if reason := missing_for_int8(device, model.dtype):
         raise ValueError(f"cannot quantise a model in {model.dtype} on {device} to int8: {reason}")
-    block: Any
-    for block in model.encoder.block:
-        quantise_block(block, model.dtype, device)
-    return model.to(device)
+    quantise_stack(model, device)
+    return model
 
 
 def _refuse_int8_without_onednn(model: T5EncoderStack | T5Model) -> None:

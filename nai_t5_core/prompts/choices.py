@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nai_t5_core.backends.auto_dtype import resolve_dtype
-from nai_t5_core.backends.choices import ProductsChoice, Quantisation, refuse_both, refuse_products, refuse_quantising
+from nai_t5_core.backends.choices import ProductsChoice, Quantisation, refuse_products, refuse_quantising
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.encoder import Layout
 from nai_t5_core.model.precision import resolve_device
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choices:
-    """See :meth:`nai_t5_core.TextEncoder.from_pretrained`. Each may change an embedding; ``offload`` only
-    where weights stay quantised.
-    """
+    """See :meth:`nai_t5_core.TextEncoder.from_pretrained`. Each but ``offload`` may change an embedding."""
 
     dtype: str | torch.dtype = "auto"
     device: str | torch.device = "auto"
@@ -59,7 +57,6 @@ class Choices:
         refuse_quantising(self.quantize, where, resolve_dtype(self.dtype, where))
 
     def _refuse_offloading(self, where: torch.device) -> None:
-        refuse_both(self.quantize, self.offload)
         if self.offload and self.compile:
             raise ValueError("offload and compile exclude each other; leave one out")
         if self.offload and where.type != "cuda":

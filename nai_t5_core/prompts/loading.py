@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 
 from nai_t5_core.backends.choose import encode_on_cuda, prepack, quantize_int8, run_quantised, why_not_prepack
+from nai_t5_core.backends.cuda.int8 import quantise_at_rest
 from nai_t5_core.backends.quantised.projections import stays_quantised
 from nai_t5_core.lora.loras import Loras
 from nai_t5_core.model.encoder import T5EncoderStack
@@ -44,6 +45,8 @@ def finish(stack: T5EncoderStack, how: Choices) -> T5EncoderStack:
         # Imported only here, as little else needs it.
         from nai_t5_core.backends.offload.offload import offload_layers
 
+        if how.quantize:
+            quantise_at_rest(stack, resolve_device(how.device))
         return offload_layers(stack, resolve_device(how.device), how.optimize and how.attention == "auto")
     if how.quantize:
         quantize_int8(stack, how.products, resolve_device(how.device))

@@ -124,7 +124,8 @@ class TextEncoder:
                 ``dtype`` and makes encoding faster. Else they stay as they lie in the file.
             offload: for a CUDA device with too little memory: the weights stay in the host's, and each layer comes for
                 its work, under that of the layer before; see :mod:`nai_t5_core.backends.offload`. The device holds two
-                layers at a time, and an encode takes as long as the bus takes for the weights.
+                layers at a time, and an encode takes as long as the bus takes for the weights: half as long with
+                ``quantize="int8"``.
 
         Raises:
             CheckpointError: the checkpoint or a LoRA is unusable, or there is no tokenizer.

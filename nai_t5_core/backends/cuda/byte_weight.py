@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -47,6 +48,16 @@ class ByteWeight:
         columns, depth = self.values.shape
         return columns, depth
 
+    def placed(self, place: Callable[[Tensor], Tensor]) -> ByteWeight:
+        """With its bytes and the scales of blocks elsewhere; what has a number for each column or input stays."""
+        blocks = None if self.block_scales is None else place(self.block_scales)
+        return replace(self, values=place(self.values), block_scales=blocks)
+
+    def beside(self, device: torch.device) -> ByteWeight:
+        """With what stays of it, see :meth:`placed`, on a device."""
+        norm = None if self.norm is None else self.norm.to(device)
+        return replace(self, scales=self.scales.to(device), norm=norm)
+
     @property
     def row_scaled_dtype(self) -> torch.dtype | None:
         """The dtype of the numbers where torch multiplies bytes by them; else None.
@@ -61,17 +72,54 @@ class ByteWeight:
 Weight = Tensor | ByteWeight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JoinedForm(QuantisedForm):
     """A form whose bytes stand in one tensor with those of the other forms of its projection.
 
     Attributes:
         joined: all numbers of the projection [columns, depth].
         block_scales: all scales of blocks [depth / 32, columns], or None.
+        first_row: where its own begin.
     """
 
-    joined: Tensor | None = None
+    joined: Tensor
     block_scales: Tensor | None = None
+    first_row: int = 0
+
+    @classmethod
+    def of(
+        cls, form: QuantisedForm, weight: QuantisedWeight, joined: Tensor, block_scales: Tensor | None, first_row: int
+    ) -> JoinedForm:
+        """A form with this weight, whose parts that are joined are taken from there."""
+        parts = weight.parts | _views(weight.shape[0], joined, block_scales, first_row)
+        return cls(
+            weight=replace(weight, parts=parts),
+            columns=form.columns,
+            scale=form.scale,
+            in_8_bits=form.in_8_bits,
+            joined=joined,
+            block_scales=block_scales,
+            first_row=first_row,
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        shared = [self.joined, *(() if self.block_scales is None else (self.block_scales,))]
+        views = (WEIGHT,) if self.block_scales is None else (WEIGHT, SCALE)
+        own = [part for name, part in self.weight.parts.items() if name not in views]
+        return [*shared, *own, *(() if self.columns is None else (self.columns,))]
+
+    def placed(self, place: Callable[[Tensor], Tensor]) -> JoinedForm:
+        joined, blocks = place(self.joined), None if self.block_scales is None else place(self.block_scales)
+        views = _views(self.out_features, joined, blocks, self.first_row)
+        own = {name: place(part) for name, part in self.weight.parts.items() if name not in views}
+        columns = None if self.columns is None else place(self.columns)
+        form, weight = replace(self, columns=columns), replace(self.weight, parts=own)
+        return JoinedForm.of(form, weight, joined, blocks, self.first_row)
+
+    def as_in_file(self) -> QuantisedForm:
+        """With its bytes as they lay before."""
+        return self._with(self.weight)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> QuantisedForm:
         weight = self.weight.moved(move)
@@ -85,6 +133,12 @@ class JoinedForm(QuantisedForm):
         # Copied and pickled as in its file: every view of a tensor is pickled with all of the tensor.
         own = _as_in_file(replace(self.weight, parts={name: part.clone() for name, part in self.weight.parts.items()}))
         return QuantisedForm, (own, self.columns, self.scale, self.in_8_bits)
+
+
+def _views(rows: int, joined: Tensor, block_scales: Tensor | None, first_row: int) -> dict[str, Tensor]:
+    """The parts of a weight of so many rows that are parts of what its projection has joined."""
+    own = slice(first_row, first_row + rows)
+    return {WEIGHT: joined[own]} | ({} if block_scales is None else {SCALE: block_scales.t()[own]})
 
 
 def refuses_projection(linear: QuantisedLinear) -> str | None:
@@ -130,14 +184,24 @@ def lay_out(linear: QuantisedLinear) -> None:
     scales = None
     if weights[0].kind == APART:
         scales = torch.cat([weight.parts[SCALE] for weight in weights]).t().contiguous()
-    forms, row = [], 0
-    for form, weight in zip(linear.forms, weights, strict=True):
-        rows = slice(row, row + form.out_features)
-        parts = {**weight.parts, WEIGHT: values[rows]} | ({} if scales is None else {SCALE: scales.t()[rows]})
-        joined = replace(weight, parts=parts)
-        forms.append(JoinedForm(joined, form.columns, form.scale, form.in_8_bits, values, scales))
-        row = rows.stop
-    linear.forms = tuple(forms)
+    first_rows = accumulate((form.out_features for form in linear.forms), initial=0)
+    laid_out = zip(linear.forms, weights, first_rows, strict=False)
+    linear.forms = tuple(JoinedForm.of(form, weight, values, scales, row) for form, weight, row in laid_out)
+
+
+def lay_out_all(module: nn.Module) -> None:
+    """See :func:`lay_out`: every projection of a module that stays quantised."""
+    for each in module.modules():
+        if isinstance(each, QuantisedLinear):
+            lay_out(each)
+
+
+@torch.inference_mode(False)
+def lay_as_in_file(module: nn.Module) -> None:
+    """The way back, for who does not read scales of blocks apart; others stay as they were laid out."""
+    for each in module.modules():
+        if isinstance(each, QuantisedLinear) and any(form.weight.kind == APART for form in each.forms):
+            each.forms = tuple(form.as_in_file() if isinstance(form, JoinedForm) else form for form in each.forms)
 
 
 def _one_above_the_other(values: list[Tensor]) -> Tensor:

@@ -14,6 +14,11 @@ _PORTABLE = 1
 
 # torch's own allocator of locked memory takes powers of two: for a layer of a T5-XXL a third more than it needs.
 _PRIVATE: dict[str, Any] = {}
+_NO_MORE = (
+    "the system did not lock {:.2f} GB more of its memory for the GPU ({}), which an offloaded encoder needs for each "
+    "layer: free memory, allow more (under WSL, memory= in .wslconfig), or take a file in 8 or 4 bits, which needs a "
+    "half or a quarter"
+)
 if hasattr(mmap, "MAP_ANONYMOUS"):
     _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 
@@ -25,7 +30,10 @@ class HostMemory(mmap.mmap):
     _address = 0
 
     def __new__(cls, nbytes: int) -> HostMemory:
-        return super().__new__(cls, -1, nbytes, **_PRIVATE)
+        try:
+            return super().__new__(cls, -1, nbytes, **_PRIVATE)
+        except OSError as error:
+            raise MemoryError(_NO_MORE.format(nbytes / 1e9, error.strerror)) from error
 
     def tensor(self) -> Tensor:
         """The memory as uint8 [bytes]. It is freed when no tensor of it is left."""
@@ -43,19 +51,21 @@ class HostMemory(mmap.mmap):
             if status:
                 _clear_error(device)
         if status:
-            raise MemoryError(
-                f"the system did not lock {len(self) / 1e9:.2f} GB more of its memory for the GPU (CUDA's error "
-                f"{status}), which an offloaded encoder needs for each layer: free memory, allow more (under WSL, "
-                "memory= in .wslconfig), or take a file in 8 or 4 bits, which needs a half or a quarter"
-            )
+            raise MemoryError(_NO_MORE.format(len(self) / 1e9, f"CUDA's error {status}"))
         self._locked_for, self._address = device, address
 
-    def __del__(self) -> None:
-        if self._locked_for is None or sys.is_finalizing():
+    def unlock(self) -> None:
+        """Makes ordinary memory of it, with what it has, if it is locked."""
+        device, self._locked_for = self._locked_for, None
+        if device is None:
             return
         # A copy may still be under way, of which no event is left.
-        torch.cuda.synchronize(self._locked_for)
+        torch.cuda.synchronize(device)
         torch.cuda.cudart().cudaHostUnregister(self._address)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.unlock()
 
 
 def _clear_error(device: torch.device) -> None:

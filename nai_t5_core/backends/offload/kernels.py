@@ -5,18 +5,19 @@ Every launch is made in every call: of an encode, launching takes a small part o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
+from nai_t5_core.backends.cuda.byte_weight import ByteWeight, Weight, lay_out_all
 from nai_t5_core.backends.cuda.card import card_of
 from nai_t5_core.backends.cuda.documents import COLUMNS, document_table
 from nai_t5_core.backends.cuda.encoder import CudaEncoder, products_for, shapes_for
 from nai_t5_core.backends.cuda.runner import CudaRunner
-from nai_t5_core.backends.quantised.projections import QuantisedLinear
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.inputs import moved
 from nai_t5_core.model.packing import Packing
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from nai_t5_core.backends.cuda.launches import Documents
     from nai_t5_core.backends.cuda.torch_products import Products
     from nai_t5_core.backends.offload.ring import HasRing
+    from nai_t5_core.backends.offload.weights import Place
 
 
 class KernelsLayerByLayer(CudaRunner):
@@ -37,13 +39,6 @@ class KernelsLayerByLayer(CudaRunner):
         super().__init__(eager=True)
         self.name = "kernels for CUDA, layer by layer"
         self._offload = offload
-
-    @torch.no_grad()
-    def refusal(self, stack: T5EncoderStack) -> str | None:
-        """As of a resident stack; quantised layers are torch's, which unpacks them when they have come."""
-        if any(isinstance(module, QuantisedLinear) for module in stack.modules()):
-            return "its layers are quantised and offloaded"
-        return super().refusal(stack)
 
     def _encoder_of(self, stack: T5EncoderStack) -> CudaEncoder | None:
         if self._encoder is None and self.refusal(stack) is None:
@@ -58,9 +53,16 @@ class _EncoderLayerByLayer(CudaEncoder):
         super().__init__(stack, True, products_for("auto", card), shapes_for(card, stack.config.d_kv))
 
     def _read(self) -> ExaminedStack:
+        # What was replaced is locked at once: what is read now has to be what is brought.
+        for block in self.stack.encoder.block:
+            lay_out_all(block)
+            self._offload.ring.lock(block)
         found = super()._read()
         blocks = zip(found.blocks.blocks, self.stack.encoder.block, strict=True)
-        brought = tuple(_BroughtBlock(resting, n, block, self._offload) for n, (resting, block) in enumerate(blocks))
+        brought = tuple(
+            _BroughtBlock(_beside(resting, self.stack.device), index, block, self._offload)
+            for index, (resting, block) in enumerate(blocks)
+        )
         found.blocks = replace(found.blocks, blocks=cast("tuple[CudaBlock, ...]", brought))
         return found
 
@@ -85,7 +87,7 @@ class _BroughtBlock:
     """A :class:`nai_t5_core.backends.cuda.block.CudaBlock` whose weights come for its two calls, one after the other.
 
     Attributes:
-        resting: with the weights where they rest.
+        resting: with the weights where they rest; scales of columns and the weights of norms are on the device.
     """
 
     resting: CudaBlock
@@ -113,9 +115,7 @@ class _BroughtBlock:
     ) -> Activations:
         self._until.close()  # of a call that was broken off
         place = self._until.enter_context(self.offload.ring.layer(self.index, self.block))
-        # Weights in 8 bits are refused for offloaded layers.
-        rest: Any = self.resting
-        self._here = replace(rest, qkv=place(rest.qkv), o=place(rest.o), wi=place(rest.wi), wo=place(rest.wo))
+        self._here = _with_weights(self.resting, lambda weight: _placed(weight, place))
         return self._here.add_attention(residual, hidden, documents, products)
 
     def feed_forward(self, hidden: Activations, products: Products) -> Tensor | Sums:
@@ -125,3 +125,16 @@ class _BroughtBlock:
         finally:
             self._here = None
             self._until.close()
+
+
+def _with_weights(block: CudaBlock, of: Callable[[Weight], Weight]) -> CudaBlock:
+    return replace(block, qkv=of(block.qkv), o=of(block.o), wi=of(block.wi), wo=of(block.wo))
+
+
+def _placed(weight: Weight, place: Place) -> Weight:
+    return weight.placed(place) if isinstance(weight, ByteWeight) else place(weight)
+
+
+def _beside(block: CudaBlock, device: torch.device) -> CudaBlock:
+    """With what a weight in 8 bits has for each column and input on the device, for good: little, and read first."""
+    return _with_weights(block, lambda weight: weight.beside(device) if isinstance(weight, ByteWeight) else weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ class Mover(Protocol):
         """
         ...
 
+    def unlock(self, memory: Tensor) -> None:
+        """Makes ordinary memory of what :meth:`locked` gave; its contents stay."""
+        ...
+
     def is_locked(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in locked memory."""
         ...
@@ -56,6 +61,8 @@ class CudaMover:
         # With its number, as tensors there have it.
         self._device = torch.empty(0, device=device).device
         self._copies = torch.cuda.Stream(self._device)
+        # The tensors keep it.
+        self._locked = WeakValueDictionary[int, HostMemory]()
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +77,12 @@ class CudaMover:
     def locked(self, nbytes: int) -> Tensor:
         memory = HostMemory(nbytes)
         memory.lock(self._device)
-        return memory.tensor()
+        tensor = memory.tensor()
+        self._locked[tensor.data_ptr()] = memory
+        return tensor
+
+    def unlock(self, memory: Tensor) -> None:
+        self._locked.pop(memory.data_ptr()).unlock()
 
     def is_locked(self, tensor: Tensor) -> bool:
         return tensor.is_pinned()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nai_t5_core.backends.cuda.byte_weight import lay_as_in_file, lay_out_all
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.backends.offload.kernels import KernelsLayerByLayer
@@ -56,15 +59,34 @@ def offload_layers(
             f"the encoder is to be offloaded to {device}; its layers come from the host's memory to CUDA "
             "alone, or stay on the CPU"
         )
-    if stack.offload is None:
-        _refuse(stack)
+    if stack.offload is not None:
+        return stack if device is None else stack.to(device)
+    _refuse(stack)
+    with _unless_it_fails(stack):
         device = device or stack.device
         stack.to(CPU).requires_grad_(False)
         stack.runner, stack.turns = None, OneAtATime()
         stack.offload = Offload(stack, by_kernels)
-    if device is not None:
+        return stack.to(device)
+
+
+@contextmanager
+def _unless_it_fails(stack: T5EncoderStack) -> Iterator[None]:
+    """Offloads a stack within, or leaves it as it was."""
+    device, runner, turns = stack.device, stack.runner, stack.turns
+    needed = [(weight, weight.requires_grad) for weight in stack.parameters()]
+    blocks: Any = stack.encoder.block
+    runners = [block.runner for block in blocks]
+    try:
+        yield
+    except BaseException:
+        stack.offload, stack.runner, stack.turns = None, runner, turns
+        for block, own in zip(blocks, runners, strict=True):
+            block.runner = own
         stack.to(device)
-    return stack
+        for weight, is_needed in needed:
+            weight.requires_grad_(is_needed)
+        raise
 
 
 def _refuse(stack: T5EncoderStack) -> None:
@@ -137,18 +159,29 @@ class Offload:
             self.start(stack, self._make_mover(then.device))
 
     def start(self, stack: T5EncoderStack, mover: Mover) -> None:
-        """Has the stack compute on a mover's device, with locked weights."""
+        """Has the stack compute on a mover's device, with locked weights.
+
+        Raises:
+            MemoryError: as of :meth:`move`.
+        """
         for block in stack.encoder.block:
             refuse_hooked(block)
-        with stack.turns.change():
+        with stack.turns.change(), ExitStack() as undone:
+            before, self.device = self.device, mover.device
+            undone.callback(setattr, self, "device", before)
+            are_read = self._by_kernels and refuses_for_good(stack) is None
             for block in stack.encoder.block:
-                lock_weights(block, mover, self._tell)
-            self._nbytes = max(Layout.of(weights_of(block)).nbytes for block in stack.encoder.block)
-            self._ring = Ring(mover, self._count, self._nbytes, self._tell, stack.encoder.block)
-            self.device = mover.device
+                if are_read:
+                    self._tell(partial(lay_out_all, block))
+                if (memory := lock_weights(block, mover, self._tell)) is not None:
+                    undone.callback(mover.unlock, memory)
+            nbytes = max(Layout.of(weights_of(block)).nbytes for block in stack.encoder.block)
+            ring = Ring(mover, self._count, nbytes, self._tell, stack.encoder.block)
+            undone.callback(_move_the_rest, stack, before or CPU)
             self._tell(lambda: _move_the_rest(stack, mover.device))
-            takes_kernels = self._by_kernels and refuses_for_good(stack) is None
-            stack.runner = KernelsLayerByLayer(self) if takes_kernels else None
+            undone.pop_all()
+            self._nbytes, self._ring = nbytes, ring
+            stack.runner = KernelsLayerByLayer(self) if self._by_kernels else None
 
     def rest(self, stack: T5EncoderStack) -> None:
         """Has the stack compute where its weights are; what it had on a device is freed."""
@@ -206,6 +239,8 @@ class OffloadedBlock:
 
     def __call__(self, block: Block, residual: Tensor, *attends_and_dtype: Any) -> Tensor | None:
         if self.offload.device is None:
+            # What computes on the CPU reads the bytes of a file. Who only rests is not laid anew.
+            lay_as_in_file(block)
             return None if self.resting is None else self.resting(block, residual, *attends_and_dtype)
         refuse_gradients(block, residual)
         with self.offload.ring.layer(self.index, block) as place:

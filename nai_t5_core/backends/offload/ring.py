@@ -81,6 +81,10 @@ class Ring:
         """What the two places take of the device's memory."""
         return sum(slot.memory.nbytes for slot in self._slots)
 
+    def lock(self, block: nn.Module) -> None:
+        """See :func:`lock_weights`."""
+        lock_weights(block, self._mover, self._tell)
+
     @contextmanager
     def layer(self, index: int, block: nn.Module) -> Iterator[Place]:
         """While this is open, work that is launched finds the weights of a layer where the result has them.
@@ -119,7 +123,7 @@ class Ring:
             return
         slot.brought = None
         refuse_hooked(block)
-        lock_weights(block, self._mover, self._tell)
+        self.lock(block)
         weights = weights_of(block)
         layout = Layout.of(weights)
         if layout.nbytes > slot.memory.nbytes:
@@ -141,16 +145,21 @@ class HasRing(Protocol):
 
 
 @torch.inference_mode(False)
-def lock_weights(block: nn.Module, mover: Mover, tell: Tell) -> None:
+def lock_weights(block: nn.Module, mover: Mover, tell: Tell) -> Tensor | None:
     """Has a block's weights lie in locked memory; all that do not yet, together.
+
+    Returns:
+        The memory that was locked for that, if any was.
 
     Raises:
         MemoryError: there is not as much. The block is as it was.
     """
     loose = [each for each in weights_of(block) if not (mover.is_locked(each) and each.is_contiguous())]
-    if loose:
-        memory = mover.locked(Layout.of(loose).nbytes)
-        tell(lambda: lay_together(block, loose, memory))
+    if not loose:
+        return None
+    memory = mover.locked(Layout.of(loose).nbytes)
+    tell(lambda: lay_together(block, loose, memory))
+    return memory
 
 
 def _state(weights: list[Tensor]) -> list[tuple[int, int]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.backends.quantised.projections import QuantisedForm, QuantisedLinear
+from nai_t5_core.backends.quantised.projections import QuantisedLinear
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -35,9 +35,7 @@ def _own_weights(module: nn.Module) -> Iterator[Tensor]:
         yield from (weight for weight in module._parameters.values() if weight is not None)
     if isinstance(module, QuantisedLinear):
         for form in module.forms:
-            yield from form.weight.parts.values()
-            if form.columns is not None:
-                yield form.columns
+            yield from form.tensors
 
 
 def refuse_hooked(block: nn.Module) -> None:
@@ -69,18 +67,13 @@ def shadow(module: Module, place: Place) -> Module:
     other.__dict__.update(_parameters=own, _modules=children)
     other.__dict__.pop("forward", None)  # that of the original
     if isinstance(other, QuantisedLinear):
-        other.forms = tuple(_placed_form(form, place) for form in other.forms)
+        other.forms = tuple(form.placed(place) for form in other.forms)
     return other
 
 
 def _placed(weight: nn.Parameter, place: Place) -> nn.Parameter:
     there = place(weight)
     return weight if there is weight else nn.Parameter(there, requires_grad=False)
-
-
-def _placed_form(form: QuantisedForm, place: Place) -> QuantisedForm:
-    weight = replace(form.weight, parts={name: place(part) for name, part in form.weight.parts.items()})
-    return replace(form, weight=weight, columns=None if form.columns is None else place(form.columns))
 
 
 @dataclass(frozen=True)
@@ -146,7 +139,7 @@ def lay_together(block: nn.Module, weights: Sequence[Tensor], memory: Tensor) ->
         if not isinstance(module, nn.Embedding):
             replace_parameters(module, place)
         if isinstance(module, QuantisedLinear):
-            module.forms = tuple(_placed_form(form, place) for form in module.forms)
+            module.forms = tuple(form.placed(place) for form in module.forms)
 
 
 def replace_parameters(module: nn.Module, place: Place) -> None:

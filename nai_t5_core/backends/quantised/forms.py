@@ -65,13 +65,22 @@ class QuantisedForm:
         return out
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All that it is kept in."""
+        return [*self.weight.parts.values(), *(() if self.columns is None else (self.columns,))]
+
+    def placed(self, place: Callable[[Tensor], Tensor]) -> QuantisedForm:
+        """With each of its tensors where ``place`` has one of the same numbers."""
+        weight = replace(self.weight, parts={name: place(part) for name, part in self.weight.parts.items()})
+        return replace(self, weight=weight, columns=None if self.columns is None else place(self.columns))
+
+    @property
     def state(self) -> tuple[object, ...]:
         """Differs once any of its numbers may do so, as long as this object is kept.
 
         Of tensors of inference mode that are changed in place it knows nothing.
         """
-        tensors = [*self.weight.parts.values(), *(() if self.columns is None else (self.columns,))]
-        states = ((id(each), each.data_ptr(), 0 if each.is_inference() else each._version) for each in tensors)
+        states = ((id(each), each.data_ptr(), 0 if each.is_inference() else each._version) for each in self.tensors)
         return self.weight.kind, self.weight.shape, self.scale, *states
 
     def lies(self) -> Tensor:

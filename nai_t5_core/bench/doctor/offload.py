@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.choices import missing_for_int8
+from nai_t5_core.backends.cuda.int8 import quantise_at_rest
 from nai_t5_core.backends.offload.mover import CudaMover
 from nai_t5_core.backends.offload.offload import offload_layers
 from nai_t5_core.backends.offload.weights import weights_of
@@ -25,14 +27,19 @@ TARGET = 1.15
 
 
 def measure(patient: Patient) -> Finding:
-    """The timed model, with random weights in the host's memory."""
-    return time_offloaded(patient.config, patient.dtype, patient.device)
+    """The timed model, with random weights in the host's memory, in the dtype that suits and in 8 bits."""
+    how = (patient.config, patient.dtype, patient.device)
+    missing = missing_for_int8(patient.device, patient.dtype)
+    in_8_bits = {} if missing else {"int8": time_offloaded(*how, in_8_bits=True)}
+    return {"kinds": {str(patient.dtype).removeprefix("torch."): time_offloaded(*how), **in_8_bits}, "target": TARGET}
 
 
 @torch.no_grad()
-def time_offloaded(config: T5Config, dtype: torch.dtype, device: torch.device) -> Finding:
+def time_offloaded(config: T5Config, dtype: torch.dtype, device: torch.device, in_8_bits: bool = False) -> Finding:
     """Times of whole calls, the rate of the bus, and the memory that the device gives for it."""
     stack = alike_layers(config, dtype)
+    if in_8_bits:
+        quantise_at_rest(stack, device)
     before = torch.cuda.memory_allocated(device)
     offload_layers(stack, device)
     kept = sum(weight.nbytes for block in stack.encoder.block for weight in weights_of(block))
@@ -50,7 +57,6 @@ def time_offloaded(config: T5Config, dtype: torch.dtype, device: torch.device) -
         "bus_ms": round(kept / rate * 1e3, 3),
         "device_bytes": torch.cuda.max_memory_allocated(device) - before,
         "times": times,
-        "target": TARGET,
     }
 
 

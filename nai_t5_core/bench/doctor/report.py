@@ -136,14 +136,17 @@ def _machine(machine: dict[str, Any]) -> Section:
 
 def _offload(found: dict[str, Any]) -> Section:
     rows = [
-        (f"{tokens} tokens", f"{each['ms']:.1f} ms", f"{each['times the bus']:.2f}")
-        for tokens, each in found["times"].items()
+        (f"{tokens} tokens, {kind}", f"{each['ms']:.1f} ms", f"{each['times the bus']:.2f}")
+        for kind, measured in found["kinds"].items()
+        for tokens, each in measured["times"].items()
     ]
-    lines = (
-        f"The bus takes {found['bus_ms']:.1f} ms for {found['bytes'] / 1e9:.2f} GB; an encode is to take at most "
-        f"{found['target']} times as long. The card gives {found['device_bytes'] / 1e9:.2f} GB.",
-    )
-    return Section("Layers from the host's memory", ("batch", "an encode", "times the bus"), tuple(rows), lines)
+    lines = [
+        f"In {kind} the bus takes {each['bus_ms']:.1f} ms for {each['bytes'] / 1e9:.2f} GB, and the card gives "
+        f"{each['device_bytes'] / 1e9:.2f} GB."
+        for kind, each in found["kinds"].items()
+    ]
+    lines.append(f"An encode is to take at most {found['target']} times as long as the bus.")
+    return Section("Layers from the host's memory", ("batch", "an encode", "times the bus"), tuple(rows), tuple(lines))
 
 
 def _ceilings(ceilings: dict[str, Any]) -> Section:

@@ -77,8 +77,7 @@ def settings_for(examination: Examination, how: Choices, weights: str | None = N
                 _kinds_of_layers(examination),
                 layout=how.layout,
                 scales=told,
-                # Quantised layers that are offloaded are torch's, which unpacks them on the device.
-                optimize=how.optimize and not how.offload,
+                optimize=how.optimize,
                 attention=attention,
                 products=how.products,
             )
