@@ -235,7 +235,7 @@ def test_tiles_that_a_card_has_no_room_for_are_left_out(monkeypatch: pytest.Monk
         return 5.0
 
     monkeypatch.setattr(card_times, "XXL_SHAPES", (ProductShape("o", "summed", 256, 128),))
-    monkeypatch.setattr(card_times, "_compile", lambda *_: None)
+    monkeypatch.setattr(card_times, "compile_ahead", lambda _: None)
     monkeypatch.setattr(card_times, "_microseconds", timed)
     found = list(card_times._times_of_tiles(RTX, torch.device("cpu")))
     assert {way for _, _, way, *_ in found} == {"torch", "tiles"}
@@ -247,6 +247,35 @@ def test_the_first_encode_of_a_process() -> None:
     assert times["import_seconds"] > 0 and times["first_seconds"] > 0 and times["second_seconds"] > 0
     with pytest.raises(RuntimeError, match="t5-gigantic"):
         first_encode.in_a_fresh_process("t5-gigantic", "cpu", 1)
+
+
+def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_encode, "_PATIENCE", 0.01)
+    with pytest.raises(RuntimeError, match="had not encoded after 0 seconds"):
+        first_encode.in_a_fresh_process("t5-v1_1-small", "cpu", 1)
+
+
+@pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))
+def test_a_kernel_that_does_not_compile_leaves_the_others_to_be_compiled() -> None:
+    from triton.runtime._async_compile import active_mode
+
+    from nai_t5_core.backends.cuda.graph_times import compile_ahead
+
+    compiled: list[str] = []
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def warmup(self, *_: Any, **__: Any) -> None:
+            mode: Any = active_mode.get()
+            mode.submit(self.name, lambda: 1 / 0 if self.name == "faulty" else self.name, compiled.append)
+
+    with pytest.raises(ZeroDivisionError):
+        compile_ahead([(Kernel("faulty"), (), {})])
+    assert active_mode.get() is None
+    compile_ahead((Kernel(name), (), {}) for name in ("one", "another"))
+    assert sorted(compiled) == ["another", "one"] and active_mode.get() is None
 
 
 @pytest.mark.parametrize(("seconds", "wrong"), [(2.0, 0), (9.0, 1)])

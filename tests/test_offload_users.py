@@ -54,7 +54,7 @@ def test_offloading_makes_no_other_key_of_a_prompt(monkeypatch: pytest.MonkeyPat
     assert here.key([3, 9, 1]) == there.key([3, 9, 1])
 
 
-@pytest.mark.parametrize("kind", ["int8", "q4_k", None])
+@pytest.mark.parametrize("kind", ["int8", "NF4", None])
 def test_nor_does_offloading_bytes(kind: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels read them wherever they read those of a resident one; of the other kinds both are torch's."""
     monkeypatch.setattr("nai_t5_core.weights.chosen.resolve_device", torch.device)

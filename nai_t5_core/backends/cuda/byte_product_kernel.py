@@ -10,12 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nai_t5_core.backends.cuda.kernels import activated, wait_for_inputs
-from nai_t5_core.backends.cuda.product_kernel import FETCHED_LINES, fetch
+from nai_t5_core.backends.cuda.kernels import wait_for_inputs
+from nai_t5_core.backends.cuda.product_parts import fetch_rows, store_products
 
 # Numbers that share a scale of a block.
 BLOCK = tl.constexpr(32)
-LINE_OF_BYTES = tl.constexpr(128)
 
 
 @triton.jit
@@ -103,12 +102,7 @@ def multiply_bytes(
     row = start // BLOCK + tl.arange(0, blocks)
     scale_rows = block_scales + row[:, None] * total_columns + n[None, :]
     if overlaps:
-        # Only weights may be read before the wait: no earlier launch writes them.
-        first = start + tl.arange(0, FETCHED_LINES) * LINE_OF_BYTES
-        lines = weight + n[:, None].to(tl.int64) * depth + first[None, :]
-        fetch(lines)
-        if is_gated:
-            fetch(lines + columns * depth)
+        fetch_rows(weight + n[:, None].to(tl.int64) * depth + start, columns * depth, is_gated)
     wait_for_inputs(overlaps)
     dtype: tl.constexpr = x.dtype.element_ty
     total = tl.zeros((block_columns, block_rows), tl.float32)
@@ -129,12 +123,10 @@ def multiply_bytes(
                 up = scaled_numbers(weights + columns * depth + at, up_scale, block, kind, has_blocks, dtype)
                 up_total = tl.dot(up, values, up_total)
     total *= tl.load(scales + n)[:, None]
-    if activation != "none":
-        total = activated(total, activation)
     if is_gated:
-        total *= up_total * tl.load(scales + columns + n)[:, None]
-    place = out + (part * rows + m[None, :]).to(tl.int64) * columns + n[:, None]
-    tl.store(place, total.to(out.dtype.element_ty), mask=is_row[None, :])
+        up_total *= tl.load(scales + columns + n)[:, None]
+    places = out + (part * rows + m[None, :]).to(tl.int64) * columns + n[:, None]
+    store_products(places, total, up_total, is_row[None, :], activation, is_gated)
 
 
 @triton.jit

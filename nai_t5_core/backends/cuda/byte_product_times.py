@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
-from nai_t5_core.backends.cuda.activations import Sums
 from nai_t5_core.backends.cuda.byte_kinds import BLOCK
 from nai_t5_core.backends.cuda.byte_launches import rounded_rows
 from nai_t5_core.backends.cuda.byte_product_kernel import multiply_bytes
 from nai_t5_core.backends.cuda.byte_products import ByteProducts, byte_arguments, byte_product, fits, unpacked
 from nai_t5_core.backends.cuda.byte_weight import ByteWeight
 from nai_t5_core.backends.cuda.eight_bit_products import LEAST_ROWS, multiplied
+from nai_t5_core.backends.cuda.graph_times import compile_ahead, copies_of
 from nai_t5_core.backends.cuda.product_times import (
     XXL_SHAPES,
     ProductShape,
     ProductTime,
+    Way,
     candidates,
-    copies_of,
     epilogue,
-    seconds_of,
+    epilogue_of,
+    out_dtype,
+    times_of,
 )
 from nai_t5_core.backends.cuda.products import MOST_ROWS, Configuration
 from nai_t5_core.backends.cuda.torch_products import TorchProducts, sums_in_float32
@@ -62,9 +61,11 @@ def time_byte_products(
         for kind in kinds:
             for shape in shapes:
                 weights = _weights(shape, kind, device)
-                _compile(shape, counts, weights[0], dtype, converts)
+                compile_ahead(_launches(shape, counts, weights[0], dtype, converts))
                 for count in counts:
-                    group = list(_times(shape, count, weights, dtype, converts))
+                    x = torch.randn(count, shape.depth, device=device, dtype=dtype)
+                    ways = _ways(shape, count, weights[0], dtype, converts)
+                    group = list(times_of(shape, x, weights, _expected(shape, x, weights[0], converts), ways))
                     for time in group:
                         if tell is not None:
                             tell(kind, time)
@@ -92,44 +93,20 @@ def _candidates(shape: ProductShape, rows: int, weight: ByteWeight) -> Iterator[
             yield known
 
 
-def _compile(
+def _launches(
     shape: ProductShape, counts: Sequence[int], weight: ByteWeight, dtype: torch.dtype, converts: bool
-) -> None:
-    with triton.AsyncCompileMode(ThreadPoolExecutor()):
-        for count in counts:
-            x = torch.empty(count, shape.depth, dtype=dtype, device=weight.values.device)
-            for configuration in _candidates(shape, count, weight):
-                out_dtype = torch.float32 if shape.kind == "summed" else dtype
-                out = torch.empty(configuration.parts, count, shape.columns, dtype=out_dtype, device=x.device)
-                how = (*epilogue(shape), False, converts)
-                tensors, constants = byte_arguments(x, weight, out, configuration, *how)
-                multiply_bytes.warmup(*tensors, grid=(1,), **constants)
-
-
-def _times(
-    shape: ProductShape, rows: int, weights: Sequence[ByteWeight], dtype: torch.dtype, converts: bool
-) -> Iterator[ProductTime]:
-    x = torch.randn(rows, shape.depth, device=weights[0].values.device, dtype=dtype)
-    expected = _expected(shape, x, weights[0], converts)
-    for how, multiply in _ways(shape, rows, weights[0], dtype, converts):
-        try:
-            out: Any = multiply(x, weights[0])
-        except OutOfResources:
-            # This card has less shared memory.
-            continue
-        seconds = seconds_of(multiply, x, weights)
-        if isinstance(out, Sums):
-            out = out.values * out.row_scales[:, None] * out.column_scales
-        same = out.sum(0, dtype=torch.float32) if out.ndim == 3 else out.float()
-        # With both sides in 8 bits the gate is no part of it.
-        error = float((same - expected).norm() / expected.norm()) if same.shape == expected.shape else float("nan")
-        moved = weights[0].values.nbytes + x.nbytes + out.nbytes
-        yield ProductTime(shape, rows, how, seconds * 1e6, moved / seconds / 1e9, error)
+) -> Iterator[Any]:
+    for count in counts:
+        x = torch.empty(count, shape.depth, dtype=dtype, device=weight.values.device)
+        for configuration in _candidates(shape, count, weight):
+            out = x.new_empty(configuration.parts, count, shape.columns, dtype=out_dtype(shape, dtype))
+            how = (*epilogue(shape), False, converts)
+            yield multiply_bytes, *byte_arguments(x, weight, out, configuration, *how)
 
 
 def _ways(
     shape: ProductShape, rows: int, weight: ByteWeight, dtype: torch.dtype, converts: bool
-) -> Iterator[tuple[Configuration | str, Callable[[Tensor, Any], Any]]]:
+) -> Iterator[tuple[Configuration | str, Way]]:
     by_torch = ByteProducts(TorchProducts(), None, converts)
     yield (
         "torch, unpacked",
@@ -144,18 +121,11 @@ def _ways(
         yield configuration, _by_kernel(shape, configuration, dtype, converts)
 
 
-def _by_kernel(
-    shape: ProductShape, configuration: Configuration, dtype: torch.dtype, converts: bool
-) -> Callable[[Tensor, Any], Any]:
-    out_dtype = torch.float32 if shape.kind == "summed" else dtype
-    how = (configuration, out_dtype, *epilogue(shape), False, converts)
+def _by_kernel(shape: ProductShape, configuration: Configuration, dtype: torch.dtype, converts: bool) -> Way:
+    how = (configuration, out_dtype(shape, dtype), *epilogue(shape), False, converts)
     return lambda x, weight: byte_product(x, weight, *how)
 
 
 def _expected(shape: ProductShape, x: Tensor, weight: ByteWeight, converts: bool) -> Tensor:
     plain = unpacked(weight, slice(0, weight.shape[0]), torch.float32, converts)
-    exact = torch.mm(x.float(), plain.t())
-    if shape.kind != "gated":
-        return exact
-    gate, up = exact.chunk(2, -1)
-    return torch.nn.functional.gelu(gate, approximate="tanh") * up
+    return epilogue_of(shape, torch.mm(x.float(), plain.t()))

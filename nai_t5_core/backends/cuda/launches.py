@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -71,27 +72,30 @@ def attend(qkv: Tensor, table: Tensor, documents: Documents, scale: float, overl
     Returns:
         [tokens, heads · d_kv] like ``qkv``; rows that belong to no document are not written.
     """
-    heads, distances = table.shape
-    tokens, inner = qkv.shape[0], qkv.shape[1] // 3
-    out = qkv.new_empty(tokens, inner)
-    shape = documents.shape
-    kernels.attend[heads, len(documents.table)](
-        qkv,
-        table,
-        documents.table,
-        out,
-        scale * _LOG2_E,
-        heads=heads,
-        d_kv=inner // heads,
-        reach=distances // 2 - MARGIN,
-        margin=MARGIN,
-        query_block=shape.queries,
-        key_block=shape.keys,
-        num_warps=shape.warps,
-        num_stages=shape.stages,
-        **overlapping(overlaps),
-    )
+    out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+    tensors, constants = attention_arguments(qkv, table, documents, out, scale, overlaps)
+    kernels.attend[len(table), len(documents.table)](*tensors, **constants)
     return out
+
+
+def attention_arguments(
+    qkv: Tensor, table: Tensor, documents: Documents, out: Tensor, scale: float, overlaps: bool = False
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The kernel's arguments for :func:`attend`: those of the call, and the constants that it is compiled for."""
+    heads, distances = table.shape
+    shape = documents.shape
+    constants = {
+        "heads": heads,
+        "d_kv": out.shape[1] // heads,
+        "reach": distances // 2 - MARGIN,
+        "margin": MARGIN,
+        "query_block": shape.queries,
+        "key_block": shape.keys,
+        "num_warps": shape.warps,
+        "num_stages": shape.stages,
+        **overlapping(overlaps),
+    }
+    return (qkv, table, documents.table, out, scale * _LOG2_E), constants
 
 
 def add_norm(

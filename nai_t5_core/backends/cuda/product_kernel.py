@@ -5,18 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nai_t5_core.backends.cuda.kernels import activated, wait_for_inputs
-
-# A program prefetches this much of each row of its weight while the launch before still runs: 4 lines of 64 numbers.
-FETCHED_LINES = tl.constexpr(4)
-LINE = tl.constexpr(64)
-
-
-@triton.jit
-def fetch(places: tl.tensor) -> None:
-    """Prefetches lines of memory into the L2 cache."""
-    code: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-    tl.inline_asm_elementwise(code, "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1)
+from nai_t5_core.backends.cuda.kernels import wait_for_inputs
+from nai_t5_core.backends.cuda.product_parts import fetch_rows, store_products
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -49,12 +39,7 @@ def multiply(
     weights = weight + n[:, None].to(tl.int64) * depth + k[None, :]
     inputs = x + m[None, :] * depth + k[:, None]
     if overlaps:
-        # Only weights may be read before the wait: no earlier launch writes them.
-        first = part * (depth // parts) + tl.arange(0, FETCHED_LINES) * LINE
-        lines = weight + n[:, None].to(tl.int64) * depth + first[None, :]
-        fetch(lines)
-        if is_gated:
-            fetch(lines + columns * depth)
+        fetch_rows(weight + n[:, None].to(tl.int64) * depth + part * (depth // parts), columns * depth, is_gated)
     wait_for_inputs(overlaps)
     total = tl.zeros((block_columns, block_rows), tl.float32)
     up_total = tl.zeros((block_columns, block_rows), tl.float32)
@@ -66,9 +51,5 @@ def multiply(
         if is_gated:
             up = tl.load(weights + columns * depth + step, eviction_policy="evict_first")
             up_total = tl.dot(up, values, up_total)
-    if activation != "none":
-        total = activated(total, activation)
-    if is_gated:
-        total *= up_total
-    place = out + (part * rows + m[None, :]).to(tl.int64) * columns + n[:, None]
-    tl.store(place, total.to(out.dtype.element_ty), mask=is_row[None, :])
+    places = out + (part * rows + m[None, :]).to(tl.int64) * columns + n[:, None]
+    store_products(places, total, up_total, is_row[None, :], activation, is_gated)

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from nai_t5_core.backends.cuda.activations import Sums
+from nai_t5_core.backends.cuda.graph_times import compile_ahead, copies_of, seconds_of
 from nai_t5_core.backends.cuda.product_kernel import multiply
 from nai_t5_core.backends.cuda.products import Configuration, Kind, arguments, block_rows, product
 from nai_t5_core.backends.cuda.torch_products import TorchProducts, UnroundedTorchProducts, sums_in_float32
 from nai_t5_core.facts.config import Activation
 
 _ACTIVATION: Activation = "gelu_new"
-# Larger than any cache of a device, so that a product finds nothing of its weight in the cache.
-_BYTES_OF_WEIGHTS = 256 << 20
-_REPLAYS = 20
-
 
 # A function from inputs and weight to their product.
-Way = Callable[[Tensor, Tensor], Tensor]
+Way = Callable[[Tensor, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -100,10 +97,12 @@ def time_products(
     with torch.cuda.device(device), sums_in_float32():
         for shape in shapes:
             weights = _weights(shape, dtype, device)
-            _compile(shape, counts, weights[0], overlaps)
+            compile_ahead(_launches(shape, counts, weights[0], overlaps))
             for count in counts:
                 found = []
-                for time in _times(shape, count, weights, overlaps):
+                x = torch.randn(count, shape.depth, device=device, dtype=dtype)
+                expected = epilogue_of(shape, torch.mm(x.float(), weights[0].float().t()))
+                for time in times_of(shape, x, weights, expected, _ways(shape, count, overlaps)):
                     found.append(time)
                     if tell is not None:
                         tell(time)
@@ -117,36 +116,47 @@ def _weights(shape: ProductShape, dtype: torch.dtype, device: torch.device | str
     return [torch.randn(size, device=device, dtype=dtype) * shape.depth**-0.5 for _ in copies]
 
 
-def copies_of(nbytes: int) -> int:
-    """How many weights of so many bytes are needed so that none is in a cache when it is its turn again."""
-    return 1 + _BYTES_OF_WEIGHTS // nbytes
+def _launches(shape: ProductShape, counts: Sequence[int], weight: Tensor, overlaps: bool) -> Iterator[Any]:
+    for count in counts:
+        x = weight.new_empty(count, shape.depth)
+        for configuration in candidates(shape, count):
+            out = x.new_empty(configuration.parts, count, shape.columns, dtype=out_dtype(shape, x.dtype))
+            yield multiply, *arguments(x, weight, out, configuration, *epilogue(shape), overlaps)
 
 
-def _compile(shape: ProductShape, counts: Sequence[int], weight: Tensor, overlaps: bool) -> None:
-    with triton.AsyncCompileMode(ThreadPoolExecutor()):
-        for count in counts:
-            x = weight.new_empty(count, shape.depth)
-            for configuration in candidates(shape, count):
-                dtype = torch.float32 if shape.kind == "summed" else x.dtype
-                out = x.new_empty(configuration.parts, count, shape.columns, dtype=dtype)
-                tensors, constants = arguments(x, weight, out, configuration, *epilogue(shape), overlaps)
-                multiply.warmup(*tensors, grid=(1,), **constants)
+def times_of(
+    shape: ProductShape,
+    x: Tensor,
+    weights: Sequence[Any],
+    expected: Tensor,
+    ways: Iterable[tuple[Configuration | str, Way]],
+) -> Iterator[ProductTime]:
+    """The time of every way that the card has room for, to multiply x [rows, depth] by weights of one shape.
 
-
-def _times(shape: ProductShape, rows: int, weights: Sequence[Tensor], overlaps: bool) -> Iterator[ProductTime]:
-    x = torch.randn(rows, shape.depth, device=weights[0].device, dtype=weights[0].dtype)
-    expected = _expected(shape, x, weights[0])
-    for how, multiplied in _ways(shape, rows, overlaps):
+    Args:
+        expected: the product with the first of them, [rows, columns] in float32. Of a way that gives another shape,
+            since it leaves the gate out, the error is NaN.
+    """
+    for how, multiplied in ways:
         try:
             out = multiplied(x, weights[0])
+            seconds = seconds_of(partial(multiplied, x), weights)
         except OutOfResources:
             # This card has less shared memory.
             continue
-        found = (out.sum(0, dtype=torch.float32) if out.ndim == 3 else out.float()) - expected
-        seconds = seconds_of(multiplied, x, weights)
-        moved = weights[0].nbytes + x.nbytes + out.nbytes
-        error = float(found.norm() / expected.norm())
-        yield ProductTime(shape, rows, how, seconds * 1e6, moved / seconds / 1e9, error)
+        found = _numbers(out)
+        error = float((found - expected).norm() / expected.norm()) if found.shape == expected.shape else float("nan")
+        given = out.values if isinstance(out, Sums) else out
+        weight = weights[0] if isinstance(weights[0], Tensor) else weights[0].values
+        moved = weight.nbytes + x.nbytes + given.nbytes
+        yield ProductTime(shape, len(x), how, seconds * 1e6, moved / seconds / 1e9, error)
+
+
+def _numbers(out: Tensor | Sums) -> Tensor:
+    """[rows, columns] float32, of whatever a way gives."""
+    if isinstance(out, Sums):
+        return out.values * out.row_scales[:, None] * out.column_scales
+    return out.sum(0, dtype=torch.float32) if out.ndim == 3 else out.float()
 
 
 def _ways(shape: ProductShape, rows: int, overlaps: bool) -> Iterator[tuple[Configuration | str, Way]]:
@@ -166,35 +176,24 @@ def _gated_by_torch(x: Tensor, weight: Tensor) -> Tensor:
 
 def _by_kernel(shape: ProductShape, configuration: Configuration, overlaps: bool) -> Way:
     def multiplied(x: Tensor, weight: Tensor) -> Tensor:
-        dtype = torch.float32 if shape.kind == "summed" else x.dtype
-        return product(x, weight, configuration, dtype, *epilogue(shape), overlaps)
+        return product(x, weight, configuration, out_dtype(shape, x.dtype), *epilogue(shape), overlaps)
 
     return multiplied
 
 
+def out_dtype(shape: ProductShape, dtype: torch.dtype) -> torch.dtype:
+    """Of a product by our kernels, with inputs in ``dtype``."""
+    return torch.float32 if shape.kind == "summed" else dtype
+
+
 def epilogue(shape: ProductShape) -> tuple[Activation | None, bool]:
+    """The activation of a product, and whether it is gated."""
     return (_ACTIVATION, True) if shape.kind == "gated" else (None, False)
 
 
-def _expected(shape: ProductShape, x: Tensor, weight: Tensor) -> Tensor:
-    exact = torch.mm(x.float(), weight.float().t())
+def epilogue_of(shape: ProductShape, exact: Tensor) -> Tensor:
+    """What becomes of an exact product: [rows, columns], of a gated one half as many columns as it has."""
     if shape.kind != "gated":
         return exact
     gate, up = exact.chunk(2, -1)
     return torch.nn.functional.gelu(gate, approximate="tanh") * up
-
-
-def seconds_of(multiplied: Callable[[Tensor, Any], Any], x: Tensor, weights: Sequence[Any]) -> float:
-    """Seconds of one product: the mean over a CUDA graph of products with each weight, without the cost of Python."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for weight in weights:
-            multiplied(x, weight)
-    graph.replay()
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(_REPLAYS):
-        graph.replay()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3 / _REPLAYS / len(weights)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nai_t5_core.backends.cuda.kernels import activated, wait_for_inputs
+from nai_t5_core.backends.cuda.kernels import wait_for_inputs
+from nai_t5_core.backends.cuda.product_parts import store_products
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -47,9 +48,5 @@ def multiply_tiles(
         total = tl.dot(values, tl.load(weights + step), total)
         if is_gated:
             up_total = tl.dot(values, tl.load(weights + columns * depth + step), up_total)
-    if activation != "none":
-        total = activated(total, activation)
-    if is_gated:
-        total *= up_total
-    place = out + (part * rows + m[:, None]).to(tl.int64) * columns + n[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=(m < rows)[:, None])
+    places = out + (part * rows + m[:, None]).to(tl.int64) * columns + n[None, :]
+    store_products(places, total, up_total, (m < rows)[:, None], activation, is_gated)

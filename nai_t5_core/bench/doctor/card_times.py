@@ -5,27 +5,27 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from nai_t5_core.backends.cuda import kernels
 from nai_t5_core.backends.cuda.attention_shapes import AttentionShape, candidates
 from nai_t5_core.backends.cuda.card import Card
 from nai_t5_core.backends.cuda.card_choice import MEASURED_HEADS
 from nai_t5_core.backends.cuda.documents import document_table
-from nai_t5_core.backends.cuda.launches import Documents, attend, attention_table
+from nai_t5_core.backends.cuda.graph_times import compile_ahead, seconds_of
+from nai_t5_core.backends.cuda.launches import Documents, attend, attention_arguments, attention_table
 from nai_t5_core.backends.cuda.measured_card import FEW_ROWS, TILES, TORCH
-from nai_t5_core.backends.cuda.product_times import XXL_SHAPES, ProductShape, time_products
+from nai_t5_core.backends.cuda.product_times import XXL_SHAPES, ProductShape, epilogue, out_dtype, time_products
 from nai_t5_core.backends.cuda.products import Kind
 from nai_t5_core.backends.cuda.tile_kernel import multiply_tiles
 from nai_t5_core.backends.cuda.tiles import TILED_ROWS, Tile, tile_arguments, tile_candidates, tiled
 from nai_t5_core.backends.cuda.torch_products import TorchProducts, sums_in_float32
-from nai_t5_core.bench.clock import device_seconds, synchronize
 from nai_t5_core.facts.config import Activation
 from nai_t5_core.model.packing import DocumentGroup
 
@@ -87,29 +87,25 @@ def _times_of_tiles(card: Card, device: torch.device) -> Iterator[tuple[ProductS
         columns = shape.columns * (2 if shape.kind == "gated" else 1)
         weights = [_drawn(columns, shape.depth, device) * shape.depth**-0.5 for _ in range(_COPIES)]
         tiles = list(tile_candidates(shape.kind, card.capability == (9, 0)))
-        _compile(shape, tiles, weights[0])
+        compile_ahead(_launches(shape, tiles, weights[0]))
         for rows in TILED_ROWS:
             x = _drawn(rows, shape.depth, device)
-            yield shape, rows, TORCH, {}, _microseconds(partial(_by_torch, shape.kind, x), weights, device)
+            yield shape, rows, TORCH, {}, _microseconds(partial(_by_torch, shape.kind, x), weights)
             for tile in tiles:
                 if tile.fits(shape.columns, shape.depth):
                     try:
-                        time = _microseconds(partial(_by_tiles, shape.kind, x, tile), weights, device)
+                        time = _microseconds(partial(_by_tiles, shape, x, tile), weights)
                     except OutOfResources:
                         # This card has less shared memory.
                         continue
                     yield shape, rows, TILES, asdict(tile), time
 
 
-def _compile(shape: ProductShape, tiles: list[Tile], weight: Tensor) -> None:
+def _launches(shape: ProductShape, tiles: list[Tile], weight: Tensor) -> Iterator[Any]:
     x = weight.new_empty(TILED_ROWS[0], shape.depth)
-    dtype = torch.float32 if shape.kind == "summed" else x.dtype
-    epilogue = (_ACTIVATION, True) if shape.kind == "gated" else (None, False)
-    with triton.AsyncCompileMode(ThreadPoolExecutor()):
-        for tile in tiles:
-            out = x.new_empty(tile.parts, len(x), shape.columns, dtype=dtype)
-            tensors, constants = tile_arguments(x, weight, out, tile, *epilogue)
-            multiply_tiles.warmup(*tensors, grid=(1,), **constants)
+    for tile in tiles:
+        out = x.new_empty(tile.parts, len(x), shape.columns, dtype=out_dtype(shape, x.dtype))
+        yield multiply_tiles, *tile_arguments(x, weight, out, tile, *epilogue(shape))
 
 
 def _by_torch(kind: Kind, x: Tensor, weight: Tensor) -> Tensor:
@@ -117,10 +113,8 @@ def _by_torch(kind: Kind, x: Tensor, weight: Tensor) -> Tensor:
     return products.activated(x, weight, _ACTIVATION, True) if kind == "gated" else products.plain(x, weight)
 
 
-def _by_tiles(kind: Kind, x: Tensor, tile: Tile, weight: Tensor) -> Tensor:
-    if kind == "gated":
-        return tiled(x, weight, tile, x.dtype, _ACTIVATION, True)
-    return tiled(x, weight, tile, torch.float32 if kind == "summed" else x.dtype)
+def _by_tiles(shape: ProductShape, x: Tensor, tile: Tile, weight: Tensor) -> Tensor:
+    return tiled(x, weight, tile, out_dtype(shape, x.dtype), *epilogue(shape))
 
 
 @torch.no_grad()
@@ -129,13 +123,23 @@ def times_of_attention(card: Card, device: torch.device) -> list[WayTime]:
     found = []
     table = attention_table(torch.randn(_HEADS, 2 * _REACH + 1, device=device))
     with torch.cuda.device(device):
+        compile_ahead(_attention_launches(card, table))
         for tokens in ATTENTION_TOKENS:
             rows = [_drawn(tokens, 3 * _HEADS * MEASURED_HEADS, device) for _ in range(_COPIES)]
             for shape in candidates(tokens, card.architecture):
                 tables = (_documents(tokens, each, shape, device) for each in (tokens, _SHORT))
-                times = [_microseconds(partial(_attend, table, documents), rows, device) for documents in tables]
+                times = [_microseconds(partial(_attend, table, documents), rows) for documents in tables]
                 found.append(WayTime("attention", tokens, "ours", math.prod(times) ** 0.5, asdict(shape)))
     return found
+
+
+def _attention_launches(card: Card, table: Tensor) -> Iterator[Any]:
+    tokens = max(ATTENTION_TOKENS)
+    qkv = _drawn(tokens, 3 * _HEADS * MEASURED_HEADS, table.device)
+    out = qkv.new_empty(tokens, _HEADS * MEASURED_HEADS)
+    for shape in candidates(tokens, card.architecture):
+        documents = _documents(tokens, tokens, shape, table.device)
+        yield kernels.attend, *attention_arguments(qkv, table, documents, out, 1.0)
 
 
 def _documents(tokens: int, length: int, shape: AttentionShape, device: torch.device) -> Documents:
@@ -153,12 +157,5 @@ def _drawn(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.randn(rows, columns, device=device, dtype=torch.float16)
 
 
-def _microseconds(call: Callable[[Tensor], Tensor], inputs: list[Tensor], device: torch.device) -> float:
-    """Of one call, from replays of a CUDA graph with a call for each of the inputs."""
-    call(inputs[0])
-    synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for each in inputs:
-            call(each)
-    return device_seconds(lambda _: graph.replay(), device, 10) / len(inputs) * 1e6
+def _microseconds(call: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> float:
+    return seconds_of(call, inputs) * 1e6

@@ -65,16 +65,19 @@ def check(patient: Patient) -> Finding:
     checked = 0
     for name, stack, exact in _small(patient):
         kind = name.split(", ")[1]
-        for question in (asked for length in _CHECKED_LENGTHS for asked in questions(exact.config, length)):
-            answer = question.ask(exact)
-            for eager in (True, False):
-                for choice in _CHOICES:
-                    found = cuda_encoder(stack, eager, choice)(question.ids, question.mask, question.padding)
+        asked = [question for length in _CHECKED_LENGTHS for question in questions(exact.config, length)]
+        answers = [question.ask(exact) for question in asked]
+        for eager in (True, False):
+            for choice in _CHOICES:
+                encode = cuda_encoder(stack, eager, choice)
+                how = f"{name}, {'eager' if eager else 'graphs'}, {choice}"
+                limit = TOLERANCES[stack.dtype]
+                limit = max(limit, _TOLERANCE_OF_ACTIVATIONS[kind]) if choice == "8-bit" else limit
+                errors[how] = 0.0
+                for question, answer in zip(asked, answers, strict=True):
+                    found = encode(question.ids, question.mask, question.padding)
                     error = difference(found.double().cpu(), answer)
-                    how = f"{name}, {'eager' if eager else 'graphs'}, {choice}"
-                    errors[how], checked = max(errors.get(how, 0.0), error), checked + 1
-                    limit = TOLERANCES[stack.dtype]
-                    limit = max(limit, _TOLERANCE_OF_ACTIVATIONS[kind]) if choice == "8-bit" else limit
+                    errors[how], checked = max(errors[how], error), checked + 1
                     if not error <= limit:
                         wrong.append(f"{how}, length {question.ids.shape[1]}, {question.name}: off by {error:.2g}")
     return {"checked": checked, "largest_errors": errors, "wrong": wrong}

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 TOKENS = 64
 # On a warm disk cache, without reading weights.
 MOST_SECONDS = 10.0
+# A process that hangs is ended: it would go on using the device when the step is over.
+_PATIENCE = 40.0
 
 
 def time_first_encodes(patient: Patient) -> Finding:
@@ -38,10 +40,13 @@ def in_a_fresh_process(size: str, device: str, record_at: int) -> dict[str, floa
     """Seconds of importing, of the first encode and of the second, in a process of its own.
 
     Raises:
-        RuntimeError: the process failed; with the last line that it wrote.
+        RuntimeError: the process failed, with the last line that it wrote; or it is late.
     """
     command = [sys.executable, "-m", __name__, size, device, str(record_at)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"a fresh process had not encoded after {_PATIENCE:.0f} seconds") from error
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
     times: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from nai_t5_core.backends.cuda.graph_times import seconds_of
 from nai_t5_core.backends.cuda.runner import CudaRunner
-from nai_t5_core.bench.clock import device_seconds, synchronize, timed
+from nai_t5_core.bench.clock import synchronize, timed
 from nai_t5_core.bench.doctor.patient import Finding, Patient, encoding_by
 from nai_t5_core.bench.roofline import encoder_work, projection_shapes
 from nai_t5_core.float16.guard import encode_guarded
@@ -117,22 +118,11 @@ def measure_products(patient: Patient) -> Finding:
         each = {}
         for index, shape in enumerate(joined):
             call = lambda number, index=index, inputs=inputs: inputs[index] @ weights[number % layers][index].t()  # noqa: E731
-            seconds = _graphed_seconds(call, layers, patient.device)
+            with torch.cuda.device(patient.device):
+                seconds = seconds_of(call, range(layers))
             each["×".join(map(str, shape))] = round(seconds * 1e6, 2)
         found[str(rows)] = {"us": each, "encoder_ms": round(sum(each.values()) * patient.config.num_layers / 1e3, 3)}
     return {"dtype": str(patient.dtype).removeprefix("torch."), "rows": found}
-
-
-def _graphed_seconds(call: Any, layers: int, device: torch.device) -> float:
-    """Seconds of one call, from replays of a CUDA graph with a call for each layer's weights: no time of the host."""
-    for number in range(layers):
-        call(number)
-    synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for number in range(layers):
-            call(number)
-    return device_seconds(lambda _: graph.replay(), device, 10) / layers
 
 
 def _random(shape: tuple[int, ...], patient: Patient) -> Tensor:
