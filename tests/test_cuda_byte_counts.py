@@ -11,6 +11,7 @@ import torch
 from byte_toys import CONFIGS, quantised_stack
 from cuda_toys import HAS_GPU, stack_of
 from pretended_cuda import CUDA, PretendedCuda
+from test_offload_counts import PretendedMover, brought
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -19,13 +20,14 @@ from nai_t5_core.backends.cuda.card import Card
 from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.backends.cuda.encoder import cuda_encoder
 from nai_t5_core.backends.cuda.runner import CudaRunner
+from nai_t5_core.backends.offload.offload import offload_layers
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.kinds import QuantisedWeight
 from nai_t5_core.backends.quantised.projections import QuantisedEmbedding, QuantisedForm, QuantisedLinear
 from nai_t5_core.backends.quantised.scaled import Scaled
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.model.encoder import T5EncoderStack
-from nai_t5_core.model.layers import NoInit
+from nai_t5_core.model.layers import NoInit, RMSNorm
 
 if missing := missing_triton():
     pytest.skip(missing, allow_module_level=True)
@@ -42,6 +44,7 @@ from nai_t5_core.backends.cuda import (
     products,
     refusals,
 )
+from nai_t5_core.backends.offload import kernels as layer_by_layer
 
 KERNELS = [
     *((kernels, name) for name in ("attend", "add_norm", "gate")),
@@ -121,6 +124,41 @@ def test_an_encode(device: PretendedCuda, kind: str | None, choice: Any, tokens:
         # Ids, the number of tokens, and the table of documents, which graphs get in one copy.
         assert dict(device.copies) == {("cpu", "cuda"): 3}
         assert device.float32_products == 0
+    assert (launches[1] - launches[0]) / 2 == LAUNCHES[kind, choice, tokens]
+
+
+# As of a resident one of as many tokens.
+FROM_THE_HOST = [how for how in LAUNCHES if how[0] in ("int8 by us", "Q8_0", "float8") and how[1] == "auto"]
+
+
+@pytest.mark.parametrize(("kind", "choice", "tokens"), FROM_THE_HOST)
+def test_an_encode_with_layers_from_the_host(
+    device: PretendedCuda, kind: str, choice: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusals, "_momentary", lambda: iter(()))
+    monkeypatch.setattr(layer_by_layer, "card_of", encoder.card_of)
+    launches = []
+    for layers in (3, 5):
+        stack: Any = quantised_stack(kind, CONFIGS["v1.1"].model_copy(update={"num_layers": layers}))
+        mover = PretendedMover(device)
+        offload: Any = offload_layers(stack).offload
+        offload.start(stack, mover)
+        for module in stack.encoder.modules():
+            if isinstance(module, (torch.nn.Embedding, RMSNorm)) and id(module.weight) not in brought(stack):
+                device.put(module)
+        encode: Any = stack.runner._encoder_of(stack)
+        for _ in range(2):
+            device.reset()
+            found = encode.encode(torch.ones(1, tokens, dtype=torch.long))
+            assert found.hidden.shape == (1, tokens, 64)
+            bool(found.finite)
+        launches.append(device.launches.total())
+        # One for each layer; the rows of the table; and the number of tokens with the table of documents.
+        assert dict(device.copies) == {("cpu", "cuda"): layers + 2}
+        assert dict(device.waits) == {"_local_scalar_dense": 1}, "the host waits for more than the check"
+        assert len(mover.buffers) == 2 and device.float32_products == 0
+        kept = sum(form.weight.nbytes for form in forms_of(stack))
+        assert kept / layers <= mover.buffers[0] < kept / layers + 256 * 20
     assert (launches[1] - launches[0]) / 2 == LAUNCHES[kind, choice, tokens]
 
 

@@ -31,19 +31,22 @@ class PretendedMover:
     def __init__(self, pretended: PretendedCuda) -> None:
         self.pretended = pretended
         self.buffers: list[int] = []
+        self._locked: dict[int, Tensor] = {}
 
     def buffer(self, nbytes: int) -> Tensor:
         self.buffers.append(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8, device="cuda")
 
     def locked(self, nbytes: int) -> Tensor:
-        return torch.zeros(nbytes, dtype=torch.uint8)
+        memory = torch.zeros(nbytes, dtype=torch.uint8)
+        self._locked[memory.data_ptr()] = memory
+        return memory
 
     def unlock(self, memory: Tensor) -> None:
-        pass
+        del self._locked[memory.data_ptr()]
 
     def is_locked(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage().nbytes() > tensor.nbytes  # part of a layer's memory
+        return tensor.untyped_storage().data_ptr() in self._locked
 
     def worked(self) -> None:
         return None

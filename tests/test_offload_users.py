@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from toy_quantised import READ, quantised, write_quantised
 from nai_t5_core.backends.cuda.int8 import quantise_block
 from nai_t5_core.backends.offload.offload import CPU, Offload
 from nai_t5_core.backends.quantised.projections import QuantisedLinear
+from nai_t5_core.bench.doctor import offload as step
 from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.prompts.cache.settings import settings_of
 from nai_t5_core.prompts.cache.store import open_store
@@ -86,13 +89,7 @@ def simulated_cuda(monkeypatch: pytest.MonkeyPatch) -> list[SimulatedDevice]:
 
 def test_the_text_encoder_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = TextEncoder.from_pretrained(dtype="float32", device="cpu", optimize=False)
-    made, quantised_on = simulated_cuda(monkeypatch), list[torch.device]()
-
-    def quantise(block: Any, dtype: torch.dtype, device: torch.device) -> None:
-        quantised_on.append(device)
-        quantise_block(block, dtype, CPU)
-
-    monkeypatch.setattr("nai_t5_core.backends.cuda.int8.quantise_block", quantise)
+    made, quantised_on = simulated_cuda(monkeypatch), quantising_here(monkeypatch)
     monkeypatch.setattr("nai_t5_core.prompts.choices.refuse_quantising", lambda *_: None)
     encoder = TextEncoder.from_pretrained(dtype="bfloat16", device="cuda", offload=True, quantize="int8")
     assert quantised_on == [torch.device("cuda")] * exact.stack.config.num_layers
@@ -102,6 +99,36 @@ def test_the_text_encoder_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < float((found - expected).norm() / expected.norm()) < 0.05
     plain = sum(2 * form.out_features * form.in_features for form in forms_of(encoder.stack))
     assert 0 < sum(memory.nbytes for memory in made[0]._locked.values()) < plain * 0.6
+
+
+def quantising_here(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """The devices that blocks were to be quantised on."""
+    asked = list[torch.device]()
+
+    def quantise(block: Any, dtype: torch.dtype, device: torch.device) -> None:
+        asked.append(device)
+        quantise_block(block, dtype, CPU)
+
+    monkeypatch.setattr("nai_t5_core.backends.cuda.int8.quantise_block", quantise)
+    return asked
+
+
+def test_the_step_of_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 and in 8 bits, on a bus of 1 GB in a second."""
+    made, quantised_on = simulated_cuda(monkeypatch), quantising_here(monkeypatch)
+    for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: 0)
+    monkeypatch.setattr(step, "bus_rate", lambda *_: 1e9)
+    monkeypatch.setattr(step, "missing_for_int8", lambda *_: None)
+    monkeypatch.setattr(step, "timed", lambda call, device: {"ms": float(call().isfinite().all())})
+    patient: Any = SimpleNamespace(config=EMBEDDED, dtype=torch.float32, device=torch.device("cuda"))
+    found = step.measure(patient)
+    assert len(made) == 2 and quantised_on == [torch.device("cuda")] * EMBEDDED.num_layers
+    kinds = found["kinds"]
+    assert list(kinds) == ["float32", "int8"] and kinds["int8"]["bytes"] < 0.3 * kinds["float32"]["bytes"]
+    for each in kinds.values():
+        assert each["bus_ms"] == round(each["bytes"] / 1e6, 3) and each["times"]["64"]["ms"] == 1
+    assert json.loads(json.dumps(found)) == found
 
 
 def forms_of(stack: Any) -> list[Any]:
