@@ -38,7 +38,7 @@ class Quantised(comfy.ops.CastWeightBiasOp, nn.Module):
     def __init__(self, weight: QuantisedWeight) -> None:
         nn.Module.__init__(self)
         self.kind, self.numbers_shape = weight.kind, weight.shape
-        self.part_names = tuple(weight.parts)
+        self.part_names, self.read_rows = tuple(weight.parts), weight.read_rows
         for name, part in weight.parts.items():
             self.register_buffer(name, part)
         self.register_parameter("bias", None)
@@ -48,7 +48,8 @@ class Quantised(comfy.ops.CastWeightBiasOp, nn.Module):
 
     @property
     def quantised(self) -> QuantisedWeight:
-        return QuantisedWeight(self.kind, self.numbers_shape, {name: getattr(self, name) for name in self.part_names})
+        parts = {name: getattr(self, name) for name in self.part_names}
+        return QuantisedWeight(self.kind, self.numbers_shape, parts, self.read_rows)
 
     @property
     def form(self) -> QuantisedForm:

@@ -59,6 +59,8 @@ class TensorInfo:
     file: Path
     packing: str = ""
     """The name of the blocks that its numbers are packed in, such as Q8_0; ``dtype`` is then what they are read as."""
+    start: int | None = None
+    """The byte of the file that it begins at, where that is known."""
 
 
 @dataclass
@@ -234,10 +236,8 @@ def _open_gguf(path: Path) -> Checkpoint:
         file = open_gguf(path)
     except ValueError as error:
         raise CheckpointError(f"{path} {error}") from error
-    infos = {
-        name: TensorInfo(tensor.shape, tensor.dtype, path, "" if tensor.kind.is_plain else tensor.kind.name)
-        for name, tensor in file.tensors.items()
-    }
+    placed = file.tensors.items()
+    infos = {name: TensorInfo(at.shape, at.dtype, path, at.kind.packing, at.start) for name, at in placed}
     vocabulary = {} if file.vocabulary is None else {GGUF_VOCABULARY: file.vocabulary}
     infos |= {name: TensorInfo((len(content),), torch.uint8, path) for name, content in vocabulary.items()}
 

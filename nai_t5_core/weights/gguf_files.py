@@ -81,6 +81,11 @@ class Kind:
     def is_plain(self) -> bool:
         return self.name in _PLAIN
 
+    @property
+    def packing(self) -> str:
+        """The name of the blocks; empty for plain numbers."""
+        return "" if self.is_plain else self.name
+
 
 @dataclass(frozen=True)
 class GgufTensor:

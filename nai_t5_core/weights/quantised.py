@@ -18,6 +18,7 @@ from nai_t5_core.backends.quantised.scaled import FLOAT8, FLOATS, MXFP8, NVFP4, 
 from nai_t5_core.facts.nested_text import parse_object
 from nai_t5_core.weights.formats import Checkpoint, CheckpointError, TensorInfo
 from nai_t5_core.weights.keymaps import KeyMap
+from nai_t5_core.weights.rows_in_file import RowsInFile
 from nai_t5_core.weights.signatures import kind_by_names
 
 # What stands behind a module that holds a weight, in Hugging Face's spelling.
@@ -88,7 +89,11 @@ class Stored:
         parts = {name: checkpoint.as_it_lies(full) for name, full in self.parts.items()}
         if isinstance(self.kind, FourBits):
             parts = self.kind.arranged(parts, self.shape[0])
-        return QuantisedWeight(self.kind, self.shape, parts)
+        info = checkpoint.tensors[self.parts[WEIGHT]]
+        rows = None
+        if info.packing and info.start is not None:
+            rows = RowsInFile.of(info.file, info.start, parts[WEIGHT])
+        return QuantisedWeight(self.kind, self.shape, parts, rows)
 
 
 def find_quantised(checkpoint: Checkpoint, keymap: KeyMap) -> dict[str, Stored]:

@@ -93,7 +93,7 @@ class JoinedForm(QuantisedForm):
         """A form with this weight, whose parts that are joined are taken from there."""
         parts = weight.parts | _views(weight.shape[0], joined, block_scales, first_row)
         return cls(
-            weight=replace(weight, parts=parts),
+            weight=replace(weight, parts=parts, read_rows=None),
             columns=form.columns,
             scale=form.scale,
             in_8_bits=form.in_8_bits,

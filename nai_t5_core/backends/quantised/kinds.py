@@ -17,6 +17,8 @@ from torch import Tensor
 Parts = Mapping[str, Tensor]
 # Which rows: a run of them, or their numbers [rows] int64.
 Rows = slice | Tensor
+# Bytes [numbers, bytes of a row] of the rows with these numbers [numbers] int64; None where they cannot be had.
+ReadRows = Callable[[Tensor], Tensor | None]
 # Shape and dtype of the parts, known before any is read.
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -54,11 +56,14 @@ class QuantisedWeight:
         kind: what its bytes mean.
         shape: rows and columns of the numbers.
         parts: the tensors that stand for it, perhaps mapped from a file.
+        read_rows: reads rows of the one part from the file that it is mapped from. Of a mapped table the system brings
+            up to 2 MB into memory for each row that is looked up.
     """
 
     kind: Kind
     shape: tuple[int, int]
     parts: dict[str, Tensor]
+    read_rows: ReadRows | None = None
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +75,10 @@ class QuantisedWeight:
 
     def rows(self, rows: Rows) -> Tensor:
         """Some rows of the weight: [rows, columns] float32, the caller's own."""
+        if self.read_rows is not None and isinstance(rows, Tensor) and self.device.type == "cpu":
+            packed = self.read_rows(rows)
+            if packed is not None:
+                return self.kind.unpack({WEIGHT: packed}, slice(None))
         return self.kind.unpack(self.parts, rows)
 
     def slices(self) -> Iterator[slice]:
