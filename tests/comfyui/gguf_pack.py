@@ -33,6 +33,7 @@ from nai_t5_core.facts.config import T5Config, named_config
 
 PROMPT = "an oil painting of a crowded market in autumn: a woman in a green coat sells pears and plums from a cart"
 QUANTILES = (0.5, 0.99, 1.0)
+STOCK = "ComfyUI behind ComfyUI-GGUF"
 
 
 def require_pack() -> Any:
@@ -89,7 +90,7 @@ def ways(nodes: Any, path: Path, config: T5Config) -> dict[str, Callable[[], Any
 
     families.FAMILIES["mochi"] = replace(families.FAMILIES["mochi"], checkpoint=None)
     return {
-        "ComfyUI behind ComfyUI-GGUF": lambda: by_pack(nodes, path, config),
+        STOCK: lambda: by_pack(nodes, path, config),
         "Replace T5, behind the same": lambda: with_our_t5(by_pack(nodes, path, config), Settings()),
         "Load T5": lambda: loaders.load_t5(path, "mochi", Settings()),
         "Load T5, float32": lambda: loaders.load_t5(path, "mochi", Settings("float32")),
@@ -102,34 +103,46 @@ def _own(tokenizer: Any) -> Any:
     return getattr(tokenizer, tokenizer.clip)
 
 
+def conditioned(clip: Any, rows: int) -> Tensor:
+    """The embeddings of the prompt, padded to so many rows; of the words that fit, if each has up to three tokens."""
+    _own(clip.tokenizer).min_length = rows
+    found: Tensor = conditioning(clip, " ".join(PROMPT.split()[: rows // 3]))["cond"]
+    assert found.shape[1] == rows
+    return found
+
+
 @torch.inference_mode()
-def compare(nodes: Any, config: T5Config, kind: str, rounds: int, rows: int, prompt: str) -> None:
-    """Prints a table of one kind, of a prompt that is padded to so many rows."""
+def compare(nodes: Any, config: T5Config, kind: str, rounds: int, counts: list[int]) -> None:
+    """Prints a table of one kind: all implementations take turns. Memory and differences are those of the first count
+    of rows."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_gguf(Path(folder) / f"{kind}.gguf", config, random_state(config), kind)
         size = path.stat().st_size
         clips, grown = {}, {}
         for name, build in ways(nodes, path, config).items():
-            conditioning(build(), prompt)  # all that is made once
+            conditioned(build(), counts[0])  # all that is made once
             before = resident()
             clips[name] = build()
-            _own(clips[name].tokenizer).min_length = rows
-            conditioning(clips[name], prompt)
+            conditioned(clips[name], counts[0])
             grown[name] = resident() - before
-        times: dict[str, list[float]] = {name: [] for name in clips}
-        found = {}
-        for _ in range(rounds):
-            for name, clip in clips.items():
-                began = time.perf_counter()
-                found[name] = conditioning(clip, prompt)["cond"]
-                times[name].append(1e3 * (time.perf_counter() - began))
-    meant = found["ComfyUI behind ComfyUI-GGUF"]
-    quantiles = " | ".join(f"{quantile:g}" if quantile < 1 else "largest" for quantile in QUANTILES)
-    print(f"\n{kind}, {size / 1e6:.0f} MB, {meant.shape[1]} rows\n")
-    print(f"| | encode | memory | {quantiles} |\n|---|---|---|{'---|' * len(QUANTILES)}")
+        found, times = {}, {}
+        for rows in counts:
+            taken: dict[str, list[float]] = {name: [] for name in clips}
+            for _ in range(rounds):
+                for name, clip in clips.items():
+                    began = time.perf_counter()
+                    found[name, rows] = conditioned(clip, rows)
+                    taken[name].append(1e3 * (time.perf_counter() - began))
+            times |= {(name, rows): statistics.median(taken[name]) for name in clips}
+    meant = found[STOCK, counts[0]]
+    quantiles = [f"{quantile:g}" if quantile < 1 else "largest" for quantile in QUANTILES]
+    head = [f"{kind}, {size / 1e6:.0f} MB", *(f"{rows} rows" for rows in counts), "memory", *quantiles]
+    print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for name in clips:
-        off = " | ".join(f"{each:.1e}" for each in differences(found[name], meant))
-        print(f"| {name} | {statistics.median(times[name]):.0f} ms | {grown[name] / size:.2f} × the file | {off} |")
+        took = [f"{times[name, rows]:.0f} ms" for rows in counts]
+        off = [] if name == STOCK else [f"{each:.1e}" for each in differences(found[name, counts[0]], meant)]
+        cells = [name, *took, f"{grown[name] / size:.2f} × the file", *(off or [""] * len(QUANTILES))]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
@@ -137,17 +150,16 @@ def main() -> None:
     parser.add_argument("--size", default="t5-v1_1-large")
     parser.add_argument("--layers", type=int, help="fewer layers than the size has")
     parser.add_argument("--kinds", nargs="+", default=["Q8_0", "Q4_K"])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--rows", type=int, default=256, help="a shorter prompt is padded to as many; Mochi has 256")
+    parser.add_argument("--rows", nargs="+", type=int, default=[256, 32], help="of the padded prompt; Mochi has 256")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     config = named_config(chosen.size).encoder_only()
     if chosen.layers is not None:
         config = config.model_copy(update={"num_layers": chosen.layers})
     for kind in chosen.kinds:
-        compare(require_pack(), config, kind, chosen.rounds, chosen.rows, chosen.prompt)
+        compare(require_pack(), config, kind, chosen.rounds, chosen.rows)
 
 
 if __name__ == "__main__":
