@@ -14,12 +14,14 @@ from test_cli import Run, run  # noqa: F401
 from nai_t5_core.backends.kernels.sets import InstructionSet
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.projections import QuantisedLinear
+from nai_t5_core.bench import kinds as bench_kinds
 from nai_t5_core.bench import kinds_loading
 from nai_t5_core.bench.kinds import measure_kinds
 from nai_t5_core.bench.kinds_files import FILE_KINDS, PLAIN, write_kind
 from nai_t5_core.bench.kinds_loading import KindLoad, KindMemory, loading_table, measure_kind_loading
 from nai_t5_core.bench.speed.results import Spread
 from nai_t5_core.facts.config import T5Config
+from nai_t5_core.lora.live import LiveLinear
 from nai_t5_core.weights.load import load_encoder
 
 pytest.importorskip("gguf", reason="files of GGUF's kinds are written with it")
@@ -136,6 +138,9 @@ def test_loads_by_the_command(run: Run, tmp_path: Path) -> None:  # noqa: F811
         (["--load", "--against", "llama-cpp-python"], "--load and --against are two measurements"),
         (["--load", "--plot", "kinds.png"], "which --load does not measure; leave one of them out"),
         (["--against", "llama-cpp-python", "--products", "avx2"], "--products is not for --against"),
+        (["--load", "--lora", "16"], "--lora is for the times of kinds by themselves, and not with --load"),
+        (["--against", "llama-cpp-python", "--lora", "16"], "and not with --against; leave one of them out"),
+        (["--lora", "-1"], "--lora -1; a rank is 1 or more, and 0 is none"),
         (["--load", "--kinds", "Q2_K"], "rows of 384 numbers are no whole blocks of 256, as Q2_K has them"),
     ],
 )
@@ -151,3 +156,19 @@ def test_kinds_by_a_set_that_is_named(instructions: InstructionSet) -> None:
     plain, read, unread = (row.by for row in rows)
     assert plain.startswith(f"{instructions.title} kernels") and read.startswith(f"{instructions.title} kernels")
     assert "the kernels do not read NF4" in unread
+
+
+def test_kinds_beside_a_live_lora(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every projection of what is timed has one; what errors are of has none."""
+    ranks: list[set[int]] = []
+
+    def looked_at(stacks: Any, *_: object) -> list[float]:
+        lived = [part for stack in stacks for part in stack.modules() if isinstance(part, LiveLinear)]
+        assert len(lived) == 7 * CONFIG.num_layers * len(stacks)
+        ranks.append({len(part.down) for part in lived})
+        return [1.0] * len(stacks)
+
+    errors = [row.errors for row in measure_kinds(CONFIG, torch.float32, (4,), 1, ["Q8_0"])]
+    monkeypatch.setattr(bench_kinds, "_milliseconds", looked_at)
+    beside = measure_kinds(CONFIG, torch.float32, (4,), 1, ["Q8_0"], lora_rank=3)
+    assert ranks == [{3}, {3}] and [row.errors for row in beside] == errors

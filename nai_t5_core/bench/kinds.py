@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,28 +13,19 @@ from torch import Tensor
 
 from nai_t5_core.backends.choices import ProductsChoice
 from nai_t5_core.backends.choose import prepack, run_quantised, why_not_prepack
-from nai_t5_core.backends.quantised.four_bits import LARGEST, TABLE, FourBits
-from nai_t5_core.backends.quantised.ggml import GGML_KINDS
-from nai_t5_core.backends.quantised.kinds import WEIGHT, QuantisedWeight
-from nai_t5_core.backends.quantised.packing import pack
 from nai_t5_core.backends.quantised.pieces import is_read
 from nai_t5_core.backends.quantised.projections import QuantisedForm, QuantisedLinear
 from nai_t5_core.backends.quantised.runner import QuantisedBackend
-from nai_t5_core.backends.quantised.scaled import SCALE, Scaled
+from nai_t5_core.bench.kinds_packing import PACKINGS, Packing, possible_kinds
 from nai_t5_core.bench.peers import random_state
-from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.config import T5Config, encoder_tensors
+from nai_t5_core.lora.changes import LowRankChange
+from nai_t5_core.lora.files import Lora
+from nai_t5_core.lora.live import LiveLoras
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.layers import NoInit
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
-Packing = Callable[[Tensor], QuantisedWeight]
-
-# The values of NF4: quantiles of the normal distribution, as bitsandbytes has them.
-_NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
-    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
 
 
 @dataclass(frozen=True)
@@ -68,6 +58,7 @@ def measure_kinds(
     repeats: int = 3,
     kinds: Sequence[str] | None = None,
     products: ProductsChoice = "auto",
+    lora_rank: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[KindRow]:
     """Measures an encoder of random weights on the CPU, in every kind that can be packed here.
@@ -77,19 +68,22 @@ def measure_kinds(
     it.
 
     Args:
+        kinds: of :data:`nai_t5_core.bench.kinds_packing.PACKINGS`; all that can be packed here if None.
         products: see :func:`nai_t5_core.backends.choose.prepack`; kinds that the kernels do not read are computed by
             torch whatever is named.
+        lora_rank: of a live LoRA on every projection, beside which times are taken, and errors are not; 0 for none.
 
     Raises:
-        ValueError: an unknown kind, or products that are not possible here.
+        ValueError: an unknown kind, one that a package is missing for, or products that are not possible here.
     """
-    packings = {name: packing for name, packing in _packings() if kinds is None or name in kinds}
-    if kinds is not None and (unknown := set(kinds) - set(packings)):
-        raise ValueError(f"unknown kinds {sorted(unknown)}; allowed: {', '.join(name for name, _ in _packings())}")
+    chosen = possible_kinds() if kinds is None else kinds
+    if unknown := [kind for kind in chosen if kind not in PACKINGS]:
+        raise ValueError(f"unknown kinds {unknown}; allowed: {', '.join(PACKINGS)}")
+    packings = {name: PACKINGS[name] for name in PACKINGS if name in chosen}
     states = [random_state(config, outliers=outliers) for outliers in (False, True)]
     ids = torch.randint(3, config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     exact = [_stack(config, state, torch.float32)(ids) for state in states]
-    plain = _computed(_stack(config, states[0], dtype), products)
+    plain = _with_lora(_computed(_stack(config, states[0], dtype), products), lora_rank)
     rows: list[KindRow] = []
     for name, packing in [("", None), *packings.items()]:
         progress(name or str(dtype))
@@ -99,7 +93,7 @@ def measure_kinds(
             errors.append(_errors(stack(ids), meant))
         stacks = [plain]
         if packing is not None:
-            stacks.append(_computed(_stack(config, states[0], dtype, packing), products))
+            stacks.append(_with_lora(_computed(_stack(config, states[0], dtype, packing), products), lora_rank))
         times = [_milliseconds(stacks, config, count, repeats) for count in tokens]
         runner: Any = stacks[-1].encoder.block[0].runner
         rows.append(
@@ -169,6 +163,18 @@ def _computed(stack: T5EncoderStack, products: ProductsChoice) -> T5EncoderStack
     return stack
 
 
+def _with_lora(stack: T5EncoderStack, rank: int) -> T5EncoderStack:
+    """The same stack, with a live LoRA of this rank on every projection, if it is not 0."""
+    changes = {
+        name: LowRankChange(torch.randn(shape[0], rank) * 0.01, torch.randn(rank, shape[1]) * 0.01, 1.0)
+        for name, shape in encoder_tensors(stack.config).items()
+        if rank and len(shape) == 2 and name != "shared.weight" and "relative_attention_bias" not in name
+    }
+    if changes:
+        LiveLoras(stack).add(Lora(f"rank {rank}", changes))
+    return stack
+
+
 def _milliseconds(stacks: Sequence[T5EncoderStack], config: T5Config, count: int, repeats: int) -> list[float]:
     """Medians of stacks that take turns."""
     ids = torch.randint(3, config.vocab_size, (1, count))
@@ -191,46 +197,3 @@ def _bits(stack: T5EncoderStack, dtype: torch.dtype) -> float:
 
 def _forms(stack: T5EncoderStack) -> list[QuantisedForm]:
     return [form for part in stack.modules() if isinstance(part, QuantisedLinear) for form in part.forms]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Packing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _packings() -> Iterator[tuple[str, Packing]]:
-    yield "int8", partial(pack, kind="int8")
-    yield "Q8_0", partial(pack, kind="q8_0")
-    for name in ("Q5_1", "Q5_0"):
-        yield name, partial(_by_gguf, name=name)
-    yield "Q4_K", partial(pack, kind="q4_k")
-    for name in ("Q4_1", "Q4_0"):
-        yield name, partial(_by_gguf, name=name)
-    yield "NF4", _nf4
-    yield "float8_e4m3fn", partial(pack, kind="float8")
-    yield "float8_e5m2", _e5m2
-
-
-def _by_gguf(weight: Tensor, name: str) -> QuantisedWeight:
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
-
-    content = torch.from_numpy(quantize(weight.numpy(), GGMLQuantizationType[name]).copy())
-    return QuantisedWeight(GGML_KINDS[name], (weight.shape[0], weight.shape[1]), {WEIGHT: content})
-
-
-def _nf4(weight: Tensor) -> QuantisedWeight:
-    rows, columns = weight.shape
-    blocks = weight.reshape(-1, 64)
-    largest = blocks.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    table = torch.tensor(_NF4)
-    codes = torch.bucketize(blocks / largest, (table[1:] + table[:-1]) / 2).to(torch.uint8).reshape(rows, -1)
-    parts = {WEIGHT: codes[:, ::2] << 4 | codes[:, 1::2], LARGEST: largest.reshape(rows, -1), TABLE: table}
-    return QuantisedWeight(FourBits("NF4 of bitsandbytes", 64), (rows, columns), parts)
-
-
-def _e5m2(weight: Tensor) -> QuantisedWeight:
-    dtype = torch.float8_e5m2
-    scale = weight.abs().max() / torch.finfo(dtype).max
-    parts = {WEIGHT: (weight / scale).to(dtype), SCALE: scale}
-    return QuantisedWeight(Scaled("float8_e5m2", dtype), (weight.shape[0], weight.shape[1]), parts)

@@ -38,6 +38,9 @@ def bench_kinds(
             help="Load time and memory of each kind's file instead, each in fresh processes; files go to TMPDIR.",
         ),
     ] = False,
+    lora: Annotated[
+        int, typer.Option(metavar="RANK", help="Time with a live LoRA of this rank on every projection.")
+    ] = 0,
     write: Annotated[Path | None, typer.Option("--markdown", help="Also write the table as Markdown.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file with size against accuracy.")] = None,
     as_json: Json = False,
@@ -52,10 +55,15 @@ def bench_kinds(
     if plot is not None and (load or against):
         other = "--load" if load else "--against"
         raise ValueError(f"--plot draws size and accuracy, which {other} does not measure; leave one of them out")
+    if lora and (load or against):
+        other = "--load" if load else "--against"
+        raise ValueError(f"--lora is for the times of kinds by themselves, and not with {other}; leave one of them out")
+    if lora < 0:
+        raise ValueError(f"--lora {lora}; a rank is 1 or more, and 0 is none")
     config = named_config(size).encoder_only().with_layers(layers)
     wanted = kinds.split(",") if kinds else None
     with status("measuring") as tell, threads_set(threads):
-        settings = _Settings(config, dtype.value, wanted, repeats, products.value, threads, tell)
+        settings = _Settings(config, dtype.value, wanted, repeats, products.value, threads, lora, tell)
         if load:
             shown, table, rows = _loading(settings)
         elif against:
@@ -79,6 +87,7 @@ class _Settings(NamedTuple):
     repeats: int
     products: ProductsChoice
     threads: int | None
+    lora: int
     tell: Callable[[str], None]
 
     def chosen_dtype(self) -> torch.dtype:
@@ -96,12 +105,15 @@ def _costs(settings: _Settings, size: str, picture: Path | None) -> _Found:
     from rich.markdown import Markdown
 
     from nai_t5_core.bench.kinds import markdown, measure_kinds
+    from nai_t5_core.bench.kinds_packing import PACKINGS, possible_kinds
     from nai_t5_core.bench.kinds_plot import plot
 
-    config, _, kinds, repeats, products, _, tell = settings
-    rows = measure_kinds(
-        config, settings.chosen_dtype(), repeats=repeats, kinds=kinds, products=products, progress=tell
-    )
+    config, _, kinds, repeats, products, _, lora, tell = settings
+    dtype = settings.chosen_dtype()
+    rows = measure_kinds(config, dtype, repeats=repeats, kinds=kinds, products=products, lora_rank=lora, progress=tell)
+    absent = [] if kinds else [kind for kind in PACKINGS if kind not in possible_kinds()]
+    if absent:
+        say(f"left out, since llama-cpp-python, which packs them, is not installed: {', '.join(absent)}")
     if picture is not None:
         plot(rows, size, picture)
     table = markdown(rows)
@@ -118,7 +130,7 @@ def _beside(peer: str, settings: _Settings) -> _Found:
         raise ValueError(f"--against {peer}: kinds are compared with {LLAMA_CPP} alone")
     if settings.products != "auto":
         raise ValueError("--products is not for --against, where ours computes as it is loaded; leave it out")
-    config, _, kinds, repeats, _, _, tell = settings
+    config, _, kinds, repeats, _, _, _, tell = settings
     chosen = kinds or ["BF16", "F16", "Q8_0", "Q4_K"]
     rows = measure_against_llama_cpp(config, chosen, settings.chosen_dtype(), repeats=repeats, progress=tell)
     table = markdown_against(rows)
@@ -129,7 +141,7 @@ def _loading(settings: _Settings) -> _Found:
     from nai_t5_core.bench.kinds_loading import loading_table, measure_kind_loading
     from nai_t5_core.bench.speed.tables import as_markdown, for_terminal
 
-    config, _, kinds, repeats, products, threads, tell = settings
+    config, _, kinds, repeats, products, threads, _, tell = settings
     dtype = settings.chosen_dtype()
     rows = measure_kind_loading(config, dtype, repeats, kinds, threads, products, tell)
     table, notes = loading_table(rows)
