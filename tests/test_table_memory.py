@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import encoder_part, write_file
 from conftest import random_state
 from toy_gguf import write_gguf
 
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.kinds import WEIGHT, QuantisedWeight
+from nai_t5_core.backends.quantised.packing import PackedKind
 from nai_t5_core.bench.kinds_files import write_kind
 from nai_t5_core.facts.config import T5Config
+from nai_t5_core.weights.convert_quantised import convert_quantised
 from nai_t5_core.weights.load import load_encoder
 
 CONFIG = T5Config(
@@ -62,6 +65,15 @@ def test_rows_are_those_of_the_mapped_table(kind: str, tmp_path: Path) -> None:
     assert weight.kind.name == kind and weight.read_rows is not None
     assert torch.equal(weight.read_rows(ids), weight.parts[WEIGHT][ids])
     assert torch.equal(weight.rows(ids), weight.plain()[ids])
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k"])
+def test_rows_of_a_file_of_our_own(kind: PackedKind, tmp_path: Path) -> None:
+    source = write_file(tmp_path / "t5.safetensors", encoder_part(random_state(CONFIG)))
+    convert_quantised(source, tmp_path / "own.safetensors", kind, encoder_only=True)
+    weight, ids = table_of(load_encoder(tmp_path / "own.safetensors", "float32", "cpu")), torch.tensor([95, 0, 17])
+    assert weight.read_rows is not None and weight.parts[WEIGHT].count_nonzero()
+    assert torch.equal(weight.read_rows(ids), weight.parts[WEIGHT][ids])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("numbers", [[0, 96], [-1]])

@@ -217,7 +217,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
         header = read_safetensors_header(path)
     except ValueError as error:
         raise CheckpointError(f"{path} {error}") from error
-    tensors = {name: TensorInfo(shape, dtype, path) for name, (shape, dtype) in header.tensors.items()}
+    tensors = {name: TensorInfo(shape, dtype, path, start=at) for name, (shape, dtype, at) in header.tensors.items()}
 
     def read(name: str) -> Tensor:
         # A handle for each tensor: its mapping ends with the tensor, and memory holds only what is in use.

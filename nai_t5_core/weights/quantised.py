@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nai_t5_core.backends.quantised.blocks import BlockKind
 from nai_t5_core.backends.quantised.four_bits import FourBits
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.kinds import WEIGHT, Kind, QuantisedWeight
@@ -91,7 +92,7 @@ class Stored:
             parts = self.kind.arranged(parts, self.shape[0])
         info = checkpoint.tensors[self.parts[WEIGHT]]
         rows = None
-        if info.packing and info.start is not None:
+        if isinstance(self.kind, BlockKind) and info.start is not None:
             rows = RowsInFile.of(info.file, info.start, parts[WEIGHT])
         return QuantisedWeight(self.kind, self.shape, parts, rows)
 

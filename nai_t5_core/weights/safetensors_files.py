@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +42,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """Shape and dtype of every tensor by name, the strings beside them, and tensors of types that torch lacks."""
+    """Shape, dtype and first byte of every tensor by name, the strings beside them, and tensors of types that torch
+    lacks."""
 
-    tensors: dict[str, tuple[Shape, torch.dtype]]
+    tensors: dict[str, tuple[Shape, torch.dtype, int]]
     others: dict[str, str]
     metadata: dict[str, str]
 
@@ -57,17 +60,25 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
     tensors, others = {}, {}
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata, starts = file.metadata() or {}, _starts(path)
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 piece = file.get_slice(name)
                 kind = piece.get_dtype()
                 if kind in _DTYPES:
-                    tensors[name] = (tuple(piece.get_shape()), _DTYPES[kind])
+                    tensors[name] = (tuple(piece.get_shape()), _DTYPES[kind], starts[name])
                 else:
                     others[name] = f"a tensor of type {kind}, which cannot be read"
     except SafetensorError as error:
         raise ValueError(_fault(path, error)) from error
     return SafetensorsHeader(tensors, others, metadata)
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """Where tensors begin, of a file that safetensors has found to be sound; it does not tell."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return {name: 8 + length + told["data_offsets"][0] for name, told in header.items() if name != "__metadata__"}
 
 
 def _fault(path: Path, error: SafetensorError) -> str:
