@@ -17,18 +17,20 @@ from toy_gguf import write_gguf
 
 from nai_t5_core import TextEncoder, load_encoder
 from nai_t5_core.backends.choose import run_quantised
+from nai_t5_core.backends.kernels.beside import BESIDE_FORMATS, NestedScales, ScalesBeside
 from nai_t5_core.backends.kernels.build import best_set, missing_for
 from nai_t5_core.backends.kernels.calls import add_product, counted, normed_product
 from nai_t5_core.backends.kernels.pieces import BLOCK_FORMATS, WeightPiece
 from nai_t5_core.backends.kernels.sets import SETS, InstructionSet
 from nai_t5_core.backends.kernels.weights import KernelWeight
 from nai_t5_core.backends.quantised.forms import QuantisedForm
+from nai_t5_core.backends.quantised.four_bits import LARGEST, NESTED_LARGEST, NESTED_TABLE, TABLE, FourBits
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.kernels import runner_of_quantised
 from nai_t5_core.backends.quantised.kinds import WEIGHT, Plain, QuantisedWeight
 from nai_t5_core.backends.quantised.pieces import is_read, piece_of
 from nai_t5_core.backends.quantised.projections import QuantisedLinear
-from nai_t5_core.backends.quantised.scaled import MXFP8, NVFP4, SCALE, Scaled, tiled_shape
+from nai_t5_core.backends.quantised.scaled import FLOATS, MXFP8, NVFP4, SCALE, SCALE_2, Scaled, tiled_shape, turned_back
 from nai_t5_core.prompts.cache.settings import settings_of
 
 ROWS, DEPTH = 37, 512
@@ -54,17 +56,70 @@ def blocks(name: str, rows: int = ROWS, depth: int = DEPTH) -> QuantisedWeight:
     return QuantisedWeight(kind, (rows, depth), {WEIGHT: content.reshape(rows, -1)})
 
 
+def every_byte(dtype: torch.dtype, rows: int = ROWS, depth: int = DEPTH) -> Tensor:
+    """Every one there is, but those that are no numbers."""
+    values = torch.arange(rows * depth).to(torch.uint8).view(dtype).reshape(rows, depth)
+    return values.float().nan_to_num(0.5, 2, -2).to(dtype) if dtype.is_floating_point else values
+
+
 def scaled(dtype: torch.dtype, scale: Tensor | None, unit: float = 1.0) -> QuantisedWeight:
-    """Every byte there is, but those that are no numbers."""
-    values = torch.arange(ROWS * DEPTH).to(torch.uint8).view(dtype).reshape(ROWS, DEPTH)
-    if dtype.is_floating_point:
-        values = values.float().nan_to_num(0.5, 2, -2).to(dtype)
+    values = every_byte(dtype)
     parts = {WEIGHT: values} if scale is None else {WEIGHT: values, SCALE: scale}
     return QuantisedWeight(Scaled("any", dtype, unit=unit), (ROWS, DEPTH), parts)
 
 
 def of_rows() -> Tensor:
     return torch.rand(ROWS, 1, generator=generator(3)) + 0.1
+
+
+def four_bits(rows: int, depth: int, block: int, nested: int = 0, dtype: torch.dtype = torch.float32) -> QuantisedWeight:
+    """Largest values of either sign, which products and sums round."""
+    drawn, count = generator(8), rows * depth // block
+    parts = {
+        WEIGHT: torch.randint(0, 256, (rows, depth // 2), dtype=torch.uint8, generator=drawn),
+        TABLE: torch.randn(16, generator=drawn).to(dtype),
+    }
+    if nested:
+        parts[LARGEST] = torch.randint(0, 256, (rows, depth // block), dtype=torch.uint8, generator=drawn)
+        parts[NESTED_TABLE] = torch.randn(256, generator=drawn).to(dtype)
+        parts[NESTED_LARGEST] = torch.randn(-(-count // nested), generator=drawn).to(dtype)
+    else:
+        parts[LARGEST] = torch.randn(rows, depth // block, generator=drawn).to(dtype)
+    return QuantisedWeight(FourBits("4 bits", block, nested, 0.0719 if nested else 0.0), (rows, depth), parts)
+
+
+def nvfp4(rows: int, depth: int) -> QuantisedWeight:
+    """Every scale that is a number."""
+    values = torch.randint(0, 256, (rows, depth // 2), dtype=torch.uint8, generator=generator(9))
+    scale = every_byte(torch.float8_e4m3fn, *tiled_shape(rows, depth // 16))
+    return QuantisedWeight(NVFP4(), (rows, depth), {WEIGHT: values, SCALE: scale, SCALE_2: torch.tensor(0.0123)})
+
+
+def mxfp8(rows: int, depth: int, least: int = 27) -> QuantisedWeight:
+    """Zero, and powers from 2^-100 to 2^100: the instructions for bfloat16 have no numbers below 2^-126."""
+    values = every_byte(torch.float8_e4m3fn, rows, depth)
+    powers = torch.randint(least, 228, tiled_shape(rows, depth // 32), dtype=torch.uint8, generator=generator(10))
+    powers.view(-1)[:3] = torch.tensor([0, least, 227], dtype=torch.uint8)
+    return QuantisedWeight(MXFP8(), (rows, depth), {WEIGHT: values, SCALE: powers})
+
+
+def in_blocks(rows: int, depth: int, dtype: torch.dtype, block: tuple[int, int] = (128, 128)) -> QuantisedWeight:
+    scale = torch.randn(-(-rows // block[0]), -(-depth // block[1]), generator=generator(11))
+    parts = {WEIGHT: every_byte(dtype, rows, depth), SCALE: scale}
+    return QuantisedWeight(Scaled("any", dtype, block), (rows, depth), parts)
+
+
+def beside(rows: int = ROWS, depth: int = DEPTH) -> dict[str, QuantisedWeight]:
+    """Kinds whose scales lie beside their numbers."""
+    found = {
+        "NF4": four_bits(rows, depth, 64),
+        "NF4, nested": four_bits(rows, depth, 64, 256),
+        "NVFP4": nvfp4(rows, depth),
+        "MXFP8": mxfp8(rows, depth),
+    }
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        found[f"{dtype}, in blocks"] = in_blocks(rows, depth, dtype)
+    return found
 
 
 def weights() -> dict[str, QuantisedWeight]:
@@ -77,7 +132,7 @@ def weights() -> dict[str, QuantisedWeight]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         numbers = torch.randn(ROWS, DEPTH, generator=generator(4)).to(dtype)
         found[str(dtype)] = QuantisedWeight(Plain(dtype), (ROWS, DEPTH), {WEIGHT: numbers})
-    return found
+    return found | beside()
 
 
 WEIGHTS = weights()
@@ -106,10 +161,24 @@ def test_all_kinds_of_ggml_are_read() -> None:
     assert {name: (known.numbers, known.bytes) for name, known in BLOCK_FORMATS.items()} == {
         name: (kind.block, kind.size) for name, kind in GGML_KINDS.items()
     }
-    assert len({known.format for known in BLOCK_FORMATS.values()}) == len(BLOCK_FORMATS)
+    formats = [known.format for known in (*BLOCK_FORMATS.values(), *BESIDE_FORMATS.values())]
+    assert len(set(formats)) == len(formats)
     assert all(is_read(weight.kind) for weight in WEIGHTS.values())
-    in_blocks = Scaled("float8 in blocks", torch.float8_e4m3fn, (128, 128))
-    others = (MXFP8(), NVFP4(), in_blocks, Scaled("turned", torch.int8, turned=16), Plain(torch.float64))
+
+
+def test_other_kinds_are_not_read() -> None:
+    others = (
+        Scaled("turned", torch.int8, turned=16),
+        Scaled("int8 in blocks", torch.int8, (1, 32)),
+        Scaled("float8 of another kind, in blocks", torch.float8_e4m3fnuz, (128, 128)),
+        Scaled("blocks of 8", torch.float8_e4m3fn, (8, 8)),
+        Scaled("blocks of 48", torch.float8_e4m3fn, (48, 128)),
+        Scaled("blocks with a unit", torch.float8_e4m3fn, (128, 128), unit=0.5),
+        FourBits("blocks of 8", 8),
+        FourBits("blocks of 48", 48),
+        FourBits("48 blocks", 64, 48),
+        Plain(torch.float64),
+    )
     assert not any(map(is_read, others))
 
 
@@ -120,6 +189,38 @@ def test_numbers_are_those_of_the_kind(factors: str, instructions: InstructionSe
     for form in forms(factors).values():
         weight = read_by_kernels([piece_of(form)], dtype, instructions).in_panels()
         assert_same_bits(weight.original(), form.plain(dtype))
+
+
+@every_set
+@pytest.mark.parametrize(("rows", "depth"), [(1, 64), (129, 320), (300, 64), (40, 1088)])
+def test_scales_beside_the_numbers_at_every_edge(rows: int, depth: int, instructions: InstructionSet) -> None:
+    """Of tiles and blocks that are not full, and of depths that are no whole 256."""
+    found = beside(rows, depth)
+    for block in (16, 32, 64):
+        found[f"4 bits by {block}"] = four_bits(rows, depth, block)
+        found[f"4 bits by {block}, nested"] = four_bits(rows, depth, block, 4)
+    found["the smallest powers"] = mxfp8(rows, depth, least=1)
+    found["a row that ends within 16"] = in_blocks(rows, depth + 6, torch.float8_e4m3fn)
+    found["blocks of 32 by 16"] = in_blocks(rows, depth + 6, torch.float8_e5m2, (32, 16))
+    for name, weight in found.items():
+        form = QuantisedForm(weight, torch.randn(weight.shape[1], generator=generator(12)))
+        ours = read_by_kernels([piece_of(form)], torch.float32, instructions).in_panels()
+        assert torch.equal(ours.original(), form.plain(torch.float32)), name
+
+
+@needs_kernels
+@pytest.mark.parametrize("block", [64, 128, 256, 512, 1024, 4096])
+@pytest.mark.parametrize("nested", [0, 256])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_four_bits_in_blocks_of_every_size(block: int, nested: int, dtype: torch.dtype) -> None:
+    """And with scales and tables in every dtype; float32 scales are not copied."""
+    form = QuantisedForm(four_bits(3, 8192, block, nested, dtype))
+    piece = piece_of(form)
+    assert piece.beside is not None
+    is_copied = piece.beside.scales.data_ptr() != form.weight.parts[LARGEST].data_ptr()
+    assert is_copied == (not nested and dtype != torch.float32)
+    ours = KernelWeight.of_pieces([piece], torch.float32, torch.float32).in_panels()
+    assert_same_bits(ours.original(), form.plain(torch.float32))
 
 
 @every_dtype
@@ -143,32 +244,45 @@ def test_pieces_of_all_kinds_make_a_weight(is_gated: bool, instructions: Instruc
             assert float((total - exact).abs().max() / exact.abs().max()) < 1e-5
 
 
+def shifted(tensor: Tensor, shift: int) -> Tensor:
+    """The same numbers, so many bytes behind a multiple of 16."""
+    content = bytes(16 + shift) + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    memory = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    first = -memory.data_ptr() % 16 + shift
+    memory[first : first + tensor.nbytes] = memory[16 + shift :].clone()
+    found = torch.frombuffer(memory.numpy(), dtype=tensor.dtype, count=tensor.numel(), offset=first)
+    assert found.data_ptr() % 16 == shift
+    return found.reshape(tensor.shape)
+
+
 @every_set
 @pytest.mark.parametrize("shift", [1, 2, 3])
 def test_bytes_may_begin_anywhere(shift: int, instructions: InstructionSet) -> None:
     for form in forms("norm").values():
         values = form.weight.parts[WEIGHT]
-        moved = torch.cat((torch.zeros(shift, dtype=torch.uint8), values.reshape(-1).view(torch.uint8)))[shift:]
-        aside = torch.frombuffer(moved.numpy(), dtype=torch.uint8).view(torch.uint8)
         piece = piece_of(form)
         if values.dtype.itemsize > 1:
-            continue  # torch itself makes no such view; plain numbers have tests of their own
-        there = WeightPiece(
-            aside.view(values.dtype).reshape(values.shape),
-            ROWS,
-            DEPTH,
-            piece.blocks,
-            piece.scales,
-            piece.factors,
-            piece.unit,
-        )
-        assert there.values.data_ptr() % 4 == (values.data_ptr() + shift) % 4
+            continue  # plain numbers have tests of their own
+        there = replace(piece, values=shifted(values, shift))
+        if piece.beside is not None:
+            there = replace(there, beside=replace(piece.beside, scales=shifted(piece.beside.scales, shift)))
         dtype = torch.float32
         assert_same_bits(read_by_kernels([there], dtype, instructions).in_panels().original(), form.plain(dtype))
 
 
+def in_4_bits(**changes: Any) -> WeightPiece:
+    scales = replace(ScalesBeside("4 bits", torch.ones(4, 1), 64, table=torch.ones(16)), **changes)
+    return WeightPiece(torch.zeros(4, 32, dtype=torch.uint8), 4, 64, beside=scales)
+
+
+def in_4_bits_nested(**changes: Any) -> WeightPiece:
+    nested = replace(NestedScales(torch.ones(256), torch.ones(2), 2, 0.0), **changes)
+    return in_4_bits(format="4 bits, nested", scales=torch.zeros(4, 1, dtype=torch.uint8), nested=nested)
+
+
 @needs_kernels
 def test_pieces_that_do_not_fit_are_refused() -> None:
+    in_4_bits().described(), in_4_bits_nested().described()
     floats = torch.zeros(4, 64)
     content = torch.zeros(4, 68, dtype=torch.uint8)
     wrong: list[tuple[list[WeightPiece], str]] = [
@@ -180,6 +294,19 @@ def test_pieces_that_do_not_fit_are_refused() -> None:
         ([WeightPiece(content, 4, 64, "Q8_0", scales=torch.ones(4))], "scales of columns are for numbers of a byte"),
         ([WeightPiece(floats.to(torch.int8), 4, 64, scales=torch.ones(3))], "expected a contiguous"),
         ([WeightPiece(floats, 4, 64, factors=torch.ones(63))], "expected a contiguous"),
+        ([in_4_bits(scales=torch.ones(4, 2))], r"expected a contiguous .*\[4, 1\]"),
+        ([in_4_bits(scales=torch.ones(4, 1, dtype=torch.float64))], "expected a contiguous"),
+        ([in_4_bits(table=torch.ones(15))], "expected a contiguous"),
+        ([in_4_bits(table=None)], "has not the tables that it needs"),
+        ([in_4_bits(nested=NestedScales(torch.ones(256), torch.ones(1), 256, 0.0))], "has not the tables that it needs"),
+        ([in_4_bits(across=8)], "16 numbers or more and for powers of two; got 8 of 1 columns"),
+        ([in_4_bits(down=3)], "16 numbers or more and for powers of two; got 64 of 3 columns"),
+        ([in_4_bits(across=128)], "a depth of 64 is no whole scales of 128 numbers|does not divide by 128"),
+        ([replace(in_4_bits(), scales=torch.ones(4))], "scales of columns are for numbers of a byte"),
+        ([replace(in_4_bits(), values=content)], "expected a contiguous"),
+        ([in_4_bits_nested(codes=torch.ones(255))], "expected a contiguous"),
+        ([in_4_bits_nested(outer=torch.ones(3))], "expected a contiguous"),
+        ([in_4_bits_nested(block=3)], "outer scales are for powers of two; got 3"),
         ([WeightPiece(floats.double(), 4, 64)], r"do not read weights in torch\.float64"),
         ([WeightPiece(floats, 4, 64), WeightPiece(torch.zeros(4, 32), 4, 32)], "pieces of one even depth"),
         ([], "pieces of one even depth"),
@@ -204,25 +331,25 @@ MASK = padding_mask([12, 5, 1], 12)
 
 @every_dtype
 @pytest.mark.parametrize("layout", ["fused", "separate"])
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "NF4", "NF4, not nested", "FP4", "NVFP4", "MXFP8", "float8, in blocks"])
 def test_an_encoder_is_computed_from_the_file(
-    layout: Any, instructions: InstructionSet, dtype: torch.dtype, tmp_path: Path
+    name: str, layout: Any, instructions: InstructionSet, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """As of unpacked weights, within the rounding of the dtype."""
     products: Any = instructions.name
-    for name in ("Q8_0", "Q4_0"):
-        file = file_of(name, tmp_path)
-        stack = run_quantised(load_encoder(file, dtype, "cpu", layout), products)
-        meant = load_encoder(file, "float64", "cpu", layout, unpack=True)
-        with torch.no_grad(), counted() as ours:
-            found = stack(IDS, MASK)
-            expected = meant(IDS, MASK)
-        assert ours.flops > 0
-        told = f"{instructions.title} kernels, quantised weights"
-        told += ", in float32" if instructions.stored[dtype] != dtype else ""
-        assert {block.extra_repr() for block in stack.encoder.block} == {told}
-        rows = MASK.bool()
-        difference = (found.double() - expected)[rows].abs().max() / expected[rows].abs().max()
-        assert float(difference) < {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
+    file = file_of(name, tmp_path)
+    stack = run_quantised(load_encoder(file, dtype, "cpu", layout), products)
+    meant = load_encoder(file, "float64", "cpu", layout, unpack=True)
+    with torch.no_grad(), counted() as ours:
+        found = stack(IDS, MASK)
+        expected = meant(IDS, MASK)
+    assert ours.flops > 0
+    told = f"{instructions.title} kernels, quantised weights"
+    told += ", in float32" if instructions.stored[dtype] != dtype else ""
+    assert {block.extra_repr() for block in stack.encoder.block} == {told}
+    rows = MASK.bool()
+    difference = (found.double() - expected)[rows].abs().max() / expected[rows].abs().max()
+    assert float(difference) < {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
 
 
 @needs_kernels
@@ -245,10 +372,10 @@ def test_a_file_of_several_kinds_is_computed_block_by_block(tmp_path: Path) -> N
     """A kind that the kernels do not read leaves its block to torch, and is named."""
     stack = load_encoder(file_of("Q8_0", tmp_path), "float32", "cpu")
     o = stack.encoder.block[1].layer[0].SelfAttention.o
-    o.forms = tuple(replace(form, weight=as_mxfp8(form.weight)) for form in o.forms)
+    o.forms = tuple(replace(form, weight=as_rotated(form.weight)) for form in o.forms)
     stack.encoder.block[1].runner = runner_of_quantised(stack.encoder.block[1])
     names = [block.runner.name for block in stack.encoder.block]
-    assert names[1] == "quantised weights (the kernels do not read MXFP8)"
+    assert names[1] == "quantised weights (the kernels do not read int8, rotated)"
     assert {*names} - {names[1]} == {f"{best_title()} kernels, quantised weights"}
     with torch.no_grad(), counted() as ours:
         found = stack(IDS, MASK)
@@ -257,13 +384,15 @@ def test_a_file_of_several_kinds_is_computed_block_by_block(tmp_path: Path) -> N
         block.runner = None
     with torch.no_grad():
         torch.testing.assert_close(found, stack(IDS, MASK), rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match=r"products='kernels' is not possible: the kernels do not read MXFP8"):
+    with pytest.raises(ValueError, match=r"products='kernels' is not possible: the kernels do not read int8, rotated"):
         run_quantised(stack, "kernels")
 
 
-def as_mxfp8(weight: QuantisedWeight) -> QuantisedWeight:
-    powers = torch.full(tiled_shape(weight.shape[0], weight.shape[1] // 32), 127, dtype=torch.uint8)
-    return QuantisedWeight(MXFP8(), weight.shape, {WEIGHT: weight.plain().to(torch.float8_e4m3fn), SCALE: powers})
+def as_rotated(weight: QuantisedWeight) -> QuantisedWeight:
+    numbers = turned_back(weight.plain(), 16)  # which is its own inverse
+    scale = numbers.abs().amax(1, keepdim=True) / 127
+    parts = {WEIGHT: (numbers / scale).round().to(torch.int8), SCALE: scale}
+    return QuantisedWeight(Scaled("int8, rotated", torch.int8, turned=16), weight.shape, parts)
 
 
 def made(folder: Path) -> Path:
@@ -317,12 +446,13 @@ def test_products_name_a_set(tmp_path: Path) -> None:
 def test_what_computes_is_in_the_key(tmp_path: Path) -> None:
     """Of kinds that the kernels read, and of no others."""
     keys = {}
-    for name in ("Q8_0", "NVFP4"):
+    for name in ("Q8_0", "NF4", "int8, rotated"):
         file = file_of(name, made(tmp_path / name))
         ways: list[Any] = ["auto", *(each.name for each in SETS if missing_for(each) is None)]
         keys[name] = {way: settings_of(file, "float32", "cpu", products=way).key([5, 1]).text for way in ways}
-    assert len(set(keys["NVFP4"].values())) == 1
-    assert len(set(keys["Q8_0"].values())) == len(keys["Q8_0"]) - 1, "auto is the best of them"
+    assert len(set(keys["int8, rotated"].values())) == 1
+    for name in ("Q8_0", "NF4"):
+        assert len(set(keys[name].values())) == len(keys[name]) - 1, "auto is the best of them"
     file = tmp_path / "Q8_0" / "t5.gguf"
     assert "kernels" not in settings_of(file, "float64", "cpu").backend
     assert settings_of(file, "float32", "cpu").backend == f"cpu, quantised weights, auto, {best_title()} kernels " + (

@@ -12,6 +12,20 @@ from nai_t5_core.backends.kernels.build import library
 from nai_t5_core.backends.kernels.sets import InstructionSet
 
 
+class Beside(ctypes.Structure):
+    _fields_ = (
+        ("scales", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("outer", ctypes.c_void_p),
+        ("in_row", ctypes.c_int64),
+        ("offset", ctypes.c_float),
+        ("across_bits", ctypes.c_int),
+        ("down_bits", ctypes.c_int),
+        ("outer_bits", ctypes.c_int),
+    )
+
+
 class Piece(ctypes.Structure):
     _fields_ = (
         ("values", ctypes.c_void_p),
@@ -20,6 +34,7 @@ class Piece(ctypes.Structure):
         ("columns", ctypes.c_int64),
         ("unit", ctypes.c_float),
         ("format", ctypes.c_int),
+        ("beside", Beside),
     )
 
 

@@ -6,23 +6,38 @@
 
 // How the numbers of a weight lie in its rows. The first five are numbers by themselves. kInt8 is what products in 8
 // bits are computed from; other products take its numbers times their scales. Those from kQ8_0 on are the blocks of
-// GGUF files, see blocks.h.
+// GGUF files, see blocks.h; and those from kFourBits on have their scales beside them, see beside.h.
 enum Format {
     kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2, kFloat8E4m3 = 3, kFloat8E5m2 = 4, kInt8 = 5,
     kQ8_0 = 6, kQ4_0 = 7, kQ4_1 = 8, kQ5_0 = 9, kQ5_1 = 10, kIQ4_NL = 11,
-    kQ2_K = 12, kQ3_K = 13, kQ4_K = 14, kQ5_K = 15, kQ6_K = 16, kIQ4_XS = 17
+    kQ2_K = 12, kQ3_K = 13, kQ4_K = 14, kQ5_K = 15, kQ6_K = 16, kIQ4_XS = 17,
+    kFourBits = 18, kFourBitsNested = 19, kNVFP4 = 20, kMXFP8 = 21, kFloat8E4m3InBlocks = 22, kFloat8E5m2InBlocks = 23
+};
+
+// Scales beside the numbers of a piece: each is for so many numbers along the depth and so many columns, both powers of
+// two, of which the bits are given. The scales of a column take `in_row` places, and may begin anywhere: float32 of
+// kFourBits and float8 in blocks, row by row; bytes of kFourBitsNested, which number the values of `codes`, each times
+// the number of `outer` that is for so many of them, plus `offset`; and bytes in tiles of kNVFP4 and kMXFP8. 4 bits
+// number the sixteen values of `table`.
+struct Beside {
+    const void* scales;
+    const float *table, *codes, *outer;
+    Index in_row;
+    float offset;
+    int across_bits, down_bits, outer_bits;
 };
 
 // Some columns of a weight, row by row: [columns, depth] of a Format. The values may begin anywhere; with blocks the
 // depth is a multiple of a block's. Numbers of a byte have the `scales` of their columns, which may be null, and those of
-// kInt8 the `unit` as well. All numbers along the depth are multiplied by `factors`, which may be null. Each of these
-// products is rounded to float32.
+// kInt8 the `unit` as well; of kNVFP4 the scales beside have it. All numbers along the depth are multiplied by `factors`,
+// which may be null. Each of these products is rounded to float32.
 struct Piece {
     const void* values;
     const float *scales, *factors;
     Index columns;
     float unit;
     int format;
+    Beside beside;
 };
 
 // A weight [columns, depth], in panels or, where these are null, in pieces, one above the other. `kind` is a number of

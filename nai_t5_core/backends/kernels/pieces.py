@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.backends.kernels.addresses import address, address_if_any
-from nai_t5_core.backends.kernels.interface import Piece
+from nai_t5_core.backends.kernels.beside import ScalesBeside
+from nai_t5_core.backends.kernels.interface import Beside, Piece
 
 # Numbers of the formats in kernels.h.
 WEIGHT_FORMATS = {
@@ -54,12 +55,14 @@ class WeightPiece:
     """Some columns of a weight: [columns, depth].
 
     Attributes:
-        values: contiguous, in a dtype of :data:`DTYPE_FORMATS`; or of ``blocks``, bytes [columns, bytes of a row].
+        values: contiguous, in a dtype of :data:`DTYPE_FORMATS`; or of ``blocks``, bytes [columns, bytes of a row]; or
+            those of ``beside``.
         columns, depth: how many there are, and the numbers of each.
         blocks: what the bytes are, a name of :data:`BLOCK_FORMATS`; None where ``values`` are numbers.
         scales: of the columns of numbers in a byte, [columns] float32.
         factors: what all columns are multiplied by, [depth] float32.
-        unit: what numbers in int8 are multiplied by after their scales.
+        unit: what numbers in int8 are multiplied by after their scales; of NVFP4 it is the scales that are.
+        beside: scales of parts of columns, where they do not lie among the numbers.
     """
 
     values: Tensor
@@ -69,11 +72,13 @@ class WeightPiece:
     scales: Tensor | None = None
     factors: Tensor | None = None
     unit: float = 1.0
+    beside: ScalesBeside | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether it is nothing but numbers of a dtype."""
-        return self.blocks is None and self.scales is None and self.factors is None and self.unit == 1
+        others = (self.blocks, self.scales, self.factors, self.beside)
+        return all(each is None for each in others) and self.unit == 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,6 +87,8 @@ class WeightPiece:
         Raises:
             ValueError: the depth is no whole blocks.
         """
+        if self.beside is not None:
+            return self.beside.values_shape(self.columns, self.depth)
         if self.blocks is None:
             return self.columns, self.depth
         known = BLOCK_FORMATS[self.blocks]
@@ -97,12 +104,10 @@ class WeightPiece:
         Raises:
             ValueError: a tensor is not, or no longer, what it is to be.
         """
-        dtype = torch.uint8 if self.blocks is not None else self.values.dtype
-        if self.blocks is None and dtype not in DTYPE_FORMATS:
-            raise ValueError(f"the kernels do not read weights in {dtype}")
-        if self.scales is not None and (self.blocks is not None or dtype.itemsize > 1):
+        number, dtype = self._format()
+        has_own = self.blocks is not None or self.beside is not None
+        if self.scales is not None and (has_own or dtype.itemsize > 1):
             raise ValueError("scales of columns are for numbers of a byte, and not for blocks or numbers in more bits")
-        number = DTYPE_FORMATS[dtype] if self.blocks is None else BLOCK_FORMATS[self.blocks].format
         return Piece(
             address(self.values, dtype, *self.shape, anywhere=True),
             address_if_any(self.scales, torch.float32, self.columns),
@@ -110,7 +115,18 @@ class WeightPiece:
             self.columns,
             self.unit,
             number,
+            Beside() if self.beside is None else self.beside.described(self.columns, self.depth),
         )
+
+    def _format(self) -> tuple[int, torch.dtype]:
+        """Its number in kernels.h, and the dtype of the values."""
+        if self.beside is not None:
+            return self.beside.known.format, self.beside.known.values
+        if self.blocks is not None:
+            return BLOCK_FORMATS[self.blocks].format, torch.uint8
+        if self.values.dtype not in DTYPE_FORMATS:
+            raise ValueError(f"the kernels do not read weights in {self.values.dtype}")
+        return DTYPE_FORMATS[self.values.dtype], self.values.dtype
 
 
 def described(pieces: Sequence[WeightPiece]) -> object:

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "beside.h"
 #include "blocks.h"
 #include "kernels.h"
 #include "tiles.h"
@@ -15,7 +16,7 @@ struct Reader {
     using Block = Blocks<format>;
     static constexpr Index kNumbers = Block::kNumbers, kBytes = Block::kBytes;
 
-    static void prepare(const Piece&, Index, const char* block, float* scales) { Block::prepare(block, scales); }
+    static void prepare(const Piece&, Index, Index, const char* block, float* scales) { Block::prepare(block, scales); }
     static Floats numbers(const Piece&, const char* block, Index place, Lanes, const float* scales) {
         return Block::numbers(block, place, scales);
     }
@@ -38,7 +39,7 @@ template <Format format, Index size>
 struct PlainReader {
     static constexpr Index kNumbers = 1, kBytes = size;
 
-    static void prepare(const Piece&, Index, const char*, float*) {}
+    static void prepare(const Piece&, Index, Index, const char*, float*) {}
     static Floats numbers(const Piece&, const char* block, Index place, Lanes lanes, const float*) {
         return load_numbers<format>(block + place * size, lanes);
     }
@@ -47,7 +48,7 @@ struct PlainReader {
 // Numbers with the scale of their column.
 template <Format format>
 struct ScaledReader : PlainReader<format, 1> {
-    static void prepare(const Piece& piece, Index column, const char*, float* scales) {
+    static void prepare(const Piece& piece, Index column, Index, const char*, float* scales) {
         scales[0] = piece.scales ? piece.scales[column] : 1;
     }
     static Floats numbers(const Piece& piece, const char* block, Index place, Lanes lanes, const float* scales) {
@@ -62,6 +63,12 @@ template <> struct Reader<kFloat32> : PlainReader<kFloat32, 4> {};
 template <> struct Reader<kFloat8E4m3> : ScaledReader<kFloat8E4m3> {};
 template <> struct Reader<kFloat8E5m2> : ScaledReader<kFloat8E5m2> {};
 template <> struct Reader<kInt8> : ScaledReader<kInt8> {};
+template <> struct Reader<kFourBits> : BesideReader<NumbersOfATable, ScalesInFloat32> {};
+template <> struct Reader<kFourBitsNested> : BesideReader<NumbersOfATable, ScalesOfATable> {};
+template <> struct Reader<kNVFP4> : BesideReader<NumbersOfATable, TiledInE4m3> {};
+template <> struct Reader<kMXFP8> : BesideReader<NumbersInE4m3, TiledPowers> {};
+template <> struct Reader<kFloat8E4m3InBlocks> : BesideReader<NumbersInE4m3, ScalesInFloat32> {};
+template <> struct Reader<kFloat8E5m2InBlocks> : BesideReader<NumbersInE5m2, ScalesInFloat32> {};
 
 // Calls function(Reader()) with that of a format.
 template <class Function>
@@ -84,12 +91,18 @@ auto with_reader(int format, Function function) {
         case kQ5_K: return function(Reader<kQ5_K>());
         case kQ6_K: return function(Reader<kQ6_K>());
         case kIQ4_XS: return function(Reader<kIQ4_XS>());
+        case kFourBits: return function(Reader<kFourBits>());
+        case kFourBitsNested: return function(Reader<kFourBitsNested>());
+        case kNVFP4: return function(Reader<kNVFP4>());
+        case kMXFP8: return function(Reader<kMXFP8>());
+        case kFloat8E4m3InBlocks: return function(Reader<kFloat8E4m3InBlocks>());
+        case kFloat8E5m2InBlocks: return function(Reader<kFloat8E5m2InBlocks>());
         default: return function(Reader<kBfloat16>());
     }
 }
 
 inline Index row_bytes(const Piece& piece, Index depth) {
-    return with_reader(piece.format, [=](auto reader) { return depth / reader.kNumbers * reader.kBytes; });
+    return with_reader(piece.format, [=](auto reader) { return depth * reader.kBytes / reader.kNumbers; });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +128,7 @@ void read_steps(const Run& run, Index depth, Index step, bool begins, Scales& sc
     // As many numbers of a column are read at once, of one block.
     constexpr Index at_once = kLanes * Kind::kPerStep;
     static_assert(Reader::kNumbers == 1 || Reader::kNumbers % at_once == 0);
-    const Index number = step * Kind::kPerStep, bytes = depth / Reader::kNumbers * Reader::kBytes;
+    const Index number = step * Kind::kPerStep, bytes = depth * Reader::kBytes / Reader::kNumbers;
     const Index place = at_once % Reader::kNumbers ? number % Reader::kNumbers : 0;
     const char* block = static_cast<const char*>(run.piece->values) + run.column * bytes;
     block += number / Reader::kNumbers * Reader::kBytes;
@@ -128,7 +141,7 @@ void read_steps(const Run& run, Index depth, Index step, bool begins, Scales& sc
     }
     for (Index i = 0; i < run.count; i++, block += bytes) {
         float* own = scales[run.lane + i];
-        if (has_new_scales) Reader::prepare(*run.piece, run.column + i, block, own);
+        if (has_new_scales) Reader::prepare(*run.piece, run.column + i, number, block, own);
         rows[run.lane + i] = Kind::weight_steps([&](Index offset) {
             const Lanes lanes = first_lanes(depth - number - offset);
             return Reader::numbers(*run.piece, block, place + offset, lanes, own) * factors[offset / kLanes];

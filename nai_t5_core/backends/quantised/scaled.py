@@ -133,7 +133,7 @@ class NVFP4:
 
     def unpack(self, parts: Parts, rows: Rows) -> Tensor:
         packed = parts[WEIGHT][rows]
-        values = looked_up(there(_E2M1, packed.device), torch.stack((packed >> 4, packed & 15), dim=2))
+        values = looked_up(there(E2M1, packed.device), torch.stack((packed >> 4, packed & 15), dim=2))
         count = packed.shape[1] * 2 // self.block
         scale = untiled(parts[SCALE].view(torch.uint8), rows, count).view(torch.float8_e4m3fn).float()
         scale = parts[SCALE_2].float().reshape(()) * scale
@@ -159,7 +159,7 @@ def _table(dtype: torch.dtype) -> Tensor:
 
 
 # The values of 1 bit of sign, 2 of exponent and 1 of mantissa.
-_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 
 
 def _powers(exponents: Tensor) -> Tensor:

@@ -70,6 +70,12 @@ inline __m128i load_small(const void* place, Lanes lanes, int size) {
 }
 inline __m128i load_eight(const void* place) { return _mm_loadl_epi64(static_cast<const __m128i*>(place)); }
 inline Words load_bytes(const void* place) { return _mm256_cvtepu8_epi32(load_eight(place)); }
+// 4 bits each, in the lower half of a word whose upper bits are anything: of a byte first the upper ones. All lanes are
+// meant, or none is.
+inline Words load_halves_in_turn(const void* place, Lanes lanes) {
+    const __m128i bytes = _mm_cvtsi32_si128(lanes.count ? load_as<int>(place) : 0);
+    return _mm256_srlv_epi32(_mm256_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, bytes)), _mm256_set1_epi64x(4));
+}
 inline Floats load_int8(const void* place, Lanes lanes) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_small(place, lanes, 1)));
 }

@@ -42,6 +42,13 @@ inline void store_words(Step* place, Lanes lanes, Words words) { _mm512_mask_sto
 
 inline __m128i load_sixteen_bytes(const void* place) { return _mm_loadu_si128(static_cast<const __m128i*>(place)); }
 inline Words load_bytes(const void* place) { return _mm512_cvtepu8_epi32(load_sixteen_bytes(place)); }
+// 4 bits each, in the lower half of a word whose upper bits are anything: of a byte first the upper ones. All lanes are
+// meant, or none is.
+inline Words load_halves_in_turn(const void* place, Lanes lanes) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(lanes & 0xff, place);
+    const Words twice = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, bytes));
+    return _mm512_srlv_epi32(twice, _mm512_set1_epi64(4));
+}
 inline Floats load_int8(const void* place, Lanes lanes) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, place)));
 }
