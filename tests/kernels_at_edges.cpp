@@ -91,7 +91,8 @@ Layout layout_of(int format) {
         {1, 2, {-1, -1}}, {1, 2, {-1, -1}}, {1, 4, {-1, -1}}, {1, 1, {-1, -1}}, {1, 1, {-1, -1}}, {1, 1, {-1, -1}},
         {32, 34, {0, -1}}, {32, 18, {0, -1}}, {32, 20, {0, 2}}, {32, 22, {0, -1}}, {32, 24, {0, 2}}, {32, 18, {0, -1}},
         {256, 84, {80, 82}}, {256, 110, {108, -1}}, {256, 144, {0, 2}}, {256, 176, {0, 2}}, {256, 210, {208, -1}},
-        {256, 136, {0, -1}}};
+        {256, 136, {0, -1}}, {2, 1, {-1, -1}}, {2, 1, {-1, -1}}, {2, 1, {-1, -1}}, {1, 1, {-1, -1}}, {1, 1, {-1, -1}},
+        {1, 1, {-1, -1}}};
     return layouts[format];
 }
 long bytes_of(int format) { return layout_of(format).bytes; }
@@ -121,6 +122,8 @@ void fill_blocks(const Bytes& bytes, const Layout& layout, long first) {
         }
 }
 
+bool is_e4m3(int format) { return format == kFloat8E4m3 || format == kMXFP8 || format == kFloat8E4m3InBlocks; }
+
 void fill(const Bytes& bytes, int format, long first = 0) {
     const long unit = bytes_of(format);
     if (layout_of(format).numbers > 1) return fill_blocks(bytes, layout_of(format), first);
@@ -130,8 +133,8 @@ void fill(const Bytes& bytes, int format, long first = 0) {
         std::memcpy(&bits, &value, 4);
         if (format == kBfloat16) bits >>= 16;
         if (format == kFloat16) bits = (bits >> 16 & 0x8000) | (uint32_t)draw(0, 0x3bff);   // below 1
-        if (format == kFloat8E4m3) bits = (bits >> 24 & 0x80) | (uint32_t)draw(0, 0x37);    // below 1
-        if (format == kFloat8E5m2) bits = (bits >> 24 & 0x80) | (uint32_t)draw(0, 0x3b);    // below 1
+        if (is_e4m3(format)) bits = (bits >> 24 & 0x80) | (uint32_t)draw(0, 0x37);    // below 1
+        if (format == kFloat8E5m2 || format == kFloat8E5m2InBlocks) bits = (bits >> 24 & 0x80) | (uint32_t)draw(0, 0x3b);    // below 1
         if (format == kInt8) bits = (uint32_t)draw(-127, 127);
         std::memcpy(bytes.data() + i, &bits, unit);
     }
@@ -159,19 +162,41 @@ void expect(bool holds, const char* what) {
 // Weights
 // ---------------------------------------------------------------------------------------------------------------------
 
+// How scales lie beside numbers: how many there are, of how many bytes, and for how much each is.
+struct BesideLayout {
+    long across = 0, count = 0, bytes = 1;
+    int across_bits = 0, down_bits = 0, outer_bits = 0;
+
+    BesideLayout(int format, long columns, long depth) {
+        if (format < kFourBits) return;
+        const bool is_tiled = format == kNVFP4 || format == kMXFP8, is_in_blocks = format > kMXFP8;
+        int whole = 4;  // of 4 bits, scales are for whole parts of the depth
+        while (depth % (2L << whole) == 0) whole++;
+        across_bits = format == kNVFP4 ? 4 : format == kMXFP8 ? 5 : draw(4, is_in_blocks ? 9 : whole);
+        down_bits = is_in_blocks ? draw(0, 9) : 0;
+        outer_bits = draw(0, 9);
+        across = multiple((depth - 1 >> across_bits) + 1, is_tiled ? 4 : 1);
+        count = across * multiple((columns - 1 >> down_bits) + 1, is_tiled ? 128 : 1);
+        bytes = format == kFourBits || is_in_blocks ? 4 : 1;
+    }
+};
+
 // Some columns of a weight, of any format that its depth allows.
 struct SomeColumns {
     long shift;  // values may begin within a number, as they may in a file
-    Bytes values, scales, factors;
+    BesideLayout beside;
+    Bytes values, scales, factors, beside_scales, table, codes, outer;
     bool is_plain;
     Piece piece;
 
     SomeColumns(int kind, long columns, long depth) : SomeColumns(columns, depth, drawn(kind, depth), draw(0, 1)) {}
 
     SomeColumns(long columns, long depth, int format, bool is_plain)
-        : shift(draw(0, 1) ? draw(1, 3) : 0), values(columns * row_bytes(format, depth) + shift), scales(columns * 4),
-          factors(depth * 4), is_plain(is_plain),
-          piece{values.data() + shift, nullptr, nullptr, columns, 1, format} {
+        : shift(draw(0, 1) ? draw(1, 3) : 0), beside(format, columns, depth),
+          values(columns * row_bytes(format, depth) + shift), scales(columns * 4), factors(depth * 4),
+          beside_scales(beside.count * beside.bytes + shift), table(16 * 4), codes(256 * 4),
+          outer(((beside.count - 1 >> beside.outer_bits) + 1) * 4), is_plain(is_plain),
+          piece{values.data() + shift, nullptr, nullptr, columns, 1, format, {}} {
         fill(values, format, shift);
         fill(scales, kFloat32);
         fill(factors, kFloat32);
@@ -179,10 +204,22 @@ struct SomeColumns {
         if (is_byte && (format == kInt8 || !is_plain)) piece.scales = scales.as<float>();
         if (!is_plain) piece.factors = factors.as<float>();
         if (format == kInt8 && !is_plain) piece.unit = 1 / 127.f;
+        if (format >= kFourBits) fill_beside(format);
+    }
+
+    void fill_beside(int format) {
+        const int most = format == kMXFP8 ? 127 : 255;  // 127 is 1
+        for (long i = shift; i < beside_scales.size(); i++) beside_scales.data()[i] = char(draw(0, most));
+        if (beside.bytes == 4) fill(beside_scales, kFloat32, shift);
+        if (format == kNVFP4) fill(beside_scales, kFloat8E4m3, shift);
+        for (const Bytes* each : {&table, &codes, &outer}) fill(*each, kFloat32);
+        piece.beside = {beside_scales.data() + shift, table.as<float>(), codes.as<float>(), outer.as<float>(), beside.across,
+                        0.5f, beside.across_bits, beside.down_bits, beside.outer_bits};
     }
 
     static int drawn(int kind, long depth) {
         if (is_int8(kind)) return kInt8;
+        if (draw(0, 1)) return draw(depth % 32 == 0 ? kFourBits : kFloat8E4m3InBlocks, kFloat8E5m2InBlocks);
         return draw(kBfloat16, depth % 256 == 0 ? kIQ4_XS : depth % 32 == 0 ? kIQ4_NL : kInt8);
     }
 };

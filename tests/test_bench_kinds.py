@@ -19,6 +19,7 @@ from nai_t5_core.bench import kinds_loading
 from nai_t5_core.bench.kinds import measure_kinds
 from nai_t5_core.bench.kinds_files import FILE_KINDS, PLAIN, write_kind
 from nai_t5_core.bench.kinds_loading import KindLoad, KindMemory, loading_table, measure_kind_loading
+from nai_t5_core.bench.kinds_packing import BY_LLAMA_CPP, PACKINGS
 from nai_t5_core.bench.speed.results import Spread
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.lora.live import LiveLinear
@@ -152,10 +153,13 @@ def test_options_that_exclude_each_other(run: Run, options: list[str], told: str
 @every_set
 def test_kinds_by_a_set_that_is_named(instructions: InstructionSet) -> None:
     """Kinds that the kernels do not read are computed by torch."""
-    rows = measure_kinds(CONFIG, torch.float32, (4,), 1, ["Q8_0", "NF4"], products=instructions.name)  # type: ignore[arg-type]
-    plain, read, unread = (row.by for row in rows)
-    assert plain.startswith(f"{instructions.title} kernels") and read.startswith(f"{instructions.title} kernels")
-    assert "the kernels do not read NF4" in unread
+    kinds = [kind for kind in PACKINGS if kind not in BY_LLAMA_CPP]
+    rows = measure_kinds(CONFIG, torch.float32, (4,), 1, kinds, products=instructions.name)  # type: ignore[arg-type]
+    plain, *quantised = (row.by for row in rows)
+    by = dict(zip(kinds, quantised, strict=True))
+    assert plain.startswith(f"{instructions.title} kernels")
+    assert "the kernels do not read int8, rotated" in by.pop("int8-rotated")
+    assert set(by.values()) == {f"{instructions.title} kernels, quantised weights"}
 
 
 def test_kinds_beside_a_live_lora(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ ERRORS = {
     **dict.fromkeys(("int8", "int8-rotated", "Q8_0"), 0.01),
     **dict.fromkeys(("Q6_K", "MXFP8", "float8_e4m3fn", "float8-blocks"), 0.035),
     **dict.fromkeys(("Q5_K", "Q5_1", "Q5_0", "float8_e5m2"), 0.06),
-    **dict.fromkeys(("Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "NF4", "NVFP4"), 0.1),
+    **dict.fromkeys(("Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "NF4", "NF4-nested", "NVFP4"), 0.1),
     "FP4": 0.15,
     "Q3_K": 0.18,
     "Q2_K": 0.32,

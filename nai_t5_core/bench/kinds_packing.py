@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.quantised.four_bits import LARGEST, TABLE, FourBits
+from nai_t5_core.backends.quantised.four_bits import LARGEST, NESTED_LARGEST, NESTED_TABLE, TABLE, FourBits
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.kinds import WEIGHT, QuantisedWeight
 from nai_t5_core.backends.quantised.packing import pack
@@ -48,7 +48,7 @@ _NF4 = (
 _FP4_POSITIVE = (0.0, 0.0052083333, 0.6666667, 1.0, 0.3333333, 0.5, 0.1666667, 0.25)
 _FP4 = (*_FP4_POSITIVE, *(-value for value in _FP4_POSITIVE))
 _E4M3 = torch.float8_e4m3fn
-_TILE, _ROTATED = 128, 256
+_TILE, _ROTATED, _NESTED = 128, 256, 256
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -111,6 +111,18 @@ def _four_bits(weight: Tensor, name: str, table: tuple[float, ...]) -> Quantised
     codes = _codes(weight / largest.repeat_interleave(64, dim=1), table)
     parts = {WEIGHT: _pairs(codes), LARGEST: largest, TABLE: torch.tensor(table)}
     return QuantisedWeight(FourBits(f"{name} of bitsandbytes", 64), (weight.shape[0], weight.shape[1]), parts)
+
+
+def _four_bits_nested(weight: Tensor, name: str, table: tuple[float, ...]) -> QuantisedWeight:
+    """With scales in bytes: 256 equal steps, where bitsandbytes has finer ones around 0."""
+    packed = _four_bits(weight, name, table)
+    largest, steps = packed.parts[LARGEST], torch.linspace(-1, 1, 256)
+    offset = float(largest.mean())
+    rest = (largest - offset).reshape(-1)
+    outer = torch.stack([part.abs().max() for part in rest.split(_NESTED)])
+    bytes_of_scales = _codes(rest / outer.repeat_interleave(_NESTED)[: len(rest)], tuple(steps.tolist()))
+    parts = {LARGEST: bytes_of_scales.reshape(largest.shape), NESTED_LARGEST: outer, NESTED_TABLE: steps}
+    return QuantisedWeight(FourBits(packed.kind.name, 64, _NESTED, offset), packed.shape, packed.parts | parts)
 
 
 def _e5m2(weight: Tensor) -> QuantisedWeight:
@@ -181,6 +193,7 @@ PACKINGS: dict[str, Packing] = {
     "IQ4_NL": partial(_by_llama_cpp, kind="IQ4_NL"),
     "IQ4_XS": partial(_by_llama_cpp, kind="IQ4_XS"),
     "NF4": partial(_four_bits, name="NF4", table=_NF4),
+    "NF4-nested": partial(_four_bits_nested, name="NF4", table=_NF4),
     "FP4": partial(_four_bits, name="FP4", table=_FP4),
     "NVFP4": _nvfp4,
     "Q3_K": partial(_by_llama_cpp, kind="Q3_K"),
