@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,30 @@ import torch
 from typer.testing import CliRunner
 
 from nai_t5_core.bench.clock import timed, timed_once
-from nai_t5_core.bench.doctor import Diagnosis, DoctorSettings, ceilings, examine_machine, graphs, machine, numbers
+from nai_t5_core.bench.doctor import (
+    Diagnosis,
+    DoctorSettings,
+    ceilings,
+    examination,
+    examine_machine,
+    graphs,
+    machine,
+    numbers,
+    speed,
+)
 from nai_t5_core.bench.doctor.advice import advice
+from nai_t5_core.bench.doctor.model import model_of, weight_bytes
 from nai_t5_core.bench.doctor.patient import Patient
 from nai_t5_core.bench.doctor.report import as_markdown
 from nai_t5_core.bench.doctor.steps import Step, all_steps
 from nai_t5_core.bench.doctor.worker import StepProcess
+from nai_t5_core.bench.peers import own_encoder
 from nai_t5_core.cli import app
+from nai_t5_core.facts.config import named_config
 from nai_t5_core.model.encoder import T5EncoderStack
+from nai_t5_core.model.layers import NoInit
+from nai_t5_core.weights.hub import EMBEDDED_MODEL
+from nai_t5_core.weights.load import load_encoder
 
 CPU = DoctorSettings(device="cpu")
 
@@ -92,9 +109,15 @@ def test_steps_that_do_not_fit_are_left_out_and_everything_is_written_down(tmp_p
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (DoctorSettings(device="cpu", only=("dreams",)), r"unknown steps \['dreams'\]; allowed: machine, ceilings"),
-        (DoctorSettings(device="cpu", size="t5-gigantic"), "t5-gigantic"),
-        (DoctorSettings(device="warp"), "device 'warp' cannot be used here"),
+        (
+            DoctorSettings(device="cpu", only=("dreams",)),
+            r"unknown steps \['dreams'\]; allowed on cpu: machine, ceilings, numbers, masks, generation, speed",
+        ),
+        (DoctorSettings(device="cpu", model="t5-gigantic"), "unknown model size 't5-gigantic'"),
+        (DoctorSettings(device="cpu", model="none/of/these"), "none/of/these does not exist"),
+        (DoctorSettings(device="cpu", model="none.safetensors"), "none.safetensors does not exist"),
+        (DoctorSettings(device="warp"), "device 'warp' cannot be examined; allowed: auto, cpu, cuda, mps"),
+        (DoctorSettings(device="meta"), "device 'meta' cannot be examined; allowed: auto, cpu, cuda, mps"),
         (DoctorSettings(device="cpu", only=("machine", "kernels")), "the step kernels is for cuda, and this is cpu"),
         (DoctorSettings(device="cpu", budget=0.0), "budget=0; a number of seconds above 0 is needed"),
         (DoctorSettings(device="cpu", budget=float("nan")), "budget=nan; a number of seconds above 0 is needed"),
@@ -103,6 +126,108 @@ def test_steps_that_do_not_fit_are_left_out_and_everything_is_written_down(tmp_p
 def test_what_cannot_be_examined_is_refused(settings: DoctorSettings, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         examine_machine(settings)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "mps"])
+def test_a_device_that_does_not_compute_is_told_and_the_cpu_examined(device: str, tmp_path: Path) -> None:
+    """Neither is here: no machine has a hundred cards, and those that test this have no GPU of Apple's."""
+    results = tmp_path / "found.jsonl"
+    found = examine_machine(DoctorSettings(device=device, only=("machine",), results=results))
+    assert found.outcomes["device"]["status"] == "failed"
+    message = found.outcomes["device"]["message"]
+    assert f"'{device}'" in message and message.endswith("; the CPU is examined in its place")
+    assert found.outcomes["machine"]["data"]["device"] == found.device == "cpu"
+    assert not found.passed and len(advice(found)) == 3
+    assert [json.loads(line)["step"] for line in results.read_text().splitlines()] == ["device", "machine"]
+    assert f"device: {message}" in as_markdown(found)
+
+
+@pytest.mark.parametrize(
+    ("trial", "examined"),
+    [
+        ({"status": "ok", "data": {"wrong": []}}, "cuda"),
+        ({"status": "ok", "data": {"wrong": ["a sum is off"]}}, "cpu"),
+        ({"status": "failed", "message": "CUDA error: all CUDA-capable devices are busy or unavailable"}, "cpu"),
+        ({"status": "crashed", "message": "its process ended with status -11"}, "cpu"),
+        ({"status": "late", "message": "stopped after 60 seconds"}, "cpu"),
+    ],
+)
+def test_what_becomes_of_a_device_that_is_tried(
+    trial: dict[str, Any], examined: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[str, str]] = []
+
+    class Process:
+        def __init__(self, settings: DoctorSettings) -> None:
+            self.device = settings.device
+
+        def run(self, name: str, deadline: float) -> dict[str, Any]:
+            ran.append((name, self.device))
+            return {**trial, "seconds": 1.0} if name == "device" else {"status": "ok", "data": {}, "seconds": 1.0}
+
+        def end(self) -> None:
+            pass
+
+    monkeypatch.setattr(examination, "StepProcess", Process)
+    found = examine_machine(DoctorSettings(device="cuda", only=("sums", "speed")))
+    rest = [("sums", "cuda"), ("speed", "cuda")] if examined == "cuda" else [("speed", "cpu")]
+    assert ran == [("device", "cuda"), *rest]
+    assert found.device == examined and found.passed == (examined == "cuda")
+
+
+def test_a_device_is_tried_by_what_it_computes() -> None:
+    assert machine.try_device(Patient(CPU)) == {"wrong": []}
+
+
+def test_the_parts_of_an_examination_that_need_no_device_to_try() -> None:
+    assert "device" not in examine_machine(DoctorSettings(device="cpu", budget=0.5)).outcomes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_a_user_is_what_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "LENGTHS", (20,))
+    patient = Patient(DoctorSettings(device="cpu", model=str(EMBEDDED_MODEL)))
+    stack = load_encoder(device="cpu", dtype=patient.dtype)
+    ids = patient.ids(1, 20)
+    with torch.no_grad():
+        assert torch.allclose(patient.encode(ids), stack(ids), atol=0.05)
+        own = own_encoder(patient.config, patient.state, patient.dtype)
+        assert torch.allclose(own(ids), stack(ids), atol=0.05)
+    timed_model = speed.measure_lengths(patient)
+    assert timed_model["model"] == timed_model["words"] == str(EMBEDDED_MODEL)
+    found = diagnosis_of("cpu", machine.describe(patient))
+    assert advice(found)[2].startswith(f"{EMBEDDED_MODEL} in 16 bits (0.0")
+
+
+def test_published_sizes_have_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t5-small").mkdir()
+    cpu = torch.device("cpu")
+    assert model_of("t5-small", torch.float32, cpu).words == "t5-small with random weights"
+    with pytest.raises(ValueError, match="t5-small"):  # an empty folder
+        model_of("./t5-small", torch.float32, cpu)
+
+
+def test_what_a_t5_xxl_takes() -> None:
+    """As counted on the meta device: projections in 8 bits are half of themselves, and all else stays in 16."""
+    config = named_config("t5-v1_1-xxl").encoder_only()
+    stack = T5EncoderStack(config, "separate", NoInit, device="meta", dtype=torch.bfloat16)
+    in_16_bits = sum(parameter.nbytes for parameter in stack.parameters())
+    linear = sum(m.weight.nbytes for m in stack.modules() if isinstance(m, torch.nn.Linear))
+    assert weight_bytes(config) == (in_16_bits, in_16_bits - linear // 2)
+
+
+def test_weights_in_8_bits_are_timed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    patient = Patient(DoctorSettings(device="cpu", model=str(EMBEDDED_MODEL)))
+    monkeypatch.setattr(speed, "LENGTHS", (20, 64))
+    found = speed.measure_int8(patient)
+    assert "reason" in found or (found["times"].keys() == {"20", "64"} and found["times"]["64"]["ms"] > 0)
+    monkeypatch.setattr(speed, "why_not_int8", lambda stack: "no bytes here")
+    assert speed.measure_int8(patient) == {"reason": "no bytes here"}
 
 
 def test_steps_have_names_of_their_own() -> None:
@@ -188,7 +313,8 @@ MACHINE = {
     "versions": {"torch": "2.11.0"},
     "compilers": [],
     "dtype": "float16",
-    "missing": {"kernels": "this processor has no AVX512"},
+    "model": {"name": "A T5-XXL", "bytes_in_16_bits": 9.52e9, "bytes_in_8_bits": 4.89e9},
+    "missing": {"kernels of ours for the CPU": "this processor has no AVX512"},
 }
 CARD = {"name": "A card", "capability": "8.9", "driver": "580", "memory_bytes": 24e9, "free_bytes": 20e9}
 
@@ -209,11 +335,11 @@ def diagnosis_of(device: str, machine: dict[str, Any], **steps: dict[str, Any]) 
         (
             "cuda",
             {**MACHINE, "card": {**CARD, "free_bytes": 8e9}},
-            'needs quantize="int8" (4.8 GB) here: A card has 8 GB',
+            'needs quantize="int8" (4.9 GB) here: A card has 8 GB',
         ),
         (
             "cuda",
-            {**MACHINE, "card": {**CARD, "free_bytes": 8e9}, "missing": {"int8": "it is AMD's"}},
+            {**MACHINE, "card": {**CARD, "free_bytes": 8e9}, "missing": {"weights in int8": "it is AMD's"}},
             "load it with offload=True",
         ),
         ("cuda", {**MACHINE, "card": {**CARD, "free_bytes": 4e9}}, "load it with offload=True"),
@@ -252,10 +378,53 @@ def test_what_layers_from_the_host_take_is_told_beside_the_bus() -> None:
     assert "64 tokens, float16" in text and "64 tokens, int8" in text and "190.0 ms" in text and "1.05" in text
 
 
+def test_advice_on_8_bits_is_of_what_was_measured() -> None:
+    times = {length: {"ms": ms, "host_ms": ms, "work": {}} for length, ms in (("64", 10.0), ("512", 100.0))}
+    int8 = {"times": {"64": {"ms": 6.0}, "512": {"ms": 120.0}}}
+    found = diagnosis_of("cpu", {**MACHINE, "missing": {}}, speed={"times": times, "by": "torch"}, int8=int8)
+    assert "takes 60% for 64 and 120% for 512 tokens of the time above" in advice(found)[1]
+
+
+def test_wrong_results_come_before_any_advice() -> None:
+    wrong = {"checked": 9, "wrong": ["off by 1", "off by 2"]}
+    found = diagnosis_of("cpu", MACHINE, masks=wrong, generation={"checked": 3, "wrong": []})
+    first, *rest = advice(found)
+    assert first.startswith("Do not use what is computed here") and "the step masks" in first and len(rest) == 2
+    assert "2 results wrong, of 12 that were checked:" in as_markdown(found)
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        (
+            {"masks": {"checked": 9, "wrong": []}, "numbers": {"checked": 4, "wrong": []}},
+            "13 results were checked",
+        ),
+        ({}, "No results were checked."),
+    ],
+)
+def test_how_many_results_were_checked_is_told(steps: dict[str, Any], told: str) -> None:
+    assert told in as_markdown(diagnosis_of("cpu", MACHINE, **steps))
+
+
+def test_the_reason_of_a_failure_is_told_to_its_end() -> None:
+    reason = "RuntimeError: " + "a long story, " * 40 + "and its end"
+    found = {"title": "speed", "status": "failed", "seconds": 1.0, "message": reason}
+    assert f"- speed: {reason}" in as_markdown(Diagnosis({"speed": found}, "cpu"))
+
+
+@pytest.mark.parametrize(("ms", "told"), [(2.0, False), (0.5, True)])
+def test_more_than_the_machine_allows_is_explained(ms: float, told: bool) -> None:
+    ceilings = {"read_bytes_per_second": 1e12, "copy_bytes_per_second": 1e12, "products": {"bfloat16": 1e14}}
+    times = {"64": {"ms": ms, "host_ms": ms, "work": {"flops": 1e11, "bytes": 1e9}}}
+    speed = {"model": "m", "words": "m", "dtype": "bfloat16", "by": "torch", "times": times}
+    assert ("Run it again" in as_markdown(diagnosis_of("cpu", MACHINE, ceilings=ceilings, speed=speed))) == told
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("reason", [None, "this processor has no fast products of bytes"])
 def test_advice_on_8_bits_needs_no_other_step(reason: str | None, device: str) -> None:
-    missing = {} if reason is None else {"int8": reason}
+    missing = {} if reason is None else {"weights in int8": reason}
     line = advice(diagnosis_of(device, {**MACHINE, "card": CARD if device == "cuda" else None, "missing": missing}))[1]
     assert line.startswith('quantize="int8"') if reason is None else line.endswith(f"{reason}.")
 
@@ -263,7 +432,7 @@ def test_advice_on_8_bits_needs_no_other_step(reason: str | None, device: str) -
 def test_what_an_old_torch_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.5.1"))
     missing = machine.describe(Patient(CPU))["missing"]
-    assert missing["flex, nor compiled encoders"] == "torch 2.5.1 is too old for it; it needs 2.6"
+    assert missing["flex attention, nor compiled encoders"] == "torch 2.5.1 is too old for it; it needs 2.6"
 
 
 def test_memory_that_is_free_is_no_more_than_there_is() -> None:
@@ -305,14 +474,20 @@ def test_the_report_names_what_is_wrong_and_the_share_of_the_ceilings() -> None:
         "products": {"float16": 1e14, "int8": "no"},
     }
     times = {"64": {"ms": 2.0, "host_ms": 1.0, "work": {"flops": 1e11, "bytes": 1e9}}}
-    speed = {"size": "t5-v1_1-xxl", "dtype": "float16", "by": "torch", "times": times}
+    speed = {
+        "model": "t5-v1_1-xxl",
+        "words": "t5-v1_1-xxl with random weights",
+        "dtype": "float16",
+        "by": "torch",
+        "times": times,
+    }
     masks = {"checked": 9, "wrong": ["length 97, left mask: off by 0.3"] * 14}
     diagnosis = diagnosis_of("cuda", {**MACHINE, "card": CARD}, ceilings=ceilings, masks=masks, speed=speed)
     text = as_markdown(diagnosis)
     assert not diagnosis.passed
     assert "masks: length 97, left mask: off by 0.3" in text and "masks: and 2 more" in text
-    assert "| 64 tokens | 2.00 ms | 1.00 ms | 1.00 ms, 50% |" in text
-    assert "| products in int8 | no |" in text
+    assert "| 64 tokens | 2.00 ms | 1.00 ms | 1.00 ms, 50% of the time |" in text
+    assert "| products of matrices in int8 | no |" in text
 
 
 def test_every_way_of_attention_has_a_column() -> None:
@@ -324,13 +499,15 @@ def test_every_way_of_attention_has_a_column() -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     markdown = tmp_path / "found.md"
-    asked = ["doctor", "--device", "cpu", "--only", "machine", "--markdown", str(markdown)]
+    asked = ["doctor", "--device", "cpu", "--only", " machine", "--markdown", str(markdown)]
     picture = tmp_path / "found.svg"
     done = CliRunner().invoke(app, [*asked, "--picture", str(picture), "--json"])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report["passed"] and report["steps"]["machine"]["data"]["device"] == "cpu"
-    assert "**Advice**" in markdown.read_text()
+    text = markdown.read_text()
+    assert "**Advice**" in text and len(report["advice"]) == 3
+    assert all(f"- {line}" in text for line in report["advice"])
     svg = picture.read_text()
     assert svg.startswith("<svg") and "Advice" in svg and "url(http" not in svg
 
@@ -343,6 +520,20 @@ def test_files_that_cannot_be_written_are_refused_before_work(
     monkeypatch.setattr("nai_t5_core.bench.doctor.examine_machine", lambda *_: pytest.fail("work began"))
     done = CliRunner().invoke(app, ["doctor", option, str(tmp_path / name)])
     assert isinstance(done.exception, OSError) and told in str(done.exception)
+
+
+def test_a_folder_that_only_seems_to_be_writable_is_refused_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The superuser may write everywhere, says the system, and finds out otherwise."""
+
+    def refuses(**_: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("nai_t5_core.bench.doctor.examine_machine", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(sys.modules["nai_t5_core.cli.doctor"], "TemporaryFile", refuses)
+    done = CliRunner().invoke(app, ["doctor", "--markdown", str(tmp_path / "found.md")])
+    assert f"{tmp_path} cannot be written into (Read-only file system)" in str(done.exception)
 
 
 def test_the_report_is_told_though_its_file_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,7 +302,13 @@ def test_what_is_to_be_reached_stands_beside_what_was_found() -> None:
     ceilings = {"read_bytes_per_second": 1e12, "copy_bytes_per_second": 1e12, "products": {"float16": 1e14}}
     work = {"flops": 1e11, "bytes": 2e9}
     times = {length: {"ms": ms, "host_ms": 1.0, "work": work} for length, ms in (("64", 4.0), ("512", 8.0))}
-    speed = {"size": "t5-v1_1-xxl", "dtype": "float16", "by": "kernels", "times": times}
+    speed = {
+        "model": "t5-v1_1-xxl",
+        "words": "t5-v1_1-xxl with random weights",
+        "dtype": "float16",
+        "by": "kernels",
+        "times": times,
+    }
     each = {"ms": 12.0, "host_ms": 1.0, "first_seconds": 20}
     steps = {"peers-compiled": {"times": {"64": each, "512": each}}, "nai-t5-compiled": {"times": {"512": each}}}
     text = as_markdown(examined(ceilings=ceilings, speed=speed, **steps))
@@ -317,7 +323,7 @@ def test_what_is_to_be_reached_stands_beside_what_was_found() -> None:
         assert row in text
     chosen = as_markdown(examined(ceilings=ceilings, speed=speed, choice=finding(lengths={"64": 3.2})))
     assert "| 64 tokens, float16 | ≤ 3.4 ms | 3.20 ms |" in chosen and "the timed model: 64 tokens 3.20 ms" in chosen
-    assert "To reach" not in as_markdown(examined(speed={**speed, "size": "t5-v1_1-large"}))
+    assert "To reach" not in as_markdown(examined(speed={**speed, "model": "t5-v1_1-large"}))
 
 
 def test_nai_t5_by_flex_computes_what_it_does_by_sdpa() -> None:

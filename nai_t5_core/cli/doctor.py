@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated
 
 import typer
@@ -13,8 +13,11 @@ from nai_t5_core.cli.terminal import err, out, print_json, say
 
 
 def doctor(
-    size: Annotated[
-        str | None, typer.Argument(help="The published size to time; by default one for the device.")
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="What to time: a published size (random weights), or a hub id, folder or file; by default a size."
+        ),
     ] = None,
     device: DeviceOption = "auto",
     full: Annotated[
@@ -34,18 +37,20 @@ def doctor(
     On a card it also keeps, in the user's cache, which products and attention are fastest there; encoders use it.
     """
     from nai_t5_core.bench.doctor import DoctorSettings, examine_machine
+    from nai_t5_core.bench.doctor.advice import advice
     from nai_t5_core.bench.doctor.kept_choice import write_choice
     from nai_t5_core.bench.doctor.report import as_markdown, as_svg, render
     from nai_t5_core.weights.whole_files import write_whole
 
-    settings = DoctorSettings(device, size, full, budget, tuple(only.split(",")) if only else (), results)
+    steps = () if only is None else tuple(name.strip() for name in only.split(","))
+    settings = DoctorSettings(device, model, full, budget, steps, results)
     for written in filter(None, (results, markdown, picture)):
         _refuse_unwritable(written)
     with err.status("looking") as status:
         diagnosis = examine_machine(settings, status.update)
     kept = write_choice(diagnosis)
     if as_json:
-        print_json({**diagnosis.to_dict(), "kept": kept})
+        print_json({**diagnosis.to_dict(), "advice": advice(diagnosis), "kept": kept})
     else:
         out.print(render(diagnosis))
         if kept:
@@ -65,5 +70,8 @@ def _refuse_unwritable(path: Path) -> None:
         raise IsADirectoryError(f"{path} is a folder; name a file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into; make it, or name another")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path.parent} may not be written into; name another folder")
+    try:
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{path.parent} cannot be written into ({error.strerror}); name another folder") from error

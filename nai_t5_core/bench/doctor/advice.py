@@ -5,17 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 from nai_t5_core.bench.doctor.examination import Diagnosis
+from nai_t5_core.bench.doctor.machine import CPU_KERNELS, INT8
 
 _MUCH_FASTER = 1.5
-_XXL_BYTES_16_BIT, _XXL_BYTES_8_BIT = 9.5e9, 4.8e9
+# Beside the weights: activations, and the program itself.
+_ROOM_BESIDE = 1.2
 
 
 def advice(diagnosis: Diagnosis) -> list[str]:
-    """Three lines: dtype and backend; quantisation; where to run a T5-XXL. One line if the machine is not described."""
+    """Three lines: dtype and backend; quantisation; where to run a T5-XXL, or the model that was named.
+
+    One line if the machine is not described. Results that are wrong are told in place of the first.
+    """
     machine = diagnosis.data("machine")
     if not machine:
         return ["The machine could not be described; see the step that failed."]
-    return [_computing(diagnosis, machine), _quantising(diagnosis.device, machine), _placing(machine)]
+    wrong = [name for name, outcome in diagnosis.outcomes.items() if outcome["status"] == "wrong"]
+    first = _distrusting(wrong) if wrong else _computing(diagnosis, machine)
+    return [first, _quantising(diagnosis, machine), _placing(machine)]
+
+
+def _distrusting(steps: list[str]) -> str:
+    return (
+        f"Do not use what is computed here before this is cleared up: results of the step {' and '.join(steps)} are "
+        "wrong (above). Please report it, with what nai-t5 doctor --json prints."
+    )
 
 
 def _computing(diagnosis: Diagnosis, machine: dict[str, Any]) -> str:
@@ -27,8 +41,8 @@ def _computing(diagnosis: Diagnosis, machine: dict[str, Any]) -> str:
             f'dtype="auto" computes in {machine["dtype"]} here, and products in {name} are {ratio:.1f} times as fast: '
             f'if it fits, take dtype="{name}".'
         )
-    if diagnosis.device == "cpu" and (reason := machine["missing"].get("kernels")):
-        text += f" The kernels do not run here ({reason}); torch computes."
+    if diagnosis.device == "cpu" and (reason := machine["missing"].get(CPU_KERNELS)):
+        text += f" Our kernels for the CPU do not run here ({reason}); torch computes."
     return text
 
 
@@ -46,29 +60,38 @@ def _much_faster_dtype(rates: dict[str, Any], dtype: str) -> tuple[str, float] |
     return (fastest, ratio) if ratio > _MUCH_FASTER else None
 
 
-def _quantising(device: str, machine: dict[str, Any]) -> str:
-    if reason := machine["missing"].get("int8"):
+def _quantising(diagnosis: Diagnosis, machine: dict[str, Any]) -> str:
+    if reason := machine["missing"].get(INT8):
         return f"Leave the weights as they are: {reason}."
-    if device != "cpu":
+    how_exact = "it is less exact, and nai-t5 parity --int8 says by how much for a model."
+    if diagnosis.device != "cpu":
         return (
-            'quantize="int8" halves the memory; its times here are those of the step 8-bit-speed of --full, and '
-            "nai-t5 parity --int8 says how large its error is for a model."
+            'quantize="int8" halves the memory; its times here are those of the step 8-bit-speed of --full; '
+            f"{how_exact}"
         )
-    return (
-        'quantize="int8" halves the memory and is faster, at an error some times that of bfloat16; '
-        "nai-t5 parity --int8 says how large it is for a model."
-    )
+    ours, theirs = (diagnosis.data(step).get("times", {}) for step in ("speed", "int8"))
+    known = [length for length in ("64", "512") if length in ours and length in theirs]
+    if not known:
+        return f'quantize="int8" halves the memory; the step int8 says how fast it is here; {how_exact}'
+    shares = (f"{theirs[length]['ms'] / ours[length]['ms']:.0%} for {length}" for length in known)
+    return f'quantize="int8" halves the memory and takes {" and ".join(shares)} tokens of the time above; {how_exact}'
 
 
 def _placing(machine: dict[str, Any]) -> str:
-    card = machine["card"]
+    card, model = machine["card"], machine["model"]
     room = (card or machine)["free_bytes"] or 0
-    what = card["name"] if card else "memory"
-    if room > 1.2 * _XXL_BYTES_16_BIT:
-        return f"A T5-XXL in 16 bits (9.5 GB) fits: {what} has {room / 1e9:.0f} GB to give."
-    if "int8" not in machine["missing"] and room > 1.2 * _XXL_BYTES_8_BIT:
-        return f'A T5-XXL needs quantize="int8" (4.8 GB) here: {what} has {room / 1e9:.0f} GB to give.'
-    too_small = f"{what} has {room / 1e9:.0f} GB to give, and a T5-XXL takes 9.5 in 16 bits: "
+    has = f"{card['name'] if card else 'memory'} has {_gigabytes(room)} to give"
+    in_16_bits, in_8_bits = model["bytes_in_16_bits"], model["bytes_in_8_bits"]
+    if room > _ROOM_BESIDE * in_16_bits:
+        return f"{model['name']} in 16 bits ({_gigabytes(in_16_bits)}) fits: {has}."
+    if INT8 not in machine["missing"] and room > _ROOM_BESIDE * in_8_bits:
+        return f'{model["name"]} needs quantize="int8" ({_gigabytes(in_8_bits)}) here: {has}.'
+    too_small = f"{has}, and {model['name']} takes {_gigabytes(in_16_bits)} in 16 bits: "
     if card:
         return f"{too_small}load it with offload=True, which leaves its layers in the host's memory."
     return f"{too_small}use a smaller T5."
+
+
+def _gigabytes(count: float) -> str:
+    """Two digits, so that a small model is not one of 0.0 GB."""
+    return f"{count / 1e9:.2g} GB" if count < 1e10 else f"{count / 1e9:.0f} GB"

@@ -1,6 +1,6 @@
 """How long the first encode of a fresh process takes: imports, kernels that are compiled or found, and CUDA graphs.
 
-``python -m nai_t5_core.bench.doctor.first_encode SIZE DEVICE RECORD_AT`` prints it as JSON.
+``python -m nai_t5_core.bench.doctor.first_encode MODEL DEVICE RECORD_AT`` prints it as JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def time_first_encodes(patient: Patient) -> Finding:
     ``graph at the second call`` has its first encode launched kernel by kernel.
     """
     found = {
-        name: in_a_fresh_process(patient.size, str(patient.device), record_at)
+        name: in_a_fresh_process(patient.model.name, str(patient.device), record_at)
         for name, record_at in (("the first process", 1), ("a later one", 1), ("graph at the second call", 2))
     }
     later = found["a later one"]
@@ -36,13 +36,13 @@ def time_first_encodes(patient: Patient) -> Finding:
     return {"times": found, "seconds": round(seconds, 2), "wrong": [late] if seconds > MOST_SECONDS else []}
 
 
-def in_a_fresh_process(size: str, device: str, record_at: int) -> dict[str, float]:
+def in_a_fresh_process(model: str, device: str, record_at: int) -> dict[str, float]:
     """Seconds of importing, of the first encode and of the second, in a process of its own.
 
     Raises:
         RuntimeError: the process failed, with the last line that it wrote; or it is late.
     """
-    command = [sys.executable, "-m", __name__, size, device, str(record_at)]
+    command = [sys.executable, "-m", __name__, model, device, str(record_at)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
     except subprocess.TimeoutExpired as error:
@@ -53,21 +53,20 @@ def in_a_fresh_process(size: str, device: str, record_at: int) -> dict[str, floa
     return times
 
 
-def measured(size: str, device_name: str, record_at: int, started: float) -> dict[str, float]:
+def measured(model: str, device_name: str, record_at: int, started: float) -> dict[str, float]:
     """As :func:`in_a_fresh_process`, in this process, which was ``started`` then; on a CPU the modules encode."""
     import torch
 
     from nai_t5_core.backends.cuda.runner import CudaRunner
     from nai_t5_core.bench.clock import synchronize
-    from nai_t5_core.bench.peers import own_encoder, random_state
-    from nai_t5_core.facts.config import named_config
+    from nai_t5_core.bench.doctor.model import model_of
 
     imported = time.perf_counter()
-    config, device = named_config(size).encoder_only(), torch.device(device_name)
+    device = torch.device(device_name)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    stack = own_encoder(config, random_state(config, dtype=dtype, device=device), dtype)
+    stack = model_of(model, dtype, device).stack
     stack.runner = CudaRunner(record_at=record_at)
-    ids = torch.arange(TOKENS)[None] % config.vocab_size
+    ids = torch.arange(TOKENS)[None] % stack.config.vocab_size
     synchronize(device)
     times = []
     for _ in range(2):

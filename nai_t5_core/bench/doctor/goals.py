@@ -18,7 +18,7 @@ def goals(diagnosis: Diagnosis) -> Iterator[tuple[str, str, str]]:
     Ours is in the products and attention that were measured, if they were. ``not measured`` is what did not run.
     """
     speed = diagnosis.data("speed")
-    if diagnosis.device != "cuda" or speed.get("size") != SIZE:
+    if diagnosis.device != "cuda" or speed.get("model") != SIZE:
         return
     ours = {name: time["ms"] for name, time in speed["times"].items()} | diagnosis.data("choice").get("lengths", {})
     for length, (most, multiple) in _TIMES.items():

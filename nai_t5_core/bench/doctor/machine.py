@@ -17,7 +17,9 @@ from nai_t5_core.backends.choices import missing_for_int8
 from nai_t5_core.backends.cuda.card import card_of
 from nai_t5_core.backends.cuda.card_choice import choice_for
 from nai_t5_core.backends.kernels.build import missing_for_kernels
+from nai_t5_core.bench.doctor.model import weight_bytes
 from nai_t5_core.bench.doctor.patient import Finding, Patient
+from nai_t5_core.facts.config import named_config
 from nai_t5_core.model.attention_choice import missing_for_flex
 
 # The processor flags that decide which backend computes a T5.
@@ -32,6 +34,9 @@ _INSTRUCTION_SETS = (
     "asimd",
     "i8mm",
 )
+# What a machine may lack, as the report names it.
+CPU_KERNELS, INT8 = "kernels of ours for the CPU", "weights in int8"
+_LARGEST = "t5-v1_1-xxl"
 _PACKAGES = ("torch", "triton", "transformers", "diffusers", "nai-t5", "numpy")
 
 
@@ -51,8 +56,28 @@ def describe(patient: Patient) -> Finding:
         "versions": _versions(),
         "compilers": [name for name in ("g++", "clang++", "nvcc") if shutil.which(name)],
         "dtype": str(patient.dtype).removeprefix("torch."),
+        "model": _model(patient),
         "missing": {name: reason for name, reason in _obstacles(patient).items() if reason},
     }
+
+
+def _model(patient: Patient) -> dict[str, Any]:
+    """The model that is to find room here: the one that was named, or the largest that diffusion models use."""
+    named = patient.settings.model is not None
+    config = patient.config if named else named_config(_LARGEST)
+    in_16_bits, in_8_bits = weight_bytes(config)
+    return {
+        "name": patient.model.name if named else "A T5-XXL",
+        "bytes_in_16_bits": in_16_bits,
+        "bytes_in_8_bits": in_8_bits,
+    }
+
+
+def try_device(patient: Patient) -> Finding:
+    """Takes memory of the device and multiplies there; raises what torch raises."""
+    ones = torch.ones(64, 64, device=patient.device)
+    found = float((ones @ ones).sum())
+    return {"wrong": [] if found == 64**3 else [f"a sum of {64**3} ones is {found:g}"]}
 
 
 def _processor() -> str:
@@ -158,8 +183,8 @@ def _obstacles(patient: Patient) -> dict[str, str | None]:
         built = torch.version.cuda or torch.version.hip
         cuda = "this torch is built without it" if built is None else f"no card, or a driver too old for CUDA {built}"
     return {
-        "cuda": cuda,
-        "kernels": missing_for_kernels(),
-        "int8": missing_for_int8(device, patient.dtype),
-        "flex, nor compiled encoders": missing_for_flex(device),
+        "CUDA": cuda,
+        CPU_KERNELS: missing_for_kernels(),
+        INT8: missing_for_int8(device, patient.dtype),
+        "flex attention, nor compiled encoders": missing_for_flex(device),
     }

@@ -12,9 +12,10 @@ from torch import Tensor
 from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.choose import prepack, why_not_prepack
 from nai_t5_core.backends.cuda.runner import CudaRunner
+from nai_t5_core.bench.doctor.model import GivenModel, RandomModel, model_of
 from nai_t5_core.bench.doctor.settings import DoctorSettings
-from nai_t5_core.bench.peers import State, own_encoder, random_state
-from nai_t5_core.facts.config import T5Config, named_config
+from nai_t5_core.bench.peers import State
+from nai_t5_core.facts.config import T5Config
 from nai_t5_core.float16.guard import encode_guarded
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.precision import resolve_device
@@ -34,14 +35,15 @@ class Patient:
         self.settings = settings
         self.device = resolve_device(settings.device)
 
-    @property
-    def size(self) -> str:
-        """The published size that is timed."""
-        return self.settings.size or (_FULL_SIZES if self.settings.full else _SIZES)[self.device.type]
-
     @cached_property
+    def model(self) -> RandomModel | GivenModel:
+        """The model that is timed."""
+        name = self.settings.model or (_FULL_SIZES if self.settings.full else _SIZES)[self.device.type]
+        return model_of(name, self.dtype, self.device)
+
+    @property
     def config(self) -> T5Config:
-        return named_config(self.size).encoder_only()
+        return self.model.config
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -50,13 +52,13 @@ class Patient:
 
     @cached_property
     def state(self) -> State:
-        """Random weights under Hugging Face names, drawn on the device."""
-        return random_state(self.config, dtype=self.dtype, device=self.device)
+        """Weights under Hugging Face names on the device."""
+        return self.model.state
 
     @cached_property
     def stack(self) -> T5EncoderStack:
         """Our encoder, as ``TextEncoder.from_pretrained`` makes it."""
-        stack = own_encoder(self.config, self.state, self.dtype)
+        stack = self.model.stack
         return prepack(stack) if why_not_prepack(stack) is None else stack
 
     @cached_property

@@ -17,6 +17,7 @@ _MOST_FAULTS = 12  # of one step, in words
 _PICTURE_COLUMNS = 120
 
 _LEFT_OUT = {"status": "left out"}
+_WAS_BUSY = "More than 100%: something else kept the machine busy while its limits were measured. Run it again."
 _NO_ADVICE = "None without the step machine, which did not run."
 
 # Steps that time compiled encoders, and the titles of their tables.
@@ -90,6 +91,8 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
     yield _steps(diagnosis)
     if any(diagnosis.data(step) for step in ("speed", "batches")):
         yield _speed(diagnosis)
+    if (times := diagnosis.data("int8").get("times")) and (above := diagnosis.data("speed").get("times")):
+        yield _int8(times, above)
     for step in ("transformers", "nai-t5"):
         if found := diagnosis.data(step):
             yield _peer(step, found)
@@ -117,7 +120,10 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
 def _machine(machine: dict[str, Any]) -> Section:
     card = machine["card"]
     rows = [
-        ("processor", f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"),
+        (
+            "processor",
+            f"{machine['processor']}, {_counted(machine['cores'], 'core')}, {_counted(machine['threads'], 'thread')}",
+        ),
         ("instructions", " ".join(machine["instruction_sets"])),
         ("memory", f"{_size(machine['free_bytes'])} free of {_size(machine['memory_bytes'])}"),
         ("system", f"{machine['system']}, Python {machine['python']}"),
@@ -155,16 +161,20 @@ def _ceilings(ceilings: dict[str, Any]) -> Section:
         ("copying memory, read and written", f"{ceilings['copy_bytes_per_second'] / 1e9:.0f} GB/s"),
     ]
     for name, rate in ceilings["products"].items():
-        rows.append((f"products in {name}", rate if isinstance(rate, str) else f"{rate / 1e12:.2f} T operations/s"))
+        rows.append(
+            (f"products of matrices in {name}", rate if isinstance(rate, str) else f"{rate / 1e12:.2f} T operations/s")
+        )
     return Section("What the machine does at most", ("", "measured"), tuple(rows))
 
 
 def _steps(diagnosis: Diagnosis) -> Section:
-    rows, lines = [], []
+    rows, lines = [], [_verdict(diagnosis)]
     for name, outcome in diagnosis.outcomes.items():
         data = outcome.get("data", {})
-        told = f"{data['checked']} results checked" if "checked" in data else outcome.get("message", "")
-        rows.append((name, outcome["title"], outcome["status"], f"{outcome['seconds']:.1f} s", told[:120]))
+        told = f"{data['checked']} results checked" if "checked" in data else data.get("reason", "")
+        rows.append((name, outcome["title"], outcome["status"], f"{outcome['seconds']:.1f} s", told))
+        if message := outcome.get("message"):
+            lines.append(f"{name}: {message}")
         faults = data.get("wrong", [])
         lines += [f"{name}: {fault}" for fault in faults[:_MOST_FAULTS]]
         if len(faults) > _MOST_FAULTS:
@@ -172,21 +182,41 @@ def _steps(diagnosis: Diagnosis) -> Section:
     return Section("What was done", ("step", "what", "outcome", "time", ""), tuple(rows), tuple(lines))
 
 
+def _verdict(diagnosis: Diagnosis) -> str:
+    """How many results were checked, and how many of them are wrong."""
+    found = [outcome.get("data", {}) for outcome in diagnosis.outcomes.values()]
+    checked = sum(each.get("checked", 0) for each in found)
+    wrong = sum(len(each.get("wrong", [])) for each in found)
+    if wrong:
+        return f"{_counted(wrong, 'result')} wrong, of {checked} that were checked:"
+    return f"{checked} results were checked, and all are right." if checked else "No results were checked."
+
+
 def _speed(diagnosis: Diagnosis) -> Section:
     ceilings, on_cpu = diagnosis.data("ceilings"), diagnosis.device == "cpu"
-    rows, about = [], {}
+    rows, about, shares = [], {}, list[float]()
     for step in ("speed", "batches"):
         if found := diagnosis.data(step):
             about = found
             for name, time in found["times"].items():
                 least = least_ms(time["work"], ceilings, found["dtype"])
                 what = f"{name} tokens" if step == "speed" else f"{name}, pads skipped"
-                share = f"{least:.2f} ms, {least / time['ms']:.0%}" if least else ""
+                shares += [least / time["ms"]] if least else []
+                told = f"{least:.2f} ms, {shares[-1]:.0%} of the time" if least else ""
                 host = () if on_cpu else (f"{time['host_ms']:.2f} ms",)
-                rows.append((what, f"{time['ms']:.2f} ms", *host, share))
-    title = f"Ours: {about['size']}, {about['dtype']}, by {about['by']}"
-    head = ("batch", "time", *(() if on_cpu else ("of it the host's",)), "least by the ceilings, share")
-    return Section(title, head, tuple(rows))
+                rows.append((what, f"{time['ms']:.2f} ms", *host, told))
+    title = f"Our encoder: {about['words']}, in {about['dtype']}, by {about['by']}"
+    head = ("batch", "time", *(() if on_cpu else ("of it the host's",)), "least that this machine allows")
+    return Section(title, head, tuple(rows), (_WAS_BUSY,) if max(shares, default=0) > 1 else ())
+
+
+def _int8(times: dict[str, Any], by_16_bits: dict[str, Any]) -> Section:
+    rows = [
+        (f"{length} tokens", f"{time['ms']:.2f} ms", f"{time['ms'] / by_16_bits[length]['ms']:.0%}")
+        for length, time in times.items()
+        if length in by_16_bits
+    ]
+    return Section('Our encoder with quantize="int8"', ("batch", "time", "of the time above"), tuple(rows))
 
 
 def _peer(name: str, found: dict[str, Any]) -> Section:
@@ -248,6 +278,10 @@ def _compiled(title: str, found: dict[str, Any]) -> Section:
         for name, times in found["times"].items()
     ]
     return Section(title, ("tokens", "time", "of it the host's", "first call"), tuple(rows))
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _size(nbytes: int | None) -> str:

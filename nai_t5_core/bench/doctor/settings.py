@@ -11,8 +11,9 @@ class DoctorSettings:
     """What is examined, and for how long.
 
     Attributes:
-        device: as :func:`nai_t5_core.model.precision.resolve_device` takes it.
-        size: the published size that is timed, with random weights; None chooses one for the device.
+        device: ``"auto"``, or a CPU, a CUDA or an MPS device by torch's name.
+        model: what is timed: a published size, with random weights, or the encoder of a hub id, a folder or a file;
+            None chooses a size for the device.
         full: also the largest size, peers, compiled graphs, and everything that takes minutes.
         budget: seconds for all steps; those that no longer fit are left out, and reported.
         only: the steps to run, by name; all that apply by default.
@@ -20,7 +21,7 @@ class DoctorSettings:
     """
 
     device: str = "auto"
-    size: str | None = None
+    model: str | None = None
     full: bool = False
     budget: float = 480.0
     only: tuple[str, ...] = ()

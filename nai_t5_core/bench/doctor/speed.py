@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from nai_t5_core.backends.choose import quantize_int8, why_not_int8
 from nai_t5_core.backends.cuda.graph_times import seconds_of
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.bench.clock import synchronize, timed
 from nai_t5_core.bench.doctor.patient import Finding, Patient, encoding_by
+from nai_t5_core.bench.peers import own_encoder
 from nai_t5_core.bench.roofline import encoder_work, projection_shapes
 from nai_t5_core.float16.guard import encode_guarded
 
@@ -32,6 +34,18 @@ def measure_lengths(patient: Patient) -> Finding:
         found[str(length)] = timed(partial(patient.encode, ids), patient.device)
         found[str(length)]["work"] = _work(patient, (length,))
     return _about(patient, found)
+
+
+@torch.no_grad()
+def measure_int8(patient: Patient) -> Finding:
+    """The times of :func:`measure_lengths` with ``quantize="int8"``; ``reason`` where this device has none."""
+    stack = own_encoder(patient.config, patient.state, patient.dtype)
+    if reason := why_not_int8(stack):
+        return {"reason": reason}
+    encode = partial(encode_guarded, quantize_int8(stack))
+    return {
+        "times": {str(length): timed(partial(encode, patient.ids(1, length)), patient.device) for length in LENGTHS}
+    }
 
 
 @torch.no_grad()
@@ -58,7 +72,8 @@ def _work(patient: Patient, lengths: tuple[int, ...]) -> dict[str, int]:
 
 def _about(patient: Patient, times: dict[str, Any]) -> Finding:
     return {
-        "size": patient.size,
+        "model": patient.model.name,
+        "words": patient.model.words,
         "dtype": str(patient.dtype).removeprefix("torch."),
         "by": patient.encoded_by,
         "times": times,

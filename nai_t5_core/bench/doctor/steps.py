@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from nai_t5_core.bench.doctor.patient import Finding, Patient
 
 
+# The step that comes first wherever there is a device to try.
+TRIAL = "device"
+
+
 @dataclass(frozen=True)
 class Step:
     """One step.
@@ -49,6 +53,7 @@ def all_steps() -> tuple[Step, ...]:
     )
 
     return (
+        Step(TRIAL, "whether the device computes", machine.try_device, 60, devices=("cuda", "mps")),
         Step("machine", "what the machine is", machine.describe, 60),
         Step("ceilings", "copies and products, as fast as the machine does them", ceilings.measure, 60),
         Step("numbers", "a small model of each kind against float64", numbers.check_stacks, 120),
@@ -59,6 +64,7 @@ def all_steps() -> tuple[Step, ...]:
         Step("sums", "float16 sums of many products", numbers.check_sums, 30, devices=("cuda",)),
         Step("speed", "our encoder at typical lengths", speed.measure_lengths, 120),
         Step("batches", "our encoder with many prompts", speed.measure_batches, 60),
+        Step("int8", "our encoder with weights in 8 bits", speed.measure_int8, 60, devices=("cpu",)),
         Step("launches", "what one encode has the device do", speed.count_launches, 60, devices=("cuda",)),
         Step(
             "first-encode",

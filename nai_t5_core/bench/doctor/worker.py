@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
+from functools import cache
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -70,19 +71,18 @@ def _serve(connection: Connection, settings: DoctorSettings, known_steps: Callab
     from nai_t5_core.bench.doctor.patient import Patient
 
     steps = {step.name: step.run for step in known_steps()}
-    patient: Patient | None = None
+    made = cache(lambda: Patient(settings))
     while True:
         try:
             name = connection.recv()
         except EOFError:
             return
-        patient = patient or Patient(settings)
-        connection.send(_outcome(steps[name], patient))
+        connection.send(_outcome(steps[name], made))
 
 
-def _outcome(run: Callable[[Any], dict[str, Any]], patient: Any) -> dict[str, Any]:
+def _outcome(run: Callable[[Any], dict[str, Any]], patient: Callable[[], Any]) -> dict[str, Any]:
     try:
-        return {"status": "ok", "data": run(patient)}
+        return {"status": "ok", "data": run(patient())}
     except Exception as error:
         kind, text = type(error).__name__, str(error)
         where = [
