@@ -115,7 +115,7 @@ def build_stack(
 def write_hf_folder(folder: Path, config: T5Config, state: dict[str, Tensor]) -> Path:
     """A Hugging Face folder with config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors")
+    save_file(state, folder / "model.safetensors", {"format": "pt"})  # without which transformers 4 reads none
     (folder / "config.json").write_text(json.dumps(config_to_hf(config)))
     return folder
 

@@ -175,6 +175,17 @@ def test_what_becomes_of_a_device_that_is_tried(
     assert found.device == examined and found.passed == (examined == "cuda")
 
 
+def test_a_step_that_the_budget_ends_is_told_from_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(process: StepProcess, name: str, deadline: float) -> dict[str, Any]:
+        return {"status": "late", "message": f"stopped after {deadline:.0f} seconds", "seconds": deadline}
+
+    monkeypatch.setattr(StepProcess, "run", late)
+    for budget, message in ((480, "stopped after 60 seconds"), (20, "after 20 seconds, when the time for everything")):
+        found = examine_machine(DoctorSettings(device="cpu", budget=budget, only=("masks",)))
+        assert message in found.outcomes["masks"]["message"]
+        assert ("everything" in found.outcomes["masks"]["message"]) == (budget == 20)
+
+
 def test_a_device_is_tried_by_what_it_computes() -> None:
     assert machine.try_device(Patient(CPU)) == {"wrong": []}
 
@@ -200,7 +211,7 @@ def test_a_model_of_a_user_is_what_is_timed(tmp_path: Path, monkeypatch: pytest.
     timed_model = speed.measure_lengths(patient)
     assert timed_model["model"] == timed_model["words"] == str(EMBEDDED_MODEL)
     found = diagnosis_of("cpu", machine.describe(patient))
-    assert advice(found)[2].startswith(f"{EMBEDDED_MODEL} in 16 bits (0.0")
+    assert advice(found)[2].startswith(f"{EMBEDDED_MODEL} in 16 bits (2.2 MB)")
 
 
 def test_published_sizes_have_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

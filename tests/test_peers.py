@@ -89,14 +89,15 @@ def test_transformers_shares_the_given_tensors() -> None:
     pointers = {tensor.data_ptr() for tensor in state.values()}
     assert {parameter.data_ptr() for parameter in model.parameters()} == pointers
     assert not model.training
-    assert model.config._attn_implementation == "sdpa"
+    # transformers 4 has none for T5.
+    assert model.config._attn_implementation == ("sdpa" if model._supports_sdpa else "eager")
 
 
 def test_float16_keeps_wo_in_float32_as_from_pretrained_does(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="the peer under test")
     state = random_state(V1_1)
     folder = write_hf_folder(tmp_path / "hf", V1_1, state)
-    theirs = transformers.T5EncoderModel.from_pretrained(folder, dtype=torch.float16)
+    theirs = transformers.T5EncoderModel.from_pretrained(folder, torch_dtype=torch.float16)
     ours = transformers_encoder(V1_1, state, torch.float16)
     assert {name: tensor.dtype for name, tensor in ours.state_dict().items()} == {
         name: tensor.dtype for name, tensor in theirs.state_dict().items()

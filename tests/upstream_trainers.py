@@ -85,7 +85,7 @@ class Made:
     def _encode(self, caption: str, with_mask: int) -> tuple[Tensor, int]:
         from transformers import T5EncoderModel
 
-        model = T5EncoderModel.from_pretrained(self.model, dtype=torch.float32).eval()
+        model = T5EncoderModel.from_pretrained(self.model).float().eval()
         batch = find_tokenizer_for(None)([caption], self.length, pad_to=self.length)
         mask = torch.tensor(batch.attention_mask) if with_mask else None
         with torch.no_grad():

@@ -47,7 +47,7 @@ class Rivals:
         self.feeding = Feeding.choose(family)
         self.tokenizer: Tokenizer = self.choice.find_tokenizer()
         self.stack: T5EncoderStack = self.choice.load().stack
-        self.theirs: Any = T5EncoderModel.from_pretrained(model, dtype=torch.bfloat16).eval()
+        self.theirs: Any = T5EncoderModel.from_pretrained(model).bfloat16().eval()
 
     def plan(self, captions: list[str], folder: Path) -> tuple[SetFolder, Plan]:
         folder.mkdir(parents=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nai_t5_core.backends.choose import run_in_place
 from nai_t5_core.facts.config import Shape, T5Config, config_to_hf, decoder_tensors, encoder_tensors
@@ -219,9 +220,9 @@ def _transformers_tensors(model: Any, state: State, names: Iterable[str], dtype:
 def exact_norms(model: nn.Module) -> nn.Module:
     """Replaces the norms of a transformers T5 by :class:`torch.nn.RMSNorm` with the same weight and epsilon.
 
-    transformers computes the variance in float32 whatever the model's dtype, so even its float64 model is only as exact
-    as float32. After this, a float64 model is exact to float64, and serves as the reference. Changes and returns
-    ``model``.
+    transformers computes the variance in float32 whatever the model's dtype, and before its version 5 the softmax as
+    well, so even its float64 model is only as exact as float32. After this, a float64 model is exact to float64, and
+    serves as the reference. Changes and returns ``model``.
 
     Raises:
         ValueError: there is no such norm in the model.
@@ -238,7 +239,32 @@ def exact_norms(model: nn.Module) -> nn.Module:
         norm = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, device="meta")
         norm.weight = child.weight
         setattr(parent, name, norm)
+    for module in model.modules():
+        if hasattr(module, "has_relative_attention_bias"):
+            _SoftmaxInFloat64().around(module)
     return model
+
+
+class _SoftmaxInFloat64(TorchFunctionMode):
+    """Leaves scores in float64 as they are where an attention of transformers casts them to float32 for its softmax."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is Tensor.float and args[0].dtype == torch.float64:
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+    def around(self, attention: nn.Module) -> None:
+        """Enters at every call of a module, and leaves at its end, also by an error."""
+        attention.register_forward_pre_hook(lambda *_: self._enter())
+        attention.register_forward_hook(lambda *_: self._leave(), always_call=True)
+
+    def _enter(self) -> None:
+        self.__enter__()
+
+    def _leave(self) -> None:
+        self.__exit__(None, None, None)
 
 
 def nai_t5_encoder(config: T5Config, state: State, dtype: torch.dtype, flex_length: int | None = None) -> nn.Module:

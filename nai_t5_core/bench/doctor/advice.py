@@ -93,5 +93,7 @@ def _placing(machine: dict[str, Any]) -> str:
 
 
 def _gigabytes(count: float) -> str:
-    """Two digits, so that a small model is not one of 0.0 GB."""
+    """Two digits, in megabytes where that is less than 0.1 GB."""
+    if count < 1e8:
+        return f"{count / 1e6:.2g} MB"
     return f"{count / 1e9:.2g} GB" if count < 1e10 else f"{count / 1e9:.0f} GB"

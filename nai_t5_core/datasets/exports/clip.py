@@ -38,7 +38,8 @@ class ClipEncoder:
             self._parts = [
                 (
                     CLIPTokenizer.from_pretrained(pipeline, subfolder=f"tokenizer{number}"),
-                    kind.from_pretrained(pipeline, subfolder=f"text_encoder{number}", dtype=torch.float32).eval(),
+                    # Cast afterwards: the keyword for it has another name before transformers 4.56.
+                    kind.from_pretrained(pipeline, subfolder=f"text_encoder{number}").float().eval(),
                 )
                 for number in (("", "_2") if both else ("",))
             ]
