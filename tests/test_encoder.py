@@ -124,7 +124,10 @@ def test_packing_mask_of_three_dimensions(config: T5Config) -> None:
     document = torch.tensor([[0] * 9 + [1] * 15, [0] * 20 + [1] * 4])
     mask = document[:, :, None] == document[:, None, :]
     ids = ids_for(config, document)
-    expected = reference(config, state, torch.float64)(ids, mask[:, None]).last_hidden_state
+    theirs = reference(config, state, torch.float64)
+    if not theirs._supports_sdpa:
+        pytest.skip("the T5 of transformers 4 takes masks [batch, key] alone")
+    expected = theirs(ids, mask[:, None]).last_hidden_state
     stack = build_stack(config, state, torch.float64)
     assert relative_difference(stack(ids, mask), expected) <= 1e-10
     assert relative_difference(stack(ids, mask[:, None]), expected) <= 1e-10

@@ -180,9 +180,8 @@ def transformers_t5(config: T5Config, state: State, dtype: torch.dtype) -> nn.Mo
     model.set_input_embeddings(model.shared)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.shared.weight
-    if config.bias_per_layer:
-        # transformers 5.24 reads the second, earlier versions the first.
-        model.config.tie_word_embeddings = model.config.scale_decoder_outputs = config.head_scale != 1
+    # Which of them decides whether hidden states are divided depends on the kind and on the version.
+    model.config.tie_word_embeddings = model.config.scale_decoder_outputs = config.head_scale != 1
     return model.eval().requires_grad_(False)
 
 
