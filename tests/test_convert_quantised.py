@@ -16,6 +16,7 @@ from nai_t5_core.backends.choose import quantize_int8, why_not_int8
 from nai_t5_core.backends.quantised.packing import PACKED_KINDS, PackedKind, pack
 from nai_t5_core.backends.quantised.projections import stays_quantised
 from nai_t5_core.bench.kinds import markdown, measure_kinds
+from nai_t5_core.bench.kinds_packing import possible_kinds
 from nai_t5_core.prompts.text_encoder import TextEncoder
 from nai_t5_core.weights.convert_quantised import convert_quantised
 from nai_t5_core.weights.examine import examine
@@ -222,13 +223,13 @@ def test_parity_tells_what_quantising_has_cost(run: Run, tmp_path: Path) -> None
 def test_the_table_of_kinds() -> None:
     pytest.importorskip("gguf")
     rows = measure_kinds(CONFIG, torch.float32, (4,), 1)
-    assert [row.kind for row in rows[:3]] == ["float32", "int8", "Q8_0"]
+    assert [row.kind for row in rows] == ["float32", *possible_kinds()]
     by_kind = {row.kind: row for row in rows}
     assert by_kind["float32"].errors == (0.0,) * 5 and by_kind["Q4_K"].bits == 4.5
     order = [by_kind[kind].errors[1] for kind in ("Q8_0", "Q5_1", "Q4_K")]
     assert order == sorted(order) and order[0] > 0
     assert "| Q4_K | 4.50 |" in markdown(rows)
-    with pytest.raises(ValueError, match=r"unknown kinds \['Q9'\]; allowed: int8, Q8_0"):
+    with pytest.raises(ValueError, match=r"unknown kinds \['Q9'\]; allowed: int8, int8-rotated, Q8_0"):
         measure_kinds(CONFIG, kinds=["Q9"])
 
 
