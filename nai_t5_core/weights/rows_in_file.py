@@ -34,7 +34,8 @@ class RowsInFile:
     @classmethod
     def of(cls, path: Path, start: int, table: Tensor) -> RowsInFile:
         """Of a table [rows, bytes of a row] uint8 that is mapped from there."""
-        return cls(path, start, *table.shape, path.stat().st_ino)
+        count, width = table.shape
+        return cls(path, start, count, width, path.stat().st_ino)
 
     def __call__(self, numbers: Tensor) -> Tensor | None:
         """The bytes of rows by their numbers [rows]: [rows, width] uint8.
