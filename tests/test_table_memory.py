@@ -18,9 +18,11 @@ from toy_gguf import write_gguf
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.kinds import WEIGHT, QuantisedWeight
 from nai_t5_core.backends.quantised.packing import PackedKind
+from nai_t5_core.bench.gguf_files import write_gguf as write_packed
 from nai_t5_core.bench.kinds_files import write_kind
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.weights.convert_quantised import convert_quantised
+from nai_t5_core.weights.gguf_files import open_gguf
 from nai_t5_core.weights.load import load_encoder
 
 CONFIG = T5Config(
@@ -55,6 +57,19 @@ def test_a_long_prompt_brings_nothing_of_the_table_into_memory(tmp_path: Path) -
     assert stack(torch.arange(0, 32_000, 64)[None]).isfinite().all()
     assert resident(table) == 0
     assert int(table[20_000].sum()) and resident(table) > 0  # the mapping is there, and looked at
+
+
+@pytest.mark.skipif(not PAGES.exists(), reason="this system does not tell which pages a process has")
+@pytest.mark.parametrize("kind", ["BF16", "F16", "F32"])
+def test_plain_matrices_are_mapped(kind: str, tmp_path: Path) -> None:
+    """So that those that are joined or put in panels are not in memory twice, in parts of what is freed."""
+    state = random_state(CONFIG)
+    path = write_packed(tmp_path / "t5.gguf", CONFIG, state, kind)
+    table = open_gguf(path).tensors["token_embd.weight"].read()
+    assert resident(table) == 0 and table.dtype == {"BF16": torch.bfloat16, "F16": torch.float16}.get(
+        kind, torch.float32
+    )
+    assert torch.equal(table, state["shared.weight"].to(table.dtype)) and resident(table) > 0
 
 
 @pytest.mark.parametrize("kind", GGML_KINDS)

@@ -102,7 +102,9 @@ class GgufTensor:
         return _PLAIN.get(self.kind.name, torch.float32)
 
     def read(self) -> Tensor:
-        """The tensor; blocks are unpacked in slices, so that memory holds little beside it."""
+        """The tensor: a plain matrix mapped; blocks unpacked in slices, so that memory holds little beside it."""
+        if self.kind.is_plain and len(self.shape) == 2 and self.nbytes:
+            return self.mapped().view(self.dtype)
         if self.kind.is_plain:
             content = self._bytes(0, self.nbytes)
             return torch.from_numpy(content).view(self.dtype).reshape(self.shape)
@@ -118,7 +120,7 @@ class GgufTensor:
         return rows.reshape(self.shape)
 
     def mapped(self) -> Tensor:
-        """The bytes of the blocks [rows, bytes of a row], mapped: they are read when they are used.
+        """The bytes [rows, bytes of a row], mapped: they are read when they are used.
 
         Raises:
             ValueError: the file has become shorter since it was opened.
