@@ -1,10 +1,16 @@
 // AMX's tiles in plain C++, for processors that have none: included before the kernels, it takes the place of the
-// intrinsics. Shapes come from the configuration, which makes all tiles zeros; what is used against the rules aborts.
+// intrinsics, and of the system, which must be asked for tiles. Shapes come from the configuration, which makes all tiles
+// zeros; what is used against the rules aborts.
 
 #pragma once
 
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <atomic>
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -27,6 +33,15 @@ inline void refuse(const char* why) {
     std::abort();
 }
 
+inline std::atomic<bool> is_permitted{false};
+
+// As Linux takes ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA; without it a process ends at its first tile.
+inline long ask_system(long call, long request, long feature) {
+    if (call != SYS_arch_prctl || request != 0x1023 || feature != 18) return -1;
+    is_permitted = true;
+    return 0;
+}
+
 inline Tile& shaped(int number) {
     Tile& found = tile(number);
     if (found.rows == 0) refuse("it has no shape");
@@ -35,7 +50,10 @@ inline Tile& shaped(int number) {
 
 inline void configure(const void* from) {
     const auto* bytes = static_cast<const uint8_t*>(from);
+    if (!is_permitted) refuse("the system was not asked");
     if (bytes[0] != 1) refuse("an unknown palette");
+    for (int place = 2; place < 64; place++)
+        if (bytes[place] && (place < 16 || (place >= 32 && place < 48) || place >= 56)) refuse("a reserved byte");
     for (int number = 0; number < 8; number++) {
         Tile& one = tile(number);
         one = Tile();
@@ -78,11 +96,10 @@ void multiply(int sums, int rows, int columns, Add add) {
     if (to.rows != left.rows || to.row_bytes != right.row_bytes || left.row_bytes != 4 * right.rows)
         refuse("shapes do not fit");
     for (int row = 0; row < to.rows; row++)
-        for (int k = 0; k < right.rows; k++)
-            for (int column = 0; column < to.row_bytes / 4; column++) {
-                const Sum sum = add(read<Sum>(to, row, column), left, row, k, right, column);
-                std::memcpy(to.bytes[row] + column * 4, &sum, 4);
-            }
+        for (int column = 0; column < to.row_bytes / 4; column++) {
+            const Sum sum = add(read<Sum>(to, row, column), left, row, right, column);
+            std::memcpy(to.bytes[row] + column * 4, &sum, 4);
+        }
 }
 
 inline float widened(uint16_t half) {
@@ -92,25 +109,35 @@ inline float widened(uint16_t half) {
     return number;
 }
 
+// A number below the least normal one is taken as zero, and becomes zero.
+inline float without_denormals(float number) { return std::fabs(number) < FLT_MIN ? std::copysign(0.f, number) : number; }
+
+// Even and odd places are summed apart, and then added to what there is: in this order, so that sums are the same to
+// the bit.
 inline void multiply_bfloat16(int sums, int rows, int columns) {
-    multiply<float>(sums, rows, columns, [](float sum, const Tile& left, int row, int k, const Tile& right, int column) {
-        for (int i = 0; i < 2; i++)
-            sum += widened(read<uint16_t>(left, row, 2 * k + i)) * widened(read<uint16_t>(right, k, 2 * column + i));
-        return sum;
+    multiply<float>(sums, rows, columns, [](float sum, const Tile& left, int row, const Tile& right, int column) {
+        float parts[2] = {};
+        for (int k = 0; k < right.rows; k++)
+            for (int i = 0; i < 2; i++) {
+                const float one = without_denormals(widened(read<uint16_t>(left, row, 2 * k + i)));
+                const float other = without_denormals(widened(read<uint16_t>(right, k, 2 * column + i)));
+                parts[i] = without_denormals(std::fma(one, other, parts[i]));
+            }
+        return without_denormals(without_denormals(sum) + without_denormals(parts[0] + parts[1]));
     });
 }
 
 inline void multiply_bytes(int sums, int rows, int columns) {
-    multiply<int32_t>(sums, rows, columns,
-                      [](int32_t sum, const Tile& left, int row, int k, const Tile& right, int column) {
-                          for (int i = 0; i < 4; i++)
-                              sum += read<uint8_t>(left, row, 4 * k + i) * read<int8_t>(right, k, 4 * column + i);
-                          return sum;
-                      });
+    multiply<int32_t>(sums, rows, columns, [](int32_t sum, const Tile& left, int row, const Tile& right, int column) {
+        for (int place = 0; place < 4 * right.rows; place++)
+            sum += read<uint8_t>(left, row, place) * read<int8_t>(right, place / 4, 4 * column + place % 4);
+        return sum;
+    });
 }
 
 }  // namespace emulated
 
+#define syscall emulated::ask_system
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_zero

@@ -3,8 +3,8 @@
 // kernels_at_edges SEED COUNT MEMORY ACTIVATIONS [FAULT]: ACTIVATIONS is "float32" for kernels that store them in that
 // alone, and "both" for those that have bfloat16, too. MEMORY is "heap", for sanitizers, or "pages": then a page that nobody may
 // touch lies right before or right behind each buffer. FAULT, a word, gives each call a buffer that is too short by one
-// number. Prints how many calls each function had; ends with 1 where a result is not finite, or depends on where a
-// weight lies.
+// number. Prints how many calls there were, and to the error output a number made of all results' bits, by which what two
+// processors compute is compared; ends with 1 where a result is not finite, or depends on where a weight lies.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -158,6 +158,14 @@ void expect(bool holds, const char* what) {
     std::exit(1);
 }
 
+uint64_t number_of_bits = 14695981039346656037u;  // of all results, as FNV-1a makes it
+
+void expect_finite(int status, const Bytes& bytes, long unit, const char* what) {
+    expect(status == 0 && are_finite(bytes, unit), what);
+    for (long i = 0; i < bytes.size(); i++)
+        number_of_bits = (number_of_bits ^ static_cast<unsigned char>(bytes.data()[i])) * 1099511628211u;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Weights
 // ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +292,7 @@ void call_normed_product() {
         const Matrix& matrix = place == &out ? weight.packed : weight.any();
         const int status =
             t5_normed_product(residual.as<float>(), rows, norm_weight, 1e-6f, &matrix, activation, place->data());
-        expect(status == 0 && are_finite(*place, number_bytes(kind)), "a normed product is not finite");
+        expect_finite(status, *place, number_bytes(kind), "a normed product is not finite");
     }
     expect(!std::memcmp(out.data(), other.data(), out.size()), "a product depends on where its weight lies");
 }
@@ -297,7 +305,7 @@ void call_added_product() {
     fill_numbers(x, kind);
     fill(residual, kFloat32);
     const int status = t5_added_product(x.data(), rows, &weight.any(), residual.as<float>());
-    expect(status == 0 && are_finite(residual, 4), "an added product is not finite");
+    expect_finite(status, residual, 4, "an added product is not finite");
 }
 
 void call_product() {
@@ -308,7 +316,7 @@ void call_product() {
     fill_numbers(x, kind);
     for (const Bytes* place : {&out, &other}) {
         const int status = t5_product(x.data(), rows, place == &out ? &weight.packed : &weight.any(), place->data());
-        expect(status == 0 && are_finite(*place, number_bytes(kind)), "a product by itself is not finite");
+        expect_finite(status, *place, number_bytes(kind), "a product by itself is not finite");
     }
     expect(!std::memcmp(out.data(), other.data(), out.size()), "a product by itself depends on where its weight lies");
 }
@@ -348,7 +356,7 @@ void call_attention() {
     const Bytes projected(rows * 3 * width * bytes), out(rows * width * bytes);
     fill_numbers(projected, in_float32);
     const int status = t5_attention(projected.data(), rows, heads, size, &attended.bias, in_float32, out.data());
-    expect(status == 0 && are_finite(out, bytes), "attention is not finite");
+    expect_finite(status, out, bytes, "attention is not finite");
 }
 
 // Documents that are not as they are to be: nothing is read or written by them.
@@ -383,13 +391,15 @@ void call_block() {
     const float* norm_weight = draw(0, 1) ? norm.as<float>() : nullptr;
     const int status = t5_block(&weights, residual.as<float>(), rows, norm_weight, norm_weight, &attended.bias,
                                 wide.data(), between.data());
-    expect(status == 0 && are_finite(residual, 4), "a block is not finite");
+    expect_finite(status, residual, 4, "a block is not finite");
 }
 
 }  // namespace
 
 int main(int count, char** words) {
     if (count < 5) return 3;
+    // Without it a system ends a process at its first tile.
+    t5_is_permitted();
     generator.seed(std::atoi(words[1]));
     const long calls = std::atol(words[2]);
     in_pages = std::string(words[3]) == "pages";
@@ -399,4 +409,5 @@ int main(int count, char** words) {
                                    call_attention_in_vain, call_block};
     for (long call = 0; call < calls; call++) functions[call % std::size(functions)]();
     std::printf("%ld calls\n", calls);
+    std::fprintf(stderr, "bits %016llx\n", static_cast<unsigned long long>(number_of_bits));
 }

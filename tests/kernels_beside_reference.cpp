@@ -1,7 +1,8 @@
 // Compares the kernels with plain loops in double: products, attention and a block, of drawn numbers and odd sizes.
 //
 // kernels_beside_reference: needs no Python and no torch, so that it runs wherever the kernels are compiled for. Prints
-// the largest error of each, as a part of the largest value; ends with 1 where one is too large. It links what it tests.
+// the largest error of each, as a part of the largest value, and a number made of all bits, by which what two processors
+// compute is compared; ends with 1 where an error is too large. It links what it tests.
 
 #include <algorithm>
 #include <cmath>
@@ -93,6 +94,16 @@ Numbers attended(const Numbers& projected, size_t rows, size_t heads, size_t siz
     return out;
 }
 
+uint64_t number_of_bits(const std::vector<float>& values) {
+    uint64_t number = 14695981039346656037u;  // FNV-1a
+    for (const float& value : values) {
+        unsigned char bytes[sizeof(value)];
+        std::memcpy(bytes, &value, sizeof(value));
+        for (unsigned char byte : bytes) number = (number ^ byte) * 1099511628211u;
+    }
+    return number;
+}
+
 void tell(const std::string& what, const Numbers& expected, const std::vector<float>& found, double allowed) {
     double largest = 0, error = 0;
     for (size_t i = 0; i < expected.size(); i++) {
@@ -102,7 +113,8 @@ void tell(const std::string& what, const Numbers& expected, const std::vector<fl
     }
     const bool is_good = error <= allowed * largest;
     all_good = all_good && is_good;
-    std::printf("%s: %.1e of %.1e allowed%s\n", what.c_str(), error / largest, allowed, is_good ? "" : " WRONG");
+    std::printf("%s: %.1e of %.1e allowed, bits %016llx%s\n", what.c_str(), error / largest, allowed,
+                static_cast<unsigned long long>(number_of_bits(found)), is_good ? "" : " WRONG");
 }
 
 // What a kind of weights is called, its number and that of its format, and which errors it may have.
@@ -229,7 +241,7 @@ void compare(const Tested& as, Index rows, bool in_panels) {
 }  // namespace
 
 int main() {
-    // Without it a system ends a process at its first tile. Emulated tiles need none, and are not refused.
+    // Without it a system ends a process at its first tile.
     t5_is_permitted();
 #ifdef WITH_BFLOAT16
     const std::vector<Tested> kinds = {

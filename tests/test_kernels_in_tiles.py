@@ -46,6 +46,7 @@ def emulated(folder: Path) -> Path:
 def by_tiles(emulated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels for AMX are those with emulated tiles."""
     real, tiles = interface.library, ctypes.CDLL(str(emulated))
+    assert tiles.t5_is_permitted()
     interface._loaded.cache_clear()
     monkeypatch.setattr(interface, "library", lambda one: tiles if one is AMX else real(one))
     monkeypatch.setattr(interface, "_loaded", interface._loaded.__wrapped__)
