@@ -74,30 +74,33 @@ struct ScalesOfATable {
 };
 
 // Bytes in tiles of 128 columns by 4 scales. In a tile, those of column 0, 32, 64 and 96 stand beside each other, then
-// those of column 1, 33, 65 and 97, and so on; tiles follow each other along the depth first.
-inline void load_tiled(const Beside& beside, Index column, Index number, char (&found)[16]) {
-    const Index first = number >> beside.across_bits, count = std::min(beside.in_row - first, Index(256) >> beside.across_bits);
+// those of column 1, 33, 65 and 97, and so on; tiles follow each other along the depth first. `widened` makes a register
+// of scales of as many bytes.
+template <class Widened>
+void prepare_tiled(const Beside& beside, Index column, Index number, float* scales, Widened widened) {
+    const Index first = number >> beside.across_bits;
+    const Index count = std::min(beside.in_row - first, Index(256) >> beside.across_bits);
     const char* place = static_cast<const char*>(beside.scales) + column / 128 * beside.in_row * 128 + first * 128;
     place += column % 32 * 16 + column % 128 / 32 * 4;
-    for (Index i = 0; i < count; i += 4) std::memcpy(found + i, place + i * 128, 4);
+    const auto four = [=](Index i) { return i < count ? load_as<int>(place + i * 128) : 0; };
+    // Put together in a register: what is stored in parts cannot be loaded as a whole for a while.
+    __m128i bytes = _mm_setr_epi32(four(0), four(4), four(8), four(12));
+    for (Index i = 0; i < 16; i += kLanes, bytes = _mm_unpackhi_epi64(bytes, bytes)) store(scales + i, widened(bytes));
 }
 
 // In float8 e4m3, times the unit of the piece.
 struct TiledInE4m3 {
     static void prepare(const Piece& piece, Index column, Index number, float* scales) {
-        alignas(16) char found[16] = {};
-        load_tiled(piece.beside, column, number, found);
-        for (Index i = 0; i < 16; i += kLanes)
-            store(scales + i, load_float8_e4m3(found + i, first_lanes(kLanes)) * all(piece.unit));
+        const Floats unit = all(piece.unit);
+        prepare_tiled(piece.beside, column, number, scales, [=](__m128i bytes) { return widened_e4m3(bytes) * unit; });
     }
 };
 
 // Powers of two: the exponents of float32 numbers.
 struct TiledPowers {
     static void prepare(const Piece& piece, Index column, Index number, float* scales) {
-        alignas(16) char found[16] = {};
-        load_tiled(piece.beside, column, number, found);
-        for (Index i = 0; i < 16; i += kLanes) store(scales + i, as_floats(shifted_left(load_bytes(found + i), 23)));
+        prepare_tiled(piece.beside, column, number, scales,
+                      [](__m128i bytes) { return as_floats(shifted_left(widened_bytes(bytes), 23)); });
     }
 };
 

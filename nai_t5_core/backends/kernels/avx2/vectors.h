@@ -69,7 +69,8 @@ inline __m128i load_small(const void* place, Lanes lanes, int size) {
     return _mm_load_si128(reinterpret_cast<const __m128i*>(each));
 }
 inline __m128i load_eight(const void* place) { return _mm_loadl_epi64(static_cast<const __m128i*>(place)); }
-inline Words load_bytes(const void* place) { return _mm256_cvtepu8_epi32(load_eight(place)); }
+inline Words widened_bytes(__m128i bytes) { return _mm256_cvtepu8_epi32(bytes); }  // the first ones, as below
+inline Words load_bytes(const void* place) { return widened_bytes(load_eight(place)); }
 // 4 bits each, in the lower half of a word whose upper bits are anything: of a byte first the upper ones. All lanes are
 // meant, or none is.
 inline Words load_halves_in_turn(const void* place, Lanes lanes) {
@@ -95,14 +96,15 @@ inline Floats load_float8_e5m2(const void* place, Lanes lanes) {
 }
 // Those with four bits of exponent and no infinity (e4m3fn): moved to where float16 has its exponent, which is 8 larger
 // there for the same power of two. The sign comes from the bits that widening fills with it.
-inline Floats load_float8_e4m3(const void* place, Lanes lanes) {
-    const __m128i wide = _mm_cvtepi8_epi16(load_small(place, lanes, 1));
+inline Floats widened_e4m3(__m128i bytes) {
+    const __m128i wide = _mm_cvtepi8_epi16(bytes);
     const __m128i moved = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(short(0xbfff)));
     const Floats numbers = _mm256_mul_ps(_mm256_cvtph_ps(moved), all(256.f));
     const __m128i without_sign = _mm_or_si128(wide, _mm_set1_epi16(short(0xff80)));
     const Words none = _mm256_cvtepi16_epi32(_mm_cmpeq_epi16(without_sign, _mm_set1_epi16(-1)));
     return _mm256_blendv_ps(numbers, all(NAN), as_floats(none));
 }
+inline Floats load_float8_e4m3(const void* place, Lanes lanes) { return widened_e4m3(load_small(place, lanes, 1)); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Words

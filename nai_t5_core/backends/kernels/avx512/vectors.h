@@ -41,7 +41,8 @@ inline void store_words(Step* place, Words words) { _mm512_storeu_si512(place, w
 inline void store_words(Step* place, Lanes lanes, Words words) { _mm512_mask_storeu_epi32(place, lanes, words); }
 
 inline __m128i load_sixteen_bytes(const void* place) { return _mm_loadu_si128(static_cast<const __m128i*>(place)); }
-inline Words load_bytes(const void* place) { return _mm512_cvtepu8_epi32(load_sixteen_bytes(place)); }
+inline Words widened_bytes(__m128i bytes) { return _mm512_cvtepu8_epi32(bytes); }
+inline Words load_bytes(const void* place) { return widened_bytes(load_sixteen_bytes(place)); }
 // 4 bits each, in the lower half of a word whose upper bits are anything: of a byte first the upper ones. All lanes are
 // meant, or none is.
 inline Words load_halves_in_turn(const void* place, Lanes lanes) {
@@ -78,13 +79,15 @@ inline Floats load_float8_e5m2(const void* place, Lanes lanes) {
 }
 // Those with four bits of exponent and no infinity (e4m3fn): moved to where float16 has its exponent, which is 8 larger
 // there for the same power of two. The sign comes from the bits that widening fills with it.
-inline Floats load_float8_e4m3(const void* place, Lanes lanes) {
-    const __m128i bytes = _mm_maskz_loadu_epi8(lanes, place);
+inline Floats widened_e4m3(__m128i bytes) {
     const __m256i moved = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
     const Floats numbers = _mm512_cvtph_ps(_mm256_and_si256(moved, _mm256_set1_epi16(short(0xbfff))));
     const __m128i without_sign = _mm_or_si128(bytes, _mm_set1_epi8(char(0x80)));
     const __mmask16 are_numbers = _mm_cmpneq_epi8_mask(without_sign, _mm_set1_epi8(char(0xff)));
     return _mm512_mask_mul_ps(all(NAN), are_numbers, numbers, all(256.f));
+}
+inline Floats load_float8_e4m3(const void* place, Lanes lanes) {
+    return widened_e4m3(_mm_maskz_loadu_epi8(lanes, place));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
