@@ -74,6 +74,7 @@ REFUSED_VALUES: dict[str, Any] = {
 SAVING_VALUES: dict[str, Any] = {
     "commit_message": "add",
     "create_pr": False,
+    "ignore_metadata_errors": True,
     "max_shard_size": "5GB",
     "private": True,
     "repo_id": "someone/model",

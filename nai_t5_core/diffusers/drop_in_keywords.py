@@ -61,11 +61,12 @@ CONFIG_SETTINGS = ("output_hidden_states", "return_dict")
 
 _NEUTRAL_IN_SAVING = (
     "safe_serialization max_shard_size save_function save_peft_format save_original_format token "
-    "use_auth_token repo_id commit_message create_pr private"
+    "use_auth_token repo_id commit_message create_pr private ignore_metadata_errors"
 )
 NEUTRAL_IN_SAVING = frozenset(_NEUTRAL_IN_SAVING.split())
 REFUSED_IN_SAVING = {
     "distributed_checkpoint": "the weights are always one file",
+    "save_config": "it is an old name of is_main_process; give that",
     "push_to_hub": "save to a folder, and upload that with 'hf upload'",
     "state_dict": "what is saved are the weights of the model",
 }
