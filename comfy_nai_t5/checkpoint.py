@@ -190,7 +190,7 @@ def _staying(examination: Examination, names: dict[str, Shape], device: torch.de
     state: dict[str, Tensor] = {name: Promised(shape, _UNPACKED) for name, shape in names.items()}
     # Tables of position biases are small, and read as a whole in every call.
     can_stay = [name for name in names if name in examination.quantised and "relative_attention_bias" not in name]
-    quantised = {name: examination.lies(name) for name in can_stay}
+    quantised = {name: examination.quantised_weight(name) for name in can_stay}
     beside = [name for name in names if name not in quantised]
     if device is None:
         return ServerCheckpoint(examination, state, {}, quantised, {name: examination.read(name) for name in beside})

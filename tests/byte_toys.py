@@ -66,7 +66,7 @@ def linear_of(kind: str, *shapes: tuple[int, int], norm: bool = False, dtype: to
 
 def exact_weight(linear: QuantisedLinear) -> Tensor:
     """[out_features, in_features] float64: what the bytes stand for, with the norm's weight."""
-    return torch.cat([form.lies().double() for form in linear.forms])
+    return torch.cat([form.original().double() for form in linear.forms])
 
 
 def quantised_stack(

@@ -115,7 +115,7 @@ def test_the_twin_has_the_weights(kind: str, layout: Layout, form: Form, dtype: 
     original, stack = (build_stack(config, random_state(config), dtype, layout) for _ in range(2))
     stack = form(stack)
     tolerance = 0.0
-    if any(isinstance(module, HeldLinear) and isinstance(module.lies(), Int8Weight) for module in stack.modules()):
+    if any(isinstance(module, HeldLinear) and isinstance(module.original(), Int8Weight) for module in stack.modules()):
         tolerance = 0.02
     elif any(isinstance(module, LiveLinear) for module in stack.modules()):
         Loras(original).add(toy_lora(config))

@@ -114,6 +114,9 @@ def test_exported() -> None:
 def test_saved_by_transformers(tmp_path: Path, class_name: str, said: bool, with_head: bool) -> None:
     """Whatever its config was told, with a head of its own or without: as transformers loads it again."""
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle")
+    is_old = int(transformers.__version__.split(".")[0]) < 5
+    if is_old and said and with_head:
+        pytest.skip("before 5.0 transformers puts the embeddings in place of a head that the file has")
     values = config_to_hf(V1_1) | {"tie_word_embeddings": said}
     values.pop("model_type"), values.pop("architectures")
     torch.manual_seed(0)
@@ -126,8 +129,8 @@ def test_saved_by_transformers(tmp_path: Path, class_name: str, said: bool, with
     reference = model_class.from_pretrained(tmp_path, attn_implementation="eager").eval()
     expected = reference(input_ids=IDS, attention_mask=MASK, decoder_input_ids=TEXTS).logits
     written = json.loads((tmp_path / "config.json").read_text())
-    if class_name == "UMT5" and with_head and "scale_decoder_outputs" not in written:
-        # Up to 5.23 it scales the outputs of every UMT5, also of those that were trained without.
+    if class_name == "UMT5" and with_head and "scale_decoder_outputs" not in written and not is_old:
+        # From 5.0 to 5.23 it scales the outputs of every UMT5, also of those that were trained without.
         expected = expected * 8
     found = logits(on_cpu(tmp_path))
     assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-5

@@ -217,7 +217,7 @@ def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-5000])
     with pytest.raises(ValueError, match="has become shorter since it was opened"):
         for name in examination.quantised:
-            examination.lies(name)
+            examination.quantised_weight(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class Form(Protocol):
     @property
     def in_8_bits(self) -> bool: ...
 
-    def lies(self) -> Any:
+    def original(self) -> Any:
         """The weight as it is kept: a tensor, or an :class:`nai_t5_core.backends.int8_weight.Int8Weight`."""
         ...
 
@@ -74,15 +74,15 @@ class HeldLinear(FixedWeights):
 
     def plain(self) -> Tensor:
         """The weight [out_features, in_features] in the dtype that the form keeps, or float32 for a form in 8 bits."""
-        found = self.lies()
+        found = self.original()
         plain: Tensor = found if isinstance(found, Tensor) else found.plain()
         return plain
 
-    def lies(self) -> Any:
+    def original(self) -> Any:
         """The weight as it is kept: a tensor, or an :class:`nai_t5_core.backends.int8_weight.Int8Weight`."""
         if self.parts > 1:
-            return self.forms[0].lies().chunk(self.parts)[self.part]
-        weights = [form.lies() for form in self.forms]
+            return self.forms[0].original().chunk(self.parts)[self.part]
+        weights = [form.original() for form in self.forms]
         if len(weights) == 1:
             return weights[0]
         return torch.cat(weights) if isinstance(weights[0], Tensor) else type(weights[0]).joined(weights)
@@ -140,9 +140,9 @@ def is_in_8_bits(model: nn.Module) -> bool:
     return any(module.in_8_bits for module in model.modules() if isinstance(module, HeldLinear))
 
 
-def as_it_lies(projection: nn.Module) -> Any:
+def original_weight(projection: nn.Module) -> Any:
     """The weight of a projection, plain or held by a backend: a tensor, or an 8-bit weight."""
     if isinstance(projection, HeldLinear):
-        return projection.lies()
+        return projection.original()
     weight: Any = projection.weight
     return weight.detach()

@@ -99,7 +99,7 @@ class Int8Product:
         )
         return out.mul_(token_scale).to(self.dtype)
 
-    def lies(self) -> Int8Weight:
+    def original(self) -> Int8Weight:
         """The weight that was given."""
         # oneDNN keeps it transposed.
         return Int8Weight(self.blocked.to_dense().T.contiguous(), self.out_scale, self.in_scale)
@@ -116,7 +116,7 @@ class Int8Product:
 
     def __getstate__(self) -> dict[str, Any]:
         """The plain weight: a tensor in oneDNN's blocked order can be neither copied nor pickled."""
-        return {"weight": self.lies(), "dtype": self.dtype}
+        return {"weight": self.original(), "dtype": self.dtype}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

@@ -68,7 +68,7 @@ class OneDNNProduct:
             out = pointwise(x, weight, None, *_POST_OPERATIONS[activation])
         return out
 
-    def lies(self) -> Tensor:
+    def original(self) -> Tensor:
         """[out_features, in_features]; the very numbers that were given."""
         weight = self._weight
         dense: Tensor = weight.to_dense() if weight.is_mkldnn else weight
@@ -85,7 +85,7 @@ class OneDNNProduct:
 
     def __getstate__(self) -> dict[str, Any]:
         """The plain weight: a tensor in oneDNN's blocked order can be neither copied nor pickled."""
-        return {"weight": self.lies()}
+        return {"weight": self.original()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["weight"])  # type: ignore[misc]

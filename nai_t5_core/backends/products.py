@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.backends.held import ByModules, HeldLinear, as_it_lies
+from nai_t5_core.backends.held import ByModules, HeldLinear, original_weight
 from nai_t5_core.backends.int8_weight import Int8Product, Int8Weight
 from nai_t5_core.backends.onednn import OneDNNProduct
 from nai_t5_core.facts.config import Activation
-from nai_t5_core.model.block import Block, Lending, Seen, is_watched, operations_are_watched
+from nai_t5_core.model.block import Block, Lending, ModulesRecord, is_watched, operations_are_watched
 from nai_t5_core.model.layers import (
     PLAIN_LINEARS,
     FoldedRMSNorm,
@@ -36,7 +36,7 @@ class OneDNNRunner:
     lending: Lending | None = None
 
     def __init__(self) -> None:
-        self._seen: Seen | None = None
+        self._seen: ModulesRecord | None = None
 
     def __call__(self, block: Block, residual: Tensor, *attends_and_dtype: Any) -> Tensor | None:
         *attends, dtype = attends_and_dtype
@@ -65,7 +65,7 @@ class OneDNNRunner:
             modules = list(last.modules())
             if is_watched(modules) or not _has_products(last.DenseReluDense):
                 return False
-            self._seen = Seen(modules)
+            self._seen = ModulesRecord(modules)
         return True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class OneDNNBackend:
     @staticmethod
     def held(linear: nn.Module, dtype: torch.dtype, parts: int = 1) -> HeldLinear:
         """The projection that replaces ``linear``, as ``parts`` products of equal size."""
-        weights: Any = as_it_lies(linear).chunk(parts)
+        weights: Any = original_weight(linear).chunk(parts)
         return HeldLinear([OneDNNProduct(weight.to(dtype)) for weight in weights], dtype=dtype)
 
 
@@ -128,7 +128,7 @@ class Int8Backend:
             for sublayer_name, sublayer in layer.named_children():
                 after_no_norm = _AFTER_NO_NORM.get(sublayer_name, AFTER_THE_SUBLAYER)
                 for owner, attribute, name in projections(sublayer):
-                    weight = as_it_lies(getattr(owner, attribute))
+                    weight = original_weight(getattr(owner, attribute))
                     held = self._held(name, weight, None if name in after_no_norm else norm, dtype)
                     setattr(owner, attribute, held)
         block.runner = ByModules(self.name)
@@ -136,7 +136,7 @@ class Int8Backend:
     @staticmethod
     def held(linear: nn.Module, dtype: torch.dtype) -> HeldLinear:
         """The projection that replaces ``linear``, which reads no norm, with a result in ``dtype``."""
-        weight = as_it_lies(linear)
+        weight = original_weight(linear)
         quantised = weight if isinstance(weight, Int8Weight) else Int8Weight.of(weight)
         return HeldLinear([Int8Product(quantised, dtype)], dtype=dtype)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nai_t5_core.backends.held import ByModules, HeldLinear, as_it_lies
+from nai_t5_core.backends.held import ByModules, HeldLinear, original_weight
 from nai_t5_core.backends.int8_weight import Int8Weight
 from nai_t5_core.backends.products import projections
 from nai_t5_core.model.block import Block
@@ -37,7 +37,7 @@ class WidenedProduct:
         weight = self._weight.plain() if isinstance(self._weight, Int8Weight) else self._weight.float()
         return F.linear(x.float(), weight).to(self.dtype)
 
-    def lies(self) -> Tensor | Int8Weight:
+    def original(self) -> Tensor | Int8Weight:
         """The weight that was given."""
         return self._weight
 
@@ -66,7 +66,7 @@ class WidenedBackend:
     @staticmethod
     def held(linear: nn.Module, dtype: torch.dtype) -> HeldLinear:
         """The projection that replaces ``linear``, with a result in ``dtype``."""
-        return HeldLinear([WidenedProduct(as_it_lies(linear), dtype)], dtype=dtype)
+        return HeldLinear([WidenedProduct(original_weight(linear), dtype)], dtype=dtype)
 
 
 WIDENED = WidenedBackend()

@@ -132,7 +132,7 @@ class Block(nn.Module):
 _HAS_FORWARD = methodcaller("__contains__", "forward")
 
 
-class Seen:
+class ModulesRecord:
     """A record of modules and their weights, which tells whether any was replaced since; cheap enough for every call.
 
     It does not notice changed values of a weight.

@@ -73,7 +73,7 @@ class Examination:
         stored = self.quantised.get(name)
         return self.checkpoint.tensors[self.keymap.names[name]].shape if stored is None else stored.shape
 
-    def lies(self, name: str) -> QuantisedWeight:
+    def quantised_weight(self, name: str) -> QuantisedWeight:
         """A quantised weight as it lies in the file, by its Hugging Face name."""
         return self.quantised[name].weight(self.checkpoint)
 
@@ -137,7 +137,7 @@ class Examination:
         """The largest absolute finite value of a tensor, of which little is in memory at a time."""
         if name not in self.quantised:
             return largest_finite(self.read(name))
-        weight = self.lies(name)
+        weight = self.quantised_weight(name)
         return max(largest_finite(weight.rows(rows)) for rows in weight.slices())
 
 

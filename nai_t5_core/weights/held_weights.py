@@ -64,7 +64,7 @@ def refuse_scales(examination: Examination, names: Iterable[str]) -> None:
 
 def _scale_faults(examination: Examination, names: Iterable[str]) -> Iterator[str]:
     for name in names:
-        fault = examination.lies(name).fault() if name in examination.quantised else None
+        fault = examination.quantised_weight(name).fault() if name in examination.quantised else None
         if fault is not None:
             kind = examination.quantised[name].kind.name
             yield f"{name}, of kind {kind}, is damaged: {fault}; fetch the file again"
@@ -97,7 +97,7 @@ def _forms(recipe: Recipe, examination: Examination, dtype: torch.dtype) -> Iter
 def _weight(name: str, examination: Examination) -> QuantisedWeight:
     """The weight as it lies in the file; of one that is not quantised, its numbers."""
     if name in examination.quantised:
-        return examination.lies(name)
+        return examination.quantised_weight(name)
     numbers = examination.read(name)
     if numbers.ndim != 2:
         raise CheckpointError(f"{name} has shape {list(numbers.shape)}, and a matrix is needed")

@@ -22,20 +22,20 @@ class RowsInFile:
     Attributes:
         count: rows of the table.
         width: bytes of a row.
-        number: what the system knows the file by, whatever its name.
+        known_by: what the system knows the file by, whatever its name: device and number.
     """
 
     path: Path
     start: int
     count: int
     width: int
-    number: int
+    known_by: tuple[int, int]
 
     @classmethod
     def of(cls, path: Path, start: int, table: Tensor) -> RowsInFile:
         """Of a table [rows, bytes of a row] uint8 that is mapped from there."""
         count, width = table.shape
-        return cls(path, start, count, width, path.stat().st_ino)
+        return cls(path, start, count, width, _known_by(path.stat()))
 
     def __call__(self, numbers: Tensor) -> Tensor | None:
         """The bytes of rows by their numbers [rows]: [rows, width] uint8.
@@ -49,7 +49,7 @@ class RowsInFile:
         wanted = numbers.tolist()
         try:
             with self.path.open("rb", buffering=0) as file:
-                is_same = os.fstat(file.fileno()).st_ino == self.number
+                is_same = _known_by(os.fstat(file.fileno())) == self.known_by
                 return self._read(file, wanted) if is_same and all(0 <= row < self.count for row in wanted) else None
         except OSError:
             return None
@@ -61,3 +61,7 @@ class RowsInFile:
             if file.readinto(row) != self.width:
                 raise ValueError(f"{self.path} has become shorter since it was opened; fetch it again")
         return content
+
+
+def _known_by(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino

@@ -59,7 +59,7 @@ def values_kept(kept: Any) -> list[torch.Tensor]:
     """The bytes of qkv, o, inner and wo."""
     if hasattr(kept, "kernels"):
         return [weight.original() for weight in kept.kernels.weights]
-    return [product.lies().values for product in (kept.qkv, kept.o, kept.wi, kept.wo)]
+    return [product.original().values for product in (kept.qkv, kept.o, kept.wi, kept.wo)]
 
 
 @needs_8_bits

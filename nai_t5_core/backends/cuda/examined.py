@@ -11,7 +11,7 @@ from nai_t5_core.backends.cuda.launches import Documents, Watch
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.torch_products import Products
 from nai_t5_core.backends.quantised.projections import QuantisedLinear
-from nai_t5_core.model.block import Seen
+from nai_t5_core.model.block import ModulesRecord
 from nai_t5_core.model.encoder import T5EncoderStack
 
 
@@ -28,7 +28,7 @@ class ExaminedStack:
         self._stack = weakref.proxy(stack)
         self.blocks = CudaBlocks.of(stack, biases)
         modules = list(stack.modules())[1:]
-        self._seen = Seen(modules, [stack._modules])
+        self._seen = ModulesRecord(modules, [stack._modules])
         # Moving a projection, or another scale, gives it other forms.
         self._forms = [(module, module.forms) for module in modules if isinstance(module, QuantisedLinear)]
         self._scales = stack.scales

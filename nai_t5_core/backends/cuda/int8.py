@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nai_t5_core.backends.cuda.byte_weight import JoinedForm
-from nai_t5_core.backends.held import as_it_lies
+from nai_t5_core.backends.held import original_weight
 from nai_t5_core.backends.int8_weight import Int8Weight
 from nai_t5_core.backends.products import AFTER_THE_SUBLAYER, projections
 from nai_t5_core.backends.quantised.kernels import runner_of_quantised
@@ -58,7 +58,7 @@ def quantise_block(block: Block, dtype: torch.dtype, device: torch.device) -> No
     multiplied by it.
     """
     for owner, attribute, original, divisor, parts in _projections(block):
-        setattr(owner, attribute, _held(as_it_lies(original), divisor, parts, dtype, device))
+        setattr(owner, attribute, _held(original_weight(original), divisor, parts, dtype, device))
     block.runner = runner_of_quantised(block)
 
 

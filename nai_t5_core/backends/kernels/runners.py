@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.backends.held import HeldLinear, as_it_lies
+from nai_t5_core.backends.held import HeldLinear, original_weight
 from nai_t5_core.backends.int8_weight import Int8Weight
 from nai_t5_core.backends.kernels.block import BlockOfKernels, KernelBlock, KernelDecoderBlock
 from nai_t5_core.backends.kernels.build import (
@@ -24,7 +24,7 @@ from nai_t5_core.backends.kernels.weights import KernelWeight
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN, Int8Backend, OneDNNBackend
 from nai_t5_core.backends.widened import WIDENED, WidenedBackend
 from nai_t5_core.model.attention import Attend, FusedSelfAttention
-from nai_t5_core.model.block import Block, Lending, Seen, is_watched, operations_are_watched, torch_is_needed
+from nai_t5_core.model.block import Block, Lending, ModulesRecord, is_watched, operations_are_watched, torch_is_needed
 from nai_t5_core.model.decoder import DecoderBlock
 from nai_t5_core.model.layers import (
     PLAIN_LINEARS,
@@ -55,7 +55,7 @@ class KernelsInPlace:
 
     def __init__(self, instructions: InstructionSet | None = None) -> None:
         self._named = instructions
-        self._looked: tuple[torch.dtype, Seen, KernelBlock | None] | None = None
+        self._looked: tuple[torch.dtype, ModulesRecord, KernelBlock | None] | None = None
 
     @property
     def name(self) -> str:
@@ -82,7 +82,7 @@ class KernelsInPlace:
         kernels = None
         if self.attends(block, dtype) and prepare_kernels(self._named) is None:
             kernels = _kernels_in_place(block, dtype, set_to_use(self._named))
-        self._looked = (dtype, Seen(list(block.modules())[1:]), kernels)
+        self._looked = (dtype, ModulesRecord(list(block.modules())[1:]), kernels)
         return kernels
 
     def forget(self) -> None:
@@ -167,7 +167,7 @@ class _HeldForm:
     def in_8_bits(self) -> bool:
         return self.held.kernels.weights[self.place].scales is not None
 
-    def lies(self) -> Tensor | Int8Weight:
+    def original(self) -> Tensor | Int8Weight:
         kept = self.held.kernels.weights[self.place]
         values = kept.original()
         return values if kept.scales is None else Int8Weight(values, kept.scales, self.held.in_scales[self.place])
@@ -188,7 +188,7 @@ class KernelsOnPanels:
     def __init__(self, backend: KernelsBackend, held: _Held) -> None:
         self.lending: Lending | None = Lending(to=backend.lends_to, back=backend)
         self._name, self._held = backend.name, held
-        self._seen: Seen | None = None
+        self._seen: ModulesRecord | None = None
 
     @property
     def name(self) -> str:
@@ -202,7 +202,7 @@ class KernelsOnPanels:
             modules = list(block.modules())[1:]
             if is_watched(modules) or not self._has_all_of(block):
                 return None
-            self._seen = Seen(modules)
+            self._seen = ModulesRecord(modules)
         *attends, _ = attends_and_dtype
         out: Tensor = self._held.ready()(residual, *attends, *norm_weights(block, self._held.in_scales[::2]))
         return out
@@ -260,7 +260,7 @@ class KernelsBackend:
 
     def bind(self, block: Block, dtype: torch.dtype) -> None:
         taken_from = places(block)
-        weights = [_joined([as_it_lies(getattr(owner, name)) for name in names]) for owner, names in taken_from]
+        weights = [_joined([original_weight(getattr(owner, name)) for name in names]) for owner, names in taken_from]
         held = self._held(block, weights, dtype)
         for place, (owner, names) in enumerate(taken_from):
             for part, name in enumerate(names):

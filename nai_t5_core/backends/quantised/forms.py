@@ -83,7 +83,7 @@ class QuantisedForm:
         states = ((id(each), each.data_ptr(), 0 if each.is_inference() else each._version) for each in self.tensors)
         return self.weight.kind, self.weight.shape, self.scale, *states
 
-    def lies(self) -> Tensor:
+    def original(self) -> Tensor:
         """[out_features, in_features] float32."""
         return self.plain(torch.float32)
 

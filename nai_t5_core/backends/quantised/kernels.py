@@ -25,7 +25,7 @@ from nai_t5_core.backends.quantised.forms import QuantisedForm
 from nai_t5_core.backends.quantised.pieces import is_here, is_read, piece_of
 from nai_t5_core.backends.quantised.projections import QuantisedLinear
 from nai_t5_core.model.attention import Attend
-from nai_t5_core.model.block import Block, BlockRunner, Lending, Seen, is_watched, operations_are_watched
+from nai_t5_core.model.block import Block, BlockRunner, Lending, ModulesRecord, is_watched, operations_are_watched
 from nai_t5_core.model.decoder import DecoderBlock
 from nai_t5_core.model.layers import PLAIN_LINEARS, FusedGatedFeedForward, GatedFeedForward
 
@@ -38,7 +38,7 @@ class _Looked:
     """What was found of a block, and of what."""
 
     dtype: torch.dtype
-    seen: Seen
+    seen: ModulesRecord
     forms: list[tuple[QuantisedLinear, tuple[QuantisedForm, ...]]]
     kernels: KernelBlock | None
 
@@ -89,7 +89,7 @@ class QuantisedKernels:
                 kernels = _kernels_of(block, dtype, set_to_use(self._named))
             modules = list(block.modules())[1:]
             forms = [(module, module.forms) for module in modules if isinstance(module, QuantisedLinear)]
-            self._looked = _Looked(dtype, Seen(modules), forms, kernels)
+            self._looked = _Looked(dtype, ModulesRecord(modules), forms, kernels)
         return self._looked.kernels
 
     def forget(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.held import as_it_lies
+from nai_t5_core.backends.held import original_weight
 from nai_t5_core.backends.products import projections
 from nai_t5_core.backends.quantised.forms import QuantisedForm
 from nai_t5_core.backends.quantised.kernels import BY_QUANTISED_WEIGHTS, runner_of_quantised
@@ -40,7 +40,7 @@ class QuantisedBackend:
         for layer in block.layer:
             for sublayer in layer.children():
                 for owner, attribute, name in projections(sublayer):
-                    weight = as_it_lies(getattr(owner, attribute))
+                    weight = original_weight(getattr(owner, attribute))
                     plain = weight if isinstance(weight, Tensor) else weight.plain()
                     # Gate and up have scales of their own in float16.
                     parts = 2 if isinstance(sublayer, FusedGatedFeedForward) and name == "wi" else 1

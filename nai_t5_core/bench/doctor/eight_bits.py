@@ -50,7 +50,7 @@ def unpacked(stack: T5EncoderStack) -> T5EncoderStack:
         for name, child in list(module.named_children()):
             if isinstance(child, HeldLinear):
                 plain: Any = NoInit.Linear(child.in_features, child.out_features, bias=False, device="meta")
-                plain.weight = torch.nn.Parameter(torch.cat([form.lies() for form in child.forms]), False)
+                plain.weight = torch.nn.Parameter(torch.cat([form.original() for form in child.forms]), False)
                 setattr(module, name, plain)
     block: Any
     for block in stack.encoder.block:

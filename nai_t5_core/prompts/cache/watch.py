@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nai_t5_core.model.block import Seen
+from nai_t5_core.model.block import ModulesRecord
 from nai_t5_core.model.encoder import T5EncoderStack
 
 
@@ -33,7 +33,7 @@ class Watch:
     def renew(self) -> None:
         """Takes what is now for what is known, after a change that was told."""
         self._modules = list(self._stack.modules())
-        self._seen = Seen(self._modules)
+        self._seen = ModulesRecord(self._modules)
         tables = [table for module in self._modules for table in (module._parameters, module._buffers)]
         self._tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
         self._state = self._present_state()
