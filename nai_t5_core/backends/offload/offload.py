@@ -178,17 +178,16 @@ class Offload:
             nbytes = max(Layout.of(weights_of(block)).nbytes for block in stack.encoder.block)
             ring = Ring(mover, self._count, nbytes, self._tell, stack.encoder.block)
             undone.callback(_move_the_rest, stack, before or CPU)
-            self._tell(lambda: _move_the_rest(stack, mover.device))
+            runner = KernelsLayerByLayer(self) if self._by_kernels else None
+            self._tell(lambda: _compute_on(stack, mover.device, runner))
             undone.pop_all()
             self._nbytes, self._ring = nbytes, ring
-            stack.runner = KernelsLayerByLayer(self) if self._by_kernels else None
 
     def rest(self, stack: T5EncoderStack) -> None:
         """Has the stack compute where its weights are; what it had on a device is freed."""
         with stack.turns.change():
             self.device = self._ring = None
-            stack.runner = None
-            self._tell(lambda: _move_the_rest(stack, CPU))
+            self._tell(lambda: _compute_on(stack, CPU, None))
 
     def rows(self, table: nn.Module, ids: Tensor) -> Tensor:
         """See :class:`nai_t5_core.model.offloading.Offloading`."""
@@ -204,6 +203,12 @@ class Offload:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ring": None}
+
+
+def _compute_on(stack: T5EncoderStack, device: torch.device, runner: KernelsLayerByLayer | None) -> None:
+    # Told as one change: a cache of prompts looks at what computes as well.
+    _move_the_rest(stack, device)
+    stack.runner = runner
 
 
 @torch.no_grad()
