@@ -18,7 +18,7 @@ TOKENS = 64
 # On a warm disk cache, without reading weights.
 MOST_SECONDS = 10.0
 # A process that hangs is ended: it would go on using the device when the step is over.
-_PATIENCE = 60.0
+_PATIENCE = 48.0
 
 
 def time_first_encodes(patient: Patient) -> Finding:

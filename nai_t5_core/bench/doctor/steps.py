@@ -70,7 +70,7 @@ def all_steps() -> tuple[Step, ...]:
             "first-encode",
             "the first encode of a fresh process",
             first_encode.time_first_encodes,
-            185,
+            150,
             devices=("cuda",),
         ),
         Step("choice", "what is fastest on this card", choosing.measure_choice, 150, devices=("cuda",)),
