@@ -18,6 +18,7 @@ from nai_t5_core.bench.doctor import (
     Diagnosis,
     DoctorSettings,
     ceilings,
+    cpu_products,
     examination,
     examine_machine,
     graphs,
@@ -241,6 +242,29 @@ def test_weights_in_8_bits_are_timed_on_the_cpu(monkeypatch: pytest.MonkeyPatch)
     assert speed.measure_int8(patient) == {"reason": "no bytes here"}
 
 
+def test_what_multiplies_on_a_processor_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What auto takes is not compared with itself, and what there is not is told with its reason."""
+    patient = Patient(DoctorSettings(device="cpu", model=str(EMBEDDED_MODEL)))
+    monkeypatch.setattr(cpu_products, "LENGTHS", (20,))
+    monkeypatch.setattr(cpu_products, "SMALL_CONFIGS", {"umt5": numbers.SMALL_CONFIGS["umt5"]})
+    found = cpu_products.compare(patient)
+    ways = found["by"].keys()
+    assert found["wrong"] == [] and found["checked"] >= 30 * len(ways) and ways | found["missing"].keys()
+    assert len(set(found["by"].values())) == len(ways) and found["times"].keys() == ways
+    assert all(times["20"]["ms"] > 0 for times in found["times"].values())
+    assert "amx" in ways or "products='amx' is not possible: " in found["missing"]["amx"]
+
+    def off_by_a_little(stack: T5EncoderStack, way: str) -> T5EncoderStack:
+        norm = stack.encoder.final_layer_norm
+        norm.weight = torch.nn.Parameter(norm.weight * 1.1, requires_grad=False)
+        return stack
+
+    monkeypatch.setattr(cpu_products, "prepack", off_by_a_little)
+    monkeypatch.setattr(cpu_products, "quantize_int8", lambda stack, way: stack)
+    wrong = cpu_products.compare(patient)["wrong"]
+    assert wrong and all(line.startswith("auto, umt5, ") and "off by" in line for line in wrong)
+
+
 def test_steps_have_names_of_their_own() -> None:
     names = [step.name for step in all_steps()]
     assert len(set(names)) == len(names)
@@ -394,6 +418,31 @@ def test_advice_on_8_bits_is_of_what_was_measured() -> None:
     int8 = {"times": {"64": {"ms": 6.0}, "512": {"ms": 120.0}}}
     found = diagnosis_of("cpu", {**MACHINE, "missing": {}}, speed={"times": times, "by": "torch"}, int8=int8)
     assert "takes 60% for 64 and 120% for 512 tokens of the time above" in advice(found)[1]
+
+
+@pytest.mark.parametrize(
+    ("amx", "onednn", "told"),
+    [
+        (
+            (6.0, 80.0),
+            (9.0, 90.0),
+            'products="amx" takes 60% for 64 and 80% for 512 tokens of that time here: name it.',
+        ),
+        ((6.0, 80.0), (5.0, 70.0), 'products="onednn" takes 50% for 64 and 70% for 512 tokens of that time here'),
+        ((6.0, 95.0), (9.5, 60.0), None),
+    ],
+)
+def test_advice_on_what_multiplies_is_of_what_was_measured(
+    amx: tuple[float, float], onednn: tuple[float, float], told: str | None
+) -> None:
+    """Clearly faster at each length, or left alone."""
+    by_way = {"auto": (10.0, 100.0), "amx": amx, "onednn": onednn}
+    times = {way: {"64": {"ms": short}, "512": {"ms": long}} for way, (short, long) in by_way.items()}
+    found = {"times": times, "by": {way: f"by {way}" for way in times}, "checked": 4, "wrong": [], "missing": {}}
+    diagnosis = diagnosis_of("cpu", {**MACHINE, "missing": {}}, **{"cpu-products": found})
+    first = advice(diagnosis)[0]
+    assert told in first if told else "products=" not in first
+    assert '| products="amx" | by amx | 6.00 ms |' in as_markdown(diagnosis)
 
 
 def test_wrong_results_come_before_any_advice() -> None:

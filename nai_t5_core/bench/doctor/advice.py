@@ -8,6 +8,8 @@ from nai_t5_core.bench.doctor.examination import Diagnosis
 from nai_t5_core.bench.doctor.machine import CPU_KERNELS, INT8
 
 _MUCH_FASTER = 1.5
+# The share of a time from which on another way is advised: less may be chance.
+_CLEARLY_FASTER = 0.9
 # Beside the weights: activations, and the program itself.
 _ROOM_BESIDE = 1.2
 
@@ -43,6 +45,10 @@ def _computing(diagnosis: Diagnosis, machine: dict[str, Any]) -> str:
         )
     if diagnosis.device == "cpu" and (reason := machine["missing"].get(CPU_KERNELS)):
         text += f" Our kernels for the CPU do not run here ({reason}); torch computes."
+    if faster_way := _faster_than_auto(diagnosis.data("cpu-products").get("times", {})):
+        way, shares = faster_way
+        told = " and ".join(f"{share:.0%} for {length}" for length, share in shares.items())
+        text += f' products="{way}" takes {told} tokens of that time here: name it.'
     return text
 
 
@@ -58,6 +64,24 @@ def _much_faster_dtype(rates: dict[str, Any], dtype: str) -> tuple[str, float] |
     fastest = max(known, key=lambda name: known[name])
     ratio = known[fastest] / known[dtype]
     return (fastest, ratio) if ratio > _MUCH_FASTER else None
+
+
+def _faster_than_auto(times: dict[str, dict[str, Any]]) -> tuple[str, dict[str, float]] | None:
+    """What multiplies clearly faster than what ``"auto"`` takes, at every length, and its shares of auto's times.
+
+    The fastest of these; None if there is none.
+    """
+    by_auto = times.get("auto", {})
+    shares = {
+        way: {length: time["ms"] / by_auto[length]["ms"] for length, time in lengths.items()}
+        for way, lengths in times.items()
+        if by_auto
+    }
+    clearly = {way: each for way, each in shares.items() if max(each.values()) <= _CLEARLY_FASTER}
+    if not clearly:
+        return None
+    fastest = min(clearly, key=lambda way: sum(clearly[way].values()))
+    return fastest, clearly[fastest]
 
 
 def _quantising(diagnosis: Diagnosis, machine: dict[str, Any]) -> str:

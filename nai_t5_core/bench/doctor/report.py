@@ -93,6 +93,8 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
         yield _speed(diagnosis)
     if (times := diagnosis.data("int8").get("times")) and (above := diagnosis.data("speed").get("times")):
         yield _int8(times, above)
+    if found := diagnosis.data("cpu-products"):
+        yield _cpu_products(found)
     for step in ("transformers", "nai-t5"):
         if found := diagnosis.data(step):
             yield _peer(step, found)
@@ -217,6 +219,15 @@ def _int8(times: dict[str, Any], by_16_bits: dict[str, Any]) -> Section:
         if length in by_16_bits
     ]
     return Section('Our encoder with quantize="int8"', ("batch", "time", "of the time above"), tuple(rows))
+
+
+def _cpu_products(found: dict[str, Any]) -> Section:
+    rows = [
+        (f'products="{way}"', found["by"][way], *(f"{time['ms']:.2f} ms" for time in times.values()))
+        for way, times in found["times"].items()
+    ]
+    lengths = next(iter(found["times"].values()), {})
+    return Section("What may multiply here", ("", "by", *(f"{length} tokens" for length in lengths)), tuple(rows))
 
 
 def _peer(name: str, found: dict[str, Any]) -> Section:

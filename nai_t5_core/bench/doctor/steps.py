@@ -41,6 +41,7 @@ def all_steps() -> tuple[Step, ...]:
     from nai_t5_core.bench.doctor import (
         ceilings,
         choosing,
+        cpu_products,
         eight_bits,
         first_encode,
         graphs,
@@ -65,6 +66,7 @@ def all_steps() -> tuple[Step, ...]:
         Step("speed", "our encoder at typical lengths", speed.measure_lengths, 120),
         Step("batches", "our encoder with many prompts", speed.measure_batches, 60),
         Step("int8", "our encoder with weights in 8 bits", speed.measure_int8, 60, devices=("cpu",)),
+        Step("cpu-products", "what multiplies on this processor", cpu_products.compare, 90, devices=("cpu",)),
         Step("launches", "what one encode has the device do", speed.count_launches, 60, devices=("cuda",)),
         Step(
             "first-encode",
