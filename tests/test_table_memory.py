@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import mmap
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_rows_are_those_of_the_mapped_table(kind: str, tmp_path: Path) -> None:
     stack = load_encoder(path, "float32", "cpu")
     weight, ids = table_of(stack), torch.tensor([95, 0, 17, 17])
     assert weight.kind.name == kind and weight.read_rows is not None
-    assert torch.equal(weight.read_rows(ids), weight.parts[WEIGHT][ids])
+    assert torch.equal(weight.read_rows(weight.parts[WEIGHT], ids), weight.parts[WEIGHT][ids])
     assert torch.equal(weight.rows(ids), weight.plain()[ids])
 
 
@@ -88,16 +89,17 @@ def test_rows_of_a_file_of_our_own(kind: PackedKind, tmp_path: Path) -> None:
     convert_quantised(source, tmp_path / "own.safetensors", kind, encoder_only=True)
     weight, ids = table_of(load_encoder(tmp_path / "own.safetensors", "float32", "cpu")), torch.tensor([95, 0, 17])
     assert weight.read_rows is not None and weight.parts[WEIGHT].count_nonzero()
-    assert torch.equal(weight.read_rows(ids), weight.parts[WEIGHT][ids])  # type: ignore[arg-type]
+    assert torch.equal(weight.read_rows(weight.parts[WEIGHT], ids), weight.parts[WEIGHT][ids])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("numbers", [[0, 96], [-1]])
 def test_what_is_no_row_is_not_read(numbers: list[int], tmp_path: Path) -> None:
     """What lies before and behind the table is no part of it."""
     stack = load_encoder(write_gguf(tmp_path / "t5.gguf", random_state(CONFIG), "Q8_0"), "float32", "cpu")
-    read_rows = table_of(stack).read_rows
-    assert read_rows is not None and read_rows(torch.tensor(numbers)) is None
-    assert read_rows(torch.zeros(0, dtype=torch.int64)).shape == (0, 272)  # type: ignore[union-attr]
+    weight = table_of(stack)
+    table, read_rows = weight.parts[WEIGHT], weight.read_rows
+    assert read_rows is not None and read_rows(table, torch.tensor(numbers)) is None
+    assert read_rows(table, torch.zeros(0, dtype=torch.int64)).shape == (0, 272)  # type: ignore[union-attr]
 
 
 @torch.no_grad()
@@ -110,8 +112,8 @@ def test_a_file_that_goes_while_it_is_used(change: str, tmp_path: Path) -> None:
     path.rename(tmp_path / "kept.gguf")
     if change == "another file":
         write_gguf(path, random_state(CONFIG, seed=1), "Q8_0")
-    read_rows = table_of(stack).read_rows
-    assert read_rows is not None and read_rows(IDS[0]) is None
+    weight = table_of(stack)
+    assert weight.read_rows is not None and weight.read_rows(weight.parts[WEIGHT], IDS[0]) is None
     assert torch.equal(stack(IDS), meant)
 
 
@@ -123,7 +125,19 @@ def test_a_file_that_becomes_shorter_is_told(tmp_path: Path) -> None:
         table_of(stack).rows(IDS[0])
 
 
+def moved_and_back(stack: Any) -> Any:
+    """As from a device: into other memory of the CPU."""
+    return stack._apply(lambda tensor: tensor.clone())
+
+
 @torch.no_grad()
-def test_a_copy_of_the_model_computes_the_same(tmp_path: Path) -> None:
-    stack = load_encoder(write_gguf(tmp_path / "t5.gguf", random_state(CONFIG), "Q8_0"), "float32", "cpu")
-    assert torch.equal(copy.deepcopy(stack)(IDS), stack(IDS))
+@pytest.mark.parametrize("copied", [copy.deepcopy, moved_and_back, lambda stack: pickle.loads(pickle.dumps(stack))])
+def test_a_table_that_was_copied_into_memory_has_nothing_of_the_file(copied: Any, tmp_path: Path) -> None:
+    """Which others may write into."""
+    path = write_gguf(tmp_path / "t5.gguf", random_state(CONFIG), "Q8_0")
+    stack = load_encoder(path, "float32", "cpu")
+    meant = stack(IDS)
+    other, own = copied(stack), write_gguf(tmp_path / "other.gguf", random_state(CONFIG, seed=1), "Q8_0").read_bytes()
+    with path.open("r+b") as file:
+        file.write(own)
+    assert path.read_bytes() == own and torch.equal(other(IDS), meant)

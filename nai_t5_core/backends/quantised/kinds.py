@@ -17,8 +17,8 @@ from torch import Tensor
 Parts = Mapping[str, Tensor]
 # Which rows: a run of them, or their numbers [rows] int64.
 Rows = slice | Tensor
-# Bytes [numbers, bytes of a row] of the rows with these numbers [numbers] int64; None where they cannot be had.
-ReadRows = Callable[[Tensor], Tensor | None]
+# Bytes [numbers, bytes of a row] of the rows of a table with these numbers [numbers] int64; None where there are none.
+ReadRows = Callable[[Tensor, Tensor], Tensor | None]
 # Shape and dtype of the parts, known before any is read.
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -76,7 +76,7 @@ class QuantisedWeight:
     def rows(self, rows: Rows) -> Tensor:
         """Some rows of the weight: [rows, columns] float32, the caller's own."""
         if self.read_rows is not None and isinstance(rows, Tensor) and self.device.type == "cpu":
-            packed = self.read_rows(rows)
+            packed = self.read_rows(self.parts[WEIGHT], rows)
             if packed is not None:
                 return self.kind.unpack({WEIGHT: packed}, slice(None))
         return self.kind.unpack(self.parts, rows)
