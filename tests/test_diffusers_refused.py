@@ -213,7 +213,7 @@ def _nothing(encoder: nn.Module) -> None:
 
 
 def _overflow(encoder: Any) -> None:
-    """ModulesRecord only when the joined weight is made, the last of the model's attention."""
+    """Seen only when the joined weight is made, the last of the model's attention."""
     with torch.no_grad():
         encoder.encoder.block[-1].layer[0].SelfAttention.v.weight[0, 0] = 1e6
 

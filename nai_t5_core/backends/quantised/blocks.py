@@ -43,7 +43,7 @@ class BlockKind:
         return wrong_part(layout, WEIGHT, (rows, columns // self.block * self.size), torch.uint8)
 
     def scales(self, parts: Parts) -> Iterator[tuple[str, Tensor]]:
-        # ModulesRecord in place: a copy of all blocks would take the time of reading them once more.
+        # Seen in place: a copy of all blocks would take the time of reading them once more.
         halves = parts[WEIGHT].reshape(-1, self.size).view(torch.float16)
         for start in self.halves:
             yield "the scale of a block", halves[:, start // 2]
