@@ -20,7 +20,7 @@ from toy_loras import toy_lora
 from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.backends.cuda.encoder import cuda_encoder
 from nai_t5_core.backends.cuda.int8 import quantise_at_rest, quantise_stack
-from nai_t5_core.backends.offload.offload import offload_layers
+from nai_t5_core.backends.offload.offload import Offload, offload_layers
 from nai_t5_core.backends.offload.weights import weights_of
 from nai_t5_core.backends.quantised.packing import pack
 from nai_t5_core.backends.quantised.projections import QuantisedForm, QuantisedLinear
@@ -227,6 +227,22 @@ def test_bytes_go_back_to_the_cpu_and_are_copied_as_in_their_file(kind: str) -> 
         if isinstance(module, QuantisedLinear):
             assert [form.weight.kind for form in module.forms] == [form.weight.kind for form in own.forms]
             assert torch.equal(module.plain(), own.plain())
+
+
+def kinds_in(stack: Any) -> set[Any]:
+    return {form.weight.kind for module in stack.modules() for form in getattr(module, "forms", ())}
+
+
+def test_bytes_that_cannot_be_offloaded_are_as_in_their_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the kernels for the CPU read; they do not read scales of blocks apart."""
+    stack = quantised_stack("Q8_0")
+    kinds = kinds_in(stack)
+    expected, device = stack(IDS, MASK), SimulatedDevice(room=1000)
+    monkeypatch.setattr(Offload, "move", lambda self, stack, change: self.start(stack, device))
+    with pytest.raises(MemoryError, match="no room"):
+        offload_layers(stack)
+    assert kinds_in(stack) == kinds
+    assert stack.offload is None and torch.equal(stack(IDS, MASK), expected)
 
 
 def test_kinds_that_the_kernels_do_not_read_are_torchs_and_that_is_told() -> None:

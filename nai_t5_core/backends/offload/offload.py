@@ -83,6 +83,7 @@ def _unless_it_fails(stack: T5EncoderStack) -> Iterator[None]:
         stack.offload, stack.runner, stack.turns = None, runner, turns
         for block, own in zip(blocks, runners, strict=True):
             block.runner = own
+        lay_as_in_file(stack)
         stack.to(device)
         for weight, is_needed in needed:
             weight.requires_grad_(is_needed)
