@@ -187,6 +187,14 @@ def test_a_step_that_the_budget_ends_is_told_from_one_that_hangs(monkeypatch: py
         assert ("everything" in found.outcomes["masks"]["message"]) == (budget == 20)
 
 
+def test_a_device_that_the_budget_ends_the_trial_of_is_not_said_to_be_faulty(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = {"status": "late", "message": "stopped after 20 seconds", "seconds": 20.0}
+    monkeypatch.setattr(StepProcess, "run", lambda *_: dict(late))
+    found = examine_machine(DoctorSettings(device="cuda", budget=20, only=("speed",)))
+    assert found.device == "cuda" and found.outcomes["device"]["status"] == "late"
+    assert found.outcomes["device"]["message"].endswith("when the time for everything was over")
+
+
 def test_a_device_is_tried_by_what_it_computes() -> None:
     assert machine.try_device(Patient(CPU)) == {"wrong": []}
 

@@ -74,9 +74,10 @@ def examine_machine(settings: DoctorSettings, progress: Callable[[str], None] | 
             tell(step.title)
             left = ends_at - time.monotonic()
             outcome = _judged(process.run(step.name, min(step.deadline, left)) if left > 1 else _LEFT_OUT)
-            if outcome["status"] == "late" and left < step.deadline:
+            is_over = outcome["status"] == "late" and left < step.deadline
+            if is_over:
                 outcome["message"] += ", when the time for everything was over"
-            if step.name == TRIAL and outcome["status"] not in ("ok", "left out"):
+            if step.name == TRIAL and not is_over and outcome["status"] not in ("ok", "left out"):
                 reason = outcome.get("message", "it computes wrongly")
                 outcome |= {"status": "failed", "message": f"{reason}; the CPU is examined in its place"}
                 device, settings = torch.device("cpu"), replace(settings, device="cpu")
