@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from nai_t5_core.backends.quantised.four_bits import FourBits
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
+from nai_t5_core.bench import kinds as bench_kinds
+from nai_t5_core.bench import kinds_packing
+from nai_t5_core.bench.kinds import measure_kinds
 from nai_t5_core.bench.kinds_packing import BY_LLAMA_CPP, PACKINGS, possible_kinds
+from nai_t5_core.facts.config import named_config
 
 pytest.importorskip("gguf", reason="packs some of the kinds")
 
@@ -35,6 +41,18 @@ def test_numbers_come_back(kind: str) -> None:
     assert packed.fault() is None
     error = float((packed.plain() - weight).square().mean().sqrt() / weight.square().mean().sqrt())
     assert 0.4 * ERRORS[kind] < error < ERRORS[kind]
+
+
+@pytest.mark.parametrize(("absent", "kind"), [("gguf", "Q5_0"), ("gguf", "Q2_K"), ("llama_cpp", "Q2_K")])
+def test_a_kind_that_cannot_be_packed_is_refused_first(absent: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, absent, None)
+    monkeypatch.setattr(kinds_packing, "find_spec", lambda name: None if name == absent else name)
+    monkeypatch.setattr(bench_kinds, "random_state", lambda *_, **__: pytest.fail("work began"))
+    if absent == "gguf":
+        monkeypatch.setitem(sys.modules, "llama_cpp", sys)
+    assert kind not in possible_kinds() and {"int8", "Q8_0", "Q4_K", "NF4"} < set(possible_kinds())
+    with pytest.raises(ValueError, match=absent.replace("_", "-") + " cannot be imported"):
+        measure_kinds(named_config("t5-v1_1-small"), torch.float32, kinds=["Q8_0", kind])
 
 
 def test_all_of_gguf_are_packed() -> None:

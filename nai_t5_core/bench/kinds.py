@@ -16,7 +16,7 @@ from nai_t5_core.backends.choose import prepack, run_quantised, why_not_prepack
 from nai_t5_core.backends.quantised.pieces import is_read
 from nai_t5_core.backends.quantised.projections import QuantisedForm, QuantisedLinear
 from nai_t5_core.backends.quantised.runner import QuantisedBackend
-from nai_t5_core.bench.kinds_packing import PACKINGS, Packing, possible_kinds
+from nai_t5_core.bench.kinds_packing import PACKINGS, Packing, possible_kinds, refuse_impossible
 from nai_t5_core.bench.peers import random_state
 from nai_t5_core.facts.config import T5Config, encoder_tensors
 from nai_t5_core.lora.changes import LowRankChange
@@ -79,6 +79,7 @@ def measure_kinds(
     chosen = possible_kinds() if kinds is None else kinds
     if unknown := [kind for kind in chosen if kind not in PACKINGS]:
         raise ValueError(f"unknown kinds {unknown}; allowed: {', '.join(PACKINGS)}")
+    refuse_impossible(chosen)
     packings = {name: PACKINGS[name] for name in PACKINGS if name in chosen}
     states = [random_state(config, outliers=outliers) for outliers in (False, True)]
     ids = torch.randint(3, config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,7 @@ that of its block's largest value.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,7 +54,19 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def possible_kinds() -> list[str]:
     """The kinds whose packages are installed."""
-    return [kind for kind in PACKINGS if kind not in BY_LLAMA_CPP or find_spec("llama_cpp") is not None]
+    return [kind for kind in PACKINGS if all(find_spec(name) is not None for name in _packages(kind))]
+
+
+def refuse_impossible(kinds: Iterable[str]) -> None:
+    """Raises a ValueError for a kind whose packages are not installed."""
+    for name in dict.fromkeys(name for kind in kinds for name in _packages(kind)):
+        require(name, extra=EXTRA)
+
+
+def _packages(kind: str) -> tuple[str, ...]:
+    if kind in BY_LLAMA_CPP:
+        return "gguf", "llama_cpp"
+    return ("gguf",) if getattr(PACKINGS[kind], "func", None) is _by_gguf else ()
 
 
 def _of_gguf(kind: str, content: Tensor, shape: torch.Size) -> QuantisedWeight:

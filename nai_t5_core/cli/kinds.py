@@ -113,7 +113,7 @@ def _costs(settings: _Settings, size: str, picture: Path | None) -> _Found:
     rows = measure_kinds(config, dtype, repeats=repeats, kinds=kinds, products=products, lora_rank=lora, progress=tell)
     absent = [] if kinds else [kind for kind in PACKINGS if kind not in possible_kinds()]
     if absent:
-        say(f"left out, since llama-cpp-python, which packs them, is not installed: {', '.join(absent)}")
+        say(f"left out, since gguf or llama-cpp-python, which pack them, are not installed: {', '.join(absent)}")
     if picture is not None:
         plot(rows, size, picture)
     table = markdown(rows)
