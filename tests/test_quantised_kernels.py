@@ -210,7 +210,7 @@ def test_pieces_that_do_not_fit_are_refused() -> None:
         ),
         ([in_4_bits(across=8)], "16 numbers or more and for powers of two; got 8 of 1 columns"),
         ([in_4_bits(down=3)], "16 numbers or more and for powers of two; got 64 of 3 columns"),
-        ([in_4_bits(across=128)], "a depth of 64 is no whole scales of 128 numbers|does not divide by 128"),
+        ([in_4_bits(across=128)], "a depth of 64 does not divide by 128, which a scale of 4 bits is for"),
         ([replace(in_4_bits(), scales=torch.ones(4))], "scales of columns are for numbers of a byte"),
         ([replace(in_4_bits(), values=content)], "expected a contiguous"),
         ([in_4_bits_nested(codes=torch.ones(255))], "expected a contiguous"),

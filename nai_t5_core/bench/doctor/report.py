@@ -226,7 +226,7 @@ def _cpu_products(found: dict[str, Any]) -> Section:
         (f'products="{way}"', found["by"][way], *(f"{time['ms']:.2f} ms" for time in times.values()))
         for way, times in found["times"].items()
     ]
-    lengths = next(iter(found["times"].values()), {})
+    lengths: dict[str, Any] = next(iter(found["times"].values()), {})
     return Section("What may multiply here", ("", "by", *(f"{length} tokens" for length in lengths)), tuple(rows))
 
 
