@@ -22,6 +22,7 @@ from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.kinds import WEIGHT, QuantisedWeight
 from nai_t5_core.backends.quantised.packing import pack
 from nai_t5_core.backends.quantised.scaled import (
+    E2M1,
     MXFP8,
     NVFP4,
     SCALE,
@@ -37,8 +38,7 @@ from nai_t5_core.bench.peers import require
 # A weight [rows, columns] float32 into a kind.
 Packing = Callable[[Tensor], QuantisedWeight]
 
-# Positive values of 1 bit of sign, 2 of exponent and 1 of mantissa.
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1_POSITIVE = tuple(E2M1[:8].tolist())
 # The values of bitsandbytes: quantiles of the normal distribution, and floats, by their codes.
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
@@ -174,10 +174,10 @@ def _mxfp8(weight: Tensor) -> QuantisedWeight:
 def _nvfp4(weight: Tensor) -> QuantisedWeight:
     kind, (rows, columns) = NVFP4(), weight.shape
     largest = _largest(weight, kind.block)
-    second = largest.max() / (_E2M1[-1] * torch.finfo(_E4M3).max)
-    scale = (largest / (_E2M1[-1] * second)).to(_E4M3)
+    second = largest.max() / (_E2M1_POSITIVE[-1] * torch.finfo(_E4M3).max)
+    scale = (largest / (_E2M1_POSITIVE[-1] * second)).to(_E4M3)
     values = weight / (scale.float() * second).clamp(min=_TINY).repeat_interleave(kind.block, dim=1)
-    codes = _codes(values.abs(), _E2M1) | (values < 0).to(torch.uint8) << 3
+    codes = _codes(values.abs(), _E2M1_POSITIVE) | (values < 0).to(torch.uint8) << 3
     parts = {WEIGHT: _pairs(codes), SCALE: _tiled(scale.view(torch.uint8)).view(_E4M3), SCALE_2: second}
     return QuantisedWeight(kind, (rows, columns), parts)
 
