@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Event
 from typing import Any
 
 import pytest
@@ -11,7 +14,9 @@ from offload_toys import IDS, MASK, largest_layer, of_layers, offloaded, residen
 from simulated_device import RaceError, SimulatedDevice, Stream
 from torch import Tensor
 
+from nai_t5_core.backends.offload.offload import offload_layers
 from nai_t5_core.backends.offload.ring import Ring
+from nai_t5_core.model.turns import OneAtATime
 
 
 @pytest.fixture(autouse=True)
@@ -150,3 +155,38 @@ def test_threads_take_turns() -> None:
         for _ in range(5):
             found = list(pool.map(encode, prompts))
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_call_that_waits_while_the_encoder_goes_to_the_cpu() -> None:
+    """What computed on the device is gone when it has its turn."""
+    stack, device = resident(of_layers(4)), SimulatedDevice()
+    expected = stack(IDS)
+    offload: Any = offload_layers(stack).offload
+    offload.start(stack, device)
+    assert stack.runner is not None
+    stack.turns = turns = ToldTurns()
+
+    def encode() -> Tensor:
+        with torch.no_grad():
+            return stack(IDS)
+
+    with ThreadPoolExecutor(1) as pool:
+        with turns.change():
+            found = pool.submit(encode)
+            assert turns.is_asked_for.wait(30)
+            offload.rest(stack)
+        assert torch.equal(found.result(30), expected)
+
+
+class ToldTurns(OneAtATime):
+    """Tells when a call asks for its turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked_for = Event()
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        self.is_asked_for.set()
+        with super().call():
+            yield

@@ -222,7 +222,8 @@ class T5EncoderStack(nn.Module):
         options: dict[str, Any] = {"inputs_embeds": inputs_embeds, "padding": padding, "extra_pad": extra_pad}
         if self.runner is not None and not torch.compiler.is_compiling():
             with self.turns.call():
-                hidden = self.runner(self, input_ids, attention_mask, **options)
+                runner = self.runner  # another thread may have moved the model while this one waited
+                hidden = None if runner is None else runner(self, input_ids, attention_mask, **options)
             if hidden is not None:
                 return hidden
         out: Tensor = self._guarded(self._encode, input_ids, attention_mask, **options)
