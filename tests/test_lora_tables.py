@@ -251,6 +251,8 @@ def test_what_peft_saves_of_a_table(target: str, tmp_path: Path) -> None:
     """Its factors are those of the transposed table."""
     peft = pytest.importorskip("peft")
     model = transformers_encoder(V1_1.encoder_only(), encoder_part(random_state(V1_1)), torch.float32)
+    if target == "embed_tokens" and model.encoder.embed_tokens is model.shared:
+        pytest.skip("transformers 4 lists the table as `shared` alone; its encoder does not see what peft puts there")
     torch.manual_seed(0)
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=[target, "q"], init_lora_weights=False)
     live = peft.get_peft_model(model, config).eval()
