@@ -24,6 +24,7 @@ TEXTS = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(2))
 # Relative to the largest logit: sums in another order, one rounding less; and 8 bits.
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 NEAR_IN_8_BITS = 0.2
+MISSING = missing_for_flex(torch.device("cpu"))
 
 
 def toy(kind: str, dtype: torch.dtype = torch.float32, layout: Layout = "fused") -> T5:
@@ -116,7 +117,7 @@ def test_gradients_are_recorded_by_the_modules(instructions: InstructionSet) -> 
         assert plan.runner(plan, residual, None, memory.layer(0), torch.float32) is None
 
 
-@pytest.mark.skipif(missing_for_flex(torch.device("cpu")) is not None, reason="nothing can be compiled here")
+@pytest.mark.skipif(MISSING is not None, reason=f"nothing can be compiled here: {MISSING}")
 def test_compiled_steps_keep_products_that_a_compiler_sees_through() -> None:
     model = compile_steps(toy("v1.1"), backend="eager")
     if why_not_prepack(model) is not None:

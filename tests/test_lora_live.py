@@ -45,6 +45,8 @@ from nai_t5_core.model.encoder import LAYOUTS, Layout
 from nai_t5_core.model.fixed_weights import has_fixed_weights
 from nai_t5_core.prompts.text_encoder import TextEncoder
 
+MISSING = missing_for_flex(torch.device("cpu"))
+
 needs_packing = pytest.mark.skipif(
     why_not_prepack(v1_1_stack()) is not None, reason="this machine's oneDNN packs no float32 weights"
 )
@@ -223,10 +225,7 @@ def test_torch_compile_takes_notice() -> None:
     assert_near(ours(compiled), reference(V1_1))  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(
-    missing_for_flex(torch.device("cpu")) is not None,
-    reason="nothing can be compiled here: torch finds no C++ compiler",
-)
+@pytest.mark.skipif(MISSING is not None, reason=f"nothing can be compiled here: {MISSING}")
 def test_a_compiled_encoder_takes_notice() -> None:
     stack, lora = v1_1_stack(), toy_lora(V1_1)
     torch._dynamo.reset()

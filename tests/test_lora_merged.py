@@ -25,6 +25,8 @@ from nai_t5_core.model.attention_choice import missing_for_flex
 from nai_t5_core.model.encoder import LAYOUTS, Layout
 from nai_t5_core.prompts.text_encoder import TextEncoder
 
+MISSING = missing_for_flex(torch.device("cpu"))
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -76,10 +78,7 @@ def test_cast_while_merged() -> None:
     assert_same_weights(stack, v1_1_stack().to(torch.bfloat16).state_dict())
 
 
-@pytest.mark.skipif(
-    missing_for_flex(torch.device("cpu")) is not None,
-    reason="nothing can be compiled here: torch finds no C++ compiler",
-)
+@pytest.mark.skipif(MISSING is not None, reason=f"nothing can be compiled here: {MISSING}")
 def test_a_compiled_encoder_is_not_compiled_anew() -> None:
     stack, lora = v1_1_stack(), toy_lora(V1_1)
     torch._dynamo.reset()
