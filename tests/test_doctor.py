@@ -428,6 +428,21 @@ def test_advice_on_8_bits_is_of_what_was_measured() -> None:
     assert "takes 60% for 64 and 120% for 512 tokens of the time above" in advice(found)[1]
 
 
+def test_what_multiplies_on_a_processor_without_products_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As before VNNI: oneDNN has products in the dtype, and none in 8 bits."""
+
+    def missing(stack: T5EncoderStack, way: str) -> T5EncoderStack:
+        raise ValueError("this processor has no fast products of bytes")
+
+    patient = Patient(DoctorSettings(device="cpu", model=str(EMBEDDED_MODEL)))
+    monkeypatch.setattr(cpu_products, "LENGTHS", (20,))
+    monkeypatch.setattr(cpu_products, "SMALL_CONFIGS", {"umt5": numbers.SMALL_CONFIGS["umt5"]})
+    monkeypatch.setattr(cpu_products, "quantize_int8", missing)
+    found = cpu_products.compare(patient)
+    assert found["checked"] > 0 and found["wrong"] == []
+    assert all("no fast products of bytes" in found["missing"][f"{way}, int8"] for way in found["by"])
+
+
 @pytest.mark.parametrize(
     ("amx", "onednn", "told"),
     [
