@@ -91,12 +91,12 @@ def test_the_text_encoder_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = TextEncoder.from_pretrained(dtype="float32", device="cpu", optimize=False)
     made, quantised_on = simulated_cuda(monkeypatch), quantising_here(monkeypatch)
     monkeypatch.setattr("nai_t5_core.prompts.choices.refuse_quantising", lambda *_: None)
-    encoder = TextEncoder.from_pretrained(dtype="bfloat16", device="cuda", offload=True, quantize="int8")
+    encoder = TextEncoder.from_pretrained(dtype="float16", device="cuda", offload=True, quantize="int8")
     assert quantised_on == [torch.device("cuda")] * exact.stack.config.num_layers
     assert "offloaded layer by layer" in repr(encoder)
     found = encoder.encode(["a cat"], "pixart-sigma").hidden_states.double()
     expected = exact.encode(["a cat"], "pixart-sigma").hidden_states.double()
-    assert 0 < float((found - expected).norm() / expected.norm()) < 0.05
+    assert 0 < float((found - expected).norm() / expected.norm()) < 0.02
     plain = sum(2 * form.out_features * form.in_features for form in forms_of(encoder.stack))
     assert 0 < sum(memory.nbytes for memory in made[0]._locked.values()) < plain * 0.6
 
