@@ -37,6 +37,7 @@ from nai_t5_core.cli import app
 from nai_t5_core.facts.config import named_config
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.layers import NoInit
+from nai_t5_core.weights.convert_quantised import convert_quantised
 from nai_t5_core.weights.hub import EMBEDDED_MODEL
 from nai_t5_core.weights.load import load_encoder
 
@@ -223,6 +224,16 @@ def test_a_model_of_a_user_is_what_is_timed(tmp_path: Path, monkeypatch: pytest.
     assert advice(found)[2].startswith(f"{EMBEDDED_MODEL} in 16 bits (2.2 MB)")
 
 
+def test_room_is_that_of_the_weights_as_they_lie(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    convert_quantised(EMBEDDED_MODEL, file, "q8_0")
+    size = machine.describe(Patient(DoctorSettings(device="cpu", model=str(file))))["model"]
+    # 8.5 bits for a number, of the table as well; norms are not quantised.
+    assert 8.5 / 16 - 0.01 < size["quantised_bytes"] / size["bytes_in_16_bits"] < 8.5 / 16 + 0.01
+    plain = machine.describe(Patient(DoctorSettings(device="cpu", model=str(EMBEDDED_MODEL))))["model"]
+    assert plain["quantised_bytes"] is None
+
+
 def test_published_sizes_have_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t5-small").mkdir()
@@ -374,6 +385,11 @@ def diagnosis_of(device: str, machine: dict[str, Any], **steps: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("device", "machine", "told"),
     [
+        (
+            "cpu",
+            {**MACHINE, "free_bytes": 4e9, "model": {**MACHINE["model"], "quantised_bytes": 2.9e9}},
+            "whose weights stay quantised (2.9 GB), fits: memory has 4 GB to give",
+        ),
         ("cuda", {**MACHINE, "card": CARD}, "fits: A card has 20 GB to give"),
         (
             "cuda",

@@ -49,6 +49,25 @@ def test_memory_is_private_writable_and_unlocked_when_its_last_tensor_goes(asked
     assert asked == [("lock", address), ("wait", 0), ("unlock", address)]
 
 
+def test_memory_that_could_not_be_unlocked_is_unlocked_once_it_can(
+    asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that failed tells so when it is waited for."""
+    memory = HostMemory(5000)
+    memory.lock(DEVICE)
+    (lock,) = asked
+
+    def failed(device: torch.device) -> None:
+        raise RuntimeError("the device failed")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="the device failed"):
+        patched.setattr(torch.cuda, "synchronize", failed)
+        memory.unlock()
+    memory.unlock()
+    memory.unlock()
+    assert asked == [lock, ("wait", 0), ("unlock", lock[1])]
+
+
 def test_memory_that_is_not_locked_is_never_unlocked(
     asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,26 +197,13 @@ def _inspection(examination: Examination) -> dict[str, Any]:
         "decoder_parameters": decoder,
         "tokenizer": vocabulary,
         "encoder_memory": {
-            **({"as it lies": size(_bytes_as_it_lies(examination))} if examination.quantised else {}),
+            **({"as it lies": size(examination.encoder_bytes)} if examination.quantised else {}),
             **{name: size(encoder * width) for name, width in (("float32", 4), ("bfloat16/float16", 2))},
         },
         "attention": automatic_attention(),
         "ignored": examination.keymap.ignored,
         "faults": [*examination.faults, *decoder_faults(examination)],
     }
-
-
-def _bytes_as_it_lies(examination: Examination) -> int:
-    """What a quantised encoder takes in memory; weights that are not quantised have two bytes for a number."""
-    import torch
-
-    from nai_t5_core.facts.config import encoder_tensors
-
-    total = 0
-    for name, shape in encoder_tensors(examination.config).items():
-        stored = examination.quantised.get(name)
-        total += stored.nbytes(examination.checkpoint) if stored else 2 * int(torch.Size(shape).numel())
-    return total
 
 
 def _cell(value: Any) -> str:

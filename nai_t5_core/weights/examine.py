@@ -77,6 +77,16 @@ class Examination:
         """A quantised weight as it lies in the file, by its Hugging Face name."""
         return self.quantised[name].weight(self.checkpoint)
 
+    @property
+    def encoder_bytes(self) -> int:
+        """What the encoder takes in memory as it lies; weights that are not quantised have two bytes for a number."""
+        shapes = encoder_tensors(self.config)
+        kept = {name: self.quantised.get(name) for name in shapes}
+        return sum(
+            2 * int(torch.Size(shapes[name]).numel()) if stored is None else stored.nbytes(self.checkpoint)
+            for name, stored in kept.items()
+        )
+
     @cached_property
     def _original_shapes(self) -> dict[str, Shape]:
         return encoder_tensors(self.config) | decoder_tensors(self.config)

@@ -56,12 +56,12 @@ class HostMemory(mmap.mmap):
 
     def unlock(self) -> None:
         """Makes ordinary memory of it, with what it has, if it is locked."""
-        device, self._locked_for = self._locked_for, None
-        if device is None:
+        if self._locked_for is None:
             return
         # A copy may still be under way, of which no event is left.
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(self._locked_for)
         torch.cuda.cudart().cudaHostUnregister(self._address)
+        self._locked_for = None
 
     def __del__(self) -> None:
         if not sys.is_finalizing():

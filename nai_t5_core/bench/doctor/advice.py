@@ -106,6 +106,8 @@ def _placing(machine: dict[str, Any]) -> str:
     room = (card or machine)["free_bytes"] or 0
     has = f"{card['name'] if card else 'memory'} has {_gigabytes(room)} to give"
     in_16_bits, in_8_bits = model["bytes_in_16_bits"], model["bytes_in_8_bits"]
+    if (quantised := model.get("quantised_bytes")) and room > _ROOM_BESIDE * quantised:
+        return f"{model['name']}, whose weights stay quantised ({_gigabytes(quantised)}), fits: {has}."
     if room > _ROOM_BESIDE * in_16_bits:
         return f"{model['name']} in 16 bits ({_gigabytes(in_16_bits)}) fits: {has}."
     if INT8 not in machine["missing"] and room > _ROOM_BESIDE * in_8_bits:

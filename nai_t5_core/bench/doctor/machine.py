@@ -70,6 +70,7 @@ def _model(patient: Patient) -> dict[str, Any]:
         "name": patient.model.name if named else "A T5-XXL",
         "bytes_in_16_bits": in_16_bits,
         "bytes_in_8_bits": in_8_bits,
+        "quantised_bytes": patient.model.quantised_bytes if named else None,
     }
 
 

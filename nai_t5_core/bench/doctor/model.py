@@ -27,6 +27,7 @@ class RandomModel:
         self.name, self._dtype, self._device = size, dtype, device
         self.words = f"{size} with random weights"
         self.config = named_config(size).encoder_only()
+        self.quantised_bytes: int | None = None
 
     @cached_property
     def state(self) -> State:
@@ -53,6 +54,8 @@ class GivenModel:
         self._examination.refuse_faults()
         self.words = source
         self.config = self._examination.config
+        # What it takes where its weights are quantised, and stay so.
+        self.quantised_bytes = self._examination.encoder_bytes if self._examination.quantised else None
 
     @cached_property
     def state(self) -> State:
