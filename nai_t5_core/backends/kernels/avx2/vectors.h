@@ -60,15 +60,15 @@ inline void store(float* place, Lanes lanes, Floats numbers) {
     store_words(reinterpret_cast<Step*>(place), lanes, as_words(numbers));
 }
 
-// Numbers of `size` bytes.
-inline __m128i load_small(const void* place, Lanes lanes, int size) {
-    const int bytes = lanes.count * size;
-    if (bytes == 16) return _mm_loadu_si128(static_cast<const __m128i*>(place));
+inline __m128i load_eight(const void* place) { return _mm_loadl_epi64(static_cast<const __m128i*>(place)); }
+// Numbers of `size` bytes, 1 or 2.
+template <int size>
+__m128i load_small(const void* place, Lanes lanes) {
+    if (lanes.count == kLanes) return size == 2 ? _mm_loadu_si128(static_cast<const __m128i*>(place)) : load_eight(place);
     alignas(16) char each[16] = {};
-    std::memcpy(each, place, bytes);
+    std::memcpy(each, place, lanes.count * size);
     return _mm_load_si128(reinterpret_cast<const __m128i*>(each));
 }
-inline __m128i load_eight(const void* place) { return _mm_loadl_epi64(static_cast<const __m128i*>(place)); }
 inline Words widened_bytes(__m128i bytes) { return _mm256_cvtepu8_epi32(bytes); }  // the first ones, as below
 inline Words load_bytes(const void* place) { return widened_bytes(load_eight(place)); }
 // 4 bits each, in the lower half of a word whose upper bits are anything: of a byte first the upper ones. All lanes are
@@ -78,17 +78,17 @@ inline Words load_halves_in_turn(const void* place, Lanes lanes) {
     return _mm256_srlv_epi32(_mm256_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, bytes)), _mm256_set1_epi64x(4));
 }
 inline Floats load_int8(const void* place, Lanes lanes) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_small(place, lanes, 1)));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_small<1>(place, lanes)));
 }
 inline Floats load_int8(const void* place) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_eight(place))); }
 inline float load_float16(const void* place) { return _cvtsh_ss(load_as<uint16_t>(place)); }
 inline Floats load_bfloat16(const void* place, Lanes lanes) {
-    return as_floats(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_small(place, lanes, 2)), 16));
+    return as_floats(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_small<2>(place, lanes)), 16));
 }
-inline Floats load_float16(const void* place, Lanes lanes) { return _mm256_cvtph_ps(load_small(place, lanes, 2)); }
+inline Floats load_float16(const void* place, Lanes lanes) { return _mm256_cvtph_ps(load_small<2>(place, lanes)); }
 // Bytes, each the high one of its lane.
 inline __m128i load_high_bytes(const void* place, Lanes lanes) {
-    return _mm_slli_epi16(_mm_cvtepu8_epi16(load_small(place, lanes, 1)), 8);
+    return _mm_slli_epi16(_mm_cvtepu8_epi16(load_small<1>(place, lanes)), 8);
 }
 // As numbers of float16 with the same bits for the exponent.
 inline Floats load_float8_e5m2(const void* place, Lanes lanes) {
@@ -104,7 +104,7 @@ inline Floats widened_e4m3(__m128i bytes) {
     const Words none = _mm256_cvtepi16_epi32(_mm_cmpeq_epi16(without_sign, _mm_set1_epi16(-1)));
     return _mm256_blendv_ps(numbers, all(NAN), as_floats(none));
 }
-inline Floats load_float8_e4m3(const void* place, Lanes lanes) { return widened_e4m3(load_small(place, lanes, 1)); }
+inline Floats load_float8_e4m3(const void* place, Lanes lanes) { return widened_e4m3(load_small<1>(place, lanes)); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Words
