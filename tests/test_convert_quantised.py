@@ -15,7 +15,7 @@ from test_quantised_files import CONFIG, IDS, MASK, kinds_in
 from nai_t5_core.backends.choose import quantize_int8, why_not_int8
 from nai_t5_core.backends.quantised.packing import PACKED_KINDS, PackedKind, pack
 from nai_t5_core.backends.quantised.projections import stays_quantised
-from nai_t5_core.bench.kinds import markdown, measure_kinds
+from nai_t5_core.bench.kinds import kinds_table, measure_kinds
 from nai_t5_core.bench.kinds_packing import possible_kinds
 from nai_t5_core.prompts.text_encoder import TextEncoder
 from nai_t5_core.weights.convert_quantised import convert_quantised
@@ -228,7 +228,10 @@ def test_the_table_of_kinds() -> None:
     assert by_kind["float32"].errors == (0.0,) * 5 and by_kind["Q4_K"].bits == 4.5
     order = [by_kind[kind].errors[1] for kind in ("Q8_0", "Q5_1", "Q4_K")]
     assert order == sorted(order) and order[0] > 0
-    assert "| Q4_K | 4.50 |" in markdown(rows)
+    table, notes = kinds_table(rows)
+    shown = {cells[0]: cells for cells in table.rows}
+    assert shown["Q4_K"][1] == "4.50" and all(len(cells) == len(table.headings) for cells in table.rows)
+    assert all(row.kind in " ".join(notes) for row in rows)
     with pytest.raises(ValueError, match=r"unknown kinds \['Q9'\]; allowed: int8, int8-rotated, Q8_0"):
         measure_kinds(CONFIG, kinds=["Q9"])
 
@@ -240,10 +243,18 @@ def test_the_table_by_the_command(run: Run, tmp_path: Path) -> None:  # noqa: F8
     assert all(row["milliseconds"] and min(row["milliseconds"]) > 0 for row in rows)
     file = tmp_path / "table.md"
     assert run("bench-kinds", "t5-v1_1-small", *options, "--markdown", file).status == 0
-    table, _, computed = file.read_text().partition("\n\n")
+    headline, _, table, *computed = file.read_text().split("\n\n")
+    assert headline == "t5-v1_1-small, 1 layer, computed in float32, medians of 1 encode"
     assert table.count("\n") == 3 and "(1.00)" in table
     assert rows[0]["tokens"] == [32, 128, 512] and rows[0]["ratios"] == [1.0, 1.0, 1.0]
-    assert all(row["by"] in computed and row["kind"] in computed for row in rows)
+    assert all(row["by"] in "".join(computed) and row["kind"] in "".join(computed) for row in rows)
+
+
+def test_a_narrow_terminal_gets_every_figure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setenv("COLUMNS", "40")
+    options = ["--layers", "1", "--kinds", "float8_e4m3fn", "--repeats", "1", "--dtype", "float32"]
+    shown = run("bench-kinds", "t5-v1_1-small", *options).stdout
+    assert "float8_e4m3fn" in shown and "largest" in shown and "(1.00)" in shown and "…" not in shown
 
 
 def test_size_against_accuracy_as_a_picture(run: Run, tmp_path: Path) -> None:  # noqa: F811

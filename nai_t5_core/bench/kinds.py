@@ -18,6 +18,7 @@ from nai_t5_core.backends.quantised.projections import QuantisedForm, QuantisedL
 from nai_t5_core.backends.quantised.runner import QuantisedBackend
 from nai_t5_core.bench.kinds_packing import PACKINGS, Packing, possible_kinds, refuse_impossible
 from nai_t5_core.bench.peers import random_state
+from nai_t5_core.bench.speed.tables import Table
 from nai_t5_core.facts.config import T5Config, encoder_tensors
 from nai_t5_core.lora.changes import LowRankChange
 from nai_t5_core.lora.files import Lora
@@ -112,26 +113,25 @@ def measure_kinds(
     return rows
 
 
-def markdown(rows: Sequence[KindRow]) -> str:
-    """A table."""
+def kinds_table(rows: Sequence[KindRow]) -> tuple[Table, list[str]]:
+    """Bits, errors and times, and what computes which kinds."""
     quantiles = [f"{quantile:g}" for quantile in QUANTILES]
     times = [f"{count} tokens, ms (×)" for count in rows[0].tokens]
-    head = ["kind", "bits", *quantiles, "largest", "largest, with outliers", *times]
-    lines = [" | ".join(head), " | ".join("---" for _ in head)]
-    for row in rows:
-        errors = [f"{error:.1e}" for error in (*row.errors, row.errors_with_outliers[-1])]
-        lines.append(" | ".join([row.kind, f"{row.bits:.2f}", *errors, *_times(row)]))
-    table = "\n".join(f"| {line} |" for line in lines)
-    computed = "\n".join(f"- {by}: {', '.join(row.kind for row in rows if row.by == by)}" for by in _ways(rows))
-    return f"{table}\n\nComputed by\n\n{computed}\n"
-
-
-def _times(row: KindRow) -> list[str]:
-    return [f"{time:.0f} ({ratio:.2f})" for time, ratio in zip(row.milliseconds, row.ratios, strict=True)]
-
-
-def _ways(rows: Sequence[KindRow]) -> list[str]:
-    return list(dict.fromkeys(row.by for row in rows))
+    headings = ("kind", "bits", *quantiles, "largest", "largest, with outliers", *times)
+    cells = [
+        (
+            row.kind,
+            f"{row.bits:.2f}",
+            *(f"{error:.1e}" for error in (*row.errors, row.errors_with_outliers[-1])),
+            *(f"{time:.0f} ({ratio:.2f})" for time, ratio in zip(row.milliseconds, row.ratios, strict=True)),
+        )
+        for row in rows
+    ]
+    ways = dict.fromkeys(row.by for row in rows)
+    notes = [f"by {by}: {', '.join(row.kind for row in rows if row.by == by)}" for by in ways]
+    return Table(
+        "Kinds of weights: errors relative to the largest value, and times of one encode", headings, cells
+    ), notes
 
 
 def _stack(

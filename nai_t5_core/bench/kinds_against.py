@@ -16,6 +16,7 @@ from torch import Tensor
 from nai_t5_core.bench.gguf_files import write_gguf
 from nai_t5_core.bench.llama_cpp_peer import LlamaCppEncoder
 from nai_t5_core.bench.peers import random_state
+from nai_t5_core.bench.speed.tables import Table
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.weights.load import load_encoder
 
@@ -69,14 +70,25 @@ def measure_against_llama_cpp(
     return rows
 
 
-def markdown_against(rows: Sequence[AgainstRow]) -> str:
-    """A table."""
-    head = ["kind", "tokens", "comfy-nai-t5, ms", "llama.cpp, ms", "times as long", "difference"]
-    lines = [" | ".join(head), " | ".join("---" for _ in head)]
-    for row in rows:
-        times = [f"{row.ours:.1f}", f"{row.theirs:.1f}", f"{row.ratio:.2f}×", f"{row.difference:.1e}"]
-        lines.append(" | ".join([row.kind, str(row.tokens), *times]))
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
+def against_table(rows: Sequence[AgainstRow]) -> tuple[Table, list[str]]:
+    """Times of one encode, and how far the results are apart."""
+    headings = ("kind", "tokens", "comfy-nai-t5, ms", "llama.cpp, ms", "times as long", "difference")
+    cells = [
+        (
+            row.kind,
+            str(row.tokens),
+            f"{row.ours:.1f}",
+            f"{row.theirs:.1f}",
+            f"{row.ratio:.2f}×",
+            f"{row.difference:.1e}",
+        )
+        for row in rows
+    ]
+    return Table("The same files by llama.cpp", headings, cells), []
+
+
+def _apart(row: AgainstRow) -> tuple[str, str]:
+    return f"{row.ratio:.2f}×", f"{row.difference:.1e}"
 
 
 def _row(kind: str, ours: Encode, theirs: Encode, ids: Tensor, repeats: int) -> AgainstRow:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from nai_t5_core.cli.options import Dtype, DtypeOption, Json, Products, ProductsOption
-from nai_t5_core.cli.terminal import out, print_json, say, status
+from nai_t5_core.cli.terminal import counted, print_json, print_whole, say, status
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import RenderableType
 
     from nai_t5_core.backends.choices import ProductsChoice
+    from nai_t5_core.bench.speed.tables import Table
     from nai_t5_core.facts.config import T5Config
 
 
@@ -47,6 +47,7 @@ def bench_kinds(
 ) -> None:
     """Compare kinds of quantised weights: bits, quantiles of the error with and without outliers, and times."""
     from nai_t5_core.bench.speed.machine import threads_set
+    from nai_t5_core.bench.speed.tables import as_markdown, for_terminal
     from nai_t5_core.facts.config import named_config
     from nai_t5_core.weights.whole_files import write_whole
 
@@ -63,24 +64,25 @@ def bench_kinds(
     config = named_config(size).encoder_only().with_layers(layers)
     wanted = kinds.split(",") if kinds else None
     with status("measuring") as tell, threads_set(threads):
-        settings = _Settings(config, dtype.value, wanted, repeats, products.value, threads, lora, tell)
+        settings = _Settings(size, config, dtype.value, wanted, repeats, products.value, threads, lora, tell)
         if load:
-            shown, table, rows = _loading(settings)
+            found = _loading(settings)
         elif against:
-            shown, table, rows = _beside(against, settings)
+            found = _beside(against, settings)
         else:
-            shown, table, rows = _costs(settings, size, plot)
+            found = _costs(settings, plot)
     if write is not None:
-        write_whole(write, table)
+        write_whole(write, as_markdown(found.headline, [found.table], found.notes))
     if as_json:
-        print_json({"size": size, "rows": rows})
+        print_json({"size": size, "rows": found.rows})
         return
-    out.print(shown)
+    print_whole(for_terminal(found.headline, [found.table], found.notes))
     for path in filter(None, (write, plot)):
         say(f"wrote {path}")
 
 
 class _Settings(NamedTuple):
+    size: str
     config: T5Config
     dtype: str
     kinds: list[str] | None
@@ -90,6 +92,13 @@ class _Settings(NamedTuple):
     lora: int
     tell: Callable[[str], None]
 
+    def headline(self) -> str:
+        layers, encodes = counted(self.config.num_layers, "layer"), counted(self.repeats, "encode")
+        return f"{self.size}, {layers}, {self.described()}, medians of {encodes}"
+
+    def described(self) -> str:
+        return f"computed in {str(self.chosen_dtype()).removeprefix('torch.')}"
+
     def chosen_dtype(self) -> torch.dtype:
         from nai_t5_core.backends.auto_dtype import resolve_dtype
         from nai_t5_core.model.precision import resolve_device
@@ -97,18 +106,19 @@ class _Settings(NamedTuple):
         return resolve_dtype(self.dtype, resolve_device("cpu"))
 
 
-# A table for a terminal and in Markdown, and its rows.
-_Found = tuple["RenderableType", str, list[dict[str, Any]]]
+class _Found(NamedTuple):
+    headline: str
+    table: Table
+    notes: list[str]
+    rows: list[dict[str, Any]]
 
 
-def _costs(settings: _Settings, size: str, picture: Path | None) -> _Found:
-    from rich.markdown import Markdown
-
-    from nai_t5_core.bench.kinds import markdown, measure_kinds
+def _costs(settings: _Settings, picture: Path | None) -> _Found:
+    from nai_t5_core.bench.kinds import kinds_table, measure_kinds
     from nai_t5_core.bench.kinds_packing import PACKINGS, possible_kinds
     from nai_t5_core.bench.kinds_plot import plot
 
-    config, _, kinds, repeats, products, _, lora, tell = settings
+    size, config, _, kinds, repeats, products, _, lora, tell = settings
     dtype = settings.chosen_dtype()
     rows = measure_kinds(config, dtype, repeats=repeats, kinds=kinds, products=products, lora_rank=lora, progress=tell)
     absent = [] if kinds else [kind for kind in PACKINGS if kind not in possible_kinds()]
@@ -116,38 +126,27 @@ def _costs(settings: _Settings, size: str, picture: Path | None) -> _Found:
         say(f"left out, since gguf or llama-cpp-python, which pack them, are not installed: {', '.join(absent)}")
     if picture is not None:
         plot(rows, size, picture)
-    table = markdown(rows)
-    return Markdown(table), table, [row.to_dict() for row in rows]
+    return _Found(settings.headline(), *kinds_table(rows), [row.to_dict() for row in rows])
 
 
 def _beside(peer: str, settings: _Settings) -> _Found:
-    from rich.markdown import Markdown
-
-    from nai_t5_core.bench.kinds_against import markdown_against, measure_against_llama_cpp
+    from nai_t5_core.bench.kinds_against import against_table, measure_against_llama_cpp
     from nai_t5_core.bench.llama_cpp_peer import LLAMA_CPP
 
     if peer != LLAMA_CPP:
         raise ValueError(f"--against {peer}: kinds are compared with {LLAMA_CPP} alone")
     if settings.products != "auto":
         raise ValueError("--products is not for --against, where ours computes as it is loaded; leave it out")
-    config, _, kinds, repeats, _, _, _, tell = settings
+    _, config, _, kinds, repeats, _, _, _, tell = settings
     chosen = kinds or ["BF16", "F16", "Q8_0", "Q4_K"]
     rows = measure_against_llama_cpp(config, chosen, settings.chosen_dtype(), repeats=repeats, progress=tell)
-    table = markdown_against(rows)
-    return Markdown(table), table, [row.to_dict() for row in rows]
+    return _Found(settings.headline(), *against_table(rows), [row.to_dict() for row in rows])
 
 
 def _loading(settings: _Settings) -> _Found:
     from nai_t5_core.bench.kinds_loading import loading_table, measure_kind_loading
-    from nai_t5_core.bench.speed.tables import as_markdown, for_terminal
 
-    config, _, kinds, repeats, products, threads, _, tell = settings
-    dtype = settings.chosen_dtype()
-    rows = measure_kind_loading(config, dtype, repeats, kinds, threads, products, tell)
-    table, notes = loading_table(rows)
-    headline = f"{len(rows)} files, computed in {str(dtype).removeprefix('torch.')}, {repeats} loads each in turn"
-    return (
-        for_terminal(headline, [table], notes),
-        as_markdown(headline, [table], notes),
-        [row.to_dict() for row in rows],
-    )
+    _, config, _, kinds, repeats, products, threads, _, tell = settings
+    rows = measure_kind_loading(config, settings.chosen_dtype(), repeats, kinds, threads, products, tell)
+    headline = f"{counted(len(rows), 'file')}, {settings.described()}, {counted(repeats, 'load')} of each in turn"
+    return _Found(headline, *loading_table(rows), [row.to_dict() for row in rows])

@@ -19,7 +19,7 @@ from nai_t5_core.cli.options import (
     ScalesOption,
     Subfolder,
 )
-from nai_t5_core.cli.terminal import out, print_json, say, status
+from nai_t5_core.cli.terminal import out, print_json, print_whole, say, status
 from nai_t5_core.facts.config import named_config
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def bench(
     if as_json:
         print_json(report.to_dict())
         return
-    out.print(timing.render(report))
+    print_whole(timing.render(report))
     for path in filter(None, (markdown, plot)):
         say(f"wrote {path}")
 
@@ -250,7 +250,7 @@ def bench_generate(
     if as_json:
         print_json(report.to_dict())
         return
-    out.print(timing.render_generation(report))
+    print_whole(timing.render_generation(report))
     if markdown is not None:
         say(f"wrote {markdown}")
 

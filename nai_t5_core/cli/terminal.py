@@ -17,7 +17,10 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.progress import ProgressColumn
+
+_WIDEST = 1000
 
 out = Console(markup=False, emoji=False)
 err = Console(stderr=True, markup=False, emoji=False)
@@ -49,6 +52,18 @@ def short(text: object, width: int = 60) -> str:
 def say(text: str, console: Console = out, title: str = "", style: str = "") -> None:
     """Prints a styled title and a text in one line, however long: wrapping would break paths and messages."""
     console.print(Text.assemble((title, style), " " if title and text else "", text), highlight=False, soft_wrap=True)
+
+
+def print_whole(parts: Group) -> None:
+    """Prints tables of figures as wide as they are: a narrower terminal wraps their lines, and no figure is cut off."""
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    for part in parts.renderables:
+        width = out.width
+        if isinstance(part, Table):
+            width = max(width, Measurement.get(out, out.options.update(max_width=_WIDEST), part).maximum)
+        out.print(part, width=width, crop=False)
 
 
 def print_json(report: dict[str, Any]) -> None:

@@ -10,10 +10,10 @@ from nai_t5_core.bench.speed.generation import GenerationReport, GenerationResul
 from nai_t5_core.bench.speed.tables import Table, as_markdown, for_terminal, seconds, times
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Group
 
 
-def render_generation(report: GenerationReport) -> RenderableType:
+def render_generation(report: GenerationReport) -> Group:
     """The report as tables for a terminal."""
     return for_terminal(_headline(report), _tables(report), ())
 

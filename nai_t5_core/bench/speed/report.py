@@ -10,10 +10,10 @@ from nai_t5_core.bench.speed.results import BenchReport, CaseResult, LeastTime, 
 from nai_t5_core.bench.speed.tables import Table, as_markdown, for_terminal, milliseconds, percent, seconds, times
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Group
 
 
-def render(report: BenchReport) -> RenderableType:
+def render(report: BenchReport) -> Group:
     """The report as tables for a terminal."""
     return for_terminal(_headline(report), _tables(report), _notes(report))
 

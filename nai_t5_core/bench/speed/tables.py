@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from nai_t5_core.bench.speed.results import Spread
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Group, RenderableType
 
 
 class Table(NamedTuple):
     title: str
     headings: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
-def for_terminal(headline: str, tables: Iterable[Table], notes: Iterable[str]) -> RenderableType:
+def for_terminal(headline: str, tables: Iterable[Table], notes: Iterable[str]) -> Group:
     """A line, the tables, and lines below them."""
     from rich.console import Group
     from rich.table import Table as RichTable
