@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.kernels.pieces import TURNED
 from nai_t5_core.backends.quantised.four_bits import LARGEST, NESTED_LARGEST, NESTED_TABLE, TABLE, FourBits
 from nai_t5_core.backends.quantised.ggml import GGML_KINDS
 from nai_t5_core.backends.quantised.kinds import WEIGHT, Plain, QuantisedWeight
-from nai_t5_core.backends.quantised.scaled import MXFP8, NVFP4, SCALE, SCALE_2, Scaled, tiled_shape
+from nai_t5_core.backends.quantised.scaled import MXFP8, NVFP4, SCALE, SCALE_2, Scaled, rotation, tiled_shape
 
 ROWS, DEPTH = 37, 512
 
@@ -38,6 +39,16 @@ def scaled(dtype: torch.dtype, scale: Tensor | None, unit: float = 1.0) -> Quant
     values = every_byte(dtype)
     parts = {WEIGHT: values} if scale is None else {WEIGHT: values, SCALE: scale}
     return QuantisedWeight(Scaled("any", dtype, unit=unit), (ROWS, DEPTH), parts)
+
+
+def turned(group: int, rows: int = ROWS, depth: int = DEPTH, scale: Tensor | None = None) -> QuantisedWeight:
+    """Rotated before it was rounded, with the largest and the smallest sums that there are."""
+    values = torch.randint(-128, 128, (rows, depth), dtype=torch.int8, generator=generator(13))
+    signs = rotation(group, torch.device("cpu")).sign().repeat(-(-rows // group), depth // group)[:rows]
+    values[::2] = torch.where(signs > 0, 127, -128)[::2]
+    values[1::4] = torch.where(signs > 0, -128, 127)[1::4]
+    scale = torch.rand(rows, 1, generator=generator(3)) + 0.1 if scale is None else scale
+    return QuantisedWeight(Scaled("any", torch.int8, turned=group), (rows, depth), {WEIGHT: values, SCALE: scale})
 
 
 def of_rows() -> Tensor:
@@ -103,6 +114,9 @@ def weights() -> dict[str, QuantisedWeight]:
         found[f"{dtype}, by weight"] = scaled(dtype, torch.tensor(0.37, dtype=torch.float64))
     found["float8, without a scale"] = scaled(torch.float8_e4m3fn, None)
     found["int8 of bitsandbytes"] = scaled(torch.int8, of_rows()[:, 0], 1 / 127)
+    for group in TURNED:
+        found[f"rotated in groups of {group}"] = turned(group)
+    found["rotated, by weight"] = turned(16, scale=torch.tensor(-0.37))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         numbers = torch.randn(ROWS, DEPTH, generator=generator(4)).to(dtype)
         found[str(dtype)] = QuantisedWeight(Plain(dtype), (ROWS, DEPTH), {WEIGHT: numbers})

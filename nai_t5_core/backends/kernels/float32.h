@@ -25,6 +25,8 @@ struct Float32 {
     template <class Numbers>
     static Words weight_steps(Numbers numbers) { return steps(numbers); }
     static Words arranged(Words steps) { return steps; }  // as a panel has them
+    // As a panel has them, of first numbers of all columns and then second ones.
+    static Words alternating(Words numbers) { return numbers; }
     static Floats added_up(Words steps) { return as_floats(steps); }
     static Words step_of_columns(const Number* row, const Number*, Lanes lanes) {
         return as_words(::load(row, lanes));

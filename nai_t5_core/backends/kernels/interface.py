@@ -34,6 +34,7 @@ class Piece(ctypes.Structure):
         ("columns", ctypes.c_int64),
         ("unit", ctypes.c_float),
         ("format", ctypes.c_int),
+        ("turned", ctypes.c_int),
         ("beside", Beside),
     )
 

@@ -30,13 +30,14 @@ struct Beside {
 // Some columns of a weight, row by row: [columns, depth] of a Format. The values may begin anywhere; with blocks the
 // depth is a multiple of a block's. Numbers of a byte have the `scales` of their columns, which may be null, and those of
 // kInt8 the `unit` as well; of kNVFP4 the scales beside have it. All numbers along the depth are multiplied by `factors`,
-// which may be null. Each of these products is rounded to float32.
+// which may be null. Each of these products is rounded to float32. Where `turned` is not 0, numbers of kInt8 were rotated in
+// groups of so many along the depth, see turned.h; that is 4, 16, 64 or 256, divides the depth, and `unit` is 1.
 struct Piece {
     const void* values;
     const float *scales, *factors;
     Index columns;
     float unit;
-    int format;
+    int format, turned;
     Beside beside;
 };
 

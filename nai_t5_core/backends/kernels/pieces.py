@@ -21,6 +21,8 @@ WEIGHT_FORMATS = {
     torch.float8_e5m2: 4,
 }
 INT8_FORMAT = 5
+# Sizes of the groups of int8 whose rotation they undo, see turned.h.
+TURNED = (4, 16, 64, 256)
 DTYPE_FORMATS = {**WEIGHT_FORMATS, torch.int8: INT8_FORMAT}
 
 
@@ -62,6 +64,8 @@ class WeightPiece:
         scales: of the columns of numbers in a byte, [columns] float32.
         factors: what all columns are multiplied by, [depth] float32.
         unit: what numbers in int8 are multiplied by after their scales; of NVFP4 it is the scales that are.
+        turned: the numbers of a group along the depth that was rotated before they were rounded to int8, one of
+            :data:`TURNED`; 0 where none was.
         beside: scales of parts of columns, where they do not lie among the numbers.
     """
 
@@ -72,13 +76,14 @@ class WeightPiece:
     scales: Tensor | None = None
     factors: Tensor | None = None
     unit: float = 1.0
+    turned: int = 0
     beside: ScalesBeside | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether it is nothing but numbers of a dtype."""
         others = (self.blocks, self.scales, self.factors, self.beside)
-        return all(each is None for each in others) and self.unit == 1
+        return all(each is None for each in others) and self.unit == 1 and not self.turned
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -108,6 +113,8 @@ class WeightPiece:
         has_own = self.blocks is not None or self.beside is not None
         if self.scales is not None and (has_own or dtype.itemsize > 1):
             raise ValueError("scales of columns are for numbers of a byte, and not for blocks or numbers in more bits")
+        if self.turned:
+            self._check_turned(dtype)
         return Piece(
             address(self.values, dtype, *self.shape, anywhere=True),
             address_if_any(self.scales, torch.float32, self.columns),
@@ -115,8 +122,18 @@ class WeightPiece:
             self.columns,
             self.unit,
             number,
+            self.turned,
             Beside() if self.beside is None else self.beside.described(self.columns, self.depth),
         )
+
+    def _check_turned(self, dtype: torch.dtype) -> None:
+        if dtype != torch.int8 or self.unit != 1:
+            raise ValueError("only numbers in int8 without a unit can have been rotated")
+        if self.turned not in TURNED or self.depth % self.turned:
+            raise ValueError(
+                f"a rotation is undone in groups of {', '.join(map(str, TURNED))} numbers that the depth divides by; got "
+                f"{self.turned}, with a depth of {self.depth}"
+            )
 
     def _format(self) -> tuple[int, torch.dtype]:
         """Its number in kernels.h, and the dtype of the values."""

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "reading.h"
+#include "turned.h"
 
 // A weight [columns, depth]. Gated weights are those of the gate, one above the other, and then those of up; a panel
 // has a register's columns of each.
@@ -93,9 +93,15 @@ struct Weight {
 
     // [count][kLanes] of [count][kPanelColumns]; lanes without a column are zeros.
     void fill_half(const Half& from, Index first, Index count, Step* half) const {
-        const bool is_whole = from.count == 1 && is_as_it_is<Kind>(*from.runs[0].piece);
-        if (is_whole) fill_half_as_it_is(from.runs[0], first, count, half);
-        else fill_half_from(from, first, count, half);
+        const Run& run = from.runs[0];
+        if (from.count == 1 && is_as_it_is<Kind>(*run.piece)) return fill_half_as_it_is(run, first, count, half);
+        if constexpr (Kind::kIsInt8) return fill_half_from(from, first, count, half);
+        else {
+            if (from.count == 1 && run.piece->turned) return fill_turned<Kind>(run, depth, first, count, half);
+            fill_half_from(from, first, count, half);
+            for (Index i = 0; i < from.count; i++)
+                if (from.runs[i].piece->turned) fill_lanes_turned(from.runs[i], first, count, half);
+        }
     }
 
     void fill_half_as_it_is(const Run& run, Index first, Index count, Step* half) const {
@@ -122,6 +128,21 @@ struct Weight {
 #pragma GCC unroll 16
             for (Index i = 0; i < kLanes; i++)
                 if (i < count - step) store_words(half + i * kPanelColumns, Kind::arranged(columns[i]));
+        }
+    }
+
+    // The same in the lanes of a run alone.
+    void fill_lanes_turned(const Run& run, Index first, Index count, Step* half) const {
+        using Number = typename Kind::Weight;
+        Step own[kAtOnce * kPanelColumns];
+        for (Index step = 0; step < count; step += kAtOnce, half += kAtOnce * kPanelColumns) {
+            const Index here = std::min(kAtOnce, count - step);
+            fill_turned<Kind>(run, depth, first + step, here, own);
+            const Number* from = reinterpret_cast<const Number*>(own);
+            Number* to = reinterpret_cast<Number*>(half);
+            for (Index lane = 0; lane < run.count; lane++)
+                for (Index k = 0; k < here * Kind::kPerStep; k++)
+                    to[place_of(run.lane + lane, k)] = from[place_of(lane, k)];
         }
     }
 

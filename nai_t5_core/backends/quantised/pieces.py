@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.backends.kernels.beside import BESIDE_FORMATS, NestedScales, ScalesBeside, is_power_of_two, may_share
-from nai_t5_core.backends.kernels.pieces import BLOCK_FORMATS, WEIGHT_FORMATS, WeightPiece
+from nai_t5_core.backends.kernels.pieces import BLOCK_FORMATS, TURNED, WEIGHT_FORMATS, WeightPiece
 from nai_t5_core.backends.quantised.blocks import BlockKind
 from nai_t5_core.backends.quantised.forms import QuantisedForm
 from nai_t5_core.backends.quantised.four_bits import LARGEST, NESTED_LARGEST, NESTED_TABLE, TABLE, FourBits
@@ -23,11 +23,13 @@ def is_read(kind: Kind) -> bool:
     if isinstance(kind, FourBits):
         return may_share(kind.block) and is_power_of_two(kind.nested_block or 1)
     if isinstance(kind, Scaled):
-        return not kind.turned and (_reads_rows(kind) if kind.block is None else _reads_blocks(kind, *kind.block))
+        return _reads_rows(kind) if kind.block is None else _reads_blocks(kind, *kind.block)
     return isinstance(kind, (NVFP4, MXFP8)) or (isinstance(kind, Plain) and kind.dtype in WEIGHT_FORMATS)
 
 
 def _reads_rows(kind: Scaled) -> bool:
+    if kind.turned:
+        return kind.dtype == torch.int8 and kind.turned in TURNED and kind.unit == 1
     return kind.dtype in _SCALED and (kind.unit == 1 or kind.dtype == torch.int8)
 
 
@@ -55,6 +57,7 @@ def piece_of(form: QuantisedForm) -> WeightPiece:
         scales=None if beside else _scales(weight),
         factors=_factors(form),
         unit=_unit(weight),
+        turned=kind.turned if isinstance(kind, Scaled) else 0,
         beside=beside,
     )
 

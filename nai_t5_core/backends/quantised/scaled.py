@@ -60,6 +60,8 @@ class Scaled:
 
     def unpack(self, parts: Parts, rows: Rows) -> Tensor:
         values = _floats(_rows(parts[WEIGHT], rows))
+        if self.turned:
+            values = turned_back(values, self.turned)
         if SCALE not in parts:
             return values
         scale = parts[SCALE].float()
@@ -71,7 +73,7 @@ class Scaled:
             values *= scale.reshape(-1, 1)[rows]
         if self.unit != 1:
             values *= self.unit
-        return turned_back(values, self.turned) if self.turned else values
+        return values
 
     def _of_blocks(self, scale: Tensor, rows: Rows, columns: int) -> Tensor:
         assert self.block is not None

@@ -30,6 +30,13 @@ struct Bfloat16 {
     template <class Numbers>
     static Words weight_steps(Numbers numbers) { return steps(numbers); }
     static Words arranged(Words steps) { return steps; }  // as a panel has them
+    // As a panel has them, of first numbers of all columns and then second ones.
+    static Words alternating(Words numbers) {
+        const Words order =
+            _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
+                              0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+        return _mm512_permutexvar_epi16(order, numbers);
+    }
     static Floats added_up(Words steps) {
         const Words high = _mm512_and_si512(steps, all_words(int(0xffff0000u)));
         return _mm512_add_ps(as_floats(_mm512_slli_epi32(steps, 16)), as_floats(high));
