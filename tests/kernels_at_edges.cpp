@@ -197,14 +197,15 @@ struct SomeColumns {
     bool is_plain;
     Piece piece;
 
-    SomeColumns(int kind, long columns, long depth) : SomeColumns(columns, depth, drawn(kind, depth), draw(0, 1)) {}
+    SomeColumns(int kind, long columns, long depth)
+        : SomeColumns(columns, depth, drawn(kind, depth), draw(0, 1), !is_int8(kind)) {}
 
-    SomeColumns(long columns, long depth, int format, bool is_plain)
+    SomeColumns(long columns, long depth, int format, bool is_plain, bool may_be_turned)
         : shift(draw(0, 1) ? draw(1, 3) : 0), beside(format, columns, depth),
           values(columns * row_bytes(format, depth) + shift), scales(columns * 4), factors(depth * 4),
           beside_scales(beside.count * beside.bytes + shift), table(16 * 4), codes(256 * 4),
           outer(((beside.count - 1 >> beside.outer_bits) + 1) * 4), is_plain(is_plain),
-          piece{values.data() + shift, nullptr, nullptr, columns, 1, format, {}} {
+          piece{values.data() + shift, nullptr, nullptr, columns, 1, format, 0, {}} {
         fill(values, format, shift);
         fill(scales, kFloat32);
         fill(factors, kFloat32);
@@ -212,7 +213,14 @@ struct SomeColumns {
         if (is_byte && (format == kInt8 || !is_plain)) piece.scales = scales.as<float>();
         if (!is_plain) piece.factors = factors.as<float>();
         if (format == kInt8 && !is_plain) piece.unit = 1 / 127.f;
+        if (format == kInt8 && may_be_turned && depth % 4 == 0 && draw(0, 1)) turn(depth);
         if (format >= kFourBits) fill_beside(format);
+    }
+
+    void turn(long depth) {
+        piece.unit = 1;
+        do piece.turned = 4 << 2 * draw(0, 3);
+        while (depth % piece.turned);
     }
 
     void fill_beside(int format) {

@@ -106,7 +106,7 @@ def with_a_plain_layer(name: str) -> Tensors:
 
 
 PARTLY = {
-    "unread kinds, a plain layer": (with_a_plain_layer("int8, rotated"), "float32"),
+    "unread kinds, a plain layer": (with_a_plain_layer("float8 fnuz, by rows"), "float32"),
     "read kinds, a plain layer": (with_a_plain_layer("int8"), "float32"),
     "read kinds, a layer with scales": (state_of("int8"), "float16"),
     "plain weights, a layer with scales": (encoder_part(random_state(CONFIG)), "float16"),

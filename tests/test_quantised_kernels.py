@@ -14,14 +14,14 @@ from conftest import TOY_CONFIGS, every_set, needs_kernels, padding_mask, random
 from test_quantised_files import file_of
 from torch import Tensor
 from toy_gguf import write_gguf
-from toy_kinds import DEPTH, beside, four_bits, generator, in_blocks, mxfp8, weights
+from toy_kinds import DEPTH, beside, four_bits, generator, in_blocks, mxfp8, turned, weights
 
 from nai_t5_core import TextEncoder, load_encoder
 from nai_t5_core.backends.choose import run_quantised
 from nai_t5_core.backends.kernels.beside import BESIDE_FORMATS, NestedScales, ScalesBeside
 from nai_t5_core.backends.kernels.build import best_set, missing_for
 from nai_t5_core.backends.kernels.calls import add_product, counted, normed_product
-from nai_t5_core.backends.kernels.pieces import BLOCK_FORMATS, WeightPiece
+from nai_t5_core.backends.kernels.pieces import BLOCK_FORMATS, TURNED, WeightPiece
 from nai_t5_core.backends.kernels.sets import SETS, InstructionSet
 from nai_t5_core.backends.kernels.weights import KernelWeight
 from nai_t5_core.backends.quantised.forms import QuantisedForm
@@ -31,7 +31,7 @@ from nai_t5_core.backends.quantised.kernels import runner_of_quantised
 from nai_t5_core.backends.quantised.kinds import WEIGHT, Plain, QuantisedWeight
 from nai_t5_core.backends.quantised.pieces import is_read, piece_of
 from nai_t5_core.backends.quantised.projections import QuantisedLinear
-from nai_t5_core.backends.quantised.scaled import FLOATS, SCALE, Scaled, turned_back
+from nai_t5_core.backends.quantised.scaled import FLOATS, SCALE, Scaled, rotation
 from nai_t5_core.prompts.cache.settings import settings_of
 
 # What a model is in.
@@ -74,7 +74,10 @@ def test_all_kinds_of_ggml_are_read() -> None:
 
 def test_other_kinds_are_not_read() -> None:
     others = (
-        Scaled("turned", torch.int8, turned=16),
+        Scaled("a rotation of many", torch.int8, turned=1024),
+        Scaled("a rotation with a unit", torch.int8, turned=16, unit=0.5),
+        Scaled("a rotation of float8", torch.float8_e4m3fn, turned=16),
+        Scaled("float8 of another kind", torch.float8_e4m3fnuz),
         Scaled("int8 in blocks", torch.int8, (1, 32)),
         Scaled("float8 of another kind, in blocks", torch.float8_e4m3fnuz, (128, 128)),
         Scaled("blocks of 8", torch.float8_e4m3fn, (8, 8)),
@@ -112,6 +115,35 @@ def test_scales_beside_the_numbers_at_every_edge(rows: int, depth: int, instruct
         form = QuantisedForm(weight, torch.randn(weight.shape[1], generator=generator(12)))
         ours = read_by_kernels([piece_of(form)], torch.float32, instructions).in_panels()
         assert torch.equal(ours.original(), form.plain(torch.float32)), name
+
+
+@every_dtype
+@pytest.mark.parametrize("group", TURNED)
+def test_rotations_at_every_edge(group: int, instructions: InstructionSet, dtype: torch.dtype) -> None:
+    """Of depths that are no whole 256, of registers that are not full, and of those that others share."""
+    for rows, depth in ((1, group), (21, 256 + group), (37, 3 * group), (64, 5 * 256)):
+        columns = torch.randn(depth, generator=generator(12))
+        some = [QuantisedForm(turned(group, rows, depth), columns), QuantisedForm(turned(4, 3, depth), None, -0.5)]
+        some += [QuantisedForm(each, columns) for each in (in_blocks(7, depth, torch.float8_e4m3fn), some[0].weight)]
+        exact = turned_exactly(some[0].weight) * columns.double()
+        torch.testing.assert_close(some[0].plain(torch.float32).double(), exact, rtol=2**-23, atol=0)
+        for is_gated in (False, True):
+            weight = read_by_kernels([piece_of(form) for form in some + some], dtype, instructions, is_gated)
+            meant = torch.cat([form.plain(dtype) for form in some + some])
+            assert_same_bits(weight.in_panels().original(), meant)
+            x = torch.randn(120, depth, generator=generator(6))
+            out = normed_product(x, None, 1e-6, weight, "silu")
+            assert torch.equal(out, normed_product(x, None, 1e-6, weight.in_panels(), "silu"))
+            assert torch.equal(out[40:45], normed_product(x[40:45], None, 1e-6, weight, "silu"))
+
+
+def turned_exactly(weight: QuantisedWeight) -> Tensor:
+    """Turned back in float64."""
+    kind = weight.kind
+    assert isinstance(kind, Scaled)
+    signs = rotation(kind.turned, torch.device("cpu")).double()
+    scaled = weight.parts[WEIGHT].double() * weight.parts[SCALE].double()
+    return (scaled.view(len(scaled), -1, kind.turned) @ signs.T).view_as(scaled)
 
 
 @needs_kernels
@@ -176,6 +208,10 @@ def test_bytes_may_begin_anywhere(shift: int, instructions: InstructionSet) -> N
         assert_same_bits(read_by_kernels([there], dtype, instructions).in_panels().original(), form.plain(dtype))
 
 
+def in_int8() -> WeightPiece:
+    return WeightPiece(torch.zeros(4, 64, dtype=torch.int8), 4, 64, scales=torch.ones(4))
+
+
 def in_4_bits(**changes: Any) -> WeightPiece:
     scales = replace(ScalesBeside("4 bits", torch.ones(4, 1), 64, table=torch.ones(16)), **changes)
     return WeightPiece(torch.zeros(4, 32, dtype=torch.uint8), 4, 64, beside=scales)
@@ -188,7 +224,7 @@ def in_4_bits_nested(**changes: Any) -> WeightPiece:
 
 @needs_kernels
 def test_pieces_that_do_not_fit_are_refused() -> None:
-    in_4_bits().described(), in_4_bits_nested().described()
+    replace(in_int8(), turned=64).described(), in_4_bits().described(), in_4_bits_nested().described()
     floats = torch.zeros(4, 64)
     content = torch.zeros(4, 68, dtype=torch.uint8)
     wrong: list[tuple[list[WeightPiece], str]] = [
@@ -199,6 +235,11 @@ def test_pieces_that_do_not_fit_are_refused() -> None:
         ([WeightPiece(floats, 4, 64, scales=torch.ones(4))], "scales of columns are for numbers of a byte"),
         ([WeightPiece(content, 4, 64, "Q8_0", scales=torch.ones(4))], "scales of columns are for numbers of a byte"),
         ([WeightPiece(floats.to(torch.int8), 4, 64, scales=torch.ones(3))], "expected a contiguous"),
+        ([replace(in_int8(), turned=16, unit=0.5)], "only numbers in int8 without a unit can have been rotated"),
+        ([WeightPiece(floats, 4, 64, turned=16)], "only numbers in int8 without a unit can have been rotated"),
+        ([replace(in_int8(), turned=8)], "4, 16, 64, 256 numbers that the depth divides by; got 8, with a depth"),
+        ([replace(in_int8(), turned=256)], "that the depth divides by; got 256, with a depth of 64"),
+        ([replace(in_int8(), turned=1024)], "that the depth divides by; got 1024, with a depth of 64"),
         ([WeightPiece(floats, 4, 64, factors=torch.ones(63))], "expected a contiguous"),
         ([in_4_bits(scales=torch.ones(4, 2))], r"expected a contiguous .*\[4, 1\]"),
         ([in_4_bits(scales=torch.ones(4, 1, dtype=torch.float64))], "expected a contiguous"),
@@ -241,7 +282,7 @@ MASK = padding_mask([12, 5, 1], 12)
 @every_dtype
 @pytest.mark.parametrize("layout", ["fused", "separate"])
 @pytest.mark.parametrize(
-    "name", ["Q8_0", "Q4_0", "NF4", "NF4, not nested", "FP4", "NVFP4", "MXFP8", "float8, in blocks"]
+    "name", ["Q8_0", "Q4_0", "NF4", "NF4, not nested", "FP4", "NVFP4", "MXFP8", "float8, in blocks", "int8, rotated"]
 )
 def test_an_encoder_is_computed_from_the_file(
     name: str, layout: Any, instructions: InstructionSet, dtype: torch.dtype, tmp_path: Path
@@ -283,10 +324,10 @@ def test_a_file_of_several_kinds_is_computed_block_by_block(tmp_path: Path) -> N
     """A kind that the kernels do not read leaves its block to torch, and is named."""
     stack = load_encoder(file_of("Q8_0", tmp_path), "float32", "cpu")
     o = stack.encoder.block[1].layer[0].SelfAttention.o
-    o.forms = tuple(replace(form, weight=as_rotated(form.weight)) for form in o.forms)
+    o.forms = tuple(replace(form, weight=unread(form.weight)) for form in o.forms)
     stack.encoder.block[1].runner = runner_of_quantised(stack.encoder.block[1])
     names = [block.runner.name for block in stack.encoder.block]
-    assert names[1] == "quantised weights (the kernels do not read int8, rotated)"
+    assert names[1] == "quantised weights (the kernels do not read float8_e4m3fnuz)"
     assert {*names} - {names[1]} == {f"{best_title()} kernels, quantised weights"}
     with torch.no_grad(), counted() as ours:
         found = stack(IDS, MASK)
@@ -295,15 +336,16 @@ def test_a_file_of_several_kinds_is_computed_block_by_block(tmp_path: Path) -> N
         block.runner = None
     with torch.no_grad():
         torch.testing.assert_close(found, stack(IDS, MASK), rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match=r"products='kernels' is not possible: the kernels do not read int8, rotated"):
+    with pytest.raises(ValueError, match="'kernels' is not possible: the kernels do not read float8_e4m3fnuz"):
         run_quantised(stack, "kernels")
 
 
-def as_rotated(weight: QuantisedWeight) -> QuantisedWeight:
-    numbers = turned_back(weight.plain(), 16)  # which is its own inverse
-    scale = numbers.abs().amax(1, keepdim=True) / 127
-    parts = {WEIGHT: (numbers / scale).round().to(torch.int8), SCALE: scale}
-    return QuantisedWeight(Scaled("int8, rotated", torch.int8, turned=16), weight.shape, parts)
+def unread(weight: QuantisedWeight) -> QuantisedWeight:
+    """The same numbers nearly, in a kind that the kernels do not read."""
+    dtype, numbers = torch.float8_e4m3fnuz, weight.plain()
+    scale = numbers.abs().amax(1, keepdim=True) / 240
+    parts = {WEIGHT: (numbers / scale).to(dtype), SCALE: scale}
+    return QuantisedWeight(Scaled("float8_e4m3fnuz", dtype), weight.shape, parts)
 
 
 def made(folder: Path) -> Path:
@@ -357,12 +399,12 @@ def test_products_name_a_set(tmp_path: Path) -> None:
 def test_what_computes_is_in_the_key(tmp_path: Path) -> None:
     """Of kinds that the kernels read, and of no others."""
     keys = {}
-    for name in ("Q8_0", "NF4", "int8, rotated"):
+    for name in ("Q8_0", "NF4", "int8, rotated", "float8 fnuz, by rows"):
         file = file_of(name, made(tmp_path / name))
         ways: list[Any] = ["auto", *(each.name for each in SETS if missing_for(each) is None)]
         keys[name] = {way: settings_of(file, "float32", "cpu", products=way).key([5, 1]).text for way in ways}
-    assert len(set(keys["int8, rotated"].values())) == 1
-    for name in ("Q8_0", "NF4"):
+    assert len(set(keys.pop("float8 fnuz, by rows").values())) == 1
+    for name in keys:
         assert len(set(keys[name].values())) == len(keys[name]) - 1, "auto is the best of them"
     file = tmp_path / "Q8_0" / "t5.gguf"
     assert "kernels" not in settings_of(file, "float64", "cpu").backend

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TOY_CONFIGS, every_set, needs_kernels, random_state
 from test_quantised_files import CONFIG, IDS, MASK, file_of
-from test_quantised_kernels import DEPTH, FACTORS, WEIGHTS, as_rotated, assert_same_bits, every_dtype, forms, made
+from test_quantised_kernels import DEPTH, FACTORS, WEIGHTS, assert_same_bits, every_dtype, forms, made, unread
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_loras import toy_lora
@@ -188,13 +188,13 @@ def test_threads_share_a_projection() -> None:
 
 @needs_kernels
 def test_what_the_kernels_do_not_know_is_torchs() -> None:
-    x, turned = draw(5, DEPTH), QuantisedForm(as_rotated(WEIGHTS["Q8_0"]))
+    x, other = draw(5, DEPTH), QuantisedForm(unread(WEIGHTS["Q8_0"]))
     narrow = QuantisedWeight(Plain(torch.float32), (4, 7), {WEIGHT: draw(4, 7)})
     best = best_set()
     assert best is not None
     cases: list[tuple[QuantisedLinear, Tensor]] = [
-        (linear_of(turned), x),
-        (linear_of(q8_0(), turned), x),
+        (linear_of(other), x),
+        (linear_of(q8_0(), other), x),
         (linear_of(QuantisedForm(narrow)), draw(5, 7)),
         (linear_of(q8_0()), x.double()),
         *([] if torch.float16 in best.stored else [(linear_of(q8_0()), x.half())]),
@@ -335,9 +335,12 @@ def test_copies_have_their_own() -> None:
 
 @every_dtype
 @pytest.mark.parametrize("layout", ["fused", "separate"])
-def test_beside_a_live_lora(layout: Any, instructions: InstructionSet, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["Q8_0", "int8, rotated"])
+def test_beside_a_live_lora(
+    kind: str, layout: Any, instructions: InstructionSet, dtype: torch.dtype, tmp_path: Path
+) -> None:
     """The kernels that were named compute the products beside it, and the values are those of unpacked weights."""
-    file, lora, products = file_of("Q8_0", tmp_path), toy_lora(CONFIG), instructions.name
+    file, lora, products = file_of(kind, tmp_path), toy_lora(CONFIG), instructions.name
     stack = run_quantised(load_encoder(file, dtype, "cpu", layout), products)  # type: ignore[arg-type]
     meant = load_encoder(file, "float64", "cpu", layout, unpack=True)
     with torch.no_grad():
@@ -385,5 +388,5 @@ def test_they_are_in_the_key(tmp_path: Path) -> None:
     assert best is not None
     words = f"{best.title} kernels for all that they read"
     assert settings_of(file_of("Q8_0", made(tmp_path / "q8")), "float32", "cpu").backend.endswith(words)
-    rotated = settings_of(file_of("int8, rotated", made(tmp_path / "rotated")), "float32", "cpu").backend
-    assert "kernels" not in rotated.partition("beside")[0]
+    others = settings_of(file_of("float8 fnuz, by rows", made(tmp_path / "fnuz")), "float32", "cpu").backend
+    assert "kernels" not in others.partition("beside")[0]

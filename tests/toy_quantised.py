@@ -215,6 +215,12 @@ def float8_by_rows(name: str, weight: Tensor) -> Tensors:
     return {f"{name}.weight": (weight / scale[:, None]).to(_FLOAT8), f"{name}.weight_scale": scale}
 
 
+def float8_fnuz_by_rows(name: str, weight: Tensor) -> Tensors:
+    """A kind that our kernels do not read."""
+    scale = weight.abs().amax(1) / 240
+    return {f"{name}.weight": (weight / scale[:, None]).to(torch.float8_e4m3fnuz), f"{name}.weight_scale": scale}
+
+
 def is_projection(name: str) -> bool:
     return ("SelfAttention" in name and "bias" not in name) or "DenseReluDense" in name
 
@@ -237,7 +243,7 @@ def write_quantised(path: Path, state: Tensors, metadata: dict[str, str] | None 
 READ: dict[str, tuple[str, Quantise]] = {
     "NVFP4": ("NVFP4", nvfp4_of_comfyui),
     "MXFP8": ("MXFP8", mxfp8_of_comfyui),
-    "int8, rotated": ("int8, rotated", int8_of_comfyui),
+    "int8, rotated": ("int8, rotated in groups of 16", int8_of_comfyui),
     "int8, by weight": ("int8", int8_of_comfyui_by_weight),
     "int8": ("int8", int8_with_scales),
     "NF4": ("NF4 of bitsandbytes", nf4),
@@ -247,4 +253,5 @@ READ: dict[str, tuple[str, Quantise]] = {
     "float8, in blocks": ("float8_e4m3fn in blocks", float8_in_blocks),
     "float8": ("float8_e5m2", float8_plain),
     "float8, by rows": ("float8_e4m3fn", float8_by_rows),
+    "float8 fnuz, by rows": ("float8_e4m3fnuz", float8_fnuz_by_rows),
 }

@@ -157,7 +157,7 @@ def _float8_in_blocks(weight: Tensor) -> QuantisedWeight:
 
 def _int8_rotated(weight: Tensor) -> QuantisedWeight:
     parts = pack(turned_back(weight, _ROTATED), "int8").parts  # the rotation is its own inverse
-    kind = Scaled("int8, rotated", torch.int8, turned=_ROTATED)
+    kind = Scaled(f"int8, rotated in groups of {_ROTATED}", torch.int8, turned=_ROTATED)
     return QuantisedWeight(kind, (weight.shape[0], weight.shape[1]), parts)
 
 

@@ -185,7 +185,8 @@ def _stored(
         return Stored(MXFP8(), shape, parts)
     if kind == "int8_tensorwise":
         turned = _turned(note)
-        return Stored(Scaled("int8, rotated" if turned else "int8", torch.int8, turned=turned), shape, parts)
+        name = f"int8, rotated in groups of {turned}" if turned else "int8"
+        return Stored(Scaled(name, torch.int8, turned=turned), shape, parts)
     if kind not in _FLOAT8_NOTES:
         _refuse(checkpoint, f"{kind} of ComfyUI", f"the note of {module}")
     if scale is not None and infos[scale].dtype not in FLOATS:

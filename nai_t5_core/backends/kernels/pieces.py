@@ -131,8 +131,8 @@ class WeightPiece:
             raise ValueError("only numbers in int8 without a unit can have been rotated")
         if self.turned not in TURNED or self.depth % self.turned:
             raise ValueError(
-                f"a rotation is undone in groups of {', '.join(map(str, TURNED))} numbers that the depth divides by; got "
-                f"{self.turned}, with a depth of {self.depth}"
+                f"a rotation is undone in groups of {', '.join(map(str, TURNED))} numbers that the depth divides by; "
+                f"got {self.turned}, with a depth of {self.depth}"
             )
 
     def _format(self) -> tuple[int, torch.dtype]:

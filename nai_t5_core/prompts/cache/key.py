@@ -19,7 +19,7 @@ from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales
 
 # To be raised whenever the same ingredients give another result than before: entries of older programs then miss.
-NUMERICS = 2
+NUMERICS = 3
 
 # What pads are in the tokenizers of nearly all T5s. Rows that are computed of these are kept behind a prompt's own
 # without a word in the key, so that a prompt is found whether they are computed or not.
