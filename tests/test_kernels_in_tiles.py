@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from toy_kinds import turned
 
 from nai_t5_core.backends.kernels import interface
 from nai_t5_core.backends.kernels.build import missing_for
@@ -17,8 +18,11 @@ from nai_t5_core.backends.kernels.calls import add_product, encode_block, normed
 from nai_t5_core.backends.kernels.compilers import AMX as REAL
 from nai_t5_core.backends.kernels.compilers import AVX512 as VECTORS
 from nai_t5_core.backends.kernels.compilers import FOLDER, GXX
+from nai_t5_core.backends.kernels.pieces import TURNED
 from nai_t5_core.backends.kernels.sets import AMX, AVX512, InstructionSet
 from nai_t5_core.backends.kernels.weights import KernelWeight
+from nai_t5_core.backends.quantised.forms import QuantisedForm
+from nai_t5_core.backends.quantised.pieces import piece_of
 
 HERE = Path(__file__).parent
 EMULATED = replace(REAL, flags=(*VECTORS.flags, "-include", str(HERE / "emulated_tiles.h")))
@@ -127,6 +131,20 @@ def test_rows_are_the_same_whatever_is_beside_them(depth: int, dtype: torch.dtyp
     for first, last in ((0, 1), (3, 20), (7, 40), (69, 70)):
         assert torch.equal(through(rows[first:last], one, other), together[first:last])
     assert torch.equal(through(rows, one.in_panels(), other.in_panels()), together)
+
+
+@pytest.mark.usefixtures("by_tiles")
+@pytest.mark.parametrize("group", TURNED)
+def test_a_rotation_is_undone(group: int) -> None:
+    """In a register of its own, and in one that has columns of two pieces."""
+    for rows in (64, 21):
+        form = QuantisedForm(turned(group, rows, 768), torch.linspace(-2, 2, 768))
+        found = KernelWeight.of_pieces([piece_of(form)] * 2, torch.bfloat16, torch.bfloat16, False, AMX)
+        meant = form.plain(torch.bfloat16)
+        assert torch.equal(found.in_panels().original(), torch.cat((meant, meant)))
+        x = torch.randn(150, 768, generator=torch.Generator().manual_seed(1))
+        out = normed_product(x, None, 1e-6, found, "silu")
+        assert torch.equal(out[:7], normed_product(x[:7], None, 1e-6, found.in_panels(), "silu"))
 
 
 def test_the_real_instructions_are_what_is_compiled(folder: Path) -> None:

@@ -167,6 +167,11 @@ def test_a_rotation_is_undone() -> None:
     parts = {"weight": (turned / scale[:, None]).round().to(torch.int8), "weight_scale": scale}
     found = Scaled("int8, rotated", torch.int8, turned=16).unpack(parts, slice(0, ROWS))
     assert float((found - weight).abs().max()) < 0.1
+    # The whole numbers are turned back exactly, and each is rounded once.
+    exact = (parts["weight"].double().reshape(ROWS, -1, 16) @ matrix.double().T).reshape(ROWS, COLUMNS)
+    assert torch.equal(found, (exact * scale.double()[:, None]).float())
+    with pytest.raises(ValueError, match="before the scales of rows, and not of blocks"):
+        Scaled("both", torch.int8, (128, 128), turned=16)
     assert [number for number in range(300) if is_power_of_4(number)] == [4, 16, 64, 256]
 
 

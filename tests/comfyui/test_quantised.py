@@ -151,7 +151,7 @@ def test_layouts_that_are_refused(layout: str, told: str, tmp_path: Path, monkey
     from comfy_nai_t5.clip import describe
 
     # Of a kind that the kernels read, they compute the fused layout.
-    path = write_kind(tmp_path, "int8, rotated")
+    path = write_kind(tmp_path, "float8 fnuz, by rows")
     with pytest.raises(ValueError, match=told):
         describe(load(path, monkeypatch, Settings("float32", layout=layout)))
 

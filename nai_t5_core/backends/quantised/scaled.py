@@ -28,7 +28,8 @@ class Scaled:
         name: what users call it.
         dtype: of the values.
         block: rows and columns of a block; None where a scale is for the weight or a row.
-        turned: the columns of a group that a rotation was applied to before the values were rounded; 0 for none.
+        turned: the columns of a group that a rotation was applied to before the values were rounded; 0 for none. Such
+            values have no blocks.
         unit: what the scale of a row is multiplied by first.
     """
 
@@ -37,6 +38,10 @@ class Scaled:
     block: tuple[int, int] | None = None
     turned: int = 0
     unit: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.turned and self.block is not None:
+            raise ValueError(f"{self.name}: a rotation is undone before the scales of rows, and not of blocks")
 
     def fault(self, layout: Layout, shape: tuple[int, int]) -> str | None:
         rows, columns = shape
@@ -61,6 +66,7 @@ class Scaled:
     def unpack(self, parts: Parts, rows: Rows) -> Tensor:
         values = _floats(_rows(parts[WEIGHT], rows))
         if self.turned:
+            # Before the scales of rows: sums of whole numbers are exact in any order, and on every device.
             values = turned_back(values, self.turned)
         if SCALE not in parts:
             return values
