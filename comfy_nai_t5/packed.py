@@ -48,8 +48,8 @@ class KeptKernels(Kept):
         self._called = False
 
     def runner(self, weights: FusedWeights) -> JoinedKernels:
-        if self._called:
-            self.kernels = self.kernels.in_panels()
+        while self._called and not self.kernels.is_in_panels:
+            self.kernels = self.kernels.with_next_in_panels()
         self._called = True
         return JoinedKernels(weights.norms, self.kernels)
 

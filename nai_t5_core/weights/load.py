@@ -29,7 +29,7 @@ from nai_t5_core.weights import native
 from nai_t5_core.weights.chosen import ScalesChoice, given_or_stored, place_for, told_scales
 from nai_t5_core.weights.examine import Examination, ModelSource, decoder_faults, examine, find_tokenizer, settle_head
 from nai_t5_core.weights.formats import CheckpointError
-from nai_t5_core.weights.fuse import Recipe, fused_recipes, originals, separate_recipes
+from nai_t5_core.weights.fuse import Recipe, Workbench, fused_recipes, originals, separate_recipes
 from nai_t5_core.weights.held_weights import held_modules, refuse_scales, refuse_to_keep, that_stay
 from nai_t5_core.weights.held_weights import place as put_in_place
 from nai_t5_core.weights.keymaps import KeyMap
@@ -187,9 +187,10 @@ def refuse_before_assembly(
     refuse_scales(examination, originals(recipes))
     staying = [] if unpack else that_stay(recipes, examination)
     held_modules(staying, examination, dtype, torch.device("cpu"))
+    workbench = Workbench()
     for recipe in recipes if dtype == torch.float16 else ():
         if recipe not in staying:
-            cook_within_range(recipe, read, dtype)
+            cook_within_range(recipe, read, dtype, workbench)
 
 
 def load_t5(
@@ -257,9 +258,9 @@ def _tensors(
     device: torch.device,
     release: Callable[[tuple[str, ...]], None] = lambda names: None,
 ) -> dict[str, Tensor]:
-    tensors = {}
+    tensors, workbench = {}, Workbench()
     for recipe in recipes:
-        tensors[recipe.target] = cook_within_range(recipe, read, dtype).to(device)
+        tensors[recipe.target] = cook_within_range(recipe, read, dtype, workbench).to(device)
         release(recipe.parts)
     return tensors
 

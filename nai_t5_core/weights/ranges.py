@@ -9,12 +9,12 @@ from torch import Tensor
 
 from nai_t5_core.model.precision import advice_on, is_finite, keeps_finite, largest_finite
 from nai_t5_core.weights.formats import CheckpointError
-from nai_t5_core.weights.fuse import Recipe, cook
+from nai_t5_core.weights.fuse import Recipe, Workbench, cook
 
 Read = Callable[[str], Tensor]
 
 
-def cook_within_range(recipe: Recipe, read: Read, dtype: torch.dtype) -> Tensor:
+def cook_within_range(recipe: Recipe, read: Read, dtype: torch.dtype, workbench: Workbench | None = None) -> Tensor:
     """The tensor of a recipe, looked at where it has become something that its originals may exceed.
 
     A tensor that is taken from the file as it lies there is not read for this.
@@ -29,7 +29,7 @@ def cook_within_range(recipe: Recipe, read: Read, dtype: torch.dtype) -> Tensor:
         read_dtypes.add(original.dtype)
         return original
 
-    tensor = cook(recipe, reading, dtype)
+    tensor = cook(recipe, reading, dtype, workbench)
     is_product = tensor.dtype == torch.float16 and not recipe.is_plain
     if is_product or any(_is_narrower(tensor.dtype, original) for original in read_dtypes):
         refuse_infinities(recipe, tensor, read)

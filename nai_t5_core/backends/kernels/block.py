@@ -65,7 +65,7 @@ class BlockOfKernels:
 
     @property
     def is_in_panels(self) -> bool:
-        return self.weights[0].is_in_panels
+        return all(weight.is_in_panels for weight in self.weights)
 
     @property
     def widening(self) -> str:
@@ -77,6 +77,17 @@ class BlockOfKernels:
         if self.is_in_panels:
             return self
         return replace(self, weights=tuple(map(KernelWeight.in_panels, self.weights)))
+
+    def with_next_in_panels(self: Own) -> Own:
+        """The same with one weight more in panels; itself if it has them all.
+
+        So a holder that puts this in the place of the other has only that weight in memory twice.
+        """
+        done = sum(weight.is_in_panels for weight in self.weights)
+        if done == len(self.weights):
+            return self
+        weights = (*self.weights[:done], self.weights[done].in_panels(), *self.weights[done + 1 :])
+        return replace(self, weights=weights)
 
     @staticmethod
     def _add(attended: Tensor, o: KernelWeight, residual: Tensor) -> None:

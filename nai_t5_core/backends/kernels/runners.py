@@ -148,9 +148,9 @@ class _Held:
 
     def ready(self) -> Any:
         """The block as a function, for this call."""
-        # The attribute is replaced at once, so it does not matter which of the two objects another thread reads.
-        if self.called:
-            self.kernels = self.kernels.in_panels()
+        # The attribute is replaced at once, so it does not matter which of the objects another thread reads.
+        while self.called and not self.kernels.is_in_panels:
+            self.kernels = self.kernels.with_next_in_panels()
         self.called = True
         return self.kernels
 
