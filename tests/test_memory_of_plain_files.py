@@ -1,4 +1,4 @@
-"""Files in 16 and 32 bits: memory holds the weights in the compute dtype once, and nothing that was needed on the way."""
+"""Files in 16 and 32 bits: memory holds the weights in the compute dtype once, and nothing needed on the way."""
 
 from __future__ import annotations
 
