@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nai_t5_core.bench.kinds import QUANTILES, KindRow
+from nai_t5_core.bench.plot_labels import label
 from nai_t5_core.weights.whole_files import replacing
 
 _SHOWN = 0.99
@@ -20,33 +21,23 @@ def plot(rows: Sequence[KindRow], size: str, path: Path) -> None:
         ValueError: matplotlib is not installed.
     """
     try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError('the plot needs matplotlib: pip install "comfy-nai-t5[plot]"') from error
     place = QUANTILES.index(_SHOWN)
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(8, 6.4), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
     axes = figure.subplots()
     plain, *kinds = rows
-    for label, marker, errors in (
+    for meaning, marker, errors in (
         ("random weights", "o", [row.errors[place] for row in kinds]),
         ("with large channels, as trained models have", "x", [row.errors_with_outliers[place] for row in kinds]),
     ):
-        axes.scatter([row.bits for row in kinds], errors, marker=marker, label=label)
-    for number, row in enumerate(kinds):
-        # Those of the same size are labelled on both sides in turn.
-        is_left = sum(other.bits == row.bits for other in kinds[:number]) % 2 == 1
-        axes.annotate(
-            row.kind,
-            (row.bits, row.errors[place]),
-            (-7 if is_left else 7, 0),
-            textcoords="offset points",
-            fontsize="small",
-            ha="right" if is_left else "left",
-            va="center",
-        )
+        axes.scatter([row.bits for row in kinds], errors, marker=marker, s=22, linewidths=1.2, label=meaning)
     if plain.errors[place]:
-        label = f"{plain.kind}, {plain.bits:g} bits"
-        axes.axhline(plain.errors[place], color="gray", linewidth=1, linestyle="--", label=label)
+        meaning = f"{plain.kind}, {plain.bits:g} bits"
+        axes.axhline(plain.errors[place], color="gray", linewidth=1, linestyle="--", label=meaning)
     axes.set_yscale("log")
     axes.set_xlabel("bits of a weight")
     axes.set_ylabel(f"error, {100 * _SHOWN:g}% are smaller")
@@ -55,5 +46,7 @@ def plot(rows: Sequence[KindRow], size: str, path: Path) -> None:
     axes.set_axisbelow(True)
     figure.legend(fontsize="small", ncols=3, loc="outside lower center")
     figure.suptitle(f"{size} encoder: further left and lower is better")
+    others = [(row.bits, row.errors_with_outliers[place]) for row in kinds]
+    label(axes, [(row.kind, row.bits, row.errors[place]) for row in kinds], others)
     with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
+        figure.savefig(partial, format="png")
