@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Event
+from threading import Event, get_ident
+from time import sleep
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from nai_t5_core.backends.offload.offload import offload_layers
 from nai_t5_core.backends.offload.ring import Ring
-from nai_t5_core.model.turns import OneAtATime
+from nai_t5_core.model.turns import Turns
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +158,47 @@ def test_threads_take_turns() -> None:
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_calls_that_wait_while_layers_are_offloaded_take_turns_as_well() -> None:
+    stack, device = resident(of_layers(4)), SimulatedDevice()
+    prompts = [IDS[:, : 3 + number] for number in range(4)]
+    expected = [stack(prompt) for prompt in prompts]
+    stack.turns = turns = CountedTurns()
+    within, most = set[int](), []
+
+    def come(*_: Any) -> None:
+        within.add(get_ident())
+        most.append(len(within))
+        sleep(0.01)
+
+    stack.encoder.block[0].register_forward_hook(come)
+    stack.encoder.block[3].register_forward_hook(lambda *_: within.discard(get_ident()))
+
+    def encode(prompt: Tensor) -> Tensor:
+        with torch.no_grad():
+            return stack(prompt)
+
+    with ThreadPoolExecutor(4) as pool:
+        with turns.change():
+            found = [pool.submit(encode, prompt) for prompt in prompts]
+            while turns.asked < 4:
+                sleep(0.001)
+            offloaded(stack, device)
+        assert all(torch.equal(a.result(30), b) for a, b in zip(found, expected, strict=True))
+    assert max(most) == 1 and len(most) == 4
+
+
+class CountedTurns(Turns):
+    """Counts how many threads have asked for a call."""
+
+    asked = 0
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        self.asked += 1
+        with super().call():
+            yield
+
+
 def test_a_call_that_waits_while_the_encoder_goes_to_the_cpu() -> None:
     """What computed on the device is gone when it has its turn."""
     stack, device = resident(of_layers(4)), SimulatedDevice()
@@ -178,11 +220,11 @@ def test_a_call_that_waits_while_the_encoder_goes_to_the_cpu() -> None:
         assert torch.equal(found.result(30), expected)
 
 
-class ToldTurns(OneAtATime):
+class ToldTurns(Turns):
     """Tells when a call asks for its turn."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(one_at_a_time=True)
         self.is_asked_for = Event()
 
     @contextmanager

@@ -16,10 +16,14 @@ import pytest
 import torch
 from backend_cases import CASES, CONFIG, FLOATS, bound
 from conftest import TOY_CONFIGS, build_stack, padding_mask, random_state
+from hf_toys import assert_near
 from torch import Tensor
 from toy_loras import toy_lora, toy_tables
 
-from nai_t5_core.backends.choose import why_not_int8
+from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_int8
+from nai_t5_core.backends.cuda.int8 import quantise_at_rest, quantise_stack
+from nai_t5_core.backends.offload.offload import offload_layers
+from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
 from nai_t5_core.float16.generation_guard import generate_guarded
 from nai_t5_core.float16.guard import ScaleTightenedWarning, guard
 from nai_t5_core.generation.t5 import T5
@@ -244,6 +248,48 @@ def test_calls_run_side_by_side_and_changes_alone() -> None:
     at_once(call, threads=2)
     at_once(change)
     assert seen == ["begun", "done"] * THREADS
+
+
+CPU = torch.device("cpu")
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "prepack": lambda stack: prepack(stack, "onednn"),
+    "quantize": lambda stack: quantize_int8(stack, "onednn"),
+    "quantise for a card": lambda stack: quantise_stack(stack, CPU),
+    "quantise in the host's memory": lambda stack: quantise_at_rest(stack, CPU),
+    "offload": offload_layers,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_replaces_weights_waits_for_the_calls_that_run(change: str) -> None:
+    """Else the call would have some layers as they were, and others as they are to be."""
+    for backend, how in ((ONEDNN, "prepack"), (INT8_ONEDNN, "quantize")):
+        if change == how and (reason := backend.missing(CPU, torch.float32)):
+            pytest.skip(reason)
+    stack = bound(CASES["torch"])
+    before = [module for module in stack.modules() if isinstance(module, NoInit.Linear)]
+    expected, is_within, may_go_on = encode(stack), threading.Event(), threading.Event()
+
+    def stop(*_: Any) -> None:
+        is_within.set()
+        assert may_go_on.wait(30)
+
+    hook = stack.encoder.block[0].register_forward_hook(stop)
+    with ThreadPoolExecutor(2) as pool:
+        call = pool.submit(encode, stack)
+        assert is_within.wait(30)
+        changing = pool.submit(CHANGES[change], stack)
+        while not (stack.turns._waiting_changes or changing.done()):
+            time.sleep(0.001)
+        is_as_it_was = stack.offload is None and before == [
+            module for module in stack.modules() if isinstance(module, NoInit.Linear)
+        ]
+        may_go_on.set()
+        assert torch.equal(call.result(30), expected)
+        changing.result(30)
+    hook.remove()
+    assert is_as_it_was
+    assert_near(encode(stack), expected, 0.1)
 
 
 def test_a_change_is_not_kept_waiting_by_ever_new_calls() -> None:

@@ -21,7 +21,7 @@ from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.backends.kernels.build import better_than_kernels, missing_for, prepare_kernels, why_not_kernels
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, KernelsInPlace, best
 from nai_t5_core.backends.kernels.sets import named
-from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
+from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN, Int8Backend, OneDNNBackend
 from nai_t5_core.backends.quantised.kernels import refuses, runner_of_quantised
 from nai_t5_core.backends.quantised.projections import stays_quantised
 from nai_t5_core.model.attention_choice import FLEX_FROM_LENGTHS
@@ -155,8 +155,6 @@ def prepack(model: Model, products: ProductsChoice = "auto") -> Model:
     if kernels is None or isinstance(model, T5Model):
         _refuse_without_onednn(model)
     _bind(model, kernels or ONEDNN, ONEDNN)
-    if isinstance(model, T5Model):
-        model.lm_head = ONEDNN.held(model.lm_head, model.dtype)
     return model
 
 
@@ -208,8 +206,6 @@ def quantize_int8(model: Model, products: ProductsChoice = "auto", device: torch
     if kernels is None or isinstance(model, T5Model):
         _refuse_int8_without_onednn(model)
     _bind(model, kernels or INT8_ONEDNN, INT8_ONEDNN)
-    if isinstance(model, T5Model):
-        model.lm_head = INT8_ONEDNN.held(model.lm_head, model.dtype)
     return model
 
 
@@ -271,12 +267,15 @@ def _impossible(products: str, obstacle: str) -> str:
     return f"products={products!r} is not possible: {obstacle}; use products='auto' or 'onednn'"
 
 
-def _bind(model: T5EncoderStack | T5Model, backend: Backend, without_kernels: Backend) -> None:
+def _bind(model: T5EncoderStack | T5Model, backend: Backend, without_kernels: OneDNNBackend | Int8Backend) -> None:
+    """Binds every block, and by oneDNN the head; calls of other threads that run are waited for."""
     block: Any
-    for block in model.encoder.block:
-        backend.bind(block, model.dtype)
-    if isinstance(model, T5Model):
-        # A step that torch compiles sees through oneDNN's products, and not through the kernels.
-        for_decoder = backend if model.compiled_steps is None else without_kernels
-        for block in model.decoder.block:
-            (without_kernels if for_decoder.refuses(block, model.dtype) else for_decoder).bind(block, model.dtype)
+    with model.turns.change():
+        for block in model.encoder.block:
+            backend.bind(block, model.dtype)
+        if isinstance(model, T5Model):
+            # A step that torch compiles sees through oneDNN's products, and not through the kernels.
+            for_decoder = backend if model.compiled_steps is None else without_kernels
+            for block in model.decoder.block:
+                (without_kernels if for_decoder.refuses(block, model.dtype) else for_decoder).bind(block, model.dtype)
+            model.lm_head = without_kernels.held(model.lm_head, model.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Condition, RLock, local
 from typing import Any
 
@@ -21,9 +21,15 @@ class Turns:
     A call finds the model as it was before a change or as it is after it. A change waits for the calls that run, and
     calls that come meanwhile wait for it. A thread that has its turn may call again, and one that changes may change
     again. Copies of a model have turns of their own.
+
+    Attributes:
+        one_at_a_time: whether calls wait for each other as well: of a model that has room for one call's layers. It is
+            set within a change, and holds for the calls that wait for that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, one_at_a_time: bool = False) -> None:
+        self.one_at_a_time = one_at_a_time
+        self._alone = RLock()
         self._moved = Condition()
         self._mine = _OfThisThread()
         self._threads_that_call = self._waiting_changes = 0
@@ -32,6 +38,12 @@ class Turns:
     @contextmanager
     def call(self) -> Iterator[None]:
         """While this is open the model stays as it is."""
+        # In this order: who waits for a change does not keep the one who changes from calling.
+        with self._between_changes(), self._alone if self.one_at_a_time else nullcontext():
+            yield
+
+    @contextmanager
+    def _between_changes(self) -> Iterator[None]:
         mine = self._mine
         is_first = not (mine.calls or mine.changes)
         if is_first:
@@ -84,22 +96,4 @@ class Turns:
                 self._moved.notify_all()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Turns, ()
-
-
-class OneAtATime(Turns):
-    """As :class:`Turns`, but calls wait for each other as well: of a model that has room for one call's layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._alone = RLock()
-
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """While this is open the model stays as it is, and no other thread calls it."""
-        # In this order: who waits for a change does not keep the one who changes from calling.
-        with super().call(), self._alone:
-            yield
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return OneAtATime, ()
+        return Turns, (self.one_at_a_time,)

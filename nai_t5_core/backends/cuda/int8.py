@@ -33,7 +33,7 @@ def quantise_stack(stack: T5EncoderStack, device: torch.device) -> None:
     the device already has no room for both: it still computes, and layers that were done stay in 8 bits.
     """
     moves = stack.device != torch.empty(0, device=device).device
-    with ExitStack() as undone:
+    with stack.turns.change(), ExitStack() as undone:
         undone.callback(stack.to, stack.device)
         for block in cast("Iterable[Block]", stack.encoder.block):
             if moves:
@@ -46,9 +46,10 @@ def quantise_stack(stack: T5EncoderStack, device: torch.device) -> None:
 def quantise_at_rest(stack: T5EncoderStack, device: torch.device) -> None:
     """As :func:`quantise_block`, of every block in turn, whose weights come back to the host's memory."""
     block: Any
-    for block in stack.encoder.block:
-        quantise_block(block, stack.dtype, device)
-        block.to("cpu")
+    with stack.turns.change():
+        for block in stack.encoder.block:
+            quantise_block(block, stack.dtype, device)
+            block.to("cpu")
 
 
 def quantise_block(block: Block, dtype: torch.dtype, device: torch.device) -> None:

@@ -24,7 +24,6 @@ from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.fixed_weights import FixedWeights
 from nai_t5_core.model.inputs import moved
 from nai_t5_core.model.layers import FoldedRMSNorm
-from nai_t5_core.model.turns import OneAtATime
 
 CPU = torch.device("cpu")
 # Where a stack that is offloaded may compute.
@@ -39,6 +38,8 @@ def offload_layers(
     ``stack.to("cuda")`` then says where it computes: each layer is brought there for its work. On the CPU it computes
     as ever. It cannot be cast or trained any more; LoRA, saving and copying see the weights where they rest. Who writes
     to a weight by other means waits for the device first, as the guard does in every call.
+
+    Calls of other threads that run are waited for. From then on they compute one at a time.
 
     Args:
         stack: in any layout and dtype, also with weights that stay quantised; not prepacked or compiled.
@@ -59,28 +60,29 @@ def offload_layers(
             f"the encoder is to be offloaded to {device}; its layers come from the host's memory to CUDA "
             "alone, or stay on the CPU"
         )
-    if stack.offload is not None:
-        return stack if device is None else stack.to(device)
-    _refuse(stack)
-    with _unless_it_fails(stack):
-        device = device or stack.device
-        stack.to(CPU).requires_grad_(False)
-        stack.runner, stack.turns = None, OneAtATime()
-        stack.offload = Offload(stack, by_kernels)
-        return stack.to(device)
+    with stack.turns.change():
+        if stack.offload is not None:
+            return stack if device is None else stack.to(device)
+        _refuse(stack)
+        with _unless_it_fails(stack):
+            device = device or stack.device
+            stack.to(CPU).requires_grad_(False)
+            stack.runner, stack.turns.one_at_a_time = None, True
+            stack.offload = Offload(stack, by_kernels)
+            return stack.to(device)
 
 
 @contextmanager
 def _unless_it_fails(stack: T5EncoderStack) -> Iterator[None]:
     """Offloads a stack within, or leaves it as it was."""
-    device, runner, turns = stack.device, stack.runner, stack.turns
+    device, runner = stack.device, stack.runner
     needed = [(weight, weight.requires_grad) for weight in stack.parameters()]
     blocks: Any = stack.encoder.block
     runners = [block.runner for block in blocks]
     try:
         yield
     except BaseException:
-        stack.offload, stack.runner, stack.turns = None, runner, turns
+        stack.offload, stack.runner, stack.turns.one_at_a_time = None, runner, False
         for block, own in zip(blocks, runners, strict=True):
             block.runner = own
         lay_as_in_file(stack)
