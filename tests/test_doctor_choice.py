@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -153,8 +156,8 @@ def test_a_folder_that_cannot_be_written_is_told() -> None:
 
 
 def test_the_report_and_the_command_tell_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"import_seconds": 3.0, "first_seconds": 1.5, "second_seconds": 0.004}
-    fresh = {"times": {"a later one": times}, "seconds": 4.5, "wrong": []}
+    times = {"start_seconds": 3.0, "first_seconds": 1.5, "second_seconds": 0.004}
+    fresh = {"times": {"a later one": times}, "seconds": 4.5}
     diagnosis = examined(kernels={"checked": 9, "wrong": []}, choice=finding(), **{"first-encode": fresh})
     text = as_markdown(diagnosis)
     assert "| products and attention | an estimate |" in text
@@ -244,8 +247,12 @@ def test_tiles_that_a_card_has_no_room_for_are_left_out(monkeypatch: pytest.Monk
 
 def test_the_first_encode_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_encode, "_PATIENCE", 600)  # on a machine that does much else
+    begun = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    of_torch = time.perf_counter() - begun
     times = first_encode.in_a_fresh_process("t5-v1_1-small", "cpu", 1)
-    assert times["import_seconds"] > 0 and times["first_seconds"] > 0 and times["second_seconds"] > 0
+    # What is imported before the module itself counts as well.
+    assert times["start_seconds"] > of_torch / 3 and times["first_seconds"] > 0 and times["second_seconds"] > 0
     with pytest.raises(RuntimeError, match="t5-gigantic"):
         first_encode.in_a_fresh_process("t5-gigantic", "cpu", 1)
 
@@ -279,52 +286,21 @@ def test_a_kernel_that_does_not_compile_leaves_the_others_to_be_compiled() -> No
     assert sorted(compiled) == ["another", "one"] and active_mode.get() is None
 
 
-@pytest.mark.parametrize(("seconds", "wrong"), [(2.0, 0), (9.0, 1)])
-def test_a_first_encode_that_is_late_is_wrong(seconds: float, wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"import_seconds": 3.0, "first_seconds": seconds, "second_seconds": 0.01}
+def test_a_first_encode_that_is_late_is_told_and_no_wrong_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the advice would be to trust nothing that is computed here."""
+    times = {"start_seconds": 3.0, "first_seconds": 9.0, "second_seconds": 0.01}
     asked = []
     monkeypatch.setattr(first_encode, "in_a_fresh_process", lambda *given: asked.append(given) or times)
     found = first_encode.time_first_encodes(Patient(DoctorSettings(device="cpu")))
-    assert found["seconds"] == 3 + seconds and len(found["wrong"]) == wrong
-    assert [record_at for *_, record_at in asked] == [1, 1, 2]
+    assert found["seconds"] == 12.0 and [record_at for *_, record_at in asked] == [1, 1, 2]
+    diagnosis = examined(**{"first-encode": found})
+    assert diagnosis.passed
+    assert "Start and first encode are to take at most 10 s, and take 12.0 s." in as_markdown(diagnosis)
 
 
 def test_an_unknown_way_is_kept_for_later_versions() -> None:
     each = MeasuredProduct(kind="gated", rows=64, weights="int8", way="later", microseconds=1, by_torch=2)
     assert MeasuredProduct.model_validate_json(each.model_dump_json()) == each
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is to be reached
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_to_be_reached_stands_beside_what_was_found() -> None:
-    ceilings = {"read_bytes_per_second": 1e12, "copy_bytes_per_second": 1e12, "products": {"float16": 1e14}}
-    work = {"flops": 1e11, "bytes": 2e9}
-    times = {length: {"ms": ms, "host_ms": 1.0, "work": work} for length, ms in (("64", 4.0), ("512", 8.0))}
-    speed = {
-        "model": "t5-v1_1-xxl",
-        "words": "t5-v1_1-xxl with random weights",
-        "dtype": "float16",
-        "by": "kernels",
-        "times": times,
-    }
-    each = {"ms": 12.0, "host_ms": 1.0, "first_seconds": 20}
-    steps = {"peers-compiled": {"times": {"64": each, "512": each}}, "nai-t5-compiled": {"times": {"512": each}}}
-    text = as_markdown(examined(ceilings=ceilings, speed=speed, **steps))
-    for row in (
-        "| 64 tokens, float16 | ≤ 3.4 ms | 4.00 ms |",
-        "| 64 tokens, multiple of the least time | ≤ 1.2 | 2.00 |",
-        "| transformers compiled / ours, 64 tokens | ≥ 2.0 | 3.00 |",
-        "| transformers / ours, 64 tokens padded to 512 | ≥ 6 | not measured |",
-        "| nai-t5 by flex, compiled / ours, 512 tokens | ≥ 1.15 | 1.50 |",
-        "| first encode of a fresh process | ≤ 10 s | not measured |",
-    ):
-        assert row in text
-    chosen = as_markdown(examined(ceilings=ceilings, speed=speed, choice=finding(lengths={"64": 3.2})))
-    assert "| 64 tokens, float16 | ≤ 3.4 ms | 3.20 ms |" in chosen and "the timed model: 64 tokens 3.20 ms" in chosen
-    assert "To reach" not in as_markdown(examined(speed={**speed, "model": "t5-v1_1-large"}))
 
 
 def test_nai_t5_by_flex_computes_what_it_does_by_sdpa() -> None:

@@ -105,8 +105,10 @@ def estimate(config: T5Config, size: str, prompt_lengths: Sequence[int], padded_
     return Estimate(size, tuple(prompt_lengths), padded_to, padded, ours, devices)
 
 
-def encoder_work(config: T5Config, document_lengths: Sequence[int]) -> Work:
+def encoder_work(config: T5Config, document_lengths: Sequence[int], weight_bytes: int = _FLOAT16) -> Work:
     """The work of a float16 encode of these documents in one batch; pads that are computed count as tokens.
+
+    ``weight_bytes`` are those of a number of the projections.
 
     Bytes: every weight once, the inputs and outputs of every product and of attention once, and the float32 residual
     read and written by both sublayers. Logits do not count: a fused attention kernel does not write them to memory.
@@ -116,7 +118,7 @@ def encoder_work(config: T5Config, document_lengths: Sequence[int]) -> Work:
     attention = 4 * config.inner_dim
     residual = 2 * 2 * config.d_model
     per_token = config.num_layers * (_FLOAT16 * (products + attention) + _FLOAT32 * residual)
-    weights = _FLOAT16 * config.num_layers * _layer_weights(config)
+    weights = weight_bytes * config.num_layers * _layer_weights(config)
     return Work(encoder_flops(config, document_lengths), weights + tokens * per_token)
 
 

@@ -17,6 +17,7 @@ from nai_t5_core.bench.clock import timed
 from nai_t5_core.bench.doctor.numbers import SMALL_CONFIGS, difference, questions
 from nai_t5_core.bench.doctor.own_kernels import finished
 from nai_t5_core.bench.doctor.patient import Finding, Patient
+from nai_t5_core.bench.doctor.speed import work
 from nai_t5_core.bench.parity import TOLERANCES
 from nai_t5_core.bench.peers import own_encoder, random_state
 from nai_t5_core.model.encoder import T5EncoderStack
@@ -103,7 +104,9 @@ def time_eight_bits(patient: Patient) -> Finding:
         stack = quantised(own_encoder(patient.config, patient.state, patient.dtype), kind)
         _time(patient, stack, kind, _CHOICES, times)
         memory[kind] = _held(stack)
-    return {"times": times, "bytes": memory}
+    works = {str(length): work(patient, (length,), weight_bytes=1) for length in LENGTHS}
+    about = {"model": patient.model.name, "dtype": str(patient.dtype).removeprefix("torch.")}
+    return {**about, "times": times, "work": works, "bytes": memory}
 
 
 def _time(

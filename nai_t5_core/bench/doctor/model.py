@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from nai_t5_core.bench.doctor.hollow import write_hollow
 from nai_t5_core.bench.peers import State, hf_state, own_encoder, random_state
 from nai_t5_core.facts.config import NAMED_CONFIGS, T5Config, encoder_tensors, named_config
 from nai_t5_core.facts.paths import user_path
@@ -39,6 +40,10 @@ class RandomModel:
         """Our encoder with these weights, on the device."""
         return own_encoder(self.config, self.state, self._dtype)
 
+    def on_disk(self, folder: Path) -> str:
+        """A checkpoint of this size in an empty folder, whose weights are zeros: it takes no room."""
+        return str(write_hollow(folder / "zeros.safetensors", self.config, self._dtype))
+
 
 class GivenModel:
     """The encoder of a hub id, a folder or a file. No weight is read before it is asked for.
@@ -66,6 +71,10 @@ class GivenModel:
     def stack(self) -> T5EncoderStack:
         """Our encoder as it is loaded, so that quantised weights stay as they lie."""
         return load_encoder(self.name, self._dtype, self._device)
+
+    def on_disk(self, folder: Path) -> str:
+        """Where it is."""
+        return self.name
 
 
 def model_of(name: str, dtype: torch.dtype, device: torch.device) -> RandomModel | GivenModel:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nai_t5_core.bench.doctor.advice import advice
 from nai_t5_core.bench.doctor.examination import Diagnosis
+from nai_t5_core.bench.doctor.first_encode import MOST_SECONDS
 from nai_t5_core.bench.doctor.goals import goals, least_ms
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
         yield _kernels("Our kernels for CUDA", found)
     if found := diagnosis.data("8-bit-speed"):
         yield _kernels("Weights in 8 bits by our kernels for CUDA", found)
+    if found := diagnosis.data("memory"):
+        yield _memory(found)
     if found := diagnosis.data("offload"):
         yield _offload(found)
     if flex := diagnosis.data("flex"):
@@ -244,10 +247,21 @@ def _peer(name: str, found: dict[str, Any]) -> Section:
 
 def _first_encode(found: dict[str, Any]) -> Section:
     rows = [
-        (name, *(f"{times[each]:.2f} s" for each in ("import_seconds", "first_seconds", "second_seconds")))
+        (name, *(f"{times[each]:.2f} s" for each in ("start_seconds", "first_seconds", "second_seconds")))
         for name, times in found["times"].items()
     ]
-    return Section("A fresh process", ("", "imports", "first encode", "second"), tuple(rows))
+    line = f"Start and first encode are to take at most {MOST_SECONDS:.0f} s, and take {found['seconds']:.1f} s."
+    return Section("A fresh process", ("", "start and imports", "first encode", "second"), tuple(rows), (line,))
+
+
+def _memory(found: dict[str, Any]) -> Section:
+    figures = ("most_at_load", "kept_bytes", "most_while_encoding", "reserved_bytes")
+    rows = [
+        (kind, f"{each['load_seconds']:.1f} s", *(f"{each[name] / 1e9:.2f} GB" for name in figures))
+        for kind, each in found["kinds"].items()
+    ]
+    head = ("", "loading", "most while loading", "what stays", "most while encoding", "taken by torch")
+    return Section(f"What {found['model']} takes of the card", head, tuple(rows))
 
 
 def _choice(found: dict[str, Any]) -> Section:

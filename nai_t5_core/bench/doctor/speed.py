@@ -32,7 +32,7 @@ def measure_lengths(patient: Patient) -> Finding:
     for length in LENGTHS:
         ids = patient.ids(1, length)
         found[str(length)] = timed(partial(patient.encode, ids), patient.device)
-        found[str(length)]["work"] = _work(patient, (length,))
+        found[str(length)]["work"] = work(patient, (length,))
     return _about(patient, found)
 
 
@@ -55,7 +55,7 @@ def measure_batches(patient: Patient) -> Finding:
     for name, lengths in BATCHES.items():
         ids, mask = padded(patient, lengths)
         found[name] = timed(partial(patient.encode, ids, mask, padding="skip"), patient.device)
-        found[name]["work"] = _work(patient, lengths)
+        found[name]["work"] = work(patient, lengths)
     return _about(patient, found)
 
 
@@ -65,9 +65,10 @@ def padded(patient: Patient, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return ids, torch.arange(PADDED_TO)[None, :] < torch.tensor(lengths)[:, None]
 
 
-def _work(patient: Patient, lengths: tuple[int, ...]) -> dict[str, int]:
-    work = encoder_work(patient.config, lengths)
-    return {"flops": work.flops, "bytes": work.nbytes}
+def work(patient: Patient, lengths: tuple[int, ...], weight_bytes: int = 2) -> dict[str, int]:
+    """The operations and bytes of an encode of the timed model."""
+    found = encoder_work(patient.config, lengths, weight_bytes)
+    return {"flops": found.flops, "bytes": found.nbytes}
 
 
 def _about(patient: Patient, times: dict[str, Any]) -> Finding:

@@ -46,6 +46,7 @@ def all_steps() -> tuple[Step, ...]:
         first_encode,
         graphs,
         machine,
+        memory,
         numbers,
         offload,
         own_kernels,
@@ -76,15 +77,16 @@ def all_steps() -> tuple[Step, ...]:
             devices=("cuda",),
         ),
         Step("choice", "what is fastest on this card", choosing.measure_choice, 150, devices=("cuda",)),
-        Step(
-            "kernel-speed", "our kernels for CUDA, eager and in graphs", own_kernels.time_kernels, 90, True, ("cuda",)
-        ),
         Step("8-bit-speed", "weights in 8 bits, in graphs", eight_bits.time_eight_bits, 90, True, ("cuda",)),
         Step("offload", "layers from the host's memory, beside the bus", offload.measure, 120, True, ("cuda",)),
         Step("transformers", "transformers beside ours", peers.time_transformers, 90, True),
         Step("nai-t5", "nai-t5 beside ours", peers.time_nai_t5, 60, True),
         Step("peers-compiled", "transformers, compiled", peers.time_compiled_transformers, 150, True, ("cuda",)),
         Step("nai-t5-compiled", "nai-t5 by flex, compiled", peers.time_compiled_nai_t5, 120, True, ("cuda",)),
+        Step("memory", "what an encoder takes of the card", memory.measure, 150, True, ("cuda",)),
+        Step(
+            "kernel-speed", "our kernels for CUDA, eager and in graphs", own_kernels.time_kernels, 90, True, ("cuda",)
+        ),
         Step("8-bit-products", "products from weights in 8 bits", own_kernels.time_byte_products, 150, True, ("cuda",)),
         Step("flex", "flex attention: right, and from where on faster", graphs.check_flex, 150, True, ("cuda",)),
         Step("products", "the bare products of a layer", speed.measure_products, 60, True, ("cuda",)),
