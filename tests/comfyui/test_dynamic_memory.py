@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,6 +175,41 @@ def test_no_more_memory_than_stock_takes(library: PagedLibrary, tmp_path: Path) 
     assert library.there == by_stock
     assert pair.theirs.patcher.loaded_size() == pair.ours.patcher.loaded_size()
     assert len(library.ranges) == 1
+
+
+def test_the_comparison_on_a_card(library: PagedLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a card that is slow when stock computes, and gives 3 MB for everything."""
+    import timing_card
+
+    def toy(path: Path, family: str) -> Any:
+        from comfy_nai_t5.checkpoint import read_checkpoint
+        from comfy_nai_t5.loaders import stock_clip
+
+        options: dict[str, Any] = {"load_device": CARD, "offload_device": torch.device("cpu")}
+        clip = stock_clip(read_checkpoint(path), toy_family(family), **options)
+        as_of_files(clip.cond_stage_model)
+        return clip
+
+    monkeypatch.setattr(timing_card, "start_dynamic_memory", lambda: None)
+    monkeypatch.setattr(timing_card, "stock", toy)
+    monkeypatch.setattr(timing_card, "toy_lora", lambda t5, keys, prefix: toy_lora(t5, EVERYWHERE, prefix))
+    answers = {
+        "synchronize": None,
+        "reset_peak_memory_stats": None,
+        "memory_allocated": 1,
+        "max_memory_allocated": 3000001,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    # Two readings of the clock for each encode; by stock, by modules, joined.
+    ticks = iter([tick for _ in range(4) for seconds in (0.5, 0.4, 0.2) for tick in (0.0, seconds)])
+    monkeypatch.setattr(timing_card, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    *rows, nothing, reached = timing_card.time_on_card(FAMILIES["pixart"], tmp_path, 1)
+    assert len(rows) == 2 * 2 * 3 and nothing == ""
+    assert all(row.count("|") == len(timing_card.HEAD) + 1 for row in rows)
+    assert rows[0].startswith("| short | stock | 500.00 ms | 1.00× | 0.0e+00 | ") and "| 3 MB |" in rows[0]
+    assert rows[-1].startswith("| long, with a LoRA | joined | 200.00 ms | 2.50× | ") and JOINED in rows[-1]
+    assert "it is 2.50 times as fast at least, and takes 3 MB beside the weights where stock takes 3." in reached
 
 
 @pytest.mark.parametrize("keys", [EVERYWHERE, *((key,) for key in EVERYWHERE[:6])], ids=lambda keys: keys[-1])
