@@ -79,4 +79,5 @@ def measured(source: str, device_name: str, dtype: str, quantize: Literal["int8"
 
 
 if __name__ == "__main__":
-    print(json.dumps(measured(*sys.argv[2:])))
+    _, file, device_type, dtype_name, *kind = sys.argv[1:]
+    print(json.dumps(measured(file, device_type, dtype_name, "int8" if kind else None)))
