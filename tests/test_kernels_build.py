@@ -139,6 +139,25 @@ def test_where_they_cannot_be_built_torch_computes_and_says_so(
 
 
 @pytest.mark.skipif(bool(why_not_kernels()), reason=f"no automatic choice takes the kernels here: {why_not_kernels()}")
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_that_no_compiler_is_there_is_told_once(quantize: str | None, tmp_path: Path) -> None:
+    """A user who loads an encoder hears what it goes without, and what to install."""
+    code = (
+        "from nai_t5_core import TextEncoder\n"
+        "for _ in range(2):\n"
+        f"    encoder = TextEncoder.from_pretrained(None, device='cpu', dtype='bfloat16', quantize={quantize!r})\n"
+        "    encoder.encode(['a cat'])\n"
+        "print(encoder)\n"
+    )
+    done = python(code, tmp_path)
+    if done.returncode:
+        assert "to int8" in done.stderr and quantize  # oneDNN has no products of bytes here
+        return
+    assert f"oneDNN{', in 8 bits' if quantize else ''}, attention=auto: sdpa" in done.stdout
+    assert done.stderr.count(f"the T5 goes without its kernels for {BEST.title}: {NO_COMPILER}") == 1, done.stderr
+
+
+@pytest.mark.skipif(bool(why_not_kernels()), reason=f"no automatic choice takes the kernels here: {why_not_kernels()}")
 def test_a_folder_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
     """It is in the way of every set, unless that is built already."""
     (tmp_path / "cache").write_text("a file where the folder should be")
@@ -287,8 +306,95 @@ def test_a_file_that_does_not_load_is_passed_over(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(build, "_built_by", lambda by, instructions: right)
     assert build.library.__wrapped__(BEST)._name == str(right)
     monkeypatch.setattr(build, "compilers", list)
-    with pytest.raises(OSError, match=r"brought\.so"):
+    with pytest.raises(RuntimeError, match=r"those in .*brought\.so do not load .*, and there is no C\+\+ compiler"):
         build.library.__wrapped__(BEST)
+
+
+# What may have become of a compiled file; the system would load a part of one, and end the process where it reads on.
+DAMAGES = {
+    "empty": lambda whole: b"",
+    "cut off at the start": lambda whole: whole[:1000],
+    "cut off in the middle": lambda whole: whole[: len(whole) // 2],
+    "cut off at the end": lambda whole: whole[:-1],
+    "never written to its end": lambda whole: whole[:-4096] + bytes(4096),
+    "of another set": lambda whole: whole,
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_compiled_anew(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = built_file(BEST)
+    damaged = tmp_path / ("kernels-of-another-set.so" if damage == "of another set" else right.name)
+    damaged.write_bytes(DAMAGES[damage](right.read_bytes()))
+    monkeypatch.setattr(build, "there", lambda recipe, cache: iter([damaged]))
+    monkeypatch.setattr(build, "_built_by", lambda by, instructions: right)
+    assert build.library.__wrapped__(BEST)._name == str(right)
+    assert f"the T5's kernels in {damaged} do not load: the file is damaged" in caplog.text
+    monkeypatch.setattr(build, "compilers", list)
+    with pytest.raises(
+        RuntimeError, match=r"\(the file is damaged\), and there is no C\+\+ compiler to build them with"
+    ):
+        build.library.__wrapped__(BEST)
+
+
+# Why what was just compiled does not load, and what is told.
+LOADING = {
+    "failed to map segment from shared object": "libraries cannot be loaded from the folder {folder} ({reason}): set "
+    "XDG_CACHE_HOME to a folder that permits it",
+    "undefined symbol: GOMP_parallel": "what made compiled does not load, since torch brings no OpenMP that it knows "
+    "({reason}); install the package ziglang, whose kernels need none",
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("reason", LOADING)
+def test_what_was_compiled_and_does_not_load_is_told_with_the_remedy(
+    reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as in a folder of which the system loads nothing, where one set is as good as any."""
+
+    def fails(path: str) -> None:
+        raise OSError(f"{path}: {reason}")
+
+    right = built_file(BEST)
+    monkeypatch.setattr(build.ctypes, "CDLL", fails)
+    monkeypatch.setattr(build, "there", lambda recipe, cache: iter(()))
+    monkeypatch.setattr(build, "compilers", lambda: [Compiler("made", ("true",))])
+    monkeypatch.setattr(build, "_built_by", lambda by, instructions: right)
+    monkeypatch.setattr(build, "library", build.library.__wrapped__)
+    monkeypatch.setattr(build, "_failures", {})
+    told = LOADING[reason].format(folder=right.parent, reason=reason)
+    assert build._prepare(BEST) == told and caplog.text.count(told) == 1
+    assert missing_for(BEST) == told and best_set() is not BEST
+
+
+@needs_kernels
+@pytest.mark.parametrize("free", [0, 1 << 40], ids=["full", "roomy"])
+def test_a_full_disk_is_told_as_such(free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilers that find no room say so in many ways, or nothing at all; another compiler would be no help."""
+    silent = Compiler("silent", ("false",))
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+    expected = (
+        f"the folder {tmp_path} cannot be written (No space left on device): free some space, or set XDG_CACHE_HOME to"
+        if free == 0
+        else "silent could not compile the kernels: it ended with status 1 (install "
+    )
+    with pytest.raises(RuntimeError) as refused:
+        build._built_by(silent, BEST)
+    assert str(refused.value).startswith(expected)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_kernels
+def test_a_compiler_speaks_english_and_writes_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    asked = Compiler("asked", ("sh", "-c", 'echo "error: in $LC_ALL, at $TMPDIR" >&2; exit 1'))
+    with pytest.raises(RuntimeError, match=f"asked could not compile the kernels: error: in C, at {tmp_path}/"):
+        asked.build(BEST.recipe, tmp_path / "kernels.so")
 
 
 @needs_kernels
@@ -365,6 +471,18 @@ def test_without_the_instructions_naming_them_is_an_error(
     with pytest.raises(ValueError, match="unknown products 'onednn' in place; allowed: auto, amx, avx512, avx2-"):
         run_in_place(stack, "onednn")
     assert prepare_kernels() is not None and missing_for_kernels() is not None
+
+
+@pytest.mark.parametrize(
+    ("machine", "is_x86"), [("x86_64", True), ("AMD64", True), ("aarch64", False), ("arm64", False)]
+)
+def test_processors_of_other_kinds_are_named(machine: str, is_x86: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There nothing of x86 is looked for, and nothing compiled."""
+    on(monkeypatch, HAS_AVX512 if is_x86 else frozenset())
+    monkeypatch.setattr(build.platform, "machine", lambda: machine)
+    for instructions in CHOSEN:
+        missing = build._missing_instructions(instructions)
+        assert (missing == f"the kernels are for x86-64, and this processor is {machine}") != is_x86
 
 
 def test_avx512_without_bfloat16_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:

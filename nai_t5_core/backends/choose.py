@@ -18,7 +18,14 @@ from nai_t5_core.backends.cuda.card_choice import choice_for
 from nai_t5_core.backends.cuda.int8 import quantise_stack
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.runner import CudaRunner
-from nai_t5_core.backends.kernels.build import better_than_kernels, missing_for, prepare_kernels, why_not_kernels
+from nai_t5_core.backends.kernels.build import (
+    better_than_kernels,
+    missing_for,
+    prepare_kernels,
+    tell_that_no_compiler_is_there,
+    why_not_kernels,
+)
+from nai_t5_core.backends.kernels.compilers import NO_COMPILER
 from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, KernelsInPlace, best
 from nai_t5_core.backends.kernels.sets import named
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN, Int8Backend, OneDNNBackend
@@ -253,6 +260,8 @@ def _kernels_for(
         found = best(kernels)
     if obstacle and products != "auto":
         raise ValueError(_impossible(products, obstacle))
+    if obstacle == NO_COMPILER:
+        tell_that_no_compiler_is_there()
     return None if obstacle else found
 
 

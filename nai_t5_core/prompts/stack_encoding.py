@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nai_t5_core.backends.kernels.runners import KernelsInPlace
 from nai_t5_core.float16.guard import encode_guarded
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.prompts.encoding import Pads
@@ -42,7 +44,18 @@ class StackEncoding:
         stack = self.stack
         size = stack.config.size_name or f"d_model {stack.config.d_model}"
         place = str(stack.device) if stack.offload is None else f"{stack.device}, offloaded layer by layer"
-        return f"{stack.config.kind}, {size}, {stack.dtype}, {place}, attention={stack.describe_attention()}"
+        facts = [stack.config.kind, size, str(stack.dtype), place, _computed_by(stack)]
+        return f"{', '.join(filter(None, facts))}, attention={stack.describe_attention()}"
+
+
+def _computed_by(stack: T5EncoderStack) -> str:
+    """What computes the blocks in place of their modules; what computes the whole stack is told with its attention."""
+    block: Any = stack.encoder.block[0]
+    runner = block.runner
+    if runner is None or stack.runner is not None or stack.device.type != "cpu":
+        return ""
+    leaves_it_to_modules = isinstance(runner, KernelsInPlace) and not runner.attends(block, stack.dtype)
+    return "" if leaves_it_to_modules else str(runner.name)
 
 
 def _parts(mask: Tensor, pads: Pads) -> Iterator[slice]:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
+import platform
 import sys
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 
-from nai_t5_core.backends.kernels.compilers import NO_COMPILER, Compiler, compilers, places, there
+from nai_t5_core.backends.kernels.compilers import (
+    NO_COMPILER,
+    Compiler,
+    compilers,
+    places,
+    refuse_damaged,
+    there,
+)
 from nai_t5_core.backends.kernels.sets import AVX2, AVX512, CHOSEN, SETS, InstructionSet
 from nai_t5_core.facts.paths import cache_folder
 
@@ -82,6 +91,8 @@ def _lasting_obstacle(instructions: InstructionSet) -> str | None:
 def _missing_instructions(instructions: InstructionSet) -> str | None:
     if sys.platform != "win32" and not sys.platform.startswith("linux"):
         return "the kernels are for Linux and Windows"
+    if (machine := platform.machine()) not in ("x86_64", "AMD64"):
+        return f"the kernels are for x86-64, and this processor is {machine}"
     return None if _processor_flags() >= instructions.needs else instructions.lacking
 
 
@@ -123,7 +134,16 @@ def prepare_kernels(instructions: InstructionSet | None = None) -> str | None:
     while (best := best_set()) is not None:
         if _prepare(best) is None:
             return None
-    return missing_for_kernels()
+    missing = missing_for_kernels()
+    if missing == NO_COMPILER:
+        tell_that_no_compiler_is_there()
+    return missing
+
+
+@cache
+def tell_that_no_compiler_is_there() -> None:
+    """Says once what a processor that has the instructions lacks; for where an automatic choice computes without."""
+    log.warning("the T5 goes without its kernels for %s: %s", nearest_set().title, NO_COMPILER)
 
 
 def _prepare(instructions: InstructionSet) -> str | None:
@@ -132,9 +152,10 @@ def _prepare(instructions: InstructionSet) -> str | None:
     try:
         library(instructions)
     except _FolderError as error:
-        # It fails for all that is not built yet, which is told once.
+        # It is in the way of all that is not built yet, which is told once.
         log.warning("the T5 goes without its kernels: %s", error)
-        _failures.update({each.name: str(error) for each in SETS if not built_file(each).exists()})
+        stopped = [each for each in SETS if each is instructions or not built_file(each).exists()]
+        _failures.update({each.name: str(error) for each in stopped})
         return str(error)
     except (RuntimeError, OSError) as error:
         log.warning("the T5 goes without its kernels for %s: %s", instructions.title, error)
@@ -144,7 +165,7 @@ def _prepare(instructions: InstructionSet) -> str | None:
 
 
 class _FolderError(RuntimeError):
-    """What is compiled cannot be written anywhere."""
+    """What is compiled can be written nowhere, or not be loaded from where it is."""
 
 
 def built_file(instructions: InstructionSet) -> Path:
@@ -163,26 +184,49 @@ def library(instructions: InstructionSet) -> ctypes.CDLL:
     What is there and does not load, such as a wheel's for a newer system, is passed over, as is a compiler that fails.
 
     Raises:
-        RuntimeError: there is no compiler, or all failed; the cache's folder cannot be written; or the system refuses
-            the instructions to this process.
-        OSError: what was compiled does not load.
+        RuntimeError: there is no compiler, or all failed; the cache's folder cannot be written or loaded from;
+            or the system refuses the instructions to this process.
     """
-    failure: Exception = RuntimeError(NO_COMPILER)
+    failure = RuntimeError(NO_COMPILER)
     for found in there(instructions.recipe, cache_folder()):
         try:
             return _load(instructions, found)
         except OSError as error:
-            log.warning("the T5's kernels in %s do not load: %s", found, error)
-            failure = error
+            reason = _reason(error, found)
+            log.warning("the T5's kernels in %s do not load: %s", found, reason)
+            failure = RuntimeError(f"those in {found} do not load ({reason}), and {NO_COMPILER}")
     for by in compilers():
         try:
-            return _load(instructions, _built_by(by, instructions))
-        except (RuntimeError, OSError) as error:
+            return _load_built(instructions, by)
+        except RuntimeError as error:
             failure = error
     raise failure
 
 
+def _load_built(instructions: InstructionSet, by: Compiler) -> ctypes.CDLL:
+    built = _built_by(by, instructions)
+    try:
+        return _load(instructions, built)
+    except OSError as error:
+        reason = _reason(error, built)
+        if "undefined symbol" in reason:
+            raise RuntimeError(
+                f"what {by.name} compiled does not load, since torch brings no OpenMP that it knows ({reason}); "
+                "install the package ziglang, whose kernels need none"
+            ) from error
+        raise _FolderError(
+            f"libraries cannot be loaded from the folder {built.parent} ({reason}): set XDG_CACHE_HOME to a folder "
+            "that permits it"
+        ) from error
+
+
+def _reason(error: OSError, file: Path) -> str:
+    """What an error says of a file, without its path."""
+    return str(error).removeprefix(f"{file}: ")
+
+
 def _load(instructions: InstructionSet, built: Path) -> ctypes.CDLL:
+    refuse_damaged(built)
     # OpenMP's functions are found in the runtime that torch has loaded, so that its number of threads holds here too.
     loaded = ctypes.CDLL(str(built))
     if not loaded.t5_is_permitted():
@@ -197,12 +241,15 @@ def _load(instructions: InstructionSet, built: Path) -> ctypes.CDLL:
 def _built_by(by: Compiler, instructions: InstructionSet) -> Path:
     target = cache_folder() / by.file_name(instructions.recipe)
     title = instructions.title
-    log.warning("compiling the T5's kernels for %s into %s: once, and it takes some seconds", title, target)
+    log.warning("compiling the T5's kernels for %s into %s: once, and it takes %s", title, target, by.takes)
     try:
         by.build(instructions.recipe, target)
     except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space, or set XDG_CACHE_HOME to a folder with room"
+        if not is_full:
+            remedy = "make it writable, or set XDG_CACHE_HOME to a folder that is"
         raise _FolderError(
-            f"the folder {target.parent} cannot be written ({error.strerror or error}): make it writable, or set "
-            "XDG_CACHE_HOME to a folder that is"
+            f"the folder {target.parent} cannot be written ({error.strerror or error}): {remedy}"
         ) from error
     return target

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -25,6 +27,8 @@ _TO_INSTALL = "the package ziglang" if sys.platform == "win32" else "g++, or the
 # The first g++ that knows all of the instructions.
 _NEW_ENOUGH = _TO_INSTALL.replace("g++", "g++ 11 or newer")
 NO_COMPILER = f"there is no C++ compiler to build them with (install {_TO_INSTALL})"
+# A compiler that failed where less than this is free most likely failed for that; what it says differs by compiler.
+_LITTLE_SPACE = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,14 @@ class Compiler:
         command: what runs it.
         flags: what else it is told. With OpenMP the kernels have its threads, and else their own.
         for_windows: whether the result is for Windows.
+        takes: how long it needs, in words.
     """
 
     name: str
     command: tuple[str, ...]
     flags: tuple[str, ...] = ()
     for_windows: bool = False
+    takes: str = "some seconds"
 
     @property
     def is_there(self) -> bool:
@@ -96,17 +102,17 @@ class Compiler:
 
     def file_name(self, recipe: Recipe) -> str:
         """Of the compiled kernels; another one for other sources or flags."""
-        digest = hashlib.sha256("\n".join((self.name, *self._flags, *recipe.flags)).encode())
+        digest = hashlib.sha256("\n".join((self.name, "sealed", *self._flags, *recipe.flags)).encode())
         for source in recipe.sources:
             digest.update(source.read_bytes())
         return f"kernels-{recipe.name}-{digest.hexdigest()[:16]}{'.dll' if self.for_windows else '.so'}"
 
     def build(self, recipe: Recipe, target: Path) -> None:
-        """Compiles the kernels into a file, which is there when all of it is.
+        """Compiles the kernels into a file, which is there when all of it is, and sealed (see :func:`refuse_damaged`).
 
         Raises:
             RuntimeError: the compiler failed.
-            OSError: the folder cannot be written.
+            OSError: the folder cannot be written, or has no room.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder, ThreadPoolExecutor() as pool:
@@ -115,11 +121,14 @@ class Compiler:
                 [*self.command, *self._flags, *recipe.arguments, "-c", str(unit), "-o", str(made)]
                 for unit, made in zip(recipe.units, objects, strict=True)
             )
-            list(pool.map(self._run, compiled))
+            run = partial(self._run, folder=Path(folder))
+            list(pool.map(run, compiled))
             unfinished = Path(folder) / target.name
             # OpenMP's runtime is not named: torch has loaded one, and its threads are to be the kernels'.
             linked = [*self.command, *self._for_system, "-shared", *map(str, objects), "-o", str(unfinished)]
-            self._run(linked)
+            run(linked)
+            with unfinished.open("ab") as file:
+                file.write(_seal(target.name, unfinished.read_bytes()))
             # Another process may have been faster; its file is the same, and Windows replaces none that is in use.
             try:
                 unfinished.replace(target)
@@ -135,13 +144,18 @@ class Compiler:
     def _for_system(self) -> tuple[str, ...]:
         return ("-target", "x86_64-windows-gnu") if self.for_windows else _ON_LINUX
 
-    def _run(self, command: list[str]) -> None:
+    def _run(self, command: list[str], folder: Path) -> None:
+        # In English, whose words are looked for; and all that is written on the way lies in the folder.
+        environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(folder), "TMP": str(folder)}
         try:
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
         except OSError as error:
             raise RuntimeError(f"{self.name} cannot be started: {error.strerror} (install {_NEW_ENOUGH})") from error
+        if done.returncode and shutil.disk_usage(folder).free < _LITTLE_SPACE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if done.returncode:
-            complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:500])
+            said = done.stderr.strip() or f"it ended with status {done.returncode}"
+            complaint = next((line for line in said.splitlines() if "error" in line), said[:500])
             raise RuntimeError(
                 f"{self.name} could not compile the kernels: {complaint.strip()} (install {_NEW_ENOUGH})"
             )
@@ -149,8 +163,9 @@ class Compiler:
 
 GXX = Compiler("g++", ("g++",), ("-fopenmp",))
 _ZIG = (sys.executable, "-m", "ziglang", "c++")
-ZIG = Compiler("ziglang", _ZIG)
-ZIG_FOR_WINDOWS = Compiler("ziglang", _ZIG, for_windows=True)
+_ZIG_TAKES = "half a minute, or two at its first use"
+ZIG = Compiler("ziglang", _ZIG, takes=_ZIG_TAKES)
+ZIG_FOR_WINDOWS = Compiler("ziglang", _ZIG, for_windows=True, takes=_ZIG_TAKES)
 # Those that make kernels for this system, the best first.
 COMPILERS = (ZIG_FOR_WINDOWS,) if sys.platform == "win32" else (GXX, ZIG)
 
@@ -169,3 +184,27 @@ def places(recipe: Recipe, cache: Path) -> tuple[Path, ...]:
 def there(recipe: Recipe, cache: Path) -> Iterator[Path]:
     """The compiled kernels that are there, the best first."""
     return (place for place in places(recipe, cache) if place.exists())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are whole
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def refuse_damaged(file: Path) -> None:
+    """Raises an OSError where a file is not what a compiler made under this name, such as one that was cut off.
+
+    The system would load the half of a library, and end the process where the rest is read. Loaders ignore what stands
+    behind a library, so that the seal is there.
+    """
+    content = file.read_bytes()
+    library, seal = content[:-_SEAL_SIZE], content[-_SEAL_SIZE:]
+    if seal != _seal(file.name, library):
+        raise OSError(f"{file}: the file is damaged")
+
+
+def _seal(name: str, library: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + library).digest()
+
+
+_SEAL_SIZE = len(_seal("", b""))
