@@ -491,6 +491,17 @@ def test_avx512_without_bfloat16_is_left_to_onednn(monkeypatch: pytest.MonkeyPat
 
 
 @every_set
+@torch.no_grad()
+def test_a_set_that_is_named_replaces_the_automatic_choice_in_place(instructions: InstructionSet) -> None:
+    """A loaded model has that already, as one of diffusers has."""
+    stack = run_in_place(run_in_place(build_stack(V1_1, random_state(V1_1))), instructions.name)  # type: ignore[arg-type]
+    assert {block.runner.name for block in stack.encoder.block} == {f"{instructions.title} kernels"}
+    assert stack(IDS, MASK).isfinite().all()
+    # The automatic choice leaves it alone.
+    assert {block.runner.name for block in run_in_place(stack).encoder.block} == {f"{instructions.title} kernels"}
+
+
+@every_set
 def test_each_set_has_a_file_of_its_own(instructions: InstructionSet) -> None:
     others = {built_file(other) for other in SETS if other is not instructions}
     assert built_file(instructions) not in others

@@ -66,7 +66,9 @@ def run_in_place(model: Model, products: ProductsChoice = "auto") -> Model:
             raise ValueError(_impossible(products, obstacle))
     block: Any
     for block in model.encoder.block:
-        if block.runner is None and (instructions is not None or why_not_kernels() is None):
+        is_free = block.runner is None and (instructions is not None or why_not_kernels() is None)
+        # A loaded model has the automatic choice, which a set that is named replaces.
+        if is_free or (instructions is not None and isinstance(block.runner, KernelsInPlace)):
             block.runner = KernelsInPlace(instructions)
     return model
 
