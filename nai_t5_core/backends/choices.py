@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
 
 from nai_t5_core.backends.cuda.device_refusals import missing_for_8_bits
 from nai_t5_core.backends.kernels.build import better_than_kernels, prepare_kernels
-from nai_t5_core.backends.kernels.runners import INT8_KERNELS, best
-from nai_t5_core.backends.products import INT8_ONEDNN
+from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, best
+from nai_t5_core.backends.kernels.sets import InstructionSet
+from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN, Int8Backend, OneDNNBackend
 
 # The names after "kernels" are those of instruction sets.
 ProductsChoice = Literal["auto", "kernels", "amx", "avx512", "avx2-vnni", "avx2", "onednn"]
@@ -32,6 +34,42 @@ def refuse_products(products: str, device: torch.device, stays_plain: bool = Fal
             f"products={products!r} is for models that are prepacked or quantised on the CPU, and not compiled; this "
             f"one is to be on {device}; leave products at 'auto'"
         )
+
+
+def backend_of(
+    products: ProductsChoice, quantize: Quantisation | None = None
+) -> KernelsBackend | OneDNNBackend | Int8Backend:
+    """What computes an encoder by products that are named."""
+    if products == "onednn":
+        return INT8_ONEDNN if quantize else ONEDNN
+    kernels: Mapping[str, KernelsBackend] = INT8_KERNELS if quantize else KERNELS
+    return kernels[products] if products in kernels else best(kernels)
+
+
+def set_of(products: str) -> InstructionSet | None:
+    """The set that a choice of products names, ``"kernels"`` the best of this machine; None: it names none."""
+    if products == "kernels":
+        return best(KERNELS).instructions
+    return KERNELS[products].instructions if products in KERNELS else None
+
+
+def refuse_missing(
+    products: ProductsChoice, device: torch.device, dtype: torch.dtype, quantize: Quantisation | None = None
+) -> None:
+    """As :func:`refuse_products`, and refuses those that this machine cannot have, as far as is known unbuilt.
+
+    Raises:
+        ValueError: what is missing, and what to name in their place.
+    """
+    refuse_products(products, device)
+    if products != "auto" and (missing := backend_of(products, quantize).missing(device, dtype)):
+        raise ValueError(impossible(products, missing))
+
+
+def impossible(products: str, obstacle: str) -> str:
+    """What is told of products that are named and cannot compute a model."""
+    others = "'auto'" if products == "onednn" else "'auto' or 'onednn'"
+    return f"products={products!r} is not possible: {obstacle}; use products={others}"
 
 
 def refuse_quantising(quantize: str | None, device: torch.device, dtype: torch.dtype) -> None:

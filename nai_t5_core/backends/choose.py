@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from nai_t5_core.backends.choices import ProductsChoice, missing_for_int8, refuse_products
+from nai_t5_core.backends.choices import ProductsChoice, impossible, missing_for_int8, refuse_products
 from nai_t5_core.backends.cuda.byte_weight import kinds_of, lay_out_all
 from nai_t5_core.backends.cuda.card import card_of
 from nai_t5_core.backends.cuda.card_choice import choice_for
@@ -63,7 +63,7 @@ def run_in_place(model: Model, products: ProductsChoice = "auto") -> Model:
             raise ValueError(f"unknown products {products!r} in place; allowed: auto, {', '.join(KERNELS)}")
         instructions = named(products)
         if obstacle := missing_for(instructions):
-            raise ValueError(_impossible(products, obstacle))
+            raise ValueError(impossible(products, obstacle))
     block: Any
     for block in model.encoder.block:
         is_free = block.runner is None and (instructions is not None or why_not_kernels() is None)
@@ -261,7 +261,7 @@ def _kernels_for(
         obstacle = _obstacle(model, best(kernels)) or prepare_kernels()
         found = best(kernels)
     if obstacle and products != "auto":
-        raise ValueError(_impossible(products, obstacle))
+        raise ValueError(impossible(products, obstacle))
     if obstacle == NO_COMPILER:
         tell_that_no_compiler_is_there()
     return None if obstacle else found
@@ -272,10 +272,6 @@ def _obstacle(model: T5EncoderStack | T5Model, kernels: KernelsBackend) -> str |
     blocks: Any = model.encoder.block
     missing = kernels.missing(model.device, model.dtype)
     return missing or next(filter(None, (kernels.refuses(block, model.dtype) for block in blocks)), None)
-
-
-def _impossible(products: str, obstacle: str) -> str:
-    return f"products={products!r} is not possible: {obstacle}; use products='auto' or 'onednn'"
 
 
 def _bind(model: T5EncoderStack | T5Model, backend: Backend, without_kernels: OneDNNBackend | Int8Backend) -> None:

@@ -6,11 +6,17 @@ from collections.abc import Mapping
 
 import torch
 
-from nai_t5_core.backends.choices import ProductsChoice, Quantisation
+from nai_t5_core.backends.choices import ProductsChoice, Quantisation, set_of
 from nai_t5_core.backends.cuda.card import card_of
 from nai_t5_core.backends.cuda.card_choice import choice_for
-from nai_t5_core.backends.kernels.build import best_set, better_than_kernels
-from nai_t5_core.backends.kernels.runners import INT8_KERNELS, KERNELS, KernelsBackend, best, refuses_mathematics
+from nai_t5_core.backends.kernels.build import better_than_kernels, set_to_use
+from nai_t5_core.backends.kernels.runners import (
+    INT8_KERNELS,
+    KERNELS,
+    KernelsBackend,
+    best,
+    refuses_mathematics,
+)
 from nai_t5_core.backends.products import ONEDNN
 from nai_t5_core.facts.config import T5Config
 from nai_t5_core.facts.scales import StackScales, unscaled
@@ -86,12 +92,18 @@ def _on_cpu(
         held = _kernels(KERNELS, blocks, dtype, products)
         if held or ONEDNN.missing(torch.device("cpu"), dtype) is None:
             return held or "oneDNN"
-    return "torch" if compile else in_place(config, dtype, layout, scales)
+    return "torch" if compile else in_place(config, dtype, layout, scales, products)
 
 
-def in_place(config: T5Config, dtype: torch.dtype, layout: Layout, scales: StackScales | None) -> str:
+def in_place(
+    config: T5Config,
+    dtype: torch.dtype,
+    layout: Layout,
+    scales: StackScales | None,
+    products: ProductsChoice = "auto",
+) -> str:
     """What computes blocks whose weights nobody holds: the kernels, or torch; or each what it can."""
-    instructions = None if better_than_kernels() else best_set()
+    instructions = set_to_use(set_of(products))
     has_form = layout == "fused" and config.d_model % 2 == config.d_ff % 2 == 0
     if instructions is None or not has_form or dtype not in instructions.stored:
         return "torch"

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_int8, why_not_prepack
+from nai_t5_core.backends.choices import ProductsChoice, Quantisation, backend_of, refuse_missing
+from nai_t5_core.backends.choose import prepack, quantize_int8, run_in_place, why_not_int8, why_not_prepack
+from nai_t5_core.backends.kernels.runners import KERNELS
 from nai_t5_core.bench.parity_report import OWN, Difference, LayerDifferences, ParityReport, PolicyCheck
 from nai_t5_core.bench.peer_list import PEERS, build_peer
 from nai_t5_core.bench.peers import State, exact_norms, own_encoder
@@ -27,6 +29,8 @@ PROMPT_LENGTHS = (150, 1, 77, 30)
 # In half precision rounding errors grow with depth, so these limits find gross faults only, such as a wrong mask.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 TOLERANCE_INT8 = 0.5
+
+_PREPACKED, _INT8 = f"{OWN} prepacked", f"{OWN} int8"
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ def measure_parity(
     per_layer: bool = False,
     int8: bool = False,
     progress: Callable[[str], None] | None = None,
+    products: ProductsChoice = "auto",
 ) -> ParityReport:
     """Compares our encoder, and others, with a reference on one right-padded batch of random token ids.
 
@@ -86,9 +91,12 @@ def measure_parity(
         per_layer: also compare the residual stream after every layer.
         int8: also measure our encoder in 8 bits, in the dtypes and on the machines that support it.
         progress: called with what is being done, in words.
+        products: what computes ours, see :func:`nai_t5_core.backends.choose.prepack`; dtypes that those which are named
+            do not compute are told in what was skipped.
 
     Raises:
-        ValueError: transformers is not installed, an unknown dtype or peer, or no usable prompt lengths.
+        ValueError: transformers is not installed, an unknown dtype or peer, products that are not possible here, or no
+            usable prompt lengths.
     """
     tell = progress or (lambda _: None)
     names = [dtype_name(dtype) for dtype in dtypes]
@@ -96,6 +104,7 @@ def measure_parity(
         raise ValueError(f"unknown peers {sorted(unknown)}; allowed: {', '.join(PEERS)}")
     if reference_dtype not in (torch.float64, torch.float32):
         raise ValueError(f"reference_dtype={reference_dtype}; a reference must be float64 or float32")
+    refuse_missing(products, torch.device("cpu"), torch.float32)
     original = state if reference_state is None else reference_state
     tell("reference")
     batch = _reference_batch(config, original, reference_dtype, prompt_lengths, seed, per_layer)
@@ -104,7 +113,7 @@ def measure_parity(
     for name in names:
         tolerance = max(TOLERANCES[DTYPES[name]], TOLERANCES[reference_dtype])
         tolerance = max(tolerance, TOLERANCE_INT8) if quantised_since else tolerance
-        for variant, stack in _own_variants(config, state, DTYPES[name], scales, int8):
+        for variant, stack in _own_variants(config, state, DTYPES[name], scales, int8, products):
             tell(f"{variant} in {name}")
             outputs = {padding: _policy_run(stack, batch, padding) for padding in PADDING_POLICIES}
             differences.append(batch.difference(variant, name, outputs["exact"][0]))
@@ -112,10 +121,11 @@ def measure_parity(
                 states = stack.hidden_states(batch.ids, batch.mask, padding="exact", final_norm=False)
                 layers.append(_layer_differences(variant, name, states, batch))
             # The error of 8 bits is the user's to judge; the tolerance finds gross faults only.
-            bound = TOLERANCE_INT8 if variant == f"{OWN} int8" else tolerance
+            bound = TOLERANCE_INT8 if variant == _INT8 else tolerance
             for padding, (found, wanted) in outputs.items():
                 relative = _relative(found, wanted, batch)
                 policies.append(PolicyCheck(variant, name, padding, relative, bound))
+        skipped += [f"{what} in {name}: {why}" for what, why in _left_out(products, DTYPES[name], int8).items()]
         for peer_name in against:
             tell(f"{peer_name} in {name}")
             try:
@@ -163,17 +173,32 @@ def _reference_batch(
 
 
 def _own_variants(
-    config: T5Config, state: State, dtype: torch.dtype, scales: StackScales | None, int8: bool
+    config: T5Config, state: State, dtype: torch.dtype, scales: StackScales | None, int8: bool, products: ProductsChoice
 ) -> Iterator[tuple[str, T5EncoderStack]]:
     """Our encoder in both layouts and as users run it; each variant is built after the one before was freed."""
     scales = scales if dtype == torch.float16 else None
+    left_out = _left_out(products, dtype, int8)
     for layout in LAYOUTS:
         stack = own_encoder(config, state, dtype, layout, scales)
+        if products in KERNELS:
+            run_in_place(stack, products)
         yield f"{OWN} {layout}", stack
-        if layout == "fused" and int8 and why_not_int8(stack) is None:
-            yield f"{OWN} int8", quantize_int8(own_encoder(config, state, dtype))
-        if layout == "fused" and why_not_prepack(stack) is None:
-            yield f"{OWN} prepacked", prepack(stack)
+        if layout == "separate":
+            continue
+        is_named = products != "auto"
+        if int8 and _INT8 not in left_out and (is_named or why_not_int8(stack) is None):
+            yield _INT8, quantize_int8(own_encoder(config, state, dtype), products)
+        if _PREPACKED not in left_out and (is_named or why_not_prepack(stack) is None):
+            yield _PREPACKED, prepack(stack, products)
+
+
+def _left_out(products: ProductsChoice, dtype: torch.dtype, int8: bool) -> dict[str, str]:
+    """The variants of ours that products that are named do not compute in this dtype, and why."""
+    if products == "auto":
+        return {}
+    kinds: dict[str, Quantisation | None] = {_PREPACKED: None, **({_INT8: "int8"} if int8 else {})}
+    missing = {name: backend_of(products, kind).missing(torch.device("cpu"), dtype) for name, kind in kinds.items()}
+    return {name: f"products={products!r}: {reason}" for name, reason in missing.items() if reason}
 
 
 def _policy_run(stack: T5EncoderStack, batch: _Batch, padding: PaddingPolicy) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,13 +28,15 @@ def build(
 ) -> None:
     """Compile the kernels for this machine ahead; they are kept, and later processes load them."""
     from nai_t5_core.backends.kernels.build import (
-        built_file,
+        library,
         missing_for,
         nearest_set,
         prepare_kernels,
         why_not_kernels,
     )
+    from nai_t5_core.backends.kernels.compilers import there
     from nai_t5_core.backends.kernels.sets import SETS, named
+    from nai_t5_core.facts.paths import cache_folder
 
     if products is not None and products not in (names := [instructions.name for instructions in SETS]):
         raise ValueError(f"--products {products!r}; allowed: {', '.join(names)}")
@@ -42,14 +45,17 @@ def build(
         possible = [other.name for other in SETS if missing_for(other) is None]
         instead = f"; --products {' or '.join(possible)} can" if possible else ""
         raise ValueError(f"the kernels for {instructions.title} cannot be built here: {missing}{instead}")
-    file, started = built_file(instructions), time.perf_counter()
-    was_there = file.exists()
+    # One that is damaged is compiled anew.
+    before = {file: file.stat().st_mtime_ns for file in there(instructions.recipe, cache_folder())}
+    started = time.perf_counter()
     import torch  # noqa: F401 - the kernels use the threads that it has loaded
 
     with working("compiling the kernels"):
         failed = prepare_kernels(instructions)
     if failed:
         raise ValueError(f"the kernels for {instructions.title} cannot be built here: {failed}")
+    file = Path(library(instructions)._name)
+    was_there = before.get(file) == file.stat().st_mtime_ns
     seconds = 0.0 if was_there else time.perf_counter() - started
     unused = why_not_kernels()
     if as_json:

@@ -54,6 +54,7 @@ def parity(
     ] = None,
     decoder: Annotated[bool, typer.Option("--decoder", help="Also the decoder, of a whole model.")] = False,
     scales: ScalesOption = None,
+    products: ProductsOption = Products.auto,
     plot: Annotated[Path | None, typer.Option(help="PNG file with the errors of all.")] = None,
     subfolder: Subfolder = "",
     as_json: Json = False,
@@ -61,6 +62,7 @@ def parity(
     """Measure the difference from transformers in float64, in quantiles; exit status 1 if a tolerance is exceeded."""
     import torch
 
+    from nai_t5_core.backends.choices import refuse_missing
     from nai_t5_core.bench import parity_report
     from nai_t5_core.bench.decoder_parity import measure_decoder_parity
     from nai_t5_core.bench.parity import measure_parity
@@ -69,6 +71,7 @@ def parity(
     from nai_t5_core.weights.load import choose_decoder_scales, choose_scales
     from nai_t5_core.weights.scales_file import read_decoder_scales, read_scales
 
+    refuse_missing(products.value, torch.device("cpu"), torch.float32)
     chosen_for_decoder = reference = None
     if original is not None and (random is not None or decoder):
         raise ValueError("--original goes with a model, and with its encoder alone: without --random and --decoder")
@@ -108,6 +111,7 @@ def parity(
             progress=tell,
             reference_state=reference,
             quantised_since=reference is not None,
+            products=products.value,
         )
         if decoder:
             found = measure_decoder_parity(
@@ -222,6 +226,7 @@ def bench_generate(
     ] = "transformers",
     int8: Annotated[bool, typer.Option("--int8", help="Ours also in 8 bits.")] = False,
     compiled: Annotated[bool, typer.Option("--compiled", help="Ours also with steps under torch.compile.")] = False,
+    products: ProductsOption = Products.auto,
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -244,6 +249,7 @@ def bench_generate(
             compiled=compiled,
             device=device,
             progress=tell,
+            products=products.value,
         )
     if markdown is not None:
         write_whole(markdown, timing.generation_markdown(report))

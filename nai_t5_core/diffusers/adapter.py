@@ -24,10 +24,11 @@ try:
 except ImportError as error:
     raise ImportError("this needs diffusers; install it with: pip install 'comfy-nai-t5[diffusers]'") from error
 
-from nai_t5_core.backends.choices import Quantisation, refuse_both, refuse_quantising
+from nai_t5_core.backends.choices import ProductsChoice, Quantisation
 from nai_t5_core.backends.held import is_in_8_bits
 from nai_t5_core.diffusers.cached_drop_in import CachedT5EncoderModel, settings_of_model
 from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel
+from nai_t5_core.diffusers.drop_in_products import refuse_impossible
 from nai_t5_core.diffusers.drop_in_weights import check_model, has_values, refuse_giving_back, refuse_quantised
 from nai_t5_core.facts.families import Family
 from nai_t5_core.facts.families import family as family_named
@@ -35,6 +36,7 @@ from nai_t5_core.facts.padding import PaddingPolicy
 from nai_t5_core.model.encoder import Layout
 from nai_t5_core.model.packing import check_policy
 from nai_t5_core.prompts.cache.store import Store, open_store
+from nai_t5_core.prompts.choices import Choices
 from nai_t5_core.weights.chosen import ScalesChoice
 
 _MODEL_TYPES = ("t5", "mt5", "umt5")
@@ -94,6 +96,7 @@ def replace_text_encoder(
     quantize: Quantisation | None = None,
     cache: bool | str | Path | Store = False,
     offload: bool = False,
+    products: ProductsChoice = "auto",
 ) -> DiffusionPipeline:
     """Puts our encoder in the place of every T5, mT5 and UMT5 of a pipeline, and returns the pipeline.
 
@@ -117,11 +120,12 @@ def replace_text_encoder(
         offload: the weights stay in the host's memory, and each layer comes to the device for its work, wherever the
             pipeline is moved; see
             :meth:`nai_t5_core.diffusers.drop_in.NAIT5EncoderModel.enable_layerwise_offload`.
+        products: what computes on a CPU, see :meth:`nai_t5_core.diffusers.drop_in.NAIT5EncoderModel.from_hf`.
 
     Raises:
         ValueError: the pipeline has no T5, is spread over devices, or offloads groups to disk; an argument has a value
-            that there is not; or 8 bits are asked for and not possible here, or the pipeline's offloading computes on
-            another device than the CPU, or an encoder is ours already.
+            that there is not; or 8 bits or products are asked for and not possible here, or the pipeline's offloading
+            computes on another device than the CPU, or an encoder is ours already.
         CheckpointError: an encoder has adapters or quantised weights, or exceeds float16.
 
     What is refused is refused before anything is changed.
@@ -134,22 +138,25 @@ def replace_text_encoder(
     theirs = {name: module for name, module in found.items() if not isinstance(module, NAIT5EncoderModel)}
     for module in theirs.values():
         refuse_quantised(module)
-    refuse_both(quantize, offload)
+    how = Choices(layout=layout, scales=scales, quantize=quantize, products=products, offload=offload)
+    refuse_impossible(how, torch.device("cpu"), torch.float32)
     if quantize is not None:
-        refuse_quantising(quantize, torch.device("cpu"), torch.float32)
         _refuse_ours_before_8_bits(found)
-        _refuse_offloading_from_the_cpu(pipe, found)
-
+        _refuse_offloading_from_the_cpu(pipe, found, "quantize: 8 bits are")
+    if products != "auto":
+        _refuse_ours_by_others(found, products)
+        _refuse_offloading_from_the_cpu(pipe, found, f"products={products!r} are")
     if store is not None:
         _refuse_ours_without_cache(found)
 
     def check(old: nn.Module) -> None:
-        check_model(old, dtype, layout, scales, quantize)
+        check_model(old, dtype, how)
 
     def convert(old: nn.Module) -> NAIT5EncoderModel:
-        settings = None if store is None else settings_of_model(old, layout, scales, quantize, offload)
+        settings = None if store is None else settings_of_model(old, how)
         kind = NAIT5EncoderModel if store is None else CachedT5EncoderModel
-        ours = kind.from_hf(old, dtype, layout, scales, quantize is None, quantize, offload).train(old.training)
+        ours = kind.from_hf(old, dtype, layout, scales, quantize is None, quantize, offload, products)
+        ours.train(old.training)
         if isinstance(ours, CachedT5EncoderModel) and settings is not None and store is not None:
             ours.keep_in(store, settings)
         _REPLACED[ours] = old
@@ -182,6 +189,15 @@ def _refuse_ours_before_8_bits(found: dict[str, nn.Module]) -> None:
         raise ValueError(
             f"quantize: {', '.join(exact)} is ours already, and not in 8 bits; call restore_text_encoder(pipe) first, "
             "or load it with NAIT5EncoderModel.from_pretrained(…, quantize='int8') and give that to the pipeline"
+        )
+
+
+def _refuse_ours_by_others(found: dict[str, nn.Module], products: ProductsChoice) -> None:
+    others = [name for name, ours in found.items() if isinstance(ours, NAIT5EncoderModel) and ours.products != products]
+    if others:
+        raise ValueError(
+            f"products={products!r}: {', '.join(others)} is ours already, and computed by others; call "
+            "restore_text_encoder(pipe) first, or load it with these products and give that to the pipeline"
         )
 
 
@@ -285,15 +301,15 @@ def _refuse_offloading(pipe: Any, modules: dict[str, nn.Module]) -> None:
         raise ValueError("the text encoder is offloaded to disk in groups; replace it before enabling that")
 
 
-def _refuse_offloading_from_the_cpu(pipe: Any, modules: dict[str, nn.Module]) -> None:
-    """8 bits are computed on the CPU, and weights in them stay there."""
+def _refuse_offloading_from_the_cpu(pipe: Any, modules: dict[str, nn.Module], asked: str) -> None:
+    """What was asked for is computed on the CPU, where weights in 8 bits stay."""
     devices = [hook.config.onload_device for part in modules.values() for hook in _group_hooks(part)]
     if _is_hooked(pipe) and getattr(pipe, "_offload_device", None) is not None:
         devices.append(pipe._offload_device)
     elsewhere = [device for device in devices if torch.device(device).type != "cpu"]
     if elsewhere:
         raise ValueError(
-            f"quantize: 8 bits are computed on the CPU, and the pipeline's offloading has its parts computed on "
+            f"{asked} computed on the CPU, and the pipeline's offloading has its parts computed on "
             f"{elsewhere[0]}; encode on a pipeline of the text encoder alone, which stays on the CPU"
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import RLock
@@ -16,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from nai_t5_core.backends.auto_dtype import resolve_dtype
-from nai_t5_core.backends.choices import Quantisation, refuse_both, refuse_quantising
-from nai_t5_core.backends.choose import quantize_int8
+from nai_t5_core.backends.choices import ProductsChoice, Quantisation
 from nai_t5_core.backends.offload.offload import offload_layers
 from nai_t5_core.diffusers.drop_in import NAIT5EncoderModel, PretrainedConfig
 from nai_t5_core.diffusers.drop_in_config import config_beside
 from nai_t5_core.diffusers.drop_in_folders import open_source
 from nai_t5_core.diffusers.drop_in_keywords import loading_options
-from nai_t5_core.diffusers.drop_in_weights import examine_model, refuse_to_quantise
+from nai_t5_core.diffusers.drop_in_products import computed_as_chosen, refuse_impossible, refuse_products_for
+from nai_t5_core.diffusers.drop_in_weights import examine_model
 from nai_t5_core.model.encoder import Layout, T5EncoderStack
 from nai_t5_core.model.layers import CastingOps
 from nai_t5_core.prompts.cache.batch import through_cache
@@ -212,7 +213,10 @@ class CachedT5EncoderModel(NAIT5EncoderModel):
         return {**self.__dict__, **without}
 
     def extra_repr(self) -> str:
-        return super().extra_repr() if self.is_loaded else f"not loaded, {self.dtype}, padding={self.padding}"
+        if self.is_loaded:
+            return super().extra_repr()
+        named = "" if self.products == "auto" else f", products={self.products}"
+        return f"not loaded, {self.dtype}, padding={self.padding}{named}"
 
 
 def _is_offloaded_by_parts(model: nn.Module) -> bool:
@@ -239,6 +243,7 @@ def lazy_text_encoder(
     scales: ScalesChoice = "auto",
     quantize: Quantisation | None = None,
     offload: bool = False,
+    products: ProductsChoice = "auto",
     **others: Any,
 ) -> CachedT5EncoderModel:
     """A T5 for a pipeline's ``from_pretrained`` that is loaded at the first prompt whose embedding is not kept.
@@ -248,38 +253,40 @@ def lazy_text_encoder(
     other models, it is on the device as a whole while it encodes.
 
     Args:
-        source, dtype, subfolder, revision, variant, layout, scales, quantize, offload, others: as for
-            :meth:`NAIT5EncoderModel.from_pretrained`.
+        source, dtype, subfolder, revision, variant, layout, scales, quantize, offload, products, others: as
+            for :meth:`NAIT5EncoderModel.from_pretrained`.
         cache: True for the default folder, a folder, or a :class:`nai_t5_core.Store`.
 
     Raises:
         CheckpointError, ValueError, TypeError: as :meth:`NAIT5EncoderModel.from_pretrained`.
     """
     store = open_store(cache)
-    refuse_both(quantize, offload)
+    how = Choices(layout=layout, scales=scales, quantize=quantize, products=products, offload=offload)
     hub, config_settings = loading_options(others, revision)
     cpu = torch.device("cpu")
     given = None if dtype == "auto" else resolve_dtype(dtype or torch.float32, cpu)
-    refuse_quantising(quantize, cpu, given or torch.float32)
+    refuse_impossible(how, cpu, given or torch.float32)
     examination = examine_checkpoint(open_source(source, subfolder, hub, variant))
     examination.refuse_faults()
     computed_in = given or resolve_dtype(main_dtype(examination), cpu)
-    refuse_quantising(quantize, cpu, computed_in)
-    settings_at = partial(_settings_at, examination, layout, scales, quantize, offload)
+    refuse_impossible(how, cpu, computed_in)
+    settings_at = partial(_settings_at, examination, how)
     # Before the hash, which is of these files or of none.
     files = identities(examination)
     settings_at(computed_in, cpu)
 
     def load(dtype: torch.dtype, device: torch.device) -> T5EncoderStack:
-        refuse_to_quantise(quantize, device, dtype)
+        refuse_impossible(how, device, dtype)
+        refuse_products_for(examination, how, device, dtype)
         refuse_changed(examination, files)
         stack, _ = assemble(examination, dtype, cpu if offload else device, layout, scales, CastingOps)
         refuse_changed(examination, files)
         if offload:
             offload_layers(stack, device)
-        return stack if quantize is None else quantize_int8(stack)
+        return computed_as_chosen(stack, how)
 
     model = CachedT5EncoderModel(config_beside(examination), load=load).to(computed_in)
+    model.products = products
     model.name_or_path = model.config.name_or_path = str(source or "")
     model.config.update(config_settings)
     model.keep_in(store, settings_at)
@@ -288,24 +295,19 @@ def lazy_text_encoder(
 
 def _settings_at(
     examination: Examination,
-    layout: Layout,
-    scales: ScalesChoice,
-    quantize: Quantisation | None,
-    offload: bool,
+    how: Choices,
     dtype: torch.dtype,
     device: torch.device,
     weights: str | None = None,
 ) -> Settings:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SlowDtypeWarning)  # of the dtype that a pipeline has chosen
-        # On CUDA the class encodes by the kernels.
-        how = Choices(dtype, device, layout, scales, device.type == "cuda", quantize, offload=offload)
-        return settings_for(examination, how, weights)
+        # On CUDA the class encodes by the kernels; on a CPU oneDNN alone is given weights in an order of its own.
+        is_ready = device.type == "cuda" or how.products == "onednn"
+        return settings_for(examination, replace(how, dtype=dtype, device=device, optimize=is_ready), weights)
 
 
-def settings_of_model(
-    model: nn.Module, layout: Layout, scales: ScalesChoice, quantize: Quantisation | None, offload: bool = False
-) -> SettingsAt:
+def settings_of_model(model: nn.Module, how: Choices) -> SettingsAt:
     """The settings, by dtype and device, of an encoder that is made of a transformers model in memory.
 
     Its weights are hashed now, and may be let go afterwards.
@@ -313,7 +315,7 @@ def settings_of_model(
     examination = examine_model(model)
     weights = contents_by_reading(examination)
     examination.checkpoint.read_only_by(_is_gone)
-    return partial(_settings_at, examination, layout, scales, quantize, offload, weights=weights)
+    return partial(_settings_at, examination, how, weights=weights)
 
 
 def _is_gone(name: str) -> Tensor:

@@ -17,12 +17,13 @@ except ImportError as error:
     raise ImportError("this needs transformers; install it with: pip install 'comfy-nai-t5[transformers]'") from error
 
 from nai_t5_core.backends.auto_dtype import resolve_dtype
-from nai_t5_core.backends.choices import Quantisation, refuse_both
-from nai_t5_core.backends.choose import encode_on_cuda, quantize_int8, run_in_place
+from nai_t5_core.backends.choices import ProductsChoice, Quantisation
+from nai_t5_core.backends.choose import encode_on_cuda, run_in_place
 from nai_t5_core.backends.held import is_in_8_bits
 from nai_t5_core.backends.offload.offload import offload_layers
 from nai_t5_core.diffusers.drop_in_adapters import RefusesAdaptersWhenFused
 from nai_t5_core.diffusers.drop_in_config import ENCODER_CLASSES, config_beside, own_config
+from nai_t5_core.diffusers.drop_in_embeddings import HasOneTable
 from nai_t5_core.diffusers.drop_in_folders import (
     open_source,
     single_device,
@@ -33,11 +34,11 @@ from nai_t5_core.diffusers.drop_in_folders import (
 )
 from nai_t5_core.diffusers.drop_in_keywords import loading_options, refuse_for_saving
 from nai_t5_core.diffusers.drop_in_offload import OffloadsLayers
+from nai_t5_core.diffusers.drop_in_products import computed_as_chosen, refuse_impossible, refuse_products_for
 from nai_t5_core.diffusers.drop_in_weights import (
     encoder_from_model,
     give_back,
     refuse_8_bits,
-    refuse_to_quantise,
     refuse_wrapped,
 )
 from nai_t5_core.diffusers.row_memory import RowMemory
@@ -49,6 +50,8 @@ from nai_t5_core.model.fixed_weights import refuse_change
 from nai_t5_core.model.layers import CastingOps
 from nai_t5_core.model.packing import check_policy
 from nai_t5_core.model.precision import COMPUTED_IN, resolve_device, within_range
+from nai_t5_core.prompts.choices import Choices
+from nai_t5_core.prompts.stack_encoding import computed_by
 from nai_t5_core.weights.chosen import ScalesChoice
 from nai_t5_core.weights.convert import main_dtype
 from nai_t5_core.weights.examine import examine_checkpoint
@@ -58,7 +61,7 @@ SaveFormat = Literal["native", "transformers"]
 SAVE_FORMATS: tuple[SaveFormat, ...] = get_args(SaveFormat)
 
 
-class NAIT5EncoderModel(RefusesAdaptersWhenFused, OffloadsLayers, PreTrainedModel):
+class NAIT5EncoderModel(RefusesAdaptersWhenFused, OffloadsLayers, HasOneTable, PreTrainedModel):
     """Call and outputs of transformers' T5EncoderModel and UMT5EncoderModel, computed by our encoder.
 
     >>> model = NAIT5EncoderModel.from_pretrained("google/t5-v1_1-xxl", dtype=torch.float16)
@@ -93,6 +96,8 @@ class NAIT5EncoderModel(RefusesAdaptersWhenFused, OffloadsLayers, PreTrainedMode
         self._padding: PaddingPolicy = "exact"
         self._extra_pad = 0
         self._memory: RowMemory | None = None
+        # What was named to compute it on a CPU.
+        self.products: ProductsChoice = "auto"
         self.post_init()
 
     def _hold(self, stack: T5EncoderStack) -> None:
@@ -115,6 +120,7 @@ class NAIT5EncoderModel(RefusesAdaptersWhenFused, OffloadsLayers, PreTrainedMode
         release: bool = False,
         quantize: Quantisation | None = None,
         offload: bool = False,
+        products: ProductsChoice = "auto",
     ) -> NAIT5EncoderModel:
         """From a loaded transformers T5, mT5 or UMT5 (encoder or whole model), on its device, in evaluation mode.
 
@@ -130,18 +136,22 @@ class NAIT5EncoderModel(RefusesAdaptersWhenFused, OffloadsLayers, PreTrainedMode
                 :func:`nai_t5_core.backends.choose.quantize_int8`. Ours is then no more moved, cast, saved or given
                 back. On a GPU it is refused.
             offload: see :meth:`enable_layerwise_offload`.
+            products: what computes on a CPU, see :func:`nai_t5_core.backends.choose.prepack`. Kernels that are named
+                compute in place, in the fused layout; after ``"onednn"`` the model is no more moved or cast.
 
         Raises:
             CheckpointError: the model is no T5, has adapters or quantised weights, is offloaded, or exceeds float16.
             ValueError: a dtype that is no T5's, an unknown layout, scales for another number of layers, or an unknown
-                quantisation or one that is not possible here. The model is as it was then.
+                quantisation or products, or some that are not possible here. The model is as it was then.
         """
-        refuse_both(quantize, offload)
-        stack = encoder_from_model(model, dtype, layout, scales, quantize, release)
+        how = Choices(layout=layout, scales=scales, quantize=quantize, products=products, offload=offload)
+        stack = encoder_from_model(model, dtype, how, release)
         source: Any = model
         if offload:
             offload_layers(stack)
-        return cls(source.config, stack if quantize is None else quantize_int8(stack)).eval()
+        ours = cls(source.config, computed_as_chosen(stack, how)).eval()
+        ours.products = products
+        return ours
 
     def give_back(self, model: nn.Module, release: bool = False) -> None:
         """Fills a model released by :meth:`from_hf`, see :func:`nai_t5_core.diffusers.drop_in_weights.give_back`.
@@ -167,6 +177,7 @@ class NAIT5EncoderModel(RefusesAdaptersWhenFused, OffloadsLayers, PreTrainedMode
         quantize: Quantisation | None = None,
         unpack: bool = False,
         offload: bool = False,
+        products: ProductsChoice = "auto",
         **others: Any,
     ) -> NAIT5EncoderModel:
         """Loads a T5 encoder in evaluation mode from a hub id, a folder or a file.
@@ -180,7 +191,7 @@ class NAIT5EncoderModel(RefusesAdaptersWhenFused, OffloadsLayers, PreTrainedMode
             variant: ``"fp16"`` reads ``model.fp16.safetensors``.
             device_map: one device for the whole model, also as ``{"": device}``; ``"auto"`` is the accelerator, or the
                 CPU where there is none.
-            quantize: as for :meth:`from_hf`; the weights as they were are let go one by one.
+            quantize, products: as for :meth:`from_hf`; the weights as they were are let go one by one.
             unpack: as for :func:`nai_t5_core.weights.load.load_encoder`: quantised weights else stay as they lie.
             offload: see :meth:`enable_layerwise_offload`.
             others: ``output_hidden_states`` and ``return_dict`` are put into the config. What transformers takes
@@ -189,24 +200,28 @@ class NAIT5EncoderModel(RefusesAdaptersWhenFused, OffloadsLayers, PreTrainedMode
 
         Raises:
             CheckpointError: the checkpoint is unusable; all its faults are listed.
-            ValueError: an unknown dtype or device, several devices, a quantisation that is not possible here, or what
-                is not done, such as those of other libraries.
+            ValueError: an unknown dtype or device, several devices, a quantisation or products that are not possible
+                here, or what is not done, such as those of other libraries.
             TypeError: an unknown keyword.
         """
         hub, settings = loading_options(others, revision)
-        refuse_both(quantize, offload)
+        how = Choices(
+            layout=layout, scales=scales, quantize=quantize, products=products, unpack=unpack, offload=offload
+        )
         device = resolve_device(single_device(device_map))
         wanted = torch_dtype if torch_dtype is not None else dtype
         given = None if wanted == "auto" else resolve_dtype(wanted or torch.float32, device)
-        refuse_to_quantise(quantize, device, given or torch.float32)  # before anything is fetched
+        refuse_impossible(how, device, given or torch.float32)  # before anything is fetched
         examination = examine_checkpoint(open_source(pretrained_model_name_or_path, subfolder, hub, variant))
         model_dtype = given or resolve_dtype(main_dtype(examination), device)
-        refuse_to_quantise(quantize, device, model_dtype)
+        refuse_impossible(how, device, model_dtype)
+        refuse_products_for(examination, how, device, model_dtype)
         where = torch.device("cpu") if offload else device
         stack, _ = assemble(examination, model_dtype, where, layout, scales, CastingOps, unpack=unpack)
         if offload:
             offload_layers(stack, device)
-        model = cls(config_beside(examination), stack if quantize is None else quantize_int8(stack))
+        model = cls(config_beside(examination), computed_as_chosen(stack, how))
+        model.products = products
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path or "")
         model.config.update(settings)
         return model.eval()
@@ -370,25 +385,6 @@ class NAIT5EncoderModel(RefusesAdaptersWhenFused, OffloadsLayers, PreTrainedMode
         check_policy(self._padding, positions)
         self._extra_pad = positions
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding table.
-
-        Raises:
-            ValueError: a float16 scale is in it, so that its rows are not what others take them for.
-        """
-        if self.stack.scales.embedding != 1:
-            raise ValueError(
-                f"the embedding table exceeds float16, and is kept times {self.stack.scales.embedding:g}; load the "
-                "model in bfloat16 or float32 to read or change it"
-            )
-        return self.shared
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Another embedding table [tokens, d_model]; as ``resize_token_embeddings`` makes them."""
-        self.shared = self.stack.shared = value
-        self.stack.config = self.stack.config.model_copy(update={"vocab_size": value.weight.shape[0]})
-        self.config.vocab_size = value.weight.shape[0]
-
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: weights are there when the model is made."""
 
@@ -397,4 +393,5 @@ class NAIT5EncoderModel(RefusesAdaptersWhenFused, OffloadsLayers, PreTrainedMode
         facts = [self.stack.config.kind, self.stack.layout, self.dtype, is_in_8_bits(self.stack) and "8 bits"]
         facts += [self.stack.offload and "offloaded layer by layer"]
         facts += [runner and runner.name, f"padding={self._padding}", pad and f"extra_pad={pad}"]
+        facts += [computed_by(self.stack)]
         return ", ".join(str(fact) for fact in facts if fact)

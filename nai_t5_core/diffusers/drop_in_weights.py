@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nai_t5_core.backends.choices import Quantisation, refuse_quantising
 from nai_t5_core.backends.held import HeldLinear, is_in_8_bits
 from nai_t5_core.backends.quantised.projections import QuantisedEmbedding
+from nai_t5_core.diffusers.drop_in_products import refuse_impossible, refuse_products_for
 from nai_t5_core.diffusers.model_blocks import block_kind, holds_blocks, shape_of
-from nai_t5_core.model.encoder import Layout, T5EncoderStack
+from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.layers import CastingOps
 from nai_t5_core.model.precision import DTYPES
-from nai_t5_core.weights.chosen import ScalesChoice
+from nai_t5_core.prompts.choices import Choices
 from nai_t5_core.weights.examine import Examination, examine_checkpoint
 from nai_t5_core.weights.formats import Checkpoint, CheckpointError, TensorInfo
 from nai_t5_core.weights.fuse import fused_recipes, separate_recipes, unfuse
@@ -126,27 +126,7 @@ def examine_model(model: nn.Module) -> Examination:
     return examine_checkpoint(loaded)
 
 
-def refuse_to_quantise(quantize: Quantisation | None, device: torch.device, dtype: torch.dtype) -> None:
-    """As :func:`nai_t5_core.backends.choices.refuse_quantising`, and on every GPU of CUDA's.
-
-    One that is quantised there could be moved to the CPU, and would then compute otherwise than one that is quantised
-    on the CPU, under the same key of kept embeddings.
-    """
-    if quantize == "int8" and device.type == "cuda":
-        raise ValueError(
-            f"quantize={quantize!r} is for models of diffusers on the CPU, and this one is to be on {device}: give a "
-            "file in 8 bits (nai-t5 convert … --quantize int8, or GGUF Q8_0), whose weights stay so, or leave it out"
-        )
-    refuse_quantising(quantize, device, dtype)
-
-
-def check_model(
-    model: nn.Module,
-    dtype: torch.dtype | str | None,
-    layout: Layout,
-    scales: ScalesChoice,
-    quantize: Quantisation | None,
-) -> tuple[Examination, torch.dtype]:
+def check_model(model: nn.Module, dtype: torch.dtype | str | None, how: Choices) -> tuple[Examination, torch.dtype]:
     """Everything that can be refused of a model before its weights are taken, and the dtype that ours will have.
 
     Where float16 might be exceeded, every weight of ours is made once and let go.
@@ -154,7 +134,7 @@ def check_model(
     Raises:
         CheckpointError: it is no T5, its weights are quantised, not there, or exceed float16.
         ValueError: a dtype that is no T5's, an unknown layout, scales for another number of layers, or a quantisation
-            that there is not or that is not possible there.
+            or products that there are not or that are not possible there.
     """
     refuse_quantised(model)
     source: Any = model
@@ -162,30 +142,31 @@ def check_model(
     if wanted is None:
         raise ValueError(f"a T5 cannot compute in {dtype or source.dtype}; give dtype, one of {', '.join(DTYPES)}")
     examination = examine_model(model)
-    refuse_to_quantise(quantize, model.get_parameter("shared.weight").device, wanted)
-    refuse_before_assembly(examination, wanted, layout, scales)
+    device = model.get_parameter("shared.weight").device
+    refuse_impossible(how, device, wanted)
+    refuse_before_assembly(examination, wanted, how.layout, how.scales)
+    refuse_products_for(examination, how, device, wanted)
     return examination, wanted
 
 
 def encoder_from_model(
     model: nn.Module,
     dtype: torch.dtype | str | None,
-    layout: Layout,
-    scales: ScalesChoice,
-    quantize: Quantisation | None,
+    how: Choices,
     release: bool,
 ) -> T5EncoderStack:
     """Our encoder with the weights of a loaded transformers model, on its device; ``dtype`` None is the model's.
 
     Tensors that need no change are shared with the model (all of them in the separate layout and the same dtype).
     ``release`` takes every weight from the model when it is used: the model is left on the meta device, and
-    :func:`give_back` fills it again. One that is quantised keeps its bytes, which are ours as well. ``quantize`` is
-    only checked: whether it will be possible.
+    :func:`give_back` fills it again. One that is quantised keeps its bytes, which are ours as well. What is to
+    compute it is only checked: whether it will be possible.
 
     Raises:
         CheckpointError, ValueError: see :func:`check_model`; the model is as it was then.
     """
-    examination, dtype = check_model(model, dtype, layout, scales, quantize)
+    examination, dtype = check_model(model, dtype, how)
+    layout, scales = how.layout, how.scales
     embedding: Any = model.get_submodule("shared")
     device = embedding.weight.device
     if not release or examination.quantised:
@@ -255,6 +236,8 @@ def _block_of(name: str) -> str:
 def _let_go(block: nn.Module) -> None:
     """Leaves a block without values."""
     for module in block.modules():
+        if isinstance(module, HeldLinear):
+            module.forms = ()
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]
         for table in tables:
             for name, tensor in table.items():

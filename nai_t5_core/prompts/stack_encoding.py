@@ -44,11 +44,11 @@ class StackEncoding:
         stack = self.stack
         size = stack.config.size_name or f"d_model {stack.config.d_model}"
         place = str(stack.device) if stack.offload is None else f"{stack.device}, offloaded layer by layer"
-        facts = [stack.config.kind, size, str(stack.dtype), place, _computed_by(stack)]
+        facts = [stack.config.kind, size, str(stack.dtype), place, computed_by(stack)]
         return f"{', '.join(filter(None, facts))}, attention={stack.describe_attention()}"
 
 
-def _computed_by(stack: T5EncoderStack) -> str:
+def computed_by(stack: T5EncoderStack) -> str:
     """What computes the blocks in place of their modules; what computes the whole stack is told with its attention."""
     block: Any = stack.encoder.block[0]
     runner = block.runner

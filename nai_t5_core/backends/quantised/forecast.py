@@ -7,11 +7,10 @@ from itertools import chain
 
 import torch
 
-from nai_t5_core.backends.choices import ProductsChoice
+from nai_t5_core.backends.choices import ProductsChoice, set_of
 from nai_t5_core.backends.cuda.byte_kinds import is_read as cuda_reads
 from nai_t5_core.backends.forecast import in_place, on_cuda
 from nai_t5_core.backends.kernels.build import set_to_use
-from nai_t5_core.backends.kernels.runners import KERNELS, best
 from nai_t5_core.backends.quantised.kinds import Kind
 from nai_t5_core.backends.quantised.pieces import is_read
 from nai_t5_core.facts.config import T5Config
@@ -45,8 +44,7 @@ def forecast_quantised(
     plain = "torch" if all(kinds) else in_place(config, dtype, layout, scales)
     if plain != "torch":
         words = f"{words}, beside {plain}"
-    given = None if products == "auto" else (KERNELS[products] if products in KERNELS else best(KERNELS)).instructions
-    instructions = set_to_use(given)
+    instructions = set_to_use(set_of(products))
     is_any_read = any(is_read(kind) for of_layer in kinds for kind in of_layer)
     if instructions is None or dtype not in instructions.stored or not is_any_read:
         return words

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.backends.auto_dtype import resolve_dtype
+from nai_t5_core.backends.choices import ProductsChoice, refuse_missing
 from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_prepack
 from nai_t5_core.backends.compiled import compile_steps
 from nai_t5_core.bench.clock import timed_once
@@ -142,6 +143,7 @@ def bench_generation(
     device: str = "auto",
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    products: ProductsChoice = "auto",
 ) -> GenerationReport:
     """Times our generation as ``nai-t5 generate`` runs it, and that of transformers, on random weights of a size.
 
@@ -155,10 +157,12 @@ def bench_generation(
         int8: ours also in 8 bits, and CTranslate2.
         compiled: ours also with :func:`nai_t5_core.backends.compiled.compile_steps`.
         progress: called with what is being done, in words.
+        products: what computes ours, see :func:`nai_t5_core.backends.choose.prepack`.
 
     Raises:
-        ValueError: an unknown size, dtype or device, fewer than one repeat; or transformers, fast 8-bit products or a
-            compiler are asked for and absent; or CTranslate2 is, or computes in another dtype here.
+        ValueError: an unknown size, dtype or device, products that are not possible there, fewer than one repeat; or
+            transformers, fast 8-bit products or a compiler are asked for and absent; or CTranslate2 is, or computes in
+            another dtype here.
     """
     tell = progress or (lambda _: None)
     config = named_config(size) if isinstance(size, str) else size
@@ -168,18 +172,21 @@ def bench_generation(
         raise ValueError(f"unknown peers {sorted(unknown)}; allowed: {', '.join(GENERATION_PEERS)}")
     if repeats < 1:
         raise ValueError(f"repeats={repeats}; at least 1 round must count")
+    refuse_missing(products, place, model_dtype)
+    if int8:
+        refuse_missing(products, place, model_dtype, "int8")
     with threads_set(threads) as used_threads:
         tell("drawing weights")
         state = _endless_state(config, seed, model_dtype)
         own = own_t5(config, state, model_dtype).to(place)
-        ready = _prepacked(own)
+        ready = _prepacked(own, products)
         contenders: dict[str, Generate] = {OWN: _own(ready)}
         if int8:
             tell("quantising")
-            contenders[INT8] = _own(quantize_int8(own_t5(config, state, model_dtype)))
+            contenders[INT8] = _own(quantize_int8(own_t5(config, state, model_dtype), products))
         if compiled:
             tell("compiling")
-            contenders[OWN_COMPILED] = _own(_prepacked(compile_steps(own_t5(config, state, model_dtype))))
+            contenders[OWN_COMPILED] = _own(_prepacked(compile_steps(own_t5(config, state, model_dtype)), products))
         if TRANSFORMERS in against:
             contenders[TRANSFORMERS] = _transformers(config, state, model_dtype, place)
         if CTRANSLATE2 in against:
@@ -215,8 +222,8 @@ def _endless_state(config: T5Config, seed: int, dtype: torch.dtype) -> State:
     return state
 
 
-def _prepacked(model: T5) -> T5:
-    return prepack(model) if why_not_prepack(model) is None else model
+def _prepacked(model: T5, products: ProductsChoice) -> T5:
+    return prepack(model, products) if products != "auto" or why_not_prepack(model) is None else model
 
 
 def _own(model: T5) -> Generate:
