@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from backend_cases import runner_names
 from conftest import TOY_CONFIGS, build_stack, random_state
 from typer.testing import CliRunner
 
-from nai_t5_core.backends.choose import why_not_int8
+from nai_t5_core.backends.choices import backend_of
+from nai_t5_core.backends.choose import prepack, quantize_int8, why_not_int8
 from nai_t5_core.bench.parity_report import OWN
 from nai_t5_core.bench.speed import (
     GENERATION_CASES,
     GenerationReport,
     bench_generation,
+    generation,
     generation_cases_named,
     generation_markdown,
 )
@@ -103,11 +106,38 @@ def test_ctranslate2_writes_the_same() -> None:
     assert report.versions["ctranslate2"][0].isdigit()
 
 
+@pytest.mark.parametrize("products", ["kernels", "avx2", "onednn"])
+def test_what_is_named_computes_the_encoder(products: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for quantize in (None, "int8"):
+        backend: Any = backend_of(products, quantize)  # type: ignore[arg-type]
+        if missing := backend.missing(torch.device("cpu"), torch.float32):
+            pytest.skip(missing)
+    ready: list[Any] = []
+    for change in (prepack, quantize_int8):
+        name, really = change.__name__, change
+
+        def seen(*arguments: Any, really: Any = really) -> Any:
+            ready.append(really(*arguments))
+            return ready[-1]
+
+        monkeypatch.setattr(generation, name, seen)
+    report = small_bench(against=(), int8=True, repeats=1, cases=generation_cases_named(["greedy"]), products=products)
+    assert report.cases[0].timings[0].same_texts == 1
+    assert [runner_names(model) for model in ready] == [
+        {backend_of(products, quantize).name}  # type: ignore[arg-type]
+        for quantize in (None, "int8")
+    ]
+
+
 def test_mistakes() -> None:
     with pytest.raises(ValueError, match=r"unknown peers \['keras'\]; allowed: transformers, ctranslate2"):
         small_bench(against=("keras",))
     with pytest.raises(ValueError, match=r"unknown cases \['fast'\]; allowed: beams, greedy, greedy-8"):
         generation_cases_named(["fast"])
+    with pytest.raises(ValueError, match="unknown products 'sse'; allowed: auto, kernels, amx"):
+        small_bench(products="sse")
+    with pytest.raises(ValueError, match=r"products='avx2' is not possible: the kernels for AVX2 are .*float64 on cpu"):
+        small_bench(products="avx2", dtype="float64")
     with pytest.raises(ValueError, match="repeats=0"):
         small_bench(repeats=0)
     with pytest.raises(ValueError, match="did you mean 't5-v1_1-base'"):

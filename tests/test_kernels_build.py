@@ -202,11 +202,15 @@ def test_the_command_builds(as_json: bool, tmp_path: Path) -> None:
         done = python(code, tmp_path)
         assert done.returncode == 2 and " cannot be built here: " in done.stderr
         return
-    for is_first in (True, False):
+    built = tmp_path / "cache" / built_file(BEST).parent.name / built_file(BEST).name
+    for state in ("absent", "there", "damaged", "there"):
+        if state == "damaged":
+            built.write_bytes(built.read_bytes()[:-100])
         done = python(code, tmp_path, COPIES)
         assert done.returncode == 0, done.stderr
-        told = f'"was_there": {str(not is_first).lower()}' if as_json else "built in" if is_first else "there already"
-        assert told in done.stdout and built_file(BEST).name in done.stdout
+        is_there = state == "there"
+        told = f'"was_there": {str(is_there).lower()}' if as_json else "there already" if is_there else "built in"
+        assert told in done.stdout and str(built) in done.stdout
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     failed = python(code, elsewhere, FAILS)

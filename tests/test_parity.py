@@ -10,11 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOY_CONFIGS
+from backend_cases import runner_names
+from conftest import TOY_CONFIGS, needs_kernels
 from rich.console import Console
 from torch import Tensor
 
+from nai_t5_core.backends.choices import backend_of
 from nai_t5_core.backends.choose import why_not_prepack
+from nai_t5_core.backends.kernels.build import prepare_kernels
+from nai_t5_core.backends.kernels.sets import SETS
+from nai_t5_core.bench import parity
 from nai_t5_core.bench.parity import QUANTILES, measure_parity, random_batch
 from nai_t5_core.bench.parity_report import OWN, plot, render
 from nai_t5_core.bench.peers import random_state
@@ -174,10 +179,36 @@ def test_layers_show_where_errors_grow_and_where_float16_ends(tmp_path: Path) ->
     assert "first not finite" in page.getvalue()
 
 
+@needs_kernels
+@pytest.mark.parametrize("products", ["kernels", *(each.name for each in SETS), "onednn"])
+def test_what_is_named_is_measured(products: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the dtypes that it computes; the others are told."""
+    named = [backend_of(products), backend_of(products, "int8")]
+    for backend in named:
+        missing = backend.missing(torch.device("cpu"), torch.float32)
+        if missing or (products != "onednn" and (missing := prepare_kernels(backend.instructions))):  # type: ignore[union-attr]
+            pytest.skip(str(missing))
+    computed: list[tuple[torch.dtype, str]] = []
+    really = parity._policy_run
+
+    def seen(stack: Any, *others: Any) -> Any:
+        computed.extend((stack.dtype, name) for name in runner_names(stack) if stack.layout == "fused")
+        return really(stack, *others)
+
+    monkeypatch.setattr(parity, "_policy_run", seen)
+    report = measure_parity(V1_1, random_state(V1_1), ["float32", "float64"], (), LENGTHS, int8=True, products=products)
+    assert report.passed
+    assert {backend.name for backend in named} <= {name for dtype, name in computed if dtype == torch.float32}
+    skipped = [reason.split(": ")[:2] for reason in report.skipped]
+    assert skipped == [[f"{OWN} {kind} in float64", f"products={products!r}"] for kind in ("prepacked", "int8")]
+
+
 def test_arguments_are_checked() -> None:
     state = random_state(V1_1)
     with pytest.raises(ValueError, match="unknown dtype 'int8'"):
         measure_parity(V1_1, state, ["int8"])
+    with pytest.raises(ValueError, match="unknown products 'sse'; allowed: auto, kernels, amx"):
+        measure_parity(V1_1, state, products="sse")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"unknown peers \['keras'\]"):
         measure_parity(V1_1, state, against=["keras"])
     with pytest.raises(ValueError, match="must be float64 or float32"):

@@ -145,7 +145,7 @@ def replace_text_encoder(
         _refuse_offloading_from_the_cpu(pipe, found, "quantize: 8 bits are")
     if products != "auto":
         _refuse_ours_by_others(found, products)
-        _refuse_offloading_from_the_cpu(pipe, found, f"products={products!r} are")
+        _refuse_offloading_from_the_cpu(pipe, found, f"products={products!r} is for what is")
     if store is not None:
         _refuse_ours_without_cache(found)
 
