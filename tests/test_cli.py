@@ -293,6 +293,13 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["encode", "a red cat", "--max-length", "2", "--no-truncate"],
         "prompt 0 has 4 tokens, the limit is 2",
     ),
+    **{
+        f"products for {command}": (
+            [command, *arguments, "--products", "avx2"],
+            "products='avx2' is not possible: this processor has no AVX2, or no FMA or F16C beside it; use products=",
+        )
+        for command, *arguments in (["parity", "--random", "t5-v1_1-xxl"], ["bench-generate", "t5-v1_1-xxl"])
+    },
     "a length that is too short": (
         ["encode", "a", "--max-length", "0"],
         "max_length=0 leaves no room for the end token",
@@ -301,8 +308,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistake_is_told_in_one_line(run: Run, case: str) -> None:
+def test_mistake_is_told_in_one_line(run: Run, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, expected = MISTAKES[case]
+    if "--products" in arguments:
+        monkeypatch.setattr("nai_t5_core.backends.kernels.build._processor_flags", frozenset)
     result = run(*arguments)
     assert (result.status, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
