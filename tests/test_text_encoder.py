@@ -10,8 +10,9 @@ import torch
 from conftest import TOY_CONFIGS, build_stack, every_set, random_state, write_hf_folder
 
 from nai_t5_core.backends.choose import why_not_prepack
+from nai_t5_core.backends.kernels import build
 from nai_t5_core.backends.kernels.build import why_not_kernels
-from nai_t5_core.backends.kernels.sets import InstructionSet
+from nai_t5_core.backends.kernels.sets import AVX2, InstructionSet
 from nai_t5_core.facts.families import family, family_names
 from nai_t5_core.facts.text_cleaning import clean_text
 from nai_t5_core.model.fixed_weights import has_fixed_weights
@@ -236,6 +237,16 @@ def test_an_instruction_set_by_name(instructions: InstructionSet, quantize: Any)
 def test_products_that_do_not_fit_are_refused(told: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):  # before anything is looked for
         TextEncoder.from_pretrained("no such file", **{"device": "cpu", **told})
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_set_that_the_processor_lacks_is_refused_as_early(
+    cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_processor_flags", lambda: AVX2.needs)
+    told = "products='amx' is not possible: this processor has no AMX .*; use products='auto' or 'onednn'"
+    with pytest.raises(ValueError, match=told):
+        TextEncoder.from_pretrained("no such file", device="cpu", products="amx", cache=tmp_path if cached else False)
 
 
 def test_from_parts() -> None:

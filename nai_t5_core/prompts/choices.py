@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from nai_t5_core.backends.auto_dtype import resolve_dtype
-from nai_t5_core.backends.choices import ProductsChoice, Quantisation, refuse_products, refuse_quantising
+from nai_t5_core.backends.choices import (
+    ProductsChoice,
+    Quantisation,
+    refuse_missing,
+    refuse_products,
+    refuse_quantising,
+)
 from nai_t5_core.model.attention_choice import AttentionChoice
 from nai_t5_core.model.encoder import Layout
 from nai_t5_core.model.precision import resolve_device
@@ -54,7 +60,9 @@ class Choices:
         if self.compile and where.type not in ("cpu", "cuda"):
             raise ValueError(f"compile={self.compile!r} is for cpu and cuda, and the device is {where}; leave it out")
         refuse_products(self.products, where, bool(self.compile) or not (self.optimize or self.quantize))
-        refuse_quantising(self.quantize, where, resolve_dtype(self.dtype, where))
+        dtype = resolve_dtype(self.dtype, where)
+        refuse_quantising(self.quantize, where, dtype)
+        refuse_missing(self.products, where, dtype, self.quantize)
 
     def _refuse_offloading(self, where: torch.device) -> None:
         if self.offload and self.compile:
