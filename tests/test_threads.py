@@ -302,7 +302,7 @@ def test_a_change_is_not_kept_waiting_by_ever_new_calls() -> None:
             LiveLoras(stack).add(toy_lora(CONFIG))
         finally:
             done.set()
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 60
     assert all(each.result() is not None for each in running)
 
 

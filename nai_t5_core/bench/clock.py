@@ -59,9 +59,9 @@ def timed(call: Callable[[], Any], device: torch.device, warm_ups: int = 2) -> d
         whole.append(duration.whole)
         host.append(duration.host)
     return {
-        "ms": round(statistics.median(whole) * 1e3, 4),
-        "lowest_ms": round(min(whole) * 1e3, 4),
-        "host_ms": round(statistics.median(host) * 1e3, 4),
+        "ms": statistics.median(whole) * 1e3,
+        "lowest_ms": min(whole) * 1e3,
+        "host_ms": statistics.median(host) * 1e3,
     }
 
 

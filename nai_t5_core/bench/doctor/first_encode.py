@@ -32,7 +32,7 @@ def time_first_encodes(patient: Patient) -> Finding:
     }
     later = found["a later one"]
     seconds = later["start_seconds"] + later["first_seconds"]
-    return {"times": found, "seconds": round(seconds, 2)}
+    return {"times": found, "seconds": seconds}
 
 
 def in_a_fresh_process(model: str, device: str, record_at: int) -> dict[str, float]:
@@ -70,8 +70,8 @@ def measured(started: float, model: str, device_name: str, record_at: int) -> di
         with torch.no_grad():
             stack(ids)
         synchronize(device)
-        times.append(round(time.perf_counter() - begun, 3))
-    return {"start_seconds": round(ready - started, 3), "first_seconds": times[0], "second_seconds": times[1]}
+        times.append(time.perf_counter() - begun)
+    return {"start_seconds": ready - started, "first_seconds": times[0], "second_seconds": times[1]}
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def measured(source: str, device_name: str, dtype: str, quantize: Literal["int8"
     stack = finish(load_chosen(source, "", how).stack, how)
     torch.cuda.synchronize(device)
     found: dict[str, Any] = {
-        "load_seconds": round(time.perf_counter() - started, 2),
+        "load_seconds": time.perf_counter() - started,
         "most_at_load": torch.cuda.max_memory_allocated(device),
         "kept_bytes": torch.cuda.memory_allocated(device),
     }

@@ -299,7 +299,7 @@ def _kernels(title: str, found: dict[str, Any]) -> Section:
 
 def _compiled(title: str, found: dict[str, Any]) -> Section:
     rows = [
-        (name, f"{times['ms']:.2f} ms", f"{times['host_ms']:.2f} ms", f"{times['first_seconds']} s")
+        (name, f"{times['ms']:.2f} ms", f"{times['host_ms']:.2f} ms", f"{times['first_seconds']:.1f} s")
         for name, times in found["times"].items()
     ]
     return Section(title, ("tokens", "time", "of it the host's", "first call"), tuple(rows))

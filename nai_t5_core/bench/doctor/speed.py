@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -109,15 +109,15 @@ def _counted(patient: Patient, call: Callable[[], Tensor]) -> dict[str, Any]:
     on_device = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     copies = [event for event in on_device if event.name.startswith(("Memcpy", "Memset"))]
     kernels = [event for event in on_device if event not in copies]
-    slowest = Counter[str]()
+    slowest = defaultdict[str, float](float)
     for event in kernels:
-        slowest[event.name[:90]] += round(event.device_time_total)
+        slowest[event.name[:90]] += event.device_time_total
     return {
         "kernels": len(kernels),
-        "kernels_per_layer": round(len(kernels) / patient.config.num_layers, 1),
+        "kernels_per_layer": len(kernels) / patient.config.num_layers,
         "copies": dict(Counter(event.name for event in copies)),
         "device_us": sum(slowest.values()),
-        "slowest_us": dict(slowest.most_common(12)),
+        "slowest_us": dict(sorted(slowest.items(), key=lambda item: -item[1])[:12]),
     }
 
 
@@ -136,8 +136,8 @@ def measure_products(patient: Patient) -> Finding:
             call = lambda number, index=index, inputs=inputs: inputs[index] @ weights[number % layers][index].t()  # noqa: E731
             with torch.cuda.device(patient.device):
                 seconds = seconds_of(call, range(layers))
-            each["×".join(map(str, shape))] = round(seconds * 1e6, 2)
-        found[str(rows)] = {"us": each, "encoder_ms": round(sum(each.values()) * patient.config.num_layers / 1e3, 3)}
+            each["×".join(map(str, shape))] = seconds * 1e6
+        found[str(rows)] = {"us": each, "encoder_ms": sum(each.values()) * patient.config.num_layers / 1e3}
     return {"dtype": str(patient.dtype).removeprefix("torch."), "rows": found}
 
 

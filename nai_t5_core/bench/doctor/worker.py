@@ -45,7 +45,7 @@ class StepProcess:
             self.end()
         if outcome.pop("device_is_lost", False):
             self.end()
-        return {**outcome, "seconds": round(time.perf_counter() - started, 2)}
+        return {**outcome, "seconds": time.perf_counter() - started}
 
     def end(self) -> None:
         """Ends the process, if there is one."""
