@@ -268,6 +268,33 @@ def test_products_of_a_file() -> None:
     assert type(products_of(choice_for(Card("another", "sm_89")))) is TorchProducts
 
 
+@pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))
+def test_inputs_in_8_bits_of_a_file() -> None:
+    from nai_t5_core.backends.cuda.byte_products import ByteProducts
+    from nai_t5_core.backends.cuda.eight_bit_products import AskedEightBitProducts
+    from nai_t5_core.backends.cuda.encoder import products_for
+
+    written(RTX, int8_inputs_from=512)
+    found: Any = products_for("auto", RTX)
+    assert type(found) is AskedEightBitProducts and found.least_rows == 512 and found.converts_float8
+    assert type(products_for("auto", H200)) is ByteProducts, "not measured"
+    assert type(products_for("triton", RTX)) is ByteProducts, "named"
+
+
+def test_inputs_in_8_bits_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = on_a_card(monkeypatch)
+    pretend(monkeypatch, RTX.name, (8, 9))
+    written(RTX, int8_inputs_from=512)
+    encode_on_cuda(stack)
+    assert "8 bits" not in stack.describe_attention(), "its weights are in 16 bits"
+    monkeypatch.setattr("nai_t5_core.backends.cuda.runner.is_in_8_bits", lambda _: True)
+    told = "auto: kernels for CUDA, inputs in 8 bits from 512 tokens on, as measured on this card"
+    assert stack.describe_attention() == told
+    words = forecast(stack.config, CUDA, torch.float16)
+    in_8_bits = forecast(stack.config, CUDA, torch.float16, quantize="int8")
+    assert "inputs" not in words and ", inputs in 8 bits from 512 tokens" in in_8_bits
+
+
 BROKEN: dict[str, Any] = {
     "no JSON": "{",
     "no object": "[]",
@@ -281,6 +308,7 @@ BROKEN: dict[str, Any] = {
     "blocks that no product has": {"products": [{**PRODUCTS[0], "configuration": {**FEW, "block_columns": 8}}]},
     "parts that nothing adds up": {"products": [{**PRODUCTS[0], "configuration": {**FEW, "parts": 2}}]},
     "attention in uneven blocks": {"attention": [{**ATTENTION[0], "queries": 48}]},
+    "fewer rows than torch multiplies": {"int8_inputs_from": 16},
     "another card": {"card": "NVIDIA H100"},
     "another torch": {"torch": "1.0"},
     "another Triton": {"triton": "1.0"},

@@ -28,8 +28,8 @@ if missing := missing_triton():
     pytest.skip(missing, allow_module_level=True)
 
 from nai_t5_core.backends.cuda.byte_products import ESTIMATED_FOR_BYTES
-from nai_t5_core.backends.cuda.byte_weight import ByteWeight, lay_out, weight_of
-from nai_t5_core.backends.cuda.eight_bit_products import EightBitProducts
+from nai_t5_core.backends.cuda.byte_weight import ByteWeight, RowScaled, lay_out, weight_of
+from nai_t5_core.backends.cuda.eight_bit_products import AskedEightBitProducts, EightBitProducts
 from nai_t5_core.backends.cuda.torch_products import TorchProducts
 
 STACKS = ("int8 by us", *KINDS)
@@ -80,22 +80,35 @@ def test_a_long_row_is_computed_from_unpacked_weights(kind: str) -> None:
     assert error(found, exact(LONG)) < 1.3 * unpacked_error(kind, exact, torch.float16, LONG, None)
 
 
-def eight_bits(stack: Any, converts_float8: bool = True, least_rows: int = 20) -> Any:
-    """With fewer rows than in practice, which the interpreter takes long for."""
+def eight_bits(stack: Any, converts_float8: bool = True, made_by: Any = EightBitProducts) -> Any:
+    """With fewer rows than in practice, which the interpreter takes long for: those of the graph for 32."""
     encoder = cuda_encoder(stack, eager=True, products="8-bit")
-    how = (TorchProducts(), ESTIMATED_FOR_BYTES, converts_float8)
-    encoder._products = EightBitProducts(*how, least_rows=least_rows)
+    encoder._products = made_by(TorchProducts(), ESTIMATED_FOR_BYTES, converts_float8, least_rows=32)
     return encoder
 
 
 def test_which_rows_are_in_8_bits() -> None:
+    """Where a graph for 256 tokens would compute them."""
     products: Any = cuda_encoder(quantised_stack("int8"), eager=True, products="8-bit")._products
-    assert [products.input_bytes(torch.int8, rows) for rows in (255, 256)] == [None, torch.int8]
-    assert products.input_bytes(None, 256) is None and products.input_bytes(torch.float8_e5m2, 256) is None
-    assert products.input_bytes(torch.float8_e4m3fn, 256) is None, "this card multiplies no float8"
-    for kind, shape, expected in (("int8", (48, 64), torch.int8), ("int8", (40, 64), None), ("Q8_0", (48, 64), None)):
+    rows_in_8_bits = {rows: products.input_bytes(RowScaled(torch.int8), rows) for rows in (128, 129, 256, 2000)}
+    assert rows_in_8_bits == {128: None, 129: torch.int8, 256: torch.int8, 2000: torch.int8}
+    assert products.input_bytes(None, 256) is None
+    assert products.input_bytes(RowScaled(torch.float8_e5m2), 256) is None
+    assert products.input_bytes(RowScaled(torch.float8_e4m3fn), 256) is None, "this card multiplies no float8"
+    as_int8 = RowScaled(torch.int8)
+    for kind, shape, expected in (("int8", (48, 64), as_int8), ("int8", (40, 64), None), ("Q8_0", (48, 64), None)):
         weight: Any = weight_of(linear_of(kind, shape))
-        assert weight.row_scaled_dtype == expected
+        assert weight.row_scaled == expected
+
+
+@pytest.mark.parametrize("kind", ["int8 by us", "int8", "float8 by row"])
+def test_inputs_are_in_8_bits_by_themselves_where_int8_was_asked_for(kind: str) -> None:
+    """A file in 8 bits is computed from its numbers."""
+    stack = quantised_stack(kind)
+    found = eight_bits(stack, made_by=AskedEightBitProducts)(ROWS)
+    asked, exact = eight_bits(stack)(ROWS), cuda_encoder(stack, eager=True)(ROWS)
+    assert not torch.equal(asked, exact)
+    assert torch.equal(found, asked if kind == "int8 by us" else exact)
 
 
 # What rounding activations costs, as the differences' norm relative to the result's.
@@ -109,7 +122,7 @@ def test_both_sides_in_8_bits(kind: str, config: str) -> None:
     exact = exact_of_quantised(stack)(ROWS)
     rounded, plain = eight_bits(stack)(ROWS), cuda_encoder(stack, eager=True)(ROWS)
     assert error(plain, exact) < 0.005 < error(rounded, exact) < COSTS[kind], "activations are not in 8 bits"
-    assert torch.equal(eight_bits(stack)(ROWS[:, :19]), cuda_encoder(stack, eager=True)(ROWS[:, :19]))
+    assert torch.equal(eight_bits(stack)(ROWS[:, :16]), cuda_encoder(stack, eager=True)(ROWS[:, :16]))
 
 
 @pytest.mark.parametrize("has_outliers", [False, True])

@@ -73,12 +73,14 @@ def test_graphs_give_what_single_launches_give(kind: str, folder: Path) -> None:
         for tokens in (5, 64, 100, 256, 500, 30):
             ids = torch.randint(3, 96, (1, tokens), generator=torch.Generator().manual_seed(tokens))
             with torch.no_grad():
-                assert_near(graphs(ids).double(), eager(ids).double(), 5e-3 if choice != "8-bit" else 0.05)
+                may_round_inputs = choice == "8-bit" or (choice == "auto" and kind == "quantize")
+                assert_near(graphs(ids).double(), eager(ids).double(), 0.05 if may_round_inputs else 5e-3)
 
 
 def test_both_sides_in_8_bits_are_near(folder: Path) -> None:
     for kind in KINDS:
         encoder = encoder_of(kind, folder)
+        encoder.stack.runner = CudaRunner(products="triton")
         expected = encoder.encode(LONG).hidden_states
         encoder.stack.runner = CudaRunner(products="8-bit")
         found = encoder.encode(LONG).hidden_states

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +35,12 @@ if missing := missing_triton():
 if HAS_GPU:
     pytest.skip("test_offload_on_cuda.py has the real device", allow_module_level=True)
 
+from nai_t5_core.backends.cuda import encoder
+from nai_t5_core.backends.cuda.attention_shapes import USUAL
 from nai_t5_core.backends.cuda.byte_weight import JoinedForm
+from nai_t5_core.backends.cuda.card import Card
+from nai_t5_core.backends.cuda.torch_products import TorchProducts
+from nai_t5_core.backends.offload import kernels as layer_by_layer
 
 BY_KERNELS = "auto: kernels for CUDA, layer by layer"
 
@@ -127,6 +133,22 @@ def test_bytes_are_computed_as_those_of_a_resident_one(kind: str, config: str, d
 def test_long_rows_are_unpacked_where_the_bytes_have_come(kind: str) -> None:
     expected = cuda_encoder(quantised_stack(kind), eager=True)(LONG)
     assert torch.equal(offloaded(quantised_stack(kind), SimulatedDevice())(LONG), expected)
+
+
+def test_inputs_in_8_bits_are_those_of_a_resident_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card on which they were measured to be faster from 32 tokens on, or the 17 that a graph for 32 computes."""
+    measured: Any = SimpleNamespace(int8_inputs_from=32, unproven=None)
+    for module in (encoder, layer_by_layer):
+        monkeypatch.setattr(module, "card_of", lambda _: Card("a card", "sm_89"))
+        monkeypatch.setattr(module, "shapes_for", lambda *_: USUAL)
+    monkeypatch.setattr(encoder, "choice_for", lambda _: measured)
+    monkeypatch.setattr(encoder, "_half_products", lambda *_: TorchProducts())
+    stack = quantised_stack("int8 by us")
+    ids = torch.randint(0, 96, (1, 17), generator=torch.Generator().manual_seed(3))
+    expected = cuda_encoder(stack, eager=True)(ids)
+    assert not torch.equal(expected, cuda_encoder(stack, eager=True, products="triton")(ids))
+    device = SimulatedDevice()
+    assert torch.equal(offloaded(stack, device)(ids), expected)
 
 
 def bytes_of(stack: Any) -> int:

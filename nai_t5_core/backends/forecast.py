@@ -51,12 +51,16 @@ def forecast(
     if compile:
         words = f"{words}, compiled" if compile is True else f"{words}, compiled for {compile}"
     elif device.type == "cuda" and optimize and attention == "auto":
-        words = f"{words}, {on_cuda(device)}"
+        words = f"{words}, {on_cuda(device, quantize is not None)}"
     return words if attention == "auto" else f"{words}, attention {attention}"
 
 
-def on_cuda(device: torch.device) -> str:
-    """The kernels, with what decides which products they round, and from where on torch's attention is flex."""
+def on_cuda(device: torch.device, in_8_bits: bool = False) -> str:
+    """The kernels, with what decides which products they round, and from where on torch's attention is flex.
+
+    Args:
+        in_8_bits: whether ``quantize="int8"`` makes the weights.
+    """
     card = card_of(device)
     if card is None:
         return "kernels where they can"
@@ -65,7 +69,9 @@ def on_cuda(device: torch.device) -> str:
         return "torch"
     lengths = choice.flex_from_lengths
     flex = "" if lengths == FLEX_FROM_LENGTHS else f", flex from {lengths} lengths"
-    return f"kernels where they can, products {choice.rounding}{flex}"
+    rows = choice.int8_inputs_from if in_8_bits else None
+    inputs = "" if rows is None else f", inputs in 8 bits from {rows} tokens"
+    return f"kernels where they can, products {choice.rounding}{inputs}{flex}"
 
 
 def blocks_of(config: T5Config, dtype: torch.dtype, layout: Layout, scales: StackScales | None) -> list[EncoderBlock]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nai_t5_core.backends.cuda.activations import Activations, Bytes, Sums
 from nai_t5_core.backends.cuda.byte_launches import rounded_rows
-from nai_t5_core.backends.cuda.byte_weight import ByteWeight, Weight, weight_of
+from nai_t5_core.backends.cuda.byte_weight import ByteWeight, RowScaled, Weight, weight_of
 from nai_t5_core.backends.cuda.launches import (
     MARGIN,
     Documents,
@@ -65,10 +65,10 @@ class CudaBlock:
         )
 
     @cached_property
-    def weights_in_bytes(self) -> torch.dtype | None:
-        """The dtype of all four weights, where it is one of 8 bits, with no scales but those of columns."""
+    def weights_in_bytes(self) -> RowScaled | None:
+        """The numbers of all four weights, where these are in 8 bits alike, with no scales but those of columns."""
         found = {
-            weight.row_scaled_dtype if isinstance(weight, ByteWeight) else None
+            weight.row_scaled if isinstance(weight, ByteWeight) else None
             for weight in (self.qkv, self.o, self.wi, self.wo)
         }
         return found.pop() if len(found) == 1 else None

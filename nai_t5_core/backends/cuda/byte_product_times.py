@@ -114,9 +114,9 @@ def _ways(
     )
     plain = unpacked(weight, slice(0, weight.shape[0]), dtype, converts)
     yield "torch, 16 bits, product alone", lambda x, _: torch.mm(x, plain.t())
-    eight = weight.row_scaled_dtype
-    if rows >= LEAST_ROWS and eight is not None and (eight == torch.int8 or converts):
-        yield "8 bits on both sides, product alone", lambda x, w: multiplied(rounded_rows(x, eight, dtype), w)
+    eight = weight.row_scaled
+    if rows >= LEAST_ROWS and eight is not None and (eight.dtype == torch.int8 or converts):
+        yield "8 bits on both sides, product alone", lambda x, w: multiplied(rounded_rows(x, eight.dtype, dtype), w)
     for configuration in _candidates(shape, rows, weight):
         yield configuration, _by_kernel(shape, configuration, dtype, converts)
 

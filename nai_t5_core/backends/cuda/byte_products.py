@@ -12,7 +12,7 @@ from torch import Tensor
 from nai_t5_core.backends.cuda.activations import Bytes, Sums
 from nai_t5_core.backends.cuda.byte_kinds import BLOCK
 from nai_t5_core.backends.cuda.byte_product_kernel import multiply_bytes, unpack_bytes
-from nai_t5_core.backends.cuda.byte_weight import ByteWeight, Weight
+from nai_t5_core.backends.cuda.byte_weight import ByteWeight, RowScaled, Weight
 from nai_t5_core.backends.cuda.launches import gate
 from nai_t5_core.backends.cuda.products import MOST_ROWS, Configuration, Configurations, Kind, block_rows, constants_of
 from nai_t5_core.backends.cuda.torch_products import Products
@@ -54,7 +54,7 @@ class ByteProducts:
         self.others, self.configurations, self.converts_float8 = others, configurations, converts_float8
         self.overlaps = others.overlaps
 
-    def input_bytes(self, weights: torch.dtype | None, rows: int) -> torch.dtype | None:
+    def input_bytes(self, weights: RowScaled | None, rows: int) -> torch.dtype | None:
         return None
 
     def plain(self, x: Any, weight: Weight) -> Tensor:

@@ -28,6 +28,19 @@ _LARGEST_INPUT = 2.0**15
 
 
 @dataclass(frozen=True)
+class RowScaled:
+    """Numbers of 8 bits that nothing but a scale of each column multiplies.
+
+    Attributes:
+        dtype: of the numbers.
+        is_asked: whether ``quantize="int8"`` made them, which on a CPU stands for inputs in 8 bits as well.
+    """
+
+    dtype: torch.dtype
+    is_asked: bool = False
+
+
+@dataclass(frozen=True)
 class ByteWeight:
     """A weight [columns, depth] in 8 bits; where it joins gate and up, one above the other.
 
@@ -36,12 +49,14 @@ class ByteWeight:
         scales: [columns] float32: what the sum of a column is multiplied by.
         block_scales: [depth / 32, columns] float16, the scales of each 32 numbers of a column, or None.
         norm: [depth] float32, what inputs are multiplied by before, or None for ones.
+        in_8_bits: whether it was quantised here, and is no longer the weight that was given.
     """
 
     values: Tensor
     scales: Tensor
     block_scales: Tensor | None = None
     norm: Tensor | None = None
+    in_8_bits: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,13 +74,10 @@ class ByteWeight:
         return replace(self, scales=self.scales.to(device), norm=norm)
 
     @property
-    def row_scaled_dtype(self) -> torch.dtype | None:
-        """The dtype of the numbers where torch multiplies bytes by them; else None.
-
-        For that nothing but a scale of each column multiplies them, and sizes are multiples of 16.
-        """
+    def row_scaled(self) -> RowScaled | None:
+        """Its numbers, where torch multiplies bytes by them; else None. Sizes have to be multiples of 16 for that."""
         is_possible = self.block_scales is None and not any(size % 16 for size in self.shape)
-        return self.values.dtype if is_possible else None
+        return RowScaled(self.values.dtype, self.in_8_bits) if is_possible else None
 
 
 # A weight as the kernels read it.
@@ -171,7 +183,8 @@ def weight_of(linear: Any) -> Weight:
         # A power of two that keeps inputs in float16: those of a norm are no larger than the root of their number.
         power = (norm.abs().amax() * len(norm) ** 0.5 / _LARGEST_INPUT).log2().ceil().clamp(min=0).exp2().round()
         norm, scales = (norm / power).contiguous(), scales * power
-    return ByteWeight(form.joined, scales.contiguous(), form.block_scales, norm)
+    in_8_bits = all(each.in_8_bits for each in linear.forms)
+    return ByteWeight(form.joined, scales.contiguous(), form.block_scales, norm, in_8_bits)
 
 
 @torch.inference_mode(False)

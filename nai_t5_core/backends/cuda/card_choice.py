@@ -94,6 +94,11 @@ class Choice:
         return FLEX_FROM_LENGTHS if self.measured is None else self.measured.flex_from_lengths or FLEX_FROM_LENGTHS
 
     @property
+    def int8_inputs_from(self) -> int | None:
+        """From how many tokens on inputs are in 8 bits too, where ``quantize="int8"`` made the weights; None: never."""
+        return None if self.measured is None else self.measured.int8_inputs_from
+
+    @property
     def unproven(self) -> str | None:
         """Why an automatic choice leaves the kernels alone on this card, as a sentence; None where it takes them."""
         if not self.card.is_amd or self.measured is not None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from nai_t5_core.backends.cuda.activations import Bytes, Sums
 from nai_t5_core.backends.cuda.byte_launches import as_numbers, gated_in_bytes
 from nai_t5_core.backends.cuda.byte_products import ByteProducts
-from nai_t5_core.backends.cuda.byte_weight import Weight
+from nai_t5_core.backends.cuda.byte_weight import RowScaled, Weight
+from nai_t5_core.backends.cuda.graphs import GRAPH_BUCKETS
 from nai_t5_core.facts.config import Activation
 
 # Below, products take the time of reading the weights, whatever the activations are.
@@ -24,15 +25,20 @@ LEAST_ROWS = 256
 class EightBitProducts(ByteProducts):
     """As :class:`ByteProducts`, but from ``least_rows`` on both sides of a layer's products are in 8 bits, where its
     weights have no scales but those of columns: int8 everywhere, float8_e4m3 where the card ``converts_float8``.
+
+    Rows count as many as a CUDA graph would compute for them, so that numbers do not depend on whether there is one.
     """
 
     def __init__(self, *how: Any, least_rows: int = LEAST_ROWS) -> None:
         super().__init__(*how)
         self.least_rows = least_rows
 
-    def input_bytes(self, weights: torch.dtype | None, rows: int) -> torch.dtype | None:
-        is_possible = weights == torch.int8 or (weights == torch.float8_e4m3fn and self.converts_float8)
-        return weights if is_possible and rows >= self.least_rows else None
+    def input_bytes(self, weights: RowScaled | None, rows: int) -> torch.dtype | None:
+        in_a_graph = next((bucket for bucket in GRAPH_BUCKETS if rows <= bucket), rows)
+        if weights is None or in_a_graph < self.least_rows:
+            return None
+        is_possible = weights.dtype == torch.int8 or (weights.dtype == torch.float8_e4m3fn and self.converts_float8)
+        return weights.dtype if is_possible else None
 
     def plain(self, x: Any, weight: Weight) -> Tensor:
         if not isinstance(x, Bytes):
@@ -47,6 +53,15 @@ class EightBitProducts(ByteProducts):
 
     def summed(self, x: Any, weight: Weight) -> Tensor | Sums:
         return multiplied(x, weight) if isinstance(x, Bytes) else super().summed(x, weight)
+
+
+class AskedEightBitProducts(EightBitProducts):
+    """As :class:`EightBitProducts`, but only with weights that ``quantize="int8"`` made: who gives a file in 8 bits
+    asks for its numbers, and not for activations that are rounded as coarsely.
+    """
+
+    def input_bytes(self, weights: RowScaled | None, rows: int) -> torch.dtype | None:
+        return super().input_bytes(weights, rows) if weights is not None and weights.is_asked else None
 
 
 def multiplied(x: Bytes, weight: Any) -> Tensor | Sums:

@@ -276,12 +276,14 @@ def shapes_for(card: Card | None, d_kv: int) -> AttentionShapes:
 def products_for(choice: ProductsChoice, card: Card | None) -> Products:
     """What a choice of products means on a card; None is a device that is none."""
     from nai_t5_core.backends.cuda.byte_products import ESTIMATED_FOR_BYTES, ByteProducts
-    from nai_t5_core.backends.cuda.eight_bit_products import EightBitProducts
+    from nai_t5_core.backends.cuda.eight_bit_products import AskedEightBitProducts, EightBitProducts
 
-    by_torch = choice.startswith("torch")
-    kind = EightBitProducts if choice == "8-bit" else ByteProducts
-    converts_float8 = card is not None and card.capability >= (8, 9)
-    return kind(_half_products(choice, card), None if by_torch else ESTIMATED_FOR_BYTES, converts_float8)
+    configurations = None if choice.startswith("torch") else ESTIMATED_FOR_BYTES
+    how = (_half_products(choice, card), configurations, card is not None and card.capability >= (8, 9))
+    if choice == "8-bit":
+        return EightBitProducts(*how)
+    least_rows = choice_for(card).int8_inputs_from if choice == "auto" and card is not None else None
+    return ByteProducts(*how) if least_rows is None else AskedEightBitProducts(*how, least_rows=least_rows)
 
 
 def _half_products(choice: ProductsChoice, card: Card | None) -> Products:

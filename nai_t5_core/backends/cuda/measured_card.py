@@ -101,7 +101,13 @@ class MeasuredAttention(_Part):
 
 
 class MeasuredCard(_Part):
-    """All that was measured, and with what. ``flex_from_lengths`` is None where it was not measured."""
+    """All that was measured, and with what.
+
+    Attributes:
+        flex_from_lengths: from how many lengths in a batch on flex is faster than SDPA; None where it was not measured.
+        int8_inputs_from: from how many tokens on inputs in 8 bits too are faster, with weights that ``quantize="int8"``
+            made; None where they are not, or it was not measured.
+    """
 
     format: Literal[1] = 1
     card: str
@@ -112,6 +118,7 @@ class MeasuredCard(_Part):
     products: tuple[MeasuredProduct, ...]
     attention: tuple[MeasuredAttention, ...]
     flex_from_lengths: int | None = Field(default=None, gt=0)
+    int8_inputs_from: int | None = Field(default=None, gt=16)
 
     @classmethod
     def of(

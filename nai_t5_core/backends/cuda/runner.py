@@ -12,6 +12,7 @@ from nai_t5_core.backends.cuda.card import card_of
 from nai_t5_core.backends.cuda.card_choice import choice_for
 from nai_t5_core.backends.cuda.encoder import CudaEncoder, ProductsChoice, encoder_beside, unproven_on
 from nai_t5_core.backends.cuda.refusals import refuses
+from nai_t5_core.backends.held import is_in_8_bits
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.packing import PaddingPolicy
 
@@ -67,7 +68,10 @@ class CudaRunner:
         card = card_of(stack.device)
         if card is None or self.products != "auto":
             return self.name
-        return f"{self.name}, {choice_for(card).origin}"
+        choice = choice_for(card)
+        rows = choice.int8_inputs_from if is_in_8_bits(stack) else None
+        inputs = "" if rows is None else f", inputs in 8 bits from {rows} tokens on"
+        return f"{self.name}{inputs}, {choice.origin}"
 
     def _encoder_of(self, stack: T5EncoderStack) -> CudaEncoder | None:
         if self._encoder is None or self._encoder.device != stack.device:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nai_t5_core.backends.cuda.activations import Bytes, Sums
+from nai_t5_core.backends.cuda.byte_weight import RowScaled
 from nai_t5_core.backends.cuda.launches import gate
 from nai_t5_core.facts.config import Activation
 
@@ -33,11 +34,11 @@ class Products(Protocol):
 
     overlaps: bool
 
-    def input_bytes(self, weights: torch.dtype | None, rows: int) -> torch.dtype | None:
+    def input_bytes(self, weights: RowScaled | None, rows: int) -> torch.dtype | None:
         """The dtype of 8 bits that a layer's activations of so many rows are to be in; None: the compute dtype.
 
         Args:
-            weights: the dtype of all weights of the layer, if nothing but scales of columns multiplies them; else None.
+            weights: of the whole layer, if nothing but scales of columns multiplies them; else None.
         """
         ...
 
@@ -59,7 +60,7 @@ class TorchProducts:
 
     overlaps = False
 
-    def input_bytes(self, weights: torch.dtype | None, rows: int) -> torch.dtype | None:
+    def input_bytes(self, weights: RowScaled | None, rows: int) -> torch.dtype | None:
         return None
 
     def plain(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from nai_t5_core.backends.cuda.measured_card import (
 )
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.bench.clock import timed
+from nai_t5_core.bench.doctor.int8_inputs import int8_inputs_from, times_of_int8
 from nai_t5_core.bench.doctor.numbers import difference
 from nai_t5_core.bench.doctor.own_kernels import finished
 from nai_t5_core.bench.doctor.patient import Finding, Patient
@@ -57,14 +58,16 @@ def measure_choice(patient: Patient) -> Finding:
     state = random_state(config, dtype=torch.float16, device=device)
     stack = own_encoder(config, state, torch.float16)
     together, wrong = _times_together(patient, stack, products, attention)
-    kept = without_slower_rows(products, together)
-    measured = MeasuredCard.of(card, kept, attention)
+    in_8_bits, wrong_in_8_bits = times_of_int8(patient, stack)
+    measured = MeasuredCard.of(card, without_slower_rows(products, together), attention)
+    measured = measured.model_copy(update={"int8_inputs_from": int8_inputs_from(in_8_bits, _FASTER)})
     return {
         "measured": measured.model_dump(mode="json"),
         "before": choice_for(card).origin,
         "times": together,
+        "int8": in_8_bits,
         "lengths": _times_of_lengths(patient, measured),
-        "wrong": wrong,
+        "wrong": wrong + wrong_in_8_bits,
     }
 
 

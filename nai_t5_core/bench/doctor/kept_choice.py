@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from nai_t5_core.backends.cuda.card import Card
-from nai_t5_core.backends.cuda.measured_card import MeasuredCard, measured_file
+from nai_t5_core.backends.cuda.measured_card import MeasuredCard, measured_file, read_measured
 from nai_t5_core.bench.doctor.examination import Diagnosis
 from nai_t5_core.weights.whole_files import write_whole
 
@@ -34,7 +34,8 @@ def flex_from_lengths(times: dict[str, Any]) -> int | None:
 def write_choice(diagnosis: Diagnosis) -> str | None:
     """Writes what was measured, where all results of the kernels were right; what was done, as a sentence.
 
-    None where nothing was measured.
+    None where nothing was measured. Flex is not timed every time: what an earlier examination found of it stays. Inputs
+    in 8 bits are kept only where the results of such were right, too.
     """
     if not (found := diagnosis.data("choice")):
         return None
@@ -42,11 +43,15 @@ def write_choice(diagnosis: Diagnosis) -> str | None:
     if any(status != "ok" for status in steps.values()):
         told = ", ".join(f"{name}: {status}" for name, status in steps.items())
         return f"What is fastest on this card was not kept, since the results have to be right first ({told})."
-    flex = diagnosis.data("flex")
     measured = MeasuredCard.model_validate_json(json.dumps(found["measured"]))
+    card = Card(measured.card, measured.architecture)
+    before, flex = read_measured(card), diagnosis.data("flex")
+    lengths = before and before.flex_from_lengths
     if flex and not flex.get("wrong"):
-        measured = measured.model_copy(update={"flex_from_lengths": flex_from_lengths(flex["times"])})
-    path = measured_file(Card(measured.card, measured.architecture))
+        lengths = flex_from_lengths(flex["times"])
+    rows = measured.int8_inputs_from if diagnosis.outcomes.get("8-bits", {}).get("status") == "ok" else None
+    measured = measured.model_copy(update={"flex_from_lengths": lengths, "int8_inputs_from": rows})
+    path = measured_file(card)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, measured.model_dump_json(indent=1) + "\n")

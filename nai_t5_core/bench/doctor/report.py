@@ -277,6 +277,10 @@ def _choice(found: dict[str, Any]) -> Section:
         f"layers at {rows} tokens: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
         for rows, times in found["times"].items()
     ]
+    lines += [
+        f"int8 weights at {rows} tokens: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
+        for rows, times in found.get("int8", {}).items()
+    ]
     if lengths := found.get("lengths"):
         lines.append("the timed model: " + ", ".join(f"{tokens} tokens {ms:.2f} ms" for tokens, ms in lengths.items()))
     title = "What is fastest on this card, in a layer of a T5-XXL"
