@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from conftest import TOY_CONFIGS
 from test_doctor_choice import examined, finding
 
 from nai_t5_core.backends import choices
-from nai_t5_core.bench.doctor import DoctorSettings, memory
+from nai_t5_core.bench.doctor import DoctorSettings, memory, speed
 from nai_t5_core.bench.doctor.hollow import write_hollow
 from nai_t5_core.bench.doctor.patient import Patient
 from nai_t5_core.bench.doctor.report import as_markdown
@@ -162,3 +163,48 @@ def test_memory_is_measured_in_processes_of_their_own(missing: str | None, monke
     kinds = {"float16": {"kept_bytes": 1}} | ({} if missing else {"int8": {"kept_bytes": 2}})
     assert found == {"model": "t5-v1_1-small", "kinds": kinds}
     assert asked == [("cpu", "float16"), ("cpu", "float16", "int8")][: len(kinds)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the time goes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Event:
+    """An event of torch's profiler, of so many microseconds."""
+
+    def __init__(self, name: str, start: float, end: float, device: Any = torch.autograd.DeviceType.CUDA) -> None:
+        self.name, self.device_type, self.device_time_total = name, device, end - start
+        self.time_range = SimpleNamespace(start=start, end=end)
+
+
+EVENTS = [
+    Event("aten::mm", 0, 90, torch.autograd.DeviceType.CPU),
+    Event("Memcpy HtoD", 10, 12),
+    Event("multiply", 15, 25),
+    Event("attend", 25, 25.4),
+    Event("attend", 26, 26.4),
+    Event("multiply", 30, 40),
+]
+
+
+def test_what_an_encode_has_the_device_do_is_counted_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    profiled = SimpleNamespace(events=lambda: EVENTS)
+    monkeypatch.setattr(speed, "profile", lambda **_: nullcontext(profiled))
+    patient: Any = SimpleNamespace(config=SimpleNamespace(num_layers=2), device=torch.device("cpu"))
+    found = speed._counted(patient, lambda: torch.zeros(1))
+    assert (found["kernels"], found["kernels_per_layer"], found["copies"]) == (4, 2, {"Memcpy HtoD": 1})
+    assert found["device_us"] == pytest.approx(20.8) and found["span_us"] == 30
+    assert list(found["slowest_us"]) == ["multiply", "attend"] and found["slowest_us"]["attend"] == pytest.approx(0.8)
+    text = as_markdown(examined(launches={"1 prompt of 64, by graphs": found}))
+    assert "| 1 prompt of 64, by graphs | 4 | 2.0 | 1 | 0.02 ms | 0.03 ms |" in text
+    assert "1 prompt of 64, by graphs: 0.02 ms multiply, 0.00 ms attend" in text
+
+
+def test_products_by_themselves_are_told() -> None:
+    rows = {"16": {"us": {"64×32": 1.26, "32×64": 2.0}, "encoder_ms": 0.1234}}
+    ways = {"int8, qkv, 16 rows": ["qkv 16 rows 9.0 µs", "qkv 16 rows 11.0 µs", "qkv 16 rows 12.0 µs"]}
+    products = {"dtype": "float16", "rows": rows}
+    text = as_markdown(examined(products=products, **{"8-bit-products": {"times": ways}}))
+    assert "**Products by torch, in float16**" in text and "| 16 rows | 1.3 µs | 2.0 µs | 0.12 ms |" in text
+    assert "| int8, qkv, 16 rows | qkv 16 rows 9.0 µs | qkv 16 rows 11.0 µs; qkv 16 rows 12.0 µs |" in text

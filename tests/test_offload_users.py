@@ -127,7 +127,7 @@ def test_the_step_of_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = found["kinds"]
     assert list(kinds) == ["float32", "int8"] and kinds["int8"]["bytes"] < 0.3 * kinds["float32"]["bytes"]
     for each in kinds.values():
-        assert each["bus_ms"] == round(each["bytes"] / 1e6, 3) and each["times"]["64"]["ms"] == 1
+        assert each["bus_ms"] == pytest.approx(each["bytes"] / 1e6) and each["times"]["64"]["ms"] == 1
     assert json.loads(json.dumps(found)) == found
 
 

@@ -233,21 +233,19 @@ class CudaEncoder:
     def _run(self, ids: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
         """Packed ids to hidden states [tokens, d_model] and whether they are finite."""
         from nai_t5_core.backends.cuda.launches import Documents, Watch
-        from nai_t5_core.backends.cuda.torch_products import sums_in_float32
 
         self._biases.refresh(self.stack)
         encode = partial(self._examined.encode, self._products)
         bucket = self.graphs.bucket(packing.tokens) if self.graphs else None
         shape = self._shapes(bucket or packing.tokens)
         table = document_table(packing.groups, shape.queries)
-        with sums_in_float32():
-            if self.graphs and bucket:
-                return self.graphs.run(encode, self._examined, bucket, ids, table)
-            device = self.stack.device
-            count = moved(torch.tensor([packing.tokens], dtype=torch.int32), device)
-            finite = torch.ones_like(count)
-            documents = Documents(moved(table, device), shape)
-            return encode(moved(ids, device), documents, Watch(finite, count)), finite
+        if self.graphs and bucket:
+            return self.graphs.run(encode, self._examined, bucket, ids, table)
+        device = self.stack.device
+        count = moved(torch.tensor([packing.tokens], dtype=torch.int32), device)
+        finite = torch.ones_like(count)
+        documents = Documents(moved(table, device), shape)
+        return encode(moved(ids, device), documents, Watch(finite, count)), finite
 
     def _by_stack(
         self, input_ids: Tensor, attention_mask: Tensor | None, padding: PaddingPolicy, extra_pad: int

@@ -9,7 +9,7 @@ from torch import Tensor
 from nai_t5_core.backends.cuda.block import CudaBlocks
 from nai_t5_core.backends.cuda.launches import Documents, Watch
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
-from nai_t5_core.backends.cuda.torch_products import Products
+from nai_t5_core.backends.cuda.torch_products import Products, sums_in_float32
 from nai_t5_core.backends.quantised.projections import QuantisedLinear
 from nai_t5_core.model.block import ModulesRecord
 from nai_t5_core.model.encoder import T5EncoderStack
@@ -41,7 +41,8 @@ class ExaminedStack:
 
     def encode(self, products: Products, ids: Tensor, documents: Documents, watch: Watch) -> Tensor:
         """Packed ids [tokens] to hidden states [tokens, d_model]; rows of no document have undefined values."""
-        return self.blocks(self._stack.embed(ids), documents, products, watch)
+        with sums_in_float32():
+            return self.blocks(self._stack.embed(ids), documents, products, watch)
 
 
 def refuse(reason: str | None) -> None:

@@ -68,7 +68,6 @@ class _EncoderLayerByLayer(CudaEncoder):
 
     def _run(self, ids: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
         from nai_t5_core.backends.cuda.launches import Documents, Watch
-        from nai_t5_core.backends.cuda.torch_products import sums_in_float32
 
         self._biases.refresh(self.stack)
         shape = self._shapes(packing.tokens)
@@ -76,10 +75,9 @@ class _EncoderLayerByLayer(CudaEncoder):
         count = torch.tensor([packing.tokens], dtype=torch.int32)
         given = moved(torch.cat([count, table.flatten()]), self.device)
         finite = torch.ones(1, dtype=torch.int32, device=self.device)
-        with sums_in_float32():
-            documents = Documents(given[1:].view(-1, COLUMNS), shape)
-            # The ids stay where they are, since their rows are gathered on the host.
-            return self._examined.encode(self._products, ids, documents, Watch(finite, given[:1])), finite
+        documents = Documents(given[1:].view(-1, COLUMNS), shape)
+        # The ids stay where they are, since their rows are gathered on the host.
+        return self._examined.encode(self._products, ids, documents, Watch(finite, given[:1])), finite
 
 
 @dataclass

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nai_t5_core.bench.doctor.advice import advice
 from nai_t5_core.bench.doctor.examination import Diagnosis
 from nai_t5_core.bench.doctor.first_encode import MOST_SECONDS
 from nai_t5_core.bench.doctor.goals import goals, least_ms
+from nai_t5_core.bench.doctor.profiles import by_products, by_products_in_8_bits, where_time_goes
+from nai_t5_core.bench.doctor.section import Section
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,16 +29,6 @@ _COMPILED = {
     "peers-compiled": "transformers, compiled",
     "nai-t5-compiled": "nai-t5 by flex, compiled",
 }
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table with its title, or a title with lines."""
-
-    title: str
-    head: tuple[str, ...] = ()
-    rows: tuple[tuple[str, ...], ...] = ()
-    lines: tuple[str, ...] = ()
 
 
 def render(diagnosis: Diagnosis) -> RenderableType:
@@ -94,6 +85,8 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
         yield _speed(diagnosis)
     if (times := diagnosis.data("int8").get("times")) and (above := diagnosis.data("speed").get("times")):
         yield _int8(times, above)
+    if found := diagnosis.data("launches"):
+        yield where_time_goes(found)
     if found := diagnosis.data("cpu-products"):
         yield _cpu_products(found)
     for step in ("transformers", "nai-t5"):
@@ -107,6 +100,10 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
         yield _kernels("Our kernels for CUDA", found)
     if found := diagnosis.data("8-bit-speed"):
         yield _kernels("Weights in 8 bits by our kernels for CUDA", found)
+    if found := diagnosis.data("products"):
+        yield by_products(found)
+    if found := diagnosis.data("8-bit-products"):
+        yield by_products_in_8_bits(found)
     if found := diagnosis.data("memory"):
         yield _memory(found)
     if found := diagnosis.data("offload"):

@@ -112,11 +112,13 @@ def _counted(patient: Patient, call: Callable[[], Tensor]) -> dict[str, Any]:
     slowest = defaultdict[str, float](float)
     for event in kernels:
         slowest[event.name[:90]] += event.device_time_total
+    ranges = [event.time_range for event in on_device]
     return {
         "kernels": len(kernels),
         "kernels_per_layer": len(kernels) / patient.config.num_layers,
         "copies": dict(Counter(event.name for event in copies)),
         "device_us": sum(slowest.values()),
+        "span_us": max(each.end for each in ranges) - min(each.start for each in ranges),
         "slowest_us": dict(sorted(slowest.items(), key=lambda item: -item[1])[:12]),
     }
 
