@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -308,6 +310,21 @@ def test_the_first_encode_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert times["start_seconds"] > 100 and times["first_seconds"] > 0 and times["second_seconds"] > 0
     with pytest.raises(RuntimeError, match="t5-gigantic"):
         first_encode.in_a_fresh_process("t5-gigantic", "cpu", 1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing tells a process there that its parent has ended")
+def test_a_process_ends_with_the_one_that_started_it() -> None:
+    """As a step does that is killed when its time is over, whose fresh process would go on using the device."""
+    start = "from nai_t5_core.bench.doctor.fresh_process import end_with_parent"
+    child = f"{start}; end_with_parent(); print(1, flush=True); import time; time.sleep(600)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"1\n"
+        process.kill()
+        # Closed by the last that could write to it.
+        assert process.communicate(timeout=60)[0] == b""
 
 
 def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from nai_t5_core.bench.doctor.fresh_process import found_in_a_fresh_process
+from nai_t5_core.bench.doctor.fresh_process import end_with_parent, found_in_a_fresh_process
 
 if TYPE_CHECKING:
     from nai_t5_core.bench.doctor.patient import Finding, Patient
@@ -75,4 +75,5 @@ def measured(started: float, model: str, device_name: str, record_at: int) -> di
 
 
 if __name__ == "__main__":
+    end_with_parent()
     print(json.dumps(measured(float(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))))

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
-from nai_t5_core.bench.doctor.fresh_process import found_in_a_fresh_process
+from nai_t5_core.bench.doctor.fresh_process import end_with_parent, found_in_a_fresh_process
 
 if TYPE_CHECKING:
     from nai_t5_core.bench.doctor.patient import Finding, Patient
@@ -79,5 +79,6 @@ def measured(source: str, device_name: str, dtype: str, quantize: Literal["int8"
 
 
 if __name__ == "__main__":
+    end_with_parent()
     _, file, device_type, dtype_name, *kind = sys.argv[1:]
     print(json.dumps(measured(file, device_type, dtype_name, "int8" if kind else None)))
