@@ -6,7 +6,19 @@ import diffusers
 import torch
 import transformers
 from diffusers import schedulers
-from toy_parts import NEGATIVE, PROMPT, UMT5, VOCABULARY, WIDTH, Toy, drawn, t5_tokenizer, text_encoder, tokenizer
+from toy_parts import (
+    NEGATIVE,
+    PROMPT,
+    UMT5,
+    VOCABULARY,
+    WEAK_GUIDANCE,
+    WIDTH,
+    Toy,
+    drawn,
+    t5_tokenizer,
+    text_encoder,
+    tokenizer,
+)
 
 
 def stable_audio() -> Toy:
@@ -103,7 +115,7 @@ def audioldm2() -> Toy:
         schedulers.DDIMScheduler(),
         vocoder.eval(),
     )
-    call = {"prompt": [PROMPT, "a fox"], "negative_prompt": [NEGATIVE] * 2, "audio_length_in_s": 0.1}
+    call = {"prompt": [PROMPT, "a fox"], "negative_prompt": [NEGATIVE] * 2, "audio_length_in_s": 0.1, **WEAK_GUIDANCE}
     encode = {"device": "cpu", "num_waveforms_per_prompt": 1, "do_classifier_free_guidance": True}
     return Toy(pipe, call, "text_encoder_2", encode)
 

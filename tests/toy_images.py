@@ -16,6 +16,7 @@ from toy_parts import (
     T5,
     UMT5,
     VOCABULARY,
+    WEAK_GUIDANCE,
     WIDTH,
     Toy,
     clip,
@@ -267,7 +268,7 @@ def deepfloyd_if() -> Toy:
     pipe = diffusers.IFPipeline(
         tokenizer(), text_encoder(), drawn(unet), scheduler, None, None, None, requires_safety_checker=False
     )
-    return Toy(pipe, square(8, output_type="pt", clean_caption=False))
+    return Toy(pipe, square(8, output_type="pt", clean_caption=False, **WEAK_GUIDANCE))
 
 
 def kandinsky3() -> Toy:
@@ -285,7 +286,7 @@ def kandinsky3() -> Toy:
     pipe = diffusers.Kandinsky3Pipeline(
         tokenizer(), text_encoder(), drawn(unet), schedulers.DDPMScheduler(), movq.eval()
     )
-    return Toy(pipe, square(16), beyond={"_cut_context": True})
+    return Toy(pipe, square(16, **WEAK_GUIDANCE), beyond={"_cut_context": True})
 
 
 def cogview3plus() -> Toy:

@@ -26,6 +26,9 @@ T5 = T5Config(vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=48, num_heads=4
 UMT5 = T5.model_copy(update={"bias_per_layer": True})
 BYT5 = T5.model_copy(update={"vocab_size": 384})
 
+# For toys that multiply the rounding of an embedding by hundreds with the guidance that is their default.
+WEAK_GUIDANCE = {"guidance_scale": 1.5}
+
 PROMPT, NEGATIVE, QUOTE = "a red fox on a green hill", "blurred", 'a sign says "HELLO"'
 
 

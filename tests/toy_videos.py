@@ -16,6 +16,7 @@ from toy_parts import (
     QUOTE,
     T5,
     UMT5,
+    WEAK_GUIDANCE,
     WIDTH,
     Toy,
     drawn,
@@ -254,7 +255,7 @@ def latte() -> Toy:
     pipe = diffusers.LattePipeline(
         tokenizer(), text_encoder(), tiny_vae(), drawn(transformer), schedulers.DDIMScheduler()
     )
-    return Toy(pipe, square(8, video_length=1, clean_caption=False))
+    return Toy(pipe, square(8, video_length=1, clean_caption=False, **WEAK_GUIDANCE))
 
 
 def allegro() -> Toy:
