@@ -15,7 +15,7 @@ from nai_t5_core.backends.cuda.activations import Bytes, Sums
 from nai_t5_core.backends.cuda.byte_launches import as_numbers, gated_in_bytes
 from nai_t5_core.backends.cuda.byte_products import ByteProducts
 from nai_t5_core.backends.cuda.byte_weight import RowScaled, Weight
-from nai_t5_core.backends.cuda.graphs import GRAPH_BUCKETS
+from nai_t5_core.backends.cuda.graphs import bucket_of
 from nai_t5_core.facts.config import Activation
 
 # Below, products take the time of reading the weights, whatever the activations are.
@@ -34,8 +34,7 @@ class EightBitProducts(ByteProducts):
         self.least_rows = least_rows
 
     def input_bytes(self, weights: RowScaled | None, rows: int) -> torch.dtype | None:
-        in_a_graph = next((bucket for bucket in GRAPH_BUCKETS if rows <= bucket), rows)
-        if weights is None or in_a_graph < self.least_rows:
+        if weights is None or (bucket_of(rows) or rows) < self.least_rows:
             return None
         is_possible = weights.dtype == torch.int8 or (weights.dtype == torch.float8_e4m3fn and self.converts_float8)
         return weights.dtype if is_possible else None

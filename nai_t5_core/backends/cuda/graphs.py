@@ -18,6 +18,12 @@ from nai_t5_core.backends.cuda.launches import Documents, Watch
 # the larger sizes are at most 1.5 times the one before.
 GRAPH_BUCKETS = (16, 32, 64, 128, 256, 384, 512, 768, 1024)
 
+
+def bucket_of(tokens: int, buckets: tuple[int, ...] = GRAPH_BUCKETS) -> int | None:
+    """The smallest bucket that holds a packed row of ``tokens`` tokens; None for a row longer than the largest."""
+    return next((bucket for bucket in buckets if tokens <= bucket), None)
+
+
 # Ids [tokens] int32, the documents, and where to note that a value is not finite, to hidden states [tokens, d_model].
 Encode = Callable[[Tensor, Documents, Watch], Tensor]
 
@@ -148,8 +154,8 @@ class GraphRunner:
         return tuple(size for size, recording in self._recordings.items() if recording.graph is not None)
 
     def bucket(self, tokens: int) -> int | None:
-        """The smallest bucket that holds a packed row of ``tokens`` tokens; None for a row longer than the largest."""
-        return next((bucket for bucket in self.buckets if tokens <= bucket), None)
+        """See :func:`bucket_of`."""
+        return bucket_of(tokens, self.buckets)
 
     def run(self, encode: Encode, source: object, bucket: int, ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states [tokens, d_model], and int32 [1], 1 where they are finite.
