@@ -25,7 +25,14 @@ from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.backends.cuda.int8 import quantise_stack
 from nai_t5_core.backends.cuda.measured_card import TORCH, MeasuredCard, MeasuredProduct, measured_file
 from nai_t5_core.bench.doctor import Diagnosis, DoctorSettings, choosing, first_encode, fresh_process, int8_inputs
-from nai_t5_core.bench.doctor.choosing import fastest_attention, fastest_products, without_slower_rows
+from nai_t5_core.bench.doctor.fastest import (
+    fastest_attention,
+    fastest_for_few_rows,
+    fastest_products,
+    overlapping_rows,
+    products_taken,
+    without_slower_rows,
+)
 from nai_t5_core.bench.doctor.int8_inputs import int8_inputs_from
 from nai_t5_core.bench.doctor.kept_choice import NEVER, flex_from_lengths, write_choice
 from nai_t5_core.bench.doctor.patient import Patient
@@ -81,6 +88,42 @@ def test_what_makes_no_whole_layer_faster_is_left_to_torch() -> None:
     kept = without_slower_rows(fastest_products(TIMES), together)
     assert ways(kept) == {("gated", 16): TORCH, ("plain", 16): TORCH, ("gated", 256): "tiles"}
     assert kept[0].microseconds == 50 and kept[0].configuration == {}
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ({"16": (9, 10), "32": (9, 10), "64": (9, 10), "128": (9, 10)}, 128),
+        ({"16": (9, 10), "32": (9, 10), "64": (9.95, 10), "128": (9, 10)}, 32),
+        ({"16": (10, 10), "32": (9, 10)}, 0),
+        ({"16": (9, 10), "32": (None, 10)}, 16),
+        ({"64": (9, 10), "16": (10, 10)}, 0),
+        ({}, 0),
+    ],
+)
+def test_up_to_how_many_rows_launches_overlap(times: dict[str, tuple[float | None, float]], expected: int) -> None:
+    """By the times of overlapping launches and of others; the last is fastest by whatever products."""
+    together = {
+        rows: {"torch": 2 * other, "measured": other} | ({} if own is None else {"overlapping": own})
+        for rows, (own, other) in times.items()
+    }
+    assert overlapping_rows(together) == expected
+    by_torch = {rows: {**each, "torch": each["measured"], "measured": 20.0} for rows, each in together.items()}
+    assert overlapping_rows(by_torch) == expected
+
+
+def test_where_launches_overlap_our_products_are_taken_though_alone_they_are_no_faster() -> None:
+    together = {"16": {"torch": 1.0, "measured": 1.0, "overlapping": 0.9}, "256": {"torch": 1.0, "measured": 0.9}}
+    overlapping = fastest_for_few_rows(TIMES)
+    assert ways(overlapping) == {("gated", 16): "few rows", ("plain", 16): "few rows"}
+    assert [(each.microseconds, each.by_torch) for each in overlapping] == [(40, 50), (49.5, 50)]
+    taken = products_taken(fastest_products(TIMES), overlapping, together)
+    assert ways(taken) == {("gated", 16): "few rows", ("plain", 16): "few rows", ("gated", 256): "tiles"}
+    assert products_taken(fastest_products(TIMES), (), together) == taken[2:]
+    together["16"]["overlapping"] = 1.0
+    assert products_taken(fastest_products(TIMES), overlapping, together) == without_slower_rows(
+        fastest_products(TIMES), together
+    )
 
 
 def test_the_fastest_shape_of_attention_for_every_length() -> None:
@@ -271,7 +314,8 @@ def test_layers_are_computed_in_what_was_measured(monkeypatch: pytest.MonkeyPatc
     found = choosing.measure_choice(Patient(DoctorSettings(device="cpu")))
     assert found["wrong"] == [] and found["before"].startswith("an estimate")
     measured = MeasuredCard.model_validate_json(json.dumps(found["measured"]))
-    assert found["times"]["140"] == {"before": 3.0, "torch": 2.0, "measured": 4.0}
+    calls = choosing._CALLS
+    assert found["times"]["140"] == {"before": 3.0 / calls, "torch": 2.0 / calls, "measured": 4.0 / calls}
     assert ways(measured.products)["gated", 16] == "few rows"
     assert used[1][0].tiles.keys() == {("gated", 256)} and used[1][1](16).queries == 64
     assert found["int8"] == {

@@ -118,11 +118,21 @@ def test_a_checkpoint_with_holes_is_loaded_as_any_other(dtype: torch.dtype, tmp_
 def test_what_an_encoder_takes_of_a_card_is_read_when_it_is_loaded_and_when_it_has_encoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a card that says what it has given: by the number of times that it was asked to forget its peak."""
+    """With a card that says what it has given: by the number of times that it was asked to forget its peak.
+
+    As torch does, it has no statistics before it was started.
+    """
     forgotten: list[Any] = []
     encoded: list[int] = []
+    started: list[bool] = []
+
+    def forget(device: Any) -> None:
+        assert started, "Invalid device argument"
+        forgotten.append(device)
+
     answers = {
-        "reset_peak_memory_stats": forgotten.append,
+        "init": lambda: started.append(True),
+        "reset_peak_memory_stats": forget,
         "synchronize": lambda _: None,
         "memory_allocated": lambda _: 700,
         "max_memory_allocated": lambda _: (900, 720)[len(forgotten) - 1] + 5 * len(encoded),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nai_t5_core.backends.cuda.kernels import wait_for_inputs
+from nai_t5_core.backends.cuda.kernels import start_next, wait_for_inputs
 from nai_t5_core.backends.cuda.product_parts import fetch_rows, store_products
 
 # Numbers that share a scale of a block.
@@ -122,6 +122,7 @@ def multiply_bytes(
             if is_gated:
                 up = scaled_numbers(weights + columns * depth + at, up_scale, block, kind, has_blocks, dtype)
                 up_total = tl.dot(up, values, up_total)
+    start_next(overlaps)
     total *= tl.load(scales + n)[:, None]
     if is_gated:
         up_total *= tl.load(scales + columns + n)[:, None]

@@ -52,7 +52,9 @@ class ByteProducts:
 
     def __init__(self, others: Products, configurations: Configurations | None, converts_float8: bool) -> None:
         self.others, self.configurations, self.converts_float8 = others, configurations, converts_float8
-        self.overlaps = others.overlaps
+
+    def overlaps(self, rows: int) -> bool:
+        return self.others.overlaps(rows)
 
     def input_bytes(self, weights: RowScaled | None, rows: int) -> torch.dtype | None:
         return None
@@ -71,7 +73,7 @@ class ByteProducts:
         columns = weight.shape[0] // (2 if is_gated else 1)
         chosen = self._chosen("gated" if is_gated else "plain", x, weight, columns)
         if chosen is None:
-            return gate(self._by_torch(x, weight), activation, is_gated, self.overlaps)
+            return gate(self._by_torch(x, weight), activation, is_gated, self.overlaps(len(x)))
         return self._product(x, weight, chosen, x.dtype, activation, is_gated)[0]
 
     def summed(self, x: Any, weight: Weight) -> Tensor | Sums:
@@ -98,7 +100,7 @@ class ByteProducts:
         activation: Activation | None = None,
         is_gated: bool = False,
     ) -> Tensor:
-        how = (configuration, dtype, activation, is_gated, self.overlaps, self.converts_float8)
+        how = (configuration, dtype, activation, is_gated, self.overlaps(len(x)), self.converts_float8)
         return byte_product(x, weight, *how)
 
     def _by_torch(self, x: Tensor, weight: ByteWeight) -> Tensor:

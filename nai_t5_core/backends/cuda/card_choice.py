@@ -10,6 +10,7 @@ from typing import Literal
 
 from nai_t5_core.backends.cuda.attention_shapes import B200, RDNA3, USUAL, AttentionShape, AttentionShapes
 from nai_t5_core.backends.cuda.card import Card
+from nai_t5_core.backends.cuda.device_refusals import missing_to_overlap
 from nai_t5_core.backends.cuda.measured_card import MeasuredCard, read_measured
 from nai_t5_core.model.attention_choice import FLEX_FROM_LENGTHS
 
@@ -25,12 +26,14 @@ class Row:
         measured_on: the card that products were measured on; None of an estimate.
         products: ``"few rows"`` takes our kernel for products of few rows as it was measured, ``"torch"`` takes none.
         attention: how attention is divided; an estimate on every card.
+        overlapping_rows: up to how many rows launches overlap.
     """
 
     card: str
     measured_on: str | None = None
     products: Literal["torch", "few rows"] = "torch"
     attention: AttentionShapes = USUAL
+    overlapping_rows: int = 0
 
 
 # Where nothing was measured, products are those of the card's maker, which torch takes.
@@ -87,6 +90,12 @@ class Choice:
             for each in self.measured.attention
         }
         return AttentionShapes(tuple(sorted(shapes.items())), shapes[max(shapes)])
+
+    @property
+    def overlapping_rows(self) -> int:
+        """Up to how many rows launches overlap, where Triton can compile such."""
+        known = self.row.overlapping_rows if self.measured is None else self.measured.overlapping_rows
+        return 0 if known and missing_to_overlap() else known
 
     @property
     def flex_from_lengths(self) -> int:

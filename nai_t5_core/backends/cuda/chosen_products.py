@@ -22,9 +22,11 @@ from nai_t5_core.backends.cuda.torch_products import Products, TorchProducts
 def products_of(choice: Choice) -> Products:
     """What ``products="auto"`` takes."""
     if choice.measured is not None:
-        return measured_products(choice.measured.products)
+        return measured_products(choice.measured.products, choice.overlapping_rows)
     by_kernel = choice.row.products == FEW_ROWS
-    return TritonProducts(configurations_on(choice.card)) if by_kernel else TorchProducts()
+    if not by_kernel:
+        return TorchProducts()
+    return TritonProducts(configurations_on(choice.card), choice.overlapping_rows)
 
 
 def configurations_on(card: Card | None) -> Configurations:
@@ -34,10 +36,11 @@ def configurations_on(card: Card | None) -> Configurations:
     return HOPPER if card is not None and card.capability == (9, 0) else ESTIMATED
 
 
-def measured_products(measured: Iterable[MeasuredProduct]) -> TiledProducts:
+def measured_products(measured: Iterable[MeasuredProduct], overlapping_rows: int = 0) -> TiledProducts:
     """Every product in the way that was measured to be the fastest, and by torch where nothing was.
 
-    A configuration that does not fit a model's sizes is followed by those that are estimates.
+    Launches overlap up to ``overlapping_rows``. A configuration that does not fit a model's sizes is followed by those
+    that are estimates.
     """
     few: Configurations = dict.fromkeys(ESTIMATED, ())
     tiles: Tiles = {}
@@ -49,4 +52,4 @@ def measured_products(measured: Iterable[MeasuredProduct]) -> TiledProducts:
     for each in known:
         if each.way == TILES:
             tiles[each.kind, each.rows] = Tile(**each.configuration)  # type: ignore[index]
-    return TiledProducts(few, tiles)
+    return TiledProducts(few, tiles, overlapping_rows)

@@ -287,11 +287,11 @@ def products_for(choice: ProductsChoice, card: Card | None) -> Products:
 def _half_products(choice: ProductsChoice, card: Card | None) -> Products:
     """What computes products with weights in 16 bits."""
     from nai_t5_core.backends.cuda.chosen_products import configurations_on, products_of
-    from nai_t5_core.backends.cuda.products import TritonProducts
+    from nai_t5_core.backends.cuda.products import MOST_ROWS, TritonProducts
     from nai_t5_core.backends.cuda.torch_products import TorchProducts, UnroundedTorchProducts
 
     if choice in ("auto", "8-bit") and card is not None:
         return products_of(choice_for(card))
     if choice.startswith("triton"):
-        return TritonProducts(configurations_on(card), overlaps=choice == "triton-overlapping")
+        return TritonProducts(configurations_on(card), MOST_ROWS if choice == "triton-overlapping" else 0)
     return UnroundedTorchProducts() if choice == "torch-float32" else TorchProducts()

@@ -17,13 +17,23 @@ DOCUMENT_COLUMNS = tl.constexpr(5)
 
 @triton.jit
 def wait_for_inputs(overlaps: tl.constexpr) -> None:
-    """Where launches overlap (from sm_90 on): lets the next launch start, and waits for the end of those before.
+    """Where launches overlap (from sm_90 on): waits for the end of those before.
 
     Memory that another launch writes or may still read must not be touched before this call.
     """
     if overlaps:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def start_next(overlaps: tl.constexpr) -> None:
+    """Where launches overlap: lets the next one start once all programs of this one have come here, or ended.
+
+    Kernels with little to do call it first. A product calls it when its sums are done: what starts earlier would wait
+    in places of multiprocessors that this product's last programs, or those of the next, could use evenly.
+    """
+    if overlaps:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -42,6 +52,7 @@ def attend(
     overlaps: tl.constexpr,
 ) -> None:
     """One block of queries of one head over all keys of their document, with a running softmax."""
+    start_next(overlaps)
     wait_for_inputs(overlaps)
     head, block = tl.program_id(0), tl.program_id(1)
     document = documents + block * DOCUMENT_COLUMNS
@@ -163,6 +174,7 @@ def add_norm(
     overlaps: tl.constexpr,
 ) -> None:
     """One row: the sum with the residual, in place, and its norm, which is rounded to a dtype or to bytes."""
+    start_next(overlaps)
     wait_for_inputs(overlaps)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
@@ -224,6 +236,7 @@ def gate(
     overlaps: tl.constexpr,
 ) -> None:
     """A run of one row: act(factor · gate) · up, or act alone."""
+    start_next(overlaps)
     wait_for_inputs(overlaps)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)

@@ -67,7 +67,7 @@ def attend(qkv: Tensor, table: Tensor, documents: Documents, scale: float, overl
         table: the bias, from :func:`attention_table`, contiguous.
         scale: of q · k.
         overlaps: whether this launch overlaps with those before and after it, see
-            :class:`nai_t5_core.backends.cuda.torch_products.Products`.
+            :meth:`nai_t5_core.backends.cuda.torch_products.Products.overlaps`.
 
     Returns:
         [tokens, heads · d_kv] like ``qkv``; rows that belong to no document are not written.

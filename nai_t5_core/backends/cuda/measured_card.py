@@ -104,6 +104,7 @@ class MeasuredCard(_Part):
     """All that was measured, and with what.
 
     Attributes:
+        overlapping_rows: up to how many rows layers are faster where launches overlap; 0 where they are not.
         flex_from_lengths: from how many lengths in a batch on flex is faster than SDPA; None where it was not measured.
         int8_inputs_from: from how many tokens on inputs in 8 bits too are faster, with weights that ``quantize="int8"``
             made; None where they are not, or it was not measured.
@@ -117,6 +118,7 @@ class MeasuredCard(_Part):
     kernels: str
     products: tuple[MeasuredProduct, ...]
     attention: tuple[MeasuredAttention, ...]
+    overlapping_rows: int = Field(default=0, ge=0)
     flex_from_lengths: int | None = Field(default=None, gt=0)
     int8_inputs_from: int | None = Field(default=None, gt=16)
 

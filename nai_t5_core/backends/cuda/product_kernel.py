@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nai_t5_core.backends.cuda.kernels import wait_for_inputs
+from nai_t5_core.backends.cuda.kernels import start_next, wait_for_inputs
 from nai_t5_core.backends.cuda.product_parts import fetch_rows, store_products
 
 
@@ -51,5 +51,6 @@ def multiply(
         if is_gated:
             up = tl.load(weights + columns * depth + step, eviction_policy="evict_first")
             up_total = tl.dot(up, values, up_total)
+    start_next(overlaps)
     places = out + (part * rows + m[None, :]).to(tl.int64) * columns + n[:, None]
     store_products(places, total, up_total, is_row[None, :], activation, is_gated)

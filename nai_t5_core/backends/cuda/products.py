@@ -79,32 +79,36 @@ class TritonProducts(TorchProducts):
 
     Args:
         configurations: the configurations to choose from for each kind of product.
-        overlaps: make launches overlap, which needs compute capability 9.0: each prefetches weights while the launches
-            before it still run.
+        overlapping_rows: up to how many rows launches overlap, see
+            :meth:`nai_t5_core.backends.cuda.torch_products.Products.overlaps`; this needs compute capability 9.0. Each
+            prefetches weights while the launches before it still run.
     """
 
-    def __init__(self, configurations: Configurations, overlaps: bool = False) -> None:
+    def __init__(self, configurations: Configurations, overlapping_rows: int = 0) -> None:
         self.configurations = configurations
-        self.overlaps = overlaps
+        self.overlapping_rows = overlapping_rows
+
+    def overlaps(self, rows: int) -> bool:
+        return rows <= self.overlapping_rows
 
     def plain(self, x: Tensor, weight: Tensor) -> Tensor:
         chosen = self._chosen("plain", x, *weight.shape)
         if chosen is None:
             return super().plain(x, weight)
-        return product(x, weight, chosen, x.dtype, overlaps=self.overlaps)[0]
+        return product(x, weight, chosen, x.dtype, overlaps=self.overlaps(len(x)))[0]
 
     def activated(self, x: Tensor, weight: Tensor, activation: Activation, is_gated: bool) -> Tensor:
         columns, depth = weight.shape
         chosen = self._chosen("gated" if is_gated else "plain", x, columns // 2 if is_gated else columns, depth)
         if chosen is None:
             return super().activated(x, weight, activation, is_gated)
-        return product(x, weight, chosen, x.dtype, activation, is_gated, self.overlaps)[0]
+        return product(x, weight, chosen, x.dtype, activation, is_gated, self.overlaps(len(x)))[0]
 
     def summed(self, x: Tensor, weight: Tensor) -> Tensor:
         chosen = self._chosen("summed", x, *weight.shape)
         if chosen is None:
             return super().summed(x, weight)
-        return product(x, weight, chosen, torch.float32, overlaps=self.overlaps)
+        return product(x, weight, chosen, torch.float32, overlaps=self.overlaps(len(x)))
 
     def _chosen(self, kind: Kind, x: Tensor, columns: int, depth: int) -> Configuration | None:
         """The first configuration that fits; None where none does, or there are more rows than the kernel takes."""
@@ -131,7 +135,7 @@ def product(
         dtype: of the result.
         activation: of the product, or of its gate; it needs the whole depth in one part, and so does gating.
         overlaps: whether this launch overlaps with those before and after it, see
-            :class:`nai_t5_core.backends.cuda.torch_products.Products`.
+            :meth:`nai_t5_core.backends.cuda.torch_products.Products.overlaps`.
 
     Returns:
         [parts, rows, columns].

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nai_t5_core.backends.cuda.kernels import wait_for_inputs
+from nai_t5_core.backends.cuda.kernels import start_next, wait_for_inputs
 from nai_t5_core.backends.cuda.product_parts import store_products
 
 
@@ -48,5 +48,6 @@ def multiply_tiles(
         total = tl.dot(values, tl.load(weights + step), total)
         if is_gated:
             up_total = tl.dot(values, tl.load(weights + columns * depth + step), up_total)
+    start_next(overlaps)
     places = out + (part * rows + m[:, None]).to(tl.int64) * columns + n[None, :]
     store_products(places, total, up_total, (m < rows)[:, None], activation, is_gated)

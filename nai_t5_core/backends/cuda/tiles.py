@@ -43,8 +43,8 @@ class TiledProducts(TritonProducts):
     tiles for them.
     """
 
-    def __init__(self, configurations: Configurations, tiles: Tiles) -> None:
-        super().__init__(configurations)
+    def __init__(self, configurations: Configurations, tiles: Tiles, overlapping_rows: int = 0) -> None:
+        super().__init__(configurations, overlapping_rows)
         self.tiles = tiles
 
     def plain(self, x: Tensor, weight: Tensor) -> Tensor:

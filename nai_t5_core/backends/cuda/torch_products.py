@@ -28,11 +28,15 @@ class Products(Protocol):
     Some take weights in 8 bits as well (:class:`nai_t5_core.backends.cuda.byte_weight.ByteWeight`), and x in 8 bits
     where :meth:`input_bytes` says so.
 
-    If ``overlaps`` is set, launches of products and of the kernels between them overlap: each starts when all programs
-    of the launch before it are running, and waits for their end in the kernel (programmatic dependent launch).
     """
 
-    overlaps: bool
+    def overlaps(self, rows: int) -> bool:
+        """Whether launches overlap in a layer of so many rows, those of products and of the kernels between them.
+
+        Each starts when the programs of the one before come to their end, and waits for it in the kernel (programmatic
+        dependent launch).
+        """
+        ...
 
     def input_bytes(self, weights: RowScaled | None, rows: int) -> torch.dtype | None:
         """The dtype of 8 bits that a layer's activations of so many rows are to be in; None: the compute dtype.
@@ -58,7 +62,8 @@ class Products(Protocol):
 class TorchProducts:
     """Products by torch, each rounded to the compute dtype."""
 
-    overlaps = False
+    def overlaps(self, rows: int) -> bool:
+        return False
 
     def input_bytes(self, weights: RowScaled | None, rows: int) -> torch.dtype | None:
         return None
@@ -67,7 +72,7 @@ class TorchProducts:
         return torch.mm(x, weight.t())
 
     def activated(self, x: Tensor, weight: Tensor, activation: Activation, is_gated: bool) -> Tensor:
-        return gate(torch.mm(x, weight.t()), activation, is_gated, self.overlaps)
+        return gate(torch.mm(x, weight.t()), activation, is_gated, self.overlaps(len(x)))
 
     def summed(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch.mm(x, weight.t())

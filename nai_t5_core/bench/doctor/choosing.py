@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from nai_t5_core.backends.cuda.attention_shapes import AttentionShapes
 from nai_t5_core.backends.cuda.card import Card, card_of
 from nai_t5_core.backends.cuda.card_choice import MEASURED_HEADS, Choice, choice_for
+from nai_t5_core.backends.cuda.device_refusals import missing_to_overlap
 from nai_t5_core.backends.cuda.encoder import CudaEncoder, cuda_encoder
-from nai_t5_core.backends.cuda.measured_card import (
-    TORCH,
-    MeasuredAttention,
-    MeasuredCard,
-    MeasuredProduct,
-)
+from nai_t5_core.backends.cuda.measured_card import MeasuredAttention, MeasuredCard, MeasuredProduct
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.bench.clock import timed
+from nai_t5_core.bench.doctor.fastest import (
+    FASTER,
+    Together,
+    fastest_attention,
+    fastest_for_few_rows,
+    fastest_products,
+    overlapping_rows,
+    products_taken,
+)
 from nai_t5_core.bench.doctor.int8_inputs import int8_inputs_from, times_of_int8
 from nai_t5_core.bench.doctor.numbers import difference
 from nai_t5_core.bench.doctor.own_kernels import finished
@@ -33,12 +39,12 @@ from nai_t5_core.model.encoder import T5EncoderStack
 if TYPE_CHECKING:
     from nai_t5_core.bench.doctor.card_times import WayTime
 
-# What is not faster by this much is left to torch: a difference may be noise, and other ways round otherwise.
-_FASTER = 0.97
 # Of a T5-XXL: enough for one layer to find nothing of its weights in the cache.
 _LAYERS = 4
 # For each number of rows that products are chosen for.
 _ROWS = (16, 32, 64, 128, 256, 512, 1024)
+# Calls that follow one another, so that the device need not wait for Python, which takes as long as a layer.
+_CALLS = 8
 
 
 @torch.no_grad()
@@ -52,15 +58,21 @@ def measure_choice(patient: Patient) -> Finding:
 
     card, device = _card(patient), patient.device
     # Our products are made for NVIDIA's cards.
-    products = () if card.is_amd else fastest_products([*times_of_few_rows(device), *times_of_tiles(card, device)])
+    times = [] if card.is_amd else [*times_of_few_rows(device), *times_of_tiles(card, device)]
+    products, overlapping = fastest_products(times), _overlapping(card, times)
     attention = fastest_attention(times_of_attention(card, device))
     config = named_config("t5-v1_1-xxl").encoder_only().model_copy(update={"num_layers": _LAYERS})
     state = random_state(config, dtype=torch.float16, device=device)
     stack = own_encoder(config, state, torch.float16)
-    together, wrong = _times_together(patient, stack, products, attention)
+    together, wrong = _times_together(patient, stack, products, overlapping, attention)
     in_8_bits, wrong_in_8_bits = times_of_int8(patient, stack)
-    measured = MeasuredCard.of(card, without_slower_rows(products, together), attention)
-    measured = measured.model_copy(update={"int8_inputs_from": int8_inputs_from(in_8_bits, _FASTER)})
+    measured = MeasuredCard.of(card, products_taken(products, overlapping, together), attention)
+    measured = measured.model_copy(
+        update={
+            "overlapping_rows": overlapping_rows(together),
+            "int8_inputs_from": int8_inputs_from(in_8_bits, FASTER),
+        }
+    )
     return {
         "measured": measured.model_dump(mode="json"),
         "before": choice_for(card).origin,
@@ -71,49 +83,17 @@ def measure_choice(patient: Patient) -> Finding:
     }
 
 
-def fastest_products(times: Iterable[WayTime]) -> tuple[MeasuredProduct, ...]:
-    """The fastest way for every kind of product and number of rows, where it is faster than torch's."""
-    groups: dict[tuple[str, int], list[WayTime]] = {}
-    for each in times:
-        groups.setdefault((each.kind, each.rows), []).append(each)
-    found = []
-    for (kind, rows), ways in groups.items():
-        by_torch = min(each.microseconds for each in ways if each.way == TORCH)
-        best = min(ways, key=lambda each: each.microseconds)
-        if best.way != TORCH and best.microseconds > _FASTER * by_torch:
-            best = next(each for each in ways if each.way == TORCH)
-        found.append(
-            MeasuredProduct(
-                kind=kind,
-                rows=rows,
-                way=best.way,
-                configuration=best.configuration,
-                microseconds=best.microseconds,
-                by_torch=by_torch,
-            )
-        )
-    return tuple(found)
-
-
-def fastest_attention(times: Iterable[WayTime]) -> tuple[MeasuredAttention, ...]:
-    """The fastest shape for every number of tokens."""
-    best: dict[int, WayTime] = {}
-    for each in times:
-        if each.rows not in best or each.microseconds < best[each.rows].microseconds:
-            best[each.rows] = each
-    return tuple(
-        MeasuredAttention(tokens=tokens, microseconds=each.microseconds, **each.configuration)
-        for tokens, each in best.items()
-    )
-
-
 def _times_together(
     patient: Patient,
     stack: T5EncoderStack,
     products: Sequence[MeasuredProduct],
+    overlapping: Sequence[MeasuredProduct],
     attention: Sequence[MeasuredAttention],
-) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Milliseconds of the layers for each number of rows, by torch's products and by those that were measured."""
+) -> tuple[Together, list[str]]:
+    """Milliseconds of the layers for each number of rows, by torch's products and by those that were measured.
+
+    Launches overlap where there are products that do.
+    """
     from nai_t5_core.backends.cuda.chosen_products import measured_products
     from nai_t5_core.backends.cuda.torch_products import TorchProducts
 
@@ -123,17 +103,33 @@ def _times_together(
         "torch": CudaEncoder(stack, False, TorchProducts(), shapes),
         "measured": CudaEncoder(stack, False, measured_products(products), shapes),
     }
+    most_overlapping = max((each.rows for each in overlapping), default=0)
+    if most_overlapping:
+        ways["overlapping"] = CudaEncoder(stack, False, measured_products(overlapping, most_overlapping), shapes)
     times: dict[str, dict[str, float]] = {}
     wrong = []
     for rows in _ROWS:
         ids = patient.ids(1, rows) % stack.config.vocab_size
         expected = stack(ids).double()
         for name, encode in ways.items():
+            if name == "overlapping" and rows > most_overlapping:
+                continue
             error = difference(encode(ids).double(), expected)
             if not error <= 2 * TOLERANCES[torch.float16]:
                 wrong.append(f"{rows} tokens, {name}: off by {error:.2g}")
-            times.setdefault(str(rows), {})[name] = timed(partial(encode, ids), patient.device)["ms"]
+            together = timed(partial(_calls, encode, ids), patient.device)["ms"]
+            times.setdefault(str(rows), {})[name] = together / _CALLS
     return times, wrong
+
+
+def _calls(encode: CudaEncoder, ids: Tensor) -> None:
+    for _ in range(_CALLS):
+        encode(ids)
+
+
+def _overlapping(card: Card, times: Sequence[WayTime]) -> tuple[MeasuredProduct, ...]:
+    """The products to try with launches that overlap; none where the card or Triton cannot."""
+    return fastest_for_few_rows(times) if card.can_overlap and missing_to_overlap() is None else ()
 
 
 def _times_of_lengths(patient: Patient, measured: MeasuredCard) -> dict[str, float]:
@@ -143,7 +139,7 @@ def _times_of_lengths(patient: Patient, measured: MeasuredCard) -> dict[str, flo
     if patient.device.type != "cuda" or refuses_for_good(patient.stack) is not None:
         return {}
     shapes = _shapes(choice_for(_card(patient)), measured.attention)
-    encoder = CudaEncoder(patient.stack, False, measured_products(measured.products), shapes)
+    encoder = CudaEncoder(patient.stack, False, measured_products(measured.products, measured.overlapping_rows), shapes)
     return {
         str(length): timed(partial(finished, encoder, patient.ids(1, length)), patient.device)["ms"]
         for length in LENGTHS
@@ -159,16 +155,3 @@ def _card(patient: Patient) -> Card:
 def _shapes(choice: Choice, attention: Sequence[MeasuredAttention]) -> AttentionShapes:
     measured = MeasuredCard.of(choice.card, (), attention)
     return Choice(choice.card, choice.row, measured).attention_for(MEASURED_HEADS)
-
-
-def without_slower_rows(
-    products: Sequence[MeasuredProduct], together: dict[str, dict[str, float]]
-) -> tuple[MeasuredProduct, ...]:
-    """Products by torch alone for those numbers of rows where whole layers are not faster otherwise."""
-    slower = {int(rows) for rows, times in together.items() if times["measured"] > times["torch"] * 0.99}
-    return tuple(
-        each.model_copy(update={"way": TORCH, "configuration": {}, "microseconds": each.by_torch})
-        if each.rows in slower
-        else each
-        for each in products
-    )

@@ -60,6 +60,8 @@ def measured(source: str, device_name: str, dtype: str, quantize: Literal["int8"
 
     device = torch.device(device_name)
     how = Choices(dtype, device, quantize=quantize)
+    # Statistics exist once torch has started on the device.
+    torch.cuda.init()
     torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
     stack = finish(load_chosen(source, "", how).stack, how)
