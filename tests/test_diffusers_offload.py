@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,6 +145,54 @@ def test_groups_of_blocks_are_read_when_they_are_there(toy: Toy, options: Any, l
 
 def block_is_group(block: Any) -> bool:
     return hasattr(block, "_diffusers_hook") and "group_offloading" in block._diffusers_hook.hooks
+
+
+class StreamsOfTheCpu:
+    """What diffusers asks of a device that copies on a stream, by which nothing is copied here."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    Stream = SimpleNamespace
+
+    def stream(self, stream: Any) -> Any:
+        return nullcontext()
+
+    def current_stream(self) -> Any:
+        return SimpleNamespace(synchronize=lambda: None)
+
+    def synchronize(self, *_: Any) -> None: ...
+
+
+@pytest.mark.parametrize("layout", ["fused", "separate"])
+@pytest.mark.parametrize("options", GROUPS)
+def test_groups_on_a_stream_are_brought_in_their_order(
+    options: Any, layout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second call on each group brings the next one, in the order that the first call had."""
+    groups = pytest.importorskip("diffusers.hooks.group_offloading")
+    if not hasattr(groups, "TorchDeviceBackend"):
+        pytest.skip("this diffusers asks torch itself for streams")
+    model = NAIT5EncoderModel.from_hf(text_encoder(), layout=layout)
+    expected = model(IDS).last_hidden_state
+    monkeypatch.setattr(groups, "TorchDeviceBackend", StreamsOfTheCpu)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda *_: True)
+    kind = groups.GroupOffloadingType(options["offload_type"])
+    config = groups.GroupOffloadingConfig(
+        *(CPU, CPU, kind),
+        non_blocking=False,
+        record_stream=False,
+        low_cpu_mem_usage=True,
+        num_blocks_per_group=1,
+        stream=SimpleNamespace(synchronize=lambda: None),
+        block_modules=model._group_offload_block_modules,
+    )
+    groups._apply_group_offloading(model, config)
+    for _ in range(3):
+        torch.testing.assert_close(model(IDS).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+    if options["offload_type"] == "block_level":
+        in_order = [*model.encoder.block, model.encoder.final_layer_norm]
+        hooks = [each._diffusers_hook.hooks["group_offloading"] for each in in_order]
+        assert [hook.next_group for hook in hooks] == [*(hook.group for hook in hooks[1:]), None]
 
 
 @pytest.mark.parametrize("options", GROUPS)

@@ -81,8 +81,10 @@ class NAIT5EncoderModel(RefusesAdaptersWhenFused, OffloadsLayers, HasOneTable, P
     config_class = T5Config
     _supports_sdpa = True
     _no_split_modules = ("EncoderBlock",)
-    # Diffusers' offloading in groups of blocks looks for blocks here, and takes a T5 as a whole otherwise.
-    _group_offload_block_modules = ("encoder",)
+    # Diffusers' offloading in groups of blocks looks for blocks here, and takes a T5 as a whole otherwise. The norm is
+    # a group by itself: as the rest of its encoder it would have diffusers track the order of blocks twice, which is
+    # an error where it copies on a stream.
+    _group_offload_block_modules = ("encoder", "final_layer_norm")
     _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012 - transformers looks for it on the class
 
     def __init__(self, config: PretrainedConfig, stack: T5EncoderStack | None = None) -> None:
