@@ -269,6 +269,26 @@ def test_products_of_a_file() -> None:
 
 
 @pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))
+def test_launches_overlap_as_a_file_or_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.language.extra import cuda
+
+    from nai_t5_core.backends.cuda.encoder import products_for
+
+    monkeypatch.setattr(cuda, "gdc_wait", lambda _semantic=None: None)
+
+    def overlaps(choice: Any, card: Card) -> list[int]:
+        return [rows for rows in (16, 32, 64, 128, 512) if products_for(choice, card).overlaps(rows)]
+
+    assert overlaps("auto", H200) == [16, 32, 64] and overlaps("triton-overlapping", H200) == [16, 32, 64, 128]
+    assert overlaps("torch", H200) == overlaps("triton", H200) == overlaps("auto", RTX) == []
+    written(H200, overlapping_rows=32)
+    choice_for.cache_clear()
+    assert overlaps("auto", H200) == [16, 32]
+    monkeypatch.setattr(cuda, "gdc_wait", lambda _builder=None: None)  # as in Triton 3.4
+    assert overlaps("auto", H200) == []
+
+
+@pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))
 def test_inputs_in_8_bits_of_a_file() -> None:
     from nai_t5_core.backends.cuda.byte_products import ByteProducts
     from nai_t5_core.backends.cuda.eight_bit_products import AskedEightBitProducts

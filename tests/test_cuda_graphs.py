@@ -102,6 +102,17 @@ def test_a_recording_that_fails_is_tried_again(graphs: list[PretendedGraph], mon
     assert len(runner.sizes) == 1
 
 
+def test_a_recording_is_launched_once_more_for_its_time(graphs: list[PretendedGraph]) -> None:
+    runner, encoder = GraphRunner(CPU, shapes=SHAPES), Encoder()
+    encode(runner, encoder, 20)
+    encode(runner, encoder, 200)
+    for _ in range(3):
+        runner.relaunch(27)  # in the same bucket as 20
+    assert [graph.replays for graph in graphs] == [4, 1]
+    with pytest.raises(ValueError, match="no graph was recorded for 500 tokens"):
+        runner.relaunch(500)
+
+
 def test_sizes_have_room_for_more_documents_than_one() -> None:
     assert GraphSize.holding(64, 3, 16) == GraphSize(64, 8)
     assert GraphSize.holding(64, 9, 16) == GraphSize(64, 16)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +31,7 @@ from nai_t5_core.bench.doctor.fastest import (
     fastest_products,
     overlapping_rows,
     products_taken,
+    those_of_a_table,
     without_slower_rows,
 )
 from nai_t5_core.bench.doctor.int8_inputs import int8_inputs_from
@@ -63,6 +64,25 @@ TIMES: list[Any] = [
     Time("gated", 256, "torch", 100),
     Time("gated", 256, "tiles", 80, **TILE),
 ]
+
+
+@dataclass(frozen=True)
+class Given:
+    """As a Configuration, whose module needs Triton."""
+
+    block_columns: int
+    block_depth: int
+    parts: int
+    stages: int
+    warps: int = 4
+
+
+# Which has another one for the gated product than the fastest, and none that was timed for the plain one.
+TABLE: Any = {
+    ("gated", 16): (Given(16, 16, 1, 3),),
+    ("plain", 16): (Given(64, 16, 1, 2),),
+    ("gated", 128): (),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -104,26 +124,32 @@ def test_what_makes_no_whole_layer_faster_is_left_to_torch() -> None:
 def test_up_to_how_many_rows_launches_overlap(times: dict[str, tuple[float | None, float]], expected: int) -> None:
     """By the times of overlapping launches and of others; the last is fastest by whatever products."""
     together = {
-        rows: {"torch": 2 * other, "measured": other} | ({} if own is None else {"overlapping": own})
+        rows: {"torch": 2 * other, "measured": other} | ({} if own is None else {"so": own, "otherwise": own + 1})
         for rows, (own, other) in times.items()
     }
-    assert overlapping_rows(together) == expected
+    assert overlapping_rows(together, ("so", "otherwise")) == expected
+    assert overlapping_rows(together, ("otherwise",)) == 0
     by_torch = {rows: {**each, "torch": each["measured"], "measured": 20.0} for rows, each in together.items()}
-    assert overlapping_rows(by_torch) == expected
+    assert overlapping_rows(by_torch, ("otherwise", "so")) == expected
 
 
 def test_where_launches_overlap_our_products_are_taken_though_alone_they_are_no_faster() -> None:
-    together = {"16": {"torch": 1.0, "measured": 1.0, "overlapping": 0.9}, "256": {"torch": 1.0, "measured": 0.9}}
-    overlapping = fastest_for_few_rows(TIMES)
-    assert ways(overlapping) == {("gated", 16): "few rows", ("plain", 16): "few rows"}
-    assert [(each.microseconds, each.by_torch) for each in overlapping] == [(40, 50), (49.5, 50)]
-    taken = products_taken(fastest_products(TIMES), overlapping, together)
-    assert ways(taken) == {("gated", 16): "few rows", ("plain", 16): "few rows", ("gated", 256): "tiles"}
-    assert products_taken(fastest_products(TIMES), (), together) == taken[2:]
-    together["16"]["overlapping"] = 1.0
-    assert products_taken(fastest_products(TIMES), overlapping, together) == without_slower_rows(
-        fastest_products(TIMES), together
-    )
+    alone = fastest_products(TIMES)
+    overlapping = {"so": fastest_for_few_rows(TIMES), "by the table": those_of_a_table(TIMES, TABLE)}
+    assert ways(overlapping["so"]) == {("gated", 16): "few rows", ("plain", 16): "few rows"}
+    assert [(each.microseconds, each.by_torch) for each in overlapping["so"]] == [(40, 50), (49.5, 50)]
+    assert ways(overlapping["by the table"]) == {("gated", 16): "few rows"}
+    assert overlapping["by the table"][0].configuration["stages"] == 3
+
+    times = {"torch": 1.0, "measured": 1.0, "so": 0.9, "by the table": 0.95}
+    together = {"16": times, "256": {"torch": 1.0, "measured": 0.9}}
+    taken = products_taken(alone, overlapping, together)
+    assert taken == (*overlapping["so"], alone[2])
+    times["by the table"] = 0.85
+    assert products_taken(alone, overlapping, together) == (*overlapping["by the table"], alone[2])
+    times.update({"so": 1.0, "by the table": 1.0})
+    assert products_taken(alone, overlapping, together) == without_slower_rows(alone, together)
+    assert products_taken(alone, {}, together) == without_slower_rows(alone, together)
 
 
 def test_the_fastest_shape_of_attention_for_every_length() -> None:
@@ -294,7 +320,6 @@ def test_layers_are_computed_in_what_was_measured(monkeypatch: pytest.MonkeyPatc
         return eager(stack, True, products, taken)
 
     monkeypatch.setattr(choosing, "CudaEncoder", encoder)
-    monkeypatch.setattr(choosing, "cuda_encoder", partial(choosing.cuda_encoder, eager=True))
     monkeypatch.setattr(choosing, "card_of", lambda _: RTX)
     monkeypatch.setattr(choosing, "named_config", lambda _: config)
     monkeypatch.setattr(choosing, "_LAYERS", 2)
@@ -303,19 +328,19 @@ def test_layers_are_computed_in_what_was_measured(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(int8_inputs, "quantize_int8", lambda stack: quantise_stack(stack, stack.device) or stack)
     monkeypatch.setattr(int8_inputs, "missing_for_8_bits", lambda *_: None)
     monkeypatch.setattr(int8_inputs, "_ROWS", (17, 32))
-    milliseconds = iter((3.0, 2.0, 1.0, 3.0, 2.0, 4.0, 2.0, 1.98, 2.0, 1.5))
+    of_graphs = iter((3.0, 1.5, 2.0, 1.0, 2.5, 3.0, 2.0, 4.0, 9.0, 9.0, 9.0, 9.0))
+    milliseconds = iter((2.0, 1.98, 2.0, 1.5))
 
     def timed(call: Any, device: torch.device) -> dict[str, float]:
         call()
         return {"ms": next(milliseconds)}
 
-    monkeypatch.setattr(choosing, "timed", timed)
+    monkeypatch.setattr(choosing, "milliseconds_of", lambda *_: next(of_graphs))
     monkeypatch.setattr(int8_inputs, "timed", timed)
     found = choosing.measure_choice(Patient(DoctorSettings(device="cpu")))
     assert found["wrong"] == [] and found["before"].startswith("an estimate")
     measured = MeasuredCard.model_validate_json(json.dumps(found["measured"]))
-    calls = choosing._CALLS
-    assert found["times"]["140"] == {"before": 3.0 / calls, "torch": 2.0 / calls, "measured": 4.0 / calls}
+    assert found["times"] == {"16": {"torch": 2.0, "measured": 1.0}, "140": {"torch": 2.0, "measured": 4.0}}
     assert ways(measured.products)["gated", 16] == "few rows"
     assert used[1][0].tiles.keys() == {("gated", 256)} and used[1][1](16).queries == 64
     assert found["int8"] == {

@@ -41,7 +41,7 @@ TABLE: Mapping[str, Row] = {
     "sm_80": Row("A100"),
     "sm_86": Row("RTX 30"),
     "sm_89": Row("RTX 40, L40"),
-    "sm_90": Row("H100, H200", measured_on="an H200", products="few rows"),
+    "sm_90": Row("H100, H200", measured_on="an H200", products="few rows", overlapping_rows=64),
     "sm_100": Row("B200", attention=B200),
     "sm_120": Row("RTX 50"),
     "gfx90a": Row("MI200"),

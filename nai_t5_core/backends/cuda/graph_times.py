@@ -52,11 +52,16 @@ def seconds_of(call: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
     with torch.cuda.graph(graph):
         for each in inputs:
             call(each)
-    graph.replay()
+    return seconds_of_launches(graph.replay) / len(inputs)
+
+
+def seconds_of_launches(launch: Callable[[], None]) -> float:
+    """Seconds of a launch of a CUDA graph on the current device: the mean over some that follow one another."""
+    launch()
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(_REPLAYS):
-        graph.replay()
+        launch()
     stop.record()
     stop.synchronize()
-    return start.elapsed_time(stop) / 1e3 / _REPLAYS / len(inputs)
+    return start.elapsed_time(stop) / 1e3 / _REPLAYS

@@ -180,6 +180,18 @@ class GraphRunner:
             self._done = stream.record_event()
             return result
 
+    def relaunch(self, tokens: int) -> None:
+        """Launches a recording for rows of so many tokens once more, on what it was given last: to time it alone.
+
+        Raises:
+            ValueError: none was recorded.
+        """
+        bucket = self.bucket(tokens)
+        found = next((each for size, each in self._recordings.items() if size.tokens == bucket and each.graph), None)
+        if found is None or found.graph is None:
+            raise ValueError(f"no graph was recorded for {tokens} tokens; encode such a row before")
+        found.graph.replay()
+
     def _recording(self, size: GraphSize, shape: AttentionShape) -> _Recording:
         if self._place is None:
             self._place = _Place(self.device)

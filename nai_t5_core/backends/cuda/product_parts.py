@@ -8,7 +8,7 @@ import triton.language as tl
 from nai_t5_core.backends.cuda.kernels import activated
 
 # A program prefetches this many lines of each row of its weight while the launch before still runs.
-FETCHED_LINES = tl.constexpr(4)
+FETCHED_LINES = tl.constexpr(2)
 BYTES_OF_A_LINE = tl.constexpr(128)
 
 

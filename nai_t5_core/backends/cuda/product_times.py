@@ -66,11 +66,11 @@ def candidates(shape: ProductShape, rows: int) -> Iterator[Configuration]:
     for columns in (32, 64) if shape.kind == "gated" else (64, 128) if shape.kind == "summed" else (32, 64, 128):
         for depth in (64, 128):
             for parts in (2, 4, 8) if shape.kind == "summed" else (1,):
-                stages = 3 if is_wide or (columns, depth) == (128, 128) else 4
                 warps = 8 if is_wide and columns == (64 if shape.kind == "gated" else 128) else 4
-                configuration = Configuration(columns, depth, parts, stages, warps)
-                if configuration.fits(shape.columns, shape.depth):
-                    yield configuration
+                for stages in (3,) if is_wide or (columns, depth) == (128, 128) else (3, 4):
+                    configuration = Configuration(columns, depth, parts, stages, warps)
+                    if configuration.fits(shape.columns, shape.depth):
+                        yield configuration
 
 
 @torch.no_grad()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from nai_t5_core.backends.cuda.attention_shapes import AttentionShapes
 from nai_t5_core.backends.cuda.card import Card, card_of
 from nai_t5_core.backends.cuda.card_choice import MEASURED_HEADS, Choice, choice_for
 from nai_t5_core.backends.cuda.device_refusals import missing_to_overlap
-from nai_t5_core.backends.cuda.encoder import CudaEncoder, cuda_encoder
+from nai_t5_core.backends.cuda.encoder import CudaEncoder
+from nai_t5_core.backends.cuda.graph_times import seconds_of_launches
 from nai_t5_core.backends.cuda.measured_card import MeasuredAttention, MeasuredCard, MeasuredProduct
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.bench.clock import timed
@@ -25,6 +25,7 @@ from nai_t5_core.bench.doctor.fastest import (
     fastest_products,
     overlapping_rows,
     products_taken,
+    those_of_a_table,
 )
 from nai_t5_core.bench.doctor.int8_inputs import int8_inputs_from, times_of_int8
 from nai_t5_core.bench.doctor.numbers import difference
@@ -43,8 +44,11 @@ if TYPE_CHECKING:
 _LAYERS = 4
 # For each number of rows that products are chosen for.
 _ROWS = (16, 32, 64, 128, 256, 512, 1024)
-# Calls that follow one another, so that the device need not wait for Python, which takes as long as a layer.
-_CALLS = 8
+# Of which the fastest counts: a card's clock and what else it does change within tenths of a second.
+_ROUNDS = 3
+
+# Products whose launches overlap, by the name of the way.
+Overlapping = Mapping[str, Sequence[MeasuredProduct]]
 
 
 @torch.no_grad()
@@ -64,12 +68,13 @@ def measure_choice(patient: Patient) -> Finding:
     config = named_config("t5-v1_1-xxl").encoder_only().model_copy(update={"num_layers": _LAYERS})
     state = random_state(config, dtype=torch.float16, device=device)
     stack = own_encoder(config, state, torch.float16)
-    together, wrong = _times_together(patient, stack, products, overlapping, attention)
+    ways = _ways(stack, products, overlapping, _shapes(choice_for(card), attention))
+    together, wrong = _times_together(patient, ways, {name: _most_rows(each) for name, each in overlapping.items()})
     in_8_bits, wrong_in_8_bits = times_of_int8(patient, stack)
     measured = MeasuredCard.of(card, products_taken(products, overlapping, together), attention)
     measured = measured.model_copy(
         update={
-            "overlapping_rows": overlapping_rows(together),
+            "overlapping_rows": overlapping_rows(together, overlapping),
             "int8_inputs_from": int8_inputs_from(in_8_bits, FASTER),
         }
     )
@@ -84,52 +89,64 @@ def measure_choice(patient: Patient) -> Finding:
 
 
 def _times_together(
-    patient: Patient,
-    stack: T5EncoderStack,
-    products: Sequence[MeasuredProduct],
-    overlapping: Sequence[MeasuredProduct],
-    attention: Sequence[MeasuredAttention],
+    patient: Patient, ways: Mapping[str, CudaEncoder], most_rows: Mapping[str, int]
 ) -> tuple[Together, list[str]]:
-    """Milliseconds of the layers for each number of rows, by torch's products and by those that were measured.
+    """Milliseconds of the layers for each number of rows, from CUDA graphs; and which results are not right, in words.
 
-    Launches overlap where there are products that do.
+    Args:
+        most_rows: up to how many rows a way is timed, by its name; all where nothing is said.
     """
-    from nai_t5_core.backends.cuda.chosen_products import measured_products
-    from nai_t5_core.backends.cuda.torch_products import TorchProducts
-
-    shapes = _shapes(choice_for(_card(patient)), attention)
-    ways = {
-        "before": cuda_encoder(stack, products="torch"),
-        "torch": CudaEncoder(stack, False, TorchProducts(), shapes),
-        "measured": CudaEncoder(stack, False, measured_products(products), shapes),
-    }
-    most_overlapping = max((each.rows for each in overlapping), default=0)
-    if most_overlapping:
-        ways["overlapping"] = CudaEncoder(stack, False, measured_products(overlapping, most_overlapping), shapes)
     times: dict[str, dict[str, float]] = {}
     wrong = []
     for rows in _ROWS:
+        here = {name: encode for name, encode in ways.items() if rows <= most_rows.get(name, rows)}
+        stack = ways["torch"].stack
         ids = patient.ids(1, rows) % stack.config.vocab_size
         expected = stack(ids).double()
-        for name, encode in ways.items():
-            if name == "overlapping" and rows > most_overlapping:
-                continue
+        for name, encode in here.items():
             error = difference(encode(ids).double(), expected)
             if not error <= 2 * TOLERANCES[torch.float16]:
                 wrong.append(f"{rows} tokens, {name}: off by {error:.2g}")
-            together = timed(partial(_calls, encode, ids), patient.device)["ms"]
-            times.setdefault(str(rows), {})[name] = together / _CALLS
+        rounds = [{name: milliseconds_of(encode, rows) for name, encode in here.items()} for _ in range(_ROUNDS)]
+        times[str(rows)] = {name: min(each[name] for each in rounds) for name in here}
     return times, wrong
 
 
-def _calls(encode: CudaEncoder, ids: Tensor) -> None:
-    for _ in range(_CALLS):
-        encode(ids)
+def milliseconds_of(encode: CudaEncoder, rows: int) -> float:
+    """Of the graph by which so many rows were encoded before, on the device alone."""
+    assert encode.graphs is not None
+    return seconds_of_launches(partial(encode.graphs.relaunch, rows)) * 1e3
 
 
-def _overlapping(card: Card, times: Sequence[WayTime]) -> tuple[MeasuredProduct, ...]:
+def _ways(
+    stack: T5EncoderStack,
+    products: Sequence[MeasuredProduct],
+    overlapping: Overlapping,
+    shapes: AttentionShapes,
+) -> dict[str, CudaEncoder]:
+    from nai_t5_core.backends.cuda.chosen_products import measured_products
+    from nai_t5_core.backends.cuda.torch_products import TorchProducts
+
+    computed_by = {"torch": TorchProducts(), "measured": measured_products(products)}
+    computed_by |= {name: measured_products(each, _most_rows(each)) for name, each in overlapping.items()}
+    return {name: CudaEncoder(stack, False, each, shapes) for name, each in computed_by.items()}
+
+
+def _overlapping(card: Card, times: Sequence[WayTime]) -> Overlapping:
     """The products to try with launches that overlap; none where the card or Triton cannot."""
-    return fastest_for_few_rows(times) if card.can_overlap and missing_to_overlap() is None else ()
+    from nai_t5_core.backends.cuda.chosen_products import configurations_on
+
+    if not card.can_overlap or missing_to_overlap():
+        return {}
+    found = {
+        "overlapping": fastest_for_few_rows(times),
+        "overlapping, by the table": those_of_a_table(times, configurations_on(card)),
+    }
+    return {name: products for name, products in found.items() if products}
+
+
+def _most_rows(products: Sequence[MeasuredProduct]) -> int:
+    return max(each.rows for each in products)
 
 
 def _times_of_lengths(patient: Patient, measured: MeasuredCard) -> dict[str, float]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from nai_t5_core.backends.cuda.measured_card import FEW_ROWS, TORCH, MeasuredAttention, MeasuredProduct
 
 if TYPE_CHECKING:
+    from nai_t5_core.backends.cuda.products import Configurations
     from nai_t5_core.bench.doctor.card_times import WayTime
 
 # What is not faster by this much is left to torch: a difference may be noise, and other ways round otherwise.
@@ -38,6 +40,20 @@ def fastest_for_few_rows(times: Iterable[WayTime]) -> tuple[MeasuredProduct, ...
     for ways in _by_kind_and_rows(times):
         if ours := [each for each in ways if each.way == FEW_ROWS]:
             found.append(_measured(min(ours, key=lambda each: each.microseconds), _torch_among(ways)))
+    return tuple(found)
+
+
+def those_of_a_table(times: Iterable[WayTime], table: Configurations) -> tuple[MeasuredProduct, ...]:
+    """The first configurations of a table, as they were timed.
+
+    What is fastest alone need not be so among launches that overlap, which share multiprocessors and memory.
+    """
+    first_of: dict[tuple[str, int], dict[str, int]] = {key: asdict(known[0]) for key, known in table.items() if known}
+    found = []
+    for ways in _by_kind_and_rows(times):
+        for each in ways:
+            if each.way == FEW_ROWS and each.configuration == first_of.get((each.kind, each.rows)):
+                found.append(_measured(each, _torch_among(ways)))
     return tuple(found)
 
 
@@ -86,22 +102,28 @@ def without_slower_rows(products: Sequence[MeasuredProduct], together: Together)
     )
 
 
-def overlapping_rows(together: Together) -> int:
-    """Up to how many rows layers are faster where launches overlap; 0 where they are not, or that was not timed."""
+def overlapping_rows(together: Together, names: Iterable[str]) -> int:
+    """Up to how many rows layers are faster in one of the named ways, whose launches overlap; 0 where in none."""
     most = 0
     for rows, times in sorted(together.items(), key=lambda item: int(item[0])):
         others = min(times["measured"], times["torch"])
-        if times.get("overlapping", others) > others * _LAYERS_FASTER:
+        if min((times[name] for name in names if name in times), default=others) > others * _LAYERS_FASTER:
             break
         most = int(rows)
     return most
 
 
 def products_taken(
-    products: Sequence[MeasuredProduct], overlapping: Sequence[MeasuredProduct], together: Together
+    products: Sequence[MeasuredProduct], overlapping: Mapping[str, Sequence[MeasuredProduct]], together: Together
 ) -> tuple[MeasuredProduct, ...]:
-    """The products to be kept: up to :func:`overlapping_rows` those of the overlapping launches, then the others."""
-    most = overlapping_rows(together)
-    kept = [each for each in overlapping if each.rows <= most]
+    """The products to be kept: up to :func:`overlapping_rows` those of the fastest launches that overlap, by their
+    names; then the others.
+    """
+    most = overlapping_rows(together, overlapping)
+    kept = []
+    for rows, times in together.items():
+        if int(rows) <= most:
+            fastest = min((name for name in overlapping if name in times), key=times.__getitem__)
+            kept += [each for each in overlapping[fastest] if each.rows == int(rows)]
     kept += [each for each in without_slower_rows(products, together) if each.rows > most]
     return tuple(kept)
