@@ -16,7 +16,7 @@ from nai_t5_core.bench.doctor.model import GivenModel, RandomModel, model_of
 from nai_t5_core.bench.doctor.settings import DoctorSettings
 from nai_t5_core.bench.peers import State
 from nai_t5_core.facts.config import T5Config
-from nai_t5_core.float16.guard import encode_guarded
+from nai_t5_core.float16.guard import encode_guarded, guard
 from nai_t5_core.model.encoder import T5EncoderStack
 from nai_t5_core.model.precision import resolve_device
 from nai_t5_core.model.stack_runner import StackRunner
@@ -57,9 +57,13 @@ class Patient:
 
     @cached_property
     def stack(self) -> T5EncoderStack:
-        """Our encoder, as ``TextEncoder.from_pretrained`` makes it."""
+        """Our encoder, as ``TextEncoder.from_pretrained`` makes it: a guard of its own lets what computes it check
+        results as is cheapest there.
+        """
         stack = self.model.stack
-        return prepack(stack) if why_not_prepack(stack) is None else stack
+        stack = prepack(stack) if why_not_prepack(stack) is None else stack
+        stack.guard = guard
+        return stack
 
     @cached_property
     def encode(self) -> Callable[..., Tensor]:
