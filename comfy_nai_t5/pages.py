@@ -113,30 +113,31 @@ class JointPages:
         """
         from comfy_aimdo import model_vbar
 
-        matrix = self._pinned()
-        if matrix is None:
-            # ComfyUI brings each weight in by itself, to its place if there is room.
-            return one_after_the_other(self.linears, inputs)
+        pins: list[Place] = []
         try:
-            return _product(matrix.to(inputs[0].dtype), inputs)
+            matrix = self._pinned(pins)
+            if matrix is not None:
+                return _product(matrix.to(inputs[0].dtype), inputs)
         finally:
-            model_vbar.vbar_unpin(self._place)
+            for place in pins:
+                model_vbar.vbar_unpin(place)
+        # ComfyUI brings each weight in by itself, to its place if there is room.
+        return one_after_the_other(self.linears, inputs)
 
-    def _pinned(self) -> Tensor | None:
-        """The joined weights, kept on the card until unpinned; None where not all of them are there as they should."""
+    def _pinned(self, pins: list[Place]) -> Tensor | None:
+        """The joined weights, on the card until ``pins`` are unpinned; None where not all are there as they should."""
         from comfy_aimdo import model_vbar
 
         loaded = [getattr(linear, "_v_signature", None) for linear in self.linears]
         if any(signature is None for signature in loaded):
             return None
-        signature = model_vbar.vbar_fault(self._place)
+        signature = _fault(self._place, pins)
         if signature is None:
             return None
         is_known = len(self._known) == len(loaded) and all(map(_is, loaded, self._known))
         if is_known and model_vbar.vbar_signature_compare(signature, self._signature):
             return self._matrix
-        if not all(map(_is_there, self.linears)):
-            model_vbar.vbar_unpin(self._place)
+        if not all(_is_there(linear, pins) for linear in self.linears):
             return None
         self._known, self._signature, self._matrix = loaded, signature, self._joined()
         return self._matrix
@@ -162,10 +163,24 @@ def _product(matrix: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     return torch.cat([F.linear(x, part) for x, part in zip(inputs, parts, strict=True)], dim=-1)
 
 
-def _is_there(linear: Any) -> bool:
+def _fault(place: Place, pins: list[Place]) -> Any:
+    """Brings the pages of a place in, and adds it to what is to be unpinned; None where there is no room.
+
+    Pages are kept on the card until each fault that found them has had its unpin. Before comfy-aimdo 0.3.0 a single
+    unpin gave back what several had found, so that all wait for the end of the product.
+    """
     from comfy_aimdo import model_vbar
 
-    return bool(model_vbar.vbar_signature_compare(model_vbar.vbar_fault(linear._v), linear._v_signature))
+    signature = model_vbar.vbar_fault(place)
+    if signature is not None:
+        pins.append(place)
+    return signature
+
+
+def _is_there(linear: Any, pins: list[Place]) -> bool:
+    from comfy_aimdo import model_vbar
+
+    return bool(model_vbar.vbar_signature_compare(_fault(linear._v, pins), linear._v_signature))
 
 
 def _is(one: Any, other: Any) -> bool:

@@ -1,7 +1,8 @@
 """Newer ComfyUI's dynamic memory on a CPU: its own code, with pages and values, on a C library that is replaced.
 
 The library keeps a range of addresses, whose pages are brought in, pinned and taken back as comfy-aimdo's are. A page
-that is taken back loses what it had: its bytes become those of NaN. Weights say that they are on another device than
+that is taken back loses what it had: its bytes become those of NaN. Pins are counted, and a page that has some stays.
+Weights say that they are on another device than
 the encoder, as the weights of a file are; what is brought in, and computed, is on the CPU.
 """
 
@@ -53,8 +54,8 @@ class Range:
     def __init__(self, size: int) -> None:
         pages = -(-size // PAGE)
         self.memory = torch.full((pages * PAGE,), 255, dtype=torch.uint8)
-        self.are_there, self.are_pinned = [False] * pages, [False] * pages
-        self.serials = [0] * pages
+        self.are_there = [False] * pages
+        self.serials, self.pins = [0] * pages, [0] * pages
         self.watermark = pages
 
 
@@ -64,6 +65,7 @@ class PagedLibrary(Library):
     Attributes:
         most: how many pages may be there at once.
         faults: how often pages were asked for, by the bytes that were asked for at once.
+        faults_left: how many more are answered before all fail; None where none does.
     """
 
     def __init__(self, most: int = 10_000) -> None:
@@ -71,6 +73,7 @@ class PagedLibrary(Library):
         self.most = most
         self.ranges: list[Range] = []
         self.faults: Counter[int] = Counter()
+        self.faults_left: int | None = None
 
     @property
     def there(self) -> int:
@@ -79,7 +82,8 @@ class PagedLibrary(Library):
 
     @property
     def pinned(self) -> int:
-        return sum(sum(each.are_pinned) for each in self.ranges)
+        """How many pages have pins."""
+        return sum(count > 0 for each in self.ranges for count in each.pins)
 
     def vbar_allocate(self, context: Any, size: int, device: int) -> int:
         self.ranges.append(Range(size))
@@ -97,8 +101,12 @@ class PagedLibrary(Library):
 
     def vbar_fault(self, context: Any, number: int, offset: int, size: int, signature: Any) -> int:
         self.faults[size] += 1
+        if self.faults_left is not None:
+            self.faults_left -= 1
+            if self.faults_left < 0:
+                return 2
         found = self.ranges[number - 1]
-        pages = range(offset // PAGE, -(-(offset + size) // PAGE))
+        pages = _pages(offset, size)
         if pages.stop > found.watermark:
             return 1
         for place, page in enumerate(pages):
@@ -106,21 +114,24 @@ class PagedLibrary(Library):
                 while self.there >= self.most and found.watermark > pages.stop:
                     self._lower(found)
                 if self.there >= self.most:
-                    found.watermark = page
+                    while found.watermark > page:
+                        self._lower(found)
                     return 1
                 found.are_there[page] = True
                 found.serials[page] += 1
             signature[place] = found.serials[page]
         for page in pages:
-            found.are_pinned[page] = True
+            found.pins[page] += 1
         return 0
 
     def vbar_unpin(self, context: Any, number: int, offset: int, size: int) -> None:
         found = self.ranges[number - 1]
-        for page in range(offset // PAGE, -(-(offset + size) // PAGE)):
-            found.are_pinned[page] = False
+        for page in _pages(offset, size):
+            # comfy-aimdo lets this pass; it would be the unpin of what someone else still uses.
+            assert found.pins[page], f"page {page} is given back more often than it was found"
+            found.pins[page] -= 1
             if page >= found.watermark:
-                self._take(found, page)
+                self._take_unless_pinned(found, page)
 
     def vbar_free_memory(self, context: Any, number: int, size: int) -> int:
         found = self.ranges[number - 1]
@@ -131,12 +142,16 @@ class PagedLibrary(Library):
 
     def _lower(self, found: Range) -> None:
         found.watermark -= 1
-        if not found.are_pinned[found.watermark]:
-            self._take(found, found.watermark)
+        self._take_unless_pinned(found, found.watermark)
 
-    def _take(self, found: Range, page: int) -> None:
-        found.are_there[page] = False
-        ctypes.memset(found.memory.data_ptr() + page * PAGE, 255, PAGE)
+    def _take_unless_pinned(self, found: Range, page: int) -> None:
+        if not found.pins[page]:
+            found.are_there[page] = False
+            ctypes.memset(found.memory.data_ptr() + page * PAGE, 255, PAGE)
+
+
+def _pages(offset: int, size: int) -> range:
+    return range(offset // PAGE, -(-(offset + size) // PAGE))
 
 
 class FileParameter(nn.Parameter):
@@ -182,7 +197,10 @@ def _fault(memory: Any, address: int, size: int) -> Any:
 
     signature = (ctypes.c_uint32 * (size // PAGE + 2))()
     given = (memory._devctx, memory._ptr, address - memory.base_addr, size, signature)
-    return None if lib.vbar_fault(*given) else signature
+    answer = lib.vbar_fault(*given)
+    if answer > 1:
+        raise RuntimeError(f"Fault failed: {answer}")
+    return None if answer else signature
 
 
 def as_of_files(model: nn.Module) -> None:

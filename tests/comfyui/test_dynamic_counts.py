@@ -143,9 +143,9 @@ def per_layer(device: PretendedCuda, faults: Counter[str], tmp_path: Path) -> En
                     device.reset()
                     faults.clear()
                     encode_guarded(stack, torch.ones(1, 64, dtype=torch.long))
+                    assert faults["unpin"] == faults["fault"]
             launches.append(device.launches.total())
             asked.append(faults["fault"])
-            assert faults["unpin"] == faults["fault"]
             assert dict(device.waits) == {"_local_scalar_dense": 1}
             assert device.float32_products == 0
         return (launches[1] - launches[0]) / 4, (asked[1] - asked[0]) / 4

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from timing_card import HEAD, time_on_card
+from timing_card import HEAD, allocate_as_comfyui, time_on_card
 from timing_modules import CASES, time_case
 from timing_server import SIZES, WAYS, time_way
 
@@ -47,6 +47,7 @@ def server(options: argparse.Namespace) -> None:
 
 
 def card(options: argparse.Namespace) -> None:
+    allocate_as_comfyui()
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
     with tempfile.TemporaryDirectory() as folder:
         for line in time_on_card(named_config(options.size).encoder_only(), Path(folder), options.rounds):

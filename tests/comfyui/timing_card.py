@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import statistics
 import sys
@@ -26,6 +27,7 @@ _WAYS = {"by modules": "separate", "joined": "fused"}
 HEAD = ("prompt", "", "time", "times faster", "difference", "weights on the card", "beside them", "")
 # Joined is to be as many times as fast as stock, at least.
 TO_REACH = 2.0
+_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,25 @@ class Encoded:
     beside: int
 
 
+def allocate_as_comfyui() -> None:
+    """Starts the running program anew where torch is to take a card's memory in another way, as ComfyUI would have it.
+
+    ComfyUI's ``cuda_malloc`` puts that into the environment, of which torch reads it when it is first imported.
+    """
+    _find_comfyui()
+    before = os.environ.get(_ALLOCATOR, "")
+    importlib.import_module("cuda_malloc")
+    if os.environ.get(_ALLOCATOR, "") != before and "cudaMallocAsync" not in before:
+        os.execv(sys.executable, sys.orig_argv)
+
+
 def start_dynamic_memory() -> None:
     """What ComfyUI's main program does before it loads models.
 
     Raises:
         RuntimeError: it has no dynamic memory here.
     """
-    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    _find_comfyui()
     import comfy_aimdo.control
 
     comfy_aimdo.control.init()
@@ -54,8 +68,15 @@ def start_dynamic_memory() -> None:
     devices = comfy.model_management.get_all_torch_devices()
     if not comfy_aimdo.control.init_devices(device.index for device in devices):
         raise RuntimeError("ComfyUI's dynamic memory does not start; it needs an NVIDIA card and comfy-aimdo's library")
+    # Otherwise its library writes lines for every weight that is used, of which stock uses more.
+    comfy_aimdo.control.set_log_info()
     comfy.memory_management.aimdo_enabled = True
     comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+
+
+def _find_comfyui() -> None:
+    if os.environ["COMFYUI_PATH"] not in sys.path:
+        sys.path.insert(0, os.environ["COMFYUI_PATH"])
 
 
 def time_on_card(config: T5Config, folder: Path, rounds: int) -> Iterator[str]:
