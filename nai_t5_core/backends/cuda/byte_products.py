@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,20 +25,28 @@ _MOST_UNPACKED = 20 << 20
 _KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3", torch.float8_e5m2: "float8_e5m2"}
 
 # For sizes that no other configuration fits; blocks of scales need 32 numbers.
-_SMALL = (Configuration(16, 32, 1, 2), Configuration(16, 16, 1, 2))
-_WIDE = (Configuration(64, 64, stages=3), Configuration(32, 64, stages=3), *_SMALL)
+_SMALL = (Configuration(32, 64, stages=3), Configuration(16, 32, 1, 2), Configuration(16, 16, 1, 2))
+_SUMMED = (*(Configuration(64, 128, parts) for parts in (4, 2, 1)), Configuration(64, 64), *_SMALL)
+# Every program reads all inputs: with 64 rows, twice as many bytes as of 64 columns of the weight, but once as many as
+# of 128.
+_BROAD = Configuration(128, 128, stages=3, warps=8)
+_BROAD_SUMMED = replace(_BROAD, parts=4)
 
-# Estimates, not measured. All of them fit into the shared memory of consumer cards.
+# Estimates, not measured. All of them fit into the shared memory of consumer cards. Two scales of blocks and more for
+# each thread (128 numbers times 64 columns) are fetched ahead; fewer are waited for in every step.
 ESTIMATED_FOR_BYTES: Configurations = {
-    **{("plain", rows): (Configuration(64, 128), Configuration(32, 64), *_SMALL) for rows in (16, 32, 64)},
-    **{("gated", rows): (Configuration(64, 64), Configuration(32, 32), *_SMALL) for rows in (16, 32, 64)},
-    **{
-        ("summed", rows): (*(Configuration(64, 128, parts) for parts in (4, 2, 1)), Configuration(64, 64), *_SMALL)
-        for rows in (16, 32, 64)
-    },
-    ("plain", 128): _WIDE,
-    ("gated", 128): (Configuration(64, 64, stages=3, warps=8), Configuration(32, 64, stages=3), *_SMALL),
-    ("summed", 128): (*(Configuration(64, 64, parts, stages=3) for parts in (4, 2, 1)), *_SMALL),
+    **{("plain", rows): (Configuration(64, 128), *_SMALL) for rows in (16, 32)},
+    **{("gated", rows): (Configuration(64, 128, stages=3), *_SMALL) for rows in (16, 32, 64)},
+    **{("summed", rows): _SUMMED for rows in (16, 32)},
+    ("plain", 64): (_BROAD, Configuration(64, 128), *_SMALL),
+    ("summed", 64): (_BROAD_SUMMED, *_SUMMED),
+    ("plain", 128): (replace(_BROAD, stages=2), Configuration(64, 64, stages=3), *_SMALL),
+    ("gated", 128): (Configuration(64, 64, stages=3, warps=8), *_SMALL),
+    ("summed", 128): (
+        replace(_BROAD_SUMMED, stages=2),
+        *(Configuration(64, 64, parts, stages=3) for parts in (4, 2, 1)),
+        *_SMALL,
+    ),
 }
 
 
