@@ -14,6 +14,7 @@ from nai_t5_core.backends.cuda.activations import Bytes, Sums
 from nai_t5_core.backends.cuda.byte_kinds import BLOCK
 from nai_t5_core.backends.cuda.byte_product_kernel import multiply_bytes, unpack_bytes
 from nai_t5_core.backends.cuda.byte_weight import ByteWeight, RowScaled, Weight
+from nai_t5_core.backends.cuda.card import Card
 from nai_t5_core.backends.cuda.launches import gate
 from nai_t5_core.backends.cuda.products import MOST_ROWS, Configuration, Configurations, Kind, block_rows, constants_of
 from nai_t5_core.backends.cuda.torch_products import Products
@@ -25,29 +26,42 @@ _MOST_UNPACKED = 20 << 20
 _KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3", torch.float8_e5m2: "float8_e5m2"}
 
 # For sizes that no other configuration fits; blocks of scales need 32 numbers.
-_SMALL = (Configuration(32, 64, stages=3), Configuration(16, 32, 1, 2), Configuration(16, 16, 1, 2))
-_SUMMED = (*(Configuration(64, 128, parts) for parts in (4, 2, 1)), Configuration(64, 64), *_SMALL)
-# Every program reads all inputs: with 64 rows, twice as many bytes as of 64 columns of the weight, but once as many as
-# of 128.
-_BROAD = Configuration(128, 128, stages=3, warps=8)
-_BROAD_SUMMED = replace(_BROAD, parts=4)
+_SMALL = (Configuration(16, 32, 1, 2), Configuration(16, 16, 1, 2))
+_WIDE = (Configuration(64, 64, stages=3), Configuration(32, 64, stages=3), *_SMALL)
 
-# Estimates, not measured. All of them fit into the shared memory of consumer cards. Two scales of blocks and more for
-# each thread (128 numbers times 64 columns) are fetched ahead; fewer are waited for in every step.
+# Estimates, not measured. All of them fit into the shared memory of consumer cards.
 ESTIMATED_FOR_BYTES: Configurations = {
-    **{("plain", rows): (Configuration(64, 128), *_SMALL) for rows in (16, 32)},
-    **{("gated", rows): (Configuration(64, 128, stages=3), *_SMALL) for rows in (16, 32, 64)},
-    **{("summed", rows): _SUMMED for rows in (16, 32)},
-    ("plain", 64): (_BROAD, Configuration(64, 128), *_SMALL),
-    ("summed", 64): (_BROAD_SUMMED, *_SUMMED),
-    ("plain", 128): (replace(_BROAD, stages=2), Configuration(64, 64, stages=3), *_SMALL),
-    ("gated", 128): (Configuration(64, 64, stages=3, warps=8), *_SMALL),
-    ("summed", 128): (
-        replace(_BROAD_SUMMED, stages=2),
-        *(Configuration(64, 64, parts, stages=3) for parts in (4, 2, 1)),
-        *_SMALL,
-    ),
+    **{("plain", rows): (Configuration(64, 128), Configuration(32, 64), *_SMALL) for rows in (16, 32, 64)},
+    **{("gated", rows): (Configuration(64, 64), Configuration(32, 32), *_SMALL) for rows in (16, 32, 64)},
+    **{
+        ("summed", rows): (*(Configuration(64, 128, parts) for parts in (4, 2, 1)), Configuration(64, 64), *_SMALL)
+        for rows in (16, 32, 64)
+    },
+    ("plain", 128): _WIDE,
+    ("gated", 128): (Configuration(64, 64, stages=3, warps=8), Configuration(32, 64, stages=3), *_SMALL),
+    ("summed", 128): (*(Configuration(64, 64, parts, stages=3) for parts in (4, 2, 1)), *_SMALL),
 }
+
+
+# Those that compile for Hopper's shared memory; estimates as well. Every program reads all inputs of its part of the
+# depth: 64 rows are twice as many bytes as 64 columns of a weight in 8 bits, so columns are 128 from there on. Each of
+# two groups of warps makes numbers of the bytes of 64. Scales of blocks are fetched ahead where there are two and more
+# for each thread, else they are waited for in every step.
+_BROAD = Configuration(128, 128, warps=8)
+_BROAD_WIDE = Configuration(128, 128, stages=3, warps=8)
+HOPPER_FOR_BYTES: Configurations = ESTIMATED_FOR_BYTES | {
+    **{("gated", rows): (Configuration(64, 128), *ESTIMATED_FOR_BYTES["gated", rows]) for rows in (16, 32, 64)},
+    ("plain", 64): (_BROAD, *ESTIMATED_FOR_BYTES["plain", 64]),
+    ("summed", 64): (replace(_BROAD, parts=4), *ESTIMATED_FOR_BYTES["summed", 64]),
+    ("plain", 128): (_BROAD_WIDE, *ESTIMATED_FOR_BYTES["plain", 128]),
+    ("gated", 128): (_BROAD_WIDE, *ESTIMATED_FOR_BYTES["gated", 128]),
+    ("summed", 128): (replace(_BROAD_WIDE, parts=4), *ESTIMATED_FOR_BYTES["summed", 128]),
+}
+
+
+def byte_configurations_on(card: Card | None) -> Configurations:
+    """The configurations of our kernel for weights in 8 bits on a card; None stands for the interpreter."""
+    return HOPPER_FOR_BYTES if card is not None and card.capability == (9, 0) else ESTIMATED_FOR_BYTES
 
 
 class ByteProducts:
