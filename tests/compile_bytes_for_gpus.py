@@ -14,7 +14,7 @@ from compile_for_gpus import compiled
 
 from nai_t5_core.backends.cuda import byte_kernels, kernels
 from nai_t5_core.backends.cuda.byte_product_kernel import multiply_bytes, unpack_bytes
-from nai_t5_core.backends.cuda.byte_products import ESTIMATED_FOR_BYTES
+from nai_t5_core.backends.cuda.byte_products import byte_configurations_on
 from nai_t5_core.backends.cuda.card import Card
 from nai_t5_core.backends.cuda.launches import norm_warps
 from nai_t5_core.backends.cuda.products import Configuration, Kind
@@ -24,7 +24,7 @@ def products(card: Card, overlaps: bool) -> Iterator[dict[str, Any]]:
     """Every configuration for int8 and Q8_0; the first of each size for float8, and for all of them in bfloat16."""
     float8 = "float8_e4m3" if card.capability >= (8, 9) else "float8_e4m3, by bits"
     wholes, blocks = ("int8", float8, "float8_e5m2"), ("int8",)
-    for (kind, rows), configurations in ESTIMATED_FOR_BYTES.items():
+    for (kind, rows), configurations in byte_configurations_on(card).items():
         for number, configuration in enumerate(configurations):
             for half in ("*fp16", "*bf16") if number == 0 else ("*fp16",):
                 for has_blocks in (False, True):

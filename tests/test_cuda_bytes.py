@@ -21,6 +21,7 @@ from nai_t5_core.backends.cuda.activations import Bytes, Sums
 from nai_t5_core.backends.cuda.byte_launches import as_numbers, gated_in_bytes, rounded_rows
 from nai_t5_core.backends.cuda.byte_products import (
     ESTIMATED_FOR_BYTES,
+    HOPPER_FOR_BYTES,
     ByteProducts,
     byte_product,
     column_runs,
@@ -139,9 +140,8 @@ def test_products_that_do_not_fit_are_refused() -> None:
 
 
 def test_every_kind_of_product_has_configurations_of_every_size() -> None:
-    assert set(ESTIMATED_FOR_BYTES) == {
-        (kind, rows) for kind in ("plain", "gated", "summed") for rows in (16, 32, 64, 128)
-    }
+    for known in (ESTIMATED_FOR_BYTES, HOPPER_FOR_BYTES):
+        assert set(known) == {(kind, rows) for kind in ("plain", "gated", "summed") for rows in (16, 32, 64, 128)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,13 +20,12 @@ from nai_t5_core.backends.cuda.product_times import (
     ProductShape,
     ProductTime,
     Way,
-    candidates,
     epilogue,
     epilogue_of,
     out_dtype,
     times_of,
 )
-from nai_t5_core.backends.cuda.products import MOST_ROWS, Configuration
+from nai_t5_core.backends.cuda.products import MOST_ROWS, Configuration, block_rows
 from nai_t5_core.backends.cuda.torch_products import TorchProducts, sums_in_float32
 
 KINDS = ("int8", "Q8_0", "float8")
@@ -87,10 +86,18 @@ def _weights(shape: ProductShape, kind: str, device: torch.device | str) -> list
 
 
 def _candidates(shape: ProductShape, rows: int, weight: ByteWeight) -> Iterator[Configuration]:
-    """Those that are tried for 16 bits, where they fit."""
-    for known in candidates(shape, rows) if rows <= MOST_ROWS else ():
-        if fits(known, weight, shape.columns):
-            yield known
+    """Broader and deeper than for 16 bits: a tile has half as many bytes, but as many of the inputs are read for it."""
+    if rows > MOST_ROWS:
+        return
+    is_gated, is_wide = shape.kind == "gated", block_rows(rows) == MOST_ROWS
+    for columns in (32, 64) if rows <= 16 else (64, 128):
+        for depth in (64, 128) if is_wide else (128, 256):
+            for parts in (2, 4, 8) if shape.kind == "summed" else (1,):
+                stages = 3 if is_wide or is_gated or depth == 256 else 4
+                # Two groups of warps share out 128 columns, else each would make all numbers of the bytes.
+                known = Configuration(columns, depth, parts, stages, warps=8 if columns == 128 else 4)
+                if fits(known, weight, shape.columns):
+                    yield known
 
 
 def _launches(

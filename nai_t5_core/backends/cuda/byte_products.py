@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from nai_t5_core.backends.cuda.activations import Bytes, Sums
 from nai_t5_core.backends.cuda.byte_kinds import BLOCK
 from nai_t5_core.backends.cuda.byte_product_kernel import multiply_bytes, unpack_bytes
 from nai_t5_core.backends.cuda.byte_weight import ByteWeight, RowScaled, Weight
+from nai_t5_core.backends.cuda.card import Card
 from nai_t5_core.backends.cuda.launches import gate
 from nai_t5_core.backends.cuda.products import MOST_ROWS, Configuration, Configurations, Kind, block_rows, constants_of
 from nai_t5_core.backends.cuda.torch_products import Products
@@ -39,6 +41,27 @@ ESTIMATED_FOR_BYTES: Configurations = {
     ("gated", 128): (Configuration(64, 64, stages=3, warps=8), Configuration(32, 64, stages=3), *_SMALL),
     ("summed", 128): (*(Configuration(64, 64, parts, stages=3) for parts in (4, 2, 1)), *_SMALL),
 }
+
+
+# Those that compile for Hopper's shared memory; estimates as well. Every program reads all inputs of its part of the
+# depth: 64 rows are twice as many bytes as 64 columns of a weight in 8 bits, so columns are 128 from there on. Each of
+# two groups of warps makes numbers of the bytes of 64. Scales of blocks are fetched ahead where there are two and more
+# for each thread, else they are waited for in every step.
+_BROAD = Configuration(128, 128, warps=8)
+_BROAD_WIDE = Configuration(128, 128, stages=3, warps=8)
+HOPPER_FOR_BYTES: Configurations = ESTIMATED_FOR_BYTES | {
+    **{("gated", rows): (Configuration(64, 128), *ESTIMATED_FOR_BYTES["gated", rows]) for rows in (16, 32, 64)},
+    ("plain", 64): (_BROAD, *ESTIMATED_FOR_BYTES["plain", 64]),
+    ("summed", 64): (replace(_BROAD, parts=4), *ESTIMATED_FOR_BYTES["summed", 64]),
+    ("plain", 128): (_BROAD_WIDE, *ESTIMATED_FOR_BYTES["plain", 128]),
+    ("gated", 128): (_BROAD_WIDE, *ESTIMATED_FOR_BYTES["gated", 128]),
+    ("summed", 128): (replace(_BROAD_WIDE, parts=4), *ESTIMATED_FOR_BYTES["summed", 128]),
+}
+
+
+def byte_configurations_on(card: Card | None) -> Configurations:
+    """The configurations of our kernel for weights in 8 bits on a card; None stands for the interpreter."""
+    return HOPPER_FOR_BYTES if card is not None and card.capability == (9, 0) else ESTIMATED_FOR_BYTES
 
 
 class ByteProducts:

@@ -273,10 +273,10 @@ def shapes_for(card: Card | None, d_kv: int) -> AttentionShapes:
 
 def products_for(choice: ProductsChoice, card: Card | None) -> Products:
     """What a choice of products means on a card; None is a device that is none."""
-    from nai_t5_core.backends.cuda.byte_products import ESTIMATED_FOR_BYTES, ByteProducts
+    from nai_t5_core.backends.cuda.byte_products import ByteProducts, byte_configurations_on
     from nai_t5_core.backends.cuda.eight_bit_products import AskedEightBitProducts, EightBitProducts
 
-    configurations = None if choice.startswith("torch") else ESTIMATED_FOR_BYTES
+    configurations = None if choice.startswith("torch") else byte_configurations_on(card)
     how = (_half_products(choice, card), configurations, card is not None and card.capability >= (8, 9))
     if choice == "8-bit":
         return EightBitProducts(*how)

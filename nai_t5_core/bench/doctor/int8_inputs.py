@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from nai_t5_core.backends.choose import quantize_int8
+from nai_t5_core.backends.cuda.card import card_of
 from nai_t5_core.backends.cuda.device_refusals import missing_for_8_bits
 from nai_t5_core.backends.cuda.encoder import CudaEncoder
 from nai_t5_core.bench.clock import timed
@@ -28,14 +29,14 @@ def times_of_int8(patient: Patient, stack: T5EncoderStack) -> tuple[Times, list[
     kernels read no 8 bits.
     """
     # Imported only here: Triton is needed.
-    from nai_t5_core.backends.cuda.byte_products import ESTIMATED_FOR_BYTES, ByteProducts
+    from nai_t5_core.backends.cuda.byte_products import ByteProducts, byte_configurations_on
     from nai_t5_core.backends.cuda.eight_bit_products import AskedEightBitProducts
     from nai_t5_core.backends.cuda.torch_products import TorchProducts
 
     if missing_for_8_bits(patient.device, stack.dtype):
         return {}, []
     stack = quantize_int8(stack)
-    how = (TorchProducts(), ESTIMATED_FOR_BYTES, False)
+    how = (TorchProducts(), byte_configurations_on(card_of(patient.device)), False)
     products = {UNPACKED: ByteProducts(*how), IN_8_BITS: AskedEightBitProducts(*how, least_rows=min(_ROWS))}
     ways = {name: CudaEncoder(stack, False, each) for name, each in products.items()}
     times, wrong = Times(), list[str]()
