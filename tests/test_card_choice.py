@@ -276,10 +276,12 @@ def test_launches_overlap_as_a_file_or_the_table_says(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(cuda, "gdc_wait", lambda _semantic=None: None)
 
-    def overlaps(choice: Any, card: Card) -> list[int]:
-        return [rows for rows in (16, 32, 64, 128, 512) if products_for(choice, card).overlaps(rows)]
+    def overlaps(choice: Any, card: Card, in_bytes: bool = False) -> list[int]:
+        return [rows for rows in (16, 32, 64, 128, 512) if products_for(choice, card).overlaps(rows, in_bytes)]
 
     assert overlaps("auto", H200) == [16, 32, 64] and overlaps("triton-overlapping", H200) == [16, 32, 64, 128]
+    assert overlaps("auto", H200, in_bytes=True) == []
+    assert overlaps("triton-overlapping", H200, in_bytes=True) == [16, 32, 64, 128]
     assert overlaps("torch", H200) == overlaps("triton", H200) == overlaps("auto", RTX) == []
     written(H200, overlapping_rows=32)
     choice_for.cache_clear()

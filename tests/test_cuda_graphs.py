@@ -102,6 +102,21 @@ def test_a_recording_that_fails_is_tried_again(graphs: list[PretendedGraph], mon
     assert len(runner.sizes) == 1
 
 
+def test_all_sizes_are_made_ready_and_recorded_on_one_stream(
+    graphs: list[PretendedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch keeps memory for cuBLAS on every stream that has multiplied."""
+    made: list[Any] = []
+    used: list[Any] = []
+    stream_of, within = torch.cuda.Stream, torch.cuda.stream
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *how: made.append(stream_of(*how)) or made[-1])
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: used.append(stream) or within(stream))
+    runner, encoder = GraphRunner(CPU, shapes=SHAPES), Encoder()
+    for tokens in (20, 200, 500):
+        encode(runner, encoder, tokens)
+    assert len(graphs) == 3 and used == made * 3 and len(made) == 1
+
+
 def test_a_recording_is_launched_once_more_for_its_time(graphs: list[PretendedGraph]) -> None:
     runner, encoder = GraphRunner(CPU, shapes=SHAPES), Encoder()
     encode(runner, encoder, 20)

@@ -64,6 +64,11 @@ class CudaBlock:
             attention.layer_norm.eps,
         )
 
+    @property
+    def is_in_bytes(self) -> bool:
+        """Whether a weight is in 8 bits."""
+        return any(isinstance(weight, ByteWeight) for weight in (self.qkv, self.o, self.wi, self.wo))
+
     @cached_property
     def weights_in_bytes(self) -> RowScaled | None:
         """The numbers of all four weights, where these are in 8 bits alike, with no scales but those of columns."""
@@ -78,14 +83,14 @@ class CudaBlock:
     ) -> Activations:
         """Adds what the layer before gives to the residual, in place, and returns this layer's normed input."""
         in_bytes = products.input_bytes(self.weights_in_bytes, len(residual))
-        form = (dtype, in_bytes, norm_of(self.qkv), products.overlaps(len(residual)))
+        form = (dtype, in_bytes, norm_of(self.qkv), products.overlaps(len(residual), self.is_in_bytes))
         return add_norm_in_form(residual, delta, factor, self.epsilon, *form)
 
     def add_attention(
         self, residual: Tensor, hidden: Activations, documents: Documents, products: Products
     ) -> Activations:
         """Adds the attention's output to the residual in place; takes its normed input, returns the feed-forward's."""
-        overlaps = products.overlaps(len(residual))
+        overlaps = products.overlaps(len(residual), self.is_in_bytes)
         attended = attend(products.plain(hidden, self.qkv), self.bias, documents, self.logit_scale, overlaps)
         in_bytes = hidden.values.dtype if isinstance(hidden, Bytes) else None
         given = attended if in_bytes is None else rounded_rows(attended, in_bytes, hidden.dtype)
@@ -135,7 +140,7 @@ class CudaBlocks:
                 # The sum of this layer and the norm of the next in one launch.
                 hidden = following.normed(residual, delta, factor, self.dtype, products)
         final = (self.final_epsilon, self.dtype, self.final_weight, watch)
-        return add_norm(residual, delta, factor, *final, products.overlaps(len(residual)))
+        return add_norm(residual, delta, factor, *final, products.overlaps(len(residual), self.blocks[-1].is_in_bytes))
 
 
 def norm_of(weight: Weight) -> Tensor | None:

@@ -281,7 +281,9 @@ def products_for(choice: ProductsChoice, card: Card | None) -> Products:
     if choice == "8-bit":
         return EightBitProducts(*how)
     least_rows = choice_for(card).int8_inputs_from if choice == "auto" and card is not None else None
-    return ByteProducts(*how) if least_rows is None else AskedEightBitProducts(*how, least_rows=least_rows)
+    if least_rows is None:
+        return ByteProducts(*how, has_overlaps=choice == "triton-overlapping")
+    return AskedEightBitProducts(*how, least_rows=least_rows)
 
 
 def _half_products(choice: ProductsChoice, card: Card | None) -> Products:

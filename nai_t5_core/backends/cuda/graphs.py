@@ -91,15 +91,15 @@ class _Recording:
         """Records the graph, unless that was done."""
         if self.graph is not None:
             return
+        graph, place = torch.cuda.CUDAGraph(), self.place
         if not self.calls:
             before = torch.cuda.current_stream(self.device)
-            aside = torch.cuda.Stream(self.device)
-            aside.wait_stream(before)
-            with torch.cuda.stream(aside):
+            place.stream.wait_stream(before)
+            # On the stream of the recordings, since torch keeps 32 MB for cuBLAS on each stream that was ever used.
+            with torch.cuda.stream(place.stream):
                 # A first run: Triton compiles, and cuBLAS chooses kernels and allocates, which cannot be recorded.
                 self._run(encode)
-            before.wait_stream(aside)
-        graph, place = torch.cuda.CUDAGraph(), self.place
+            before.wait_stream(place.stream)
         with torch.cuda.graph(graph, place.pool, place.stream, capture_error_mode="thread_local"):
             self.hidden = self._run(encode)
         self.graph = graph

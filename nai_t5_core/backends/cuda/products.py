@@ -85,27 +85,27 @@ class TritonProducts(TorchProducts):
         self.configurations = configurations
         self.overlapping_rows = overlapping_rows
 
-    def overlaps(self, rows: int) -> bool:
+    def overlaps(self, rows: int, in_bytes: bool) -> bool:
         return rows <= self.overlapping_rows
 
     def plain(self, x: Tensor, weight: Tensor) -> Tensor:
         chosen = self._chosen("plain", x, *weight.shape)
         if chosen is None:
             return super().plain(x, weight)
-        return product(x, weight, chosen, x.dtype, overlaps=self.overlaps(len(x)))[0]
+        return product(x, weight, chosen, x.dtype, overlaps=self.overlaps(len(x), False))[0]
 
     def activated(self, x: Tensor, weight: Tensor, activation: Activation, is_gated: bool) -> Tensor:
         columns, depth = weight.shape
         chosen = self._chosen("gated" if is_gated else "plain", x, columns // 2 if is_gated else columns, depth)
         if chosen is None:
             return super().activated(x, weight, activation, is_gated)
-        return product(x, weight, chosen, x.dtype, activation, is_gated, self.overlaps(len(x)))[0]
+        return product(x, weight, chosen, x.dtype, activation, is_gated, self.overlaps(len(x), False))[0]
 
     def summed(self, x: Tensor, weight: Tensor) -> Tensor:
         chosen = self._chosen("summed", x, *weight.shape)
         if chosen is None:
             return super().summed(x, weight)
-        return product(x, weight, chosen, torch.float32, overlaps=self.overlaps(len(x)))
+        return product(x, weight, chosen, torch.float32, overlaps=self.overlaps(len(x), False))
 
     def _chosen(self, kind: Kind, x: Tensor, columns: int, depth: int) -> Configuration | None:
         """The first configuration that fits; None where none does, or there are more rows than the kernel takes."""

@@ -30,11 +30,14 @@ class Products(Protocol):
 
     """
 
-    def overlaps(self, rows: int) -> bool:
+    def overlaps(self, rows: int, in_bytes: bool) -> bool:
         """Whether launches overlap in a layer of so many rows, those of products and of the kernels between them.
 
         Each starts when the programs of the one before come to their end, and waits for it in the kernel (programmatic
         dependent launch).
+
+        Args:
+            in_bytes: whether the layer's weights are in 8 bits.
         """
         ...
 
@@ -62,7 +65,7 @@ class Products(Protocol):
 class TorchProducts:
     """Products by torch, each rounded to the compute dtype."""
 
-    def overlaps(self, rows: int) -> bool:
+    def overlaps(self, rows: int, in_bytes: bool) -> bool:
         return False
 
     def input_bytes(self, weights: RowScaled | None, rows: int) -> torch.dtype | None:
@@ -72,7 +75,7 @@ class TorchProducts:
         return torch.mm(x, weight.t())
 
     def activated(self, x: Tensor, weight: Tensor, activation: Activation, is_gated: bool) -> Tensor:
-        return gate(torch.mm(x, weight.t()), activation, is_gated, self.overlaps(len(x)))
+        return gate(torch.mm(x, weight.t()), activation, is_gated, self.overlaps(len(x), False))
 
     def summed(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch.mm(x, weight.t())
