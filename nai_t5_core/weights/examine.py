@@ -22,7 +22,7 @@ from nai_t5_core.model.precision import DTYPES, largest_finite
 from nai_t5_core.tokenizer import TOKENIZER_TENSORS, ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_bytes
 from nai_t5_core.weights import native, neighbours
 from nai_t5_core.weights.formats import Checkpoint, CheckpointError, open_checkpoint
-from nai_t5_core.weights.fuse import Recipe, fused_recipes, uncook
+from nai_t5_core.weights.fuse import Recipe, fused_recipes, uncook_part
 from nai_t5_core.weights.hub import find_model
 from nai_t5_core.weights.inferred_config import infer_config, with_told
 from nai_t5_core.weights.keymaps import KeyMap, map_names
@@ -131,7 +131,7 @@ class Examination:
         own, the original is taken out of its fused tensor, in float32 and exact to a rounding or two.
         """
         if self.is_native:
-            return dict(uncook(self._fused_home[name], self.checkpoint.read, self._original_shapes))[name]
+            return uncook_part(self._fused_home[name], name, self.checkpoint.read, self._original_shapes)
         stored = self.quantised.get(name)
         if stored is not None and not stored.is_plain_float8:
             return stored.weight(self.checkpoint).plain()

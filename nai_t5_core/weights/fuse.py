@@ -206,16 +206,20 @@ def uncook(recipe: Recipe, read: Callable[[str], Tensor], shapes: dict[str, Shap
     ``read`` gives tensors of the fused model by name, ``shapes`` the shapes of the originals. Exact to the rounding of
     one multiplication and one division; columns that a norm weight of zero has wiped out come back as zeros.
     """
-    fused = read(recipe.target)
-    fused = fused.to(torch.float64 if fused.dtype == torch.float64 else torch.float32)
+    for name in recipe.parts:
+        yield name, uncook_part(recipe, name, read, shapes)
+
+
+def uncook_part(recipe: Recipe, name: str, read: Callable[[str], Tensor], shapes: dict[str, Shape]) -> Tensor:
+    """One of the originals that :func:`uncook` gives, without the work for the others."""
+    index = recipe.parts.index(name)
+    first = sum(shapes[before][0] for before in recipe.parts[:index])
+    rows = read(recipe.target)[first : first + shapes[name][0]]
+    part = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
     if recipe.norm is not None:
-        norm = read(folded_norm(recipe.norm)).to(fused.dtype)
-        fused = torch.where(norm == 0, 0, fused / norm)
-    row = 0
-    for name, scale in zip(recipe.parts, recipe.scales, strict=True):
-        rows = shapes[name][0]
-        yield name, fused[row : row + rows] / scale
-        row += rows
+        norm = read(folded_norm(recipe.norm)).to(part.dtype)
+        part = torch.where(norm == 0, 0, part / norm)
+    return part / recipe.scales[index]
 
 
 def unfuse(

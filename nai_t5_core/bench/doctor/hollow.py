@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from nai_t5_core.facts.config import T5Config
+from nai_t5_core.facts.scales import published_scales
 from nai_t5_core.weights import native
 from nai_t5_core.weights.formats import tensor_bytes
 from nai_t5_core.weights.fuse import fused_recipes
@@ -18,8 +19,9 @@ from nai_t5_core.weights.safetensors_files import DTYPE_NAMES
 
 def write_hollow(path: Path, config: T5Config, dtype: torch.dtype) -> Path:
     """Writes an encoder as ``nai-t5 convert`` lays it out; weights of norms are ones. Gives back the path."""
-    recipes, header, ends = fused_recipes(config), dict[str, object](), [0]
-    header["__metadata__"] = native.header(config, path.name, "", None)
+    scales = published_scales(config) if dtype == torch.float16 else None
+    recipes, header, ends = fused_recipes(config, scales), dict[str, object](), [0]
+    header["__metadata__"] = native.header(config, path.name, "", scales)
     for recipe in recipes:
         own = recipe.dtype(dtype)
         ends.append(ends[-1] + own.itemsize * math.prod(recipe.shape))
