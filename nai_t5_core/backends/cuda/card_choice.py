@@ -27,6 +27,7 @@ class Row:
         products: ``"few rows"`` takes our kernel for products of few rows as it was measured, ``"torch"`` takes none.
         attention: how attention is divided; an estimate on every card.
         overlapping_rows: up to how many rows launches overlap.
+        int8_inputs_from: see :attr:`Choice.int8_inputs_from`.
     """
 
     card: str
@@ -34,6 +35,7 @@ class Row:
     products: Literal["torch", "few rows"] = "torch"
     attention: AttentionShapes = USUAL
     overlapping_rows: int = 0
+    int8_inputs_from: int | None = None
 
 
 # Where nothing was measured, products are those of the card's maker, which torch takes.
@@ -41,7 +43,7 @@ TABLE: Mapping[str, Row] = {
     "sm_80": Row("A100"),
     "sm_86": Row("RTX 30"),
     "sm_89": Row("RTX 40, L40"),
-    "sm_90": Row("H100, H200", measured_on="an H200", products="few rows", overlapping_rows=64),
+    "sm_90": Row("H100, H200", measured_on="an H200", products="few rows", overlapping_rows=64, int8_inputs_from=256),
     "sm_100": Row("B200", attention=B200),
     "sm_120": Row("RTX 50"),
     "gfx90a": Row("MI200"),
@@ -105,7 +107,7 @@ class Choice:
     @property
     def int8_inputs_from(self) -> int | None:
         """From how many tokens on inputs are in 8 bits too, where ``quantize="int8"`` made the weights; None: never."""
-        return None if self.measured is None else self.measured.int8_inputs_from
+        return (self.row if self.measured is None else self.measured).int8_inputs_from
 
     @property
     def unproven(self) -> str | None:
