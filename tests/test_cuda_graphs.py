@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ if missing := missing_triton():
 from nai_t5_core.backends.cuda.attention_shapes import AttentionShape, AttentionShapes
 from nai_t5_core.backends.cuda.documents import document_table
 from nai_t5_core.backends.cuda.graphs import GraphRunner, GraphSize
+from nai_t5_core.bench.doctor import choosing
 from nai_t5_core.model.packing import DocumentGroup
 
 CPU = torch.device("cpu")
@@ -126,6 +129,22 @@ def test_a_recording_is_launched_once_more_for_its_time(graphs: list[PretendedGr
     assert [graph.replays for graph in graphs] == [4, 1]
     with pytest.raises(ValueError, match="no graph was recorded for 500 tokens"):
         runner.relaunch(500)
+
+
+def test_layers_are_timed_by_their_graph(graphs: list[PretendedGraph], monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, encoder = GraphRunner(CPU, shapes=SHAPES), Encoder()
+    encode(runner, encoder, 20)
+    on: list[Any] = []
+
+    def seconds_of(launch: Any) -> float:
+        launch()
+        return 0.002
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(on.append(device)))
+    monkeypatch.setattr(choosing, "seconds_of_launches", seconds_of)
+    timed: Any = SimpleNamespace(graphs=runner, device=CPU)
+    assert choosing.milliseconds_of(timed, 20) == 2.0 and on == [CPU]
+    assert graphs[0].replays == 2
 
 
 def test_sizes_have_room_for_more_documents_than_one() -> None:

@@ -115,7 +115,8 @@ def _times_together(
 def milliseconds_of(encode: CudaEncoder, rows: int) -> float:
     """Of the graph by which so many rows were encoded before, on the device alone."""
     assert encode.graphs is not None
-    return seconds_of_launches(partial(encode.graphs.relaunch, rows)) * 1e3
+    with torch.cuda.device(encode.device):
+        return seconds_of_launches(partial(encode.graphs.relaunch, rows)) * 1e3
 
 
 def _ways(
