@@ -25,7 +25,7 @@ class Row:
         card: a card of this architecture.
         measured_on: the card that products were measured on; None of an estimate.
         products: ``"few rows"`` takes our kernel for products of few rows as it was measured, ``"torch"`` takes none.
-        attention: how attention is divided; an estimate on every card.
+        attention: how attention is divided; measured on an H200, and an estimate on other cards.
         overlapping_rows: up to how many rows launches overlap.
         int8_inputs_from: see :attr:`Choice.int8_inputs_from`.
     """
