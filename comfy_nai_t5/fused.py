@@ -196,7 +196,7 @@ def refuses(
     is where it is to run; None where that is not to be considered, since the weights are not there yet.
     """
     norms, linears = norms_of(block), projections(block)
-    if reason := _not_called_as_they_are(block):
+    if reason := _not_called_as_they_are(norms, linears):
         return reason
     for linear in linears:
         if reason := no_plain_tensor(linear):
@@ -207,7 +207,7 @@ def refuses(
     for linear in linears:
         if linear.weight.dtype != dtype and linear.weight.dtype not in others:
             return f"its weights are kept in {_short(linear.weight.dtype)} and cast to {_short(dtype)} at every call"
-    for group in groups(block):
+    for group in _grouped(linears):
         if len({linear.weight.dtype for linear in group}) > 1:
             return "weights to be joined are of different dtypes"
     return None
@@ -220,15 +220,16 @@ def is_streamed(block: Any) -> bool:
 
 def refuses_streamed(block: Any, device: torch.device | None = None) -> str | None:
     """As :func:`refuses`, of a layer in ComfyUI's dynamic memory; without a ``device``, of one that will be there."""
-    if reason := _not_called_as_they_are(block):
+    norms, linears = norms_of(block), projections(block)
+    if reason := _not_called_as_they_are(norms, linears):
         return reason
-    are_joined = can_lie_side_by_side if device is None else lie_side_by_side
-    if not all(map(are_joined, groups(block))):
+    together = _grouped(linears)
+    if not all(map(can_lie_side_by_side if device is None else lie_side_by_side, together)):
         return APART
-    for norm in norms_of(block):
+    for norm in norms:
         if device is not None and norm.weight.device != device:
             return f"its weights come from {norm.weight.device} to {device} at every call"
-    if device is not None and any(linear.weight.device == device for group in groups(block) for linear in group):
+    if device is not None and any(linear.weight.device == device for group in together for linear in group):
         return f"ComfyUI's dynamic memory is not for {device}"
     return None
 
@@ -260,7 +261,11 @@ def is_plain_table(embedding: Any, device: torch.device) -> bool:
 
 def groups(block: Any) -> list[list[Any]]:
     """The modules whose products can be one: q, k and v, and gate and up where there are two."""
-    q, k, v, _, *inner, _ = projections(block)
+    return _grouped(projections(block))
+
+
+def _grouped(linears: Sequence[Any]) -> list[list[Any]]:
+    q, k, v, _, *inner, _ = linears
     return [[q, k, v], inner] if len(inner) > 1 else [[q, k, v]]
 
 
@@ -271,11 +276,11 @@ def projections(block: Any) -> list[Any]:
     return [attention.q, attention.k, attention.v, attention.o, *inner, dense.wo]
 
 
-def _not_called_as_they_are(block: Any) -> str | None:
+def _not_called_as_they_are(norms: Sequence[Any], linears: Sequence[Any]) -> str | None:
     """Why the modules of a layer do more than they are known to do; None if they do no more."""
-    if any(map(_has_hooks, (*norms_of(block), *projections(block)))):
+    if any(map(_has_hooks, (*norms, *linears))):
         return "other software has hooked into its modules"
-    return next((reason for linear in projections(block) if (reason := not_plain(linear))), None)
+    return next((reason for linear in linears if (reason := not_plain(linear))), None)
 
 
 def not_plain(linear: Any) -> str | None:

@@ -53,7 +53,7 @@ def lay_side_by_side(patcher: Any, groups: Iterable[Sequence[Any]]) -> None:
         patcher: ComfyUI's, of a model in its dynamic memory.
         groups: those of which some :func:`can_lie_side_by_side` are seen to.
     """
-    groups = [group for group in groups if can_lie_side_by_side(group) and _is_to_be_moved(group)]
+    groups = [group for group in groups if _is_to_be_moved(group) and can_lie_side_by_side(group)]
     model = patcher.model
     if not groups or len(model.dynamic_vbars) > 1:
         return  # nothing to do, or addresses on a second card, which only ComfyUI knows
