@@ -281,6 +281,7 @@ def test_launches_overlap_as_a_file_or_the_table_says(monkeypatch: pytest.Monkey
 
     assert overlaps("auto", H200) == [16, 32, 64] and overlaps("triton-overlapping", H200) == [16, 32, 64, 128]
     assert overlaps("auto", H200, in_bytes=True) == []
+    assert not products_for("auto", H200, may_overlap=False).overlaps(16, False)
     assert overlaps("triton-overlapping", H200, in_bytes=True) == [16, 32, 64, 128]
     assert overlaps("torch", H200) == overlaps("triton", H200) == overlaps("auto", RTX) == []
     written(H200, overlapping_rows=32)

@@ -59,7 +59,7 @@ LAUNCHES = {
     ("Q8_0", "auto", 64): 7,
     ("float8", "auto", 64): 7,
     ("int8 by us", "torch", 64): 8 + 4,
-    ("int8 by us", "auto", 256): 8 + 4,
+    ("int8 by us", "auto", 256): 8 + 2,
     ("Q8_0", "auto", 256): 8 + 4,
     ("int8 by us", "8-bit", 256): 8 + 2,
     ("float8 by row", "8-bit", 256): 8 + 1,

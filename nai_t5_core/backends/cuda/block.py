@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -103,11 +103,30 @@ class CudaBlock:
         return products.summed(products.activated(hidden, self.wi, self.activation, self.is_gated), self.wo)
 
 
+class Layer(Protocol):
+    """What :class:`CudaBlocks` asks of a layer; see :class:`CudaBlock`."""
+
+    @property
+    def is_in_bytes(self) -> bool: ...
+    @property
+    def feed_forward_factor(self) -> float: ...
+
+    def normed(
+        self, residual: Tensor, delta: Tensor | Sums | None, factor: float, dtype: torch.dtype, products: Products
+    ) -> Activations: ...
+
+    def add_attention(
+        self, residual: Tensor, hidden: Activations, documents: Documents, products: Products
+    ) -> Activations: ...
+
+    def feed_forward(self, hidden: Activations, products: Products) -> Tensor | Sums: ...
+
+
 @dataclass(frozen=True)
 class CudaBlocks:
     """All layers between embedding and hidden states. ``final_weight`` is the final norm's weight, in float32."""
 
-    blocks: tuple[CudaBlock, ...]
+    blocks: tuple[Layer, ...]
     final_weight: Tensor
     final_epsilon: float
     dtype: torch.dtype
@@ -115,12 +134,8 @@ class CudaBlocks:
     @classmethod
     def of(cls, stack: T5EncoderStack, biases: Tensor) -> CudaBlocks:
         """From a stack that the kernels can run; ``biases`` has one table for each layer, or one for all."""
-        scale = logit_scale(stack.config)
         return cls(
-            tuple(
-                CudaBlock.of(block, biases[index if len(biases) > 1 else 0], scale)
-                for index, block in enumerate(stack.encoder.block)
-            ),
+            cuda_blocks(stack, biases),
             stack.encoder.final_layer_norm.weight,
             stack.encoder.final_layer_norm.eps,
             stack.dtype,
@@ -141,6 +156,15 @@ class CudaBlocks:
                 hidden = following.normed(residual, delta, factor, self.dtype, products)
         final = (self.final_epsilon, self.dtype, self.final_weight, watch)
         return add_norm(residual, delta, factor, *final, products.overlaps(len(residual), self.blocks[-1].is_in_bytes))
+
+
+def cuda_blocks(stack: T5EncoderStack, biases: Tensor) -> tuple[CudaBlock, ...]:
+    """The layers of a stack that the kernels can run; ``biases`` has one table for each, or one for all."""
+    scale = logit_scale(stack.config)
+    return tuple(
+        CudaBlock.of(block, biases[index if len(biases) > 1 else 0], scale)
+        for index, block in enumerate(stack.encoder.block)
+    )
 
 
 def norm_of(weight: Weight) -> Tensor | None:

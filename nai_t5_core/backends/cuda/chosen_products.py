@@ -19,14 +19,15 @@ from nai_t5_core.backends.cuda.tiles import Tile, TiledProducts, Tiles
 from nai_t5_core.backends.cuda.torch_products import Products, TorchProducts
 
 
-def products_of(choice: Choice) -> Products:
-    """What ``products="auto"`` takes."""
+def products_of(choice: Choice, may_overlap: bool = True) -> Products:
+    """What ``products="auto"`` takes; ``may_overlap`` is whether launches overlap where that is the choice."""
+    overlapping_rows = choice.overlapping_rows if may_overlap else 0
     if choice.measured is not None:
-        return measured_products(choice.measured.products, choice.overlapping_rows)
+        return measured_products(choice.measured.products, overlapping_rows)
     by_kernel = choice.row.products == FEW_ROWS
     if not by_kernel:
         return TorchProducts()
-    return TritonProducts(configurations_on(choice.card), choice.overlapping_rows)
+    return TritonProducts(configurations_on(choice.card), overlapping_rows)
 
 
 def configurations_on(card: Card | None) -> Configurations:

@@ -271,13 +271,16 @@ def shapes_for(card: Card | None, d_kv: int) -> AttentionShapes:
     return USUAL if card is None else choice_for(card).attention_for(d_kv)
 
 
-def products_for(choice: ProductsChoice, card: Card | None) -> Products:
-    """What a choice of products means on a card; None is a device that is none."""
+def products_for(choice: ProductsChoice, card: Card | None, may_overlap: bool = True) -> Products:
+    """What a choice of products means on a card; None is a device that is none.
+
+    Where launches overlap in an automatic choice, they do only if they ``may_overlap``.
+    """
     from nai_t5_core.backends.cuda.byte_products import ByteProducts, byte_configurations_on
     from nai_t5_core.backends.cuda.eight_bit_products import AskedEightBitProducts, EightBitProducts
 
     configurations = None if choice.startswith("torch") else byte_configurations_on(card)
-    how = (_half_products(choice, card), configurations, card is not None and card.capability >= (8, 9))
+    how = (_half_products(choice, card, may_overlap), configurations, card is not None and card.capability >= (8, 9))
     if choice == "8-bit":
         return EightBitProducts(*how)
     least_rows = choice_for(card).int8_inputs_from if choice == "auto" and card is not None else None
@@ -286,14 +289,14 @@ def products_for(choice: ProductsChoice, card: Card | None) -> Products:
     return AskedEightBitProducts(*how, least_rows=least_rows)
 
 
-def _half_products(choice: ProductsChoice, card: Card | None) -> Products:
+def _half_products(choice: ProductsChoice, card: Card | None, may_overlap: bool) -> Products:
     """What computes products with weights in 16 bits."""
     from nai_t5_core.backends.cuda.chosen_products import configurations_on, products_of
     from nai_t5_core.backends.cuda.products import MOST_ROWS, TritonProducts
     from nai_t5_core.backends.cuda.torch_products import TorchProducts, UnroundedTorchProducts
 
     if choice in ("auto", "8-bit") and card is not None:
-        return products_of(choice_for(card))
+        return products_of(choice_for(card), may_overlap)
     if choice.startswith("triton"):
         return TritonProducts(configurations_on(card), MOST_ROWS if choice == "triton-overlapping" else 0)
     return UnroundedTorchProducts() if choice == "torch-float32" else TorchProducts()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -50,20 +50,24 @@ class _EncoderLayerByLayer(CudaEncoder):
     def __init__(self, stack: T5EncoderStack, offload: HasRing) -> None:
         self._offload = offload
         card = card_of(stack.device)
-        super().__init__(stack, True, products_for("auto", card), shapes_for(card, stack.config.d_kv))
+        # Where the bus takes most of the time, nothing is gained by launches that overlap.
+        products = products_for("auto", card, may_overlap=False)
+        super().__init__(stack, True, products, shapes_for(card, stack.config.d_kv))
 
     def _read(self) -> ExaminedStack:
         # What was replaced is locked at once: what is read now has to be what is brought.
         for block in self.stack.encoder.block:
             lay_out_all(block)
             self._offload.ring.lock(block)
+        from nai_t5_core.backends.cuda.block import cuda_blocks
+
         found = super()._read()
-        blocks = zip(found.blocks.blocks, self.stack.encoder.block, strict=True)
+        blocks = zip(cuda_blocks(self.stack, self._biases.tables), self.stack.encoder.block, strict=True)
         brought = tuple(
             _BroughtBlock(_beside(resting, self.stack.device), index, block, self._offload)
             for index, (resting, block) in enumerate(blocks)
         )
-        found.blocks = replace(found.blocks, blocks=cast("tuple[CudaBlock, ...]", brought))
+        found.blocks = replace(found.blocks, blocks=brought)
         return found
 
     def _run(self, ids: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
@@ -96,8 +100,8 @@ class _BroughtBlock:
     _until: ExitStack = field(default_factory=ExitStack)
 
     @property
-    def epsilon(self) -> float:
-        return self.resting.epsilon
+    def is_in_bytes(self) -> bool:
+        return self.resting.is_in_bytes
 
     @property
     def feed_forward_factor(self) -> float:
