@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from nai_t5_core.backends.cuda.attention_shapes import B200, RDNA3, USUAL, AttentionShape, AttentionShapes
+from nai_t5_core.backends.cuda.attention_shapes import B200, H200, RDNA3, USUAL, AttentionShape, AttentionShapes
 from nai_t5_core.backends.cuda.card import Card
 from nai_t5_core.backends.cuda.device_refusals import missing_to_overlap
 from nai_t5_core.backends.cuda.measured_card import MeasuredCard, read_measured
@@ -43,7 +43,14 @@ TABLE: Mapping[str, Row] = {
     "sm_80": Row("A100"),
     "sm_86": Row("RTX 30"),
     "sm_89": Row("RTX 40, L40"),
-    "sm_90": Row("H100, H200", measured_on="an H200", products="few rows", overlapping_rows=64, int8_inputs_from=256),
+    "sm_90": Row(
+        "H100, H200",
+        measured_on="an H200",
+        products="few rows",
+        attention=H200,
+        overlapping_rows=64,
+        int8_inputs_from=256,
+    ),
     "sm_100": Row("B200", attention=B200),
     "sm_120": Row("RTX 50"),
     "gfx90a": Row("MI200"),
