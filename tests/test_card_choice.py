@@ -22,7 +22,7 @@ from nai_t5_core.backends.cuda.attention_shapes import USUAL, AttentionShape
 from nai_t5_core.backends.cuda.card import COMPILED_FOR_AMD, Card, card_of
 from nai_t5_core.backends.cuda.card_choice import TABLE, Choice, choice_for
 from nai_t5_core.backends.cuda.device_refusals import missing_for_8_bits, missing_triton
-from nai_t5_core.backends.cuda.measured_card import MeasuredCard, measured_file, read_measured, versions
+from nai_t5_core.backends.cuda.measured_card import NEVER, MeasuredCard, measured_file, read_measured, versions
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.backends.forecast import forecast
@@ -287,6 +287,9 @@ def test_launches_overlap_as_a_file_or_the_table_says(monkeypatch: pytest.Monkey
     written(H200, overlapping_rows=32)
     choice_for.cache_clear()
     assert overlaps("auto", H200) == [16, 32]
+    written(RTX, overlapping_rows=32)
+    choice_for.cache_clear()
+    assert overlaps("auto", RTX) == [], "the card cannot"
     monkeypatch.setattr(cuda, "gdc_wait", lambda _builder=None: None)  # as in Triton 3.4
     assert overlaps("auto", H200) == []
 
@@ -302,6 +305,13 @@ def test_inputs_in_8_bits_of_a_file() -> None:
     assert type(found) is AskedEightBitProducts and found.least_rows == 512 and found.converts_float8
     table: Any = products_for("auto", H200)
     assert type(table) is AskedEightBitProducts and table.least_rows == 256, "measured on another card of its kind"
+    written(H200)
+    choice_for.cache_clear()
+    assert choice_for(H200).measured is not None
+    assert choice_for(H200).int8_inputs_from == 256, "what the file does not tell is the table's"
+    written(H200, int8_inputs_from=NEVER)
+    choice_for.cache_clear()
+    assert choice_for(H200).int8_inputs_from is None and type(products_for("auto", H200)) is ByteProducts
     assert type(products_for("auto", Card("another", "sm_89"))) is ByteProducts, "not measured"
     assert type(products_for("triton", RTX)) is type(products_for("triton", H200)) is ByteProducts, "named"
 

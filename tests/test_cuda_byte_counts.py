@@ -110,6 +110,17 @@ def put(device: PretendedCuda, kind: str | None, layers: int) -> Any:
 
 @pytest.mark.parametrize(("kind", "choice", "tokens"), LAUNCHES)
 def test_an_encode(device: PretendedCuda, kind: str | None, choice: Any, tokens: int) -> None:
+    assert launches_of_a_layer(device, kind, choice, tokens) == LAUNCHES[kind, choice, tokens]
+
+
+def test_int8_is_unpacked_for_many_tokens_where_nothing_was_measured(
+    device: PretendedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder, "card_of", lambda _: Card("another card that converts float8", "sm_89"))
+    assert launches_of_a_layer(device, "int8 by us", "auto", 256) == 8 + 4
+
+
+def launches_of_a_layer(device: PretendedCuda, kind: str | None, choice: Any, tokens: int) -> float:
     launches = []
     for layers in (1, 3):
         encode = cuda_encoder(put(device, kind, layers), eager=True, products=choice)
@@ -124,7 +135,7 @@ def test_an_encode(device: PretendedCuda, kind: str | None, choice: Any, tokens:
         # Ids, the number of tokens, and the table of documents, which graphs get in one copy.
         assert dict(device.copies) == {("cpu", "cuda"): 3}
         assert device.float32_products == 0
-    assert (launches[1] - launches[0]) / 2 == LAUNCHES[kind, choice, tokens]
+    return (launches[1] - launches[0]) / 2
 
 
 # As of a resident one of as many tokens.

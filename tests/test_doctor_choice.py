@@ -23,7 +23,7 @@ from nai_t5_core.backends.cuda.card import Card
 from nai_t5_core.backends.cuda.card_choice import choice_for
 from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.backends.cuda.int8 import quantise_stack
-from nai_t5_core.backends.cuda.measured_card import TORCH, MeasuredCard, MeasuredProduct, measured_file
+from nai_t5_core.backends.cuda.measured_card import NEVER, TORCH, MeasuredCard, MeasuredProduct, measured_file
 from nai_t5_core.bench.doctor import Diagnosis, DoctorSettings, choosing, first_encode, fresh_process, int8_inputs
 from nai_t5_core.bench.doctor.fastest import (
     fastest_attention,
@@ -35,7 +35,7 @@ from nai_t5_core.bench.doctor.fastest import (
     without_slower_rows,
 )
 from nai_t5_core.bench.doctor.int8_inputs import int8_inputs_from
-from nai_t5_core.bench.doctor.kept_choice import NEVER, flex_from_lengths, write_choice
+from nai_t5_core.bench.doctor.kept_choice import flex_from_lengths, write_choice
 from nai_t5_core.bench.doctor.patient import Patient
 from nai_t5_core.bench.doctor.report import as_markdown
 from nai_t5_core.bench.doctor.steps import all_steps
@@ -194,7 +194,7 @@ def int8_times(**shares: float) -> dict[str, Any]:
         (int8_times(_256=0.9, _512=0.6, _1024=0.5), 256),
         (int8_times(_256=0.98, _512=0.6, _1024=0.5), 512),
         (int8_times(_256=0.5, _512=1.2, _1024=0.5), 1024),
-        (int8_times(_256=0.5, _512=0.5, _1024=1.0), None),
+        (int8_times(_256=0.5, _512=0.5, _1024=1.0), NEVER),
         ({}, None),
     ],
 )
@@ -298,6 +298,51 @@ def test_the_plan_of_a_card_fits() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The steps themselves
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_ways_are_timed_up_to_their_rows_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In rounds, of which the fastest counts; what is not right is named."""
+    monkeypatch.setattr(choosing, "_ROWS", (16, 64))
+    stack: Any = lambda ids: torch.ones(1, ids.shape[1], 4)  # noqa: E731
+    stack.config = SimpleNamespace(vocab_size=9)
+    milliseconds = iter((3.0, 5.0, 2.0, 6.0, 4.0, 4.5, 9.0, 8.0, 7.0))
+
+    class Way:
+        def __init__(self, factor: float) -> None:
+            self.factor, self.stack = factor, stack
+
+        def __call__(self, ids: Any) -> Any:
+            return self.factor * stack(ids)
+
+    monkeypatch.setattr(choosing, "milliseconds_of", lambda *_: next(milliseconds))
+    patient: Any = SimpleNamespace(ids=lambda batch, length: torch.zeros(batch, length, dtype=torch.long))
+    ways: Any = {"torch": Way(1.0), "overlapping": Way(1.5)}
+    times, wrong = choosing._times_together(patient, ways, {"overlapping": 16})
+    assert times == {"16": {"torch": 2.0, "overlapping": 4.5}, "64": {"torch": 7.0}}
+    assert wrong == ["16 tokens, overlapping: off by 0.5"]
+
+
+@pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))
+def test_launches_that_overlap_are_tried_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nai_t5_core.backends.cuda import chosen_products
+
+    hopper = Card("NVIDIA H100", "sm_90")
+    monkeypatch.setattr(choosing, "missing_to_overlap", lambda: None)
+    monkeypatch.setattr(chosen_products, "HOPPER", TABLE)
+    assert choosing._overlapping(RTX, TIMES) == {}
+    tried = choosing._overlapping(hopper, TIMES)
+    assert list(tried) == ["overlapping", "overlapping, by the table"]
+    made: Any = choosing._ways(stack_for_ways(monkeypatch), fastest_products(TIMES), tried, USUAL)
+    overlaps = {name: [rows for rows in (16, 32) if products.overlaps(rows, False)] for name, products in made.items()}
+    assert overlaps == {"torch": [], "measured": [], "overlapping": [16], "overlapping, by the table": [16]}
+    monkeypatch.setattr(choosing, "missing_to_overlap", lambda: "an older Triton")
+    assert choosing._overlapping(hopper, TIMES) == {}
+
+
+def stack_for_ways(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """None, where an encoder is no more than its products."""
+    monkeypatch.setattr(choosing, "CudaEncoder", lambda _, eager, products, shapes: products)
+    return None
 
 
 @pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))

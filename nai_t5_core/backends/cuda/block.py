@@ -64,7 +64,7 @@ class CudaBlock:
             attention.layer_norm.eps,
         )
 
-    @property
+    @cached_property
     def is_in_bytes(self) -> bool:
         """Whether a weight is in 8 bits."""
         return any(isinstance(weight, ByteWeight) for weight in (self.qkv, self.o, self.wi, self.wo))
@@ -132,10 +132,10 @@ class CudaBlocks:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, stack: T5EncoderStack, biases: Tensor) -> CudaBlocks:
-        """From a stack that the kernels can run; ``biases`` has one table for each layer, or one for all."""
+    def of(cls, stack: T5EncoderStack, blocks: tuple[CudaBlock, ...]) -> CudaBlocks:
+        """From a stack that the kernels can run, and its :func:`cuda_blocks`."""
         return cls(
-            cuda_blocks(stack, biases),
+            blocks,
             stack.encoder.final_layer_norm.weight,
             stack.encoder.final_layer_norm.eps,
             stack.dtype,

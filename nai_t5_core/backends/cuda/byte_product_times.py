@@ -11,8 +11,16 @@ from torch import Tensor
 from nai_t5_core.backends.cuda.byte_kinds import BLOCK
 from nai_t5_core.backends.cuda.byte_launches import rounded_rows
 from nai_t5_core.backends.cuda.byte_product_kernel import multiply_bytes
-from nai_t5_core.backends.cuda.byte_products import ByteProducts, byte_arguments, byte_product, fits, unpacked
+from nai_t5_core.backends.cuda.byte_products import (
+    ByteProducts,
+    byte_arguments,
+    byte_configurations_on,
+    byte_product,
+    fits,
+    unpacked,
+)
 from nai_t5_core.backends.cuda.byte_weight import ByteWeight
+from nai_t5_core.backends.cuda.card import card_of
 from nai_t5_core.backends.cuda.eight_bit_products import LEAST_ROWS, multiplied
 from nai_t5_core.backends.cuda.graph_times import compile_ahead, copies_of
 from nai_t5_core.backends.cuda.product_times import (
@@ -86,9 +94,15 @@ def _weights(shape: ProductShape, kind: str, device: torch.device | str) -> list
 
 
 def _candidates(shape: ProductShape, rows: int, weight: ByteWeight) -> Iterator[Configuration]:
-    """Broader and deeper than for 16 bits: a tile has half as many bytes, but as many of the inputs are read for it."""
+    """What is taken on this card, and others: broader and deeper than for 16 bits, since a tile has half as many bytes,
+    but as many of the inputs are read for it.
+    """
     if rows > MOST_ROWS:
         return
+    table = byte_configurations_on(card_of(weight.values.device))[shape.kind, block_rows(rows)]
+    taken = next((known for known in table if fits(known, weight, shape.columns)), None)
+    if taken is not None:
+        yield taken
     is_gated, is_wide = shape.kind == "gated", block_rows(rows) == MOST_ROWS
     for columns in (32, 64) if rows <= 16 else (64, 128):
         for depth in (64, 128) if is_wide else (128, 256):
@@ -96,7 +110,7 @@ def _candidates(shape: ProductShape, rows: int, weight: ByteWeight) -> Iterator[
                 stages = 3 if is_wide or is_gated or depth == 256 else 4
                 # Two groups of warps share out 128 columns, else each would make all numbers of the bytes.
                 known = Configuration(columns, depth, parts, stages, warps=8 if columns == 128 else 4)
-                if fits(known, weight, shape.columns):
+                if known != taken and fits(known, weight, shape.columns):
                     yield known
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 from nai_t5_core.backends.cuda.attention_shapes import B200, H200, RDNA3, USUAL, AttentionShape, AttentionShapes
 from nai_t5_core.backends.cuda.card import Card
 from nai_t5_core.backends.cuda.device_refusals import missing_to_overlap
-from nai_t5_core.backends.cuda.measured_card import MeasuredCard, read_measured
+from nai_t5_core.backends.cuda.measured_card import NEVER, MeasuredCard, read_measured
 from nai_t5_core.model.attention_choice import FLEX_FROM_LENGTHS
 
 log = logging.getLogger(__name__)
@@ -102,9 +102,9 @@ class Choice:
 
     @property
     def overlapping_rows(self) -> int:
-        """Up to how many rows launches overlap, where Triton can compile such."""
+        """Up to how many rows launches overlap, where the card can have that and Triton can compile it."""
         known = self.row.overlapping_rows if self.measured is None else self.measured.overlapping_rows
-        return 0 if known and missing_to_overlap() else known
+        return 0 if known and (not self.card.can_overlap or missing_to_overlap()) else known
 
     @property
     def flex_from_lengths(self) -> int:
@@ -114,7 +114,9 @@ class Choice:
     @property
     def int8_inputs_from(self) -> int | None:
         """From how many tokens on inputs are in 8 bits too, where ``quantize="int8"`` made the weights; None: never."""
-        return (self.row if self.measured is None else self.measured).int8_inputs_from
+        found = None if self.measured is None else self.measured.int8_inputs_from
+        found = self.row.int8_inputs_from if found is None else found
+        return None if found == NEVER else found
 
     @property
     def unproven(self) -> str | None:

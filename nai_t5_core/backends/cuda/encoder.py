@@ -52,8 +52,8 @@ def cuda_encoder(
             for each of a few sizes, recorded at the first use of a size.
         products: ``"torch"``; ``"torch-float32"``, whose outputs are not rounded before they are added to the residual;
             ``"triton"``, which multiplies few rows by our own kernel where it was measured, or is estimated, to be
-            faster; ``"triton-overlapping"``, whose launches overlap as well, for compute capability 9.0 and later; or
-            ``"auto"``: what ``nai-t5 doctor`` measured on this card, else a table, see
+            as fast or faster; ``"triton-overlapping"``, whose launches overlap as well, for compute capability 9.0 and
+            later; or ``"auto"``: what ``nai-t5 doctor`` measured on this card, else a table, see
             :mod:`nai_t5_core.backends.cuda.card_choice`.
         record_at: the call of a size at which its graph is recorded. By default it is the first, which takes some
             hundredths of a second longer; with 2, sizes that are met once are launched kernel by kernel.

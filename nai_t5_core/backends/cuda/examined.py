@@ -6,7 +6,7 @@ import weakref
 
 from torch import Tensor
 
-from nai_t5_core.backends.cuda.block import CudaBlocks
+from nai_t5_core.backends.cuda.block import CudaBlocks, cuda_blocks
 from nai_t5_core.backends.cuda.launches import Documents, Watch
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.backends.cuda.torch_products import Products, sums_in_float32
@@ -26,7 +26,9 @@ class ExaminedStack:
         refuse(refuses_for_good(stack))
         # No reference to the stack is kept: the stack may hold this object.
         self._stack = weakref.proxy(stack)
-        self.blocks = CudaBlocks.of(stack, biases)
+        # The layers by themselves, for one who brings their weights.
+        self.resting = cuda_blocks(stack, biases)
+        self.blocks = CudaBlocks.of(stack, self.resting)
         modules = list(stack.modules())[1:]
         self._seen = ModulesRecord(modules, [stack._modules])
         # Moving a projection, or another scale, gives it other forms.

@@ -28,6 +28,9 @@ PLAIN_WEIGHTS = "16 bit"
 TORCH, FEW_ROWS, TILES = "torch", "few rows", "tiles"
 
 
+# In place of a number from which on something is faster, where it never is.
+NEVER = 1 << 30
+
 # What a configuration has to say, by the way.
 _FIELDS = {
     FEW_ROWS: {"block_columns", "block_depth", "parts", "stages", "warps"},
@@ -107,7 +110,7 @@ class MeasuredCard(_Part):
         overlapping_rows: up to how many rows layers are faster where launches overlap; 0 where they are not.
         flex_from_lengths: from how many lengths in a batch on flex is faster than SDPA; None where it was not measured.
         int8_inputs_from: from how many tokens on inputs in 8 bits too are faster, with weights that ``quantize="int8"``
-            made; None where they are not, or it was not measured.
+            made; :data:`NEVER` where they are not, None where it was not measured.
     """
 
     format: Literal[1] = 1

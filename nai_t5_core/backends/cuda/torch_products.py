@@ -27,14 +27,13 @@ class Products(Protocol):
 
     Some take weights in 8 bits as well (:class:`nai_t5_core.backends.cuda.byte_weight.ByteWeight`), and x in 8 bits
     where :meth:`input_bytes` says so.
-
     """
 
     def overlaps(self, rows: int, in_bytes: bool) -> bool:
         """Whether launches overlap in a layer of so many rows, those of products and of the kernels between them.
 
-        Each starts when the programs of the one before come to their end, and waits for it in the kernel (programmatic
-        dependent launch).
+        Each starts when the programs of the one before have their sums, or, of the kernels between, when they have
+        begun, and waits for its end in the kernel (programmatic dependent launch).
 
         Args:
             in_bytes: whether the layer's weights are in 8 bits.

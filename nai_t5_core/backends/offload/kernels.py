@@ -59,10 +59,8 @@ class _EncoderLayerByLayer(CudaEncoder):
         for block in self.stack.encoder.block:
             lay_out_all(block)
             self._offload.ring.lock(block)
-        from nai_t5_core.backends.cuda.block import cuda_blocks
-
         found = super()._read()
-        blocks = zip(cuda_blocks(self.stack, self._biases.tables), self.stack.encoder.block, strict=True)
+        blocks = zip(found.resting, self.stack.encoder.block, strict=True)
         brought = tuple(
             _BroughtBlock(_beside(resting, self.stack.device), index, block, self._offload)
             for index, (resting, block) in enumerate(blocks)

@@ -30,7 +30,7 @@ from nai_t5_core.facts.config import Activation
 from nai_t5_core.model.packing import DocumentGroup
 
 FEW = (16, 32, 64, 128)
-ATTENTION_TOKENS = (64, 128, 256, 512, 1024)
+ATTENTION_TOKENS = (16, 32, 64, 128, 256, 512, 1024)
 _HEADS, _REACH = 64, 128
 _ACTIVATION: Activation = "gelu_new"
 _COPIES = 4

@@ -10,6 +10,7 @@ from nai_t5_core.backends.choose import quantize_int8
 from nai_t5_core.backends.cuda.card import card_of
 from nai_t5_core.backends.cuda.device_refusals import missing_for_8_bits
 from nai_t5_core.backends.cuda.encoder import CudaEncoder
+from nai_t5_core.backends.cuda.measured_card import NEVER
 from nai_t5_core.bench.clock import timed
 from nai_t5_core.bench.doctor.eight_bits import TOLERANCE_OF_ACTIVATIONS
 from nai_t5_core.bench.doctor.numbers import difference
@@ -51,8 +52,11 @@ def times_of_int8(patient: Patient, stack: T5EncoderStack) -> tuple[Times, list[
 
 
 def int8_inputs_from(times: Times, faster: float) -> int | None:
-    """The fewest rows from which on inputs in 8 bits take at most ``faster`` of the other way's time; None: never."""
-    found = None
+    """The fewest rows from which on inputs in 8 bits take at most ``faster`` of the other way's time.
+
+    NEVER where there are none; None where nothing was timed.
+    """
+    found = NEVER if times else None
     for rows, time_of in sorted(times.items(), key=lambda item: -int(item[0])):
         if time_of[IN_8_BITS] > faster * time_of[UNPACKED]:
             break

@@ -6,12 +6,9 @@ import json
 from typing import Any
 
 from nai_t5_core.backends.cuda.card import Card
-from nai_t5_core.backends.cuda.measured_card import MeasuredCard, measured_file, read_measured
+from nai_t5_core.backends.cuda.measured_card import NEVER, MeasuredCard, measured_file, read_measured
 from nai_t5_core.bench.doctor.examination import Diagnosis
 from nai_t5_core.weights.whole_files import write_whole
-
-# In place of a number of lengths from which flex is faster, where it never is.
-NEVER = 1 << 30
 
 
 def flex_from_lengths(times: dict[str, Any]) -> int | None:
