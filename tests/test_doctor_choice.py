@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -393,6 +394,30 @@ def test_layers_are_computed_in_what_was_measured(monkeypatch: pytest.MonkeyPatc
         "32": {"unpacked": 2.0, "inputs in 8 bits": 1.5},
     }
     assert measured.int8_inputs_from == 32
+
+
+@pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))
+def test_attention_is_timed_for_one_prompt_and_for_as_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nai_t5_core.bench.doctor import card_times
+
+    prompts: dict[int, set[tuple[int, int]]] = {}
+
+    def timed(call: Any, rows: Any) -> float:
+        table = call.args[1].table
+        starts, lengths = table[:, 0].unique(), table[:, 1].unique()
+        prompts.setdefault(len(rows[0]), set()).add((len(starts), int(lengths)))
+        return 2.0
+
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(card_times, "compile_ahead", lambda _: None)
+    monkeypatch.setattr(card_times, "_microseconds", timed)
+    found = card_times.times_of_attention(RTX, torch.device("cpu"))
+    assert {each.rows for each in found} == set(prompts) == set(card_times.ATTENTION_TOKENS)
+    assert prompts == {
+        tokens: {(1, tokens), (max(1, tokens // 32), min(tokens, 32))} for tokens in card_times.ATTENTION_TOKENS
+    }
+    shapes = fastest_attention(found)
+    assert all(shape.queries == 16 for shape in shapes if shape.tokens <= 32)
 
 
 @pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))

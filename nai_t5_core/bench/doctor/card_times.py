@@ -127,7 +127,7 @@ def times_of_attention(card: Card, device: torch.device) -> list[WayTime]:
         for tokens in ATTENTION_TOKENS:
             rows = [_drawn(tokens, 3 * _HEADS * MEASURED_HEADS, device) for _ in range(_COPIES)]
             for shape in candidates(tokens, card.architecture):
-                tables = (_documents(tokens, each, shape, device) for each in (tokens, _SHORT))
+                tables = (_documents(tokens, each, shape, device) for each in (tokens, min(tokens, _SHORT)))
                 times = [_microseconds(partial(_attend, table, documents), rows) for documents in tables]
                 found.append(WayTime("attention", tokens, "ours", math.prod(times) ** 0.5, asdict(shape)))
     return found
