@@ -17,7 +17,7 @@ from byte_toys import quantised_stack
 from conftest import TOY_CONFIGS, build_stack, random_state
 
 from nai_t5_core.backends.choose import encode_on_cuda
-from nai_t5_core.backends.cuda import card_choice, measured_card
+from nai_t5_core.backends.cuda import card_choice, device_refusals, measured_card
 from nai_t5_core.backends.cuda.attention_shapes import USUAL, AttentionShape
 from nai_t5_core.backends.cuda.card import COMPILED_FOR_AMD, Card, card_of
 from nai_t5_core.backends.cuda.card_choice import TABLE, Choice, choice_for
@@ -156,8 +156,48 @@ def test_launches_do_not_overlap_where_triton_cannot_compile_it(monkeypatch: pyt
     assert "triton-overlapping" in _possible(CUDA)
     monkeypatch.setattr(cuda, "gdc_wait", lambda _builder=None: None)  # as in Triton 3.4
     assert "triton-overlapping" not in _possible(CUDA)
-    with pytest.raises(ValueError, match=r"'triton-overlapping' cannot be compiled here: it needs Triton 3\.5"):
+    with pytest.raises(ValueError, match=r"'triton-overlapping' cannot be taken here: it needs Triton 3\.5"):
         cuda_encoder(stack, products="triton-overlapping")
+
+
+@pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))
+@pytest.mark.parametrize(("driver", "reason"), [(12020, "CUDA 12.2"), (12030, None), (13000, None), (None, None)])
+def test_launches_do_not_overlap_by_a_driver_whose_graphs_cannot(
+    driver: int | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.language.extra import cuda
+
+    monkeypatch.setattr(cuda, "gdc_wait", lambda _semantic=None: None)
+    monkeypatch.setattr(device_refusals, "cuda_of_driver", lambda: driver)
+    missing = device_refusals.missing_to_overlap()
+    assert missing is None if reason is None else missing is not None and reason in missing
+    assert choice_for(H200).overlapping_rows == (64 if reason is None else 0)
+
+
+def test_the_driver_is_asked_for_its_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version_of(answer: int, result: int = 0) -> Any:
+        def ask(version: Any) -> int:
+            version._obj.value = answer
+            return result
+
+        return SimpleNamespace(cuDriverGetVersion=ask)
+
+    libraries = {"libcuda.so.1": version_of(12080)}
+
+    def load(name: str) -> Any:
+        if name not in libraries:
+            raise OSError(name)
+        return libraries[name]
+
+    monkeypatch.setattr(device_refusals.ctypes, "CDLL", load)
+    ask = device_refusals.cuda_of_driver.__wrapped__
+    assert ask() == 12080
+    libraries["libcuda.so.1"] = version_of(0, result=3)
+    assert ask() is None
+    libraries.clear()
+    assert ask() is None
+    libraries["nvcuda.dll"] = version_of(12020)
+    assert ask() == 12020
 
 
 @pytest.mark.parametrize(

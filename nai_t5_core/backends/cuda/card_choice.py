@@ -102,7 +102,7 @@ class Choice:
 
     @property
     def overlapping_rows(self) -> int:
-        """Up to how many rows launches overlap, where the card can have that and Triton can compile it."""
+        """Up to how many rows launches overlap, where card, Triton and driver can have that."""
         known = self.row.overlapping_rows if self.measured is None else self.measured.overlapping_rows
         return 0 if known and (not self.card.can_overlap or missing_to_overlap()) else known
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import inspect
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +18,8 @@ LEAST_CAPABILITY = (8, 0)  # of NVIDIA's
 # What the kernels call to overlap launches is here from Triton 3.4 on; older ones do not even compile those that do not
 # overlap, whatever the card.
 _WAITS_FOR_LAUNCHES = Path("language", "extra", "cuda", "gdc.py")
+# Of the CUDA that a driver is for.
+_GRAPHS_OVERLAP_FROM = 12030
 BYTES_NOT_FOR_AMD = "the kernels for weights in 8 bits were compiled for NVIDIA's cards only"
 
 
@@ -36,13 +40,29 @@ def missing_triton() -> str | None:
 
 
 def missing_to_overlap() -> str | None:
-    """What the installed Triton lacks to let launches overlap, as a sentence; None if nothing."""
+    """What the installed Triton or the driver lacks to let launches overlap, as a sentence; None if nothing."""
     from triton.language.extra import cuda
 
     # What Triton 3.4 has of it takes an argument that its own compiler no longer gives.
-    if "_semantic" in inspect.signature(cuda.gdc_wait).parameters:
-        return None
-    return "it needs Triton 3.5 or later, which torch 2.9 brings along"
+    if "_semantic" not in inspect.signature(cuda.gdc_wait).parameters:
+        return "it needs Triton 3.5 or later, which torch 2.9 brings along"
+    driver = cuda_of_driver()
+    if driver is not None and driver < _GRAPHS_OVERLAP_FROM:
+        return f"the driver is for CUDA {driver // 1000}.{driver % 1000 // 10}; launches in graphs overlap from 12.3 on"
+    return None
+
+
+@cache
+def cuda_of_driver() -> int | None:
+    """The newest CUDA that the driver is for, such as 12030 of 12.3; None where there is no driver of NVIDIA's."""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        version = ctypes.c_int()
+        return version.value if library.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
+    return None
 
 
 def missing_for_8_bits(device: torch.device, dtype: torch.dtype) -> str | None:

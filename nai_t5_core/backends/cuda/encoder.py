@@ -88,7 +88,7 @@ def encoder_beside(stack: T5EncoderStack, eager: bool, products: ProductsChoice,
                 "products='triton-overlapping' needs an NVIDIA GPU of compute capability 9.0; take 'triton'"
             )
         if missing := missing_to_overlap():
-            raise ValueError(f"products='triton-overlapping' cannot be compiled here: {missing}; take 'triton'")
+            raise ValueError(f"products='triton-overlapping' cannot be taken here: {missing}; take 'triton'")
     if not eager and stack.device.type != "cuda":
         raise ValueError(f"the model is on {stack.device}; CUDA graphs need CUDA, elsewhere give eager=True")
     shapes = shapes_for(card, stack.config.d_kv)
