@@ -281,6 +281,9 @@ def test_the_report_and_the_command_tell_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert "layers at 16 tokens: before 1.00 ms, torch 0.90 ms, measured 0.80 ms" in text
     assert "int8 weights at 256 tokens: unpacked 2.00 ms, inputs in 8 bits 1.00 ms" in text
     assert "| a later one | 3.00 s | 1.50 s | 0.00 s |" in text
+    assert "launches overlap" not in text
+    choice["measured"]["overlapping_rows"] = 64
+    assert "launches overlap up to 64 tokens" in as_markdown(examined(choice=choice))
     monkeypatch.setattr("nai_t5_core.bench.doctor.examine_machine", lambda *_: diagnosis)
     found = CliRunner().invoke(app, ["doctor", "--json"])
     assert found.exit_code == 0, found.output

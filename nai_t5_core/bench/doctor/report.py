@@ -278,6 +278,8 @@ def _choice(found: dict[str, Any]) -> Section:
         f"int8 weights at {rows} tokens: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
         for rows, times in found.get("int8", {}).items()
     ]
+    if rows_that_overlap := found["measured"].get("overlapping_rows"):
+        lines.append(f"launches overlap up to {rows_that_overlap} tokens, where layers are faster so")
     if lengths := found.get("lengths"):
         lines.append("the timed model: " + ", ".join(f"{tokens} tokens {ms:.2f} ms" for tokens, ms in lengths.items()))
     title = "What is fastest on this card, in a layer of a T5-XXL"
