@@ -10,7 +10,7 @@ from conftest import TOY_CONFIGS, random_state
 from torch import Tensor
 
 from nai_t5_core.facts.config import T5Config, decoder_tensors, encoder_tensors
-from nai_t5_core.weights.fuse import Recipe, cook, fused_recipes, separate_recipes, unfuse
+from nai_t5_core.weights.fuse import Recipe, cook, fused_recipes, separate_recipes, uncook_part, unfuse
 
 
 def cooked(config: T5Config, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -111,3 +111,23 @@ def test_nothing_is_copied_where_nothing_changes() -> None:
     state = random_state(config)
     for recipe in separate_recipes(config):
         assert cook(recipe, state.__getitem__, torch.float32).data_ptr() == state[recipe.target].data_ptr()
+
+
+def test_one_original_is_taken_out_without_the_work_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TOY_CONFIGS["v1.1"].encoder_only()
+    state, shapes = random_state(config), encoder_tensors(config)
+    fused = cooked(config, state, torch.float32)
+    recipe = next(each for each in fused_recipes(config) if len(each.parts) == 3)
+    divided: list[int] = []
+    where = torch.where
+
+    def counted(condition: Tensor, zero: float, quotients: Tensor) -> Tensor:
+        divided.append(len(quotients))
+        return where(condition, zero, quotients)
+
+    monkeypatch.setattr(torch, "where", counted)
+    read = {**fused, **{name.replace("layer_norm.weight", "layer_norm.folded_weight"): state[name] for name in state}}
+    for name in recipe.parts:
+        found = uncook_part(recipe, name, read.__getitem__, shapes)
+        torch.testing.assert_close(found, state[name], rtol=1e-6, atol=1e-7)
+    assert divided == [shapes[name][0] for name in recipe.parts]
