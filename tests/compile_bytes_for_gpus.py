@@ -10,12 +10,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from compile_for_gpus import compiled
+from compile_for_gpus import compiled, product_constants
 
 from nai_t5_core.backends.cuda import byte_kernels, kernels
 from nai_t5_core.backends.cuda.byte_product_kernel import multiply_bytes, unpack_bytes
 from nai_t5_core.backends.cuda.byte_products import byte_configurations_on
 from nai_t5_core.backends.cuda.card import Card
+from nai_t5_core.backends.cuda.int8_product_kernel import multiply_int8
+from nai_t5_core.backends.cuda.int8_products import ESTIMATED_FOR_INT8, int8_candidates
 from nai_t5_core.backends.cuda.launches import norm_warps
 from nai_t5_core.backends.cuda.products import Configuration, Kind
 
@@ -48,19 +50,23 @@ def product(
     types = {"x": half, "weight": "*i8" if read == "int8" else "*u8", "scales": "*fp32", "rows": "i32"}
     types |= {"block_scales": "*fp16" if has_blocks else "*fp32", "out": "*fp32" if kind == "summed" else half}
     constants = {
-        "columns": 4096,
-        "depth": 10240,
         "block_rows": rows,
-        "block_columns": configuration.block_columns,
-        "block_depth": configuration.block_depth,
-        "parts": configuration.parts,
         "kind": read,
         "has_blocks": has_blocks,
-        "activation": "gelu_new" if kind == "gated" else "none",
-        "is_gated": kind == "gated",
-        "stages": configuration.stages,
+        **product_constants(kind, configuration),
     }
     return compiled(multiply_bytes, card, types, constants, configuration.warps, overlaps)
+
+
+def products_of_int8(card: Card, overlaps: bool) -> Iterator[dict[str, Any]]:
+    """Every configuration that is taken; for the card with the most shared memory, those that are tried as well."""
+    for (kind, rows), taken in ESTIMATED_FOR_INT8.items():
+        tried = int8_candidates(kind, rows) if card.capability == (9, 0) else ()
+        for configuration in dict.fromkeys((*taken, *tried)):
+            for half in ("*fp16", "*bf16") if kind != "summed" else ("*fp32",):
+                types = {"x": "*i8", "row_scales": "*fp32", "weight": "*i8", "column_scales": "*fp32", "rows": "i32"}
+                constants = {"block_rows": rows, **product_constants(kind, configuration)}
+                yield compiled(multiply_int8, card, types | {"out": half}, constants, configuration.warps, overlaps)
 
 
 def others(card: Card, half: str) -> Iterator[dict[str, Any]]:
@@ -76,7 +82,8 @@ def others(card: Card, half: str) -> Iterator[dict[str, Any]]:
         types = {"x": half, "out": out, "scales": "*fp32"}
         for width, block in ((4096, 4096), (6144, 8192)):
             sizes = {"width": width, "block": block}
-            yield compiled(byte_kernels.round_rows, card, types, sizes, norm_warps(block), overlaps=False)
+            for overlaps in (False, True) if card.can_overlap else (False,):
+                yield compiled(byte_kernels.round_rows, card, types, sizes, norm_warps(block), overlaps)
         has_scales = out == "*i8"
         types = {"joined": "*i32" if has_scales else "*bf16", "out": out, "scales": "*fp32"}
         types |= {"row_scales": "*fp32", "column_scales": "*fp32"}
@@ -99,7 +106,7 @@ if __name__ == "__main__":
     for argument in sys.argv[1:]:
         card = Card("a card", f"sm_{argument}")
         for overlaps in (False, True) if card.can_overlap else (False,):
-            for found in products(card, overlaps):
+            for found in (*products(card, overlaps), *products_of_int8(card, overlaps)):
                 print(json.dumps({"capability": argument, **found}), flush=True)
         for half in ("*fp16", "*bf16"):
             for found in others(card, half):

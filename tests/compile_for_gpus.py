@@ -89,12 +89,12 @@ def products(card: Card, overlaps: bool) -> Iterator[dict[str, Any]]:
     for half in ("*fp16", "*bf16"):
         for (kind, rows), configurations in configurations_on(card).items():
             for configuration in configurations:
-                constants = {"block_rows": rows, **_product(kind, configuration)}
+                constants = {"block_rows": rows, **product_constants(kind, configuration)}
                 yield compiled(multiply, card, _types(kind, half), constants, configuration.warps, overlaps)
         # On AMD's cards torch multiplies many rows.
         for kind in () if overlaps or card.is_amd else KINDS:
             for tile in tile_candidates(kind, card.capability == (9, 0)):
-                constants = {"block_rows": tile.block_rows, **_product(kind, tile)}
+                constants = {"block_rows": tile.block_rows, **product_constants(kind, tile)}
                 yield compiled(multiply_tiles, card, _types(kind, half), constants, tile.warps, overlaps)
 
 
@@ -102,7 +102,7 @@ def _types(kind: Kind, half: str) -> dict[str, str]:
     return {"x": half, "weight": half, "out": "*fp32" if kind == "summed" else half, "rows": "i32"}
 
 
-def _product(kind: Kind, configuration: Any) -> dict[str, Any]:
+def product_constants(kind: Kind, configuration: Any) -> dict[str, Any]:
     return {
         "columns": 4096,
         "depth": 10240,

@@ -58,7 +58,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 def found_for(card: Card, /, **others: Any) -> dict[str, Any]:
-    about = {"format": 1, "card": card.name, "architecture": card.architecture, **versions()}
+    about = {"format": 2, "card": card.name, "architecture": card.architecture, **versions()}
     return {**about, "products": PRODUCTS, "attention": ATTENTION, "flex_from_lengths": 4, **others}
 
 
@@ -292,20 +292,23 @@ def test_a_file_decides() -> None:
 
 @pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))
 def test_products_of_a_file() -> None:
-    from nai_t5_core.backends.cuda.chosen_products import products_of
+    from nai_t5_core.backends.cuda.chosen_products import plain_products_of, products_of
     from nai_t5_core.backends.cuda.products import HOPPER, Configuration, TritonProducts
     from nai_t5_core.backends.cuda.tiles import Tile, TiledProducts
     from nai_t5_core.backends.cuda.torch_products import TorchProducts
 
     written(RTX)
-    products = products_of(choice_for(RTX))
+    products: Any = plain_products_of(choice_for(RTX))
     assert isinstance(products, TiledProducts)
     assert products.tiles == {("gated", 512): Tile(128, 64, 64, 1, 4, 4)}
     assert products.configurations["gated", 64][0] == Configuration(64, 64)
     assert not any(found for key, found in products.configurations.items() if key != ("gated", 64))
-    table = products_of(choice_for(H200))
+    table: Any = plain_products_of(choice_for(H200))
     assert type(table) is TritonProducts and table.configurations is HOPPER
-    assert type(products_of(choice_for(Card("another", "sm_89")))) is TorchProducts
+    assert type(plain_products_of(choice_for(Card("another", "sm_89")))) is TorchProducts
+    whole: Any = products_of(choice_for(RTX))
+    assert isinstance(whole.others, TiledProducts) and whole.converts_float8
+    assert not products_of(choice_for(Card("an older one", "sm_86"))).converts_float8  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))
@@ -339,27 +342,53 @@ def test_inputs_in_8_bits_of_a_file() -> None:
     from nai_t5_core.backends.cuda.byte_products import ByteProducts
     from nai_t5_core.backends.cuda.eight_bit_products import AskedEightBitProducts
     from nai_t5_core.backends.cuda.encoder import products_for
+    from nai_t5_core.backends.cuda.int8_products import ESTIMATED_FOR_INT8
 
-    written(RTX, int8_inputs_from=512)
+    written(RTX, int8={"inputs_from": 512})
     found: Any = products_for("auto", RTX)
     assert type(found) is AskedEightBitProducts and found.least_rows == 512 and found.converts_float8
+    assert found.int8_configurations == ESTIMATED_FOR_INT8, "what was not measured"
     table: Any = products_for("auto", H200)
     assert type(table) is AskedEightBitProducts and table.least_rows == 256, "measured on another card of its kind"
     written(H200)
     choice_for.cache_clear()
     assert choice_for(H200).measured is not None
     assert choice_for(H200).int8_inputs_from == 256, "what the file does not tell is the table's"
-    written(H200, int8_inputs_from=NEVER)
+    written(H200, int8={"inputs_from": NEVER})
     choice_for.cache_clear()
     assert choice_for(H200).int8_inputs_from is None and type(products_for("auto", H200)) is ByteProducts
     assert type(products_for("auto", Card("another", "sm_89"))) is ByteProducts, "not measured"
     assert type(products_for("triton", RTX)) is type(products_for("triton", H200)) is ByteProducts, "named"
 
 
+@pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))
+def test_few_rows_of_int8_are_multiplied_as_a_file_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.language.extra import cuda
+
+    from nai_t5_core.backends.cuda.encoder import products_for
+    from nai_t5_core.backends.cuda.int8_products import ESTIMATED_FOR_INT8
+    from nai_t5_core.backends.cuda.products import Configuration
+
+    monkeypatch.setattr(cuda, "gdc_wait", lambda _semantic=None: None)
+    how = {"block_columns": 128, "block_depth": 256, "parts": 1, "stages": 3, "warps": 8}
+    times = {"microseconds": 1.0, "by_torch": 2.0}
+    product = {"kind": "plain", "rows": 64, "way": "few rows", "configuration": how, **times}
+    for card, overlapping in ((H200, [1, 16]), (RTX, [])):
+        written(card, products=[], int8={"products": [product], "inputs_from": 16, "overlapping_rows": 16})
+        found: Any = products_for("auto", card)
+        assert found.least_rows == 16
+        assert found.int8_configurations["plain", 64] == (Configuration(**how), *ESTIMATED_FOR_INT8["plain", 64])
+        assert [rows for rows in (1, 16, 17, 64) if found.overlaps(rows, True, True)] == overlapping
+        assert not any(found.overlaps(rows, True, False) for rows in (1, 64)), "of weights alone nothing was measured"
+        resting: Any = products_for("auto", card, may_overlap=False)
+        assert not resting.overlaps(1, True, True) and resting.least_rows == 16
+    assert choice_for(RTX).rounding == "measured: torch", "products in 16 bits are those of torch"
+
+
 def test_inputs_in_8_bits_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = on_a_card(monkeypatch)
     pretend(monkeypatch, RTX.name, (8, 9))
-    written(RTX, int8_inputs_from=512)
+    written(RTX, int8={"inputs_from": 512})
     encode_on_cuda(stack)
     assert "8 bits" not in stack.describe_attention(), "its weights are in 16 bits"
     monkeypatch.setattr("nai_t5_core.backends.cuda.runner.is_in_8_bits", lambda _: True)
@@ -374,7 +403,7 @@ BROKEN: dict[str, Any] = {
     "no JSON": "{",
     "no object": "[]",
     "nothing": "",
-    "an unknown format": {"format": 2},
+    "an unknown format": {"format": 1},
     "an unknown field": {"colour": "green"},
     "a number that is none": {"flex_from_lengths": "many"},
     "a product without its blocks": {"products": [{**PRODUCTS[0], "configuration": {}}]},
@@ -383,7 +412,7 @@ BROKEN: dict[str, Any] = {
     "blocks that no product has": {"products": [{**PRODUCTS[0], "configuration": {**FEW, "block_columns": 8}}]},
     "parts that nothing adds up": {"products": [{**PRODUCTS[0], "configuration": {**FEW, "parts": 2}}]},
     "attention in uneven blocks": {"attention": [{**ATTENTION[0], "queries": 48}]},
-    "fewer rows than torch multiplies": {"int8_inputs_from": 16},
+    "no rows": {"int8": {"inputs_from": 0}},
     "another card": {"card": "NVIDIA H100"},
     "another torch": {"torch": "1.0"},
     "another Triton": {"triton": "1.0"},

@@ -47,7 +47,7 @@ def test_our_kernels(capability: int | str) -> None:
 def test_our_kernels_for_8_bits(capability: int) -> None:
     usages = compiled("compile_bytes_for_gpus.py", capability)
     between = {"round_rows", "number_sums", "gate_in_bytes", "add_norm"}
-    assert {usage["kernel"] for usage in usages} == {"multiply_bytes", "unpack_bytes", *between}
+    assert {usage["kernel"] for usage in usages} == {"multiply_bytes", "multiply_int8", "unpack_bytes", *between}
     assert beyond(usages, capability) == []
 
 

@@ -40,6 +40,7 @@ from nai_t5_core.backends.cuda import (
     byte_weight,
     encoder,
     int8,
+    int8_products,
     kernels,
     products,
     refusals,
@@ -50,15 +51,18 @@ KERNELS = [
     *((kernels, name) for name in ("attend", "add_norm", "gate")),
     *((byte_kernels, name) for name in ("round_rows", "number_sums", "gate_in_bytes")),
     *((byte_products, name) for name in ("multiply_bytes", "unpack_bytes")),
+    (int8_products, "multiply_int8"),
     (products, "multiply"),
 ]
 # Up to 128 tokens a layer is four products, two sums with their norms, and attention. From unpacked weights, gating is
-# by itself, and each projection is unpacked. With both sides in 8 bits, what attention reads and gives has a kernel.
+# by itself, and each projection is unpacked. With both sides in 8 bits, what attention reads and gives has a kernel; of
+# up to 128 tokens what attention and the gate give.
 LAUNCHES = {
     ("int8 by us", "auto", 64): 7,
     ("Q8_0", "auto", 64): 7,
     ("float8", "auto", 64): 7,
     ("int8 by us", "torch", 64): 8 + 4,
+    ("int8 by us", "8-bit", 64): 7 + 2,
     ("int8 by us", "auto", 256): 8 + 2,
     ("Q8_0", "auto", 256): 8 + 4,
     ("int8 by us", "8-bit", 256): 8 + 2,

@@ -37,6 +37,8 @@ IDS = torch.randint(0, 96, (4, 11), generator=torch.Generator().manual_seed(5))
 MASK = padding_mask([0, 11, 11, 4], 11)
 LONG = torch.randint(0, 96, (1, 140), generator=torch.Generator().manual_seed(6))
 ROWS = torch.randint(0, 96, (1, 24), generator=torch.Generator().manual_seed(7))
+# Those of the graph for 256.
+MANY_ROWS = torch.randint(0, 96, (1, 132), generator=torch.Generator().manual_seed(8))
 SCALES = StackScales((LayerScales(1, 0.5, 0.25), LayerScales(0.5, 0.25, 1), LayerScales(0.125, 0.5, 0.5)), 0.5)
 
 
@@ -80,35 +82,54 @@ def test_a_long_row_is_computed_from_unpacked_weights(kind: str) -> None:
     assert error(found, exact(LONG)) < 1.3 * unpacked_error(kind, exact, torch.float16, LONG, None)
 
 
-def eight_bits(stack: Any, converts_float8: bool = True, made_by: Any = EightBitProducts) -> Any:
-    """With fewer rows than in practice, which the interpreter takes long for: those of the graph for 32."""
+def eight_bits(stack: Any, converts_float8: bool = True, made_by: Any = EightBitProducts, least_rows: int = 32) -> Any:
+    """From the rows on that a graph for 32 computes."""
     encoder = cuda_encoder(stack, eager=True, products="8-bit")
-    encoder._products = made_by(TorchProducts(), ESTIMATED_FOR_BYTES, converts_float8, least_rows=32)
+    encoder._products = made_by(TorchProducts(), ESTIMATED_FOR_BYTES, converts_float8, least_rows=least_rows)
     return encoder
 
 
 def test_which_rows_are_in_8_bits() -> None:
-    """Where a graph for 256 tokens would compute them."""
-    products: Any = cuda_encoder(quantised_stack("int8"), eager=True, products="8-bit")._products
-    rows_in_8_bits = {rows: products.input_bytes(RowScaled(torch.int8), rows) for rows in (128, 129, 256, 2000)}
-    assert rows_in_8_bits == {128: None, 129: torch.int8, 256: torch.int8, 2000: torch.int8}
-    assert products.input_bytes(None, 256) is None
-    assert products.input_bytes(RowScaled(torch.float8_e5m2), 256) is None
-    assert products.input_bytes(RowScaled(torch.float8_e4m3fn), 256) is None, "this card multiplies no float8"
+    """As many as a graph would compute; float8 from 256 on."""
+    named: Any = cuda_encoder(quantised_stack("int8"), eager=True, products="8-bit")._products
+
+    def rows_in_8_bits(products: Any, dtype: torch.dtype) -> list[int]:
+        found = {rows: products.input_bytes(RowScaled(dtype), rows) for rows in (1, 32, 33, 128, 129, 256, 2000)}
+        assert set(found.values()) <= {None, dtype}
+        return [rows for rows, each in found.items() if each is not None]
+
+    every = [1, 32, 33, 128, 129, 256, 2000]
+    assert rows_in_8_bits(named, torch.int8) == every
+    assert rows_in_8_bits(named, torch.float8_e5m2) == []
+    assert rows_in_8_bits(named, torch.float8_e4m3fn) == [], "this card multiplies no float8"
+    some, how = EightBitProducts, (TorchProducts(), ESTIMATED_FOR_BYTES, True)
+    assert rows_in_8_bits(some(*how, least_rows=64), torch.int8) == every[2:]
+    assert rows_in_8_bits(some(*how, least_rows=64), torch.float8_e4m3fn) == every[4:]
+    assert rows_in_8_bits(some(*how, least_rows=512), torch.float8_e4m3fn) == every[6:]
+    assert named.input_bytes(None, 256) is None
     as_int8 = RowScaled(torch.int8)
-    for kind, shape, expected in (("int8", (48, 64), as_int8), ("int8", (40, 64), None), ("Q8_0", (48, 64), None)):
+    for kind, shape, expected in (("int8", (96, 64), as_int8), ("int8", (48, 64), None), ("Q8_0", (96, 64), None)):
         weight: Any = weight_of(linear_of(kind, shape))
         assert weight.row_scaled == expected
+
+
+def test_which_launches_of_int8_overlap() -> None:
+    how = (TorchProducts(), ESTIMATED_FOR_BYTES, True)
+    found = EightBitProducts(*how, int8_overlapping_rows=1000)
+    assert [found.overlaps(rows, True, True) for rows in (1, 128, 129)] == [True, True, False]
+    assert not found.overlaps(1, True, False), "weights alone"
+    assert not EightBitProducts(*how).overlaps(1, True, True)
 
 
 @pytest.mark.parametrize("kind", ["int8 by us", "int8", "float8 by row"])
 def test_inputs_are_in_8_bits_by_themselves_where_int8_was_asked_for(kind: str) -> None:
     """A file in 8 bits is computed from its numbers."""
     stack = quantised_stack(kind)
-    found = eight_bits(stack, made_by=AskedEightBitProducts)(ROWS)
-    asked, exact = eight_bits(stack)(ROWS), cuda_encoder(stack, eager=True)(ROWS)
-    assert not torch.equal(asked, exact)
-    assert torch.equal(found, asked if kind == "int8 by us" else exact)
+    for rows in (ROWS, MANY_ROWS) if kind != "float8 by row" else (MANY_ROWS,):
+        found = eight_bits(stack, made_by=AskedEightBitProducts)(rows)
+        asked, exact = eight_bits(stack)(rows), cuda_encoder(stack, eager=True)(rows)
+        assert not torch.equal(asked, exact)
+        assert torch.equal(found, asked if kind == "int8 by us" else exact)
 
 
 # What rounding activations costs, as the differences' norm relative to the result's.
@@ -119,10 +140,28 @@ COSTS = {"int8 by us": 0.02, "int8": 0.03, "float8 by row": 0.2, "float8": 0.2}
 @pytest.mark.parametrize("config", ["v1.0", "v1.1"])
 def test_both_sides_in_8_bits(kind: str, config: str) -> None:
     stack = quantised_stack(kind, CONFIGS[config], scales=SCALES if config == "v1.1" else None)
-    exact = exact_of_quantised(stack)(ROWS)
-    rounded, plain = eight_bits(stack)(ROWS), cuda_encoder(stack, eager=True)(ROWS)
-    assert error(plain, exact) < 0.005 < error(rounded, exact) < COSTS[kind], "activations are not in 8 bits"
+    for rows in (MANY_ROWS,) if "float8" in kind else (ROWS, MANY_ROWS):
+        exact = exact_of_quantised(stack)(rows)
+        rounded, plain = eight_bits(stack)(rows), cuda_encoder(stack, eager=True)(rows)
+        assert error(plain, exact) < 0.005 < error(rounded, exact) < COSTS[kind], "activations are not in 8 bits"
     assert torch.equal(eight_bits(stack)(ROWS[:, :16]), cuda_encoder(stack, eager=True)(ROWS[:, :16]))
+
+
+def test_few_and_many_rows_lose_as_much() -> None:
+    """By our kernel and by torch."""
+    stack = quantised_stack("int8 by us")
+    exact = exact_of_quantised(stack)
+    few, many = (error(eight_bits(stack)(rows), exact(rows)) for rows in (MANY_ROWS[:, :128], MANY_ROWS))
+    assert 0.9 * many < few < 1.1 * many
+
+
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES)
+def test_several_prompts_in_8_bits(dtype: torch.dtype) -> None:
+    stack = quantised_stack("int8 by us", dtype=dtype)
+    expected = exact_of_quantised(stack)(IDS, MASK, padding="skip")
+    found = eight_bits(stack, least_rows=1).encode(IDS, MASK, "skip")
+    assert int(found.finite) == 1 and found.hidden.dtype == dtype
+    assert error(found.hidden, expected) < 2 * COSTS["int8 by us"]
 
 
 @pytest.mark.parametrize("has_outliers", [False, True])
@@ -154,7 +193,8 @@ def test_8_bits_lose_no_more_than_the_int8_of_the_cpu(has_outliers: bool) -> Non
 def test_what_has_no_products_in_8_bits_is_computed_as_ever(kind: str | None) -> None:
     """Blocks of scales, e5m2, float8 on a card that does not multiply it, and weights in 16 bits."""
     stack = stack_of(CONFIGS["v1.1"]) if kind is None else quantised_stack(kind)
-    assert torch.equal(eight_bits(stack, converts_float8=False)(ROWS), cuda_encoder(stack, eager=True)(ROWS))
+    for rows in (ROWS, MANY_ROWS):
+        assert torch.equal(eight_bits(stack, converts_float8=False)(rows), cuda_encoder(stack, eager=True)(rows))
 
 
 def test_a_layer_of_several_kinds_is_computed_in_16_bits() -> None:

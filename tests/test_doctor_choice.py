@@ -24,7 +24,14 @@ from nai_t5_core.backends.cuda.card import Card
 from nai_t5_core.backends.cuda.card_choice import choice_for
 from nai_t5_core.backends.cuda.device_refusals import missing_triton
 from nai_t5_core.backends.cuda.int8 import quantise_stack
-from nai_t5_core.backends.cuda.measured_card import NEVER, TORCH, MeasuredCard, MeasuredProduct, measured_file
+from nai_t5_core.backends.cuda.measured_card import (
+    NEVER,
+    TORCH,
+    MeasuredCard,
+    MeasuredInt8,
+    MeasuredProduct,
+    measured_file,
+)
 from nai_t5_core.bench.doctor import Diagnosis, DoctorSettings, choosing, first_encode, fresh_process, int8_inputs
 from nai_t5_core.bench.doctor.fastest import (
     fastest_attention,
@@ -35,7 +42,7 @@ from nai_t5_core.bench.doctor.fastest import (
     those_of_a_table,
     without_slower_rows,
 )
-from nai_t5_core.bench.doctor.int8_inputs import int8_inputs_from
+from nai_t5_core.bench.doctor.int8_inputs import int8_inputs_from, int8_overlapping_rows
 from nai_t5_core.bench.doctor.kept_choice import flex_from_lengths, write_choice
 from nai_t5_core.bench.doctor.patient import Patient
 from nai_t5_core.bench.doctor.report import as_markdown
@@ -45,6 +52,7 @@ from nai_t5_core.cli import app
 RTX = Card("NVIDIA GeForce RTX 4090", "sm_89")
 TILE = {"block_rows": 32, "block_columns": 16, "block_depth": 16, "parts": 1, "stages": 2, "warps": 4}
 FEW = {"block_columns": 16, "block_depth": 16, "parts": 1, "stages": 2, "warps": 4}
+INT8 = {"block_columns": 32, "block_depth": 32, "parts": 1, "stages": 2, "warps": 4}
 SHAPE = {"queries": 64, "keys": 32, "warps": 4, "stages": 2}
 
 
@@ -184,23 +192,34 @@ def test_from_how_many_lengths_flex_is_faster(times: dict[str, Any], expected: i
     assert flex_from_lengths(times) == expected
 
 
-def int8_times(**shares: float) -> dict[str, Any]:
-    """By the number of rows: the share that inputs in 8 bits take of the time."""
-    return {rows[1:]: {"unpacked": 2.0, "inputs in 8 bits": 2 * share} for rows, share in shares.items()}
+def int8_times(**shares: float | tuple[float, float]) -> dict[str, Any]:
+    """By the number of rows: the share that inputs in 8 bits take of the time, or it and that with overlaps."""
+    names = "inputs too", "inputs too, overlapping"
+    times = {}
+    for rows, share in shares.items():
+        told = share if isinstance(share, tuple) else (share,)
+        times[rows[1:]] = {"weights in 8 bits": 2.0} | {name: 2 * each for name, each in zip(names, told, strict=False)}
+    return times
 
 
 @pytest.mark.parametrize(
-    ("times", "expected"),
+    ("times", "expected", "overlapping"),
     [
-        (int8_times(_256=0.9, _512=0.6, _1024=0.5), 256),
-        (int8_times(_256=0.98, _512=0.6, _1024=0.5), 512),
-        (int8_times(_256=0.5, _512=1.2, _1024=0.5), 1024),
-        (int8_times(_256=0.5, _512=0.5, _1024=1.0), NEVER),
-        ({}, None),
+        (int8_times(_256=0.9, _512=0.6, _1024=0.5), 256, 0),
+        (int8_times(_256=0.98, _512=0.6, _1024=0.5), 512, 0),
+        (int8_times(_256=0.5, _512=1.2, _1024=0.5), 1024, 0),
+        (int8_times(_256=0.5, _512=0.5, _1024=1.0), NEVER, 0),
+        (int8_times(_16=(0.99, 0.96), _64=(0.6, 0.5), _256=0.5), 16, 64),
+        (int8_times(_16=(0.9, 0.8), _64=(0.6, 0.596), _256=0.5), 16, 16),
+        (int8_times(_16=(0.99, 0.985), _64=(0.6, 0.5), _256=0.5), 64, 0),
+        ({}, NEVER, 0),
     ],
 )
-def test_from_how_many_tokens_inputs_in_8_bits_are_faster(times: dict[str, Any], expected: int | None) -> None:
-    assert int8_inputs_from(times, 0.97) == expected
+def test_from_how_many_tokens_inputs_in_8_bits_are_faster(
+    times: dict[str, Any], expected: int, overlapping: int
+) -> None:
+    assert int8_inputs_from(times) == expected
+    assert int8_overlapping_rows(times) == overlapping
 
 
 def finding(**others: Any) -> dict[str, Any]:
@@ -235,15 +254,33 @@ def test_flex_stays_as_an_earlier_examination_found_it() -> None:
     assert choice_for(RTX).flex_from_lengths == 16
 
 
+def int8_finding(**others: Any) -> dict[str, Any]:
+    times: list[Any] = [Time("gated", 64, "torch", 70), Time("gated", 64, "few rows", 30, **INT8)]
+    measured = MeasuredInt8(products=fastest_for_few_rows(times), inputs_from=16, overlapping_rows=64)
+    return {"measured": measured.model_dump(mode="json"), "times": int8_times(_64=(0.5, 0.4), _256=0.6), **others}
+
+
 @pytest.mark.parametrize(
     ("steps", "expected"),
-    [({"8-bits": {"wrong": []}}, 512), ({"8-bits": {"wrong": ["off by 1"]}}, None), ({}, None)],
+    [
+        ({"8-bits": {"wrong": []}, "int8-choice": int8_finding()}, 16),
+        ({"8-bits": {"wrong": ["off by 1"]}, "int8-choice": int8_finding()}, None),
+        ({"8-bits": {"wrong": []}, "int8-choice": int8_finding(wrong=["off by 1"])}, None),
+        ({"8-bits": {"wrong": []}, "int8-choice": {"reason": "it is AMD's"}}, None),
+        ({"int8-choice": int8_finding()}, None),
+        ({}, 512),
+    ],
 )
 def test_inputs_in_8_bits_are_kept_where_they_were_right(steps: dict[str, Any], expected: int | None) -> None:
-    found = finding()
-    found["measured"]["int8_inputs_from"] = 512
-    write_choice(examined(kernels={"wrong": []}, choice=found, **steps))
+    """What was found before stays where nothing was examined."""
+    before = int8_finding()
+    before["measured"]["inputs_from"] = 512
+    write_choice(examined(**{"kernels": {"wrong": []}, "choice": finding(), "8-bits": {}, "int8-choice": before}))
+    assert choice_for(RTX).int8_inputs_from == 512
+    write_choice(examined(kernels={"wrong": []}, choice=finding(), **steps))
+    choice_for.cache_clear()
     assert choice_for(RTX).measured is not None and choice_for(RTX).int8_inputs_from == expected
+    assert [each.configuration for each in choice_for(RTX).int8_products] == ([INT8] if expected else [])
 
 
 @pytest.mark.parametrize(
@@ -273,13 +310,13 @@ def test_a_folder_that_cannot_be_written_is_told() -> None:
 def test_the_report_and_the_command_tell_it(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"start_seconds": 3.0, "first_seconds": 1.5, "second_seconds": 0.004}
     fresh = {"times": {"a later one": times}, "seconds": 4.5}
-    choice = finding(int8=int8_times(_256=0.5))
+    choice = finding(lengths={"64": 3.0})
     diagnosis = examined(kernels={"checked": 9, "wrong": []}, choice=choice, **{"first-encode": fresh})
     text = as_markdown(diagnosis)
     assert "| products and attention | an estimate |" in text
     assert "| gated products, 256 rows | tiles block_rows 32" in text and "| 80.0 µs | 100.0 µs |" in text
     assert "layers at 16 tokens: before 1.00 ms, torch 0.90 ms, measured 0.80 ms" in text
-    assert "int8 weights at 256 tokens: unpacked 2.00 ms, inputs in 8 bits 1.00 ms" in text
+    assert "the timed model: 64 tokens 3.00 ms" in text and "The same with" not in text
     assert "| a later one | 3.00 s | 1.50 s | 0.00 s |" in text
     assert "launches overlap" not in text
     choice["measured"]["overlapping_rows"] = 64
@@ -290,13 +327,28 @@ def test_the_report_and_the_command_tell_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert str(measured_file(RTX)) in json.loads(found.stdout)["kept"]
 
 
+def test_the_report_tells_what_suits_int8() -> None:
+    found = int8_finding(lengths={"64": 2.0})
+    text = as_markdown(examined(**{"int8-choice": found}))
+    assert "layers at 64 tokens: weights in 8 bits 2.00 ms, inputs too 1.00 ms, inputs too, overlapping 0.80 ms" in text
+    assert "| gated products, 64 rows | few rows block_columns 32" in text and "| 30.0 µs | 70.0 µs |" in text
+    assert "faster with inputs in 8 bits from 16 tokens on" in text and "the timed model: 64 tokens 2.00 ms" in text
+    assert "their launches overlap up to 64 tokens" in text
+    found["measured"] |= {"inputs_from": NEVER, "overlapping_rows": 0}
+    text = as_markdown(examined(**{"int8-choice": found}))
+    assert "layers are not faster with inputs in 8 bits" in text and "launches overlap" not in text
+    text = as_markdown(examined(**{"int8-choice": {"reason": "it is AMD's"}}))
+    assert "it is AMD's" in text and "The same" not in text
+
+
 def test_the_plan_of_a_card_fits() -> None:
     """Each step has a deadline, and the whole a budget; what is measured for a choice comes before comparisons."""
     steps = {step.name: step for step in all_steps() if "cuda" in step.devices}
     assert all(step.deadline <= 150 for step in steps.values())
     names = list(steps)
     assert names.index("kernels") < names.index("choice") < names.index("transformers") < names.index("compiled")
-    assert not steps["choice"].only_full and not steps["first-encode"].only_full
+    assert names.index("8-bits") < names.index("int8-choice") == names.index("choice") + 1
+    assert not steps["choice"].only_full and not steps["int8-choice"].only_full and not steps["first-encode"].only_full
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,30 +425,66 @@ def test_layers_are_computed_in_what_was_measured(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(choosing, "named_config", lambda _: config)
     monkeypatch.setattr(choosing, "_LAYERS", 2)
     monkeypatch.setattr(choosing, "_ROWS", (16, 140))
-    monkeypatch.setattr(int8_inputs, "CudaEncoder", encoder)
-    monkeypatch.setattr(int8_inputs, "quantize_int8", lambda stack: quantise_stack(stack, stack.device) or stack)
-    monkeypatch.setattr(int8_inputs, "missing_for_8_bits", lambda *_: None)
-    monkeypatch.setattr(int8_inputs, "_ROWS", (17, 32))
     of_graphs = iter((3.0, 1.5, 2.0, 1.0, 2.5, 3.0, 2.0, 4.0, 9.0, 9.0, 9.0, 9.0))
-    milliseconds = iter((2.0, 1.98, 2.0, 1.5))
-
-    def timed(call: Any, device: torch.device) -> dict[str, float]:
-        call()
-        return {"ms": next(milliseconds)}
-
     monkeypatch.setattr(choosing, "milliseconds_of", lambda *_: next(of_graphs))
-    monkeypatch.setattr(int8_inputs, "timed", timed)
     found = choosing.measure_choice(Patient(DoctorSettings(device="cpu")))
     assert found["wrong"] == [] and found["before"].startswith("an estimate")
     measured = MeasuredCard.model_validate_json(json.dumps(found["measured"]))
     assert found["times"] == {"16": {"torch": 2.0, "measured": 1.0}, "140": {"torch": 2.0, "measured": 4.0}}
     assert ways(measured.products)["gated", 16] == "few rows"
     assert used[1][0].tiles.keys() == {("gated", 256)} and used[1][1](16).queries == 64
-    assert found["int8"] == {
-        "17": {"unpacked": 2.0, "inputs in 8 bits": 1.98},
-        "32": {"unpacked": 2.0, "inputs in 8 bits": 1.5},
+
+
+@pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))
+def test_layers_in_int8_are_computed_in_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, without graphs. Launches that overlap are tried up to the rows of our products."""
+    from nai_t5_core.backends.cuda.device_refusals import is_interpreted
+    from nai_t5_core.backends.cuda.products import Configuration
+    from nai_t5_core.bench.doctor import card_times
+
+    if not is_interpreted():
+        pytest.skip("Triton's interpreter is off (TRITON_INTERPRET=1)")
+    of_int8 = [Time(kind, 32, "torch", 2) for kind in ("plain", "gated")]
+    of_int8 += [Time(kind, 32, "few rows", 3, **INT8) for kind in ("plain", "gated")]
+    monkeypatch.setattr(card_times, "times_of_int8", lambda _: of_int8)
+    used: list[Any] = []
+    eager = int8_inputs.CudaEncoder
+
+    def encoder(stack: Any, _: bool, products: Any) -> Any:
+        used.append(products)
+        return eager(stack, True, products)
+
+    monkeypatch.setattr(int8_inputs, "CudaEncoder", encoder)
+    monkeypatch.setattr(int8_inputs, "quantize_int8", lambda stack: quantise_stack(stack, stack.device) or stack)
+    monkeypatch.setattr(int8_inputs, "missing_for_8_bits", lambda *_: None)
+    monkeypatch.setattr(int8_inputs, "_ROWS", (17, 140))
+    monkeypatch.setattr(int8_inputs, "_times_of_lengths", lambda _, measured: {"64": float(measured.inputs_from)})
+    monkeypatch.setattr(choosing, "named_config", lambda _: TOY_CONFIGS["v1.1"])
+    monkeypatch.setattr(choosing, "_LAYERS", 2)
+    of_graphs = iter((2.0, 1.98, 3.0, 2.0, 2.5, 2.5, 4.0, 1.5, 2.0, 1.6, 4.0, 3.0))
+    monkeypatch.setattr(int8_inputs, "milliseconds_of", lambda *_: next(of_graphs))
+    found = int8_inputs.measure_int8_choice(Patient(DoctorSettings(device="cpu")))
+    assert found["wrong"] == []
+    assert found["times"] == {
+        "17": {"weights in 8 bits": 2.0, "inputs too": 1.98},
+        "140": {"weights in 8 bits": 2.0, "inputs too": 1.5},
     }
-    assert measured.int8_inputs_from == 32
+    measured = MeasuredInt8.model_validate_json(json.dumps(found["measured"]))
+    assert measured.inputs_from == 140 and measured.overlapping_rows == 0 and found["lengths"] == {"64": 140.0}
+    assert [(each.kind, each.way, each.configuration) for each in measured.products] == [
+        ("plain", "few rows", INT8),
+        ("gated", "few rows", INT8),
+    ]
+    assert [used[1].int8_configurations[kind, 32][0] for kind in ("plain", "gated")] == [Configuration(**INT8)] * 2
+    monkeypatch.setattr(int8_inputs, "card_of", lambda _: Card("NVIDIA H100", "sm_90"))
+    monkeypatch.setattr(int8_inputs, "missing_to_overlap", lambda: None)
+    ways: Any = int8_inputs._ways(Patient(DoctorSettings(device="cpu")), measured.products)
+    assert {name: way.overlaps(32, True, True) for name, way in ways.items()} == {
+        "weights in 8 bits": False,
+        "inputs too": False,
+        "inputs too, overlapping": True,
+    }
+    assert not ways["inputs too, overlapping"].overlaps(64, True, True)
 
 
 @pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,7 +38,7 @@ from nai_t5_core.backends.cuda import encoder
 from nai_t5_core.backends.cuda.attention_shapes import USUAL
 from nai_t5_core.backends.cuda.byte_weight import JoinedForm
 from nai_t5_core.backends.cuda.card import Card
-from nai_t5_core.backends.cuda.torch_products import TorchProducts
+from nai_t5_core.backends.cuda.card_choice import Choice, Row
 from nai_t5_core.backends.offload import kernels as layer_by_layer
 
 BY_KERNELS = "auto: kernels for CUDA, layer by layer"
@@ -137,12 +136,11 @@ def test_long_rows_are_unpacked_where_the_bytes_have_come(kind: str) -> None:
 
 def test_inputs_in_8_bits_are_those_of_a_resident_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a card on which they were measured to be faster from 32 tokens on, or the 17 that a graph for 32 computes."""
-    measured: Any = SimpleNamespace(int8_inputs_from=32, unproven=None)
+    choice = Choice(Card("a card", "sm_89"), Row("a card", int8_inputs_from=32))
     for module in (encoder, layer_by_layer):
         monkeypatch.setattr(module, "card_of", lambda _: Card("a card", "sm_89"))
         monkeypatch.setattr(module, "shapes_for", lambda *_: USUAL)
-    monkeypatch.setattr(encoder, "choice_for", lambda _: measured)
-    monkeypatch.setattr(encoder, "_half_products", lambda *_: TorchProducts())
+    monkeypatch.setattr(encoder, "choice_for", lambda _: choice)
     stack = quantised_stack("int8 by us")
     ids = torch.randint(0, 96, (1, 17), generator=torch.Generator().manual_seed(3))
     expected = cuda_encoder(stack, eager=True)(ids)

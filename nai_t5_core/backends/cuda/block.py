@@ -83,17 +83,22 @@ class CudaBlock:
     ) -> Activations:
         """Adds what the layer before gives to the residual, in place, and returns this layer's normed input."""
         in_bytes = products.input_bytes(self.weights_in_bytes, len(residual))
-        form = (dtype, in_bytes, norm_of(self.qkv), products.overlaps(len(residual), self.is_in_bytes))
+        form = (
+            dtype,
+            in_bytes,
+            norm_of(self.qkv),
+            products.overlaps(len(residual), self.is_in_bytes, in_bytes is not None),
+        )
         return add_norm_in_form(residual, delta, factor, self.epsilon, *form)
 
     def add_attention(
         self, residual: Tensor, hidden: Activations, documents: Documents, products: Products
     ) -> Activations:
         """Adds the attention's output to the residual in place; takes its normed input, returns the feed-forward's."""
-        overlaps = products.overlaps(len(residual), self.is_in_bytes)
-        attended = attend(products.plain(hidden, self.qkv), self.bias, documents, self.logit_scale, overlaps)
         in_bytes = hidden.values.dtype if isinstance(hidden, Bytes) else None
-        given = attended if in_bytes is None else rounded_rows(attended, in_bytes, hidden.dtype)
+        overlaps = products.overlaps(len(residual), self.is_in_bytes, in_bytes is not None)
+        attended = attend(products.plain(hidden, self.qkv), self.bias, documents, self.logit_scale, overlaps)
+        given = attended if in_bytes is None else rounded_rows(attended, in_bytes, hidden.dtype, overlaps)
         delta = products.summed(given, self.o)
         form = (hidden.dtype, in_bytes, norm_of(self.wi), overlaps)
         return add_norm_in_form(residual, delta, self.attention_factor, self.epsilon, *form)
@@ -154,8 +159,10 @@ class CudaBlocks:
             if following is not None:
                 # The sum of this layer and the norm of the next in one launch.
                 hidden = following.normed(residual, delta, factor, self.dtype, products)
-        final = (self.final_epsilon, self.dtype, self.final_weight, watch)
-        return add_norm(residual, delta, factor, *final, products.overlaps(len(residual), self.blocks[-1].is_in_bytes))
+        overlaps = products.overlaps(len(residual), block.is_in_bytes, isinstance(hidden, Bytes))
+        return add_norm(
+            residual, delta, factor, self.final_epsilon, self.dtype, self.final_weight, watch, overlaps=overlaps
+        )
 
 
 def cuda_blocks(stack: T5EncoderStack, biases: Tensor) -> tuple[CudaBlock, ...]:

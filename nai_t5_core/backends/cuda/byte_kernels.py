@@ -7,12 +7,21 @@ import triton
 import triton.language as tl
 
 from nai_t5_core.backends.cuda.byte_rounding import faults_in, in_bytes, scale_of
-from nai_t5_core.backends.cuda.kernels import activated
+from nai_t5_core.backends.cuda.kernels import activated, start_next, wait_for_inputs
 
 
 @triton.jit
-def round_rows(x: tl.tensor, out: tl.tensor, scales: tl.tensor, width: tl.constexpr, block: tl.constexpr) -> None:
+def round_rows(
+    x: tl.tensor,
+    out: tl.tensor,
+    scales: tl.tensor,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    overlaps: tl.constexpr,
+) -> None:
     """One row in 8 bits, with its scale."""
+    start_next(overlaps)
+    wait_for_inputs(overlaps)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < width

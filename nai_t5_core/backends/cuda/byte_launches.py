@@ -8,19 +8,19 @@ from torch import Tensor
 
 from nai_t5_core.backends.cuda import byte_kernels
 from nai_t5_core.backends.cuda.activations import Bytes, Sums
-from nai_t5_core.backends.cuda.launches import empty_bytes, norm_warps
+from nai_t5_core.backends.cuda.launches import empty_bytes, norm_warps, overlapping
 from nai_t5_core.facts.config import Activation
 
 _BLOCK = 1024
 
 
-def rounded_rows(x: Tensor, dtype: torch.dtype, compute_dtype: torch.dtype) -> Bytes:
+def rounded_rows(x: Tensor, dtype: torch.dtype, compute_dtype: torch.dtype, overlaps: bool = False) -> Bytes:
     """[tokens, width] in any float dtype to bytes in ``dtype``."""
     rows, width = x.shape
     out = empty_bytes(rows, width, dtype, compute_dtype, x.device)
     block = triton.next_power_of_2(width)
     constants = {"width": width, "block": block, "num_warps": norm_warps(block)}
-    byte_kernels.round_rows[(rows,)](x, out.raw, out.scales, **constants)
+    byte_kernels.round_rows[(rows,)](x, out.raw, out.scales, **constants, **overlapping(overlaps))
     return out
 
 

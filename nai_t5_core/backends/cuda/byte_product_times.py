@@ -21,7 +21,7 @@ from nai_t5_core.backends.cuda.byte_products import (
 )
 from nai_t5_core.backends.cuda.byte_weight import ByteWeight
 from nai_t5_core.backends.cuda.card import card_of
-from nai_t5_core.backends.cuda.eight_bit_products import LEAST_ROWS, multiplied
+from nai_t5_core.backends.cuda.eight_bit_products import multiplied
 from nai_t5_core.backends.cuda.graph_times import compile_ahead, copies_of
 from nai_t5_core.backends.cuda.product_times import (
     XXL_SHAPES,
@@ -53,8 +53,8 @@ def time_byte_products(
 
     Args:
         kinds: of :data:`KINDS`.
-        rows: up to 128 by our kernel in every candidate configuration; all from an unpacked weight by torch; from 256
-            on also with both sides in 8 bits, as :class:`EightBitProducts` multiplies them.
+        rows: up to 128 by our kernel in every candidate configuration; all from an unpacked weight by torch; above
+            128 also with both sides in 8 bits, as torch multiplies them.
         dtype: of the inputs.
         tell: called with the kind and each time as soon as it is measured.
 
@@ -136,7 +136,7 @@ def _ways(
     plain = unpacked(weight, slice(0, weight.shape[0]), dtype, converts)
     yield "torch, 16 bits, product alone", lambda x, _: torch.mm(x, plain.t())
     eight = weight.row_scaled
-    if rows >= LEAST_ROWS and eight is not None and (eight.dtype == torch.int8 or converts):
+    if rows > MOST_ROWS and eight is not None and (eight.dtype == torch.int8 or converts):
         yield "8 bits on both sides, product alone", lambda x, w: multiplied(rounded_rows(x, eight.dtype, dtype), w)
     for configuration in _candidates(shape, rows, weight):
         yield configuration, _by_kernel(shape, configuration, dtype, converts)

@@ -86,7 +86,7 @@ class ByteProducts:
         self.others, self.configurations, self.converts_float8 = others, configurations, converts_float8
         self.has_overlaps = has_overlaps
 
-    def overlaps(self, rows: int, in_bytes: bool) -> bool:
+    def overlaps(self, rows: int, in_bytes: bool, inputs_in_bytes: bool = False) -> bool:
         return self.others.overlaps(rows, in_bytes) and (self.has_overlaps or not in_bytes)
 
     def input_bytes(self, weights: RowScaled | None, rows: int) -> torch.dtype | None:

@@ -75,8 +75,8 @@ class ByteWeight:
 
     @property
     def row_scaled(self) -> RowScaled | None:
-        """Its numbers, where torch multiplies bytes by them; else None. Sizes have to be multiples of 16 for that."""
-        is_possible = self.block_scales is None and not any(size % 16 for size in self.shape)
+        """Its numbers, where bytes are multiplied by them; else None. Sizes have to be multiples of 32 for that."""
+        is_possible = self.block_scales is None and not any(size % 32 for size in self.shape)
         return RowScaled(self.values.dtype, self.in_8_bits) if is_possible else None
 
 

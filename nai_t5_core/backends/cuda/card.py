@@ -35,6 +35,11 @@ class Card:
         return (int(number[1]), int(number[2])) if number else (0, 0)
 
     @property
+    def converts_float8(self) -> bool:
+        """Whether it has instructions for float8."""
+        return self.capability >= (8, 9)
+
+    @property
     def can_overlap(self) -> bool:
         """Whether a launch can start while those before it still run (programmatic dependent launch)."""
         return self.capability >= (9, 0)

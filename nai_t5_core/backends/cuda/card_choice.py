@@ -11,7 +11,7 @@ from typing import Literal
 from nai_t5_core.backends.cuda.attention_shapes import B200, H200, RDNA3, USUAL, AttentionShape, AttentionShapes
 from nai_t5_core.backends.cuda.card import Card
 from nai_t5_core.backends.cuda.device_refusals import missing_to_overlap
-from nai_t5_core.backends.cuda.measured_card import NEVER, MeasuredCard, read_measured
+from nai_t5_core.backends.cuda.measured_card import NEVER, MeasuredCard, MeasuredInt8, MeasuredProduct, read_measured
 from nai_t5_core.model.attention_choice import FLEX_FROM_LENGTHS
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,16 @@ class Choice:
     def overlapping_rows(self) -> int:
         """Up to how many rows launches overlap, where card, Triton and driver can have that."""
         known = self.row.overlapping_rows if self.measured is None else self.measured.overlapping_rows
-        return 0 if known and (not self.card.can_overlap or missing_to_overlap()) else known
+        return self._where_possible(known)
+
+    @property
+    def int8_overlapping_rows(self) -> int:
+        """The same, of layers whose weights and inputs are in int8."""
+        return 0 if self._int8 is None else self._where_possible(self._int8.overlapping_rows)
+
+    def _where_possible(self, overlapping_rows: int) -> int:
+        is_possible = overlapping_rows and self.card.can_overlap and not missing_to_overlap()
+        return overlapping_rows if is_possible else 0
 
     @property
     def flex_from_lengths(self) -> int:
@@ -114,9 +123,17 @@ class Choice:
     @property
     def int8_inputs_from(self) -> int | None:
         """From how many tokens on inputs are in 8 bits too, where ``quantize="int8"`` made the weights; None: never."""
-        found = None if self.measured is None else self.measured.int8_inputs_from
-        found = self.row.int8_inputs_from if found is None else found
+        found = self.row.int8_inputs_from if self._int8 is None else self._int8.inputs_from
         return None if found == NEVER else found
+
+    @property
+    def int8_products(self) -> tuple[MeasuredProduct, ...]:
+        """The fastest products of few rows of int8 with int8; none where they were not measured."""
+        return () if self._int8 is None else self._int8.products
+
+    @property
+    def _int8(self) -> MeasuredInt8 | None:
+        return None if self.measured is None else self.measured.int8
 
     @property
     def unproven(self) -> str | None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from nai_t5_core.backends.cuda.amd_products import AMD
+from nai_t5_core.backends.cuda.byte_products import ByteProducts, byte_configurations_on
 from nai_t5_core.backends.cuda.card import Card
 from nai_t5_core.backends.cuda.card_choice import Choice
+from nai_t5_core.backends.cuda.eight_bit_products import AskedEightBitProducts
+from nai_t5_core.backends.cuda.int8_products import int8_configurations
 from nai_t5_core.backends.cuda.measured_card import FEW_ROWS, PLAIN_WEIGHTS, TILES, MeasuredProduct
 from nai_t5_core.backends.cuda.products import (
     ESTIMATED,
@@ -21,6 +24,20 @@ from nai_t5_core.backends.cuda.torch_products import Products, TorchProducts
 
 def products_of(choice: Choice, may_overlap: bool = True) -> Products:
     """What ``products="auto"`` takes; ``may_overlap`` is whether launches overlap where that is the choice."""
+    card = choice.card
+    how = (plain_products_of(choice, may_overlap), byte_configurations_on(card), card.converts_float8)
+    if choice.int8_inputs_from is None:
+        return ByteProducts(*how)
+    return AskedEightBitProducts(
+        *how,
+        least_rows=choice.int8_inputs_from,
+        int8_configurations=int8_configurations(choice.int8_products),
+        int8_overlapping_rows=choice.int8_overlapping_rows if may_overlap else 0,
+    )
+
+
+def plain_products_of(choice: Choice, may_overlap: bool = True) -> Products:
+    """The same for weights in 16 bits."""
     overlapping_rows = choice.overlapping_rows if may_overlap else 0
     if choice.measured is not None:
         return measured_products(choice.measured.products, overlapping_rows)

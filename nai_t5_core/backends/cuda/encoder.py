@@ -277,26 +277,26 @@ def products_for(choice: ProductsChoice, card: Card | None, may_overlap: bool = 
     Where launches overlap in an automatic choice, they do only if they ``may_overlap``.
     """
     from nai_t5_core.backends.cuda.byte_products import ByteProducts, byte_configurations_on
-    from nai_t5_core.backends.cuda.eight_bit_products import AskedEightBitProducts, EightBitProducts
+    from nai_t5_core.backends.cuda.chosen_products import products_of
+    from nai_t5_core.backends.cuda.eight_bit_products import EightBitProducts
 
+    if choice == "auto" and card is not None:
+        return products_of(choice_for(card), may_overlap)
     configurations = None if choice.startswith("torch") else byte_configurations_on(card)
-    how = (_half_products(choice, card, may_overlap), configurations, card is not None and card.capability >= (8, 9))
+    how = (_half_products(choice, card, may_overlap), configurations, card is not None and card.converts_float8)
     if choice == "8-bit":
         return EightBitProducts(*how)
-    least_rows = choice_for(card).int8_inputs_from if choice == "auto" and card is not None else None
-    if least_rows is None:
-        return ByteProducts(*how, has_overlaps=choice == "triton-overlapping")
-    return AskedEightBitProducts(*how, least_rows=least_rows)
+    return ByteProducts(*how, has_overlaps=choice == "triton-overlapping")
 
 
 def _half_products(choice: ProductsChoice, card: Card | None, may_overlap: bool) -> Products:
     """What computes products with weights in 16 bits."""
-    from nai_t5_core.backends.cuda.chosen_products import configurations_on, products_of
+    from nai_t5_core.backends.cuda.chosen_products import configurations_on, plain_products_of
     from nai_t5_core.backends.cuda.products import MOST_ROWS, TritonProducts
     from nai_t5_core.backends.cuda.torch_products import TorchProducts, UnroundedTorchProducts
 
-    if choice in ("auto", "8-bit") and card is not None:
-        return products_of(choice_for(card), may_overlap)
+    if choice == "8-bit" and card is not None:
+        return plain_products_of(choice_for(card), may_overlap)
     if choice.startswith("triton"):
         return TritonProducts(configurations_on(card), MOST_ROWS if choice == "triton-overlapping" else 0)
     return UnroundedTorchProducts() if choice == "torch-float32" else TorchProducts()

@@ -103,17 +103,30 @@ class MeasuredAttention(_Part):
     microseconds: float = Field(gt=0)
 
 
+class MeasuredInt8(_Part):
+    """What suits ``quantize="int8"``, whose inputs may be in 8 bits too.
+
+    Attributes:
+        products: the fastest of int8 with int8, of few rows.
+        inputs_from: from how many tokens on inputs in 8 bits too are faster; :data:`NEVER` where they are not.
+        overlapping_rows: up to how many rows such layers are faster where launches overlap; 0 where they are not.
+    """
+
+    products: tuple[MeasuredProduct, ...] = ()
+    inputs_from: int = Field(gt=0)
+    overlapping_rows: int = Field(default=0, ge=0)
+
+
 class MeasuredCard(_Part):
     """All that was measured, and with what.
 
     Attributes:
         overlapping_rows: up to how many rows layers are faster where launches overlap; 0 where they are not.
         flex_from_lengths: from how many lengths in a batch on flex is faster than SDPA; None where it was not measured.
-        int8_inputs_from: from how many tokens on inputs in 8 bits too are faster, with weights that ``quantize="int8"``
-            made; :data:`NEVER` where they are not, None where it was not measured.
+        int8: of weights that ``quantize="int8"`` makes; None where it was not measured.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     card: str
     architecture: str
     torch: str
@@ -123,7 +136,7 @@ class MeasuredCard(_Part):
     attention: tuple[MeasuredAttention, ...]
     overlapping_rows: int = Field(default=0, ge=0)
     flex_from_lengths: int | None = Field(default=None, gt=0)
-    int8_inputs_from: int | None = Field(default=None, gt=16)
+    int8: MeasuredInt8 | None = None
 
     @classmethod
     def of(

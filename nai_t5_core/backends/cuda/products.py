@@ -86,7 +86,7 @@ class TritonProducts(TorchProducts):
         self.configurations = configurations
         self.overlapping_rows = overlapping_rows
 
-    def overlaps(self, rows: int, in_bytes: bool) -> bool:
+    def overlaps(self, rows: int, in_bytes: bool, inputs_in_bytes: bool = False) -> bool:
         return rows <= self.overlapping_rows
 
     def plain(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Products(Protocol):
     where :meth:`input_bytes` says so.
     """
 
-    def overlaps(self, rows: int, in_bytes: bool) -> bool:
+    def overlaps(self, rows: int, in_bytes: bool, inputs_in_bytes: bool = False) -> bool:
         """Whether launches overlap in a layer of so many rows, those of products and of the kernels between them.
 
         Each starts when the programs of the one before have their sums, or, of the kernels between, when they have
@@ -37,6 +37,7 @@ class Products(Protocol):
 
         Args:
             in_bytes: whether the layer's weights are in 8 bits.
+            inputs_in_bytes: whether its activations are, see :meth:`input_bytes`.
         """
         ...
 
@@ -64,7 +65,7 @@ class Products(Protocol):
 class TorchProducts:
     """Products by torch, each rounded to the compute dtype."""
 
-    def overlaps(self, rows: int, in_bytes: bool) -> bool:
+    def overlaps(self, rows: int, in_bytes: bool, inputs_in_bytes: bool = False) -> bool:
         return False
 
     def input_bytes(self, weights: RowScaled | None, rows: int) -> torch.dtype | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -19,9 +19,17 @@ from nai_t5_core.backends.cuda.card import Card
 from nai_t5_core.backends.cuda.card_choice import MEASURED_HEADS
 from nai_t5_core.backends.cuda.documents import document_table
 from nai_t5_core.backends.cuda.graph_times import compile_ahead, seconds_of
+from nai_t5_core.backends.cuda.int8_product_times import time_int8_products
 from nai_t5_core.backends.cuda.launches import Documents, attend, attention_arguments, attention_table
 from nai_t5_core.backends.cuda.measured_card import FEW_ROWS, TILES, TORCH
-from nai_t5_core.backends.cuda.product_times import XXL_SHAPES, ProductShape, epilogue, out_dtype, time_products
+from nai_t5_core.backends.cuda.product_times import (
+    XXL_SHAPES,
+    ProductShape,
+    ProductTime,
+    epilogue,
+    out_dtype,
+    time_products,
+)
 from nai_t5_core.backends.cuda.products import Kind
 from nai_t5_core.backends.cuda.tile_kernel import multiply_tiles
 from nai_t5_core.backends.cuda.tiles import TILED_ROWS, Tile, tile_arguments, tile_candidates, tiled
@@ -64,15 +72,20 @@ def by_kind(times: Iterator[tuple[ProductShape, int, str, dict[str, int], float]
 
 def times_of_few_rows(device: torch.device) -> list[WayTime]:
     """Products of up to 128 rows by torch and by our kernel for few rows."""
+    return by_kind(_few_rows(time_products(rows=FEW, device=device)))
 
-    def times() -> Iterator[tuple[ProductShape, int, str, dict[str, int], float]]:
-        for each in time_products(rows=FEW, device=device):
-            if each.how == TORCH:
-                yield each.shape, each.rows, TORCH, {}, each.microseconds
-            elif not isinstance(each.how, str):
-                yield each.shape, each.rows, FEW_ROWS, asdict(each.how), each.microseconds
 
-    return by_kind(times())
+def times_of_int8(device: torch.device) -> list[WayTime]:
+    """The same of int8 with weights in int8."""
+    return by_kind(_few_rows(time_int8_products(FEW, device)))
+
+
+def _few_rows(times: Iterable[ProductTime]) -> Iterator[tuple[ProductShape, int, str, dict[str, int], float]]:
+    for each in times:
+        if each.how == TORCH:
+            yield each.shape, each.rows, TORCH, {}, each.microseconds
+        elif not isinstance(each.how, str):
+            yield each.shape, each.rows, FEW_ROWS, asdict(each.how), each.microseconds
 
 
 @torch.no_grad()

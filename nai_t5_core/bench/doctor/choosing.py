@@ -13,12 +13,10 @@ from nai_t5_core.backends.cuda.card import Card, card_of
 from nai_t5_core.backends.cuda.card_choice import MEASURED_HEADS, Choice, choice_for
 from nai_t5_core.backends.cuda.device_refusals import missing_to_overlap
 from nai_t5_core.backends.cuda.encoder import CudaEncoder
-from nai_t5_core.backends.cuda.graph_times import seconds_of_launches
 from nai_t5_core.backends.cuda.measured_card import MeasuredAttention, MeasuredCard, MeasuredProduct
 from nai_t5_core.backends.cuda.refusals import refuses_for_good
 from nai_t5_core.bench.clock import timed
 from nai_t5_core.bench.doctor.fastest import (
-    FASTER,
     Together,
     fastest_attention,
     fastest_for_few_rows,
@@ -27,9 +25,8 @@ from nai_t5_core.bench.doctor.fastest import (
     products_taken,
     those_of_a_table,
 )
-from nai_t5_core.bench.doctor.int8_inputs import int8_inputs_from, times_of_int8
 from nai_t5_core.bench.doctor.numbers import difference
-from nai_t5_core.bench.doctor.own_kernels import finished
+from nai_t5_core.bench.doctor.own_kernels import finished, milliseconds_of
 from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.bench.doctor.speed import LENGTHS
 from nai_t5_core.bench.parity import TOLERANCES
@@ -60,31 +57,22 @@ def measure_choice(patient: Patient) -> Finding:
     # Imported only here: Triton is needed.
     from nai_t5_core.bench.doctor.card_times import times_of_attention, times_of_few_rows, times_of_tiles
 
-    card, device = _card(patient), patient.device
+    card, device = named_card(patient), patient.device
     # Our products are made for NVIDIA's cards.
     times = [] if card.is_amd else [*times_of_few_rows(device), *times_of_tiles(card, device)]
     products, overlapping = fastest_products(times), _overlapping(card, times)
     attention = fastest_attention(times_of_attention(card, device))
-    config = named_config("t5-v1_1-xxl").encoder_only().model_copy(update={"num_layers": _LAYERS})
-    state = random_state(config, dtype=torch.float16, device=device)
-    stack = own_encoder(config, state, torch.float16)
+    stack = layers_of_an_xxl(device)
     ways = _ways(stack, products, overlapping, _shapes(choice_for(card), attention))
     together, wrong = _times_together(patient, ways, {name: _most_rows(each) for name, each in overlapping.items()})
-    in_8_bits, wrong_in_8_bits = times_of_int8(patient, stack)
     measured = MeasuredCard.of(card, products_taken(products, overlapping, together), attention)
-    measured = measured.model_copy(
-        update={
-            "overlapping_rows": overlapping_rows(together, overlapping),
-            "int8_inputs_from": int8_inputs_from(in_8_bits, FASTER),
-        }
-    )
+    measured = measured.model_copy(update={"overlapping_rows": overlapping_rows(together, overlapping)})
     return {
         "measured": measured.model_dump(mode="json"),
         "before": choice_for(card).origin,
         "times": together,
-        "int8": in_8_bits,
-        "lengths": _times_of_lengths(patient, measured),
-        "wrong": wrong + wrong_in_8_bits,
+        "lengths": times_of_lengths(patient, patient.stack, measured),
+        "wrong": wrong,
     }
 
 
@@ -110,13 +98,6 @@ def _times_together(
         rounds = [{name: milliseconds_of(encode, rows) for name, encode in here.items()} for _ in range(_ROUNDS)]
         times[str(rows)] = {name: min(each[name] for each in rounds) for name in here}
     return times, wrong
-
-
-def milliseconds_of(encode: CudaEncoder, rows: int) -> float:
-    """Of the graph by which so many rows were encoded before, on the device alone."""
-    assert encode.graphs is not None
-    with torch.cuda.device(encode.device):
-        return seconds_of_launches(partial(encode.graphs.relaunch, rows)) * 1e3
 
 
 def _ways(
@@ -150,21 +131,29 @@ def _most_rows(products: Sequence[MeasuredProduct]) -> int:
     return max(each.rows for each in products)
 
 
-def _times_of_lengths(patient: Patient, measured: MeasuredCard) -> dict[str, float]:
-    """Milliseconds of the timed model in what was measured, with the check for NaN, as the step ``speed`` has them."""
-    from nai_t5_core.backends.cuda.chosen_products import measured_products
+def layers_of_an_xxl(device: torch.device) -> T5EncoderStack:
+    """A few layers of a T5-XXL in float16, with random weights."""
+    config = named_config("t5-v1_1-xxl").encoder_only().model_copy(update={"num_layers": _LAYERS})
+    return own_encoder(config, random_state(config, dtype=torch.float16, device=device), torch.float16)
 
-    if patient.device.type != "cuda" or refuses_for_good(patient.stack) is not None:
+
+def times_of_lengths(patient: Patient, stack: T5EncoderStack, measured: MeasuredCard) -> dict[str, float]:
+    """Milliseconds of a model in what was measured, with the check for NaN, as the step ``speed`` has them."""
+    from nai_t5_core.backends.cuda.chosen_products import products_of
+
+    if patient.device.type != "cuda" or refuses_for_good(stack) is not None:
         return {}
-    shapes = _shapes(choice_for(_card(patient)), measured.attention)
-    encoder = CudaEncoder(patient.stack, False, measured_products(measured.products, measured.overlapping_rows), shapes)
+    choice = choice_for(named_card(patient))
+    products = products_of(Choice(choice.card, choice.row, measured))
+    encoder = CudaEncoder(stack, False, products, _shapes(choice, measured.attention))
     return {
         str(length): timed(partial(finished, encoder, patient.ids(1, length)), patient.device)["ms"]
         for length in LENGTHS
     }
 
 
-def _card(patient: Patient) -> Card:
+def named_card(patient: Patient) -> Card:
+    """The card that a choice is measured for."""
     card = card_of(patient.device)
     assert card is not None
     return card

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # What is not faster by this much is left to torch: a difference may be noise, and other ways round otherwise.
 FASTER = 0.97
 # By how much whole layers have to be faster.
-_LAYERS_FASTER = 0.99
+LAYERS_FASTER = 0.99
 
 # Milliseconds of layers by the number of rows, and by how they are computed.
 Together = Mapping[str, Mapping[str, float]]
@@ -93,7 +93,7 @@ def fastest_attention(times: Iterable[WayTime]) -> tuple[MeasuredAttention, ...]
 
 def without_slower_rows(products: Sequence[MeasuredProduct], together: Together) -> tuple[MeasuredProduct, ...]:
     """Products by torch alone for those numbers of rows where whole layers are not faster otherwise."""
-    slower = {int(rows) for rows, times in together.items() if times["measured"] > times["torch"] * _LAYERS_FASTER}
+    slower = {int(rows) for rows, times in together.items() if times["measured"] > times["torch"] * LAYERS_FASTER}
     return tuple(
         each.model_copy(update={"way": TORCH, "configuration": {}, "microseconds": each.by_torch})
         if each.rows in slower
@@ -107,7 +107,7 @@ def overlapping_rows(together: Together, names: Iterable[str]) -> int:
     most = 0
     for rows, times in sorted(together.items(), key=lambda item: int(item[0])):
         others = min(times["measured"], times["torch"])
-        if min((times[name] for name in names if name in times), default=others) > others * _LAYERS_FASTER:
+        if min((times[name] for name in names if name in times), default=others) > others * LAYERS_FASTER:
             break
         most = int(rows)
     return most

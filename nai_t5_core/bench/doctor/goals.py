@@ -54,6 +54,7 @@ def _times(diagnosis: Diagnosis) -> Iterator[Row]:
         yield from _time(f"{length} tokens, 16 bits", most, multiple, ours.get(length), _least(work, ceilings, speed))
     length, most, multiple = _IN_8_BITS
     ms = bytes_speed.get("times", {}).get(length, {}).get("int8, auto", {}).get("ms")
+    ms = diagnosis.data("int8-choice").get("lengths", {}).get(length, ms)
     work = bytes_speed.get("work", {}).get(length)
     yield from _time(f"{length} tokens, 8 bits", most, multiple, ms, _least(work, ceilings, bytes_speed))
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from nai_t5_core.backends.cuda.card import Card
-from nai_t5_core.backends.cuda.measured_card import NEVER, MeasuredCard, measured_file, read_measured
+from nai_t5_core.backends.cuda.measured_card import NEVER, MeasuredCard, MeasuredInt8, measured_file, read_measured
 from nai_t5_core.bench.doctor.examination import Diagnosis
 from nai_t5_core.weights.whole_files import write_whole
 
@@ -31,12 +31,12 @@ def flex_from_lengths(times: dict[str, Any]) -> int | None:
 def write_choice(diagnosis: Diagnosis) -> str | None:
     """Writes what was measured, where all results of the kernels were right; what was done, as a sentence.
 
-    None where nothing was measured. Flex is not timed every time: what an earlier examination found of it stays. Inputs
-    in 8 bits are kept only where the results of such were right, too.
+    None where nothing was measured. Flex and int8 are not timed every time: what an earlier examination found of them
+    stays. What was found of int8 is kept only where its results were right, too.
     """
     if not (found := diagnosis.data("choice")):
         return None
-    steps = {name: diagnosis.outcomes.get(name, {}).get("status", "not run") for name in ("kernels", "choice")}
+    steps = {name: _status(diagnosis, name) for name in ("kernels", "choice")}
     if any(status != "ok" for status in steps.values()):
         told = ", ".join(f"{name}: {status}" for name, status in steps.items())
         return f"What is fastest on this card was not kept, since the results have to be right first ({told})."
@@ -46,8 +46,7 @@ def write_choice(diagnosis: Diagnosis) -> str | None:
     lengths = before and before.flex_from_lengths
     if flex and not flex.get("wrong"):
         lengths = flex_from_lengths(flex["times"])
-    rows = measured.int8_inputs_from if diagnosis.outcomes.get("8-bits", {}).get("status") == "ok" else None
-    measured = measured.model_copy(update={"flex_from_lengths": lengths, "int8_inputs_from": rows})
+    measured = measured.model_copy(update={"flex_from_lengths": lengths, "int8": _int8(diagnosis, before)})
     path = measured_file(card)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,3 +54,15 @@ def write_choice(diagnosis: Diagnosis) -> str | None:
     except OSError as error:
         return f"What is fastest on this card could not be kept in {path}: {error.strerror or error}."
     return f"What is fastest on this card is kept in {path}; encoders that are loaded from now on use it."
+
+
+def _int8(diagnosis: Diagnosis, before: MeasuredCard | None) -> MeasuredInt8 | None:
+    """What is to be kept of the step ``int8-choice``; what was kept before, where it did not run."""
+    if not (found := diagnosis.data("int8-choice")):
+        return None if before is None else before.int8
+    is_right = all(_status(diagnosis, step) == "ok" for step in ("8-bits", "int8-choice"))
+    return MeasuredInt8.model_validate_json(json.dumps(found["measured"])) if is_right and "measured" in found else None
+
+
+def _status(diagnosis: Diagnosis, step: str) -> str:
+    return str(diagnosis.outcomes.get(step, {}).get("status", "not run"))

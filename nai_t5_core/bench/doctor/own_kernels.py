@@ -11,6 +11,7 @@ import torch
 from nai_t5_core.backends.cuda.card import card_of
 from nai_t5_core.backends.cuda.device_refusals import missing_to_overlap
 from nai_t5_core.backends.cuda.encoder import CudaEncoder, ProductsChoice, cuda_encoder
+from nai_t5_core.backends.cuda.graph_times import seconds_of_launches
 from nai_t5_core.bench.clock import timed
 from nai_t5_core.bench.doctor.numbers import SMALL_CONFIGS, difference, questions
 from nai_t5_core.bench.doctor.patient import Finding, Patient
@@ -89,6 +90,13 @@ def time_byte_products(patient: Patient) -> Finding:
             if isinstance(each.how, str) or sum("Configuration" in line for line in those) < 3:
                 those.append(str(each))
     return {"times": found}
+
+
+def milliseconds_of(encode: CudaEncoder, rows: int) -> float:
+    """Of the graph by which so many rows were encoded before, on the device alone."""
+    assert encode.graphs is not None
+    with torch.cuda.device(encode.device):
+        return seconds_of_launches(partial(encode.graphs.relaunch, rows)) * 1e3
 
 
 def finished(encoder: CudaEncoder, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:

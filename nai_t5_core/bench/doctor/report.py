@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from nai_t5_core.bench.doctor.advice import advice
+from nai_t5_core.bench.doctor.choice_sections import choice, int8_choice
 from nai_t5_core.bench.doctor.examination import Diagnosis
 from nai_t5_core.bench.doctor.first_encode import MOST_SECONDS
 from nai_t5_core.bench.doctor.goals import goals, least_ms
@@ -95,7 +96,9 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
     if found := diagnosis.data("first-encode"):
         yield _first_encode(found)
     if found := diagnosis.data("choice"):
-        yield _choice(found)
+        yield choice(found)
+    if "measured" in (found := diagnosis.data("int8-choice")):
+        yield int8_choice(found)
     if found := diagnosis.data("kernel-speed"):
         yield _kernels("Our kernels for CUDA", found)
     if found := diagnosis.data("8-bit-speed"):
@@ -259,31 +262,6 @@ def _memory(found: dict[str, Any]) -> Section:
     ]
     head = ("", "loading", "most while loading", "what stays", "most while encoding", "taken by torch")
     return Section(f"What {found['model']} takes of the card", head, tuple(rows))
-
-
-def _choice(found: dict[str, Any]) -> Section:
-    rows = []
-    for each in found["measured"]["products"]:
-        how = " ".join((each["way"], *(f"{name} {number}" for name, number in each["configuration"].items())))
-        times = f"{each['microseconds']:.1f} µs", f"{each['by_torch']:.1f} µs"
-        rows.append((f"{each['kind']} products, {each['rows']} rows", how, *times))
-    for each in found["measured"]["attention"]:
-        how = f"queries {each['queries']} keys {each['keys']} warps {each['warps']} stages {each['stages']}"
-        rows.append((f"attention, {each['tokens']} tokens", how, f"{each['microseconds']:.1f} µs", ""))
-    lines = [
-        f"layers at {rows} tokens: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
-        for rows, times in found["times"].items()
-    ]
-    lines += [
-        f"int8 weights at {rows} tokens: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
-        for rows, times in found.get("int8", {}).items()
-    ]
-    if rows_that_overlap := found["measured"].get("overlapping_rows"):
-        lines.append(f"launches overlap up to {rows_that_overlap} tokens, where layers are faster so")
-    if lengths := found.get("lengths"):
-        lines.append("the timed model: " + ", ".join(f"{tokens} tokens {ms:.2f} ms" for tokens, ms in lengths.items()))
-    title = "What is fastest on this card, in a layer of a T5-XXL"
-    return Section(title, ("what", "by", "time", "by torch"), tuple(rows), tuple(lines))
 
 
 def _flex(flex: dict[str, Any]) -> Section:
