@@ -16,6 +16,7 @@ if missing := missing_triton():
     pytest.skip(missing, allow_module_level=True)
 
 from nai_t5_core.backends.cuda import byte_product_times as times
+from nai_t5_core.backends.cuda import int8_product_times as int8_times
 from nai_t5_core.backends.cuda.activations import Sums
 from nai_t5_core.backends.cuda.encoder import cuda_encoder
 from nai_t5_core.backends.cuda.product_times import ProductShape
@@ -55,6 +56,25 @@ def test_every_way_that_is_timed_is_right(kind: str, shape: ProductShape, monkey
                 continue
             limit = 0.05 if in_8_bits else 3 * ONE_ROUNDING[torch.float16]
             assert error(found, expected) < limit, how
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_every_way_for_int8_that_is_timed_is_right(shape: ProductShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_times, "copies_of", lambda _: 1)
+    weight = int8_times._weights(shape, DEVICE)[0]
+    for rows in (16, 40, 128):
+        x = int8_times._drawn(rows, shape.depth, DEVICE)
+        expected = int8_times._expected(shape, x, weight).double()
+        by_torch, *ours = int8_times._ways(shape, x)
+        assert by_torch[0] == "torch" and len(ours) >= 1
+        sums: Any = by_torch[1](x.values, weight)
+        assert sums.values.shape == (max(rows, 24), shape.columns * (2 if shape.kind == "gated" else 1))
+        for configuration, multiply in ours:
+            found: Any = multiply(x.values, weight)
+            assert found.shape == (configuration.parts, rows, shape.columns)  # type: ignore[union-attr]
+            assert error(found.double().sum(0), expected) < 1.5 * ONE_ROUNDING[torch.float16]
+    launches = list(int8_times._launches(shape, (16, 128), weight))
+    assert len(launches) == sum(len(list(int8_times._candidates(shape, rows))) for rows in (16, 128))
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "float8"])

@@ -245,20 +245,10 @@ def test_every_configuration_for_int8_fits_what_it_is_for() -> None:
         assert known[-1] == Configuration(16, 32, 1, 2), "fits all sizes that are multiples of 32"
         for each in (*known, *int8_candidates(kind, rows)):
             assert each.parts == 1 or kind == "summed"
+    times: dict[str, Any] = {"kind": "summed", "microseconds": 1, "by_torch": 2}
     measured = [
-        MeasuredProduct(
-            kind="summed",
-            rows=64,
-            weights=weights,
-            way="few rows",
-            configuration=configuration,
-            microseconds=1,
-            by_torch=2,
-        )
-        for weights, configuration in (
-            ("int8", asdict(Configuration(64, 128, 4))),
-            ("16 bit", asdict(Configuration(16, 16))),
-        )
+        MeasuredProduct(rows=64, way="few rows", configuration=asdict(Configuration(64, 128, 4)), **times),
+        MeasuredProduct(rows=16, way="torch", **times),
     ]
     found = int8_configurations(measured)
     assert found["summed", 64] == (Configuration(64, 128, 4), *ESTIMATED_FOR_INT8["summed", 64])

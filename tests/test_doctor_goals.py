@@ -14,6 +14,7 @@ from conftest import TOY_CONFIGS
 from test_doctor_choice import examined, finding
 
 from nai_t5_core.backends import choices
+from nai_t5_core.backends.cuda.measured_card import MeasuredInt8
 from nai_t5_core.bench.doctor import DoctorSettings, memory, speed
 from nai_t5_core.bench.doctor.hollow import write_hollow
 from nai_t5_core.bench.doctor.patient import Patient
@@ -94,6 +95,9 @@ def test_8_bits_memory_and_layers_from_the_host_stand_beside_what_they_are_to_be
         "| int8 | 2.0 s | 5.88 GB | 4.90 GB | 4.96 GB | 11.00 GB |",
     ):
         assert row in text
+    measured = {"measured": MeasuredInt8(inputs_from=16).model_dump(), "times": {}, "lengths": {"64": 1.8}}
+    text = as_markdown(examined(ceilings=ceilings, **{"8-bit-speed": bytes_speed, "int8-choice": measured}))
+    assert "| 64 tokens, 8 bits | ≤ 2.1 ms | 1.80 ms |" in text, "in what was measured to be the fastest"
     nothing = as_markdown(examined(**{"8-bit-speed": {**bytes_speed, "times": {"64": {}}}}))
     assert nothing.count("| not measured |") == 6 + 4 + 4 + 4 + 1
 

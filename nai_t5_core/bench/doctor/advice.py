@@ -89,10 +89,7 @@ def _quantising(diagnosis: Diagnosis, machine: dict[str, Any]) -> str:
         return f"Leave the weights as they are: {reason}."
     how_exact = "it is less exact, and nai-t5 parity --int8 says by how much for a model."
     if diagnosis.device != "cpu":
-        return (
-            'quantize="int8" halves the memory; its times here are those of the step 8-bit-speed of --full; '
-            f"{how_exact}"
-        )
+        return f'quantize="int8" halves the memory; its times here are those of the step int8-choice; {how_exact}'
     ours, theirs = (diagnosis.data(step).get("times", {}) for step in ("speed", "int8"))
     known = [length for length in ("64", "512") if length in ours and length in theirs]
     if not known:
