@@ -17,6 +17,7 @@ from comfy_nai_t5.idle_hooks import tell_of_idle_hooks
 from comfy_nai_t5.pages import lay_side_by_side
 from comfy_nai_t5.quantised import stays_quantised, unpacked_state
 from comfy_nai_t5.stack import SharedStack
+from comfy_nai_t5.steady_patcher import become_steady
 from comfy_nai_t5.telling import out_of_memory, warn
 from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
@@ -165,7 +166,7 @@ class T5Clip(comfy.sd.CLIP):
         stacks = [owner.transformer.stack for owner in t5_models(self.cond_stage_model).values()]
         for stack in stacks:
             stack.is_hooked = bool(self.patcher.hook_patches)
-        if is_streamed(self):
+        if is_streamed(self) and not getattr(self.patcher, "is_prepared", False):
             lay_side_by_side(self.patcher, [group for stack in stacks for group in stack.groups_to_be_joined])
         return super().load_model(*arguments, **options)
 
@@ -269,6 +270,7 @@ def with_our_t5(clip: Any, settings: Settings | None = None) -> T5Clip:
         return EncoderModel(owner.transformer, stack, "skip" if owner.zero_out_masked else "exact")
 
     clone = _as_ours(clip.clone())
+    become_steady(clone.patcher)
     clone.cond_stage_model = _rebuilt(clip.cond_stage_model, ours)
     clone.cache = _cache_for(clip, settings)
     tell_of_idle_hooks(clone.patcher, _encoders(clone.cond_stage_model))

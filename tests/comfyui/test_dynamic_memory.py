@@ -439,3 +439,128 @@ def test_the_guard_frees_nothing_that_is_in_use(tmp_path: Path, monkeypatch: pyt
     del ours, theirs, module, dense, memory, pinned
     gc.collect()
     assert "vbar_free" in library.freed, "what is in use no longer has to be freed"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When a model is prepared
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(library: PagedLibrary, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The patchers by which ComfyUI has prepared a model, one after the other."""
+    from comfy.model_patcher import ModelPatcherDynamic
+
+    by: list[Any] = []
+    load = ModelPatcherDynamic.load
+
+    def noted(patcher: Any, *arguments: Any, **options: Any) -> Any:
+        by.append(patcher)
+        return load(patcher, *arguments, **options)
+
+    monkeypatch.setattr(ModelPatcherDynamic, "load", noted)
+    return by
+
+
+def test_a_model_is_prepared_once(prepared: list[Any], library: PagedLibrary, tmp_path: Path) -> None:
+    """Stock prepares it before every encode."""
+    pair = Pair(tmp_path, "pixart", Settings("float32"))
+    pair.compare()
+    pair.compare()
+    assert prepared == [pair.ours.patcher]
+    for _ in range(2):
+        encoded(pair.theirs)
+    assert prepared == [pair.ours.patcher, pair.theirs.patcher, pair.theirs.patcher]
+
+
+def test_what_comfyui_sets_for_every_use_is_set(prepared: list[Any], library: PagedLibrary, tmp_path: Path) -> None:
+    """Pins are active, and all pages may be brought in."""
+    pair = Pair(tmp_path, "pixart", Settings("float32"))
+    pair.compare()
+    pins = pair.ours.patcher.model.dynamic_pins[CARD]
+    pins["active"], pins["failed"] = False, True  # as after a prompt, and after memory that could not be pinned
+    pair.ours.patcher.partially_unload(None, PAGE)
+    (pages,) = library.ranges
+    assert pages.watermark < len(pages.are_there)
+    encoded(pair.ours)
+    assert len(prepared) == 1 and pins["active"] and not pins["failed"]
+    assert pages.watermark == len(pages.are_there)
+
+
+def test_patches_and_other_users_have_it_prepared_anew(prepared: list[Any], tmp_path: Path) -> None:
+    pair = Pair(tmp_path, "pixart", Settings("float32"))
+    pair.compare()
+    lora = toy_lora(pair.t5, EVERYWHERE, slot_of(pair.theirs))
+    changed = with_lora(pair.ours, lora, 0.8)
+    assert type(changed.patcher) is type(pair.ours.patcher)
+    expected = encoded(with_lora(pair.plain, lora, 0.8))
+    for clip, known in ((changed, True), (pair.ours, False), (changed, False), (pair.theirs, False)):
+        before = len(prepared)
+        found = [encoded(clip) for _ in range(2)]
+        assert prepared[before:] == [clip.patcher] * (2 if clip is pair.theirs else 1), known
+        assert error(found[0], found[1]) < 1e-6
+        assert (error(found[1], expected) < pair.tolerance) == (clip is changed)
+    before = len(prepared)
+    pair.compare()
+    assert prepared[before:] == [pair.ours.patcher]
+
+
+@pytest.mark.parametrize("change", ["part of it", "all", "detached", "another place", "another weight"])
+def test_what_is_no_longer_there_has_it_prepared_anew(change: str, prepared: list[Any], tmp_path: Path) -> None:
+    pair = Pair(tmp_path, "pixart", Settings("float32"))
+    pair.compare()
+    linear: Any = pair.t5.encoder.block[0].layer[0].SelfAttention.o
+    if change == "part of it":
+        pair.ours.patcher.partially_unload(None, PAGE)  # pages come again by themselves
+    elif change == "all":
+        pair.ours.patcher.partially_unload(None, 1e32)
+    elif change == "detached":
+        pair.ours.patcher.detach()
+    elif change == "another place":
+        del linear._v
+        linear._v_signature = None
+    else:
+        linear.weight = type(linear.weight)(linear.weight.detach().clone(), requires_grad=False)
+    pair.compare()
+    assert len(prepared) == (1 if change == "part of it" else 2)
+
+
+def test_hooks_and_those_who_want_to_know_have_it_prepared_every_time(prepared: list[Any], tmp_path: Path) -> None:
+    from comfy.patcher_extension import CallbacksMP
+
+    pair = Pair(tmp_path, "pixart", Settings("float32"))
+    pair.compare()
+    told: list[Any] = []
+    pair.ours.patcher.add_callback(CallbacksMP.ON_LOAD, lambda *given: told.append(given))
+    for _ in range(3):
+        encoded(pair.ours)
+    assert len(prepared) == 4 and len(told) == 3
+    pair.ours.patcher.callbacks[CallbacksMP.ON_LOAD].clear()
+    handle = pair.t5.encoder.block[0].register_forward_hook(lambda *_: None)
+    for _ in range(3):
+        encoded(pair.ours)
+    assert len(prepared) == 7
+    handle.remove()
+    for _ in range(3):
+        encoded(pair.ours)
+    assert len(prepared) == 8
+
+
+def test_patchers_of_others_stay_what_they_are(tmp_path: Path) -> None:
+    from comfy.model_patcher import ModelPatcherDynamic
+
+    from comfy_nai_t5.steady_patcher import SteadyPatcher, become_steady
+
+    class Another(ModelPatcherDynamic):  # type: ignore[misc]
+        pass
+
+    theirs = stock(toy_file(tmp_path, FAMILIES["pixart"]), "pixart")
+    before = type(theirs.patcher)
+    become_steady(theirs.patcher)
+    assert type(theirs.patcher) is before, "it is not in dynamic memory"
+    assert not isinstance(ours_of(theirs, Settings("float32")).patcher, SteadyPatcher)
+    other = SimpleNamespace(is_dynamic=lambda: True)
+    become_steady(other)
+    another = object.__new__(Another)
+    become_steady(another)
+    assert type(other) is SimpleNamespace and type(another) is Another
