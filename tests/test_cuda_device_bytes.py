@@ -77,15 +77,16 @@ def test_graphs_give_what_single_launches_give(kind: str, folder: Path) -> None:
                 assert_near(graphs(ids).double(), eager(ids).double(), 0.05 if may_round_inputs else 5e-3)
 
 
-def test_both_sides_in_8_bits_are_near(folder: Path) -> None:
+@pytest.mark.parametrize(("prompts", "as_numbers"), [(LONG, ["q8_0"]), (PROMPTS, ["q8_0", "float8"])])
+def test_both_sides_in_8_bits_are_near(prompts: list[str], as_numbers: list[str], folder: Path) -> None:
     for kind in KINDS:
         encoder = encoder_of(kind, folder)
         encoder.stack.runner = CudaRunner(products="triton")
-        expected = encoder.encode(LONG).hidden_states
+        expected = encoder.encode(prompts).hidden_states
         encoder.stack.runner = CudaRunner(products="8-bit")
-        found = encoder.encode(LONG).hidden_states
+        found = encoder.encode(prompts).hidden_states
         assert found.isfinite().all()
-        assert torch.equal(found, expected) == (kind == "q8_0")
+        assert torch.equal(found, expected) == (kind in as_numbers)
         assert float((found - expected).float().norm() / expected.float().norm()) < 0.2
 
 
