@@ -55,7 +55,7 @@ class SteadyPatcher(_Dynamic):
 
 def become_steady(patcher: Any) -> None:
     """Makes ComfyUI's own patcher of a model in dynamic memory a :class:`SteadyPatcher`; others stay what they are."""
-    if type(patcher) is _Dynamic and patcher.is_dynamic():
+    if type(patcher) is _Dynamic and _Dynamic is not comfy.model_patcher.ModelPatcher:
         patcher.__class__ = SteadyPatcher
 
 
