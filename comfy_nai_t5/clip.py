@@ -17,7 +17,7 @@ from comfy_nai_t5.idle_hooks import tell_of_idle_hooks
 from comfy_nai_t5.pages import lay_side_by_side
 from comfy_nai_t5.quantised import stays_quantised, unpacked_state
 from comfy_nai_t5.stack import SharedStack
-from comfy_nai_t5.steady_patcher import become_steady
+from comfy_nai_t5.steady_patcher import SteadyPatcher, become_steady
 from comfy_nai_t5.telling import out_of_memory, warn
 from nai_t5_core.backends.auto_dtype import resolve_dtype
 from nai_t5_core.backends.products import INT8_ONEDNN, ONEDNN
@@ -136,13 +136,20 @@ class T5Clip(comfy.sd.CLIP):
         return clone
 
     def encode_from_tokens(self, tokens: dict[str, Any], return_pooled: Any = False, return_dict: bool = False) -> Any:
-        compute = super().encode_from_tokens
+        compute = self._encode_and_say
         if self.cache is None:
             return compute(tokens, return_pooled=return_pooled, return_dict=return_dict)
         out = self.cache.encode(self, t5_models(self.cond_stage_model), compute, tokens, return_pooled)
         if return_dict:
             return out
         return (out["cond"], out["pooled_output"]) if return_pooled else out["cond"]
+
+    def _encode_and_say(self, *arguments: Any, **options: Any) -> Any:
+        """ComfyUI's encode; its patcher is told when it has ended well, and is then ready for the next."""
+        encoded = super().encode_from_tokens(*arguments, **options)
+        if isinstance(self.patcher, SteadyPatcher):
+            self.patcher.has_served()
+        return encoded
 
     def _fill(self) -> None:
         if self.cache is not None:

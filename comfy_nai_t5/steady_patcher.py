@@ -7,6 +7,7 @@ and between two prompts nothing of it changes. What ComfyUI does about memory be
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,33 +16,44 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
-from nai_t5_core.model.block import ModulesRecord
+from nai_t5_core.model.block import is_watched
 
 # Older ComfyUI has no dynamic memory, and no patcher becomes steady there.
 _Dynamic: Any = getattr(comfy.model_patcher, "ModelPatcherDynamic", comfy.model_patcher.ModelPatcher)
 
 
 class SteadyPatcher(_Dynamic):
-    """As ComfyUI's; a model that is as it was when this patcher prepared it is taken as it is."""
+    """As ComfyUI's; a model that is as it was when it last served an encode is taken as it is.
+
+    Whoever encodes says so by :meth:`has_served`. After an error nothing is said: modules may then be left in the
+    middle of a copy, and so are prepared anew.
+    """
 
     _prepared: Prepared | None = None
+    # What becomes the above when the model has served.
+    _in_use: Prepared | None = None
 
     def load(self, device_to: Any = None, *arguments: Any, **options: Any) -> Any:
-        if self.is_prepared and not options.get("dirty") and self._prepared.device == device_to:  # type: ignore[union-attr]
+        before = self._prepared if self.is_prepared and not options.get("dirty") else None
+        self._prepared = self._in_use = None
+        if before is not None and before.device == device_to:
+            self._in_use = before
             return self._take_as_it_is()
-        self._prepared = None
+        _begin_copies_anew(self.model)
         loaded = super().load(device_to, *arguments, **options)
-        self._prepared = None if _has_own_ways(self) else Prepared.of(self, device_to)
+        self._in_use = None if _has_own_ways(self) else Prepared.of(self, device_to)
         return loaded
 
     @property
     def is_prepared(self) -> bool:
-        """Whether the model is as this patcher has prepared it."""
-        return self._prepared is not None and not _has_own_ways(self) and self._prepared.is_still_so(self)
+        """Whether the model is as it was when it last served an encode by this patcher."""
+        prepared = self._prepared
+        return prepared is not None and not _has_own_ways(self) and prepared.is_still_so(self)
 
-    def restore_loaded_backups(self) -> Any:
-        self._prepared = None  # it refers to what is given back here
-        return super().restore_loaded_backups()
+    def has_served(self) -> None:
+        """Says that an encode has ended without an error since the model was last prepared."""
+        if self._in_use is not None:
+            self._prepared, self._in_use = self._in_use, None
 
     def _take_as_it_is(self) -> None:
         """What ComfyUI sets anew for every use of a model."""
@@ -59,17 +71,29 @@ def become_steady(patcher: Any) -> None:
         patcher.__class__ = SteadyPatcher
 
 
+def _begin_copies_anew(model: nn.Module) -> None:
+    """Forgets what an error has broken off: the weight may lie there without its patches, or in memory that was freed.
+
+    ComfyUI itself goes on with such a copy.
+    """
+    module: Any
+    for module in model.modules():
+        if vars(module).pop("_prefetch", None) is not None:
+            module._v_signature = None
+
+
 def _has_own_ways(patcher: Any) -> bool:
     """Whether hooks change weights while prompts are encoded, or other software wants to know of every load."""
     hooks = patcher.hook_patches or patcher.hook_backup or patcher.current_hooks or patcher.forced_hooks
-    return bool(hooks) or bool(patcher.get_all_callbacks(CallbacksMP.ON_LOAD))
+    told = (CallbacksMP.ON_LOAD, CallbacksMP.ON_APPLY_HOOKS)
+    return bool(hooks) or any(patcher.get_all_callbacks(event) for event in told)
 
 
 class Prepared:
     """What a patcher left when it prepared a model, by which is seen whether anything has changed since.
 
     Every preparing, by whichever patcher of the model, gives each streamed module a new list of functions; each unload
-    takes the copies of small weights back.
+    takes the copies of small weights back. No weight is kept alive.
 
     Args:
         places: of every streamed module, in dynamic memory.
@@ -77,12 +101,20 @@ class Prepared:
 
     def __init__(self, patcher: Any, device: torch.device, places: Mapping[nn.Module, Any]) -> None:
         model = patcher.model
-        self.device, self.patches = device, patcher.patches_uuid
+        self.device = device
+        self._by, self._uuid, self._patches = _Dynamic.load, patcher.patches_uuid, dict(patcher.patches)
         self._memory, self._pins = patcher._vbar_get(), model.dynamic_pins[device]
-        self._small = _small_weights(patcher)
-        self._bytes = model.model_loaded_weight_memory
+        self._small_bytes = model.model_loaded_weight_memory
         self._streamed = [(vars(module), place, module.weight_function) for module, place in places.items()]
-        self._modules = ModulesRecord(model.modules())
+        self._modules = list(model.modules())
+        self._children = [(module._modules, list(module._modules.values())) for module in self._modules]
+        tables = [table for module in self._modules for table in (module._parameters, module._buffers)]
+        self._tensors = [
+            (table, name, weakref.ref(tensor))
+            for table in tables
+            for name, tensor in table.items()
+            if tensor is not None
+        ]
 
     @classmethod
     def of(cls, patcher: Any, device: torch.device) -> Prepared | None:
@@ -91,22 +123,30 @@ class Prepared:
         return cls(patcher, device, places) if places else None
 
     def is_still_so(self, patcher: Any) -> bool:
+        return self._is_of(patcher) and self._has_its_places and self._has_its_members
+
+    def _is_of(self, patcher: Any) -> bool:
         model = patcher.model
-        if patcher.load_device != self.device or patcher.patches_uuid != self.patches:
-            return False
-        if model.current_weight_patches_uuid != self.patches or model.model_loaded_weight_memory != self._bytes:
-            return False
-        if patcher._vbar_get() is not self._memory or model.dynamic_pins.get(self.device) is not self._pins:
-            return False
-        small = _small_weights(patcher)
-        if len(small) != len(self._small) or any(a is not b for a, b in zip(small, self._small, strict=True)):
-            return False
-        for found, place, functions in self._streamed:
-            if found.get("_v") is not place or found.get("weight_function") is not functions:
-                return False
-        return self._modules.is_same
+        return (
+            _Dynamic.load is self._by
+            and patcher.load_device == self.device
+            and patcher.patches_uuid == self._uuid == model.current_weight_patches_uuid
+            and len(patcher.patches) == len(self._patches)
+            and all(self._patches.get(key) is patches for key, patches in patcher.patches.items())
+            and model.model_loaded_weight_memory == self._small_bytes
+            and patcher._vbar_get() is self._memory
+            and model.dynamic_pins.get(self.device) is self._pins
+        )
 
+    @property
+    def _has_its_places(self) -> bool:
+        return all(
+            found.get("_v") is place and found.get("weight_function") is functions
+            for found, place, functions in self._streamed
+        )
 
-def _small_weights(patcher: Any) -> list[Any]:
-    """What ComfyUI keeps of weights and buffers that it has copied to the card as a whole."""
-    return [*patcher.backup.values(), *patcher.backup_buffers.values()]
+    @property
+    def _has_its_members(self) -> bool:
+        if is_watched(self._modules) or any(list(table.values()) != children for table, children in self._children):
+            return False
+        return all(tensor() is table.get(name) is not None for table, name, tensor in self._tensors)

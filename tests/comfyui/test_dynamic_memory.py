@@ -6,6 +6,7 @@ The kernels for CUDA run in Triton's interpreter, where that is chosen: ``TRITON
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -536,14 +537,88 @@ def test_hooks_and_those_who_want_to_know_have_it_prepared_every_time(prepared: 
         encoded(pair.ours)
     assert len(prepared) == 4 and len(told) == 3
     pair.ours.patcher.callbacks[CallbacksMP.ON_LOAD].clear()
+    pair.ours.patcher.add_callback(CallbacksMP.ON_APPLY_HOOKS, lambda *given: told.append(given))
+    encoded(pair.ours)
+    assert len(prepared) == 5 and len(told) == 4
+    pair.ours.patcher.callbacks[CallbacksMP.ON_APPLY_HOOKS].clear()
     handle = pair.t5.encoder.block[0].register_forward_hook(lambda *_: None)
     for _ in range(3):
         encoded(pair.ours)
-    assert len(prepared) == 7
+    assert len(prepared) == 8
     handle.remove()
     for _ in range(3):
         encoded(pair.ours)
     assert len(prepared) == 8
+
+
+@pytest.mark.parametrize("layout", ["fused", "separate"])
+def test_after_an_error_it_is_prepared_anew(
+    layout: str, prepared: list[Any], library: PagedLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the patching of a weight fails: it may lie there unpatched, known as one that is there."""
+    import comfy.lora
+
+    calculate_weight = comfy.lora.calculate_weight
+    left: Any = iter(())
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if next(left, None) == 0:
+            raise torch.OutOfMemoryError("there is no room for this patch")
+        return calculate_weight(*arguments, **options)
+
+    monkeypatch.setattr(comfy.lora, "calculate_weight", failing)
+    pair = Pair(tmp_path, "pixart", Settings("float32", layout=layout))
+    lora = toy_lora(pair.t5, EVERYWHERE, slot_of(pair.theirs))
+    expected = encoded(with_lora(pair.plain, lora, 0.8))
+    clip = with_lora(pair.ours, lora, 0.8)
+    for number in range(len(EVERYWHERE)):
+        clip.patcher.detach()
+        left = iter(range(number, -1, -1))
+        with pytest.raises(torch.OutOfMemoryError):
+            conditioning(clip, TEXT)
+        for pages in library.ranges:  # what ComfyUI leaves pinned in this case
+            pages.pins = [0] * len(pages.pins)
+        before = len(prepared)
+        assert error(encoded(clip), expected) < pair.tolerance
+        assert error(encoded(clip), expected) < pair.tolerance
+        assert prepared[before:] == [clip.patcher]
+
+
+def test_who_does_not_say_that_it_has_served_has_it_prepared_every_time(prepared: list[Any], tmp_path: Path) -> None:
+    pair = Pair(tmp_path, "pixart", Settings("float32"))
+    for _ in range(3):
+        pair.ours.load_model()
+    assert len(prepared) == 3
+
+
+@pytest.mark.parametrize("change", ["a patch", "its load"])
+def test_what_comfyui_does_not_count_as_a_change_is_one(
+    change: str, prepared: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from comfy.model_patcher import ModelPatcherDynamic
+
+    pair = Pair(tmp_path, "pixart", Settings("float32"))
+    pair.compare()
+    if change == "a patch":
+        changed = with_lora(pair.ours, toy_lora(pair.t5, EVERYWHERE[:1], slot_of(pair.theirs)), 0.8)
+        pair.ours.patcher.patches.update(changed.patcher.patches)
+    else:
+        load = ModelPatcherDynamic.load
+        monkeypatch.setattr(ModelPatcherDynamic, "load", lambda *given, **how: load(*given, **how))
+    encoded(pair.ours)
+    assert len(prepared) == 2
+
+
+def test_no_weight_is_kept_alive(tmp_path: Path, library: PagedLibrary) -> None:
+    """Copies of small weights on the card, of a patcher after which another has prepared the model."""
+    pair = Pair(tmp_path, "pixart", Settings("float32"))
+    pair.compare()
+    norms = [weakref.ref(block.layer[0].layer_norm.weight) for block in pair.t5.encoder.block]
+    clone = pair.ours.clone()
+    encoded(clone)
+    clone.patcher.detach()
+    gc.collect()
+    assert [norm() for norm in norms] == [None, None]
 
 
 def test_patchers_of_others_stay_what_they_are(tmp_path: Path) -> None:
