@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from itertools import product as product_of
 from typing import Any
 
 from compile_for_gpus import compiled, product_constants
 
 from nai_t5_core.backends.cuda import byte_kernels, kernels
+from nai_t5_core.backends.cuda.byte_launches import rounding_block
 from nai_t5_core.backends.cuda.byte_product_kernel import multiply_bytes, unpack_bytes
 from nai_t5_core.backends.cuda.byte_products import byte_configurations_on
 from nai_t5_core.backends.cuda.card import Card
@@ -78,11 +80,12 @@ def others(card: Card, half: str) -> Iterator[dict[str, Any]]:
         types |= {"columns": "i32", "all_columns": "i32", "depth": "i32"}
         constants: dict[str, Any] = {"kind": read, "has_blocks": has_blocks, "block_columns": 8, "block_depth": 256}
         yield compiled(unpack_bytes, card, types, constants, 4, overlaps=False)
+    possible = (False, True) if card.can_overlap else (False,)
     for out in ("*i8", "*u8"):
         types = {"x": half, "out": out, "scales": "*fp32"}
-        for width, block in ((4096, 4096), (6144, 8192)):
-            sizes = {"width": width, "block": block}
-            for overlaps in (False, True) if card.can_overlap else (False,):
+        for width in (4096, 6144, 10240, 65536):
+            sizes = {"width": width, "block": (block := rounding_block(width))}
+            for overlaps in possible:
                 yield compiled(byte_kernels.round_rows, card, types, sizes, norm_warps(block), overlaps)
         has_scales = out == "*i8"
         types = {"joined": "*i32" if has_scales else "*bf16", "out": out, "scales": "*fp32"}
@@ -91,13 +94,15 @@ def others(card: Card, half: str) -> Iterator[dict[str, Any]]:
             constants = {"width": 10240, "activation": activation, "is_gated": activation != "relu", "block": 1024}
             constants |= {"has_scales": has_scales}
             yield compiled(byte_kernels.gate_in_bytes, card, types, constants, 4, overlaps=False)
-        for delta, parts in (("*fp32", 0), ("*i32" if has_scales else "*bf16", 1)):
+        sums = ("*i32" if has_scales else "*bf16", 1)
+        # Of few rows those of parts of the depth, in float32.
+        for (delta, parts), overlaps in product_of((("*fp32", 0), sums, ("*fp32", 2), ("*fp32", 4)), possible):
             types = {"residual": "*fp32", "delta": delta, "weight": "*fp32", "out": out, "finite": "*i32"}
             types |= {"count": "*i32", "epsilon": "fp32", "inv_scale": "fp32", "factor": "fp32"}
             types |= {"row_scales": "*fp32", "column_scales": "*fp32", "out_scales": "*fp32"}
             constants = {"width": 4096, "block": 4096, "parts": parts, "has_weight": True, "watches": False}
             constants |= {"has_scales": has_scales and parts == 1, "gives_bytes": True}
-            yield compiled(kernels.add_norm, card, types, constants, norm_warps(4096), overlaps=False)
+            yield compiled(kernels.add_norm, card, types, constants, norm_warps(4096), overlaps)
     types = {"sums": "*i32", "row_scales": "*fp32", "column_scales": "*fp32", "out": half}
     yield compiled(byte_kernels.number_sums, card, types, {"width": 12288, "block": 1024}, 4, overlaps=False)
 

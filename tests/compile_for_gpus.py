@@ -48,6 +48,8 @@ def compiled(
     options = {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if overlaps else {})
     result = triton.compile(source, target=target_of(card), options=options)
     found = amd_usage(result.asm["amdgcn"]) if card.is_amd else usage(result.asm["cubin"])
+    code = result.asm.get("ptx", "")
+    found |= {"waits": code.count("griddepcontrol.wait"), "starts": code.count("griddepcontrol.launch_dependents")}
     return {"kernel": kernel.__name__, **constants, "warps": warps, **found, "shared": result.metadata.shared}
 
 

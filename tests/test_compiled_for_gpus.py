@@ -28,6 +28,13 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
 
 
+def out_of_step(usages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that do not wait for the launch before, and let the next one start, where launches overlap; or do else."""
+    return [
+        usage for usage in usages if (usage["waits"] > 0, usage["starts"] > 0) != (usage.get("overlaps", False),) * 2
+    ]
+
+
 def beyond(usages: list[dict[str, Any]], capability: int | str) -> list[dict[str, Any]]:
     """Those that spill registers, or that the card refuses to start."""
     limits: dict[int | str, int] = {name: card.shared for name, card in CARDS.items()}
@@ -40,7 +47,8 @@ def test_our_kernels(capability: int | str) -> None:
     usages = compiled("compile_for_gpus.py", capability)
     tiles = set() if capability in AMD_CARDS else {"multiply_tiles"}
     assert {usage["kernel"] for usage in usages} == {"attend", "add_norm", "gate", "multiply", *tiles}
-    assert beyond(usages, capability) == []
+    assert beyond(usages, capability) == [] and out_of_step(usages) == []
+    assert any(usage["waits"] for usage in usages) == (capability in (90, *NEWER_CARDS))
 
 
 @pytest.mark.parametrize("capability", [*CARDS, *NEWER_CARDS])
@@ -48,7 +56,10 @@ def test_our_kernels_for_8_bits(capability: int) -> None:
     usages = compiled("compile_bytes_for_gpus.py", capability)
     between = {"round_rows", "number_sums", "gate_in_bytes", "add_norm"}
     assert {usage["kernel"] for usage in usages} == {"multiply_bytes", "multiply_int8", "unpack_bytes", *between}
-    assert beyond(usages, capability) == []
+    assert beyond(usages, capability) == [] and out_of_step(usages) == []
+    overlapping = {usage["kernel"] for usage in usages if usage["waits"]}
+    expected = {"multiply_bytes", "multiply_int8", "round_rows", "add_norm"}
+    assert overlapping == (expected if capability in (90, *NEWER_CARDS) else set())
 
 
 @for_cuda

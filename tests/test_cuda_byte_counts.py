@@ -82,9 +82,12 @@ class Counted:
         def launch(*arguments: Any, **constants: Any) -> None:
             assert all(size > 0 for size in grid)
             assert all(isinstance(tensor, FakeTensor) for tensor in arguments if isinstance(tensor, Tensor))
-            self.device.launches[self.name] += 1
+            self.launch(**constants)
 
         return launch
+
+    def launch(self, **constants: Any) -> None:
+        self.device.launches[self.name] += 1
 
 
 @pytest.fixture
@@ -122,6 +125,25 @@ def test_int8_is_unpacked_for_many_tokens_where_nothing_was_measured(
 ) -> None:
     monkeypatch.setattr(encoder, "card_of", lambda _: Card("another card that converts float8", "sm_89"))
     assert launches_of_a_layer(device, "int8 by us", "auto", 256) == 8 + 4
+
+
+def test_all_launches_of_int8_overlap_where_they_are_to(device: PretendedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not, between others that do, would wait for them all."""
+    encode = cuda_encoder(put(device, "int8 by us", 3), eager=True, products="8-bit")
+    asked: list[tuple[str, Any]] = []
+    launch = Counted.launch
+
+    def noted(self: Counted, **constants: Any) -> None:
+        asked.append((self.name, constants.get("overlaps")))
+        launch(self, **constants)
+
+    monkeypatch.setattr(Counted, "launch", noted)
+    for tokens, overlapping in ((64, {True}), (100, {False})):
+        encode._products.int8_overlapping_rows = 64  # type: ignore[attr-defined]
+        asked.clear()
+        encode.encode(torch.ones(1, tokens, dtype=torch.long))
+        assert {overlaps for _, overlaps in asked} == overlapping
+        assert {name for name, _ in asked} == {"multiply_int8", "round_rows", "add_norm", "attend"}
 
 
 def launches_of_a_layer(device: PretendedCuda, kind: str | None, choice: Any, tokens: int) -> float:

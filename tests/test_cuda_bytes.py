@@ -319,7 +319,7 @@ def assert_rounded(found: Bytes, exact: torch.Tensor, room: float = 1.0) -> None
 
 
 @pytest.mark.parametrize("dtype", STEPS)
-@pytest.mark.parametrize("width", [16, 100, 2560])
+@pytest.mark.parametrize("width", [16, 100, 2560, 40000])
 def test_rows_are_rounded_with_a_scale_each(dtype: torch.dtype, width: int) -> None:
     x = draw(5, width, dtype=torch.float16) * torch.tensor([1, 1e-3, 0, 60, 1.0], device=DEVICE)[:, None].half()
     found = rounded_rows(x, dtype, torch.float16)
@@ -333,6 +333,15 @@ def test_float8_is_rounded_as_torch_rounds_it() -> None:
     found = rounded_rows(numbers[None].to(DEVICE), torch.float8_e4m3fn, torch.float16)
     assert float(found.scales[0]) == 1
     assert torch.equal(found.raw[0].cpu(), numbers.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@pytest.mark.parametrize("place", [7, 20000, 39999])
+def test_the_largest_number_and_faults_of_a_wide_row_are_found_everywhere(place: int) -> None:
+    x = draw(3, 40000)
+    x[0, place], x[1, place] = 100, float("nan")
+    found = rounded_rows(x, torch.int8, torch.float16)
+    assert found.scales.isnan().tolist() == [False, True, False]
+    assert_rounded(Bytes(found.values[:1], found.scales[:1], found.dtype), x[:1].double())
 
 
 @pytest.mark.parametrize("fault", [float("nan"), float("inf"), -float("inf")])

@@ -11,7 +11,9 @@ import torch
 from hf_toys import assert_near
 from toy_loras import toy_lora
 
-from nai_t5_core.backends.cuda.encoder import cuda_encoder
+from nai_t5_core.backends.cuda.card import card_of
+from nai_t5_core.backends.cuda.device_refusals import missing_to_overlap
+from nai_t5_core.backends.cuda.encoder import CudaEncoder, cuda_encoder
 from nai_t5_core.backends.cuda.runner import CudaRunner
 from nai_t5_core.backends.quantised.projections import QuantisedLinear
 from nai_t5_core.bench.doctor import DoctorSettings, eight_bits
@@ -88,6 +90,35 @@ def test_both_sides_in_8_bits_are_near(prompts: list[str], as_numbers: list[str]
         assert found.isfinite().all()
         assert torch.equal(found, expected) == (kind in as_numbers)
         assert float((found - expected).float().norm() / expected.float().norm()) < 0.2
+
+
+def test_launches_of_int8_that_overlap_give_the_same(folder: Path) -> None:
+    """From graphs and one by one; where the card can."""
+    from nai_t5_core.backends.cuda.byte_products import byte_configurations_on
+    from nai_t5_core.backends.cuda.eight_bit_products import EightBitProducts
+    from nai_t5_core.backends.cuda.torch_products import TorchProducts
+
+    card = card_of(torch.device("cuda"))
+    if card is None or not card.can_overlap or missing_to_overlap():
+        pytest.skip("this card, or Triton here, has no launches that overlap")
+    stack = encoder_of("quantize", folder).stack
+    ways = [
+        CudaEncoder(
+            stack,
+            eager,
+            EightBitProducts(
+                TorchProducts(), byte_configurations_on(card), card.converts_float8, int8_overlapping_rows=overlapping
+            ),
+        )
+        for eager in (True, False)
+        for overlapping in (0, 128)
+    ]
+    for tokens in (1, 16, 40, 64, 128, 30):
+        ids = torch.randint(3, 96, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            for _ in range(20):
+                first, *others = [encode(ids) for encode in ways]
+                assert all(torch.equal(other, first) for other in others)
 
 
 def test_the_card_never_has_the_weights_twice() -> None:

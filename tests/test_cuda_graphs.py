@@ -19,7 +19,7 @@ if missing := missing_triton():
 from nai_t5_core.backends.cuda.attention_shapes import AttentionShape, AttentionShapes
 from nai_t5_core.backends.cuda.documents import document_table
 from nai_t5_core.backends.cuda.graphs import GraphRunner, GraphSize
-from nai_t5_core.bench.doctor import choosing
+from nai_t5_core.bench.doctor import own_kernels
 from nai_t5_core.model.packing import DocumentGroup
 
 CPU = torch.device("cpu")
@@ -142,9 +142,9 @@ def test_layers_are_timed_by_their_graph(graphs: list[PretendedGraph], monkeypat
         return 0.002
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(on.append(device)))
-    monkeypatch.setattr(choosing, "seconds_of_launches", seconds_of)
+    monkeypatch.setattr(own_kernels, "seconds_of_launches", seconds_of)
     timed: Any = SimpleNamespace(graphs=runner, device=CPU)
-    assert choosing.milliseconds_of(timed, 20) == 2.0 and on == [CPU]
+    assert own_kernels.milliseconds_of(timed, 20) == 2.0 and on == [CPU]
     assert graphs[0].replays == 2
 
 

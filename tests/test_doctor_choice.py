@@ -32,7 +32,15 @@ from nai_t5_core.backends.cuda.measured_card import (
     MeasuredProduct,
     measured_file,
 )
-from nai_t5_core.bench.doctor import Diagnosis, DoctorSettings, choosing, first_encode, fresh_process, int8_inputs
+from nai_t5_core.bench.doctor import (
+    Diagnosis,
+    DoctorSettings,
+    choosing,
+    first_encode,
+    fresh_process,
+    int8_inputs,
+    own_kernels,
+)
 from nai_t5_core.bench.doctor.fastest import (
     fastest_attention,
     fastest_for_few_rows,
@@ -209,8 +217,9 @@ def int8_times(**shares: float | tuple[float, float]) -> dict[str, Any]:
         (int8_times(_256=0.98, _512=0.6, _1024=0.5), 512, 0),
         (int8_times(_256=0.5, _512=1.2, _1024=0.5), 1024, 0),
         (int8_times(_256=0.5, _512=0.5, _1024=1.0), NEVER, 0),
-        (int8_times(_16=(0.99, 0.96), _64=(0.6, 0.5), _256=0.5), 16, 64),
-        (int8_times(_16=(0.9, 0.8), _64=(0.6, 0.596), _256=0.5), 16, 16),
+        (int8_times(_16=(0.99, 0.96), _64=(0.6, 0.5), _256=0.5), 1, 64),
+        (int8_times(_16=(0.9, 0.8), _64=(0.6, 0.596), _256=0.5), 1, 16),
+        (int8_times(_16=0.5, _64=0.5, _256=0.98), NEVER, 0),
         (int8_times(_16=(0.99, 0.985), _64=(0.6, 0.5), _256=0.5), 64, 0),
         ({}, NEVER, 0),
     ],
@@ -266,20 +275,20 @@ def int8_finding(**others: Any) -> dict[str, Any]:
         ({"8-bits": {"wrong": []}, "int8-choice": int8_finding()}, 16),
         ({"8-bits": {"wrong": ["off by 1"]}, "int8-choice": int8_finding()}, None),
         ({"8-bits": {"wrong": []}, "int8-choice": int8_finding(wrong=["off by 1"])}, None),
-        ({"8-bits": {"wrong": []}, "int8-choice": {"reason": "it is AMD's"}}, None),
-        ({"int8-choice": int8_finding()}, None),
+        ({"int8-choice": int8_finding()}, 512),
         ({}, 512),
     ],
 )
 def test_inputs_in_8_bits_are_kept_where_they_were_right(steps: dict[str, Any], expected: int | None) -> None:
-    """What was found before stays where nothing was examined."""
+    """What was found before stays where nothing was examined; what is not kept is told."""
     before = int8_finding()
     before["measured"]["inputs_from"] = 512
     write_choice(examined(**{"kernels": {"wrong": []}, "choice": finding(), "8-bits": {}, "int8-choice": before}))
     assert choice_for(RTX).int8_inputs_from == 512
-    write_choice(examined(kernels={"wrong": []}, choice=finding(), **steps))
+    told = write_choice(examined(kernels={"wrong": []}, choice=finding(), **steps))
     choice_for.cache_clear()
     assert choice_for(RTX).measured is not None and choice_for(RTX).int8_inputs_from == expected
+    assert ("Nothing of int8 was kept" in str(told)) == ("int8-choice" in steps and expected != 16)
     assert [each.configuration for each in choice_for(RTX).int8_products] == ([INT8] if expected else [])
 
 
@@ -339,6 +348,30 @@ def test_the_report_tells_what_suits_int8() -> None:
     assert "layers are not faster with inputs in 8 bits" in text and "launches overlap" not in text
     text = as_markdown(examined(**{"int8-choice": {"reason": "it is AMD's"}}))
     assert "it is AMD's" in text and "The same" not in text
+    text = as_markdown(examined(**{"int8-choice": int8_finding(no_lengths="there is no room")}))
+    assert "the model was not timed: there is no room" in text
+
+
+def test_a_model_is_timed_in_int8_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a user's would have to be read anew."""
+    measured = MeasuredInt8(inputs_from=16, overlapping_rows=64)
+    timed: list[Any] = []
+    monkeypatch.setattr(int8_inputs, "named_card", lambda _: RTX)
+    monkeypatch.setattr(int8_inputs, "times_of_lengths", lambda *given: timed.append(given) or {"64": 2.0})
+    monkeypatch.setattr(int8_inputs, "quantize_int8", lambda stack: stack)
+    patient: Any = Patient(DoctorSettings(device="cpu", model="t5-v1_1-small"))
+    patient.model.config = TOY_CONFIGS["v1.1"].encoder_only()
+    assert int8_inputs._times_of_lengths(patient, measured) == {"lengths": {"64": 2.0}}
+    ((_, stack, choice),) = timed
+    assert stack.config == patient.config and choice.int8 == measured and choice.card == RTX.name
+    given = SimpleNamespace(model=SimpleNamespace(name="a file"))
+    assert int8_inputs._times_of_lengths(given, measured) == {}  # type: ignore[arg-type]
+
+    def full(stack: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(int8_inputs, "quantize_int8", full)
+    assert "no room for t5-v1_1-small" in int8_inputs._times_of_lengths(patient, measured)["no_lengths"]
 
 
 def test_the_plan_of_a_card_fits() -> None:
@@ -370,7 +403,7 @@ def test_ways_are_timed_up_to_their_rows_and_checked(monkeypatch: pytest.MonkeyP
         def __call__(self, ids: Any) -> Any:
             return self.factor * stack(ids)
 
-    monkeypatch.setattr(choosing, "milliseconds_of", lambda *_: next(milliseconds))
+    monkeypatch.setattr(own_kernels, "milliseconds_of", lambda *_: next(milliseconds))
     patient: Any = SimpleNamespace(ids=lambda batch, length: torch.zeros(batch, length, dtype=torch.long))
     ways: Any = {"torch": Way(1.0), "overlapping": Way(1.5)}
     times, wrong = choosing._times_together(patient, ways, {"overlapping": 16})
@@ -426,7 +459,7 @@ def test_layers_are_computed_in_what_was_measured(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(choosing, "_LAYERS", 2)
     monkeypatch.setattr(choosing, "_ROWS", (16, 140))
     of_graphs = iter((3.0, 1.5, 2.0, 1.0, 2.5, 3.0, 2.0, 4.0, 9.0, 9.0, 9.0, 9.0))
-    monkeypatch.setattr(choosing, "milliseconds_of", lambda *_: next(of_graphs))
+    monkeypatch.setattr(own_kernels, "milliseconds_of", lambda *_: next(of_graphs))
     found = choosing.measure_choice(Patient(DoctorSettings(device="cpu")))
     assert found["wrong"] == [] and found["before"].startswith("an estimate")
     measured = MeasuredCard.model_validate_json(json.dumps(found["measured"]))
@@ -458,11 +491,12 @@ def test_layers_in_int8_are_computed_in_what_was_measured(monkeypatch: pytest.Mo
     monkeypatch.setattr(int8_inputs, "quantize_int8", lambda stack: quantise_stack(stack, stack.device) or stack)
     monkeypatch.setattr(int8_inputs, "missing_for_8_bits", lambda *_: None)
     monkeypatch.setattr(int8_inputs, "_ROWS", (17, 140))
-    monkeypatch.setattr(int8_inputs, "_times_of_lengths", lambda _, measured: {"64": float(measured.inputs_from)})
+    told = lambda _, measured: {"lengths": {"64": float(measured.inputs_from)}}  # noqa: E731
+    monkeypatch.setattr(int8_inputs, "_times_of_lengths", told)
     monkeypatch.setattr(choosing, "named_config", lambda _: TOY_CONFIGS["v1.1"])
     monkeypatch.setattr(choosing, "_LAYERS", 2)
     of_graphs = iter((2.0, 1.98, 3.0, 2.0, 2.5, 2.5, 4.0, 1.5, 2.0, 1.6, 4.0, 3.0))
-    monkeypatch.setattr(int8_inputs, "milliseconds_of", lambda *_: next(of_graphs))
+    monkeypatch.setattr(own_kernels, "milliseconds_of", lambda *_: next(of_graphs))
     found = int8_inputs.measure_int8_choice(Patient(DoctorSettings(device="cpu")))
     assert found["wrong"] == []
     assert found["times"] == {
@@ -475,6 +509,7 @@ def test_layers_in_int8_are_computed_in_what_was_measured(monkeypatch: pytest.Mo
         ("plain", "few rows", INT8),
         ("gated", "few rows", INT8),
     ]
+    assert {each.weights for each in measured.products} == {"int8"}
     assert [used[1].int8_configurations[kind, 32][0] for kind in ("plain", "gated")] == [Configuration(**INT8)] * 2
     monkeypatch.setattr(int8_inputs, "card_of", lambda _: Card("NVIDIA H100", "sm_90"))
     monkeypatch.setattr(int8_inputs, "missing_to_overlap", lambda: None)

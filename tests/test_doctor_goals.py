@@ -98,6 +98,9 @@ def test_8_bits_memory_and_layers_from_the_host_stand_beside_what_they_are_to_be
     measured = {"measured": MeasuredInt8(inputs_from=16).model_dump(), "times": {}, "lengths": {"64": 1.8}}
     text = as_markdown(examined(ceilings=ceilings, **{"8-bit-speed": bytes_speed, "int8-choice": measured}))
     assert "| 64 tokens, 8 bits | ≤ 2.1 ms | 1.80 ms |" in text, "in what was measured to be the fastest"
+    measured["wrong"] = ["off by 1"]
+    text = as_markdown(examined(ceilings=ceilings, **{"8-bit-speed": bytes_speed, "int8-choice": measured}))
+    assert "| 64 tokens, 8 bits | ≤ 2.1 ms | 3.00 ms |" in text
     nothing = as_markdown(examined(**{"8-bit-speed": {**bytes_speed, "times": {"64": {}}}}))
     assert nothing.count("| not measured |") == 6 + 4 + 4 + 4 + 1
 

@@ -190,8 +190,8 @@ def quantize_int8(model: Model, products: ProductsChoice = "auto", device: torch
     are exact in int32. Embeddings, norms, attention and the residual stay as they are; the output head of a whole T5 is
     quantised too. ``nai-t5 parity --int8`` prints the loss of accuracy. Each original weight is freed after its copy.
 
-    On CUDA an encoder's weights become 8 bits in the same way, which halves its memory, and activations stay in the
-    model's dtype, see :mod:`nai_t5_core.backends.cuda`; it may still be moved.
+    On CUDA an encoder's weights become 8 bits in the same way, which halves its memory, and activations do for as many
+    tokens as that was measured to be faster for, see :mod:`nai_t5_core.backends.cuda`; it may still be moved.
 
     Args:
         products: see :func:`prepack`.

@@ -12,16 +12,22 @@ from nai_t5_core.backends.cuda.launches import empty_bytes, norm_warps, overlapp
 from nai_t5_core.facts.config import Activation
 
 _BLOCK = 1024
+_WIDEST = 16384
 
 
 def rounded_rows(x: Tensor, dtype: torch.dtype, compute_dtype: torch.dtype, overlaps: bool = False) -> Bytes:
     """[tokens, width] in any float dtype to bytes in ``dtype``."""
     rows, width = x.shape
     out = empty_bytes(rows, width, dtype, compute_dtype, x.device)
-    block = triton.next_power_of_2(width)
+    block = rounding_block(width)
     constants = {"width": width, "block": block, "num_warps": norm_warps(block)}
     byte_kernels.round_rows[(rows,)](x, out.raw, out.scales, **constants, **overlapping(overlaps))
     return out
+
+
+def rounding_block(width: int) -> int:
+    """How many numbers of a row :func:`rounded_rows` has in registers: all of most models' rows."""
+    return min(_WIDEST, triton.next_power_of_2(width))
 
 
 def as_numbers(sums: Sums, dtype: torch.dtype) -> Tensor:

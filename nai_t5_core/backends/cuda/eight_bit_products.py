@@ -19,7 +19,7 @@ from nai_t5_core.backends.cuda.byte_launches import as_numbers, gated_in_bytes, 
 from nai_t5_core.backends.cuda.byte_products import ByteProducts
 from nai_t5_core.backends.cuda.byte_weight import RowScaled, Weight
 from nai_t5_core.backends.cuda.graphs import bucket_of
-from nai_t5_core.backends.cuda.int8_products import ESTIMATED_FOR_INT8, fits, int8_product
+from nai_t5_core.backends.cuda.int8_products import ESTIMATED_FOR_INT8, fits_int8, int8_product
 from nai_t5_core.backends.cuda.products import MOST_ROWS, Configurations, Kind, block_rows
 from nai_t5_core.facts.config import Activation
 
@@ -91,7 +91,7 @@ class EightBitProducts(ByteProducts):
         is_gated = kind == "gated"
         columns, depth = weight.shape[0] // (2 if is_gated else 1), weight.shape[1]
         known = self.int8_configurations[kind, block_rows(len(x))]
-        configuration = next(each for each in known if fits(each, columns, depth))
+        configuration = next(each for each in known if fits_int8(each, columns, depth))
         overlaps = self.overlaps(len(x), True, True)
         return int8_product(x, weight, configuration, dtype, activation, is_gated, overlaps)
 

@@ -15,7 +15,7 @@ from nai_t5_core.backends.cuda.byte_weight import ByteWeight
 from nai_t5_core.backends.cuda.eight_bit_products import multiplied
 from nai_t5_core.backends.cuda.graph_times import compile_ahead, copies_of
 from nai_t5_core.backends.cuda.int8_product_kernel import multiply_int8
-from nai_t5_core.backends.cuda.int8_products import fits, int8_arguments, int8_candidates, int8_product
+from nai_t5_core.backends.cuda.int8_products import fits_int8, int8_arguments, int8_candidates, int8_product
 from nai_t5_core.backends.cuda.product_times import (
     XXL_SHAPES,
     ProductShape,
@@ -30,7 +30,7 @@ from nai_t5_core.backends.cuda.products import Configuration
 from nai_t5_core.backends.cuda.torch_products import sums_in_float32
 
 _DTYPE = torch.float16
-# Torch multiplies no fewer rows of int8: more than 16, in whole groups of 8.
+# Torch multiplies no fewer rows of int8 than 17.
 _LEAST_BY_TORCH = 24
 
 
@@ -74,7 +74,7 @@ def _expected(shape: ProductShape, x: Bytes, weight: ByteWeight) -> Tensor:
 
 
 def _candidates(shape: ProductShape, rows: int) -> Iterator[Configuration]:
-    return (each for each in int8_candidates(shape.kind, rows) if fits(each, shape.columns, shape.depth))
+    return (each for each in int8_candidates(shape.kind, rows) if fits_int8(each, shape.columns, shape.depth))
 
 
 def _launches(shape: ProductShape, counts: Sequence[int], weight: ByteWeight) -> Iterator[Any]:

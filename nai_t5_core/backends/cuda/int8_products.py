@@ -15,7 +15,7 @@ from nai_t5_core.backends.cuda.measured_card import FEW_ROWS, MeasuredProduct
 from nai_t5_core.backends.cuda.products import MOST_ROWS, Configuration, Configurations, Kind, block_rows, constants_of
 from nai_t5_core.facts.config import Activation
 
-# Bytes that a program may read ahead on a card with much shared memory.
+# What needs more bytes of shared memory than this is not tried.
 _MOST_SHARED = 192 << 10
 # A card multiplies int8 along 32 numbers at a time.
 LEAST_DEPTH = 32
@@ -62,7 +62,7 @@ def int8_product(
     """
     (rows, depth), columns = x.values.shape, weight.shape[0] // (2 if is_gated else 1)
     parts = configuration.parts
-    if rows > MOST_ROWS or not fits(configuration, columns, depth) or ((activation or is_gated) and parts > 1):
+    if rows > MOST_ROWS or not fits_int8(configuration, columns, depth) or ((activation or is_gated) and parts > 1):
         raise ValueError(f"{configuration} does not fit {rows} rows, {columns} columns and a depth of {depth}")
     out = torch.empty(parts, rows, columns, dtype=dtype, device=x.values.device)
     tensors, constants = int8_arguments(x, weight, out, configuration, activation, is_gated, overlaps)
@@ -104,6 +104,6 @@ def int8_candidates(kind: Kind, rows: int) -> Iterator[Configuration]:
                     yield Configuration(columns, depth, parts, stages, warps)
 
 
-def fits(configuration: Configuration, columns: int, depth: int) -> bool:
+def fits_int8(configuration: Configuration, columns: int, depth: int) -> bool:
     """Whether blocks and parts divide a product, and blocks are as deep as cards need them."""
     return configuration.block_depth >= LEAST_DEPTH and configuration.fits(columns, depth)

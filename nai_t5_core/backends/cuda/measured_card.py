@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 # What packages with Triton are called: for CUDA, for ROCm, and for Windows.
 _TRITONS = ("triton", "pytorch-triton-rocm", "triton-windows")
 # The weights that the tables of this version choose for; a file may have products of others, which are passed over.
-PLAIN_WEIGHTS = "16 bit"
+PLAIN_WEIGHTS, INT8_WEIGHTS = "16 bit", "int8"
 
 # A product by torch, by our kernel for few rows, or by our kernel in tiles. Later versions may know more.
 TORCH, FEW_ROWS, TILES = "torch", "few rows", "tiles"

@@ -37,7 +37,10 @@ def int8_choice(found: dict[str, Any]) -> Section:
         lines.append(f"their launches overlap up to {rows_that_overlap} tokens, where layers are faster so")
     rows = tuple(_product(each) for each in measured["products"])
     title = 'The same with quantize="int8": products with inputs in 8 bits too'
-    return Section(title, _HEAD, rows, (*lines, *_lengths(found)))
+    lines += _lengths(found)
+    if reason := found.get("no_lengths"):
+        lines.append(f"the model was not timed: {reason}")
+    return Section(title, _HEAD, rows, tuple(lines))
 
 
 def _product(each: Mapping[str, Any]) -> tuple[str, ...]:

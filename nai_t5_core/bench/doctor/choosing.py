@@ -26,7 +26,7 @@ from nai_t5_core.bench.doctor.fastest import (
     those_of_a_table,
 )
 from nai_t5_core.bench.doctor.numbers import difference
-from nai_t5_core.bench.doctor.own_kernels import finished, milliseconds_of
+from nai_t5_core.bench.doctor.own_kernels import fastest_milliseconds, finished
 from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.bench.doctor.speed import LENGTHS
 from nai_t5_core.bench.parity import TOLERANCES
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 _LAYERS = 4
 # For each number of rows that products are chosen for.
 _ROWS = (16, 32, 64, 128, 256, 512, 1024)
-# Of which the fastest counts: a card's clock and what else it does change within tenths of a second.
-_ROUNDS = 3
 
 # Products whose launches overlap, by the name of the way.
 Overlapping = Mapping[str, Sequence[MeasuredProduct]]
@@ -95,8 +93,7 @@ def _times_together(
             error = difference(encode(ids).double(), expected)
             if not error <= 2 * TOLERANCES[torch.float16]:
                 wrong.append(f"{rows} tokens, {name}: off by {error:.2g}")
-        rounds = [{name: milliseconds_of(encode, rows) for name, encode in here.items()} for _ in range(_ROUNDS)]
-        times[str(rows)] = {name: min(each[name] for each in rounds) for name in here}
+        times[str(rows)] = fastest_milliseconds(here, rows)
     return times, wrong
 
 

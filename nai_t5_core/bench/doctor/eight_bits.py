@@ -26,7 +26,7 @@ from nai_t5_core.model.layers import NoInit
 # "int8" is what quantize="int8" makes; the others are as a file has them.
 KINDS = ("int8", "q8_0", "float8")
 LENGTHS = (16, 64, 128, 256, 512)
-# Few rows, more than our kernel takes, and as many as are multiplied with both sides in 8 bits.
+# Few rows and more than our kernels take, of which float8 has both sides in 8 bits only for the most.
 _CHECKED_LENGTHS = (20, 101, 300)
 # Bytes and half precision differ by rounding; activations in 8 bits by what these lose, of the largest value.
 TOLERANCE_OF_ACTIVATIONS = {"int8": 0.1, "q8_0": 3e-2, "float8": 0.4}

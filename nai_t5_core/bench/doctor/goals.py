@@ -25,7 +25,8 @@ _NOT_MEASURED = "not measured"
 def goals(diagnosis: Diagnosis) -> Iterator[Row]:
     """What is to be reached, by how much, and what was found; nothing where no T5-XXL was timed on a card.
 
-    Ours is in the products and attention that were measured, if they were. ``not measured`` is what did not run.
+    Ours is in the products and attention that were measured, if they were; in 8 bits in the products that were, with
+    attention as it was before. ``not measured`` is what did not run.
     """
     models = [outcome.get("data", {}).get("model") for outcome in diagnosis.outcomes.values()]
     if diagnosis.device != "cuda" or SIZE not in models:
@@ -54,7 +55,8 @@ def _times(diagnosis: Diagnosis) -> Iterator[Row]:
         yield from _time(f"{length} tokens, 16 bits", most, multiple, ours.get(length), _least(work, ceilings, speed))
     length, most, multiple = _IN_8_BITS
     ms = bytes_speed.get("times", {}).get(length, {}).get("int8, auto", {}).get("ms")
-    ms = diagnosis.data("int8-choice").get("lengths", {}).get(length, ms)
+    if not (chosen := diagnosis.data("int8-choice")).get("wrong"):
+        ms = chosen.get("lengths", {}).get(length, ms)
     work = bytes_speed.get("work", {}).get(length)
     yield from _time(f"{length} tokens, 8 bits", most, multiple, ms, _least(work, ceilings, bytes_speed))
 

@@ -1,8 +1,11 @@
-"""What suits ``quantize="int8"`` on this card: from how many tokens on it is faster with inputs in 8 bits too."""
+"""What suits ``quantize="int8"`` on this card: from how many tokens on it is faster with inputs in 8 bits too, by which
+products, and whether launches are to overlap.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,12 +15,13 @@ from nai_t5_core.backends.cuda.card import card_of
 from nai_t5_core.backends.cuda.card_choice import choice_for
 from nai_t5_core.backends.cuda.device_refusals import missing_for_8_bits, missing_to_overlap
 from nai_t5_core.backends.cuda.encoder import CudaEncoder
-from nai_t5_core.backends.cuda.measured_card import NEVER, MeasuredCard, MeasuredInt8, MeasuredProduct
+from nai_t5_core.backends.cuda.measured_card import INT8_WEIGHTS, NEVER, MeasuredCard, MeasuredInt8, MeasuredProduct
 from nai_t5_core.bench.doctor.choosing import layers_of_an_xxl, named_card, times_of_lengths
 from nai_t5_core.bench.doctor.eight_bits import TOLERANCE_OF_ACTIVATIONS
 from nai_t5_core.bench.doctor.fastest import FASTER, LAYERS_FASTER, Together, fastest_for_few_rows
+from nai_t5_core.bench.doctor.model import RandomModel
 from nai_t5_core.bench.doctor.numbers import difference
-from nai_t5_core.bench.doctor.own_kernels import milliseconds_of
+from nai_t5_core.bench.doctor.own_kernels import fastest_milliseconds
 from nai_t5_core.bench.doctor.patient import Finding, Patient
 from nai_t5_core.bench.peers import own_encoder
 
@@ -25,8 +29,6 @@ if TYPE_CHECKING:
     from nai_t5_core.backends.cuda.torch_products import Products
 
 _ROWS = (16, 64, 128, 256, 512, 1024)
-# Of which the fastest counts.
-_ROUNDS = 3
 WEIGHTS, INPUTS, OVERLAPPING = "weights in 8 bits", "inputs too", "inputs too, overlapping"
 
 
@@ -43,7 +45,8 @@ def measure_int8_choice(patient: Patient) -> Finding:
     # Imported only here: Triton is needed.
     from nai_t5_core.bench.doctor import card_times
 
-    products = fastest_for_few_rows(card_times.times_of_int8(patient.device))
+    fastest = fastest_for_few_rows(card_times.times_of_int8(patient.device))
+    products = tuple(each.model_copy(update={"weights": INT8_WEIGHTS}) for each in fastest)
     times, wrong = _times_of_layers(patient, products)
     measured = MeasuredInt8(
         products=products, inputs_from=int8_inputs_from(times), overlapping_rows=int8_overlapping_rows(times)
@@ -51,7 +54,7 @@ def measure_int8_choice(patient: Patient) -> Finding:
     return {
         "measured": measured.model_dump(mode="json"),
         "times": times,
-        "lengths": _times_of_lengths(patient, measured),
+        **_times_of_lengths(patient, measured),
         "wrong": wrong,
     }
 
@@ -71,8 +74,7 @@ def _times_of_layers(patient: Patient, products: Sequence[MeasuredProduct]) -> t
             error = difference(result, results[WEIGHTS])
             if not error <= TOLERANCE_OF_ACTIVATIONS["int8"]:
                 wrong.append(f"{rows} tokens, {name}: off by {error:.2g}")
-        rounds = [{name: milliseconds_of(encode, rows) for name, encode in here.items()} for _ in range(_ROUNDS)]
-        times[str(rows)] = {name: min(each[name] for each in rounds) for name in here}
+        times[str(rows)] = fastest_milliseconds(here, rows)
     return times, wrong
 
 
@@ -100,12 +102,19 @@ def _most_rows(products: Sequence[MeasuredProduct]) -> int:
     return max((each.rows for each in products), default=0)
 
 
-def _times_of_lengths(patient: Patient, measured: MeasuredInt8) -> dict[str, float]:
-    """Of the timed model in int8."""
+def _times_of_lengths(patient: Patient, measured: MeasuredInt8) -> Finding:
+    """``lengths`` of the timed model in int8, with attention as it was before this examination; of a user's model none,
+    which would have to be read anew. ``no_lengths`` says why there are none for want of memory.
+    """
+    if not isinstance(patient.model, RandomModel):
+        return {}
     card = named_card(patient)
     before = choice_for(card).measured or MeasuredCard.of(card, (), ())
-    stack = quantize_int8(own_encoder(patient.config, patient.state, patient.dtype))
-    return times_of_lengths(patient, stack, before.model_copy(update={"int8": measured}))
+    try:
+        stack = quantize_int8(own_encoder(patient.config, patient.state, patient.dtype))
+        return {"lengths": times_of_lengths(patient, stack, before.model_copy(update={"int8": measured}))}
+    except torch.OutOfMemoryError:
+        return {"no_lengths": f"the card has no room for {patient.model.name} in 16 and in 8 bits at once"}
 
 
 def int8_overlapping_rows(times: Together) -> int:
@@ -120,11 +129,12 @@ def int8_overlapping_rows(times: Together) -> int:
 
 def int8_inputs_from(times: Together) -> int:
     """The fewest rows from which on layers with inputs in 8 bits are so much faster that they are worth what they lose;
-    NEVER where there are none.
+    NEVER where there are none. Once slower, they are not taken for fewer rows either.
     """
     found, overlapping = NEVER, int8_overlapping_rows(times)
-    for rows, time_of in sorted(times.items(), key=lambda item: -int(item[0])):
-        if time_of[OVERLAPPING if int(rows) <= overlapping else INPUTS] > FASTER * time_of[WEIGHTS]:
+    for rows, time_of in sorted(((int(rows), each) for rows, each in times.items()), key=itemgetter(0), reverse=True):
+        if time_of[OVERLAPPING if rows <= overlapping else INPUTS] > FASTER * time_of[WEIGHTS]:
             break
-        found = int(rows)
+        # The smallest graph computes all that is shorter.
+        found = 1 if rows == min(_ROWS) else rows
     return found

@@ -10,6 +10,9 @@ from nai_t5_core.backends.cuda.measured_card import NEVER, MeasuredCard, Measure
 from nai_t5_core.bench.doctor.examination import Diagnosis
 from nai_t5_core.weights.whole_files import write_whole
 
+# Both have to be right for what suits int8 to be kept.
+_OF_INT8 = ("8-bits", "int8-choice")
+
 
 def flex_from_lengths(times: dict[str, Any]) -> int | None:
     """From how many lengths in a batch on flex is faster than SDPA, by the times of the step ``flex``.
@@ -31,15 +34,14 @@ def flex_from_lengths(times: dict[str, Any]) -> int | None:
 def write_choice(diagnosis: Diagnosis) -> str | None:
     """Writes what was measured, where all results of the kernels were right; what was done, as a sentence.
 
-    None where nothing was measured. Flex and int8 are not timed every time: what an earlier examination found of them
-    stays. What was found of int8 is kept only where its results were right, too.
+    None where the step ``choice`` measured nothing. Flex and int8 are not timed every time: what an earlier examination
+    found of them stays. What was found of int8 is kept only where its results were right, too.
     """
     if not (found := diagnosis.data("choice")):
         return None
-    steps = {name: _status(diagnosis, name) for name in ("kernels", "choice")}
+    steps = _statuses(diagnosis, "kernels", "choice")
     if any(status != "ok" for status in steps.values()):
-        told = ", ".join(f"{name}: {status}" for name, status in steps.items())
-        return f"What is fastest on this card was not kept, since the results have to be right first ({told})."
+        return f"What is fastest on this card was not kept, since the results have to be right first ({_told(steps)})."
     measured = MeasuredCard.model_validate_json(json.dumps(found["measured"]))
     card = Card(measured.card, measured.architecture)
     before, flex = read_measured(card), diagnosis.data("flex")
@@ -53,16 +55,30 @@ def write_choice(diagnosis: Diagnosis) -> str | None:
         write_whole(path, measured.model_dump_json(indent=1) + "\n")
     except OSError as error:
         return f"What is fastest on this card could not be kept in {path}: {error.strerror or error}."
-    return f"What is fastest on this card is kept in {path}; encoders that are loaded from now on use it."
+    kept = f"What is fastest on this card is kept in {path}; encoders that are loaded from now on use it."
+    return kept + _of_int8_in_words(diagnosis)
 
 
 def _int8(diagnosis: Diagnosis, before: MeasuredCard | None) -> MeasuredInt8 | None:
-    """What is to be kept of the step ``int8-choice``; what was kept before, where it did not run."""
-    if not (found := diagnosis.data("int8-choice")):
-        return None if before is None else before.int8
-    is_right = all(_status(diagnosis, step) == "ok" for step in ("8-bits", "int8-choice"))
-    return MeasuredInt8.model_validate_json(json.dumps(found["measured"])) if is_right and "measured" in found else None
+    """What is to be kept of the step ``int8-choice``; what was kept before, unless that was found to be wrong now."""
+    statuses = _statuses(diagnosis, *_OF_INT8)
+    found = diagnosis.data("int8-choice").get("measured")
+    if found and all(status == "ok" for status in statuses.values()):
+        return MeasuredInt8.model_validate_json(json.dumps(found))
+    return None if before is None or "wrong" in statuses.values() else before.int8
 
 
-def _status(diagnosis: Diagnosis, step: str) -> str:
-    return str(diagnosis.outcomes.get(step, {}).get("status", "not run"))
+def _of_int8_in_words(diagnosis: Diagnosis) -> str:
+    """What became of the step ``int8-choice`` where it is not kept."""
+    statuses = _statuses(diagnosis, *_OF_INT8)
+    if "measured" not in diagnosis.data("int8-choice") or all(status == "ok" for status in statuses.values()):
+        return ""
+    return f" Nothing of int8 was kept, since its results have to be right first ({_told(statuses)})."
+
+
+def _statuses(diagnosis: Diagnosis, *steps: str) -> dict[str, str]:
+    return {step: str(diagnosis.outcomes.get(step, {}).get("status", "not run")) for step in steps}
+
+
+def _told(statuses: dict[str, str]) -> str:
+    return ", ".join(f"{name}: {status}" for name, status in statuses.items())
