@@ -15,7 +15,16 @@ from nai_t5_core.backends.cuda.byte_product_kernel import multiply_bytes, unpack
 from nai_t5_core.backends.cuda.byte_weight import ByteWeight, RowScaled, Weight
 from nai_t5_core.backends.cuda.card import Card
 from nai_t5_core.backends.cuda.launches import gate
-from nai_t5_core.backends.cuda.products import MOST_ROWS, Configuration, Configurations, Kind, block_rows, constants_of
+from nai_t5_core.backends.cuda.products import (
+    MOST_ROWS,
+    Configuration,
+    Configurations,
+    Kind,
+    block_rows,
+    constants_of,
+    empty_product,
+    grid_of,
+)
 from nai_t5_core.backends.cuda.torch_products import Products
 from nai_t5_core.facts.config import Activation
 
@@ -172,13 +181,11 @@ def byte_product(
     Raises:
         ValueError: rows or a configuration that do not fit.
     """
-    rows, columns = len(x), weight.shape[0] // (2 if is_gated else 1)
-    parts = configuration.parts
-    if rows > MOST_ROWS or not fits(configuration, weight, columns) or ((activation or is_gated) and parts > 1):
-        raise ValueError(f"{configuration} does not fit {rows} rows, {columns} columns and a depth of {x.shape[1]}")
-    out = torch.empty(parts, rows, columns, dtype=dtype, device=x.device)
+    (rows, depth), columns = x.shape, weight.shape[0] // (2 if is_gated else 1)
+    does_fit, is_one = fits(configuration, weight, columns), bool(activation or is_gated)
+    out = empty_product((rows, columns, depth), configuration, does_fit, is_one, dtype, x.device)
     tensors, constants = byte_arguments(x, weight, out, configuration, activation, is_gated, overlaps, converts_float8)
-    multiply_bytes[(columns // configuration.block_columns, parts)](*tensors, **constants)
+    multiply_bytes[grid_of(out, configuration)](*tensors, **constants)
     return out
 
 

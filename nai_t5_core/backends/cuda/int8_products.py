@@ -12,7 +12,15 @@ from nai_t5_core.backends.cuda.activations import Bytes
 from nai_t5_core.backends.cuda.byte_weight import ByteWeight
 from nai_t5_core.backends.cuda.int8_product_kernel import multiply_int8
 from nai_t5_core.backends.cuda.measured_card import FEW_ROWS, MeasuredProduct
-from nai_t5_core.backends.cuda.products import MOST_ROWS, Configuration, Configurations, Kind, block_rows, constants_of
+from nai_t5_core.backends.cuda.products import (
+    Configuration,
+    Configurations,
+    Kind,
+    block_rows,
+    constants_of,
+    empty_product,
+    grid_of,
+)
 from nai_t5_core.facts.config import Activation
 
 # What needs more bytes of shared memory than this is not tried.
@@ -61,12 +69,10 @@ def int8_product(
         ValueError: rows or a configuration that do not fit.
     """
     (rows, depth), columns = x.values.shape, weight.shape[0] // (2 if is_gated else 1)
-    parts = configuration.parts
-    if rows > MOST_ROWS or not fits_int8(configuration, columns, depth) or ((activation or is_gated) and parts > 1):
-        raise ValueError(f"{configuration} does not fit {rows} rows, {columns} columns and a depth of {depth}")
-    out = torch.empty(parts, rows, columns, dtype=dtype, device=x.values.device)
+    does_fit, is_one = fits_int8(configuration, columns, depth), bool(activation or is_gated)
+    out = empty_product((rows, columns, depth), configuration, does_fit, is_one, dtype, x.values.device)
     tensors, constants = int8_arguments(x, weight, out, configuration, activation, is_gated, overlaps)
-    multiply_int8[(columns // configuration.block_columns, parts)](*tensors, **constants)
+    multiply_int8[grid_of(out, configuration)](*tensors, **constants)
     return out
 
 

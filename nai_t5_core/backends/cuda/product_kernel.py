@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nai_t5_core.backends.cuda.kernels import start_next, wait_for_inputs
-from nai_t5_core.backends.cuda.product_parts import fetch_rows, store_products
+from nai_t5_core.backends.cuda.product_parts import store_products, sums_of_few_rows
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -31,26 +30,22 @@ def multiply(
     x is [rows, depth], the weight [columns, depth], twice as many where gate and up are one above the other; out is
     [parts, rows, columns]. Blocks divide columns and depth, and block_rows holds all rows.
     """
-    tile, part = tl.program_id(0), tl.program_id(1)
-    n = tile * block_columns + tl.arange(0, block_columns)
+    total, up_total = sums_of_few_rows(
+        x,
+        weight,
+        rows,
+        columns,
+        depth,
+        block_rows,
+        block_columns,
+        block_depth,
+        parts,
+        tl.float32,
+        is_gated,
+        stages,
+        overlaps,
+    )
+    n = tl.program_id(0) * block_columns + tl.arange(0, block_columns)
     m = tl.arange(0, block_rows)
-    k = part * (depth // parts) + tl.arange(0, block_depth)
-    is_row = m < rows
-    weights = weight + n[:, None].to(tl.int64) * depth + k[None, :]
-    inputs = x + m[None, :] * depth + k[:, None]
-    if overlaps:
-        fetch_rows(weight + n[:, None].to(tl.int64) * depth + part * (depth // parts), columns * depth, is_gated)
-    wait_for_inputs(overlaps)
-    total = tl.zeros((block_columns, block_rows), tl.float32)
-    up_total = tl.zeros((block_columns, block_rows), tl.float32)
-    for step in tl.range(0, depth // parts, block_depth, num_stages=stages):
-        # No other program reads the same weights.
-        w = tl.load(weights + step, eviction_policy="evict_first")
-        values = tl.load(inputs + step, mask=is_row[None, :], other=0.0)
-        total = tl.dot(w, values, total)
-        if is_gated:
-            up = tl.load(weights + columns * depth + step, eviction_policy="evict_first")
-            up_total = tl.dot(up, values, up_total)
-    start_next(overlaps)
-    places = out + (part * rows + m[None, :]).to(tl.int64) * columns + n[:, None]
-    store_products(places, total, up_total, is_row[None, :], activation, is_gated)
+    places = out + (tl.program_id(1) * rows + m[None, :]).to(tl.int64) * columns + n[:, None]
+    store_products(places, total, up_total, (m < rows)[None, :], activation, is_gated)

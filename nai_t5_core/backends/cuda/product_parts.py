@@ -1,11 +1,11 @@
-"""What the kernels for products share in Triton: what is fetched before the wait, and what becomes of sums."""
+"""What the kernels for products share in Triton: what is fetched before the wait, sums, and what becomes of these."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from nai_t5_core.backends.cuda.kernels import activated
+from nai_t5_core.backends.cuda.kernels import activated, start_next, wait_for_inputs
 
 # A program prefetches this many lines of each row of its weight while the launch before still runs.
 FETCHED_LINES = tl.constexpr(2)
@@ -30,6 +30,52 @@ def fetch_rows(rows: tl.tensor, to_up: tl.constexpr, is_gated: tl.constexpr) -> 
     fetch(lines)
     if is_gated:
         fetch(lines + to_up)
+
+
+@triton.jit
+def sums_of_few_rows(
+    x: tl.tensor,
+    weight: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.constexpr,
+    depth: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_columns: tl.constexpr,
+    block_depth: tl.constexpr,
+    parts: tl.constexpr,
+    dtype: tl.constexpr,
+    is_gated: tl.constexpr,
+    stages: tl.constexpr,
+    overlaps: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """x · weightᵀ of a block of columns over one part of the depth, which are the program's two numbers in the grid:
+    [block_columns, block_rows] in ``dtype``; and the same of up, zeros where the weight is not ``is_gated``.
+
+    x is [rows, depth], the weight [columns, depth] in the same dtype, twice as many columns where gate and up are one
+    above the other. With ``overlaps`` the next launch may start when this ends.
+    """
+    tile, part = tl.program_id(0), tl.program_id(1)
+    n = tile * block_columns + tl.arange(0, block_columns)
+    m = tl.arange(0, block_rows)
+    k = part * (depth // parts) + tl.arange(0, block_depth)
+    is_row = m < rows
+    weights = weight + n[:, None].to(tl.int64) * depth + k[None, :]
+    inputs = x + m[None, :] * depth + k[:, None]
+    if overlaps:
+        fetch_rows(weight + n[:, None].to(tl.int64) * depth + part * (depth // parts), columns * depth, is_gated)
+    wait_for_inputs(overlaps)
+    total = tl.zeros((block_columns, block_rows), dtype)
+    up_total = tl.zeros((block_columns, block_rows), dtype)
+    for step in tl.range(0, depth // parts, block_depth, num_stages=stages):
+        # No other program reads the same weights.
+        w = tl.load(weights + step, eviction_policy="evict_first")
+        values = tl.load(inputs + step, mask=is_row[None, :], other=0)
+        total = tl.dot(w, values, total, out_dtype=dtype)
+        if is_gated:
+            up = tl.load(weights + columns * depth + step, eviction_policy="evict_first")
+            up_total = tl.dot(up, values, up_total, out_dtype=dtype)
+    start_next(overlaps)
+    return total, up_total
 
 
 @triton.jit

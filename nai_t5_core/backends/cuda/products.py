@@ -142,13 +142,40 @@ def product(
         ValueError: rows or a configuration that do not fit.
     """
     (rows, depth), columns = x.shape, weight.shape[0] // (2 if is_gated else 1)
-    parts = configuration.parts
-    if rows > MOST_ROWS or not configuration.fits(columns, depth) or ((activation or is_gated) and parts > 1):
-        raise ValueError(f"{configuration} does not fit {rows} rows, {columns} columns and a depth of {depth}")
-    out = torch.empty(parts, rows, columns, dtype=dtype, device=x.device)
+    does_fit, is_one = configuration.fits(columns, depth), bool(activation or is_gated)
+    out = empty_product((rows, columns, depth), configuration, does_fit, is_one, dtype, x.device)
     tensors, constants = arguments(x, weight, out, configuration, activation, is_gated, overlaps)
-    multiply[(columns // configuration.block_columns, parts)](*tensors, **constants)
+    multiply[grid_of(out, configuration)](*tensors, **constants)
     return out
+
+
+def empty_product(
+    sizes: tuple[int, int, int],
+    configuration: Configuration,
+    does_fit: bool,
+    is_one: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Room for a product of few rows: [parts, rows, columns].
+
+    Args:
+        sizes: rows, columns and depth.
+        does_fit: whether the configuration divides them, as its kernel needs it.
+        is_one: whether the product has to be in one part, since it is activated or gated.
+
+    Raises:
+        ValueError: rows or a configuration that do not fit.
+    """
+    rows, columns, depth = sizes
+    if rows > MOST_ROWS or not does_fit or (is_one and configuration.parts > 1):
+        raise ValueError(f"{configuration} does not fit {rows} rows, {columns} columns and a depth of {depth}")
+    return torch.empty(configuration.parts, rows, columns, dtype=dtype, device=device)
+
+
+def grid_of(out: Tensor, configuration: Configuration) -> tuple[int, int]:
+    """The programs that compute a product of few rows, [parts, rows, columns]."""
+    return out.shape[2] // configuration.block_columns, configuration.parts
 
 
 def arguments(
